@@ -1,0 +1,52 @@
+"""laser: random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.
+
+checkpoint = laser.open_checkpoint("path/to/Mixtral-8x7B-Instruct-v0.1")
+spectra = laser.scan(checkpoint)
+plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
+outcome = laser.reduce(checkpoint, plan, Path("reduced"))
+"""
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
+from laser.plan import Plan, PlanLine, empty_plan, make_plan
+from laser.reduction import Outcome, reduce
+from laser.selection import Selection
+from laser.spectra import Spectra, scan
+from laser.spectral.decomposition import Certificate, Truncation, singular_values, truncate
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.rules import RULES, Cut, apply_rule
+from laser.verification import Verification, verify
+
+__all__ = [
+    "RULES",
+    "Certificate",
+    "Checkpoint",
+    "CheckpointError",
+    "Cut",
+    "Device",
+    "LaserError",
+    "Matrix",
+    "NumericalError",
+    "Outcome",
+    "OutputError",
+    "Plan",
+    "PlanLine",
+    "RecordError",
+    "Selection",
+    "Spectra",
+    "Truncation",
+    "UsageError",
+    "Verification",
+    "apply_rule",
+    "choose_device",
+    "empty_plan",
+    "list_matrices",
+    "make_plan",
+    "open_checkpoint",
+    "reduce",
+    "scan",
+    "singular_values",
+    "truncate",
+    "verify",
+]

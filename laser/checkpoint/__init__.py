@@ -1,0 +1,1 @@
+"""Bytes on disk: reading, naming and writing checkpoints; knows no mathematics."""

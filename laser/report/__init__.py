@@ -1,0 +1,1 @@
+"""Records in, things to look at out."""

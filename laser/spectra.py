@@ -1,0 +1,174 @@
+"""scan: every selected matrix's singular values, kept in one small file so that planning never touches the weights."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.files import Journal, check_header, write_atomically
+from laser.checkpoint.reader import Checkpoint
+from laser.errors import LaserError, NumericalError, RecordError, UsageError
+from laser.selection import Selection
+from laser.spectral.decomposition import METHODS, check_storage, singular_values
+from laser.spectral.devices import Device, choose_device
+
+KIND, VERSION = "spectra", 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which checkpoint a record speaks of: its directory's name, and a hash of config, index and headers."""
+
+    name: str
+    identity: str
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Source:
+        return Source(checkpoint.name, checkpoint.identity)
+
+    def require(self, checkpoint: Checkpoint, what: str) -> None:
+        """Raises RecordError unless `what` was made from this very checkpoint."""
+        if self.identity != checkpoint.identity:
+            raise RecordError(
+                f"the {what} was made from {self.name} ({self.identity[:12]}), found {checkpoint.name} "
+                f"({checkpoint.identity[:12]}); make the {what} again from this checkpoint"
+            )
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none."""
+
+    source: Source
+    matrices: tuple[Matrix, ...]
+    values: Mapping[str, NDArray[np.float64]]
+    skipped: Mapping[str, str]  # name -> why it has no values
+    method: str
+    device: str
+
+    def save(self, path: Path) -> None:
+        """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
+        header = {
+            "kind": KIND,
+            "version": VERSION,
+            "source": asdict(self.source),
+            "method": self.method,
+            "device": self.device,
+            "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
+        }
+        write_atomically(path, save(dict(self.values), metadata={"laser": json.dumps(header, allow_nan=False)}))
+
+    @staticmethod
+    def load(path: Path) -> Spectra:
+        """Raises RecordError for a file that is missing, damaged or of another version."""
+        if not path.is_file():
+            raise RecordError(f"no such file: {path}; try `laser scan MODEL -o {path}`")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("laser", "null"))
+                values = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError, OSError) as error:
+            raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
+        check_header(header, path, KIND, VERSION)
+        rows = header["matrices"]
+        skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
+        matrices = tuple(_matrix(row) for row in rows)
+        return Spectra(Source(**header["source"]), matrices, values, skipped, header["method"], header["device"])
+
+
+def _matrix(row: dict[str, Any]) -> Matrix:
+    shape = tuple(row["shape"])
+    return Matrix(row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"])
+
+
+def scan(
+    checkpoint: Checkpoint,
+    selection: Selection | None = None,
+    *,
+    device: Device | None = None,
+    method: str = "gram",
+    journal: Path | None = None,
+    tick: Callable[[Matrix], None] = lambda _: None,
+) -> Spectra:
+    """Singular values of every selected matrix; the others are listed with the reason why not.
+
+    One matrix is in memory while the next is read. With `journal`, each result is appended to that file at once and an
+    interrupted scan goes on from there; the caller removes it when the spectra are saved. `tick` is called per matrix.
+    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason.
+    Raises UsageError for a selection that matches nothing.
+    """
+    selection, device = selection or Selection(), device or choose_device()
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    matrices = list_matrices(checkpoint)
+    selection.check(matrices)
+    skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
+    run = {
+        "kind": "scan journal",
+        "source": checkpoint.identity,
+        "selection": selection.describe(),
+        "method": method,
+        "device": device.label,
+    }
+    log = Journal(journal, run) if journal else None
+    values: dict[str, NDArray[np.float64]] = {}
+    resumed = {entry["name"] for entry in log.entries} if log else set()
+    for entry in log.entries if log else ():
+        if entry["skipped"] is not None:
+            skipped[entry["name"]] = entry["skipped"]
+        else:
+            values[entry["name"]] = np.frombuffer(base64.b64decode(entry["values"]), dtype="<f8")
+    todo = []
+    for matrix in matrices:
+        if matrix.name in resumed:
+            tick(matrix)
+        elif matrix.name not in skipped:
+            todo.append(matrix)
+    for matrix, W in read_ahead(checkpoint, todo):
+        why, s = None, np.empty(0)
+        try:
+            check_storage(W.dtype)
+            s, _ = singular_values(W, device, method)
+            values[matrix.name] = s
+        except (NumericalError, UsageError) as error:
+            why = skipped[matrix.name] = describe_failure(W, error)
+        if log:
+            encoded = base64.b64encode(s.astype("<f8").tobytes()).decode()
+            log.append({"name": matrix.name, "skipped": why, "values": encoded})
+        tick(matrix)
+    if log:
+        log.close()
+    return Spectra(Source.of(checkpoint), tuple(matrices), values, skipped, method, device.label)
+
+
+def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
+    """Each matrix with its weights, the next one being read meanwhile: two in memory, never more."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for matrix in matrices:
+            future = reader.submit(checkpoint.read, matrix.name)
+            if ahead:
+                yield ahead[0], ahead[1].result()
+            ahead = (matrix, future)
+        if ahead:
+            yield ahead[0], ahead[1].result()
+
+
+def describe_failure(W: torch.Tensor, error: LaserError) -> str:
+    """The plan's reason for leaving a matrix alone."""
+    if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"
+    return f"skipped: {error}"

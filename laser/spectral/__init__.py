@@ -1,0 +1,1 @@
+"""Numerics on matrices and spectra; knows no files and no models."""

@@ -1,0 +1,162 @@
+"""RULES: from a spectrum to a rank, one row per published rule.
+
+A rule answers with a `Cut`. The kept values are those strictly above the threshold, rank = #{ s_i > t }: "not >=",
+or a zero matrix (threshold 0) would keep everything. Laws that every rule obeys, checked in tests/test_laws.py:
+scaling W by c scales the threshold by c and leaves the rank, transposing changes nothing, 0 <= rank <= p, and a zero
+matrix has rank 0. Adding a row here adds it to those tests, to the command line and to the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laser.errors import UsageError
+from laser.spectral import marchenko_pastur as mp
+from laser.spectral import noise
+
+Spectrum = NDArray[np.float64]  # (p,), descending
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a rule cuts a spectrum. `threshold` is in the unit of s, `sigma` in that of the weights."""
+
+    rank: int
+    threshold: float | None  # None where the rule fixes the rank and not a level
+    sigma: float | None  # None where the rule estimates no noise
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: the function, its argument (if it takes one) and where it comes from."""
+
+    cut: Callable[[Spectrum, Shape, float], Cut]
+    source: str
+    argument: str | None = None
+    default: float | None = None
+    valid: Callable[[float], bool] = lambda _: True
+    expected: str = ""
+
+
+def _above(s: Spectrum, threshold: float, sigma: float, reason: str) -> Cut:
+    return Cut(int(np.count_nonzero(s > threshold)), threshold, sigma, reason)
+
+
+def _laser_rmt(s: Spectrum, shape: Shape, _: float) -> Cut:
+    sigma = noise.sigma_normal_iqr(s)
+    _, _, beta = mp.aspect(shape)
+    return _above(s, sigma * (1 + beta**0.5), sigma, "above IQR/1.349 * (1 + sqrt beta)")
+
+
+def _mp_edge(s: Spectrum, shape: Shape, _: float) -> Cut:
+    sigma = noise.sigma_median(s, shape)
+    return _above(s, mp.edges(sigma, shape)[1], sigma, "above the Marchenko-Pastur edge, sigma by median")
+
+
+def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
+    sigma = noise.sigma_iqr(s, shape)
+    return _above(s, mp.edges(sigma, shape)[1], sigma, "above the Marchenko-Pastur edge, sigma by IQR")
+
+
+def _tracy_widom(s: Spectrum, shape: Shape, alpha: float) -> Cut:
+    sigma = noise.sigma_median(s, shape)
+    threshold = mp.tracy_widom_edge(sigma, shape, alpha)
+    return _above(s, threshold, sigma, f"above the Tracy-Widom level {alpha:g}, sigma by median")
+
+
+def gavish_donoho_lambda(beta: float) -> float:
+    """lambda(beta) of Gavish and Donoho (2014), equation 11: 4/sqrt(3) at beta = 1, sqrt(2) towards 0."""
+    return (2 * (beta + 1) + 8 * beta / ((beta + 1) + (beta**2 + 14 * beta + 1) ** 0.5)) ** 0.5
+
+
+def _gavish_donoho(s: Spectrum, shape: Shape, _: float) -> Cut:
+    _, q, beta = mp.aspect(shape)
+    sigma = noise.sigma_median(s, shape)
+    threshold = gavish_donoho_lambda(beta) * sigma * q**0.5
+    return _above(s, threshold, sigma, "above the Gavish-Donoho optimal hard threshold")
+
+
+def _energy(s: Spectrum, shape: Shape, share: float) -> Cut:
+    energy = np.cumsum(s**2)
+    # Not searchsorted on the bare product: share = 1 must find the last value that adds anything.
+    rank = int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-15))) + 1
+    return Cut(min(rank, len(s)), None, None, f"smallest rank with {share:g} of the energy")
+
+
+def _fraction(s: Spectrum, shape: Shape, rho: float) -> Cut:
+    # The small addition undoes binary rounding: 0.29 * 100 is 28.999... and means 29.
+    rank = max(1, int(np.floor(rho * len(s) + 1e-9)))
+    return Cut(rank, None, None, f"max(1, floor({rho:g} * p))")
+
+
+def _rank(s: Spectrum, shape: Shape, rank: float) -> Cut:
+    return Cut(min(int(rank), len(s)), None, None, f"rank {int(rank)} asked for")
+
+
+_SHARE = {"valid": lambda x: 0 < x <= 1, "expected": "a number in (0, 1]"}
+
+RULES: dict[str, Rule] = {
+    "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
+    "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; median matching as in Gavish and Donoho 2014"),
+    "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant"),
+    "tracy-widom": Rule(
+        _tracy_widom,
+        "Johnstone 2001; Tracy-Widom quantile by Chiani 2014",
+        argument="ALPHA",
+        default=0.05,  # Johnstone 2001, section 1.2, tests at this level
+        valid=lambda x: 0 < x < 1,
+        expected="a level between 0 and 1",
+    ),
+    "gavish-donoho": Rule(_gavish_donoho, "Gavish and Donoho 2014, equation 11"),
+    "energy": Rule(_energy, "common practice", argument="X", **_SHARE),
+    "fraction": Rule(_fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", argument="RHO", **_SHARE),
+    "rank": Rule(
+        _rank,
+        "a fixed rank",
+        argument="K",
+        valid=lambda x: x >= 0 and float(x).is_integer(),
+        expected="a whole number, 0 or more",
+    ),
+}
+
+
+def parse_rule(spec: str) -> tuple[Rule, float]:
+    """`NAME` or `NAME:ARGUMENT` to a row of RULES and its argument. Raises UsageError with the whole list."""
+    name, _, text = spec.partition(":")
+    if name not in RULES:
+        known = ", ".join(n + (f":{r.argument}" if r.argument else "") for n, r in RULES.items())
+        raise UsageError(f"no rule is called {name!r}; try one of {known}")
+    rule = RULES[name]
+    if rule.argument is None:
+        if text:
+            raise UsageError(f"rule {name!r} takes no argument, found {text!r}; try --rule {name}")
+        return rule, 0.0
+    if not text and rule.default is not None:
+        return rule, rule.default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not rule.valid(value):
+        raise UsageError(f"rule {name!r} needs {rule.expected}, found {text!r}; try --rule {name}:{rule.argument}")
+    return rule, value
+
+
+def apply_rule(spec: str, s: Spectrum, shape: Shape) -> Cut:
+    """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n)."""
+    rule, argument = parse_rule(spec)
+    if len(s) == 0 or s[0] == 0:
+        return Cut(0, 0.0, 0.0, "zero matrix")
+    return rule.cut(s, shape, argument)
+
+
+def signal_to_noise(s: Spectrum, rank: int) -> float | None:
+    """sum(s > t) / sum(s <= t) (LaserRMT). None, not infinite, where nothing is at or below the threshold."""
+    noise_sum = float(s[rank:].sum())
+    return float(s[:rank].sum()) / noise_sum if noise_sum > 0 else None

@@ -1,0 +1,112 @@
+"""verify: is OUT what its plan says? Measured on the files themselves, without trusting what they claim."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from laser.reduction import Outcome
+from laser.spectral.decomposition import singular_values
+from laser.spectral.devices import Device, choose_device
+
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`problems` is empty when everything holds; each entry names a file or tensor with found and expected."""
+
+    untouched: int  # tensors compared bit for bit
+    touched: int  # matrices measured
+    problems: tuple[str, ...]
+
+
+def verify(
+    source: Checkpoint,
+    out: Path,
+    *,
+    device: Device | None = None,
+    tick: Callable[[Matrix], None] = lambda _: None,
+) -> Verification:
+    """Compare `out` with `source` and with the plan in its laser.json.
+
+    Untouched tensors must be equal bit for bit. A touched matrix B must be a best approximation of W at the plan's rank
+    r, which by Eckart and Young (1936) is the same as: its singular values after the r-th are no more than rounding to
+    the storage dtype, and ||W - B||_F is the norm of W's tail. Both are measured from the weights. Also checked: shard
+    headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out` cannot be read at all.
+    """
+    device = device or choose_device()
+    outcome, result = Outcome.load(out), open_checkpoint(out)
+    outcome.plan.source.require(source, "output")
+    problems: list[str] = []
+    if source.index_bytes != result.index_bytes:
+        problems.append("the index differs from the source's; expected the same bytes")
+    headers = {s.name: s.header for s in result.shards}
+    for shard in source.shards:
+        if headers.get(shard.name) != shard.header:
+            problems.append(f"{shard.name}: header differs from the source's; expected the same bytes")
+            continue
+        with (out / shard.name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if outcome.shards.get(shard.name) != digest:
+            problems.append(
+                f"{shard.name}: found sha256 {digest[:12]}, expected {outcome.shards.get(shard.name, '')[:12]}"
+            )
+    if problems:
+        return Verification(0, 0, tuple(problems))
+    lines = outcome.plan.reductions
+    untouched = touched = 0
+    for matrix in list_matrices(source):
+        if matrix.name in lines:
+            touched += 1
+            problems += _check_truncation(source, result, matrix, lines[matrix.name].rank or 0, device)
+        else:
+            untouched += 1
+            info = source.tensors[matrix.name]
+            if not _same_bytes(source.path / info.shard, out / info.shard, info):
+                problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
+        tick(matrix)
+    return Verification(untouched, touched, tuple(problems))
+
+
+def _same_bytes(a: Path, b: Path, info: TensorInfo) -> bool:
+    with a.open("rb") as left, b.open("rb") as right:
+        left.seek(info.start)
+        right.seek(info.start)
+        for start in range(info.start, info.end, CHUNK):
+            count = min(CHUNK, info.end - start)
+            if left.read(count) != right.read(count):
+                return False
+    return True
+
+
+def _check_truncation(source: Checkpoint, result: Checkpoint, matrix: Matrix, rank: int, device: Device) -> list[str]:
+    W, B = source.read(matrix.name), result.read(matrix.name)
+    s, _ = singular_values(W, device)
+    after, _ = singular_values(B, device)
+    total = float(np.linalg.norm(s))
+    tail = float(np.linalg.norm(s[rank:])) / total
+    distance, rounding = 0.0, 0.0
+    half_ulp = torch.finfo(B.dtype).eps / 2
+    for start in range(0, W.shape[0], 1024):
+        w, b = W[start : start + 1024].double(), B[start : start + 1024].double()
+        distance += float(torch.sum((w - b) ** 2))
+        rounding += float(torch.sum((half_ulp * b) ** 2))
+    # ||B - W_r||_F is at most `rounding` (plus a little for the arithmetic), and that bounds both quantities.
+    slack = math.sqrt(rounding) / total + 1e-5
+    found = math.sqrt(distance) / total
+    problems = []
+    if abs(found - tail) > slack:
+        problems.append(f"{matrix.name}: ||W - B||/||W|| is {found:.3e}, expected {tail:.3e} for rank {rank}")
+    left = float(np.linalg.norm(after[rank:])) / total
+    if left > slack:
+        problems.append(f"{matrix.name}: {left:.3e} of the norm lies beyond rank {rank}, expected at most {slack:.1e}")
+    return problems

@@ -1,0 +1,125 @@
+"""Fixtures: pico checkpoints made on the spot, pinned threads, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+torch.set_num_threads(2)
+
+HIDDEN, WIDTH, EXPERTS, LAYERS, VOCABULARY = 32, 48, 4, 3, 64
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of shared reference data beside the project; tests that need it say so when it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder `shared` beside the project (reference data), which a lone clone lacks")
+    return SHARED
+
+
+def mixtral_config() -> dict[str, Any]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def mixtral_tensors(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Names and shapes of Mixtral on the Hub: noise of deviation 0.05 and a few spikes per matrix."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(m: int, n: int) -> torch.Tensor:
+        noise = 0.05 * torch.randn(m, n, generator=generator)
+        spikes = torch.randn(m, 3, generator=generator) @ torch.randn(3, n, generator=generator)
+        return (noise + 0.08 * spikes).to(dtype)
+
+    key_value = HIDDEN // 2
+    tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        tensors[prefix + "input_layernorm.weight"] = torch.ones(HIDDEN, dtype=dtype)
+        for role, rows in {"q": HIDDEN, "k": key_value, "v": key_value, "o": HIDDEN}.items():
+            tensors[f"{prefix}self_attn.{role}_proj.weight"] = matrix(rows, HIDDEN)
+        tensors[prefix + "post_attention_layernorm.weight"] = torch.ones(HIDDEN, dtype=dtype)
+        tensors[prefix + "block_sparse_moe.gate.weight"] = matrix(EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            at = f"{prefix}block_sparse_moe.experts.{expert}."
+            tensors[at + "w1.weight"] = matrix(WIDTH, HIDDEN)
+            tensors[at + "w2.weight"] = matrix(HIDDEN, WIDTH)
+            tensors[at + "w3.weight"] = matrix(WIDTH, HIDDEN)
+    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=dtype)
+    tensors["lm_head.weight"] = matrix(VOCABULARY, HIDDEN)
+    return tensors
+
+
+def write_checkpoint_directory(
+    path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], shards: int = 3
+) -> Path:
+    """The Hub's layout: config, generation config, licence, `shards` files and their index (one file without)."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "generation_config.json").write_text('{"do_sample": false}\n')
+    (path / "LICENSE").write_text("as the source says\n")
+    (path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# pico\n")
+    names = list(tensors)
+    size = -(-len(names) // shards)
+    parts = [names[i : i + size] for i in range(0, len(names), size)]
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = ["model.safetensors"]
+    for file, part in zip(files, parts, strict=True):
+        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
+    if len(parts) > 1:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return path
+
+
+@pytest.fixture
+def pico(tmp_path: Path) -> Path:
+    """A Mixtral of 3 layers, 4 experts, hidden 32, in three shards with an index; 58 tensors, bf16."""
+    return write_checkpoint_directory(tmp_path / "pico", mixtral_tensors(), mixtral_config())
+
+
+@pytest.fixture
+def make_pico(tmp_path: Path) -> Callable[..., Path]:
+    """pico with other tensors, config entries or number of shards: make_pico("name", shards=1, tensors=...)."""
+
+    def make(
+        name: str = "other", *, shards: int = 3, tensors: dict[str, torch.Tensor] | None = None, **config: Any
+    ) -> Path:
+        return write_checkpoint_directory(
+            tmp_path / name, tensors or mixtral_tensors(), mixtral_config() | config, shards
+        )
+
+    return make
