@@ -62,8 +62,9 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
 
     if dtype not in DTYPES:
         raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
-    showing = logging.is_progress_bar_enabled()
+    showing, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.path),
@@ -71,19 +72,25 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.name}: transformers cannot load it ({str(error).splitlines()[0]}); try laser scan --dry-run"
         ) from error
     finally:
+        logging.set_verbosity(verbosity)
         if showing:
             logging.enable_progress_bar()
-    gaps = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    if gaps:
+    if gaps := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{checkpoint.name} has no weights for {gaps[0]} ({len(gaps)} in all), which would be random; "
             "finish the download"
+        )
+    for name, found, expected in info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.name}: {name} has shape {list(found)}, expected {list(expected)} by config.json; "
+            "use the config that belongs to these weights"
         )
     return model.eval()
 

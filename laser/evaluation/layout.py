@@ -15,7 +15,9 @@ import torch
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError
 
-FUSED = re.compile(r"(?P<layer>model\.layers\.\d+\.)mlp\.(?P<what>experts\.gate_up_proj|experts\.down_proj|gate\.weight)")
+FUSED = re.compile(
+    r"(?P<layer>model\.layers\.\d+\.)mlp\.(?P<what>experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+)
 
 
 @dataclass(frozen=True)

@@ -296,9 +296,7 @@ class LayeredModel:
             self._free(piece)
         self.store.free(upstream)
 
-    def _backward(
-        self, piece: int, entering: torch.Tensor, window: Window, upstream: torch.Tensor, total: int
-    ) -> None:
+    def _backward(self, piece: int, entering: torch.Tensor, window: Window, upstream: torch.Tensor, total: int) -> None:
         if piece <= self.layers:
             self._layer(piece - 1, entering).backward(upstream.to(self.device))
             return

@@ -111,7 +111,9 @@ def _rows(path: Path, content: str, field: str | None) -> list[str]:
             raise RecordError(f"{path.name} line {number} is not JSON ({error}); mend or remove it") from error
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise RecordError(f"{path.name} line {number}: expected a text in field {field!r}, found {found}; try --field")
+            raise RecordError(
+                f"{path.name} line {number}: expected a text in field {field!r}, found {found}; try --field"
+            )
         rows.append(row[field])
     return rows
 
