@@ -9,7 +9,6 @@ reported on held-out text that the search never saw.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,39 +17,17 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.candidates import Candidate, cut_of, grid_candidates, in_order, matrix_candidates, plans_of, predict
-from laser.checkpoint.files import Journal
-from laser.checkpoint.reader import Checkpoint
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.candidates import Candidate, grid_candidates, in_order, matrix_candidates, plans_of, predict
+from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.plan import Plan
+from laser.runner import Runner, SearchLog, Trial
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.trials import ACCEPT, Bench, accepted, change
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measured edit; d and se in the objective's unit, None where a value was not finite."""
-
-    label: str
-    rule: str
-    ranks: Mapping[str, int]
-    alone: bool  # a grid's cell against the untouched model; otherwise on top of what was kept before
-    d: float | None
-    se: float | None
-    accepted: bool
-    predicted: float | None
-    layer_forwards: int  # decoder layers times windows that this trial ran
-    seconds: float
-
-    def told(self) -> str:
-        if self.d is None:
-            return f"{self.rule}: not finite"
-        return f"{self.rule}: {self.d:+.5f}" + ("" if self.se is None else f" ± {self.se:.5f}")
+from laser.trials import ACCEPT, Bench, change
 
 
 @dataclass(frozen=True)
@@ -118,7 +95,7 @@ def search(
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
     run = {"kind": "search journal", "version": 1, "source": checkpoint.identity, "rules": list(rules)} | asked
-    log = _Log(journal, run)
+    log = SearchLog(journal, run)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
         base = log.values("baseline", bench.measure)
@@ -129,7 +106,8 @@ def search(
             )
         if shortlist is not None:
             found = _shortlisted(found, shortlist, bench, device, log)
-        runner = _Runner(bench, calibration, accept, device, log, tick)
+            bench.pieces = {max(c.piece, 1) for c in found}
+        runner = Runner(bench, calibration, accept, device, log, tick)
         if grid:
             kept, values = runner.grid(in_order(found, order), base)
         else:
@@ -160,47 +138,7 @@ def _check(calibration: Objective, held_out: Sequence[Objective], accept: str) -
             )
 
 
-class _Log:
-    """The journal, read from the front while it lasts and written behind that. Without a path nothing is kept."""
-
-    def __init__(self, path: Path | None, run: dict[str, Any]) -> None:
-        self.journal = Journal(path, run) if path else None
-        self._old = iter(tuple(self.journal.entries)) if self.journal else iter(())
-
-    def entry(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The finished entry that `what` identifies, or the one that `measure` gives now."""
-        old = next(self._old, None)
-        if old is not None:
-            different = [key for key, value in what.items() if old.get(key) != value]
-            if different:
-                path = self.journal.path if self.journal else ""
-                raise RecordError(
-                    f"{path}: found an entry of {old.get('entry')} {old.get('label', '')}, expected {what['entry']} "
-                    f"{what.get('label', '')} ({', '.join(different)} differ); start afresh with --force"
-                )
-            return old
-        new = what | measure()
-        if self.journal:
-            self.journal.append(new)
-        return new
-
-    def values(self, entry: str, measure: Callable[[], list[float]]) -> list[float]:
-        return _from_json(self.entry({"entry": entry}, lambda: {"values": _to_json(measure())})["values"])
-
-    def close(self) -> None:
-        if self.journal:
-            self.journal.close()
-
-
-def _to_json(values: Sequence[float]) -> list[float | None]:
-    return [v if math.isfinite(v) else None for v in values]  # strict JSON has no NaN
-
-
-def _from_json(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if v is None else v for v in values]
-
-
-def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Device, log: _Log) -> list[Candidate]:
+def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Device, log: SearchLog) -> list[Candidate]:
     """The `count` candidates with the lowest first-order change; one backward pass, journalled."""
     if count < 1 or bench.objective.name != "loss":
         raise UsageError("--shortlist gradient needs a count of 1 or more and the loss as objective")
@@ -213,89 +151,7 @@ def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Devic
     return sorted(told, key=lambda c: c.predicted or 0.0)[:count]
 
 
-class _Runner:
-    """The two ways to go through candidates; collects the trials."""
-
-    def __init__(
-        self,
-        bench: Bench,
-        objective: Objective,
-        accept: str,
-        device: Device,
-        log: _Log,
-        tick: Callable[[Trial, int], None],
-    ) -> None:
-        self.bench, self.objective, self.accept, self.device = bench, objective, accept, device
-        self.log, self.tick = log, tick
-        self.trials: list[Trial] = []
-        self.to_come = 0
-
-    def try_option(
-        self, candidate: Candidate, option: int, now: list[float], *, alone: bool = False
-    ) -> tuple[Trial, list[float]]:
-        rule, ranks = candidate.options[option]
-        what = {"entry": "alone" if alone else "trial", "label": candidate.label, "rule": rule, "ranks": dict(ranks)}
-
-        def measure() -> dict[str, Any]:
-            start, before = time.perf_counter(), self.bench.model.layer_forwards
-            values = self.bench.measure(cut_of(self.bench.model.checkpoint, ranks, self.device))
-            d, se = change(self.objective, now, values)
-            return {
-                "d": d if math.isfinite(d) else None,
-                "se": se,
-                "accepted": accepted(self.accept, d, se),
-                "layer_forwards": self.bench.model.layer_forwards - before,
-                "seconds": round(time.perf_counter() - start, 3),
-                "values": _to_json(values),
-            }
-
-        entry = self.log.entry(what, measure)
-        predicted = candidate.predicted if option == 0 else None
-        numbers = {k: entry[k] for k in ("d", "se", "accepted", "layer_forwards", "seconds")}
-        trial = Trial(candidate.label, rule, ranks, alone, predicted=predicted, **numbers)
-        self.trials.append(trial)
-        self.to_come -= 1
-        self.tick(trial, self.to_come)
-        return trial, _from_json(entry["values"])
-
-    def keep(self, ranks: Mapping[str, int]) -> None:
-        self.bench.keep(cut_of(self.bench.model.checkpoint, ranks, self.device))
-
-    def one_by_one(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
-        kept: dict[str, Trial] = {}
-        self.to_come = sum(len(c.options) for c in candidates)
-        for candidate in candidates:
-            best: tuple[Trial, list[float]] | None = None
-            for option in range(len(candidate.options)):
-                trial, values = self.try_option(candidate, option, now)
-                if trial.accepted and (best is None or (trial.d or 0.0) < (best[0].d or 0.0)):
-                    best = trial, values
-            if best:
-                self.keep(best[0].ranks)
-                kept |= dict.fromkeys(best[0].ranks, best[0])
-                now = best[1]
-        return kept, now
-
-    def grid(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
-        """Each cell alone; then the accepted ones, best first, each kept if it is still accepted on top of the rest."""
-        self.to_come = 2 * len(candidates)
-        alone = [(self.try_option(c, 0, now, alone=True)[0], c) for c in candidates]
-        promising = sorted((pair for pair in alone if pair[0].accepted), key=lambda pair: pair[0].d or 0.0)
-        kept: dict[str, Trial] = {}
-        self.to_come = len(promising)
-        for _, candidate in promising:
-            if kept.keys() & candidate.options[0][1].keys():  # this layer and role were cut at a better fraction
-                self.to_come -= 1
-                continue
-            trial, values = self.try_option(candidate, 0, now)
-            if trial.accepted:
-                self.keep(trial.ranks)
-                kept |= dict.fromkeys(trial.ranks, trial)
-                now = values
-        return kept, now
-
-
-def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: _Log) -> Report:
+def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
     """Before and after on text that the search never saw."""
     after = log.values(f"after {objective.sha256[:16]}", lambda: objective.values(model.losses(objective.windows)))
     edits: dict[str, torch.Tensor] = dict(model.edits)
@@ -360,7 +216,8 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
     pairs = [(t.predicted, t.d) for t in trials if t.predicted is not None and t.d is not None]
     if len(pairs) < 3 or len({p for p, _ in pairs}) < 2 or len({d for _, d in pairs}) < 2:
         return None
-    return float(stats.spearmanr([p for p, _ in pairs], [d for _, d in pairs]).statistic)
+    found: Any = stats.spearmanr([p for p, _ in pairs], [d for _, d in pairs])
+    return float(found.statistic)
 
 
 def result_document(result: SearchResult) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
 KINDS = ["mixtral", "llama", "tied", "sliding"]
 
 
-def windows_for(path: Path, text: str = TEXT, **options) -> Windows:
-    return cut_windows(Text("t", text), load_tokenizer(path), **{"length": 48, "limit": 4} | options)
+def windows_for(
+    path: Path, text: str = TEXT, length: int = 48, limit: int | None = 4, mode: str = "windows"
+) -> Windows:
+    return cut_windows(Text("t", text), load_tokenizer(path), length=length, limit=limit, mode=mode)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,18 +208,14 @@ def test_a_shape_that_config_does_not_expect_is_not_broadcast(tmp_path: Path) ->
 
 def test_it_agrees_with_lm_eval(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-eval, the extra [eval]")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "mixtral"))
     windows = windows_for(checkpoint.path, length=40, limit=None, mode="rolling")
     ours = evaluate(checkpoint, windows)
-    theirs = HFLM(
-        pretrained=load_whole(checkpoint, "float32"),
-        tokenizer=load_tokenizer(checkpoint.path),
-        max_length=40,
-        batch_size=1,
-    )
+    options: Any = {"tokenizer": load_tokenizer(checkpoint.path), "max_length": 40, "batch_size": 1}
+    theirs: Any = HFLM(load_whole(checkpoint, "float32"), **options)
     request = Instance("loglikelihood_rolling", {}, (TEXT,), 0)
     total = theirs.loglikelihood_rolling([request], disable_tqdm=True)[0]
     assert -total / ours.tokens == pytest.approx(ours.nll, abs=1e-4)

@@ -165,8 +165,8 @@ def difference(a: Perplexity, b: Perplexity) -> Difference:
     for what in ("text_sha256", "window", "mode", "bos", "windows", "tokens", "windows_sha256"):
         if (found := getattr(b, what)) != (expected := getattr(a, what)):
             raise UsageError(
-                f"{a.model} and {b.model} were not measured on the same tokens: {what} is {found}, expected {expected}; "
-                "evaluate both with the same text, window and tokenizer"
+                f"{a.model} and {b.model} were not measured on the same tokens: {what} is {found}, expected "
+                f"{expected}; evaluate both with the same text, window and tokenizer"
             )
     nll, error = paired_difference(a.losses, b.losses, a.counts)
     return Difference(nll, error, a.tokens, a.windows)

@@ -1,4 +1,4 @@
-"""A model in pieces: embedding, decoder layers, head. Any piece can be resident or loaded from the checkpoint and freed.
+"""A model in pieces: embedding, decoder layers, head. Each is resident, or loaded from the checkpoint and freed.
 
 The pieces are transformers' own modules, built on the meta device and filled by our reader, so nothing of the
 architecture is written twice: masks, rotary embeddings and everything else that a layer is called with are recorded
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import UsageError
 from laser.evaluation.activations import Activations, Store
-from laser.evaluation.layout import Part, parts_of
+from laser.evaluation.layout import Part, build_skeleton, parts_of
 from laser.evaluation.text import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,33 +34,6 @@ class Scores:
 
     sums: tuple[float, ...]
     greedy: tuple[bool, ...]
-
-
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The transformers model of a checkpoint's config with every parameter on the meta device: no memory, no weights.
-
-    Raises CheckpointError for a config that transformers does not know, UsageError for a model of another build.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot build it ({error})") from error
-    inner = getattr(model, "model", None)
-    missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
-    if missing or inner is None:
-        raise UsageError(
-            f"{type(model).__name__} has no model.{missing[0] if missing else ''}, so it cannot be run layer by layer; "
-            "try without --stream"
-        )
-    inner.rotary_emb = type(inner.rotary_emb)(config)  # its buffers are computed, not stored
-    stranded = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
-    if stranded:
-        raise UsageError(f"{type(model).__name__} computes {stranded[0]} when it is built; try without --stream")
-    return model.eval()
 
 
 class LayeredModel:

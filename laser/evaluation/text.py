@@ -7,9 +7,9 @@ Two ways to cut a text:
   start of each piece where the tokenizer has one. With it every token of the text is scored; without it the first
   token of each piece only serves as context. A text shorter than `length` gives one short window, and the last window
   of a long text may be short: the loss is weighted by tokens, so nothing is lost or padded.
-- `rolling`: as lm-eval's `loglikelihood_rolling`: one prefix token (BOS, or EOS where there is none) before the text and
-  none later, the model sees `length` tokens, and the last window is filled up with context to its left. Every token is
-  scored exactly once.
+- `rolling`: as lm-eval's `loglikelihood_rolling`: one prefix token (BOS, or EOS where there is none) before the text
+  and none later, the model sees `length` tokens, and the last window is filled up with context to its left. Every
+  token is scored exactly once.
 """
 
 from __future__ import annotations
