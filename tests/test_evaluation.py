@@ -215,7 +215,8 @@ def test_it_agrees_with_lm_eval(tmp_path: Path) -> None:
     windows = windows_for(checkpoint.path, length=40, limit=None, mode="rolling")
     ours = evaluate(checkpoint, windows)
     options: Any = {"tokenizer": load_tokenizer(checkpoint.path), "max_length": 40, "batch_size": 1}
-    theirs: Any = HFLM(load_whole(checkpoint, "float32"), **options)
+    harness: Any = HFLM
+    theirs = harness(load_whole(checkpoint, "float32"), **options)
     request = Instance("loglikelihood_rolling", {}, (TEXT,), 0)
     total = theirs.loglikelihood_rolling([request], disable_tqdm=True)[0]
     assert -total / ours.tokens == pytest.approx(ours.nll, abs=1e-4)

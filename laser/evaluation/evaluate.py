@@ -66,7 +66,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.path),
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -82,6 +82,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
         logging.set_verbosity(verbosity)
         if showing:
             logging.enable_progress_bar()
+    model, info = loaded
     if gaps := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{checkpoint.name} has no weights for {gaps[0]} ({len(gaps)} in all), which would be random; "

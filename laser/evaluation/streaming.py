@@ -256,6 +256,7 @@ class LayeredModel:
                 entering = boundaries[piece].window(number).to(self.device, copy=True).requires_grad_(True)
                 with torch.enable_grad():
                     self._backward(piece, entering, window, upstream.window(number), total)
+                assert entering.grad is not None
                 upstream.window(number).copy_(entering.grad)
             for name in names:
                 _, parameter, part = wanted[name]

@@ -209,11 +209,9 @@ def cut_windows(
     windows, scored_bytes = [], 0
     for start, end, scored in chosen:
         tokens = ids[max(start, 0) : end]
-        if start < 0:  # -1 stands for the prefix token, which is no part of the text
-            tokens = np.concatenate([[prefix], tokens])
-        elif mode == "windows" and prefix is not None:
-            tokens = np.concatenate([[prefix], tokens])
-        windows.append(Window(tokens.astype(np.int64), scored))
+        if prefix is not None and (start < 0 or mode == "windows"):  # rolling: -1 stands for the prefix, once
+            tokens = np.concatenate([np.array([prefix], dtype=np.int64), tokens])
+        windows.append(Window(tokens, scored))
         scored_bytes += int(sizes[end - scored : end].sum()) if sizes is not None else 0
     has_bos = prefix is not None and prefix == tokenizer.bos_token_id
     counted = scored_bytes if sizes is not None else None
