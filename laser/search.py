@@ -38,11 +38,11 @@ class Report:
     unit: str
     text: str
     units: int
-    before: float
+    before: float | None  # None: not finite
     before_se: float | None
-    after: float
+    after: float | None
     after_se: float | None
-    d: float
+    d: float | None
     se: float | None
 
 
@@ -79,6 +79,7 @@ def search(
     with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
     then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none.
+    Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
     text), RecordError for spectra or a journal of another run, NumericalError if the model itself is not finite.
@@ -116,8 +117,7 @@ def search(
     finally:
         log.close()
     plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
-    before, after = weighted_mean(base, calibration.weights), weighted_mean(values, calibration.weights)
-    summary = _summary(calibration, base, values, before, after)
+    summary = _summary(calibration, base, values)
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
 
@@ -166,20 +166,14 @@ def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial]
                 model.edit(name, W)
 
     before = log.values(f"before {objective.sha256[:16]}", untouched) if kept else after
-    means = [weighted_mean(values, objective.weights) for values in (before, after)]
-    return _summary(objective, before, after, means[0], means[1])
+    return _summary(objective, before, after)
 
 
-def _summary(
-    objective: Objective,
-    before: list[float],
-    after: list[float],
-    first: tuple[float, float | None],
-    last: tuple[float, float | None],
-) -> Report:
-    d, se = change(objective, before, after)
-    units = len(objective.weights)
-    return Report(objective.name, objective.unit, objective.text, units, *first, *last, d, se)
+def _summary(objective: Objective, before: list[float], after: list[float]) -> Report:
+    numbers = [*weighted_mean(before, objective.weights), *weighted_mean(after, objective.weights)]
+    numbers += change(objective, before, after)
+    finite = [x if x is not None and math.isfinite(x) else None for x in numbers]
+    return Report(objective.name, objective.unit, objective.text, len(objective.weights), *finite)
 
 
 def _plan(
@@ -221,7 +215,7 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
 
 
 def result_document(result: SearchResult) -> dict[str, Any]:
-    """The result without its plan, for `--json` and reports. Raises ValueError later where a held-out loss is NaN."""
+    """The result without its plan, for `--json` and reports."""
     return {
         "trials": [asdict(t) for t in result.trials],
         "calibration": asdict(result.calibration),

@@ -125,7 +125,10 @@ def search(
         ),
     ] = None,
     rules: Annotated[str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}.")] = "laser-rmt",
-    lowest_snr: Annotated[int | None, typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR.")] = None,
+    lowest_snr: Annotated[
+        int | None,
+        typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR; 0: all. Default: 15, as LaserRMT does."),
+    ] = None,
     shortlist: Annotated[
         str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
     ] = None,
@@ -197,7 +200,7 @@ def search(
             calibration,
             reported,
             selection=chosen,
-            lowest_snr=lowest_snr,
+            lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
             shortlist=_shortlist(shortlist),
             grid=grid is not None,
             accept=accept,
@@ -304,8 +307,8 @@ def _print_search(result: SearchResult) -> None:
 
 
 def _told(report: Report) -> str:
+    before, after, d = (_digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
     return (
-        f"{report.objective} on {report.text}, {report.units} units: {report.before:.5f} ± {_digits(report.before_se)} "
-        f"before, {report.after:.5f} ± {_digits(report.after_se)} after, change {report.d:+.5f} ± {_digits(report.se)} "
-        f"{report.unit}"
+        f"{report.objective} on {report.text}, {report.units} units: {before} ± {_digits(report.before_se)} before, "
+        f"{after} ± {_digits(report.after_se)} after, change {d} ± {_digits(report.se)} {report.unit}"
     )
