@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -246,7 +245,6 @@ def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
 
 def test_gradients_predict_small_removals(model_path: Path) -> None:
     """Removing the least singular value of each matrix is nearly first order: the orders must agree."""
-    calibration, _ = losses_for(model_path)
     names = Selection(roles=("q", "k", "v", "o"))
     result = run(model_path, ("fraction:0.97",), shortlist=100, selection=names, accept="any-drop", order="snr")
     assert len(result.trials) == 12 and result.rank_correlation is not None and result.rank_correlation > 0.7
@@ -257,7 +255,6 @@ def test_gradients_predict_small_removals(model_path: Path) -> None:
     assert {t.label for t in few.trials} == {t.label for t in lowest}
     reasons = [line.reason for line in few.plan.lines]
     assert reasons.count("not tried: not on the shortlist") == 8
-    assert calibration.name == "loss"
 
 
 def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
@@ -268,7 +265,7 @@ def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
     composed = [t for t in result.trials if not t.alone]
     best = min((t for t in alone if t.accepted), key=lambda t: t.d or 0.0)
     assert composed[0].ranks == best.ranks and composed[0].d == best.d
-    assert result.calibration.d < 0
+    assert (result.calibration.d or 0.0) < 0
     for trial in composed:
         if trial.accepted:
             assert all(result.plan.reductions[name].rank == rank for name, rank in trial.ranks.items())
@@ -317,10 +314,10 @@ def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
         scan(checkpoint, device=CPU),
         ("fraction:0.3",),
         task,
-        [held_out, dataclasses.replace(task, windows=task.windows[::-1])][:1],
+        [held_out],
         **options,
     )
-    assert (
-        result.calibration.objective == "accuracy" and 0 <= result.calibration.after <= result.calibration.before <= 1
-    )
+    before, after = result.calibration.before, result.calibration.after
+    assert result.calibration.objective == "accuracy" and before is not None and after is not None
+    assert 0 <= after <= before <= 1
     assert result.held_out[0].objective == "loss"

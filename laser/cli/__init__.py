@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow, measure
+from laser.cli import flow, measure, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
-for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices, measure.eval, measure.search):
+for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices, measure.eval, search.search):
     app.command()(verb)
 
 
