@@ -2,8 +2,8 @@
 
 Two methods. `gram` (default): with A the tall one of W and W^T, G = A^T A is p x p and G = V diag(s^2) V^T, so s comes
 from eigenvalues alone, and W_r = (A V_r) V_r^T, or A - (A V_c) V_c^T where the complement is the smaller. Shrinkage and
-two-sided cuts are A V diag(g) V^T with other gains than 0 and 1 in a row (shrinkage.py), by the same products. `svd`: plain
-`torch.linalg.svd` in float64 on the host, slow and independent: the reference, and the last rung of the ladder.
+two-sided cuts are A V diag(g) V^T with other gains than 0 and 1 in a row (shrinkage.py), by the same products. `svd`:
+plain `torch.linalg.svd` in float64 on the host, slow and independent: the reference, and the last rung of the ladder.
 
 A Gram matrix squares the spectrum, so a value below sqrt(p * eps) * s_1 (1e-6 s_1 in float64 at p = 4096) is lost in
 rounding: it is reported as 0 in float64. Thresholds of trained matrices lie far above that.

@@ -117,7 +117,8 @@ def _null(p: int, q: int, estimator: str, theta: float, along: str) -> tuple[flo
         if equal:
             s = gaussian_spectrum(*shape, random)
         else:
-            s = gamma_spectrum(*(shape if along == "p" else shape[::-1]), theta, random)
+            P, Q = shape if along == "p" else (shape[1], shape[0])
+            s = gamma_spectrum(P, Q, theta, random)
         noise = estimate(s, shape, estimator)
         sigmas.append(noise.sigma)
         distances.append(bulk_distance(s, shape, noise)[0])

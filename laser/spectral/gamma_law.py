@@ -2,8 +2,8 @@
 
 Model of Ke, Ma and Lin (2021), section 2: W = D^(1/2) Z of shape (P, Q), Z with independent entries of mean 0 and
 deviation sigma, D diagonal with entries tau_i drawn from a gamma law of mean 1 and shape theta (variance 1 / theta;
-theta = infinity is plain noise). With c = P / Q, x an eigenvalue of W W^T / (sigma^2 Q) and H the law of tau, Silverstein
-and Choi (1995) describe the limit through a point w in the upper half plane (their -1 / m):
+theta = infinity is plain noise). With c = P / Q, x an eigenvalue of W W^T / (sigma^2 Q) and H the law of tau,
+Silverstein and Choi (1995) describe the limit through a point w in the upper half plane (their -1 / m):
 
     x = w + c int tau w / (w - tau) dH(tau),   where Im x = 0, that is   c int tau^2 / |tau - w|^2 dH(tau) = 1,
 

@@ -68,7 +68,7 @@ class Noise:
         """Share of the bulk at or below each s."""
         P, Q = self.sides(shape)
         if math.isinf(self.theta):
-            p, q, beta = mp.aspect((P, Q))
+            _, q, beta = mp.aspect((P, Q))
             return mp.cdf(s / (self.sigma * q**0.5), beta)
         return gamma_law.law(P / Q, self.theta).cdf(s / (self.sigma * Q**0.5))
 
@@ -125,11 +125,11 @@ def trimmed(s: Spectrum, shape: Shape) -> Noise:
     """Median matching after the signal is set aside: estimate, drop what is over the edge, again until stable.
 
     k strong signals span k directions on each side, and what is left of the noise is noise of shape (p - k, q - k):
-    the k upper values are dropped and the law of the smaller shape is fitted. This is the scheme of Kritchman and Nadler
-    (2009), section III, with the median in the place of the mean. A value counts as signal when it passes the Tracy-Widom
-    level TRIM_LEVEL, as there, and not the bare edge: noise passes that one time in five, and each pass lowers the next
-    edge (up to 4 values were dropped from pure noise, against 1). k never falls, so the loop ends; it stops short of
-    p / 2, where most of the spectrum would be signal and no bulk is left to speak of.
+    the k upper values are dropped and the law of the smaller shape is fitted. This is the scheme of Kritchman and
+    Nadler (2009), section III, with the median in the place of the mean. A value counts as signal when it passes
+    the Tracy-Widom level TRIM_LEVEL, as there, and not the bare edge: noise passes that one time in five, and each
+    pass lowers the next edge (up to 4 values were dropped from pure noise, against 1). k never falls, so the loop
+    ends; it stops short of p / 2, where most of the spectrum would be signal and no bulk is left to speak of.
     """
     p, q, _ = mp.aspect(shape)
     k = 0

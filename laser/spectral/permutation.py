@@ -56,8 +56,8 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
 
     start = np.random.default_rng(0).standard_normal(p)
     operator = LinearOperator((p, p), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
-    try:
-        value = eigsh(operator, k=1, v0=start, tol=TOLERANCE, return_eigenvectors=False)
+    try:  # SciPy's stubs take the default 0 for the type of tol
+        value = eigsh(operator, k=1, v0=start, tol=TOLERANCE, return_eigenvectors=False)  # pyright: ignore[reportArgumentType]
     except ArpackError as error:
         raise NumericalError(f"the largest singular value did not settle ({error}); try --device cpu") from error
     return float(np.sqrt(max(value[0], 0.0)))

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
@@ -49,7 +48,7 @@ class Rule:
     expected: str = ""
 
 
-def _above(s: Spectrum, threshold: float, sigma: float, reason: str) -> Cut:
+def _above(s: Spectrum, threshold: float, sigma: float | None, reason: str) -> Cut:
     return Cut(int(np.count_nonzero(s > threshold)), threshold, sigma, reason)
 
 
