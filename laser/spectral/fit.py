@@ -97,7 +97,8 @@ def gaussian_spectrum(p: int, q: int, random: np.random.Generator) -> Spectrum:
 def gamma_spectrum(P: int, Q: int, theta: float, random: np.random.Generator) -> Spectrum:
     """Singular values, descending, of a P x Q Gaussian matrix with gamma(theta, mean 1) variances along P."""
     tau = random.gamma(theta, 1 / theta, size=P)
-    return np.linalg.svd(np.sqrt(tau)[:, None] * random.standard_normal((P, Q)), compute_uv=False)
+    s = np.linalg.svd(np.sqrt(tau)[:, None] * random.standard_normal((P, Q)), compute_uv=False)
+    return np.asarray(s, dtype=np.float64)
 
 
 @lru_cache(maxsize=512)
