@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
-from laser.spectral.decomposition import METHODS, check_storage, singular_values
+from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.permutation import null_largest
 
@@ -138,39 +139,38 @@ def scan(
         "device": device.label,
         "null_draws": null_draws,
     }
-    log = Journal(journal, run) if journal else None
     values: dict[str, NDArray[np.float64]] = {}
     nulls: dict[str, NDArray[np.float64]] = {}
-    resumed = {entry["name"] for entry in log.entries} if log else set()
-    for entry in log.entries if log else ():
-        if entry["skipped"] is not None:
-            skipped[entry["name"]] = entry["skipped"]
-        else:
-            values[entry["name"]] = _decode(entry["values"])
-            if null_draws:
-                nulls[entry["name"]] = _decode(entry["null"])
-    todo = []
-    for matrix in matrices:
-        if matrix.name in resumed:
+    with Journal(journal, run) if journal else nullcontext() as log:
+        resumed = {entry["name"]: entry for entry in log.entries} if log else {}
+        for name, entry in resumed.items():
+            if entry["skipped"] is not None:
+                skipped[name] = entry["skipped"]
+            else:
+                values[name] = _decode(entry["values"])
+                if null_draws:
+                    nulls[name] = _decode(entry["null"])
+        todo = []
+        for matrix in matrices:
+            if matrix.name in resumed:
+                tick(matrix)
+            elif matrix.name not in skipped:
+                todo.append(matrix)
+        for matrix, W in read_ahead(checkpoint, todo):
+            why, s, null = None, np.empty(0), np.empty(0)
+            try:
+                s, _ = singular_values(W, device, method)
+                if null_draws:
+                    null = nulls[matrix.name] = null_largest(W, null_draws, device)
+                values[matrix.name] = s
+            except (NumericalError, UsageError) as error:
+                why = skipped[matrix.name] = describe_failure(W, error)
+            if log:
+                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
             tick(matrix)
-        elif matrix.name not in skipped:
-            todo.append(matrix)
-    for matrix, W in read_ahead(checkpoint, todo):
-        why, s, null = None, np.empty(0), np.empty(0)
-        try:
-            check_storage(W.dtype)
-            s, _ = singular_values(W, device, method)
-            if null_draws:
-                null = nulls[matrix.name] = null_largest(W, null_draws, device)
-            values[matrix.name] = s
-        except (NumericalError, UsageError) as error:
-            why = skipped[matrix.name] = describe_failure(W, error)
-        if log:
-            log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
-        tick(matrix)
-    if log:
-        log.close()
-    return Spectra(Source.of(checkpoint), tuple(matrices), values, skipped, method, device.label, nulls)
+    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
+    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
+    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label, ordered_nulls)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:

@@ -114,5 +114,7 @@ def _check_truncation(
     # Mirsky (1960): the singular values of B and of W_r differ, as vectors, by no more than B and W_r do.
     left = float(np.linalg.norm(after - np.sort(g * s)[::-1])) / total
     if left > slack:
-        problems.append(f"{matrix.name}: singular values {left:.3e} of the norm off, expected at most {slack:.1e}")
+        problems.append(
+            f"{matrix.name}: {left:.3e} of the norm lies off or beyond rank {rank}, expected {slack:.1e} at most"
+        )
     return problems

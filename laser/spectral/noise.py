@@ -27,7 +27,7 @@ Shape = tuple[int, int]
 # speaks against it. 0.5 is a spread of variances of 140 %, 128 one of 9 %.
 THETAS = (math.inf, 128.0, 64.0, 32.0, 16.0, 11.0, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5)
 BEMA_RANGE = 0.2  # Ke, Ma and Lin 2021, section 2.3: alpha
-BEMA_FEWEST = 16  # with fewer middle values any spread of variances fits as well as none; plain noise is assumed
+BEMA_FEWEST = 32  # with fewer values any spread of variances fits as well as none, and plain noise is assumed
 LEAST_SQUARES_RANGE = (0.05, 0.6)  # from power tables in LOG.md: signal sits on top and does not reach it below 40 %
 TRIM_LEVEL = 0.01  # Kritchman and Nadler 2009 choose 0.005 for their simulations; the power tables hardly move
 
@@ -151,10 +151,10 @@ def bema(s: Spectrum, shape: Shape) -> Noise:
     along either side, so both are tried, which also makes the result blind to transposition.
     """
     p, q, _ = mp.aspect(shape)
+    if p < BEMA_FEWEST:
+        return Noise(sigma_least_squares(s, shape))
     rising = s[::-1] ** 2
     chosen, laws = _gamma_quantiles(p, q)
-    if len(chosen) < BEMA_FEWEST:
-        return Noise(sigma_least_squares(s, shape))
     level = rising[chosen]
     best, answer = math.inf, Noise(0.0)
     for (along, theta), x in laws.items():

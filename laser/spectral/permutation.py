@@ -45,6 +45,8 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
     """
     A = (W if W.shape[0] >= W.shape[1] else W.T).to(device.torch_device).to(torch.float32)  # (q, p)
     p = A.shape[1]
+    if not A.any():  # Lanczos would have no direction to start in
+        return 0.0
     if p <= DENSE:
         small = A.double().cpu().numpy()
         return float(np.sqrt(max(np.linalg.eigvalsh(small.T @ small)[-1], 0.0)))

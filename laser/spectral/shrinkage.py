@@ -77,9 +77,9 @@ class Gains:
             check_shrinker(self.shrink)
             unit = (self.sigma or 0.0) * q**0.5
             if unit > 0:  # without noise nothing was inflated
-                kept = s[: self.above]
-                shrunk = SHRINKERS[self.shrink](kept / unit, beta) * unit
-                gains[: self.above] = np.minimum(shrunk / np.where(kept > 0, kept, 1.0), 1.0)
+                # Beyond 1e8 the gain is 1 - 1e-16, and fourth powers would overflow; below 1e-8 it is 0 anyway.
+                y = np.clip(s[: self.above] / unit, 1e-8, 1e8)
+                gains[: self.above] = np.minimum(SHRINKERS[self.shrink](y, beta) / y, 1.0)
         gains[p - self.below :] = 1.0
         return gains
 

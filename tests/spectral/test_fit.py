@@ -66,7 +66,7 @@ def test_large_shapes_borrow_from_smaller_ones(p: int, q: int) -> None:
 def test_unequal_rows_are_flagged_and_bema_fits_them(name: str) -> None:
     random = np.random.default_rng(5)
     rows = np.sqrt(random.gamma(2.0, 0.5, size=120))[:, None]
-    s = np.linalg.svd(rows * random.standard_normal((120, 300)), compute_uv=False)
+    s = np.asarray(np.linalg.svd(rows * random.standard_normal((120, 300)), compute_uv=False), dtype=np.float64)
     assert fit_noise(s, (120, 300), name).level == 1 / (1 + fit.DRAWS)  # as far off as no simulated noise
     assert fit_noise(s, (120, 300), "bema").level > 0.05
 
