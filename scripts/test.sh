@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh" test
 ruff format --check .
 ruff check .
 pyright
+python scripts/render_docs.py --check
 python -m pytest "$@"
