@@ -17,7 +17,7 @@ from laser.spectra import Source, Spectra, describe_failure, read_ahead
 from laser.spectral.decomposition import check_storage, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.permutation import KINDS, largest_singular_value, permuted
-from laser.spectral.rules import apply_rule, fewest_draws, parse_rule
+from laser.spectral.rules import apply_rule, draws_needed, parse_rule
 
 # Rules that claim to tell signal from noise; energy, fraction and rank keep what they are told to keep.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
@@ -82,7 +82,7 @@ def null_test(
     if permutation not in KINDS:
         raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(KINDS)}")
     parsed = {spec: parse_rule(spec) for spec in rules}
-    needed = max((fewest_draws(level) for rule, level in parsed.values() if rule.needs_null), default=0)
+    needed = max((draws_needed(spec) for spec in rules), default=0)
     selection, device = selection or Selection(), device or choose_device()
     if spectra is not None:
         spectra.source.require(checkpoint, "spectra")

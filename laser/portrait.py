@@ -15,7 +15,7 @@ from laser.spectral.fit import fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.rules import apply_rule, parse_rule
 
-CURVE = 120  # points of the fitted law's curve
+CURVE = 60  # points of the fitted law's curve
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of spectra, with matplotlib (extra `plot`). Told apart by shape and brightness, so they survive a printer."""
+"""Pictures of spectra, with matplotlib (extra `plot`). Shapes and greys tell things apart, so they can be printed."""
 
 from __future__ import annotations
 
@@ -71,6 +71,8 @@ def histogram(portrait: Portrait) -> Figure:
         f"singular value, unit of the weights   (sigma {portrait.sigma:.3g}, distance from the law "
         f"{portrait.distance:.2g}, level {portrait.level:.2g})"
     )
+    # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
+    axes.plot(kept, np.zeros(len(kept)), "|", color="black", markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -83,7 +85,7 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
     edges = _bins(portraits)
     strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
     for portrait, (colour, line, filled) in zip(portraits, strokes, strict=False):
-        fill = {"facecolor": colour, "edgecolor": "0.5"} if filled else {"edgecolor": colour, "facecolor": "none"}
+        fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
         label = f"{portrait.model}: {np.count_nonzero(portrait.values > 1e-9 * portrait.values[0])} over zero"
         axes.hist(portrait.values, edges, histtype="stepfilled", linestyle=line, linewidth=1.3, label=label, **fill)
     axes.set_title(f"{portraits[0].name}  ({portraits[0].rows} x {portraits[0].columns})", fontsize=10)
@@ -93,27 +95,29 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
     return figure
 
 
-def _bins(portraits: Sequence[Portrait]) -> np.ndarray:
-    """Equal bins over the bulk and a margin: a few giant outliers would press everything else into one bin. What lies
-    beyond is drawn in the last bin, and the axis says so."""
+def _bins(portraits: Sequence[Portrait]) -> list[float]:
+    """Equal bins from 0 to s_1, at most four times the edge: a giant outlier would press the bulk into one bin. What
+    lies beyond is outside the picture, and the legend's counts still hold it."""
     top = max(float(p.values[0]) for p in portraits)
-    span = max((max(p.upper_edge, p.threshold or 0.0) for p in portraits), default=0.0)
-    return np.linspace(0.0, min(top * 1.0001, 2.2 * span) or 1.0, BINS + 1)
+    span = max(max(p.upper_edge, p.threshold or 0.0) for p in portraits)
+    return np.linspace(0.0, min(top * 1.02, 4 * span) or 1.0, BINS + 1).tolist()
 
 
-def _count_axis(axes: Axes, edges: np.ndarray) -> None:
+def _count_axis(axes: Axes, edges: list[float]) -> None:
     axes.set_ylabel("singular values per bin")
-    axes.set_yscale("symlog", linthresh=10)  # single outliers and thousands in the bulk, both visible
     axes.set_xlim(0, edges[-1])
     axes.set_ylim(bottom=0)
 
 
-def heat_map(summary: Summary, quantity: str = "kept") -> Figure:
-    """Layer by role, experts side by side as columns; darker is more. Raises UsageError for an unknown quantity."""
+def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) -> Figure:
+    """Layer by role, experts side by side as columns (else their mean); darker is more.
+
+    Raises UsageError for an unknown quantity.
+    """
     if quantity not in QUANTITIES:
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
     title, unit, value = QUANTITIES[quantity]
-    columns, layers, grid = grid_of(summary.rows, value)
+    columns, layers, grid = grid_of(summary.rows, value, experts=experts)
     figure = _figure(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(grid), cmap="Greys", aspect="auto", interpolation="nearest")
@@ -123,7 +127,7 @@ def heat_map(summary: Summary, quantity: str = "kept") -> Figure:
     axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 12 else 0, fontsize=8)
     step = max(1, len(layers) // 20)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
-    axes.set_xlabel("role, and expert where there are several")
+    axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
     axes.set_ylabel("layer")
     axes.set_title(f"{summary.source.name}: {title}, rule {summary.rule}", fontsize=10)
     figure.colorbar(image, ax=axes, label=unit)
@@ -131,14 +135,18 @@ def heat_map(summary: Summary, quantity: str = "kept") -> Figure:
 
 
 def grid_of(
-    rows: Sequence[Row], value: Callable[[Row], float | None]
+    rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | None], np.ndarray]:
-    """Column labels, layers and the (layers, columns) values, NaN where there is none."""
+    """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     roles = list(dict.fromkeys(row.role for row in rows))
-    keys = sorted({(row.role, row.expert) for row in rows}, key=lambda k: (roles.index(k[0]), k[1] or 0))
+    columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
+    keys = sorted(set(columns.values()), key=lambda k: (roles.index(k[0]), k[1] or 0))
     layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
-    grid = np.full((len(layers), len(keys)), np.nan)
+    cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        found = value(row)
-        grid[layers.index(row.layer), keys.index((row.role, row.expert))] = np.nan if found is None else found
+        if (found := value(row)) is not None:
+            cells.setdefault((layers.index(row.layer), keys.index(columns[row.name])), []).append(found)
+    grid = np.full((len(layers), len(keys)), np.nan)
+    for at, values in cells.items():
+        grid[at] = np.mean(values)
     return [role if expert is None else f"{role}.{expert}" for role, expert in keys], layers, grid

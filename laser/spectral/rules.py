@@ -198,6 +198,12 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     return rule, value
 
 
+def draws_needed(spec: str) -> int:
+    """How many permutations of each matrix rule `spec` asks a scan for; 0 for most. Raises UsageError as parse_rule."""
+    rule, argument = parse_rule(spec)
+    return fewest_draws(argument) if rule.needs_null else 0
+
+
 def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None) -> Cut:
     """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n).
 
