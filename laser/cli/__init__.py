@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow
+from laser.cli import flow, look
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
 for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices):
+    app.command()(verb)
+for verb in (look.null, look.spectra, look.plot, look.report):
     app.command()(verb)
 
 
