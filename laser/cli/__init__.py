@@ -1,0 +1,46 @@
+"""The command line: verbs of the flow, one file per group of verbs. A package and not one file because the verbs are
+many; it holds no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from laser.cli import flow
+from laser.errors import LaserError
+
+app = typer.Typer(
+    name="laser",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
+)
+for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices):
+    app.command()(verb)
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """The options that stand before a verb; `main` reads --debug wherever it stands."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], prog_name="laser")
+    except LaserError as error:
+        if debug:
+            raise
+        print(f"laser: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
+        if end.code == 130:
+            print("laser: interrupted; what is finished is kept, run the command again with --resume", file=sys.stderr)
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    return 0

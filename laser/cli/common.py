@@ -1,0 +1,100 @@
+"""What every verb shares: option types, tables for people, JSON for programs, progress bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from laser.checkpoint.families import Matrix
+from laser.checkpoint.files import to_json
+from laser.errors import OutputError
+from laser.selection import Selection, parse_layers, parse_roles
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id in the Hub's cache.")]
+Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31.")]
+Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
+Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
+Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
+Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
+Method = Annotated[str, typer.Option("--method", help="gram (fast) or svd (reference).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; print what would be done.")]
+
+
+def selection(layers: str | None, roles: str | None, include: str | None, exclude: str | None) -> Selection:
+    return Selection(parse_layers(layers), parse_roles(roles), include, exclude)
+
+
+def refuse_to_overwrite(path: Path, force: bool) -> None:
+    """Raises OutputError if `path` is there and may not be replaced, or if its directory is missing."""
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
+
+
+def print_json(document: Any) -> None:
+    sys.stdout.write(to_json(document).decode())
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns, numbers to the right. Plain text: the same in a terminal, a pipe and a README."""
+    cells = [list(headings)] + [[_text(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(headings))]
+    for row in cells:
+        line = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+        print("  ".join(line).rstrip())
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
+    """One row per reduced matrix (the first `limit`), then how many of each role were reduced and kept."""
+    reduced = [line for line in lines if line.action == "reduce"]
+    if reduced:
+        print_table(
+            ("matrix", "rank", "of", "SNR", "energy removed"),
+            [(x.name, x.rank, x.full_rank, x.snr, _percent(1 - x.energy_kept)) for x in reduced[:limit]],
+        )
+    if len(reduced) > limit:
+        print(f"... and {len(reduced) - limit} more")
+    kept = sum(line.action == "keep" for line in lines)
+    skipped = [line for line in lines if line.action == "skip"]
+    print(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
+    for line in skipped[:limit]:
+        print(f"  {line.name}: {line.reason}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere. Its measure is work (m * n * min(m, n)), so its ETA can be believed."""
+
+    def __init__(self, what: str, matrices: Sequence[Matrix]) -> None:
+        shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        self._bar = tqdm(total=sum(m.cost for m in matrices), desc=what, bar_format=shape, disable=None, leave=False)
+
+    def __call__(self, matrix: Matrix, *_: object) -> None:
+        self._bar.set_postfix_str(matrix.name, refresh=False)
+        self._bar.update(matrix.cost if matrix.is_matrix else 0)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,269 @@
+"""The verbs of the flow: scan, plan, reduce, verify, run, devices. Each parses, calls and prints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import common
+from laser.errors import UsageError
+from laser.estimate import estimate
+from laser.flow import run as run_flow
+from laser.flow import scan_into
+from laser.plan import Plan, make_plan
+from laser.recipe import load_recipe, packaged
+from laser.reduction import Outcome
+from laser.reduction import reduce as reduce_checkpoint
+from laser.selection import Selection
+from laser.spectra import Spectra
+from laser.spectral import devices as devices_module
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.rules import RULES
+from laser.verification import verify as verify_output
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
+RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
+LowestSnr = Annotated[int | None, typer.Option("--lowest-snr", help="Reduce only the K matrices of lowest SNR.")]
+
+
+def scan(
+    model: common.Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    device: common.DeviceName = "auto",
+    precision: common.Precision = "auto",
+    method: common.Method = "gram",
+    dry_run: common.DryRun = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Measure the singular values of every selected matrix and write them to one small file.
+
+    Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    where = choose_device(device, precision)
+    if dry_run:
+        return _dry_run(checkpoint, selected, where, as_json)
+    if output is None:
+        raise UsageError("scan needs a file to write; try -o spectra.safetensors")
+    common.refuse_to_overwrite(output, force)
+    if force:
+        output.unlink(missing_ok=True)
+        output.with_name(output.name + ".partial").unlink(missing_ok=True)
+    start = time.perf_counter()
+    with common.Progress("scan", _chosen(list_matrices(checkpoint), selected)) as bar:
+        spectra = scan_into(output, checkpoint, selected, where, method, bar)
+    seconds = time.perf_counter() - start
+    if as_json:
+        return common.print_json(
+            {
+                "output": str(output),
+                "source": asdict(spectra.source),
+                "scanned": len(spectra.values),
+                "skipped": dict(spectra.skipped),
+                "device": spectra.device,
+                "seconds": seconds,
+            }
+        )
+    _print_spectra(spectra)
+    print(f"{len(spectra.values)} matrices in {seconds:.1f} s on {spectra.device}, written to {output}")
+
+
+def plan(
+    spectra: Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")],
+    output: Output,
+    rule: RuleOption = None,
+    lowest_snr: LowestSnr = None,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
+    if rule is None:
+        raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
+    common.refuse_to_overwrite(output, force)
+    chosen = common.selection(layers, roles, include, exclude)
+    made = make_plan(Spectra.load(spectra), rule, chosen, lowest_snr=lowest_snr)
+    made.save(output)
+    if as_json:
+        return common.print_json(asdict(made))
+    common.print_plan(made.lines)
+    print(f"written to {output}")
+
+
+def reduce(
+    model: common.Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
+    output: Output,
+    device: common.DeviceName = "auto",
+    precision: common.Precision = "auto",
+    method: common.Method = "gram",
+    resume: common.Resume = False,
+    force: common.Force = False,
+    dry_run: common.DryRun = False,
+    as_json: common.Json = False,
+) -> None:
+    """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
+    checkpoint, wanted, where = open_checkpoint(model), Plan.load(plan), choose_device(device, precision)
+    touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
+    if dry_run:
+        wanted.source.require(checkpoint, "plan")
+        return _print_estimate(checkpoint, touched, where, as_json)
+    start = time.perf_counter()
+    with common.Progress("reduce", touched) as bar:
+        outcome = reduce_checkpoint(
+            checkpoint, wanted, output, device=where, method=method, resume=resume, force=force, tick=bar
+        )
+    _print_outcome(outcome, output, time.perf_counter() - start, as_json)
+
+
+def verify(
+    model: common.Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
+    device: common.DeviceName = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
+    checkpoint = open_checkpoint(model)
+    with common.Progress("verify", list_matrices(checkpoint)) as bar:
+        found = verify_output(checkpoint, output, device=choose_device(device), tick=bar)
+    if as_json:
+        common.print_json(asdict(found))
+    else:
+        for problem in found.problems:
+            print(problem)
+        print(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def run(
+    model: common.Model,
+    output: Output,
+    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
+    rule: RuleOption = None,
+    lowest_snr: LowestSnr = None,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cuda, mps or cpu.")] = None,
+    precision: common.Precision = "auto",
+    method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
+    resume: common.Resume = False,
+    force: common.Force = False,
+    dry_run: common.DryRun = False,
+    as_json: common.Json = False,
+) -> None:
+    """Scan, plan and reduce in one go, by a recipe or by flags; flags win over the recipe."""
+    flags: dict[str, Any] = load_recipe(recipe) if recipe else {}
+    rule = rule or flags.get("rule")
+    if rule is None:
+        raise UsageError(f"run needs to know what to do; try --recipe {packaged()[0]}, or --rule mp-edge")
+    checkpoint = open_checkpoint(model)
+    roles = roles or flags.get("roles")
+    chosen = common.selection(
+        layers or flags.get("layers"), roles, include or flags.get("include"), exclude or flags.get("exclude")
+    )
+    where = choose_device(device or flags.get("device", "auto"), precision)
+    if dry_run:
+        return _dry_run(checkpoint, chosen, where, as_json)
+    start = time.perf_counter()
+    matrices = _chosen(list_matrices(checkpoint), chosen)
+    with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
+        result = run_flow(
+            checkpoint,
+            output,
+            rule,
+            chosen,
+            lowest_snr=lowest_snr or flags.get("lowest-snr"),
+            device=where,
+            method=method or flags.get("method", "gram"),
+            resume=resume,
+            force=force,
+            on_scan=scanned,
+            on_reduce=reduced,
+        )
+    _print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
+
+
+def devices(as_json: common.Json = False) -> None:
+    """Say which device would compute here, in which precision, and why."""
+    here, chosen = devices_module.available(), choose_device()
+    if as_json:
+        return common.print_json({"available": here, "chosen": chosen.label, "reason": chosen.reason})
+    common.print_table(("device", "here"), list(here.items()))
+    print(f"auto takes {chosen.label}: {chosen.reason}")
+
+
+def _chosen(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
+    return [m for m in matrices if chosen.why_not(m) is None]
+
+
+def _dry_run(checkpoint: Checkpoint, chosen: Selection, where: Device, as_json: bool) -> None:
+    matrices = list_matrices(checkpoint)
+    chosen.check(matrices)
+    _print_estimate(checkpoint, _chosen(matrices, chosen), where, as_json)
+
+
+def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Device, as_json: bool) -> None:
+    foretold = estimate(checkpoint, matrices, where)
+    if as_json:
+        return common.print_json(asdict(foretold) | {"device": where.label, "names": [m.name for m in matrices]})
+    groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
+    for m in matrices:
+        groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
+    common.print_table(
+        ("role", "matrices", "shape", "dtype", "layers"),
+        [
+            (role, len(ms), "x".join(map(str, shape)), dtype, f"{ms[0].layer}-{ms[-1].layer}")
+            for (role, shape, dtype), ms in groups.items()
+        ],
+    )
+    print(
+        f"{len(matrices)} matrices on {where.label}: about {_duration(foretold.scan_seconds)} to scan, "
+        f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
+        f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _print_spectra(spectra: Spectra) -> None:
+    by_role: dict[str, list[Matrix]] = {}
+    for m in spectra.matrices:
+        if m.name in spectra.values:
+            by_role.setdefault(m.role, []).append(m)
+    rows = []
+    for role, ms in by_role.items():
+        values = [spectra.values[m.name] for m in ms]
+        means = (float(np.mean([f(s) for s in values])) for f in (np.max, np.median, np.linalg.norm))
+        rows.append((role, len(ms), "x".join(map(str, ms[0].shape)), *means))
+    common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
+    for name, why in spectra.skipped.items():
+        if why.startswith("skipped"):
+            print(f"{name}: {why}")
+
+
+def _print_outcome(outcome: Outcome, output: Path, seconds: float, as_json: bool) -> None:
+    if as_json:
+        return common.print_json(asdict(outcome) | {"output": str(output), "seconds": seconds})
+    common.print_plan(outcome.plan.lines)
+    worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
+    print(f"written to {output} in {seconds:.1f} s; largest residual of a certificate {worst:.1e}")
