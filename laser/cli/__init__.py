@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow
+from laser.cli import flow, publish
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
-for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices):
+for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices, publish.leaderboard, publish.card):
     app.command()(verb)
 
 

@@ -150,8 +150,7 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
             )
         by_subject.setdefault(row["subject"], []).append(row)
     return [
-        _write_local(task, packaged, folder, subject, by_subject[subject], pool, data)
-        for subject in sorted(by_subject)
+        _write_local(task, packaged, folder, subject, by_subject[subject], pool, data) for subject in sorted(by_subject)
     ], hashes
 
 

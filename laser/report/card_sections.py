@@ -1,0 +1,310 @@
+"""The sections of a card's text. Each takes records and returns Markdown without a blank line at its ends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from laser.evaluation.leaderboard import Leaderboard
+from laser.report import chat
+from laser.report.comparison import Losses, Row
+from laser.report.markdown import cell, code, fence, table
+
+if TYPE_CHECKING:
+    from laser.plan import Plan, PlanLine
+    from laser.reduction import Outcome
+    from laser.report.card import CardRun, CardSource
+
+UNFOLDED = 40  # rows that a table shows before the rest is folded away
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return cell(text)
+
+
+def summary(outcome: Outcome, source: CardSource, base: tuple[str | list[str] | None, str]) -> str:
+    reduced = len(outcome.plan.reductions)
+    matrices, _ = _count(outcome.plan)
+    text = (
+        f"{code(source.hub_id or source.name)} with {reduced} of its {matrices} weight matrices replaced by their best "
+        f"approximations of lower rank, chosen by the rule {code(outcome.plan.rule)}. Nothing was trained. Names, "
+        "shapes, storage types and size are the source's, so it loads wherever the source does, and is neither smaller "
+        "nor faster."
+    )
+    if not reduced:
+        text += " **No matrix was reduced: the weights are the source's, byte for byte.**"
+    named, origin = base
+    if named and origin != "source":
+        which = ", ".join(code(x) for x in ([named] if isinstance(named, str) else named))
+        told = "its config.json names" if origin == "config.json" else "its own card names as its base"
+        text += f"\n\nThe source is a local directory; `base_model` above is {which}, which {told}."
+    return text
+
+
+def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> str:
+    """The first table. What got worse is said above it and in it."""
+    parts = ["## Measured before and after"]
+    if not rows:
+        parts.append("**Nothing was measured.** Whether this model is better or worse than its source is not known.")
+        return "\n\n".join(parts)
+    worse = [row.what for row in rows if row.worse]
+    better = [row.what for row in rows if row.better]
+    if worse:
+        parts.append(f"**Worse than the source** on: {cell('; '.join(worse))}.")
+    elif not any(row.compared for row in rows):
+        parts.append("**Nothing was measured on both models**, so whether this one is worse is not known.")
+    elif not better:
+        parts.append("No line below shows a difference beyond its error: no gain was measured.")
+    cells = [
+        (
+            cell(r.what),
+            cell(r.before),
+            cell(r.after),
+            cell(r.change),
+            f"**{cell(r.verdict)}**" if r.worse else r.verdict,
+        )
+        for r in rows
+    ]
+    parts.append(table(("", "source", "this model", "change", "verdict"), cells, right=(1, 2, 3)))
+    notes = ["± is one standard error."]
+    if losses or (before and after):
+        notes.append(
+            "Changes are paired, window by window or row by row; a verdict is given where the change is larger than "
+            "its standard error."
+        )
+    if any(board and (board.limit is not None) for board in (before, after)):
+        limits = sorted({str(b.limit) for b in (before, after) if b and b.limit is not None})
+        notes.append(
+            f"The tasks were cut to their first {' and '.join(limits)} rows (MMLU: per subject). That is a smoke test, "
+            "not a leaderboard result."
+        )
+    if any(board and board.data for board in (before, after)):
+        notes.append(
+            "The rows came from local files, and the few-shot examples of ARC, HellaSwag, MMLU and Winogrande from the "
+            "first rows of those files (not scored), not from the train split that the leaderboard draws on."
+        )
+    parts.append(" ".join(notes))
+    return "\n\n".join(parts)
+
+
+def what_was_done(outcome: Outcome, source: CardSource, run: CardRun) -> str:
+    plan = outcome.plan
+    reduced = list(plan.reductions.values())
+    matrices, tensors = _count(plan)
+    skipped = [line for line in plan.lines if line.action == "skip"]
+    origin = f" ({cell(run.rule_source)})" if run.rule_source else ""
+    text = [
+        "## What was done",
+        f"Rule {code(plan.rule)}{origin}; selection: {_selection(plan.selection)}. Of {tensors} tensors, {matrices} "
+        f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
+        + (f", among them {len(skipped)} that could not be read as numbers." if skipped else "."),
+    ]
+    if not reduced:
+        return "\n\n".join(text)
+    removed = [_removed(outcome, line) for line in reduced]
+    mean = sum(removed) / len(removed)
+    text.append(
+        f"The part removed held {100 * min(removed):.2f} to {100 * max(removed):.2f} % (mean {100 * mean:.2f} %) of "
+        "the squared singular values of its matrix, as measured when it was removed. By role:"
+    )
+    text.append(_roles(outcome, reduced, plan))
+    rows = [
+        (code(x.name), str(x.full_rank), str(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
+        for x, e in zip(reduced, removed, strict=True)
+    ]
+    full = table(("matrix", "rank before", "after", "energy removed", "SNR"), rows, right=(1, 2, 3, 4))
+    if len(rows) > UNFOLDED:
+        full = f"<details>\n<summary>All {len(rows)} reduced matrices</summary>\n\n{full}\n\n</details>"
+    text.append(full)
+    text.append(
+        "SNR is the sum of the singular values kept over the sum of those removed. Rank before is the smaller side. "
+        "The reason for every tensor, reduced or kept, and the residual of every factorisation are in `laser.json`."
+    )
+    return "\n\n".join(text)
+
+
+def _count(plan: Plan) -> tuple[int, int]:
+    """(matrices, tensors). A plan line has no shape, but the reason of a tensor that is no matrix says so."""
+    return sum(not line.reason.startswith("not a matrix") for line in plan.lines), len(plan.lines)
+
+
+def _removed(outcome: Outcome, line: PlanLine) -> float:
+    kept = outcome.matrices.get(line.name, {}).get("energy_kept", line.energy_kept)
+    return 1 - float(kept)
+
+
+def _roles(outcome: Outcome, reduced: Sequence[PlanLine], plan: Plan) -> str:
+    rows = []
+    for role in dict.fromkeys(line.role for line in reduced):
+        these = [line for line in reduced if line.role == role]
+        energy = [_removed(outcome, line) for line in these]
+        ranks = sorted(line.rank or 0 for line in these)
+        full = sorted({line.full_rank or 0 for line in these})
+        layers = sorted({line.layer for line in these if line.layer is not None})
+        rows.append(
+            (
+                cell(role),
+                f"{len(these)} of {sum(line.role == role for line in plan.lines)}",
+                _span(layers),
+                _span(full),
+                _span(ranks),
+                f"{100 * min(energy):.1f} to {100 * max(energy):.1f} %",
+            )
+        )
+    return table(("role", "reduced", "layers", "rank before", "rank after", "energy removed"), rows, right=(3, 4, 5))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _selection(selection: Mapping[str, Any]) -> str:
+    parts = []
+    if selection.get("lowest_snr"):
+        parts.append(f"the {selection['lowest_snr']} matrices of lowest signal-to-noise ratio")
+    if selection.get("layers"):
+        parts.append("layers " + ", ".join(map(str, selection["layers"])))
+    if selection.get("roles"):
+        parts.append("roles " + ", ".join(map(cell, selection["roles"])))
+    for key in ("include", "exclude"):
+        if selection.get(key):
+            parts.append(f"names that {'' if key == 'include' else 'do not '}match {code(selection[key])}")
+    return "; ".join(parts) or "every attention and feed-forward matrix"
+
+
+def search(trials: Sequence[Mapping[str, Any]]) -> str:
+    """Every trial of the search, in the order in which they were made."""
+    accepted = [t for t in trials if t.get("accepted")]
+    rows = []
+    for t in trials:
+        se = t.get("se")
+        change = f"{float(t['change']):+.5f}" + (f" ± {float(se):.5f}" if se is not None else "")
+        verdict = "kept" if t.get("accepted") else "undone"
+        rows.append((code(t["name"]), f"{t.get('full_rank', '')}", f"{t.get('rank', '')}", change, verdict))
+    full = table(("matrix", "rank before", "tried", "change of the loss", "decision"), rows, right=(1, 2, 3))
+    if len(rows) > UNFOLDED:
+        full = f"<details>\n<summary>All {len(rows)} trials</summary>\n\n{full}\n\n</details>"
+    return (
+        f"## How the edits were chosen\n\n{len(trials)} edits were tried one at a time and {len(accepted)} kept. The "
+        "change of the loss is on the calibration text, in nats per token; what was selected on a text says little "
+        f"about that text, so the comparison above must be on another.\n\n{full}"
+    )
+
+
+def instruction_format(source: CardSource) -> str:
+    head = "## Instruction format\n\n"
+    template = chat.find_template(source.tokenizer_config or {}, source.chat_template)
+    if template is None:
+        return head + "The source has no chat template: give it plain text."
+    text, why = chat.render(template, source.tokenizer_config or {})
+    if text is None:
+        return (
+            head + f"The source has a chat template that could not be rendered for a conversation of user, assistant, "
+            f"user ({cell(why)}). It was copied unchanged; see the source's own card."
+        )
+    return (
+        head + "The source's own chat template, copied unchanged, makes this of two questions and an answer, ready for "
+        f"the next answer. `tokenizer.apply_chat_template` writes it for you.\n\n{fence(text, 'text')}"
+    )
+
+
+def limits(
+    outcome: Outcome,
+    source: CardSource,
+    inherited: Mapping[str, Any],
+    losses: Losses | None,
+    after: Leaderboard | None,
+) -> str:
+    rule = outcome.plan.rule.partition(":")[0]
+    points = []
+    if rule == "laser-rmt":
+        points.append(
+            "The threshold of `laser-rmt` is biased. On a matrix of pure Gaussian noise, where nothing should be kept, "
+            "it keeps 24 % of the singular values if the matrix is square and up to 100 % if one side is four times "
+            "the other. What it removes depends on the shape of a matrix more than on its noise, and is not thereby "
+            "shown to be noise."
+        )
+    elif rule in ("energy", "fraction", "rank"):
+        points.append(f"The rule {code(rule)} sets a size; it does not tell signal from noise.")
+    else:
+        points.append(
+            f"The rule {code(rule)} takes the entries of a matrix's noise to be independent and of one variance. "
+            "Trained weights need not be so, and small singular values can carry what a model knows."
+        )
+    if losses is None and after is None:
+        points.append("No effect on quality was measured.")
+    elif after is None:
+        points.append("Only the loss on one text was measured, and no task.")
+    elif losses is None:
+        points.append("Only tasks were measured, and no loss on a text.")
+    points.append(
+        "Whatever was not measured above is not known: other languages, long contexts, code, tool use, safety. The "
+        "source's own limits and biases are still there."
+    )
+    points.append("Nothing was measured in 8 or 4 bits, whose rounding is an error of its own.")
+    if "license" not in inherited:
+        files = ", ".join(code(x) for x in source.licence_files)
+        points.append(
+            f"The source's card names no licence{f'; see {files}' if files else ''}. Ask its authors before you use it."
+        )
+    else:
+        points.append("The licence is the source's.")
+    return "## Limits\n\n" + "\n".join(f"- {p}" for p in points)
+
+
+def reproduce(
+    name: str,
+    outcome: Outcome,
+    source: CardSource,
+    run: CardRun,
+    before: Leaderboard | None,
+    after: Leaderboard | None,
+) -> str:
+    commands = list(run.commands) or [spell_command(name, outcome, source)]
+    commands += [f"laser verify {shlex.quote(source.hub_id or source.name)} {shlex.quote(name)}"]
+    commands += [board.command for board in (before, after) if board and board.command]
+    parts = ["## How to reproduce", fence("\n".join(commands), "sh")]
+    facts = [
+        ("source", code(source.hub_id or source.name)),
+        ("source revision", code(source.revision) if source.revision else "not known: a local directory"),
+        ("source identity", code(source.identity)),
+        ("method, device", cell(f"{outcome.run.get('method', '?')}, {outcome.run.get('device', '?')}")),
+    ]
+    facts += [(cell(k), cell(v)) for k, v in (run.versions or {}).items()]
+    if after:
+        facts += [(f"{cell(k)} (tasks)", cell(v)) for k, v in after.versions.items()]
+        facts += [(code(k), f"sha256 {code(v)}") for k, v in after.data.items()]
+    parts.append(table(("", ""), facts))
+    parts.append(
+        "The identity is a sha256 over the config, the index, and each shard's name, size and header. The same source, "
+        "plan, method, device and versions give the same bytes:"
+    )
+    shards = source.shards or {}
+    if shards:
+        rows = [(code(k), code(v), code(shards.get(k, "not read"))) for k, v in outcome.shards.items()]
+        parts.append(table(("file", "sha256", "sha256 of the source's"), rows))
+    else:
+        parts.append(table(("file", "sha256"), [(code(k), code(v)) for k, v in outcome.shards.items()]))
+    return "\n\n".join(parts)
+
+
+def spell_command(name: str, outcome: Outcome, source: CardSource) -> str:
+    """The `laser run` that makes this output, spelled out from its plan."""
+    plan = outcome.plan
+    words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
+    for flag, key in (("--lowest-snr", "lowest_snr"), ("--include", "include"), ("--exclude", "exclude")):
+        if plan.selection.get(key) is not None:
+            words += [flag, str(plan.selection[key])]
+    for flag in ("layers", "roles"):
+        if plan.selection.get(flag):
+            words += [f"--{flag}", ",".join(map(str, plan.selection[flag]))]
+    device, _, precision = str(outcome.run.get("device", "")).partition(" ")
+    if device and precision:
+        words += ["--device", device, "--precision", precision]
+    if outcome.run.get("method"):
+        words += ["--method", str(outcome.run["method"])]
+    return shlex.join(words)
