@@ -7,6 +7,7 @@ records of the same rows can be compared row by row, which is far sharper than c
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import math
 import tempfile
@@ -14,16 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import OUTCOME
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
-
-if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
 
 KIND, VERSION = "leaderboard", 1
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
@@ -164,9 +162,7 @@ def run_leaderboard(
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
     require_lm_eval()
-    import lm_eval.tasks
-
-    packaged = Path(lm_eval.tasks.__path__[0])
+    packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
     with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
@@ -208,11 +204,17 @@ def require_lm_eval() -> None:
             raise UsageError(f"the leaderboard needs {module}; try pip install 'laser-rmt[eval]'")
 
 
-def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> HFLM:
-    from lm_eval.models.huggingface import HFLM
+def _lm_eval(module: str) -> Any:
+    """A module of lm-eval, imported when met. Untyped: its decorators hide its signatures from a type checker, which
+    moreover must pass where lm-eval is not installed."""
+    return importlib.import_module(f"lm_eval.{module}")
 
+
+def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
+    """lm-eval's transformers model, with the checkpoint's weights and tokenizer."""
+    backend = _lm_eval("models.huggingface")
     try:
-        return HFLM(pretrained=str(checkpoint.path), device=device, dtype=dtype, batch_size=batch_size)
+        return backend.HFLM(pretrained=str(checkpoint.path), device=device, dtype=dtype, batch_size=batch_size)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -220,16 +222,13 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> H
         ) from error
 
 
-def _measure(model: HFLM, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
+def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
     """Run the task's files in `folder` and pool their rows."""
-    from lm_eval import evaluate
-    from lm_eval.tasks import TaskManager
-
     # Without the packaged index: reading its thousands of files takes longer than a small task.
-    loaded = TaskManager(include_path=str(folder), include_defaults=False).load(names)
+    loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     for each in loaded["tasks"].values():
         each.set_fewshot_seed(seed=SEED)
-    result = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
+    result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
     if result is None:
         raise UsageError("lm-eval returned nothing: this is not its first process; run without a launcher")
     metric, _, picked = task.key.partition(",")

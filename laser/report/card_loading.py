@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from laser.report import chat
@@ -12,31 +13,39 @@ from laser.report.markdown import fence
 if TYPE_CHECKING:
     from laser.report.card import CardSource
 
-# heading, bytes per parameter, imports torch, one more name of transformers, arguments, what it needs
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to load the weights. {half} in `arguments` stands for the half-precision type of the source."""
+
+    heading: str
+    size: float  # bytes per parameter
+    arguments: str  # of from_pretrained, after the name
+    needs: str = ""
+    imports: str = ""  # one more name of transformers
+
+
 VARIANTS = (
-    ("Full precision", 4.0, True, "", "dtype=torch.float32", ""),
-    ("Half precision", 2.0, True, "", 'dtype=torch.{half}, device_map="auto"', "accelerate"),
-    (
+    Variant("Full precision", 4, "dtype=torch.float32"),
+    Variant("Half precision", 2, 'dtype=torch.{half}, device_map="auto"', "accelerate"),
+    Variant(
         "8 bits",
-        1.0,
-        "from transformers import BitsAndBytesConfig\n",
+        1,
         'quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="auto"',
         "accelerate and bitsandbytes",
+        ", BitsAndBytesConfig",
     ),
-    (
+    Variant(
         "4 bits",
         0.5,
-        True,
-        ", BitsAndBytesConfig",
         "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.{half}),\n"
         '    device_map="auto"',
         "accelerate and bitsandbytes",
+        ", BitsAndBytesConfig",
     ),
-    (
+    Variant(
         "FlashAttention 2",
-        2.0,
-        True,
-        "",
+        2,
         'dtype=torch.{half}, attn_implementation="flash_attention_2", device_map="auto"',
         "accelerate, flash-attn and an NVIDIA GPU that it supports",
     ),
@@ -54,17 +63,19 @@ def loading(name: str, source: CardSource) -> str:
         "Below, the name stands for this directory, or for its id on the Hub. Memory is that of the weights "
         "alone; in 8 and 4 bits it is a lower bound, since not every tensor is quantised.",
     ]
-    for heading, size, torch, more, arguments, needs in VARIANTS:
-        memory = f", about {source.parameters * size / 1e9:.3g} GB" if source.parameters else ""
-        wanted = f" Needs {needs}." if needs else ""
-        loader = f"model = AutoModelForCausalLM.from_pretrained(\n    name, {arguments.format(half=half)}\n)"
-        lines = (
-            f"{'import torch' + chr(10) if torch else ''}from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
-            "\n\n"
-            f"name = {where}\ntokenizer = AutoTokenizer.from_pretrained(name)\n{loader}"
-        )
-        parts.append(f"**{heading}** with transformers{memory}.{wanted}")
-        parts.append(fence(lines, "python"))
+    for variant in VARIANTS:
+        arguments = variant.arguments.format(half=half)
+        lines = [
+            "import torch" if "torch." in arguments else "",
+            f"from transformers import AutoModelForCausalLM, AutoTokenizer{variant.imports}",
+            f"\nname = {where}",
+            "tokenizer = AutoTokenizer.from_pretrained(name)",
+            f"model = AutoModelForCausalLM.from_pretrained(\n    name, {arguments}\n)",
+        ]
+        memory = f", about {source.parameters * variant.size / 1e9:.3g} GB" if source.parameters else ""
+        needs = f" Needs {variant.needs}." if variant.needs else ""
+        parts.append(f"**{variant.heading}** with transformers{memory}.{needs}")
+        parts.append(fence("\n".join(line for line in lines if line), "python"))
     parts.append("Then, with any of them:")
     if chat.find_template(source.tokenizer_config or {}, source.chat_template):
         prompt = (
