@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
-from laser.spectral.decomposition import METHODS, check_storage, singular_values
+from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
 
 KIND, VERSION = "spectra", 1
@@ -122,35 +123,33 @@ def scan(
         "method": method,
         "device": device.label,
     }
-    log = Journal(journal, run) if journal else None
     values: dict[str, NDArray[np.float64]] = {}
-    resumed = {entry["name"] for entry in log.entries} if log else set()
-    for entry in log.entries if log else ():
-        if entry["skipped"] is not None:
-            skipped[entry["name"]] = entry["skipped"]
-        else:
-            values[entry["name"]] = np.frombuffer(base64.b64decode(entry["values"]), dtype="<f8")
-    todo = []
-    for matrix in matrices:
-        if matrix.name in resumed:
+    with Journal(journal, run) if journal else nullcontext() as log:
+        resumed = {entry["name"]: entry for entry in log.entries} if log else {}
+        for name, entry in resumed.items():
+            if entry["skipped"] is not None:
+                skipped[name] = entry["skipped"]
+            else:
+                values[name] = np.frombuffer(base64.b64decode(entry["values"]), dtype="<f8")
+        todo = []
+        for matrix in matrices:
+            if matrix.name in resumed:
+                tick(matrix)
+            elif matrix.name not in skipped:
+                todo.append(matrix)
+        for matrix, W in read_ahead(checkpoint, todo):
+            why, s = None, np.empty(0)
+            try:
+                s, _ = singular_values(W, device, method)
+                values[matrix.name] = s
+            except (NumericalError, UsageError) as error:
+                why = skipped[matrix.name] = describe_failure(W, error)
+            if log:
+                encoded = base64.b64encode(s.astype("<f8").tobytes()).decode()
+                log.append({"name": matrix.name, "skipped": why, "values": encoded})
             tick(matrix)
-        elif matrix.name not in skipped:
-            todo.append(matrix)
-    for matrix, W in read_ahead(checkpoint, todo):
-        why, s = None, np.empty(0)
-        try:
-            check_storage(W.dtype)
-            s, _ = singular_values(W, device, method)
-            values[matrix.name] = s
-        except (NumericalError, UsageError) as error:
-            why = skipped[matrix.name] = describe_failure(W, error)
-        if log:
-            encoded = base64.b64encode(s.astype("<f8").tobytes()).decode()
-            log.append({"name": matrix.name, "skipped": why, "values": encoded})
-        tick(matrix)
-    if log:
-        log.close()
-    return Spectra(Source.of(checkpoint), tuple(matrices), values, skipped, method, device.label)
+    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
+    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label)
 
 
 def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:

@@ -53,8 +53,8 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """m * n * min(m, n): proportional to the work of a factorisation."""
-        return self.shape[0] * self.shape[1] * min(self.shape)
+        """m * n * min(m, n): proportional to the work of a factorisation; 0 for what is no matrix."""
+        return 0 if not self.is_matrix else self.shape[0] * self.shape[1] * min(self.shape)
 
 
 def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:

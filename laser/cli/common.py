@@ -91,7 +91,7 @@ class Progress:
 
     def __call__(self, matrix: Matrix, *_: object) -> None:
         self._bar.set_postfix_str(matrix.name, refresh=False)
-        self._bar.update(matrix.cost if matrix.is_matrix else 0)
+        self._bar.update(matrix.cost)
 
     def __enter__(self) -> Progress:
         return self

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.devices import Device, full_precision
+from laser.spectral.devices import Device, full_precision, one_thread_pool
 
 T = TypeVar("T")
 
@@ -88,12 +89,13 @@ def truncate(W: torch.Tensor, rank: int, device: Device, method: str = "gram") -
 def _ladder(W: torch.Tensor, device: Device, method: str, attempt: Callable[[str], T]) -> tuple[T, str]:
     """`method`, then the plain SVD where the factorisation fails or its certificate does."""
     check_storage(W.dtype)
-    if not torch.isfinite(W).all():
-        raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
     failures = []
     for step in dict.fromkeys((method, "svd")):
+        pool = one_thread_pool() if device.host_blas and step == "gram" else nullcontext()
         try:
-            with full_precision():
+            with full_precision(), pool:
+                if not torch.isfinite(W).all():
+                    raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
                 return attempt(step), step
         except (LinAlgError, np.linalg.LinAlgError, NumericalError) as error:
             failures.append((step, error))
@@ -115,18 +117,25 @@ def _blocks(A: torch.Tensor, device: Device) -> Iterator[torch.Tensor]:
 
 
 def _gram(A: torch.Tensor, device: Device) -> torch.Tensor:
-    """A^T A for tall A (q, p) -> (p, p). NumPy on the host, because it computes only one triangle (BLAS syrk)."""
-    if device.name == "cpu":
-        host = sum(block.T @ block for block in (b.numpy() for b in _blocks(A, device)))
-        return torch.from_numpy(np.asarray(host))
+    """A^T A for tall A (q, p) -> (p, p); on the host only the lower triangle, which is all that LAPACK reads.
+
+    The host uses SciPy's BLAS for everything: torch, NumPy and SciPy each bring a pool of threads that spin while they
+    wait, and two of them on the same cores cost more than the arithmetic (LOG.md).
+    """
     total = torch.zeros(A.shape[1], A.shape[1], dtype=device.dtype, device=device.torch_device)
+    if device.host_blas:
+        G = total.numpy().T  # Fortran order, without a copy
+        (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (G,))
+        for block in _blocks(A, device):
+            G = syrk(1.0, block.numpy().T, beta=1.0, c=G, lower=True, overwrite_c=True)
+        return torch.from_numpy(G)
     for block in _blocks(A, device):
         total.addmm_(block.T, block)
     return total
 
 
 def _eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
-    """Ascending. SciPy's driver on the host: the same LAPACK call, but 1.1 to 2 times as fast as torch's build."""
+    """Ascending. SciPy's driver on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
     if device.host_eigensolver:
         values = scipy.linalg.eigh(
             G.cpu().numpy(), eigvals_only=True, driver="evd", overwrite_a=True, check_finite=False
@@ -171,14 +180,12 @@ def _truncate_by_gram(W: torch.Tensor, rank: int, device: Device) -> _Raw:
     p = A.shape[1]
     eigenvalues, V = _eigenvectors(_gram(A, device), device)  # ascending
     keep = rank <= p - rank
-    basis = (V[:, p - rank :] if keep else V[:, : p - rank]).contiguous()  # (p, k), k <= p / 2
-    del V
-    k = basis.shape[1]
-    orthogonality = (basis.T @ basis - torch.eye(k, dtype=basis.dtype, device=basis.device)).abs().max() if k else 0.0
+    basis = V[:, p - rank :] if keep else V[:, : p - rank]  # (p, k), k <= p / 2
+    orthogonality = _deviation_from_orthogonal(basis, device)
     out = torch.empty_like(W)
     out_tall, squared = _tall(out), 0.0
     for start, block in zip(range(0, A.shape[0], BLOCK_ROWS), _blocks(A, device), strict=True):
-        part = _project(block, basis)
+        part = _project(block, basis, device)
         kept, removed = (part, block - part) if keep else (block - part, part)
         squared += float(torch.sum(removed * removed))
         out_tall[start : start + BLOCK_ROWS] = kept.to(W.dtype).to(W.device)
@@ -186,12 +193,26 @@ def _truncate_by_gram(W: torch.Tensor, rank: int, device: Device) -> _Raw:
     return _Raw(out, s, math.sqrt(squared), float(orthogonality), device.dtype, "gram")
 
 
-def _project(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """(block @ basis) @ basis^T. NumPy on the host: its float64 product is 1.2 to 2 times as fast as torch's."""
-    if block.device.type == "cpu":
-        b, v = block.numpy(), basis.numpy()
-        return torch.from_numpy((b @ v) @ v.T)
+def _project(block: torch.Tensor, basis: torch.Tensor, device: Device) -> torch.Tensor:
+    """(block @ basis) @ basis^T for block (rows, p) and basis (p, k)."""
+    if basis.shape[1] == 0:
+        return torch.zeros_like(block)
+    if device.host_blas:
+        B, V = block.numpy().T, basis.numpy()  # both in Fortran order, so BLAS copies nothing
+        (gemm,) = scipy.linalg.get_blas_funcs(("gemm",), (B, V))
+        return torch.from_numpy(gemm(1.0, V, gemm(1.0, V, B, trans_a=True)).T)
     return (block @ basis) @ basis.T
+
+
+def _deviation_from_orthogonal(basis: torch.Tensor, device: Device) -> float:
+    """max |V^T V - I| of basis V (p, k)."""
+    k = basis.shape[1]
+    if k == 0:
+        return 0.0
+    if device.host_blas:
+        (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (basis.numpy(),))
+        return float(np.abs(np.tril(syrk(1.0, basis.numpy(), trans=True, lower=True)) - np.eye(k)).max())
+    return float((basis.T @ basis - torch.eye(k, dtype=basis.dtype, device=basis.device)).abs().max())
 
 
 # --- plain SVD: the reference -----------------------------------------------------------------------------------------

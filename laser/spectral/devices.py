@@ -33,6 +33,11 @@ class Device:
         return torch.device(self.name)
 
     @property
+    def host_blas(self) -> bool:
+        """Whether products, too, are the host's: then SciPy's BLAS does them and not torch's."""
+        return self.torch_device.type == "cpu"
+
+    @property
     def label(self) -> str:
         """Short text for records: "cpu float64"."""
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
@@ -84,3 +89,18 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+@contextmanager
+def one_thread_pool() -> Iterator[None]:
+    """torch on one thread while inside, so that SciPy's BLAS has the cores to itself.
+
+    Two pools of threads that spin while they wait, on the same cores, made a host scan of small matrices 3 to 4 times
+    slower (LOG.md); what torch does on the host besides the BLAS is copying.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

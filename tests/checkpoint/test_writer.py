@@ -1,0 +1,224 @@
+"""Bytes out: verbatim headers, identical copies, what OUT may be, full disks."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laser.checkpoint import writer
+from laser.checkpoint.files import Journal
+from laser.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from laser.checkpoint.writer import JOURNAL, OUTCOME, prepare_output, write_checkpoint
+from laser.errors import LaserError, OutputError, RecordError
+
+RUN = {"kind": "test"}
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+W2 = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
+
+
+def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Compute:
+    def compute(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        for name in names:
+            if calls is not None:
+                calls.append(name)
+            yield name, checkpoint.read(name) / 2, {"halved": True}
+
+    return compute
+
+
+def describe(records: dict[str, Any], shards: dict[str, str]) -> dict[str, Any]:
+    return {"matrices": records, "shards": shards}
+
+
+def write(source: Path, out: Path, touched: list[str], calls: list[str] | None = None) -> dict[str, Any]:
+    checkpoint = open_checkpoint(source)
+    prepare_output(checkpoint, out, resume=True, force=False)
+    return write_checkpoint(checkpoint, out, touched, halve(checkpoint, calls), describe, RUN)
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def looks_whole(out: Path) -> bool:
+    return (out / INDEX).exists() or (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_touching_nothing_copies_every_byte(make_pico: Callable[..., Path], tmp_path: Path, shards: int) -> None:
+    source = make_pico(shards=shards)
+    before = snapshot(source)
+    write(source, tmp_path / "out", [])
+    after = snapshot(tmp_path / "out")
+    assert {k: v for k, v in after.items() if k != OUTCOME} == {k: v for k, v in before.items() if k != "README.md"}
+    assert snapshot(source) == before
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_touched_tensors_change_and_nothing_else(make_pico: Callable[..., Path], tmp_path: Path, shards: int) -> None:
+    source, out = make_pico(shards=shards), tmp_path / "out"
+    write(source, out, [Q1, W2])
+    old, new = open_checkpoint(source), open_checkpoint(out)
+    assert [s.header for s in old.shards] == [s.header for s in new.shards]
+    for name in old.tensors:
+        factor = 2 if name in (Q1, W2) else 1
+        assert torch.equal(new.read(name) * factor, old.read(name))
+
+
+def test_without_copy_file_range(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(pico, tmp_path / "kernel", [Q1])
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    write(pico, tmp_path / "plain", [Q1])
+    assert snapshot(tmp_path / "kernel") == snapshot(tmp_path / "plain")
+
+
+def test_two_file_systems(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EXDEV, "two file systems")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    write(pico, tmp_path / "out", [])
+    assert (tmp_path / "out" / INDEX).read_bytes() == (pico / INDEX).read_bytes()
+
+
+@pytest.mark.parametrize("place", [".", "inside", ".."])
+def test_source_and_output_must_not_lie_in_one_another(pico: Path, place: str) -> None:
+    before = snapshot(pico)
+    with pytest.raises(OutputError, match="lie in one another"):
+        prepare_output(open_checkpoint(pico), pico / place, resume=False, force=True)
+    assert snapshot(pico) == before
+
+
+def test_an_output_of_ours_needs_force_or_resume(pico: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", open_checkpoint(pico)
+    write(pico, out, [Q1])
+    with pytest.raises(OutputError, match="is a finished checkpoint; try --resume"):
+        prepare_output(checkpoint, out, resume=False, force=False)
+    prepare_output(checkpoint, out, resume=False, force=True)
+    assert not any(out.iterdir())
+
+
+def test_what_is_not_ours_is_never_removed(pico: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="was not made by laser"):
+        prepare_output(open_checkpoint(pico), tmp_path / "out", resume=True, force=True)
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    with pytest.raises(OutputError, match="is a file"):
+        prepare_output(open_checkpoint(pico), tmp_path / "out" / "thesis.tex", resume=True, force=True)
+
+
+def test_weights_in_other_formats_are_left_out_and_named(pico: Path, tmp_path: Path) -> None:
+    (pico / "consolidated.00.pth").write_bytes(b"x")
+    (pico / "original").mkdir()
+    (pico / "original" / "tokenizer.model").write_bytes(b"t")
+    (pico / "original" / "consolidated.safetensors").write_bytes(b"x")
+    document = write(pico, tmp_path / "out", [])
+    assert document["left_out"] == ["consolidated.00.pth", "original/consolidated.safetensors"]
+    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"t"
+
+
+def test_too_little_disk_is_said_before_anything_is_written(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # pyright: ignore
+    with pytest.raises(OutputError, match=r"found 0.00 GB free, expected .* GB; free some space"):
+        write(pico, tmp_path / "out", [])
+    assert not looks_whole(tmp_path / "out")
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "fsync"])
+def test_disk_full_half_way_loses_nothing(
+    pico: Path, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    true, count = getattr(os, call), 0
+
+    def full(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OutputError, match=r"No space left on device; free some space .* --resume"):
+            write(pico, out, [Q1, W2], calls)
+    assert not looks_whole(out)
+    write(pico, out, [Q1, W2], calls)
+    assert sorted(calls) == sorted([Q1, W2])
+    write(pico, tmp_path / "undisturbed", [Q1, W2])
+    assert snapshot(out) == snapshot(tmp_path / "undisturbed")
+
+
+def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -> None:
+    """The journal's promise is checked: bytes that a crash of the machine lost are computed again."""
+    out, calls, checkpoint = tmp_path / "out", [], open_checkpoint(pico)
+
+    def stop_after_first(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        for item in halve(checkpoint, calls)(names):
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            yield item
+
+    touched = [f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
+    prepare_output(checkpoint, out, resume=False, force=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(checkpoint, out, touched, stop_after_first, describe, RUN)
+    info = checkpoint.tensors[touched[0]]
+    with (out / f"{info.shard}.partial").open("r+b") as file:
+        file.seek(info.start)
+        file.write(b"\0" * 16)
+    write(pico, out, touched, calls)
+    assert calls.count(touched[0]) == 2
+    write(pico, tmp_path / "undisturbed", touched)
+    assert snapshot(out) == snapshot(tmp_path / "undisturbed")
+
+
+def test_finished_output_of_the_same_run_is_returned_and_of_another_refused(pico: Path, tmp_path: Path) -> None:
+    first = write(pico, tmp_path / "out", [Q1])
+    assert write(pico, tmp_path / "out", [Q1]) == first
+    checkpoint = open_checkpoint(pico)
+    with pytest.raises(OutputError, match="another run"):
+        write_checkpoint(checkpoint, tmp_path / "out", [], halve(checkpoint), describe, {"kind": "other"})
+
+
+@pytest.mark.parametrize("damage", [b'{"half', b"[1]\n{}\n", b"\xff\xfe\n", b'{"a": 1}'])
+def test_journal_forgets_a_torn_tail_and_what_follows(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, RUN) as journal:
+        journal.append({"matrix": "a"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage)
+    with Journal(path, RUN) as journal:
+        assert journal.entries == [{"matrix": "a"}]
+        journal.append({"matrix": "b"})
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [RUN, {"matrix": "a"}, {"matrix": "b"}]
+
+
+def test_journal_of_another_run_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.jsonl", {"plan": "a"}).close()
+    with pytest.raises(RecordError, match="belongs to another run: plan differ"):
+        Journal(tmp_path / "journal.jsonl", {"plan": "b"})
+
+
+def test_an_interrupted_output_is_not_whole(pico: Path, tmp_path: Path) -> None:
+    def interrupt(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        raise KeyboardInterrupt
+        yield
+
+    out, checkpoint = tmp_path / "out", open_checkpoint(pico)
+    prepare_output(checkpoint, out, resume=False, force=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(checkpoint, out, [W2], interrupt, describe, RUN)
+    assert not looks_whole(out) and (out / JOURNAL).exists()
+    with pytest.raises(LaserError):
+        open_checkpoint(out)

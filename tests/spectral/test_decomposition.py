@@ -1,0 +1,159 @@
+"""Singular values and truncations against numpy.linalg.svd in float64, and the ladder under injected failures."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laser.errors import NumericalError, UsageError
+from laser.spectral import decomposition
+from laser.spectral.decomposition import singular_values, truncate
+from laser.spectral.devices import choose_device
+
+CPU = choose_device("cpu")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+methods = pytest.mark.parametrize("method", decomposition.METHODS)
+
+
+def weights(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    spikes = torch.randn(m, 4, generator=generator) @ torch.randn(4, n, generator=generator)
+    return (0.02 * torch.randn(m, n, generator=generator) + 0.02 * spikes).to(dtype)
+
+
+def reference(W: torch.Tensor, rank: int) -> np.ndarray:
+    U, s, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vh[:rank]
+
+
+@methods
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 40), (96, 32), (32, 96), (1, 7), (7, 1), (1, 1)])
+def test_values_and_truncation_equal_the_reference(method: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    W = weights(*shape, dtype)
+    s = np.linalg.svd(W.double().numpy(), compute_uv=False)
+    found, used = singular_values(W, CPU, method)
+    assert used == method
+    assert found == pytest.approx(s, abs=1e-7 * s[0])
+    p = min(shape)
+    for rank in sorted({0, 1, p // 3, p // 2, 2 * p // 3, p}):
+        result = truncate(W, rank, CPU, method)
+        truth = reference(W, rank)
+        ulp = torch.finfo(dtype).eps * np.abs(truth)
+        assert (np.abs(result.matrix.double().numpy() - truth) <= ulp + 1e-5 * np.abs(truth).max() + 1e-12).all()
+        assert result.matrix.dtype == dtype and result.matrix.shape == W.shape
+        assert result.certificate.energy_kept == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-12)
+        assert result.certificate.residual <= result.certificate.tolerance
+
+
+def test_rows_beyond_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decomposition, "BLOCK_ROWS", 10)
+    for W in (weights(45, 12), weights(12, 45)):
+        assert np.abs(truncate(W, 5, CPU).matrix.double().numpy() - reference(W, 5)).max() <= 2**-7 * W.abs().max()
+        s = np.linalg.svd(W.double().numpy(), compute_uv=False)
+        assert singular_values(W, CPU)[0] == pytest.approx(s, abs=1e-8)
+
+
+def test_non_contiguous_input() -> None:
+    W = weights(30, 50).T
+    assert singular_values(W, CPU)[0] == pytest.approx(singular_values(W.contiguous(), CPU)[0], rel=1e-12)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 50), st.data())
+@settings(max_examples=50, deadline=None)
+def test_residual_is_the_discarded_tail(m: int, n: int, seed: int, data: st.DataObject) -> None:
+    W = weights(m, n, torch.float64, seed)
+    rank = data.draw(st.integers(0, min(m, n)))
+    result = truncate(W, rank, CPU)
+    tail = np.linalg.norm(np.linalg.svd(W.numpy(), compute_uv=False)[rank:])
+    assert float(torch.linalg.vector_norm(W - result.matrix)) == pytest.approx(tail, rel=1e-6, abs=1e-7)
+
+
+def test_zero_and_rank_deficient_matrices() -> None:
+    zero = torch.zeros(8, 5, dtype=torch.bfloat16)
+    assert (singular_values(zero, CPU)[0] == 0).all()
+    assert (truncate(zero, 0, CPU).matrix == 0).all()
+    generator = torch.Generator().manual_seed(3)
+    low = torch.randn(30, 2, generator=generator, dtype=torch.float64)
+    low = low @ torch.randn(2, 20, generator=generator, dtype=torch.float64)
+    s, _ = singular_values(low, CPU)
+    assert (s[2:] == 0).all() and s[1] > 0  # below the resolution of a Gram matrix: 0, not noise
+    assert torch.allclose(truncate(low, 2, CPU).matrix, low)
+
+
+def test_float32_agrees_with_float64() -> None:
+    W = weights(120, 80)
+    low, high = choose_device("cpu", "float32"), CPU
+    assert singular_values(W, low)[0] == pytest.approx(singular_values(W, high)[0], rel=1e-4)
+    result = truncate(W, 20, low)
+    assert np.abs(result.matrix.double().numpy() - reference(W, 20)).max() <= 2**-7 * W.abs().max()
+    assert 1e-12 < result.certificate.tolerance < 1e-2
+
+
+@methods
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_named(method: str, bad: float) -> None:
+    W = weights(9, 9)
+    W[4, 4] = bad
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        truncate(W, 3, CPU, method)
+
+
+def test_eight_bit_floats_without_scales_are_refused() -> None:
+    with pytest.raises(UsageError, match="no scales"):
+        singular_values(weights(8, 8, torch.float32).to(torch.float8_e4m3fn), CPU)
+
+
+@pytest.mark.parametrize("rank", [-1, 9])
+def test_impossible_ranks(rank: int) -> None:
+    with pytest.raises(UsageError, match="does not fit"):
+        truncate(weights(8, 12), rank, CPU)
+
+
+def test_ladder_takes_the_svd_when_the_eigensolver_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise np.linalg.LinAlgError("injected")
+
+    monkeypatch.setattr(scipy.linalg, "eigh", fail)
+    W = weights(20, 30)
+    assert singular_values(W, CPU)[1] == "svd"
+    result = truncate(W, 4, CPU)
+    assert result.certificate.method == "svd"
+    assert np.abs(result.matrix.double().numpy() - reference(W, 4)).max() <= 2**-7 * W.abs().max()
+
+
+@pytest.mark.parametrize("fault", ["not orthogonal", "wrong vectors", "nan"])
+def test_ladder_takes_the_svd_when_the_certificate_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_eigh = scipy.linalg.eigh
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        values, vectors = true_eigh(*args, **kwargs)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if fault == "not orthogonal":
+            vectors = np.asfortranarray(vectors * 1.001)
+        elif fault == "wrong vectors":
+            vectors = np.asfortranarray(np.eye(len(vectors)))
+        else:
+            values = values * np.nan
+        return values, vectors
+
+    monkeypatch.setattr(scipy.linalg, "eigh", wrong)
+    W = weights(20, 30)
+    result = truncate(W, 4, CPU)
+    assert result.certificate.method == "svd"
+    assert np.abs(result.matrix.double().numpy() - reference(W, 4)).max() <= 2**-7 * W.abs().max()
+
+
+def test_end_of_the_ladder_tells_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_eigh, true_svd = scipy.linalg.eigh, torch.linalg.svd
+    monkeypatch.setattr(scipy.linalg, "eigh", lambda *a, **k: (true_eigh(*a, **k)[0], np.eye(20, order="F")))
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        U, s, Vh = true_svd(*args, **kwargs)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return U, s, Vh * 1.5
+
+    monkeypatch.setattr(torch.linalg, "svd", wrong)
+    with pytest.raises(NumericalError, match=r"gram: certificate missed: residual .* svd: certificate missed") as error:
+        truncate(weights(20, 30), 4, CPU)
+    assert error.value.residual is not None and error.value.residual > 1e-3

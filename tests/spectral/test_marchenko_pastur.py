@@ -1,0 +1,69 @@
+"""The law against adaptive quadrature, sampled noise and the shared reference vectors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate
+
+from laser.spectral import marchenko_pastur as mp
+
+BETAS = [1.0, 0.75, 0.5, 0.25, 0.1, 0.01]
+betas = st.floats(1e-3, 1.0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_cdf_is_the_integral_of_the_density(beta: float) -> None:
+    low, high = 1 - beta**0.5, 1 + beta**0.5
+    for x in np.linspace(low, high, 7)[1:]:
+        area, _ = integrate.quad(lambda t: float(mp.density(t, beta)), low, x, epsabs=1e-11, limit=200)
+        assert mp.cdf(x, beta) == pytest.approx(area, abs=1e-8)
+
+
+@given(betas, st.floats(0.0, 1.0))
+def test_quantile_inverts_cdf(beta: float, u: float) -> None:
+    assert mp.cdf(mp.quantile(u, beta), beta) == pytest.approx(u, abs=1e-7)
+
+
+@given(betas)
+def test_support_holds_everything(beta: float) -> None:
+    low, high = mp.edges(1.0, (1000, 1000))
+    assert (low, high) == pytest.approx((0.0, 2 * 1000**0.5))
+    assert mp.cdf(1 - beta**0.5 - 1e-9, beta) == pytest.approx(0.0, abs=1e-6)
+    assert mp.cdf(1 + beta**0.5, beta) == 1.0
+    assert mp.density(1 + beta**0.5 + 1e-6, beta) == 0.0
+
+
+def test_shared_vectors(shared: Path) -> None:
+    for row in json.loads((shared / "vectors" / "marchenko_pastur.json").read_text())["law"]:
+        beta = row["beta"]
+        found = [*mp.quantile([0.1, 0.25, 0.75, 0.9], beta), mp.median(beta), float(mp.cdf(1.0, beta))]
+        wanted = [row[k] for k in ("q10", "q25", "q75", "q90", "median", "cdf_at_1")]
+        assert found == pytest.approx(wanted, abs=1e-9)
+        assert (1 - beta**0.5, 1 + beta**0.5) == pytest.approx((row["lower"], row["upper"]), abs=1e-12)
+
+
+def test_median_of_square_noise_as_published() -> None:
+    # Gavish and Donoho (2014), table IV: omega(1) = 4/sqrt(3) / m_1 = 2.8582
+    assert 4 / 3**0.5 / mp.median(1.0) == pytest.approx(2.8582, abs=1e-4)
+
+
+def test_tracy_widom_quantiles_as_tabulated() -> None:
+    """Invert the edge to the quantile of TW1; Johnstone (2001), table 1, and Chiani's stated accuracy."""
+    p, q = 400, 900
+    mu = ((q - 1) ** 0.5 + p**0.5) ** 2
+    c = mu**0.5 * ((q - 1) ** -0.5 + p**-0.5) ** (1 / 3)
+    for alpha, w in {0.10: 0.4501, 0.05: 0.9793, 0.01: 2.0234}.items():
+        assert (mp.tracy_widom_edge(1.0, (q, p), alpha) ** 2 - mu) / c == pytest.approx(w, abs=0.012)
+
+
+def test_noise_follows_the_law() -> None:
+    rng = np.random.default_rng(7)
+    for m, n in ((200, 200), (150, 600), (40, 800)):
+        s = np.linalg.svd(rng.standard_normal((m, n)), compute_uv=False) / n**0.5
+        u = mp.cdf(s, m / n)
+        # Eigenvalues of noise repel each other, so the distance is of order 1/p, far under that of independent draws.
+        assert np.abs(np.sort(u) - (np.arange(m) + 0.5) / m).max() < 4 / m

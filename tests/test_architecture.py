@@ -1,0 +1,77 @@
+"""The house rules that a machine can check: who imports whom, how long files are, what the package exports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import laser
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "laser"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("spectral", "checkpoint", "evaluation", "report", "cli")
+# room -> rooms that it may import; "spine" is every module directly in the package
+ALLOWED = {
+    "errors": set(),
+    "spectral": {"errors"},
+    "checkpoint": {"errors"},
+    "evaluation": {"errors", "checkpoint"},
+    "spine": {"errors", "spectral", "checkpoint", "evaluation", "report"},
+    "report": {"errors", "spine"},  # records only: it may not compute
+    "cli": {"errors", "spectral", "checkpoint", "evaluation", "spine", "report"},
+}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    if len(parts) > 1 and parts[1] in ROOMS:
+        return parts[1]
+    return "errors" if module == "laser.errors" else "spine"
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("laser"):
+            found |= {node.module} if node.module.count(".") else {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("laser")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    module = ".".join(("laser", *path.relative_to(PACKAGE).with_suffix("").parts))
+    if module in ("laser.__init__", "laser.__main__"):
+        return  # they are the doors
+    here = room_of(module)
+    for target in imports(path):
+        there = room_of(target)
+        assert there == here or there in ALLOWED[here], f"{module} ({here}) must not import {target} ({there})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert not text or ast.get_docstring(ast.parse(text))
+
+
+def test_only_one_file_says_mps_and_one_calls_linalg() -> None:
+    assert [p.name for p in FILES if '"mps"' in p.read_text()] == ["devices.py"]
+    assert [p.name for p in FILES if "torch.linalg." in p.read_text().replace("`torch.linalg", "")] == [
+        "decomposition.py"
+    ]
+
+
+def test_exported_names_are_sorted_and_there() -> None:
+    assert laser.__all__ == sorted(laser.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert all(hasattr(laser, name) and getattr(laser, name).__doc__ for name in laser.__all__ if name != "RULES")
+
+
+def test_importing_laser_does_not_import_transformers() -> None:
+    code = "import sys, laser; sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,200 @@
+"""The command line as a user meets it: exit codes, tables, strict JSON, errors with a remedy."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laser.checkpoint.reader import INDEX
+from laser.cli import app, main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_whole_flow_verb_by_verb(run: Run, pico: Path, tmp_path: Path) -> None:
+    spectra, plan, out = tmp_path / "s.safetensors", tmp_path / "plan.json", tmp_path / "out"
+    code, text, _ = run("scan", pico, "-o", spectra, "--device", "cpu")
+    assert code == 0 and "48 matrices in" in text and text.splitlines()[0].split()[:2] == ["role", "matrices"]
+    code, text, _ = run("plan", spectra, "-o", plan, "--rule", "mp-edge", "--lowest-snr", "5")
+    assert code == 0 and "5 to reduce, 55 to keep, 0 skipped, of 60 tensors" in text
+    code, text, _ = run("reduce", pico, plan, "-o", out)
+    assert code == 0 and f"written to {out}" in text
+    code, text, _ = run("verify", pico, out)
+    assert code == 0 and text == "55 tensors identical, 5 as planned, 0 problems\n"
+
+
+def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> None:
+    spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "o"
+    assert strict(run("scan", pico, "-o", spectra, "--json")[1])["scanned"] == 48
+    document = strict(run("plan", spectra, "-o", plan, "--rule", "laser-rmt", "--json")[1])
+    assert len(document["lines"]) == 60
+    assert strict(run("reduce", pico, plan, "-o", out, "--json")[1])["output"] == str(out)
+    assert strict(run("verify", pico, out, "--json")[1])["problems"] == []
+    assert strict(run("devices", "--json")[1])["chosen"].startswith(("cpu", "cuda", "mps"))
+    assert strict(run("scan", pico, "--dry-run", "--json")[1])["matrices"] == 48
+    assert strict(run("run", pico, "-o", tmp_path / "r", "--rule", "mp-edge", "--json")[1])["matrices"]
+    for file in (plan, out / "laser.json", tmp_path / "r" / "laser" / "plan.json"):
+        strict(file.read_text())
+
+
+def test_run_by_recipe_does_what_the_recipe_says(run: Run, pico: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("run", pico, "-o", out, "--recipe", "laser-rmt")[0] == 0
+    outcome = json.loads((out / "laser.json").read_text())
+    assert outcome["plan"]["rule"] == "laser-rmt" and outcome["plan"]["selection"]["lowest_snr"] == 15
+    assert len(outcome["matrices"]) == 15
+    for suffix, text in ((".toml", 'rule = "mp-edge"\nlowest-snr = 2\n'), (".yaml", "rule: mp-edge\nlowest-snr: 2\n")):
+        mine = tmp_path / f"mine{suffix}"
+        mine.write_text(text)
+        assert run("run", pico, "-o", tmp_path / suffix, "--recipe", mine)[0] == 0
+        assert len(json.loads((tmp_path / suffix / "laser.json").read_text())["matrices"]) == 2
+    assert run("run", pico, "-o", out, "--recipe", "laser-rmt", "--lowest-snr", "3", "--force")[0] == 0
+    assert len(json.loads((out / "laser.json").read_text())["matrices"]) == 3
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rule = ", "cannot be parsed"),
+        ("rank = 3", "no flag is called 'rank'"),
+        ('lowest-snr = "many"', "lowest-snr is 'many', expected int"),
+    ],
+)
+def test_bad_recipes(run: Run, pico: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    code, _, err = run("run", pico, "-o", tmp_path / "out", "--recipe", tmp_path / "r.toml")
+    assert code in (1, 2) and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_reads_no_weight_and_writes_nothing(
+    run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    spectra, plan = tmp_path / "s", tmp_path / "p"
+    run("scan", pico, "-o", spectra)
+    run("plan", spectra, "-o", plan, "--rule", "mp-edge")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("laser.Checkpoint.read", refuse)
+    for verb in (["scan", pico], ["run", pico, "-o", tmp_path / "x", "--rule", "mp-edge"]):
+        code, text, _ = run(*verb, "--dry-run")
+        assert code == 0 and "48 matrices on cpu" in text and "of memory" in text and "of disk" in text
+    assert run("reduce", pico, plan, "-o", tmp_path / "x", "--dry-run")[0] == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["scan", "{pico}"], 2, "try -o spectra.safetensors"),
+        (["scan", "nowhere", "-o", "{tmp}/s"], 1, "no such model: nowhere"),
+        (["scan", "{pico}", "-o", "{tmp}/s", "--roles", "w9"], 2, "no matrix has role 'w9'"),
+        (["scan", "{pico}", "-o", "{tmp}/s", "--layers", "9"], 2, "no layer 9; try --layers 0-2"),
+        (["scan", "{pico}", "-o", "{tmp}/s", "--device", "cuda:7"], 2, "try --device"),
+        (["scan", "{pico}", "-o", "{tmp}/s", "--method", "magic"], 2, "try --method gram|svd"),
+        (["scan", "{pico}", "-o", "{tmp}/no/s"], 1, "there is no directory"),
+        (["plan", "{tmp}/s", "-o", "{tmp}/p"], 2, "plan needs a rule"),
+        (["plan", "{tmp}/s", "-o", "{tmp}/p", "--rule", "mp-edge"], 1, "try `laser scan MODEL -o"),
+        (["plan", "{spectra}", "-o", "{tmp}/p", "--rule", "mp"], 2, "no rule is called 'mp'; try one of laser-rmt"),
+        (["plan", "{spectra}", "-o", "{tmp}/p", "--rule", "mp-edge", "--lowest-snr", "0"], 2, "--lowest-snr 0"),
+        (["plan", "{spectra}", "-o", "{spectra}", "--rule", "mp-edge"], 1, "exists; try another -o, or --force"),
+        (["reduce", "{pico}", "{tmp}/none", "-o", "{tmp}/o"], 1, "no such file"),
+        (["run", "{pico}", "-o", "{tmp}/o"], 2, "try --recipe laser-rmt"),
+        (["run", "{pico}", "-o", "{tmp}/o", "--recipe", "x"], 2, "no recipe 'x'; try one of laser-rmt"),
+        (["run", "{pico}", "-o", "{pico}", "--rule", "mp-edge"], 1, "lie in one another"),
+        (["verify", "{pico}", "{tmp}/none"], 1, "no such file"),
+        (["melt"], 2, "No such command"),
+        (["scan"], 2, "Missing argument"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(
+    run: Run, pico: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    spectra = tmp_path / "spectra.safetensors"
+    run("scan", pico, "-o", spectra, "--roles", "q")
+    filled = [a.format(pico=pico, tmp=tmp_path, spectra=spectra) for a in arguments]
+    found, out, err = run(*filled)
+    assert (found, out) == (code, "")
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "o" / INDEX).exists()
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    from laser.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        run("scan", "nowhere", "-o", "x", "--debug")
+
+
+def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("run", pico, "-o", out, "--rule", "mp-edge")[0] == 0
+    before = (out / "laser.json").read_bytes()
+    code, _, err = run("run", pico, "-o", out, "--rule", "gavish-donoho")
+    assert code == 1 and "finished checkpoint; try --resume" in err
+    assert (out / "laser.json").read_bytes() == before
+    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--resume")[0] == 0
+    assert run("run", pico, "-o", out, "--rule", "gavish-donoho", "--force")[0] == 0
+    assert (out / "laser.json").read_bytes() != before
+
+
+def test_interrupt_is_130_and_keeps_the_work(
+    run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import laser.reduction
+
+    true, count = laser.reduction.truncate, 0
+
+    def interrupt(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return true(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(laser.reduction, "truncate", interrupt)
+        code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge")
+    assert code == 130 and "--resume" in err and not (out / INDEX).exists()
+    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--resume")[0] == 0
+    assert run("verify", pico, out)[0] == 0
+
+
+def test_verify_fails_loudly(run: Run, pico: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("run", pico, "-o", out, "--rule", "mp-edge")
+    shard = sorted(out.glob("model-*.safetensors"))[0]
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 255
+    shard.write_bytes(raw)
+    code, text, _ = run("verify", pico, out)
+    assert code == 1 and "found sha256" in text and "1 problems" in text
+
+
+def test_every_verb_has_help(run: Run) -> None:
+    for command in app.registered_commands:
+        assert command.callback and (command.callback.__doc__ or "").strip()
+        code, text, _ = run(command.callback.__name__, "--help")
+        assert code == 0 and "Usage: laser" in text
