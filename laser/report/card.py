@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
+from laser.report import card_edits as edits
 from laser.report import card_sections as sections
 from laser.report.card_loading import loading
 from laser.report.comparison import Losses, compare
@@ -95,8 +96,8 @@ def card(
             f"# {sections.plain(name)}",
             sections.summary(outcome, source, base),
             sections.measured(rows, losses, before, after),
-            sections.what_was_done(outcome, source, run),
-            *([sections.search(trials)] if trials else []),
+            edits.what_was_done(outcome, run),
+            *([edits.search(trials)] if trials else []),
             loading(name, source),
             sections.instruction_format(source),
             sections.limits(outcome, source, inherited, losses, after),
