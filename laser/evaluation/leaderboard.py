@@ -29,12 +29,17 @@ SEED = 1234  # lm-eval's own default for drawing few-shot examples
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task. value and stderr in [0, 1]; value is the mean of `rows`, one score per row in file order."""
+    """One task. value and stderr in [0, 1]; value is the mean of `rows`, one score per row in file order.
+
+    MMLU's subjects count by their size, as in lm-eval's group. stderr is the sample's, over all rows at once. It is
+    None for one row, and for rows all alike, where lm-eval says 0: no spread was seen, which does not say that there
+    is none.
+    """
 
     task: str
     metric: str
     value: float
-    stderr: float | None  # of the mean over rows; None for a single row
+    stderr: float | None
     n: int  # rows scored
     shots: int
     rows: tuple[float, ...]
@@ -42,7 +47,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of b - a over the same rows, and its standard error (None for a single row)."""
+    """Mean of b - a over the same rows, and its standard error (None where the rows show no spread)."""
 
     mean: float
     stderr: float | None
@@ -118,16 +123,20 @@ def _mean(rows: Sequence[float]) -> float:
     return math.fsum(rows) / len(rows)
 
 
+def _stderr(rows: Sequence[float]) -> float | None:
+    """Standard error of the mean of `rows`, with the sample's own variance; None where they are one or all alike."""
+    if min(rows) == max(rows):
+        return None
+    mean = _mean(rows)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in rows) / (len(rows) - 1) / len(rows))
+
+
 def difference(a: TaskScore, b: TaskScore) -> Difference | None:
     """b minus a, paired by row. None where the two were not measured on equally many rows with the same shots."""
     if (a.task, a.n, a.shots) != (b.task, b.n, b.shots):
         return None
     steps = [y - x for x, y in zip(a.rows, b.rows, strict=True)]
-    mean = _mean(steps)
-    if len(steps) < 2:
-        return Difference(mean, None, len(steps))
-    variance = math.fsum((step - mean) ** 2 for step in steps) / (len(steps) - 1)
-    return Difference(mean, math.sqrt(variance / len(steps)), len(steps))
+    return Difference(_mean(steps), _stderr(steps), len(steps))
 
 
 def comparable(a: Leaderboard, b: Leaderboard) -> bool:
@@ -239,14 +248,10 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
             _check_finite(sample, name)
         rows += [float(sample[metric]) for sample in samples]
     mean = _mean(rows)
-    stderr = None
-    if len(rows) > 1:
-        # The sample's own, as lm-eval's mean_stderr; over all rows at once, so that MMLU's subjects count by size.
-        stderr = math.sqrt(math.fsum((x - mean) ** 2 for x in rows) / (len(rows) - 1) / len(rows))
     if len(names) == 1:
         expected = float(result["results"][names[0]][task.key])
         assert abs(expected - mean) < 1e-9, f"{task.name}: the rows average to {mean}, lm-eval says {expected}"
-    return TaskScore(task.name, task.metric, mean, stderr, len(rows), task.shots, tuple(rows))
+    return TaskScore(task.name, task.metric, mean, _stderr(rows), len(rows), task.shots, tuple(rows))
 
 
 def _check_finite(sample: Mapping[str, Any], name: str) -> None:

@@ -201,7 +201,7 @@ def eval_results(board: Leaderboard) -> list[EvalResult]:
                 dataset_args=args,
                 # The leaderboard's cards call GSM8K's exact match an accuracy.
                 metric_type="acc" if score.metric == "exact_match" else score.metric,
-                metric_name="normalized accuracy" if score.metric == "acc_norm" else "accuracy",
+                metric_name={"acc_norm": "normalized accuracy", "mc2": None}.get(score.metric, "accuracy"),
                 metric_value=round(100 * score.value, 2),
             )
         )

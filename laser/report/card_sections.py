@@ -66,7 +66,7 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
         for r in rows
     ]
     parts.append(table(("", "source", "this model", "change", "verdict"), cells, right=(1, 2, 3)))
-    notes = ["± is one standard error."]
+    notes = ["± is one standard error; a figure without it has too few rows, or rows all alike, to tell its error."]
     if losses or (before and after):
         notes.append(
             "Changes are paired, window by window or row by row; a verdict is given where the change is larger than "

@@ -65,7 +65,7 @@ def judge(change: float, se: float | None, *, lower_is_better: bool) -> str:
     gain = -change if lower_is_better else change
     if change == 0:
         return "no difference"
-    if not se:  # none, or a spread of nothing: a row or two that went the same way
+    if se is None:
         return ("better" if gain > 0 else "worse") + ", by an unknown error (too few rows)"
     if abs(change) <= se:
         return UNDECIDED

@@ -165,7 +165,7 @@ def test_a_better_model_is_called_better_and_an_equal_one_is_not(source: CardSou
         (0.1, 0.1, True, UNDECIDED),
         (0.0, None, True, "no difference"),
         (0.2, None, True, "worse, by an unknown error (too few rows)"),
-        (-1.0, 0.0, False, "worse, by an unknown error (too few rows)"),
+        (-1.0, None, False, "worse, by an unknown error (too few rows)"),
     ],
 )
 def test_judgement(change: float, se: float | None, lower: bool, word: str) -> None:
