@@ -70,7 +70,7 @@ def card(
     """The whole card as text.
 
     losses: the same text under source and result. before, after: the leaderboard's tasks on either. trials: what a
-    search tried, each with name, rank, full_rank, change and se (nats per token) and accepted.
+    search tried, each with label, rule, ranks (tensor -> rank), d, se and accepted.
     Raises RecordError where the metadata would not be valid.
     """
     from huggingface_hub import ModelCard, ModelCardData

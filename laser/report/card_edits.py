@@ -104,19 +104,21 @@ def _selection(selection: Mapping[str, Any]) -> str:
 
 
 def search(trials: Sequence[Mapping[str, Any]]) -> str:
-    """Every trial of the search, in the order in which they were made."""
-    accepted = [t for t in trials if t.get("accepted")]
+    """Every trial of a search in the order of the search: label, rule, ranks (by tensor), d, se, accepted."""
+    accepted = [t for t in trials if t["accepted"]]
     rows = []
     for t in trials:
-        se = t.get("se")
-        change = f"{float(t['change']):+.5f}" + (f" ± {float(se):.5f}" if se is not None else "")
-        verdict = "kept" if t.get("accepted") else "undone"
-        rows.append((code(t["name"]), f"{t.get('full_rank', '')}", f"{t.get('rank', '')}", change, verdict))
-    full = table(("matrix", "rank before", "tried", "change of the loss", "decision"), rows, right=(1, 2, 3))
+        ranks = sorted(set(t["ranks"].values()))
+        change = "not finite" if t["d"] is None else f"{t['d']:+.5f}"
+        if t["d"] is not None and t["se"] is not None:
+            change += f" ± {t['se']:.5f}"
+        rows.append((cell(t["label"]), code(t["rule"]), _span(ranks), change, "kept" if t["accepted"] else "undone"))
+    full = table(("edit", "rule", "rank tried", "change", "decision"), rows, right=(2, 3))
     if len(rows) > UNFOLDED:
         full = f"<details>\n<summary>All {len(rows)} trials</summary>\n\n{full}\n\n</details>"
     return (
-        f"## How the edits were chosen\n\n{len(trials)} edits were tried one at a time and {len(accepted)} kept. The "
-        "change of the loss is on the calibration text, in nats per token; what was selected on a text says little "
-        f"about that text, so the comparison above must be on another.\n\n{full}"
+        f"## How the edits were chosen\n\n{len(trials)} edits were tried and {len(accepted)} kept. The change is that "
+        "of the objective (a loss in nats per token, or an accuracy) on the calibration text, paired, with its "
+        "standard error. What was selected on a text says little about that text: the comparison above is worth what "
+        f"its own text is.\n\n{full}"
     )

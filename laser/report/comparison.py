@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from laser.evaluation.leaderboard import Leaderboard, TaskScore, comparable, difference
 from laser.evaluation.lm_tasks import TASKS
@@ -35,6 +35,28 @@ class Losses(TypedDict):
     source: Loss
     result: Loss
     difference: Loss
+
+
+class Measured(Protocol):
+    """A loss as the evaluation records it, for one model or as a difference of two."""
+
+    @property
+    def nll(self) -> float: ...
+    @property
+    def standard_error(self) -> float | None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def windows(self) -> int: ...
+
+
+def losses_of(source: Measured, result: Measured, difference: Measured, text: str) -> Losses:
+    """The evaluation's records of two models on `text`, and their paired difference, as the card takes them."""
+
+    def loss(of: Measured) -> Loss:
+        return {"nll": of.nll, "se": of.standard_error, "tokens": of.tokens, "windows": of.windows, "text": text}
+
+    return {"source": loss(source), "result": loss(result), "difference": loss(difference)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from laser.evaluation.lm_tasks import TASKS
 from laser.plan import Plan, PlanLine
 from laser.reduction import Outcome
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
-from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge
+from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
 from laser.spectra import Source
 
@@ -85,7 +85,7 @@ def board_of(
     return Leaderboard("base", "1" * 64, None, tuple(scores), limit, {}, {}, versions, "laser leaderboard base")
 
 
-def losses_of(change: float, se: float | None = 0.01) -> Losses:
+def losses_of_change(change: float, se: float | None = 0.01) -> Losses:
     def loss(nll: float, error: float | None) -> Loss:
         return {"nll": nll, "se": error, "tokens": 5120, "windows": 10, "text": "wiki.test"}
 
@@ -138,7 +138,9 @@ def test_without_measurement_nothing_is_claimed(source: CardSource) -> None:
 
 
 def test_a_worse_model_says_so_above_and_in_the_first_table(source: CardSource) -> None:
-    text = card("m", outcome_of(), source, losses=losses_of(0.2), before=board_of(0.5), after=board_of(0.25, rows=4))
+    text = card(
+        "m", outcome_of(), source, losses=losses_of_change(0.2), before=board_of(0.5), after=board_of(0.25, rows=4)
+    )
     table = first_table(text)
     assert "+0.2000 ± 0.0100 | **worse** |" in table and "-25.00 ± 25.00 %" in table
     assert "**Worse than the source** on: loss on wiki.test" in text
@@ -150,9 +152,9 @@ def test_a_worse_model_says_so_above_and_in_the_first_table(source: CardSource) 
 
 
 def test_a_better_model_is_called_better_and_an_equal_one_is_not(source: CardSource) -> None:
-    better = card("m", outcome_of(), source, losses=losses_of(-0.2))
+    better = card("m", outcome_of(), source, losses=losses_of_change(-0.2))
     assert "worse" not in first_table(better) and "| better |" in first_table(better)
-    same = card("m", outcome_of(), source, losses=losses_of(0.005))
+    same = card("m", outcome_of(), source, losses=losses_of_change(0.005))
     assert UNDECIDED in first_table(same) and "no gain was measured" in same
 
 
@@ -170,6 +172,17 @@ def test_a_better_model_is_called_better_and_an_equal_one_is_not(source: CardSou
 )
 def test_judgement(change: float, se: float | None, lower: bool, word: str) -> None:
     assert judge(change, se, lower_is_better=lower) == word
+
+
+def test_losses_come_from_the_records_of_an_evaluation() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Record:
+        nll: float
+        standard_error: float | None
+        tokens: int = 5120
+        windows: int = 10
+
+    assert losses_of(Record(3.0, 0.1), Record(3.5, 0.1), Record(0.5, 0.01), "wiki.test") == losses_of_change(0.5)
 
 
 def test_boards_of_other_rows_are_not_subtracted(source: CardSource) -> None:
@@ -217,14 +230,15 @@ def test_limits_of_the_rule(rule: str, words: str, source: CardSource) -> None:
 
 
 def test_search_trials_are_listed(source: CardSource) -> None:
-    trials = [
-        {"name": "a.weight", "rank": 10, "full_rank": 48, "change": -0.0012, "se": 0.0005, "accepted": True},
-        {"name": "b.weight", "rank": 20, "full_rank": 48, "change": 0.01, "se": None, "accepted": False},
-    ]
+    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> dict[str, Any]:
+        return {"label": label, "rule": "mp-edge", "ranks": {"a": 10, "b": 12}, "d": d, "se": se, "accepted": accepted}
+
+    trials = [trial("3.w1", -0.0012, 0.0005, True), trial("2|q", 0.01, None, False), trial("1.v", None, None, False)]
     text = card("m", outcome_of(), source, trials=trials)
-    assert "2 edits were tried one at a time and 1 kept" in text
-    assert "| `a.weight` | 48 | 10 | -0.00120 ± 0.00050 | kept |" in text
-    assert "| `b.weight` | 48 | 20 | +0.01000 | undone |" in text
+    assert "3 edits were tried and 1 kept" in text
+    assert "| 3.w1 | `mp-edge` | 10 to 12 | -0.00120 ± 0.00050 | kept |" in text
+    assert "| 2\\|q | `mp-edge` | 10 to 12 | +0.01000 | undone |" in text
+    assert "| 1.v | `mp-edge` | 10 to 12 | not finite | undone |" in text
 
 
 def test_the_loading_code_compiles_and_names_the_model(source: CardSource) -> None:
@@ -327,7 +341,7 @@ def test_reproduction(source: CardSource) -> None:
 
 
 def test_it_is_pure(source: CardSource) -> None:
-    arguments: dict[str, Any] = {"losses": losses_of(0.1), "before": board_of(0.5), "after": board_of(0.75)}
+    arguments: dict[str, Any] = {"losses": losses_of_change(0.1), "before": board_of(0.5), "after": board_of(0.75)}
     assert card("m", outcome_of(), source, **arguments) == card("m", outcome_of(), source, **arguments)
 
 
@@ -367,9 +381,9 @@ def test_invalid_metadata_is_refused(damage: Callable[[str], str], source: CardS
 
 
 def test_no_figure_is_nan(source: CardSource) -> None:
-    huge = losses_of(0.1)
+    huge = losses_of_change(0.1)
     huge["result"]["nll"] = 5000.0  # its exponential is no float
-    single = losses_of(0.1, se=None)
+    single = losses_of_change(0.1, se=None)
     for losses in (huge, single):
         text = card("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
         assert not re.search(r"\b(nan|inf|None)\b", text)
