@@ -29,12 +29,12 @@ class Outcome:
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
     matrices: tensor name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
-    shards: file name -> sha256
+    shards: file name -> sha256, or None where the file is a byte-for-byte copy of the source's
     """
 
     plan: Plan
     matrices: Mapping[str, Mapping[str, Any]]
-    shards: Mapping[str, str]
+    shards: Mapping[str, str | None]
     run: Mapping[str, Any]
     left_out: tuple[str, ...]  # files of the source that hold weights in another format, not copied
 
@@ -88,7 +88,7 @@ def reduce(
             yield matrix.name, result.matrix, record
             tick(matrix, time.perf_counter() - start)
 
-    def describe(records: dict[str, dict[str, Any]], shards: dict[str, str]) -> dict[str, Any]:
+    def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": 1} | asdict(plan)}
         return document | {"matrices": records, "shards": shards}
 

@@ -54,12 +54,12 @@ def verify(
         if headers.get(shard.name) != shard.header:
             problems.append(f"{shard.name}: header differs from the source's; expected the same bytes")
             continue
-        with (out / shard.name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if outcome.shards.get(shard.name) != digest:
-            problems.append(
-                f"{shard.name}: found sha256 {digest[:12]}, expected {outcome.shards.get(shard.name, '')[:12]}"
-            )
+        expected = outcome.shards.get(shard.name)
+        if expected is not None:  # the others are copies: every tensor in them is compared below
+            with (out / shard.name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if expected != digest:
+                problems.append(f"{shard.name}: found sha256 {digest[:12]}, expected {expected[:12]}")
     if problems:
         return Verification(0, 0, tuple(problems))
     lines = outcome.plan.reductions

@@ -5,7 +5,7 @@ Order of events, so that being killed at any byte loses nothing and leaves nothi
     laser/journal.jsonl   says which run this is; gains a line after each step below
     side files            config, tokenizer and so on, byte for byte
     NAME.partial          pre-sized, untouched ranges copied, then each touched matrix, with its sha256 in the journal
-    NAME                  renamed once the whole shard is on the disk (fsync) and hashed
+    NAME                  renamed once the whole shard is on the disk (fsync), and hashed if anything in it is new
     laser.json            the outcome
     the index             last: a directory with an index is a finished checkpoint
                           (a one-file checkpoint has none; there the rename of its only shard is last)
@@ -51,8 +51,8 @@ OTHER_WEIGHTS = (
 
 # names in file order -> (name, new tensor, its record), one at a time
 Compute = Callable[[list[str]], Iterable[tuple[str, torch.Tensor, dict[str, Any]]]]
-# (records by tensor, sha256 by shard) -> the document for laser.json
-Describe = Callable[[dict[str, dict[str, Any]], dict[str, str]], dict[str, Any]]
+# (records by tensor, sha256 by shard or None where it is the source's) -> the document for laser.json
+Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 
 def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
@@ -104,13 +104,13 @@ def write_checkpoint(
         _check_space(source, out, hashes)
         left_out = _copy_side_files(source, out)
         with ThreadPoolExecutor(1) as background:  # fsync and hash of one shard while the next is being made
-            pending: list[tuple[Shard, Future[str]]] = []
+            pending: list[tuple[Shard, Future[str | None]]] = []
             for shard in source.shards:
                 if shard.name not in hashes:
                     names = [t.name for t in shard.tensors if t.name in touched and source.tensors[t.name] == t]
                     _write_shard(shard, out, names, compute, journal, records)
-                    pending.append((shard, background.submit(_settle, _partial(out, shard.name))))
-                _collect(source, out, journal, hashes, pending, keep=1)
+                    pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(names))))
+                _collect(source, out, journal, hashes, pending, keep=2)
             _collect(source, out, journal, hashes, pending, keep=0)
         ordered = {name: records[name]["record"] for name in touched}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
@@ -205,20 +205,20 @@ def _holds(file: Any, tensor: Any, sha256: str) -> bool:
     return digest.hexdigest() == sha256
 
 
-def _settle(partial: Path) -> str:
-    """The shard on the disk for good; its sha256."""
+def _settle(partial: Path, changed: bool) -> str | None:
+    """The shard on the disk for good; its sha256, or None for a plain copy, whose bytes are the source's: hashing it
+    would take twice as long as copying it."""
     with disk_errors(partial), partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    return digest
+        return hashlib.file_digest(file, "sha256").hexdigest() if changed else None
 
 
 def _collect(
     source: Checkpoint,
     out: Path,
     journal: Journal,
-    hashes: dict[str, str],
-    pending: list[tuple[Shard, Future[str]]],
+    hashes: dict[str, str | None],
+    pending: list[tuple[Shard, Future[str | None]]],
     keep: int,
 ) -> None:
     while len(pending) > keep:
@@ -242,7 +242,7 @@ def _is_finished(source: Checkpoint, out: Path) -> bool:
     return (out / OUTCOME).exists() and (out / (SINGLE if source.index_bytes is None else INDEX)).exists()
 
 
-def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str]) -> None:
+def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:
     def there(shard: Shard) -> int:
         partial = _partial(out, shard.name)
         return partial.stat().st_blocks * 512 if partial.exists() else 0

@@ -230,7 +230,7 @@ def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Devic
     common.print_table(
         ("role", "matrices", "shape", "dtype", "layers"),
         [
-            (role, len(ms), "x".join(map(str, shape)), dtype, f"{ms[0].layer}-{ms[-1].layer}")
+            (role, len(ms), "x".join(map(str, shape)), dtype, _span([m.layer for m in ms if m.layer is not None]))
             for (role, shape, dtype), ms in groups.items()
         ],
     )
@@ -239,6 +239,10 @@ def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Devic
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
         f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy"
     )
+
+
+def _span(layers: list[int]) -> str:
+    return f"{min(layers)}-{max(layers)}" if layers else "-"
 
 
 def _duration(seconds: float) -> str:

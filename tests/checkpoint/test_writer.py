@@ -32,7 +32,7 @@ def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Comp
     return compute
 
 
-def describe(records: dict[str, Any], shards: dict[str, str]) -> dict[str, Any]:
+def describe(records: dict[str, Any], shards: dict[str, str | None]) -> dict[str, Any]:
     return {"matrices": records, "shards": shards}
 
 
