@@ -201,7 +201,7 @@ def test_measure_both_and_publish(
     assert main(["leaderboard", "out", *common]) == 1  # there already
     assert main(["card", "out", "--source", "speaker"]) == 0
     text = Path("out/README.md").read_text()
-    assert "laser leaderboard speaker --tasks winogrande --data rows\n" in text
+    assert "laser leaderboard speaker -o leaderboard-source.json --device cpu --tasks winogrande --data rows\n" in text
     assert "acc, 7 rows" in text and "rows_scored: 7" in text and str(tmp_path) not in text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for block, dtype in ((blocks[0], torch.float32), (blocks[1], torch.bfloat16)):  # full and half precision

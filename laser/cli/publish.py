@@ -54,16 +54,19 @@ def leaderboard(
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force)
+    where = choose_device(device).name
     # As it is published, the command names no folder of this machine.
-    words = ["laser", "leaderboard", checkpoint.name]
-    for flag, value in (("--tasks", tasks), ("--limit", limit), ("--data", data.name if data else None)):
+    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", where]
+    for flag, value in (("--tasks", tasks), ("--limit", limit), ("--data", data.resolve().name if data else None)):
         words += [flag, str(value)] if value is not None else []
+    words += ["--dtype", dtype] if dtype != "auto" else []
+    words += ["--batch-size", str(batch_size)] if batch_size != 1 else []
     board = run_leaderboard(
         checkpoint,
         tasks=names,
         limit=limit,
         data=data,
-        device=choose_device(device).name,
+        device=where,
         dtype=dtype,
         batch_size=batch_size,
         command=shlex.join(words),

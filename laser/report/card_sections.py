@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.lm_tasks import TASKS
 from laser.report import chat
 from laser.report.card_edits import count
 from laser.report.comparison import Losses, Row
@@ -78,11 +79,16 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
             f"The tasks were cut to their first {' and '.join(limits)} rows (MMLU: per subject). That is a smoke test, "
             "not a leaderboard result."
         )
-    if any(board and board.data for board in (before, after)):
-        notes.append(
-            "The rows came from local files, and the few-shot examples of ARC, HellaSwag, MMLU and Winogrande from the "
-            "first rows of those files (not scored), not from the train split that the leaderboard draws on."
-        )
+    local = [board for board in (before, after) if board and board.data]
+    if local:
+        tasks = {score.task: TASKS[score.task] for board in local for score in board.scores}
+        held_out = [task.title.partition(" (")[0] for task in tasks.values() if task.shots and not task.examples]
+        notes.append("The rows came from local files.")
+        if held_out:
+            notes.append(
+                f"The few-shot examples of {', '.join(held_out)} are the first rows of those files (not scored) and "
+                "not drawn from the train split, as the leaderboard's are."
+            )
     parts.append(" ".join(notes))
     return "\n\n".join(parts)
 

@@ -198,7 +198,10 @@ def test_a_cut_run_on_local_rows_is_called_a_smoke_test(source: CardSource) -> N
     board = dataclasses.replace(board_of(0.5, limit=2), data={"arc_challenge.jsonl": "4" * 64})
     text = card("m", outcome_of(), source, before=board, after=board)
     assert "first 2 rows" in text and "not a leaderboard result" in text
-    assert "not from the train split" in text and "4" * 64 in text
+    held_out = "examples of AI2 Reasoning Challenge, HellaSwag, MMLU, Winogrande are the first rows"
+    assert held_out in text and "4" * 64 in text
+    shotless = dataclasses.replace(board_of(0.5, names=("truthfulqa_mc2",)), data={"a.jsonl": "4" * 64})
+    assert "few-shot examples" not in card("m", outcome_of(), source, after=shotless)
 
 
 def test_what_was_done(source: CardSource) -> None:
