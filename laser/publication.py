@@ -5,6 +5,7 @@ Records read, all optional but the first:
     laser.json                           what was done (`laser reduce`, `laser run`)
     laser/source.json                    what the card says of the source; written here, so that a card can be made
                                          again where the source is no longer at hand
+    laser/search.json                    what a search tried, and its result on held-out text (`laser run --search`)
     laser/leaderboard.json               `laser leaderboard OUT`
     laser/leaderboard-source.json        `laser leaderboard SOURCE -o OUT/laser/leaderboard-source.json`
 """
@@ -29,11 +30,12 @@ from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
-from laser.report.comparison import Losses
+from laser.report.comparison import Loss, Losses
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
 SOURCE = f"{RECORDS}/source.json"
+SEARCH = f"{RECORDS}/search.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 KIND, VERSION = "source", 1
@@ -68,6 +70,8 @@ def write_card(
     about = _about(out, outcome, source, hash_source)
     if base_model is not None:
         about = replace(about, hub_id=base_model)
+    if losses is None and trials is None and (out / SEARCH).exists():
+        losses, trials = _searched(out / SEARCH)
     rule = RULES.get(outcome.plan.rule.partition(":")[0])
     text = card(
         name or out.resolve().name,
@@ -174,6 +178,25 @@ def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str
             "run `laser leaderboard` again, or remove the file"
         )
     return board
+
+
+def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:
+    """What a search measured on text that it did not select on, and its trials."""
+    document = read_json(path, "search", 1)
+
+    def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
+        told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
+        return Loss(**told, text=report["text"])
+
+    try:
+        for report in document["held_out"]:
+            if report["objective"] == "loss" and report["d"] is not None:
+                source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
+                losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
+                return losses, document["trials"]
+        return None, document["trials"]
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -206,11 +206,18 @@ def run_leaderboard(
     )
 
 
+NEEDED = ("lm_eval", "accelerate")
+
+
+def lm_eval_is_here() -> bool:
+    """Whether lm-eval and its model backend are installed."""
+    return all(importlib.util.find_spec(module) is not None for module in NEEDED)
+
+
 def require_lm_eval() -> None:
     """Raises UsageError unless lm-eval and its model backend are installed."""
-    for module in ("lm_eval", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the leaderboard needs {module}; try pip install 'laser-rmt[eval]'")
+    if not lm_eval_is_here():
+        raise UsageError(f"the leaderboard needs {' and '.join(NEEDED)}; try pip install 'laser-rmt[eval]'")
 
 
 def _lm_eval(module: str) -> Any:
