@@ -70,8 +70,6 @@ def grid_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Cand
 def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
     """`layers`: last first, lowest SNR first within one, so that what is kept stays above the cached states.
     `snr`: lowest first, LaserRMT's order. No SNR comes last; equal ones keep the file's order."""
-    if order not in ORDERS:
-        raise UsageError(f"no order is called {order!r}; try --order {'|'.join(ORDERS)}")
 
     def key(candidate: Candidate) -> tuple[float, ...]:
         snr = float("inf") if candidate.snr is None else candidate.snr

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.candidates import Candidate, grid_candidates, in_order, matrix_candidates, plans_of, predict
+from laser.candidates import ORDERS, Candidate, grid_candidates, in_order, matrix_candidates, plans_of, predict
 from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
@@ -88,7 +88,7 @@ def search(
     selection, device = selection or Selection(), device or choose_device()
     checkpoint = model.checkpoint
     spectra.source.require(checkpoint, "spectra")
-    _check(calibration, held_out, accept)
+    _check(calibration, held_out, accept, order, shortlist, grid)
     plans = plans_of(spectra, rules, selection, lowest_snr)
     found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
@@ -122,9 +122,24 @@ def search(
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
 
-def _check(calibration: Objective, held_out: Sequence[Objective], accept: str) -> None:
+def _check(
+    calibration: Objective,
+    held_out: Sequence[Objective],
+    accept: str,
+    order: str,
+    shortlist: int | None,
+    grid: bool,
+) -> None:
+    """Everything that can be refused before the first pass through the model."""
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
+    if order not in ORDERS:
+        raise UsageError(f"no order is called {order!r}; try --order {'|'.join(ORDERS)}")
+    if shortlist is not None and (shortlist < 1 or grid or calibration.name != "loss"):
+        raise UsageError(
+            f"--shortlist gradient:{shortlist} needs a count of 1 or more, single matrices (no --grid) and the loss as "
+            "objective; try --shortlist gradient:15 alone"
+        )
     if len(calibration.weights) < 2 and accept != "any-drop":
         raise UsageError(
             f"{calibration.text} gives one unit to calibrate on, so a change has no standard error; "
@@ -141,8 +156,6 @@ def _check(calibration: Objective, held_out: Sequence[Objective], accept: str) -
 
 def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Device, log: SearchLog) -> list[Candidate]:
     """The `count` candidates with the lowest first-order change; one backward pass, journalled."""
-    if count < 1 or bench.objective.name != "loss":
-        raise UsageError("--shortlist gradient needs a count of 1 or more and the loss as objective")
     labels = [c.label for c in found]
     entry = log.entry(
         {"entry": "gradient", "labels": labels},

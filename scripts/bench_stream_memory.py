@@ -1,6 +1,6 @@
 """How much memory does a streamed evaluation need? On a Mixtral made on the spot, several times larger than a cap.
 
-    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 500]
+    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 700]
 
 Two subprocesses evaluate the same windows of random tokens: one streams under a cap on its data segment
 (RLIMIT_DATA: anonymous memory, which is where weights and activations go; RLIMIT_AS would also count the libraries'
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--cap-mb", type=int, default=500)
+    parser.add_argument("--cap-mb", type=int, default=700)
     parser.add_argument("--child", choices=("stream", "whole"))
     parser.add_argument("--path", type=Path)
     given = parser.parse_args()
@@ -116,8 +116,8 @@ def main() -> None:
         total = make(path, given.layers, given.hidden)
         layer = total / (given.layers + 0.5) * 2 / 1e6
         print(f"checkpoint {total / 1e6:.0f} MB in bf16, {2 * total / 1e6:.0f} MB in float32, one layer {layer:.0f} MB")
-        code, out, _ = run(path, "stream", given.cap_mb)
-        print(f"streamed under a cap of {given.cap_mb} MB: exit {code} {out}")
+        code, out, error = run(path, "stream", given.cap_mb)
+        print(f"streamed under a cap of {given.cap_mb} MB: exit {code} {out} {error[:110]}")
         whole, out, error = run(path, "whole", given.cap_mb)
         print(f"whole under the same cap: exit {whole} {out} {error[:110]}")
         free, out, _ = run(path, "stream", 0)

@@ -230,6 +230,7 @@ def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
         ({"calibration": losses_for(model_path, 1)[0]}, "no standard error"),
         ({"rules": ("rank:1000",)}, "reduces no selected matrix"),
         ({"shortlist": 0}, "count of 1 or more"),
+        ({"shortlist": 5, "grid": True}, "no --grid"),
     ):
         with pytest.raises(UsageError, match=message):
             attempt(**change)
