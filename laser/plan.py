@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import RecordError, UsageError
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
+from laser.spectral.fit import NoiseFit, fit_noise
+from laser.spectral.noise import estimate
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
+from laser.spectral.shrinkage import Gains, check_shrinker
 
 KIND, VERSION = "plan", 1
+FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
+DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 
 
@@ -35,6 +41,16 @@ class PlanLine:
     sigma: float | None = None  # in the unit of the weights
     snr: float | None = None  # sum(s > t) / sum(s <= t)
     energy_kept: float | None = None  # predicted share of the squared singular values
+    fit: float | None = None  # Kolmogorov-Smirnov distance of the bulk from the law of noise
+    fit_level: float | None = None  # share of pure noise that lies as far from it; small: the bulk is not such noise
+    below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
+    shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
+    noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
+
+    @property
+    def gains(self) -> Gains:
+        """What reduce does to each singular value."""
+        return Gains((self.rank or 0) - self.below, self.below, self.shrink, self.noise)
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ class Plan:
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path} is not a whole plan ({error}); make it again with `laser plan`") from error
         for line in lines:
-            whole = type(line.rank) is int and type(line.full_rank) is int and 0 <= line.rank < line.full_rank
+            whole = type(line.rank) is int and type(line.full_rank) is int and 0 <= line.below <= line.rank
+            whole = whole and (line.rank or 0) < (line.full_rank or 0) + (line.shrink is not None)
             if line.action not in ACTIONS or (line.action == "reduce" and not whole):
                 raise RecordError(
                     f"{path}: {line.name} has action {line.action!r} and rank {line.rank} of {line.full_rank}, "
@@ -76,26 +93,60 @@ class Plan:
         return plan
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What a plan does to a matrix that it reduces. `require_fit` keeps a matrix whose fit has a lower level whole."""
+
+    rule: str
+    shrink: str | None = None
+    two_sided: bool = False
+    require_fit: float | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for a rule, shrinker or level that does not exist."""
+        parse_rule(self.rule)
+        if self.shrink is not None:
+            check_shrinker(self.shrink)
+        if self.require_fit is not None and not 0 < self.require_fit < 1:
+            raise UsageError(f"--require-fit {self.require_fit:g} is not a level between 0 and 1; try 0.05")
+
+    def describe(self) -> dict[str, Any]:
+        """Only what was asked for: a plain plan reads as plain."""
+        asked = {"shrink": self.shrink, "two_sided": self.two_sided or None, "require_fit": self.require_fit}
+        return {name: value for name, value in asked.items() if value is not None}
+
+
 def make_plan(
-    spectra: Spectra, rule: str, selection: Selection | None = None, *, lowest_snr: int | None = None
+    spectra: Spectra,
+    rule: str,
+    selection: Selection | None = None,
+    *,
+    lowest_snr: int | None = None,
+    shrink: str | None = None,
+    two_sided: bool = False,
+    require_fit: float | None = None,
 ) -> Plan:
     """Apply `rule` (`NAME[:ARGUMENT]`, see RULES) to every scanned matrix that the selection names.
 
     `lowest_snr` K reduces only the K matrices with the lowest signal-to-noise ratio (LaserRMT takes 15); matrices
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
-    matrix. Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
+    matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
+    noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
+    looks like noise at no more than that level.
+    Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
-    parse_rule(rule)
+    treatment = Treatment(rule, shrink, two_sided, require_fit)
+    treatment.check()
     selection = selection or Selection()
     selection.check(spectra.matrices)
     if lowest_snr is not None and lowest_snr < 1:
         raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
-    lines = [_line(spectra, i, rule, selection) for i in range(len(spectra.matrices))]
+    lines = [_line(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
-    described = selection.describe() | {"lowest_snr": lowest_snr}
+    described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
     return Plan(spectra.source, rule, described, tuple(lines))
 
 
@@ -105,32 +156,55 @@ def empty_plan(spectra: Spectra) -> Plan:
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
 
 
-def _line(spectra: Spectra, index: int, rule: str, selection: Selection) -> PlanLine:
-    matrix = spectra.matrices[index]
+def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "")
     if why := selection.why_not(matrix):
         return replace(line, reason=why)
     if matrix.name not in spectra.values:
         why = spectra.skipped.get(matrix.name, "not scanned")
         return replace(line, action="skip" if why.startswith("skipped") else "keep", reason=why)
-    s = spectra.values[matrix.name]
-    m, n = matrix.shape
-    cut = apply_rule(rule, s, (m, n))
+    s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
+    cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
+    line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason)
     total = float(np.sum(s**2))
-    energy = float(np.sum(s[: cut.rank] ** 2)) / total if total else 1.0
-    reduce = cut.rank < len(s) and total > 0
-    reason = cut.reason if reduce or not total else f"the rule keeps all {len(s)} values"
-    return replace(
+    if not total:
+        return replace(line, rank=0, energy_kept=1.0)
+    estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
+    fit = fit_noise(s, shape, estimator)
+    noise = estimate(s, shape, estimator)
+    lower = noise.lower_edge(shape)
+    below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
+    gains = Gains(cut.rank, below, treatment.shrink, fit.sigma)
+    g = gains.of(s, shape)
+    kept = int(np.count_nonzero(g[: cut.rank]))  # a shrinker may take values to 0
+    line = replace(
         line,
-        action="reduce" if reduce else "keep",
-        reason=reason,
-        rank=cut.rank,
-        full_rank=len(s),
-        threshold=cut.threshold,
-        sigma=cut.sigma,
+        action="reduce",
+        rank=kept + below,
         snr=signal_to_noise(s, cut.rank),
-        energy_kept=energy,
+        energy_kept=float(np.sum((g * s) ** 2)) / total,
+        fit=fit.distance,
+        fit_level=fit.level,
+        below=below,
+        shrink=treatment.shrink,
+        noise=None if gains.plain else fit.sigma,
     )
+    if treatment.two_sided:
+        line = replace(line, reason=f"{line.reason}; {below} under the lower edge {lower:.4g} kept")
+    if treatment.shrink:
+        line = replace(line, reason=f"{line.reason}; shrunk for {treatment.shrink} loss")
+    if fit.level < FLAG_LEVEL:
+        line = replace(line, reason=f"{line.reason}; the bulk is not such noise: {_describe(fit)}")
+    if np.all(g == 1):
+        return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values")
+    if treatment.require_fit is not None and fit.level < treatment.require_fit:
+        why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
+        return replace(line, action="keep", reason=why)
+    return line
+
+
+def _describe(fit: NoiseFit) -> str:
+    return f"distance {fit.distance:.3g}, level {fit.level:.3g}"
 
 
 def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:

@@ -13,6 +13,9 @@ from laser.errors import RecordError, UsageError
 FLAGS: dict[str, type] = {
     "rule": str,
     "lowest-snr": int,
+    "shrink": str,
+    "two-sided": bool,
+    "require-fit": float,
     "layers": str,
     "roles": str,
     "include": str,

@@ -81,7 +81,7 @@ def reduce(
             start = time.perf_counter()
             line = plan.reductions[matrix.name]
             try:
-                result = truncate(W, line.rank or 0, device, method)
+                result = truncate(W, line.gains, device, method)
             except NumericalError as error:
                 raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
             record = {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)

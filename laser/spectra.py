@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.permutation import null_largest
 
 KIND, VERSION = "spectra", 1
+NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Spectra:
-    """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none."""
+    """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
+
+    nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
+    empty unless the scan was asked for them.
+    """
 
     source: Source
     matrices: tuple[Matrix, ...]
@@ -58,6 +64,7 @@ class Spectra:
     skipped: Mapping[str, str]  # name -> why it has no values
     method: str
     device: str
+    nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -69,7 +76,8 @@ class Spectra:
             "device": self.device,
             "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
         }
-        write_atomically(path, save(dict(self.values), metadata={"laser": json.dumps(header, allow_nan=False)}))
+        vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
+        write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -79,14 +87,17 @@ class Spectra:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("laser", "null"))
-                values = {name: file.get_tensor(name) for name in file.keys()}
+                vectors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError, OSError) as error:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
         check_header(header, path, KIND, VERSION)
         rows = header["matrices"]
         skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
         matrices = tuple(_matrix(row) for row in rows)
-        return Spectra(Source(**header["source"]), matrices, values, skipped, header["method"], header["device"])
+        values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
+        nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
+        source = Source(**header["source"])
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls)
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
@@ -101,18 +112,22 @@ def scan(
     device: Device | None = None,
     method: str = "gram",
     journal: Path | None = None,
+    null_draws: int = 0,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
     One matrix is in memory while the next is read. With `journal`, each result is appended to that file at once and an
     interrupted scan goes on from there; the caller removes it when the spectra are saved. `tick` is called per matrix.
-    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason.
-    Raises UsageError for a selection that matches nothing.
+    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
+    of each matrix are measured too, by their largest singular value: what the rule `parallel` needs.
+    Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     selection, device = selection or Selection(), device or choose_device()
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    if null_draws < 0:
+        raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
@@ -122,15 +137,19 @@ def scan(
         "selection": selection.describe(),
         "method": method,
         "device": device.label,
+        "null_draws": null_draws,
     }
     values: dict[str, NDArray[np.float64]] = {}
+    nulls: dict[str, NDArray[np.float64]] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
         resumed = {entry["name"]: entry for entry in log.entries} if log else {}
         for name, entry in resumed.items():
             if entry["skipped"] is not None:
                 skipped[name] = entry["skipped"]
             else:
-                values[name] = np.frombuffer(base64.b64decode(entry["values"]), dtype="<f8")
+                values[name] = _decode(entry["values"])
+                if null_draws:
+                    nulls[name] = _decode(entry["null"])
         todo = []
         for matrix in matrices:
             if matrix.name in resumed:
@@ -138,18 +157,28 @@ def scan(
             elif matrix.name not in skipped:
                 todo.append(matrix)
         for matrix, W in read_ahead(checkpoint, todo):
-            why, s = None, np.empty(0)
+            why, s, null = None, np.empty(0), np.empty(0)
             try:
                 s, _ = singular_values(W, device, method)
+                if null_draws:
+                    null = nulls[matrix.name] = null_largest(W, null_draws, device)
                 values[matrix.name] = s
             except (NumericalError, UsageError) as error:
                 why = skipped[matrix.name] = describe_failure(W, error)
             if log:
-                encoded = base64.b64encode(s.astype("<f8").tobytes()).decode()
-                log.append({"name": matrix.name, "skipped": why, "values": encoded})
+                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
             tick(matrix)
     ordered = {m.name: values[m.name] for m in matrices if m.name in values}
-    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label)
+    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
+    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label, ordered_nulls)
+
+
+def _encode(vector: NDArray[np.float64]) -> str:
+    return base64.b64encode(vector.astype("<f8").tobytes()).decode()
+
+
+def _decode(text: str) -> NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f8")
 
 
 def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow, publish
+from laser.cli import flow, look, measure, publish, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -19,7 +19,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
-for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices, publish.leaderboard, publish.card):
+VERBS = (
+    *(flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices),
+    *(measure.eval, search.search, publish.leaderboard, publish.card),
+    *(look.null, look.spectra, look.plot, look.report),
+)
+for verb in VERBS:
     app.command()(verb)
 
 

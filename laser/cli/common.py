@@ -42,7 +42,12 @@ def refuse_to_overwrite(path: Path, force: bool) -> None:
 
 
 def print_json(document: Any) -> None:
-    sys.stdout.write(to_json(document).decode())
+    print_raw(to_json(document))
+
+
+def print_raw(data: bytes) -> None:
+    """A record in its own format, nothing around it."""
+    sys.stdout.write(data.decode())
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

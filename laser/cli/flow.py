@@ -26,11 +26,17 @@ from laser.spectra import Spectra
 from laser.spectral import devices as devices_module
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES
+from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
 LowestSnr = Annotated[int | None, typer.Option("--lowest-snr", help="Reduce only the K matrices of lowest SNR.")]
+Shrink = Annotated[str | None, typer.Option("--shrink", help=f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")]
+TwoSided = Annotated[bool, typer.Option("--two-sided", help="Keep what lies under the noise's lower edge as well.")]
+RequireFit = Annotated[
+    float | None, typer.Option("--require-fit", help="Keep a matrix whose bulk fits noise at a lower level than this.")
+]
 
 
 def scan(
@@ -43,6 +49,7 @@ def scan(
     device: common.DeviceName = "auto",
     precision: common.Precision = "auto",
     method: common.Method = "gram",
+    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     dry_run: common.DryRun = False,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -63,7 +70,7 @@ def scan(
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
     start = time.perf_counter()
     with common.Progress("scan", _chosen(list_matrices(checkpoint), selected)) as bar:
-        spectra = scan_into(output, checkpoint, selected, where, method, bar)
+        spectra = scan_into(output, checkpoint, selected, where, method, bar, null_draws=null)
     seconds = time.perf_counter() - start
     if as_json:
         return common.print_json(
@@ -85,6 +92,9 @@ def plan(
     output: Output,
     rule: RuleOption = None,
     lowest_snr: LowestSnr = None,
+    shrink: Shrink = None,
+    two_sided: TwoSided = False,
+    require_fit: RequireFit = None,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,
@@ -97,7 +107,15 @@ def plan(
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
     common.refuse_to_overwrite(output, force)
     chosen = common.selection(layers, roles, include, exclude)
-    made = make_plan(Spectra.load(spectra), rule, chosen, lowest_snr=lowest_snr)
+    made = make_plan(
+        Spectra.load(spectra),
+        rule,
+        chosen,
+        lowest_snr=lowest_snr,
+        shrink=shrink,
+        two_sided=two_sided,
+        require_fit=require_fit,
+    )
     made.save(output)
     if as_json:
         return common.print_json(asdict(made))
@@ -157,6 +175,9 @@ def run(
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
     rule: RuleOption = None,
     lowest_snr: LowestSnr = None,
+    shrink: Shrink = None,
+    two_sided: TwoSided = False,
+    require_fit: RequireFit = None,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,
@@ -191,6 +212,9 @@ def run(
             rule,
             chosen,
             lowest_snr=lowest_snr or flags.get("lowest-snr"),
+            shrink=shrink or flags.get("shrink"),
+            two_sided=two_sided or flags.get("two-sided", False),
+            require_fit=require_fit or flags.get("require-fit"),
             device=where,
             method=method or flags.get("method", "gram"),
             resume=resume,

@@ -1,8 +1,9 @@
 """Singular values and truncations of one matrix, each with a certificate. The only caller of torch.linalg.
 
 Two methods. `gram` (default): with A the tall one of W and W^T, G = A^T A is p x p and G = V diag(s^2) V^T, so s comes
-from eigenvalues alone, and W_r = (A V_r) V_r^T, or A - (A V_c) V_c^T where the complement is the smaller. `svd`: plain
-`torch.linalg.svd` in float64 on the host, slow and independent: the reference, and the last rung of the ladder.
+from eigenvalues alone, and W_r = (A V_r) V_r^T, or A - (A V_c) V_c^T where the complement is the smaller. Shrinkage and
+two-sided cuts are A V diag(g) V^T with other gains than 0 and 1 in a row (shrinkage.py), by the same products. `svd`:
+plain `torch.linalg.svd` in float64 on the host, slow and independent: the reference, and the last rung of the ladder.
 
 A Gram matrix squares the spectrum, so a value below sqrt(p * eps) * s_1 (1e-6 s_1 in float64 at p = 4096) is lost in
 rounding: it is reported as 0 in float64. Thresholds of trained matrices lie far above that.
@@ -26,6 +27,7 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision, one_thread_pool
+from laser.spectral.shrinkage import Gains
 
 T = TypeVar("T")
 
@@ -37,10 +39,10 @@ BLOCK_ROWS = 2048
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured of a truncation W_r of W; all dimensionless.
+    """What was measured of a truncation W_r of W; all dimensionless. g_i is 1 for a value kept and 0 for one removed.
 
-    energy_kept: sum_{i<=r} s_i^2 / sum s_i^2
-    residual: | ||W - W_r||_F - sqrt(sum_{i>r} s_i^2) | / ||W||_F, before W_r is rounded to its storage dtype
+    energy_kept: sum (g_i s_i)^2 / sum s_i^2
+    residual: | ||W - W_r||_F - sqrt(sum ((1 - g_i) s_i)^2) | / ||W||_F, before W_r is rounded to its storage dtype
     orthogonality: max |V_r^T V_r - I| over the basis that was used
     tolerance: the largest residual that passes; derived from p and the dtype's eps
     """
@@ -76,14 +78,17 @@ def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tu
     return _ladder(W, device, method, lambda step: _VALUES[step](W, device))
 
 
-def truncate(W: torch.Tensor, rank: int, device: Device, method: str = "gram") -> Truncation:
+def truncate(W: torch.Tensor, rank: int | Gains, device: Device, method: str = "gram") -> Truncation:
     """The best approximation of W (m, n) of rank `rank` in Frobenius norm, certified (Eckart and Young 1936).
 
-    Raises UsageError for a rank outside [0, p], NumericalError when no method meets the tolerance.
+    With Gains instead of a rank, W with its singular values multiplied by them. Raises UsageError for a rank outside
+    [0, p], NumericalError when no method meets the tolerance.
     """
-    if not 0 <= rank <= min(W.shape):
-        raise UsageError(f"rank {rank} does not fit a matrix of shape {tuple(W.shape)}; try 0 to {min(W.shape)}")
-    return _ladder(W, device, method, lambda step: _certified(W, rank, _TRUNCATE[step](W, rank, device)))[0]
+    gains = Gains(rank) if isinstance(rank, int) else rank
+    p = min(W.shape)
+    if not (0 <= gains.above and 0 <= gains.below and gains.above + gains.below <= p):
+        raise UsageError(f"rank {gains.above + gains.below} does not fit shape {tuple(W.shape)}; try 0 to {p}")
+    return _ladder(W, device, method, lambda step: _certified(_TRUNCATE[step](W, gains, device)))[0]
 
 
 def _ladder(W: torch.Tensor, device: Device, method: str, attempt: Callable[[str], T]) -> tuple[T, str]:
@@ -169,39 +174,58 @@ def _values_by_gram(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
 class _Raw:
     matrix: torch.Tensor  # (m, n), storage dtype of W
     singular_values: NDArray[np.float64]
+    gains: NDArray[np.float64]  # (p,), in the order of the singular values
     distance: float  # ||W - W_r||_F before rounding
     orthogonality: float
     dtype: torch.dtype
     method: str
 
 
-def _truncate_by_gram(W: torch.Tensor, rank: int, device: Device) -> _Raw:
+def _truncate_by_gram(W: torch.Tensor, wanted: Gains, device: Device) -> _Raw:
     A = _tall(W)
-    p = A.shape[1]
     eigenvalues, V = _eigenvectors(_gram(A, device), device)  # ascending
-    keep = rank <= p - rank
-    basis = V[:, p - rank :] if keep else V[:, : p - rank]  # (p, k), k <= p / 2
+    s = _to_singular_values(eigenvalues, device.dtype)
+    gains = wanted.of(s, (W.shape[0], W.shape[1]))
+    kept, cut = np.flatnonzero(gains), np.flatnonzero(gains != 1)
+    keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
+    basis, weights = _columns(V, kept, gains) if keep else _columns(V, cut, 1 - gains)
     orthogonality = _deviation_from_orthogonal(basis, device)
     out = torch.empty_like(W)
     out_tall, squared = _tall(out), 0.0
     for start, block in zip(range(0, A.shape[0], BLOCK_ROWS), _blocks(A, device), strict=True):
-        part = _project(block, basis, device)
-        kept, removed = (part, block - part) if keep else (block - part, part)
+        part = _project(block, basis, weights, device)
+        result, removed = (part, block - part) if keep else (block - part, part)
         squared += float(torch.sum(removed * removed))
-        out_tall[start : start + BLOCK_ROWS] = kept.to(W.dtype).to(W.device)
-    s = _to_singular_values(eigenvalues, device.dtype)
-    return _Raw(out, s, math.sqrt(squared), float(orthogonality), device.dtype, "gram")
+        out_tall[start : start + BLOCK_ROWS] = result.to(W.dtype).to(W.device)
+    return _Raw(out, s, gains, math.sqrt(squared), float(orthogonality), device.dtype, "gram")
 
 
-def _project(block: torch.Tensor, basis: torch.Tensor, device: Device) -> torch.Tensor:
-    """(block @ basis) @ basis^T for block (rows, p) and basis (p, k)."""
+def _columns(
+    V: torch.Tensor, which: NDArray[np.intp], gains: NDArray[np.float64]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Eigenvectors (p, k) number `which` (descending; V is ascending) and their gains (k,), None if all are 1."""
+    p, k = V.shape[0], len(which)
+    if k and which[-1] - which[0] == k - 1:  # neighbours, as in every plain cut: a slice, without an index's copy
+        basis, order = V[:, p - 1 - which[-1] : p - which[0]], which[::-1]
+    else:  # transposed twice to keep Fortran order, which BLAS takes without a copy
+        basis, order = V.T[torch.from_numpy(p - 1 - which).to(V.device)].T, which
+    weights = gains[order]
+    return basis, None if np.all(weights == 1) else torch.from_numpy(weights.copy()).to(V)
+
+
+def _project(block: torch.Tensor, basis: torch.Tensor, weights: torch.Tensor | None, device: Device) -> torch.Tensor:
+    """(block @ basis) * weights @ basis^T for block (rows, p), basis (p, k) and weights (k,), None for ones."""
     if basis.shape[1] == 0:
         return torch.zeros_like(block)
     if device.host_blas:
         B, V = block.numpy().T, basis.numpy()  # both in Fortran order, so BLAS copies nothing
         (gemm,) = scipy.linalg.get_blas_funcs(("gemm",), (B, V))
-        return torch.from_numpy(gemm(1.0, V, gemm(1.0, V, B, trans_a=True)).T)
-    return (block @ basis) @ basis.T
+        inner = gemm(1.0, V, B, trans_a=True)  # (k, rows)
+        if weights is not None:
+            inner *= weights.numpy()[:, None]
+        return torch.from_numpy(gemm(1.0, V, inner).T)
+    inner = block @ basis
+    return (inner if weights is None else inner * weights) @ basis.T
 
 
 def _deviation_from_orthogonal(basis: torch.Tensor, device: Device) -> float:
@@ -222,33 +246,36 @@ def _values_by_svd(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
     return torch.linalg.svdvals(W.cpu().double()).numpy()
 
 
-def _truncate_by_svd(W: torch.Tensor, rank: int, device: Device) -> _Raw:
+def _truncate_by_svd(W: torch.Tensor, wanted: Gains, device: Device) -> _Raw:
     full = W.cpu().double()
     U, s, Vh = torch.linalg.svd(full, full_matrices=False)
-    kept = (U[:, :rank] * s[:rank]) @ Vh[:rank]
-    eye = torch.eye(rank, dtype=torch.float64)
-    orthogonality = float((Vh[:rank] @ Vh[:rank].T - eye).abs().max()) if rank else 0.0
-    distance = float(torch.linalg.vector_norm(full - kept))
-    return _Raw(kept.to(W.dtype).to(W.device), s.numpy(), distance, orthogonality, torch.float64, "svd")
+    gains = wanted.of(s.numpy(), (W.shape[0], W.shape[1]))
+    result = (U * (s * torch.from_numpy(gains))) @ Vh
+    basis = Vh[torch.from_numpy(gains > 0)]
+    eye = torch.eye(len(basis), dtype=torch.float64)
+    orthogonality = float((basis @ basis.T - eye).abs().max()) if len(basis) else 0.0
+    distance = float(torch.linalg.vector_norm(full - result))
+    out = result.to(W.dtype).to(W.device)
+    return _Raw(out, s.numpy(), gains, distance, orthogonality, torch.float64, "svd")
 
 
 _VALUES = {"gram": _values_by_gram, "svd": _values_by_svd}
 _TRUNCATE = {"gram": _truncate_by_gram, "svd": _truncate_by_svd}
 
 
-def _certified(W: torch.Tensor, rank: int, raw: _Raw) -> Truncation:
+def _certified(raw: _Raw) -> Truncation:
     """Compare what was removed with what the spectrum says should have been.
 
     By Weyl's inequality each computed eigenvalue of G is off by about eps * s_1^2, so the tail's sum of squares is off
     by at most delta = 8 * p * eps of ||W||_F^2, and its root by min(sqrt(delta), delta / (2 * tail)). The factor 8
-    covers LAPACK's own modest constant.
+    covers LAPACK's own modest constant. Gains between 0 and 1 only make the sum's terms smaller.
     """
-    s = raw.singular_values
+    s, gains = raw.singular_values, raw.gains
     p, eps = len(s), torch.finfo(raw.dtype).eps
     total = float(np.sum(s**2))
     if total == 0.0:
         return Truncation(raw.matrix, s, Certificate(1.0, 0.0, raw.orthogonality, 0.0, raw.method))
-    tail = math.sqrt(float(np.sum(s[rank:] ** 2)) / total)
+    tail = math.sqrt(float(np.sum(((1 - gains) * s) ** 2)) / total)
     residual = abs(raw.distance / math.sqrt(total) - tail)
     delta = 8 * p * eps
     tolerance = min(math.sqrt(delta), delta / (2 * tail) if tail > 0 else math.inf)
@@ -258,5 +285,5 @@ def _certified(W: torch.Tensor, rank: int, raw: _Raw) -> Truncation:
             f"orthogonality {raw.orthogonality:.2e} (allowed {delta:.2e})",
             residual,
         )
-    energy = float(np.sum(s[:rank] ** 2)) / total
+    energy = float(np.sum((gains * s) ** 2)) / total
     return Truncation(raw.matrix, s, Certificate(energy, residual, raw.orthogonality, tolerance, raw.method))

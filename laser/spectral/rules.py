@@ -4,6 +4,9 @@ A rule answers with a `Cut`. The kept values are those strictly above the thresh
 or a zero matrix (threshold 0) would keep everything. Laws that every rule obeys, checked in tests/test_laws.py:
 scaling W by c scales the threshold by c and leaves the rank, transposing changes nothing, 0 <= rank <= p, and a zero
 matrix has rank 0. Adding a row here adds it to those tests, to the command line and to the documentation.
+
+`parallel` asks for more than the spectrum: the largest singular values of the matrix with its entries permuted, which a
+scan measures beside the spectrum when told to (permutation.py). Planning itself never reads a weight.
 """
 
 from __future__ import annotations
@@ -12,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from laser.errors import UsageError
+from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral import noise
+from laser.spectral.noise import Shape, Spectrum
 
-Spectrum = NDArray[np.float64]  # (p,), descending
-Shape = tuple[int, int]
+BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Rule:
 
     cut: Callable[[Spectrum, Shape, float], Cut]
     source: str
+    estimator: str | None = None  # row of noise.ESTIMATORS that it rests on
+    needs_null: bool = False  # its spectrum is that of the permuted matrices, see `apply_rule`
     argument: str | None = None
     default: float | None = None
     valid: Callable[[float], bool] = lambda _: True
     expected: str = ""
 
 
-def _above(s: Spectrum, threshold: float, sigma: float, reason: str) -> Cut:
+def _above(s: Spectrum, threshold: float, sigma: float | None, reason: str) -> Cut:
     return Cut(int(np.count_nonzero(s > threshold)), threshold, sigma, reason)
 
 
@@ -55,6 +59,13 @@ def _laser_rmt(s: Spectrum, shape: Shape, _: float) -> Cut:
 
 
 def _mp_edge(s: Spectrum, shape: Shape, _: float) -> Cut:
+    """The edge of what is left when the signal is set aside: noise of shape (p - k, q - k), see noise.trimmed."""
+    found = noise.trimmed(s, shape)
+    reason = f"above the Marchenko-Pastur edge, sigma by trimmed median ({found.signals} values set aside)"
+    return _above(s, found.upper_edge(shape), found.sigma, reason)
+
+
+def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
     sigma = noise.sigma_median(s, shape)
     return _above(s, mp.edges(sigma, shape)[1], sigma, "above the Marchenko-Pastur edge, sigma by median")
 
@@ -82,6 +93,33 @@ def _gavish_donoho(s: Spectrum, shape: Shape, _: float) -> Cut:
     return _above(s, threshold, sigma, "above the Gavish-Donoho optimal hard threshold")
 
 
+def _bema(s: Spectrum, shape: Shape, _: float) -> Cut:
+    found = noise.bema(s, shape)
+    P, Q = found.sides(shape)
+    threshold = found.sigma * Q**0.5 * gamma_law.noise_top(P, Q, found.theta, BEMA_LEVEL)
+    spread = "equal" if np.isinf(found.theta) else f"gamma({found.theta:g})"
+    return _above(s, threshold, found.sigma, f"above noise with {spread} variances, level {BEMA_LEVEL:g}")
+
+
+def fewest_draws(alpha: float) -> int:
+    """How many permutations a test of level alpha needs: their largest value is exceeded with 1 / (draws + 1)."""
+    return int(np.ceil(1 / alpha - 1e-9)) - 1
+
+
+def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
+    """Horn (1965). Under the null s_1 is as likely to take any place among `null`, the (draws,) largest values of the
+    permuted matrices, so the k-th largest of them is exceeded with probability k / (draws + 1): exact for any law of
+    the entries. Dobriban (2020) for when it finds the signal; a very strong one hides weaker ones (shadowing)."""
+    if len(null) < fewest_draws(alpha):
+        raise UsageError(
+            f"rule parallel:{alpha:g} needs {fewest_draws(alpha)} permutations of each matrix, found {len(null)}; "
+            f"try `laser scan --null {fewest_draws(alpha)}`"
+        )
+    place = int(np.floor(alpha * (len(null) + 1) + 1e-9))
+    threshold = float(np.sort(null)[-place])
+    return Cut(0, threshold, None, f"above the {alpha:g} level of {len(null)} permuted matrices")
+
+
 def _energy(s: Spectrum, shape: Shape, share: float) -> Cut:
     energy = np.cumsum(s**2)
     # Not searchsorted on the bare product: share = 1 must find the last value that adds anything.
@@ -103,17 +141,29 @@ _SHARE = {"valid": lambda x: 0 < x <= 1, "expected": "a number in (0, 1]"}
 
 RULES: dict[str, Rule] = {
     "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
-    "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; median matching as in Gavish and Donoho 2014"),
-    "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant"),
+    "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; trimming as in Kritchman and Nadler 2009", "trimmed"),
+    "mp-median": Rule(_mp_median, "the same edge; median matching as in Gavish and Donoho 2014", "median"),
+    "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr"),
     "tracy-widom": Rule(
         _tracy_widom,
         "Johnstone 2001; Tracy-Widom quantile by Chiani 2014",
+        "median",
         argument="ALPHA",
         default=0.05,  # Johnstone 2001, section 1.2, tests at this level
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
-    "gavish-donoho": Rule(_gavish_donoho, "Gavish and Donoho 2014, equation 11"),
+    "gavish-donoho": Rule(_gavish_donoho, "Gavish and Donoho 2014, equation 11", "median"),
+    "bema": Rule(_bema, "Ke, Ma and Lin 2021, algorithm 2; noise of unequal variances", "bema"),
+    "parallel": Rule(
+        _parallel,
+        "Horn 1965, Dobriban 2020: the matrix against its own permutations",
+        needs_null=True,
+        argument="ALPHA",
+        default=0.05,
+        valid=lambda x: 0 < x < 1,
+        expected="a level between 0 and 1",
+    ),
     "energy": Rule(_energy, "common practice", argument="X", **_SHARE),
     "fraction": Rule(_fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", argument="RHO", **_SHARE),
     "rank": Rule(
@@ -148,12 +198,25 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     return rule, value
 
 
-def apply_rule(spec: str, s: Spectrum, shape: Shape) -> Cut:
-    """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n)."""
+def draws_needed(spec: str) -> int:
+    """How many permutations of each matrix rule `spec` asks a scan for; 0 for most. Raises UsageError as parse_rule."""
+    rule, argument = parse_rule(spec)
+    return fewest_draws(argument) if rule.needs_null else 0
+
+
+def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None) -> Cut:
+    """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n).
+
+    null: (draws,) largest singular values of the permuted matrix, for the rules that ask for them. Raises UsageError
+    where such a rule gets none.
+    """
     rule, argument = parse_rule(spec)
     if len(s) == 0 or s[0] == 0:
         return Cut(0, 0.0, 0.0, "zero matrix")
-    return rule.cut(s, shape, argument)
+    if not rule.needs_null:
+        return rule.cut(s, shape, argument)
+    cut = rule.cut(np.empty(0) if null is None else null, shape, argument)
+    return _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
 
 
 def signal_to_noise(s: Spectrum, rank: int) -> float | None:

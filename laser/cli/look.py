@@ -1,0 +1,168 @@
+"""The verbs that look: null, spectra, plot, report. Each parses, calls and prints or writes one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laser.checkpoint.families import list_matrices
+from laser.checkpoint.files import write_atomically
+from laser.checkpoint.reader import open_checkpoint
+from laser.cli import common
+from laser.errors import UsageError
+from laser.null import TESTED, null_test
+from laser.portrait import portrait
+from laser.report import page, plots
+from laser.spectra import Spectra
+from laser.spectral.devices import choose_device
+from laser.summary import Summary, summarise
+
+SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
+Rule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
+
+
+def null(
+    model: common.Model,
+    rules: Annotated[str, typer.Option("--rules", help="Rules to test, with commas between.")] = ",".join(TESTED),
+    permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
+    draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
+    spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    device: common.DeviceName = "auto",
+    precision: common.Precision = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
+    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    with common.Progress("null", matrices) as bar:
+        test = null_test(
+            checkpoint,
+            chosen,
+            rules=[part for part in rules.split(",") if part],
+            permutation=permute,
+            draws=draws,
+            spectra=Spectra.load(spectra) if spectra else None,
+            device=choose_device(device, precision),
+            tick=bar,
+        )
+    if as_json:
+        return common.print_raw(test.to_json())
+    headings = ["rule", "role", "matrices", "mean kept", "most", "share kept"]
+    headings += ["in the model", "share"] if spectra else []
+    rows = []
+    for r in test.rows:
+        found = [r.found, r.found_share] if spectra else []
+        rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
+    common.print_table(headings, rows)
+    for name, why in test.skipped.items():
+        print(f"{name}: {why}")
+    print(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
+
+
+def spectra(
+    spectra: SpectraFile,
+    rule: Rule = "mp-edge",
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
+    snr_json: Annotated[Path | None, typer.Option("--snr-json", help="Write Spectrum's file of scores.")] = None,
+    unfrozen: Annotated[
+        Path | None, typer.Option("--unfrozen-yaml", help="Write axolotl's list of parameters to train.")
+    ] = None,
+    top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
+    chosen = common.selection(layers, roles, include, exclude)
+    summary = summarise(Spectra.load(spectra), rule, chosen)
+    written = [path for path in (snr_json, unfrozen) if path]
+    for path in written:
+        common.refuse_to_overwrite(path, force)
+    if snr_json:
+        write_atomically(snr_json, summary.snr_json())
+    if unfrozen:
+        write_atomically(unfrozen, summary.unfrozen_yaml(top_percent).encode())
+    if as_json:
+        return common.print_raw(summary.to_json())
+    if as_csv:
+        return common.print_raw(summary.to_csv().encode())
+    _print_summary(summary)
+    for path in written:
+        print(f"written to {path}")
+
+
+def plot(
+    spectra: SpectraFile,
+    output: Output,
+    matrix: Annotated[
+        str | None, typer.Option("--matrix", help="Histogram of this tensor: a part of its name.")
+    ] = None,
+    other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
+    heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(plots.QUANTITIES)}.")] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
+    rule: Rule = "mp-edge",
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    force: common.Force = False,
+) -> None:
+    """Draw a PNG or SVG: a matrix's histogram with the fitted law, two models overlaid, or a heat map of a model."""
+    if (matrix is None) == (heat is None):
+        raise UsageError("plot draws one thing; try --matrix NAME or --heat kept")
+    if other and matrix is None:
+        raise UsageError("--with lays one matrix over another; try --matrix NAME as well")
+    common.refuse_to_overwrite(output, force)
+    records = [Spectra.load(path) for path in (spectra, *(other or ()))]
+    if matrix is None:
+        summary = summarise(records[0], rule, common.selection(layers, roles, include, exclude))
+        figure = plots.heat_map(summary, heat or "kept", experts=not mean)
+    else:
+        named = [name for name in records[0].values if matrix in name]
+        name = named[0] if len(named) == 1 else matrix
+        portraits = [portrait(record, name, rule) for record in records]
+        figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
+    plots.save(figure, output)
+    print(f"written to {output}")
+
+
+def report(
+    spectra: SpectraFile,
+    output: Output,
+    rule: Rule = "mp-edge",
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    force: common.Force = False,
+) -> None:
+    """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
+    common.refuse_to_overwrite(output, force)
+    record = Spectra.load(spectra)
+    summary = summarise(record, rule, common.selection(layers, roles, include, exclude))
+    text = page.render(summary, (portrait(record, row.name, rule) for row in summary.rows))
+    write_atomically(output, text.encode())
+    print(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
+
+
+def _print_summary(summary: Summary) -> None:
+    common.print_table(
+        ("matrix", "rank", "of", "SNR", "sigma", "fit", "level", "alpha", "stable rank", "s_1"),
+        [
+            (r.name, r.rank, r.full_rank, r.snr, r.sigma, r.fit, r.fit_level, r.alpha, r.stable_rank, r.largest)
+            for r in summary.rows
+        ],
+    )
+    for name, why in summary.skipped:
+        print(f"{name}: {why}")
+    print(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")

@@ -1,0 +1,133 @@
+"""null: what each rule finds in the user's own matrices once their structure is destroyed. Expected: about nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.files import to_json
+from laser.checkpoint.reader import Checkpoint
+from laser.errors import NumericalError, UsageError
+from laser.selection import Selection
+from laser.spectra import Source, Spectra, describe_failure, read_ahead
+from laser.spectral.decomposition import check_storage, singular_values
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.permutation import KINDS, largest_singular_value, permuted
+from laser.spectral.rules import apply_rule, draws_needed, parse_rule
+
+# Rules that claim to tell signal from noise; energy, fraction and rank keep what they are told to keep.
+TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
+
+
+@dataclass(frozen=True)
+class NullRow:
+    """One rule on all matrices of one role. Kept values are counted over matrices and draws."""
+
+    rule: str
+    role: str
+    matrices: int
+    mean_kept: float  # singular values kept of a permuted matrix
+    most_kept: int
+    share_kept: float  # mean_kept / p, averaged over the matrices
+    found: float | None  # mean number kept of the matrices as they are; None without their spectra
+    found_share: float | None
+
+
+@dataclass(frozen=True)
+class NullTest:
+    source: Source
+    permutation: str
+    draws: int
+    rows: tuple[NullRow, ...]
+    skipped: Mapping[str, str]  # name -> why it could not be tested
+
+    def to_json(self) -> bytes:
+        return to_json({"kind": "null test", "version": 1} | asdict(self))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """One rule on one matrix."""
+
+    p: int
+    kept: list[int]  # per draw
+    found: int | None
+
+
+def null_test(
+    checkpoint: Checkpoint,
+    selection: Selection | None = None,
+    *,
+    rules: Sequence[str] = TESTED,
+    permutation: str = "entries",
+    draws: int = 1,
+    spectra: Spectra | None = None,
+    device: Device | None = None,
+    method: str = "gram",
+    tick: Callable[[Matrix], None] = lambda _: None,
+) -> NullTest:
+    """Permute each selected matrix `draws` times (seeded), apply each rule, count what it keeps.
+
+    permutation: `entries` shuffles the whole matrix and keeps its entries' distribution; `rows` shuffles within each
+    row and keeps the rows' variances too. With `spectra` of the same checkpoint the table also says what the rules
+    find in the matrices as they are. A rule that asks for permutations of its own (`parallel`) gets more of the same
+    kind, of the permuted matrix. Raises UsageError for an unknown rule or permutation, or no draws.
+    """
+    if draws < 1:
+        raise UsageError(f"a null test with {draws} draws says nothing; try --draws 1")
+    if permutation not in KINDS:
+        raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(KINDS)}")
+    parsed = {spec: parse_rule(spec) for spec in rules}
+    needed = max((draws_needed(spec) for spec in rules), default=0)
+    selection, device = selection or Selection(), device or choose_device()
+    if spectra is not None:
+        spectra.source.require(checkpoint, "spectra")
+    matrices = list_matrices(checkpoint)
+    selection.check(matrices)
+    counts: dict[tuple[str, str], list[_Counts]] = {}
+    skipped: dict[str, str] = {}
+    for matrix, W in read_ahead(checkpoint, [m for m in matrices if selection.why_not(m) is None]):
+        shape = (matrix.shape[0], matrix.shape[1])
+        noise: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        try:
+            check_storage(W.dtype)
+            for seed in range(draws):
+                s, _ = singular_values(permuted(W, seed, permutation), device, method)
+                others = range(draws + seed * needed, draws + (seed + 1) * needed)
+                tops = [largest_singular_value(permuted(W, other, permutation), device) for other in others]
+                noise.append((s, np.array(tops)))
+        except (NumericalError, UsageError) as error:
+            skipped[matrix.name] = describe_failure(W, error)
+        else:
+            for spec, (rule, _) in parsed.items():
+                kept = [apply_rule(spec, s, shape, tops).rank for s, tops in noise]
+                found = _found(spec, spectra, matrix, rule.needs_null)
+                counts.setdefault((spec, matrix.role), []).append(_Counts(min(shape), kept, found))
+        tick(matrix)
+    rows = tuple(_row(spec, role, group) for (spec, role), group in counts.items())
+    return NullTest(Source.of(checkpoint), permutation, draws, rows, skipped)
+
+
+def _found(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: bool) -> int | None:
+    if spectra is None or matrix.name not in spectra.values or (needs_null and matrix.name not in spectra.nulls):
+        return None
+    shape = (matrix.shape[0], matrix.shape[1])
+    return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name)).rank
+
+
+def _row(rule: str, role: str, group: list[_Counts]) -> NullRow:
+    found = [(c.found, c.p) for c in group if c.found is not None]
+    return NullRow(
+        rule,
+        role,
+        len(group),
+        mean_kept=float(np.mean([c.kept for c in group])),
+        most_kept=max(max(c.kept) for c in group),
+        share_kept=float(np.mean([np.mean(c.kept) / c.p for c in group])),
+        found=float(np.mean([n for n, _ in found])) if found else None,
+        found_share=float(np.mean([n / p for n, p in found])) if found else None,
+    )

@@ -1,0 +1,97 @@
+"""report: one HTML file with everything in it: a sortable table, heat maps, and the histogram of what is clicked.
+
+Nothing is fetched: styles, script and data are inside, so the file can be mailed and opened anywhere, now and later.
+The page itself is page.html, plain HTML and script without a library; here its data are put together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from laser.portrait import Portrait
+from laser.report.plots import QUANTITIES, grid_of
+from laser.summary import Summary
+
+BINS = 64
+COLUMNS = {
+    # field of Row -> heading
+    "name": "matrix",
+    "role": "role",
+    "layer": "layer",
+    "expert": "expert",
+    "rank": "rank kept",
+    "full_rank": "of",
+    "snr": "SNR",
+    "sigma": "sigma",
+    "fit": "fit distance",
+    "fit_level": "fit level",
+    "alpha": "alpha",
+    "stable_rank": "stable rank",
+    "effective_rank": "effective rank",
+    "largest": "s_1",
+}
+
+
+def render(summary: Summary, portraits: Iterable[Portrait]) -> str:
+    """The page as text; `portraits` are those of the summary's rows. The same records give the same bytes."""
+    drawn = {portrait.name: _drawing(portrait) for portrait in portraits}
+    rows = []
+    for row in summary.rows:
+        rows.append([_short(getattr(row, field)) for field in COLUMNS])
+    maps = []
+    for title, unit, value in QUANTITIES.values():
+        columns, layers, grid = grid_of(summary.rows, value)
+        cells = [[None if np.isnan(x) else _short(float(x)) for x in line] for line in grid]
+        maps.append({"title": title, "unit": unit, "columns": columns, "layers": layers, "cells": cells})
+    # Which matrix a cell of the maps stands for, so that it can be clicked as well.
+    columns, layers, _ = grid_of(summary.rows, lambda row: 0.0)
+    places: dict[str, str] = {}
+    for row in summary.rows:
+        column = columns.index(row.role if row.expert is None else f"{row.role}.{row.expert}")
+        places[f"{layers.index(row.layer)},{column}"] = row.name
+    data = {
+        "model": summary.source.name,
+        "identity": summary.source.identity,
+        "rule": summary.rule,
+        "headings": list(COLUMNS.values()),
+        "rows": rows,
+        "maps": maps,
+        "places": places,
+        "drawings": drawn,
+        "skipped": [list(entry) for entry in summary.skipped],
+    }
+    # In a script element only "</" could end the data early; a tensor's name is not trusted.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = (resources.files("laser.report") / "page.html").read_text(encoding="utf-8")
+    return page.replace("/*DATA*/null", text)
+
+
+def _short(value: Any) -> Any:
+    """Floats to five digits: 928 matrices stay under a megabyte."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _drawing(portrait: Portrait) -> dict[str, Any]:
+    """What the script draws for one matrix. Counts are per bin, the curve is scaled to them."""
+    top = max(float(portrait.values[0]), portrait.upper_edge, portrait.threshold or 0.0) or 1.0
+    counts, edges = np.histogram(portrait.values, bins=BINS, range=(0.0, top * 1.02))
+    kept, _ = np.histogram(portrait.values[: portrait.rank], bins=edges)
+    width = float(edges[1] - edges[0])
+    return {
+        "shape": [portrait.rows, portrait.columns],
+        "top": _short(top * 1.02),
+        "counts": counts.tolist(),
+        "kept": kept.tolist(),
+        "x": [_short(float(x)) for x in portrait.curve_x[::2]],
+        "curve": [_short(float(y) * width) for y in portrait.curve[::2]],
+        "edges": [_short(portrait.lower_edge), _short(portrait.upper_edge)],
+        "threshold": None if portrait.threshold is None else _short(portrait.threshold),
+        "sigma": _short(portrait.sigma),
+        "fit": [_short(portrait.distance), _short(portrait.level)],
+        "rank": [portrait.rank, len(portrait.values)],
+    }

@@ -1,0 +1,152 @@
+"""Pictures of spectra, with matplotlib (extra `plot`). Shapes and greys tell things apart, so they can be printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from laser.errors import OutputError, UsageError
+from laser.portrait import Portrait
+from laser.summary import Row, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+BINS = 70
+# quantity -> (title, unit, value of a row)
+QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
+    "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
+    "snr": ("signal-to-noise ratio", "sum over / sum under the cut", lambda r: r.snr),
+    "sigma": ("noise level", "sigma, unit of the weights", lambda r: r.sigma),
+    "fit": ("distance of the bulk from noise", "Kolmogorov-Smirnov", lambda r: r.fit),
+    "alpha": ("exponent of the tail", "alpha", lambda r: r.alpha),
+    "stable-rank": ("stable rank", "||W||_F^2 / s_1^2", lambda r: r.stable_rank),
+}
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that needs no display. Raises UsageError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # the object-oriented interface: no global state, no backend to choose
+    except ImportError as error:
+        raise UsageError('pictures need matplotlib; try pip install "laser-rmt[plot]"') from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG, the same bytes each time. Raises UsageError for another suffix, OutputError for the disk."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+    from matplotlib import rc_context
+
+    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    try:
+        with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
+            figure.savefig(path, metadata=metadata)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the path") from error
+
+
+def histogram(portrait: Portrait) -> Figure:
+    """Singular values of one matrix: what is kept and what is cut, the fitted law, both edges, the threshold."""
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    edges = _bins([portrait])
+    kept, cut = portrait.values[: portrait.rank], portrait.values[portrait.rank :]
+    axes.hist(cut, edges, color="0.8", edgecolor="0.55", linewidth=0.4, label=f"cut: {len(cut)}")
+    axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
+    width = edges[1] - edges[0]
+    axes.plot(portrait.curve_x, portrait.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
+    for x, label in ((portrait.lower_edge, "edges of the law"), (portrait.upper_edge, None)):
+        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=label)
+    if portrait.threshold is not None:
+        axes.axvline(portrait.threshold, color="black", linestyle="--", label=f"cut by {portrait.rule}")
+    axes.set_title(f"{portrait.name}  ({portrait.rows} x {portrait.columns})", fontsize=10)
+    axes.set_xlabel(
+        f"singular value, unit of the weights   (sigma {portrait.sigma:.3g}, distance from the law "
+        f"{portrait.distance:.2g}, level {portrait.level:.2g})"
+    )
+    # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
+    axes.plot(kept, np.zeros(len(kept)), "|", color="black", markersize=9, clip_on=False)
+    _count_axis(axes, edges)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def overlay(portraits: Sequence[Portrait]) -> Figure:
+    """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune."""
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    edges = _bins(portraits)
+    strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
+    for portrait, (colour, line, filled) in zip(portraits, strokes, strict=False):
+        fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
+        label = f"{portrait.model}: {np.count_nonzero(portrait.values > 1e-9 * portrait.values[0])} over zero"
+        axes.hist(portrait.values, edges, histtype="stepfilled", linestyle=line, linewidth=1.3, label=label, **fill)
+    axes.set_title(f"{portraits[0].name}  ({portraits[0].rows} x {portraits[0].columns})", fontsize=10)
+    axes.set_xlabel("singular value, unit of the weights")
+    _count_axis(axes, edges)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _bins(portraits: Sequence[Portrait]) -> list[float]:
+    """Equal bins from 0 to s_1, at most four times the edge: a giant outlier would press the bulk into one bin. What
+    lies beyond is outside the picture, and the legend's counts still hold it."""
+    top = max(float(p.values[0]) for p in portraits)
+    span = max(max(p.upper_edge, p.threshold or 0.0) for p in portraits)
+    return np.linspace(0.0, min(top * 1.02, 4 * span) or 1.0, BINS + 1).tolist()
+
+
+def _count_axis(axes: Axes, edges: list[float]) -> None:
+    axes.set_ylabel("singular values per bin")
+    axes.set_xlim(0, edges[-1])
+    axes.set_ylim(bottom=0)
+
+
+def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) -> Figure:
+    """Layer by role, experts side by side as columns (else their mean); darker is more.
+
+    Raises UsageError for an unknown quantity.
+    """
+    if quantity not in QUANTITIES:
+        raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
+    title, unit, value = QUANTITIES[quantity]
+    columns, layers, grid = grid_of(summary.rows, value, experts=experts)
+    figure = _figure(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap="Greys", aspect="auto", interpolation="nearest")
+    axes.set_facecolor("white")
+    for at in np.argwhere(np.isnan(grid)):
+        axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 12 else 0, fontsize=8)
+    step = max(1, len(layers) // 20)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
+    axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
+    axes.set_ylabel("layer")
+    axes.set_title(f"{summary.source.name}: {title}, rule {summary.rule}", fontsize=10)
+    figure.colorbar(image, ax=axes, label=unit)
+    return figure
+
+
+def grid_of(
+    rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
+) -> tuple[list[str], list[int | None], np.ndarray]:
+    """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
+    roles = list(dict.fromkeys(row.role for row in rows))
+    columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
+    keys = sorted(set(columns.values()), key=lambda k: (roles.index(k[0]), k[1] or 0))
+    layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
+    cells: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        if (found := value(row)) is not None:
+            cells.setdefault((layers.index(row.layer), keys.index(columns[row.name])), []).append(found)
+    grid = np.full((len(layers), len(keys)), np.nan)
+    for at, values in cells.items():
+        grid[at] = np.mean(values)
+    return [role if expert is None else f"{role}.{expert}" for role, expert in keys], layers, grid
