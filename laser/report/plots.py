@@ -87,7 +87,6 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
     strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
     for portrait, (colour, line, filled) in zip(portraits, strokes, strict=False):
         fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
-        label = f"{portrait.model}: {np.count_nonzero(portrait.values > 1e-9 * portrait.values[0])} over zero"
         axes.hist(
             np.minimum(portrait.values, edges[-1]),
             edges,
@@ -105,11 +104,11 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
 
 
 def _bins(portraits: Sequence[Portrait]) -> list[float]:
-    """Equal bins from 0 to s_1, at most four times the edge: a giant outlier would press the bulk into one bin. What
-    lies beyond is drawn in the last bin, and the title says so."""
+    """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
+    into one bin. What lies beyond is drawn in the last bin, and the title says so."""
     top = max(float(p.values[0]) for p in portraits)
-    span = max(max(p.upper_edge, p.threshold or 0.0) for p in portraits)
-    return np.linspace(0.0, min(top * 1.02, 4 * span) or 1.0, BINS + 1).tolist()
+    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in portraits)
+    return np.linspace(0.0, min(top * 1.02, span) or 1.0, BINS + 1).tolist()
 
 
 def _title(portraits: Sequence[Portrait], edges: list[float]) -> str:
