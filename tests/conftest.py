@@ -123,3 +123,27 @@ def make_pico(tmp_path: Path) -> Callable[..., Path]:
         )
 
     return make
+
+
+CHARACTERS = (
+    "abcdefghijklmnopqrstuvwxyz0123456789 \n.,?!:'\"#-_()$/&;+=%"  # and 3 special tokens: within the vocabulary
+)
+
+
+@pytest.fixture
+def speaker(make_pico: Callable[..., Path]) -> Path:
+    """A pico Mixtral in one file with a tokenizer of single characters; float32, so that a reference can be exact."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tensors = mixtral_tensors(seed=3, dtype=torch.float32)
+    path = make_pico("speaker", shards=1, tensors=tensors, max_position_embeddings=4096, torch_dtype="float32")
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.save_pretrained(path)
+    return path

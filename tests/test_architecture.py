@@ -20,7 +20,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "evaluation": {"errors", "checkpoint"},
     "spine": {"errors", "spectral", "checkpoint", "evaluation", "report"},
-    "report": {"errors", "spine"},  # records only: it may not compute
+    "report": {"errors", "spine", "evaluation"},  # for their records only: it may not compute
     "cli": {"errors", "spectral", "checkpoint", "evaluation", "spine", "report"},
 }
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow, look
+from laser.cli import flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -19,9 +19,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
-for verb in (flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices):
-    app.command()(verb)
-for verb in (look.null, look.spectra, look.plot, look.report):
+VERBS = (
+    *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, flow.devices),
+    *(measure.eval, search.search, publish.leaderboard, publish.card),
+    *(look.null, look.spectra, look.plot, look.report),
+)
+for verb in VERBS:
     app.command()(verb)
 
 

@@ -1,0 +1,106 @@
+"""What a search tries, in which order: one matrix or one cell of matrices, each at the ranks of one or more rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from laser.checkpoint.reader import Checkpoint
+from laser.errors import UsageError
+from laser.evaluation.streaming import LayeredModel
+from laser.plan import Plan, make_plan
+from laser.selection import Selection
+from laser.spectra import Spectra
+from laser.spectral.decomposition import truncate
+from laser.spectral.devices import Device
+from laser.trials import Bench
+
+ORDERS = ("layers", "snr")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice."""
+
+    label: str
+    piece: int  # the first piece of the model that it touches
+    snr: float | None  # by the first rule
+    options: tuple[tuple[str, Mapping[str, int]], ...]
+    predicted: float | None = None  # first-order change of the loss, nats per token, by the first rule
+
+
+def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowest_snr: int | None) -> dict[str, Plan]:
+    """One plan per rule. Only the first is limited to the K lowest: a matrix's SNR depends on the rule."""
+    if not rules:
+        raise UsageError("a search needs at least one rule; try --rules laser-rmt")
+    return {
+        rule: make_plan(spectra, rule, selection, lowest_snr=None if i else lowest_snr) for i, rule in enumerate(rules)
+    }
+
+
+def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
+    """Each matrix that the first rule's plan reduces, at the rank of every rule that reduces it."""
+    first = next(iter(plans.values()))
+    found = []
+    for name, line in first.reductions.items():
+        ranks: dict[int, str] = {}
+        for rule, plan in plans.items():
+            if name in plan.reductions:
+                ranks.setdefault(plan.reductions[name].rank or 0, rule)
+        options = tuple((ranks[rank], {name: rank}) for rank in sorted(ranks, reverse=True))
+        found.append(Candidate(name, model.first_piece(name), line.snr, options))
+    return found
+
+
+def grid_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
+    """Cells of LASER (arXiv 2312.13558, section 4): one layer, one role (all its experts), one rule."""
+    cells: dict[tuple[int, str, str], dict[str, int]] = {}
+    for rule, plan in plans.items():
+        for name, line in plan.reductions.items():
+            piece = model.first_piece(name)
+            cells.setdefault((piece, line.role, rule), {})[name] = line.rank or 0
+    return [
+        Candidate(f"layer {piece - 1} {role}", piece, None, ((rule, ranks),))
+        for (piece, role, rule), ranks in cells.items()
+    ]
+
+
+def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
+    """`layers`: last first, lowest SNR first within one, so that what is kept stays above the cached states.
+    `snr`: lowest first, LaserRMT's order. No SNR comes last; equal ones keep the file's order."""
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        snr = float("inf") if candidate.snr is None else candidate.snr
+        return (-candidate.piece, snr) if order == "layers" else (snr,)
+
+    return sorted(candidates, key=key)
+
+
+def cut_of(checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device) -> dict[str, torch.Tensor]:
+    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks."""
+    return {name: truncate(checkpoint.read(name), rank, device).matrix for name, rank in ranks.items()}
+
+
+def predict(candidates: Sequence[Candidate], bench: Bench, device: Device) -> list[Candidate]:
+    """Each candidate with sum(G * (W_r - W)), the first-order change of the loss under its first option.
+
+    G = d loss / d W from one backward pass over the calibration windows. arXiv 2510.20800 uses the gradient of the
+    singular values; this is the same derivative along the whole part that is removed. The pass starts from the
+    unedited model and is exact only for small removals: the search's record compares it with what was measured.
+    """
+    names = {name for candidate in candidates for name in candidate.options[0][1]}
+    first = min(candidate.piece for candidate in candidates)
+    if first == 0:
+        raise UsageError("--shortlist gradient cannot rank the embedding; leave its role out")
+    boundaries = bench.all_boundaries(first)
+    changes: dict[str, float] = {}
+    ranks = {name: rank for c in candidates for name, rank in c.options[0][1].items()}
+    checkpoint = bench.model.checkpoint
+    for name, G in bench.model.gradients(bench.objective.windows, boundaries, sorted(names)):
+        W = checkpoint.read(name).double()
+        removed = cut_of(checkpoint, {name: ranks[name]}, device)[name].double() - W
+        changes[name] = float((G.cpu().double() * removed).sum())
+    bench.forget(piece for piece in boundaries if piece not in bench.pieces)
+    return [replace(c, predicted=sum(changes[name] for name in c.options[0][1])) for c in candidates]

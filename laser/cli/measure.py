@@ -1,0 +1,129 @@
+"""The verb eval, and what it shares with search: which text is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from laser.checkpoint.reader import open_checkpoint
+from laser.cli import common
+from laser.errors import UsageError
+from laser.evaluation.evaluate import evaluate
+from laser.evaluation.perplexity import Perplexity, difference
+from laser.evaluation.text import WINDOW, Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
+from laser.spectral.devices import choose_device
+
+TextFile = Annotated[Path | None, typer.Option("--text", help="A .txt or .jsonl file; default: Python's pydoc topics.")]
+Field = Annotated[str | None, typer.Option("--field", help="The field of a .jsonl file, or of a dataset.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
+]
+WindowLength = Annotated[int, typer.Option("--window", help="Tokens per window, BOS included.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Layer by layer from disk: one layer's weights in memory.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
+
+
+def eval(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or its eval.json.")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
+    text: TextFile = None,
+    field: Field = None,
+    dataset: Dataset = None,
+    window: WindowLength = WINDOW,
+    windows: Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")] = 32,
+    skip: Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")] = 0,
+    mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
+    no_bos: Annotated[bool, typer.Option("--no-bos", help="No BOS at the start of a window.")] = False,
+    stream: Stream = False,
+    dtype: Dtype = "float32",
+    device: common.DeviceName = "auto",
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
+    if output is not None:
+        if other is not None:
+            raise UsageError(
+                "one record is written per model; try laser eval MODEL -o FILE for each, then compare them"
+            )
+        common.refuse_to_overwrite(output, force)
+    read = text_of(text, field, dataset)
+    where = choose_device(device).torch_device
+
+    def measure(name: str) -> Perplexity:
+        if Path(name).suffix == ".json":
+            return Perplexity.load(Path(name))
+        checkpoint = open_checkpoint(name)
+        cut = cut_windows(
+            read,
+            load_tokenizer(checkpoint.path),
+            length=window,
+            limit=windows or None,
+            skip=skip,
+            bos=False if no_bos else None,
+            mode=mode,
+        )
+        with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
+            return evaluate(checkpoint, cut, stream=stream, dtype=dtype, device=where, tick=lambda: _advance(bar))
+
+    records = [measure(name) for name in (model, other) if name is not None]
+    if output is not None:
+        records[0].save(output)
+    compared = difference(records[0], records[1]) if len(records) == 2 else None
+    if as_json:
+        document: dict[str, Any] = {"evaluations": [_document(r) for r in records]}
+        return common.print_json(document | ({"difference": asdict(compared)} if compared else {}))
+    common.print_table(
+        ("model", "perplexity", "±", "nats per token", "±", "bits per byte", "tokens", "windows"),
+        [
+            (
+                r.model,
+                r.perplexity,
+                None if r.standard_error is None else r.perplexity * r.standard_error,
+                digits(r.nll),
+                digits(r.standard_error),
+                r.bits_per_byte,
+                r.tokens,
+                r.windows,
+            )
+            for r in records
+        ],
+    )
+    if compared:
+        print(
+            f"{records[1].model} - {records[0].model}: {compared.nll:+.5f} ± {digits(compared.standard_error)} nats "
+            f"per token, paired over {compared.windows} windows: {compared.verdict}"
+        )
+    first = records[0]
+    bos = "with BOS" if first.bos else "without BOS"
+    print(f"{first.text} (sha256 {first.text_sha256[:12]}), {first.mode} of {first.window} tokens {bos}, {first.dtype}")
+    if output is not None:
+        print(f"written to {output}")
+
+
+def text_of(path: Path | None, field: str | None, dataset: str | None) -> Text:
+    if path is not None and dataset is not None:
+        raise UsageError("found both --text and --dataset; try one of them")
+    if dataset is not None:
+        name, *rest = dataset.split(",")
+        config = rest[0] if rest and rest[0] else None
+        return dataset_text(name, config, rest[1] if len(rest) > 1 else "test", field or "text")
+    return default_text() if path is None else read_text(path, field)
+
+
+def _document(record: Perplexity) -> dict[str, Any]:
+    perplexity = record.perplexity if record.nll < 709 else None  # strict JSON has no infinity
+    return asdict(record) | {"perplexity": perplexity, "bits_per_byte": record.bits_per_byte}
+
+
+def digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
+def _advance(bar: Any) -> None:
+    bar.update()

@@ -1,0 +1,123 @@
+"""The verbs after the flow: leaderboard (measure on tasks) and card (describe). Each parses, calls and prints."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.writer import OUTCOME
+from laser.cli import common
+from laser.errors import UsageError
+from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS, choose_tasks
+from laser.publication import LEADERBOARD, write_card
+from laser.spectral.devices import choose_device
+
+
+def leaderboard(
+    model: common.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help=f"The record to write; for an output of laser, OUT/{LEADERBOARD}."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Only the first N rows of each (of each subject).")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of rows in JSON lines, for machines without the Hub.")
+    ] = None,
+    device: common.DeviceName = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval."""
+    checkpoint = open_checkpoint(model)
+    names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
+    choose_tasks(names)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
+    if output is None:
+        if not (checkpoint.path / OUTCOME).is_file():
+            raise UsageError(
+                f"{model} was not written by laser, and a source is never written to; try -o FILE, or "
+                "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
+            )
+        output = checkpoint.path / LEADERBOARD
+        output.parent.mkdir(exist_ok=True)
+    common.refuse_to_overwrite(output, force)
+    where = choose_device(device).name
+    # As it is published, the command names no folder of this machine.
+    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", where]
+    for flag, value in (("--tasks", tasks), ("--limit", limit), ("--data", data.resolve().name if data else None)):
+        words += [flag, str(value)] if value is not None else []
+    words += ["--dtype", dtype] if dtype != "auto" else []
+    words += ["--batch-size", str(batch_size)] if batch_size != 1 else []
+    board = run_leaderboard(
+        checkpoint,
+        tasks=names,
+        limit=limit,
+        data=data,
+        device=where,
+        dtype=dtype,
+        batch_size=batch_size,
+        command=shlex.join(words),
+    )
+    board.save(output)
+    if as_json:
+        common.print_json(_document(board) | {"output": str(output)})
+        return
+    common.print_table(
+        ("task", "metric", "shots", "rows", "value", "standard error"),
+        [(s.task, s.metric, s.shots, s.n, s.value, s.stderr) for s in board.scores]
+        + [("average", "", "", "", board.average, board.average_stderr)],
+    )
+    if limit is not None:
+        print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+    print(f"written to {output}")
+
+
+def card(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
+    source: Annotated[
+        str | None, typer.Option("--source", help="The model that was reduced: licence, language, id, hashes.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
+    before: Annotated[Path | None, typer.Option("--before", help="Leaderboard record of the source.")] = None,
+    after: Annotated[Path | None, typer.Option("--after", help="Leaderboard record of OUT.")] = None,
+    hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Write OUT/README.md, the model card, from the records in OUT."""
+    written = write_card(
+        output,
+        open_checkpoint(source) if source is not None else None,
+        name=name,
+        base_model=base_model,
+        hash_source=hash_source,
+        before=before,
+        after=after,
+        force=force,
+    )
+    if as_json:
+        return common.print_json({"output": str(written)})
+    print(f"written to {written}")
+
+
+def _document(board: Leaderboard) -> dict[str, object]:
+    """The record without its rows, which are for pairing and not for reading."""
+    scores = [
+        {"task": s.task, "metric": s.metric, "value": s.value, "stderr": s.stderr, "n": s.n, "shots": s.shots}
+        for s in board.scores
+    ]
+    return {"model": board.model, "average": board.average, "average_stderr": board.average_stderr, "scores": scores}

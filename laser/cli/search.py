@@ -1,0 +1,202 @@
+"""The verb search: parse, call and print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from laser.checkpoint.families import list_matrices
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import common
+from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, text_of
+from laser.errors import UsageError
+from laser.evaluation.evaluate import check_vocabulary
+from laser.evaluation.objective import Loss, Objective, read_task
+from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer, read_text
+from laser.flow import scan_into
+from laser.search import Report, SearchResult, Trial, result_document
+from laser.search import search as search_plan
+from laser.spectra import Spectra
+from laser.spectral.devices import choose_device
+from laser.spectral.rules import RULES
+from laser.trials import ACCEPT
+
+
+def search(
+    model: common.Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    spectra: Annotated[
+        Path | None,
+        typer.Option(
+            "--spectra", help="File of laser scan, made if absent; default: spectra.safetensors beside the plan."
+        ),
+    ] = None,
+    rules: Annotated[str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}.")] = "laser-rmt",
+    lowest_snr: Annotated[
+        int | None,
+        typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR; 0: all. Default: 15, as LaserRMT does."),
+    ] = None,
+    shortlist: Annotated[
+        str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
+    ] = None,
+    accept: Annotated[str, typer.Option("--accept", help=f"Which edits to keep: {', '.join(ACCEPT)}.")] = "better",
+    order: Annotated[str, typer.Option("--order", help="layers (last first, fast) or snr (as published).")] = "layers",
+    objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
+    task: Annotated[Path | None, typer.Option("--task", help=".jsonl: question, answer[, alternatives].")] = None,
+    text: TextFile = None,
+    field: Field = None,
+    dataset: Dataset = None,
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", help="Text to report on; default: what follows the calibration.")
+    ] = None,
+    window: WindowLength = WINDOW,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows, or questions of the task.")] = 16,
+    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on.")] = 16,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    stream: Stream = False,
+    dtype: Dtype = "float32",
+    device: common.DeviceName = "auto",
+    precision: common.Precision = "auto",
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
+    ] = None,
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
+
+    Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
+    the end was measured on text that the search did not see.
+    """
+    common.refuse_to_overwrite(output, force)
+    journal = journal or output.with_name("search.jsonl")
+    if force:
+        journal.unlink(missing_ok=True)
+    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    where = choose_device(device, precision)
+    wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
+    tokenizer = load_tokenizer(checkpoint.path)
+    calibration, reported = objectives_of(
+        checkpoint, tokenizer, objective, task, text_of(text, field, dataset), held_out, field, window, windows,
+        held_out_windows,
+    )  # fmt: skip
+    spectra = spectra or output.with_name("spectra.safetensors")
+    if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
+        measured = Spectra.load(spectra)
+    else:
+        scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+        with common.Progress("scan", scanned) as bar:
+            measured = scan_into(spectra, checkpoint, chosen, where, "gram", bar)
+    with tqdm(desc="search", disable=None, leave=False) as bar:
+
+        def tick(trial: Trial, to_come: int) -> None:
+            bar.total = bar.n + 1 + to_come
+            bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
+            bar.update()
+
+        result = search_plan(
+            LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
+            measured,
+            wanted,
+            calibration,
+            reported,
+            selection=chosen,
+            lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
+            shortlist=_shortlist(shortlist),
+            grid=grid is not None,
+            accept=accept,
+            order=order,
+            device=where,
+            journal=journal,
+            tick=tick,
+        )
+    result.plan.save(output)
+    if as_json:
+        return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
+    print_search(result)
+    print(f"written to {output}; every trial is in {journal}")
+
+
+def objectives_of(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    objective: str,
+    task: Path | None,
+    text: Text,
+    held_out: Path | None,
+    field: str | None,
+    window: int,
+    windows: int,
+    held_out_windows: int,
+) -> tuple[Objective, list[Objective]]:
+    """What is minimised, and what is reported: other text, and for a task its later questions too."""
+    if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
+        raise UsageError(
+            f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
+        )
+    calibration = cut_windows(text, tokenizer, length=window, limit=windows)
+    check_vocabulary(checkpoint, calibration)
+    other = text if held_out is None else read_text(held_out, field if held_out.suffix == ".jsonl" else None)
+    skip = windows if held_out is None else 0
+    cut = cut_windows(other, tokenizer, length=window, limit=held_out_windows, skip=skip)
+    check_vocabulary(checkpoint, cut)
+    if task is None:
+        return Loss(calibration), [Loss(cut)]
+    later = read_task(task, tokenizer, limit=held_out_windows, skip=windows)
+    return read_task(task, tokenizer, limit=windows), [later, Loss(cut)]
+
+
+def _grid(text: str) -> list[str]:
+    """`fraction:0.9,0.6` to its rules. Raises UsageError without arguments; rules check the rest."""
+    name, _, arguments = text.partition(":")
+    found = [f"{name}:{argument}" for argument in arguments.split(",") if argument]
+    if not found:
+        raise UsageError(f"the grid {text!r} has no cells; try --grid fraction:0.9,0.6,0.2,0.1,0.05,0.01")
+    return found
+
+
+def _shortlist(text: str | None) -> int | None:
+    if text is None:
+        return None
+    name, _, count = text.partition(":")
+    if name != "gradient" or not (count or "15").isdecimal():
+        raise UsageError(f"no shortlist is called {text!r}; try --shortlist gradient:15")
+    return int(count or 15)  # as many as LaserRMT takes by SNR
+
+
+def print_search(result: SearchResult) -> None:
+    """The decisions, one row per trial, then what the whole plan did to seen and unseen text."""
+    rows = []
+    for t in result.trials:
+        kept = all(
+            name in result.plan.reductions and result.plan.reductions[name].rank == r for name, r in t.ranks.items()
+        )
+        decision = "rejected" if not t.accepted else "kept" if kept and not t.alone else "accepted"
+        rank = next(iter(t.ranks.values()))
+        change = "not finite" if t.d is None else f"{t.d:+.5f}"
+        rows.append((t.label, t.rule, rank, change, digits(t.se), decision, f"{t.seconds:.1f}"))
+    common.print_table(("candidate", "rule", "rank", "change", "±", "decision", "s"), rows)
+    for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):
+        print(f"{what}: {_told(report)}")
+    if result.rank_correlation is not None:
+        print(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
+    if not result.plan.reductions:
+        print("nothing was kept: no reduction that was tried makes this model better")
+
+
+def _told(report: Report) -> str:
+    before, after, d = (digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
+    return (
+        f"{report.objective} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} before, "
+        f"{after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
+    )

@@ -1,0 +1,158 @@
+"""What a search minimises: the loss on a text, or one minus the accuracy on a task. Both give a value per unit.
+
+A unit is a window (weight: its scored tokens) or a question (weight 1); lower is better for both. A task file has JSON
+lines with `question`, `answer` and, if it is multiple choice, `alternatives` (the wrong answers). With alternatives a
+question counts as right when its answer's log-likelihood (summed over its tokens, not divided by their number, as in
+LASER, arXiv 2312.13558) is above every alternative's; without, when each token of the answer is the model's first
+choice. The answer follows the question after one space, unless either brings its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from laser.errors import RecordError, UsageError
+from laser.evaluation.streaming import Scores
+from laser.evaluation.text import Window, Windows
+
+
+class Objective(Protocol):
+    """Windows to run and how to read their scores."""
+
+    @property
+    def windows(self) -> Sequence[Window]: ...
+    @property
+    def weights(self) -> tuple[int, ...]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    def values(self, scores: Scores) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Nats per token of each window."""
+
+    cut: Windows
+    name: str = "loss"
+    unit: str = "nats per token"
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        return self.cut.windows
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        return tuple(w.scored for w in self.cut.windows)
+
+    @property
+    def text(self) -> str:
+        return self.cut.text
+
+    @property
+    def sha256(self) -> str:
+        return self.cut.sha256
+
+    def values(self, scores: Scores) -> list[float]:
+        return [s / n for s, n in zip(scores.sums, self.weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """1 where a question is answered wrongly. `groups[q]` is how many windows question q has, its answer's first."""
+
+    windows: tuple[Window, ...]
+    groups: tuple[int, ...]
+    text: str
+    name: str = "accuracy"
+    unit: str = "share of wrong answers"
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        return (1,) * len(self.groups)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(repr(self.groups).encode())
+        for window in self.windows:
+            digest.update(f"{len(window.tokens)} {window.scored} ".encode() + window.tokens.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def values(self, scores: Scores) -> list[float]:
+        values, at = [], 0
+        for size in self.groups:
+            sums = scores.sums[at : at + size]
+            if not np.isfinite(sums).all():
+                values.append(float("nan"))
+            elif size == 1:
+                values.append(float(not scores.greedy[at]))
+            else:  # not <=: a tie with a wrong answer is no right answer
+                values.append(float(not sums[0] < min(sums[1:])))
+            at += size
+        return values
+
+
+def read_task(path: str | Path, tokenizer: Any, *, limit: int | None = None, skip: int = 0) -> Accuracy:
+    """Questions of a .jsonl file as windows: BOS where there is one, question, answer; only the answer is scored.
+
+    Raises RecordError for a file or row that is not as the module's docstring says, naming the line.
+    """
+    path = Path(path)
+    try:
+        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read the task {path} ({error}); try --task with a .jsonl file") from error
+    chosen = lines[skip : None if limit is None else skip + limit]
+    if not chosen:
+        raise UsageError(f"{path.name} has {len(lines)} questions; nothing is left after {skip}")
+    windows: list[Window] = []
+    groups = []
+    for number, line in chosen:
+        question, answers = _row(path, number, line)
+        windows += [_window(question, answer, tokenizer, f"{path.name} line {number}") for answer in answers]
+        groups.append(len(answers))
+    return Accuracy(tuple(windows), tuple(groups), path.name)
+
+
+def _row(path: Path, number: int, line: str) -> tuple[str, list[str]]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RecordError(f"{path.name} line {number} is not JSON ({error}); mend or remove it") from error
+    found = row if isinstance(row, dict) else {}
+    question, answer, others = found.get("question"), found.get("answer"), found.get("alternatives", [])
+    texts = isinstance(others, list) and all(isinstance(t, str) and t for t in (question, answer, *others))
+    if not texts:
+        raise RecordError(
+            f"{path.name} line {number}: found {', '.join(found) or type(row).__name__}, expected texts `question` and "
+            "`answer` and, for multiple choice, a list of texts `alternatives`; mend the line"
+        )
+    if answer in others:
+        raise RecordError(
+            f"{path.name} line {number}: the answer {answer!r} is among the alternatives; remove it there"
+        )
+    return str(question), [str(answer), *others]
+
+
+def _window(question: str, answer: str, tokenizer: Any, where: str) -> Window:
+    apart = question[-1].isspace() or answer[0].isspace()
+    whole = tokenizer(question + ("" if apart else " ") + answer, add_special_tokens=False, verbose=False)["input_ids"]
+    # The question alone, without its last space: tokenizers glue a space to the word that follows it.
+    before = tokenizer(question.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    scored = len(whole) - len(before)
+    if scored < 1 or len(prefix) + len(before) < 1:
+        raise RecordError(f"{where}: answer {answer!r} adds no token to its question; mend the line")
+    return Window(np.asarray(prefix + whole, dtype=np.int64), scored)

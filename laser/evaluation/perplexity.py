@@ -1,0 +1,172 @@
+"""Perplexity, a record with its error bar, and the paired difference of two of them.
+
+Losses are in nats per token. With n_w tokens scored in window w and l_w their mean loss, the loss is
+sum n_w l_w / sum n_w; its standard error is that of a ratio over windows, sqrt(W/(W-1) sum (n_w (l_w - loss))^2) / N:
+tokens of one window share their context and must not be counted as independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.errors import NumericalError, RecordError, UsageError
+from laser.evaluation.text import Windows
+
+KIND, VERSION = "eval", 1
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well one model predicts one text. `nll` and `losses` in nats per token; see `Windows` for the rest."""
+
+    model: str
+    identity: str  # of the checkpoint: config, index and headers
+    text: str
+    text_sha256: str
+    windows_sha256: str  # of every token id and of what is scored
+    mode: str
+    window: int
+    bos: bool
+    dtype: str
+    device: str
+    nll: float
+    standard_error: float | None  # None for a single window
+    tokens: int
+    windows: int
+    bytes: int | None
+    losses: tuple[float, ...]  # per window
+    counts: tuple[int, ...]  # tokens scored per window
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinity where a float cannot hold it."""
+        return math.exp(self.nll) if self.nll < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers; None where the tokenizer tells no positions."""
+        return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def to_json(self) -> bytes:
+        return to_json({"kind": KIND, "version": VERSION} | asdict(self))
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path) -> Perplexity:
+        """Raises RecordError for a file that is missing, damaged, of another version, or that contradicts itself."""
+        return Perplexity.from_document(read_json(path, KIND, VERSION), path)
+
+    @staticmethod
+    def from_document(document: dict[str, Any], path: Path) -> Perplexity:
+        names = {f.name for f in fields(Perplexity)}
+        if names != document.keys() - {"kind", "version"}:
+            odd = sorted(names ^ (document.keys() - {"kind", "version"}))
+            raise RecordError(f"{path} is not a whole evaluation ({', '.join(odd)}); make it again with `laser eval`")
+        entries = {name: document[name] for name in names}
+        try:
+            losses, counts = tuple(map(float, entries["losses"])), tuple(map(int, entries["counts"]))
+            record = Perplexity(**entries | {"losses": losses, "counts": counts})
+            mean, _ = weighted_mean(losses, counts)
+            whole = len(losses) == record.windows and sum(counts) == record.tokens and math.isfinite(mean)
+            agrees = whole and math.isclose(mean, record.nll, rel_tol=1e-9, abs_tol=1e-12)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise RecordError(f"{path} is not a whole evaluation ({error}); make it again with `laser eval`") from error
+        if not agrees:
+            raise RecordError(
+                f"{path}: found nll {record.nll} of {record.windows} windows, expected {mean} of {len(losses)} from "
+                "its own windows; it was changed by hand, make it again with `laser eval`"
+            )
+        return record
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of B minus loss of A on the same tokens, nats per token; negative means that B predicts better."""
+
+    nll: float
+    standard_error: float | None
+    tokens: int
+    windows: int
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or no difference beyond one standard error."""
+        if self.standard_error is None:
+            return "one window: no standard error"
+        if abs(self.nll) <= self.standard_error:
+            return "no difference beyond one standard error"
+        return "better" if self.nll < 0 else "worse"
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
+    """Mean of `values` (W,) weighted by `weights` (W,), and its standard error over windows (None for one window)."""
+    v, n = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    total = float(n.sum())
+    mean = float(n @ v) / total
+    if len(v) < 2:
+        return mean, None
+    squares = float(np.sum((n * (v - mean)) ** 2))
+    return mean, math.sqrt(len(v) / (len(v) - 1) * squares) / total
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], weights: Sequence[int]
+) -> tuple[float, float | None]:
+    """Weighted mean of after - before (W,) and its standard error over windows."""
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return weighted_mean(change.tolist(), weights)
+
+
+def record_of(
+    windows: Windows, sums: Sequence[float], *, model: str, identity: str, dtype: str, device: str
+) -> Perplexity:
+    """The record from the summed loss of each window (W,), nats. Raises NumericalError naming a non-finite window."""
+    counts = tuple(w.scored for w in windows.windows)
+    losses = tuple(float(s) / n for s, n in zip(sums, counts, strict=True))
+    for number, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"{model}: the loss of window {number} of {len(losses)} of {windows.text} is {loss}; the weights or "
+                f"activations overflow in {dtype}, try --dtype float32 or look for NaN with `laser scan`"
+            )
+    nll, error = weighted_mean(losses, counts)
+    return Perplexity(
+        model=model,
+        identity=identity,
+        text=windows.text,
+        text_sha256=windows.text_sha256,
+        windows_sha256=windows.sha256,
+        mode=windows.mode,
+        window=windows.length,
+        bos=windows.bos,
+        dtype=dtype,
+        device=device,
+        nll=nll,
+        standard_error=error,
+        tokens=sum(counts),
+        windows=len(counts),
+        bytes=windows.bytes,
+        losses=losses,
+        counts=counts,
+    )
+
+
+def difference(a: Perplexity, b: Perplexity) -> Difference:
+    """B minus A, paired window by window. Raises UsageError unless both scored the very same tokens."""
+    for what in ("text_sha256", "window", "mode", "bos", "windows", "tokens", "windows_sha256"):
+        if (found := getattr(b, what)) != (expected := getattr(a, what)):
+            raise UsageError(
+                f"{a.model} and {b.model} were not measured on the same tokens: {what} is {found}, expected "
+                f"{expected}; evaluate both with the same text, window and tokenizer"
+            )
+    nll, error = paired_difference(a.losses, b.losses, a.counts)
+    return Difference(nll, error, a.tokens, a.windows)

@@ -1,0 +1,232 @@
+"""publish: from the records that lie in an output to the README.md that describes it.
+
+Records read, all optional but the first:
+
+    laser.json                           what was done (`laser reduce`, `laser run`)
+    laser/source.json                    what the card says of the source; written here, so that a card can be made
+                                         again where the source is no longer at hand
+    laser/search.json                    what a search tried, and its result on held-out text (`laser run --search`)
+    laser/leaderboard.json               `laser leaderboard OUT`
+    laser/leaderboard-source.json        `laser leaderboard SOURCE -o OUT/laser/leaderboard-source.json`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.writer import OUTCOME, RECORDS
+from laser.errors import OutputError, RecordError, UsageError
+from laser.evaluation.leaderboard import Leaderboard
+from laser.reduction import Outcome
+from laser.report.card import TAGS, CardRun, CardSource, card
+from laser.report.comparison import Loss, Losses
+from laser.spectral.rules import RULES
+
+CARD = "README.md"
+SOURCE = f"{RECORDS}/source.json"
+SEARCH = f"{RECORDS}/search.json"
+LEADERBOARD = f"{RECORDS}/leaderboard.json"
+LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
+KIND, VERSION = "source", 1
+PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
+
+
+def write_card(
+    out: Path,
+    source: Checkpoint | None = None,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    hash_source: bool = False,
+    losses: Losses | None = None,
+    before: Path | None = None,
+    after: Path | None = None,
+    trials: Sequence[Mapping[str, Any]] | None = None,
+    commands: tuple[str, ...] = (),
+    force: bool = False,
+) -> Path:
+    """Write OUT/README.md from the records in `out`; returns its path.
+
+    source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used,
+    or else only what was copied from it: then licence and language are not known. before, after: leaderboard records
+    elsewhere than in OUT/laser. hash_source: read the source's shards for their sha256 (the time of reading them).
+    Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser.
+    """
+    outcome = Outcome.load(out)
+    target = out / CARD
+    if target.exists() and not force and not _is_ours(target):
+        raise OutputError(f"{target} was not written by laser; try --force to replace it")
+    about = _about(out, outcome, source, hash_source)
+    if base_model is not None:
+        about = replace(about, hub_id=base_model)
+    if losses is None and trials is None and (out / SEARCH).exists():
+        losses, trials = _searched(out / SEARCH)
+    rule = RULES.get(outcome.plan.rule.partition(":")[0])
+    text = card(
+        name or out.resolve().name,
+        outcome,
+        about,
+        run=CardRun(rule.source if rule else None, versions(), commands),
+        losses=losses,
+        before=_leaderboard(before or out / LEADERBOARD_SOURCE, before, outcome, None),
+        after=_leaderboard(after or out / LEADERBOARD, after, outcome, _sha256(out / OUTCOME)),
+        trials=trials,
+    )
+    if base_model is not None and f"base_model: {base_model}\n" not in text:
+        raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
+    (out / RECORDS).mkdir(exist_ok=True)
+    write_atomically(out / SOURCE, to_json({"kind": KIND, "version": VERSION} | asdict(about)))
+    write_atomically(target, text.encode())
+    return target
+
+
+def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> CardSource:
+    """What a card says of a checkpoint, read from its small files. In the Hub's cache, the path tells the id and the
+    revision, and the names of the blobs are the sha256 of the weights."""
+    path = checkpoint.path
+    hub_id, revision = hub_origin(path)
+    shards = {}
+    for shard in checkpoint.shards:
+        blob = shard.path.resolve().name
+        if re.fullmatch(r"[0-9a-f]{64}", blob):
+            shards[shard.name] = blob
+        elif hash_source:
+            shards[shard.name] = _sha256(shard.path)
+    licences = sorted(p.name for p in path.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
+    # Each tensor of the headers once: tied weights are stored once and counted once.
+    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    return CardSource(
+        name=checkpoint.name,
+        identity=checkpoint.identity,
+        hub_id=hub_id,
+        revision=revision,
+        readme=_text(path / CARD),
+        config=dict(checkpoint.config),
+        tokenizer_config=_object(path / "tokenizer_config.json"),
+        chat_template=_text(path / "chat_template.jinja"),
+        parameters=parameters,
+        shards=shards,
+        licence_files=tuple(licences),
+    )
+
+
+def hub_origin(path: Path) -> tuple[str | None, str | None]:
+    """(id, revision) of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/REVISION; else (None, None)."""
+    if path.parent.name != "snapshots" or not path.parent.parent.name.startswith("models--"):
+        return None, None
+    return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what computes, as installed here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # laser itself, run from its sources
+    return found
+
+
+def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: bool) -> CardSource:
+    if source is not None:
+        outcome.plan.source.require(source, "output")
+        return describe_source(source, hash_source=hash_source)
+    if (out / SOURCE).exists():
+        document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
+        del document["kind"], document["version"]
+        try:
+            document["licence_files"] = tuple(document["licence_files"])
+            about = CardSource(**document)
+        except (KeyError, TypeError) as error:
+            raise RecordError(
+                f"{out / SOURCE} is not a whole record ({error}); remove it, or name the model with --source"
+            ) from error
+        if about.identity == outcome.plan.source.identity:
+            return about
+    return CardSource(
+        name=outcome.plan.source.name,
+        identity=outcome.plan.source.identity,
+        config=_object(out / "config.json"),
+        tokenizer_config=_object(out / "tokenizer_config.json"),
+        chat_template=_text(out / "chat_template.jinja"),
+        licence_files=tuple(sorted(p.name for p in out.iterdir() if re.match(r"(?i)licen[cs]e", p.name))),
+    )
+
+
+def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str | None) -> Leaderboard | None:
+    """The record at `path`; None where it is absent and was not asked for. expected: sha256 of laser.json, or None
+    for the source."""
+    if asked is None and not path.exists():
+        return None
+    board = Leaderboard.load(path)
+    if board.identity != outcome.plan.source.identity or board.outcome != expected:
+        which = "the source" if expected is None else "this output"
+        raise RecordError(
+            f"{path} was measured on {board.model}, whose weights are not those of {which}; "
+            "run `laser leaderboard` again, or remove the file"
+        )
+    return board
+
+
+def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:
+    """What a search measured on text that it did not select on, and its trials."""
+    document = read_json(path, "search", 1)
+
+    def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
+        told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
+        return Loss(**told, text=report["text"])
+
+    try:
+        for report in document["held_out"]:
+            if report["objective"] == "loss" and report["d"] is not None:
+                source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
+                losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
+                return losses, document["trials"]
+        return None, document["trials"]
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a README carries the first tag of our cards."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    match = REGEX_YAML_BLOCK.search(_text(path) or "")
+    try:
+        found = yaml.safe_load(match.group(2)) if match else None
+    except yaml.YAMLError:
+        return False
+    tags = found.get("tags") if isinstance(found, dict) else None
+    return isinstance(tags, list) and TAGS[0] in tags
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(path: Path) -> str | None:
+    """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown."""
+    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none: a card can do without."""
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,229 @@
+"""card: the README.md of a reduced checkpoint, a pure function of the records.
+
+The metadata is what the Hub reads. It has no offline check of its own (`ModelCard.validate` asks the Hub), so here the
+card is read back by huggingface_hub, its model-index is parsed into EvalResults again, base_model is checked as a
+repository id, and the YAML must say what was put in. Anything else is an error and no card.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from laser.errors import RecordError
+from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.lm_tasks import TASKS
+from laser.report import card_edits as edits
+from laser.report import card_sections as sections
+from laser.report.card_loading import loading
+from laser.report.comparison import Losses, compare
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from laser.reduction import Outcome
+
+TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class CardSource:
+    """What the card says of the source: its own files, read once."""
+
+    name: str
+    identity: str
+    hub_id: str | None = None  # where it is known for certain: asked for, or the Hub cache's own path
+    revision: str | None = None
+    readme: str | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer_config: Mapping[str, Any] | None = None
+    chat_template: str | None = None  # the text of chat_template.jinja
+    parameters: int | None = None
+    shards: Mapping[str, str] | None = None  # file -> sha256 of the source's weights
+    licence_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardRun:
+    """How the output was made, as far as laser.json does not say it."""
+
+    rule_source: str | None = None  # where the rule comes from: RULES[name].source
+    versions: Mapping[str, str] | None = None  # of laser, torch and so on
+    commands: tuple[str, ...] = ()  # exact; empty: spelled out from the plan
+
+
+def card(
+    name: str,
+    outcome: Outcome,
+    source: CardSource,
+    *,
+    run: CardRun | None = None,
+    losses: Losses | None = None,
+    before: Leaderboard | None = None,
+    after: Leaderboard | None = None,
+    trials: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The whole card as text.
+
+    losses: the same text under source and result. before, after: the leaderboard's tasks on either. trials: what a
+    search tried, each with label, rule, ranks (tensor -> rank), d, se and accepted.
+    Raises RecordError where the metadata would not be valid.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run = run or CardRun()
+    inherited = read_metadata(source.readme)
+    base = base_model(source, inherited)
+    results = eval_results(after) if after else None
+    # Not the keyword arguments only: what the source leaves out stays out.
+    data = ModelCardData(
+        base_model=base[0],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        eval_results=results,
+        model_name=name if results else None,
+        **{key: inherited[key] for key in INHERITED if key in inherited},
+        inference=False,
+    )
+    rows = compare(losses, before, after)
+    body = "\n\n".join(
+        [
+            f"# {sections.plain(name)}",
+            sections.summary(outcome, source, base),
+            sections.measured(rows, losses, before, after),
+            edits.what_was_done(outcome, run),
+            *([edits.search(trials)] if trials else []),
+            loading(name, source),
+            sections.instruction_format(source),
+            sections.limits(outcome, source, inherited, losses, after),
+            sections.reproduce(name, outcome, source, run, before, after),
+        ]
+    )
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+    check_metadata(text, data.to_dict())
+    return text
+
+
+def read_metadata(readme: str | None) -> dict[str, Any]:
+    """The YAML block of a README; empty where there is none or where it is not valid."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    match = REGEX_YAML_BLOCK.search(readme or "")
+    if not match:
+        return {}
+    try:
+        found = yaml.safe_load(match.group(2))
+    except yaml.YAMLError:
+        return {}
+    return _clean(found) if isinstance(found, dict) else {}
+
+
+def _clean(found: dict[str, Any]) -> dict[str, Any]:
+    """Only entries of the type that the Hub expects. YAML reads the language `no`, Norwegian, as false."""
+
+    def text(value: Any) -> str | None:
+        if value is False:
+            return "no"
+        return value if isinstance(value, str) and value.strip() else None
+
+    clean = {}
+    for key, value in found.items():
+        if key == "language":
+            listed = [t for v in (value if isinstance(value, list) else [value]) if (t := text(v))]
+            if listed:
+                clean[key] = listed
+        elif key in (*INHERITED, "base_model"):
+            listed = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.strip()]
+            if listed:
+                clean[key] = listed if isinstance(value, list) and len(listed) > 1 else listed[0]
+    return clean
+
+
+def base_model(source: CardSource, inherited: Mapping[str, Any]) -> tuple[str | list[str] | None, str]:
+    """(what the metadata's base_model says, where that comes from). Only valid Hub ids, or nothing.
+
+    The source's own id where it is known. Failing that an ancestor: the id that its config or its card names, which is
+    what the source itself was made from; the summary says that this is so.
+    """
+    if source.hub_id and _is_hub_id(source.hub_id):
+        return source.hub_id, "source"
+    named = (source.config or {}).get("_name_or_path")
+    if isinstance(named, str) and _is_hub_id(named):
+        return named, "config.json"
+    above = inherited.get("base_model")
+    listed = [x for x in (above if isinstance(above, list) else [above]) if isinstance(x, str) and _is_hub_id(x)]
+    if listed:
+        return listed if len(listed) > 1 else listed[0], "card"
+    return None, ""
+
+
+def _is_hub_id(text: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):  # a bare name might be any directory
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def eval_results(board: Leaderboard) -> list[EvalResult]:
+    """An entry per task, in percent, under the data set names of the leaderboard's own cards.
+
+    `args` says how many shots, and how many rows where not all were scored: such a figure must not pass for the real.
+    """
+    from huggingface_hub import EvalResult
+
+    results = []
+    for score in board.scores:
+        task = TASKS[score.task]
+        dataset, config, split = task.dataset
+        args: dict[str, Any] = {"num_few_shot": score.shots}
+        if board.limit is not None or board.data:
+            args["rows_scored"] = score.n
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_name=task.title,
+                dataset_type=dataset,
+                dataset_config=config,
+                dataset_split=split,
+                dataset_args=args,
+                # The leaderboard's cards call GSM8K's exact match an accuracy.
+                metric_type="acc" if score.metric == "exact_match" else score.metric,
+                metric_name={"acc_norm": "normalized accuracy", "mc2": None}.get(score.metric, "accuracy"),
+                metric_value=round(100 * score.value, 2),
+            )
+        )
+    return results
+
+
+def check_metadata(text: str, expected: Mapping[str, Any]) -> None:
+    """Read the card back and raise RecordError unless its metadata is whole and says what `expected` says."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    try:
+        back = ModelCard(text).data.to_dict()
+        results = model_index_to_eval_results(back["model-index"])[1] if "model-index" in back else []
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"the card's metadata cannot be read back ({error}); please report this") from error
+    wrong = sorted(key for key in back.keys() | expected.keys() if back.get(key) != expected.get(key))
+    named = back.get("base_model") or []
+    wrong += [f"base_model {x!r}" for x in ([named] if isinstance(named, str) else named) if not _is_hub_id(x)]
+    for result in results:
+        value = result.metric_value
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            wrong.append(f"{result.dataset_name}: {value!r}")
+    if wrong:
+        raise RecordError(f"the card's metadata is not valid: {', '.join(wrong)}; check the source's README.md")

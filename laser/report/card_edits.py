@@ -1,0 +1,124 @@
+"""The card's sections on the edits: what was reduced and by how much, and how a search chose it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from laser.report.markdown import cell, code, table
+
+if TYPE_CHECKING:
+    from laser.plan import Plan, PlanLine
+    from laser.reduction import Outcome
+    from laser.report.card import CardRun
+
+UNFOLDED = 40  # rows that a table shows before the rest is folded away
+
+
+def what_was_done(outcome: Outcome, run: CardRun) -> str:
+    """The rule, the selection, how many matrices, and each with its rank before and after and its energy removed."""
+    plan = outcome.plan
+    reduced = list(plan.reductions.values())
+    matrices, tensors = count(plan)
+    skipped = [line for line in plan.lines if line.action == "skip"]
+    origin = f" ({cell(run.rule_source)})" if run.rule_source else ""
+    text = [
+        "## What was done",
+        f"Rule {code(plan.rule)}{origin}; selection: {_selection(plan.selection)}. Of {tensors} tensors, {matrices} "
+        f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
+        + (f", among them {len(skipped)} that could not be read as numbers." if skipped else "."),
+    ]
+    if not reduced:
+        return "\n\n".join(text)
+    removed = [_removed(outcome, line) for line in reduced]
+    mean = sum(removed) / len(removed)
+    text.append(
+        f"The part removed held {100 * min(removed):.2f} to {100 * max(removed):.2f} % (mean {100 * mean:.2f} %) of "
+        "the squared singular values of its matrix, as measured when it was removed. By role:"
+    )
+    text.append(_roles(outcome, reduced, plan))
+    rows = [
+        (code(x.name), str(x.full_rank), str(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
+        for x, e in zip(reduced, removed, strict=True)
+    ]
+    full = table(("matrix", "rank before", "after", "energy removed", "SNR"), rows, right=(1, 2, 3, 4))
+    if len(rows) > UNFOLDED:
+        full = f"<details>\n<summary>All {len(rows)} reduced matrices</summary>\n\n{full}\n\n</details>"
+    text.append(full)
+    text.append(
+        "SNR is the sum of the singular values kept over the sum of those removed. Rank before is the smaller side. "
+        "The reason for every tensor, reduced or kept, and the residual of every factorisation are in `laser.json`."
+    )
+    return "\n\n".join(text)
+
+
+def count(plan: Plan) -> tuple[int, int]:
+    """(matrices, tensors). A plan line has no shape, but the reason of a tensor that is no matrix says so."""
+    return sum(not line.reason.startswith("not a matrix") for line in plan.lines), len(plan.lines)
+
+
+def _removed(outcome: Outcome, line: PlanLine) -> float:
+    kept = outcome.matrices.get(line.name, {}).get("energy_kept", line.energy_kept)
+    return 1 - float(kept)
+
+
+def _roles(outcome: Outcome, reduced: Sequence[PlanLine], plan: Plan) -> str:
+    rows = []
+    for role in dict.fromkeys(line.role for line in reduced):
+        these = [line for line in reduced if line.role == role]
+        energy = [_removed(outcome, line) for line in these]
+        ranks = sorted(line.rank or 0 for line in these)
+        full = sorted({line.full_rank or 0 for line in these})
+        layers = sorted({line.layer for line in these if line.layer is not None})
+        rows.append(
+            (
+                cell(role),
+                f"{len(these)} of {sum(line.role == role for line in plan.lines)}",
+                _span(layers),
+                _span(full),
+                _span(ranks),
+                f"{100 * min(energy):.1f} to {100 * max(energy):.1f} %",
+            )
+        )
+    return table(("role", "reduced", "layers", "rank before", "rank after", "energy removed"), rows, right=(3, 4, 5))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return ""
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _selection(selection: Mapping[str, Any]) -> str:
+    parts = []
+    if selection.get("lowest_snr"):
+        parts.append(f"the {selection['lowest_snr']} matrices of lowest signal-to-noise ratio")
+    if selection.get("layers"):
+        parts.append("layers " + ", ".join(map(str, selection["layers"])))
+    if selection.get("roles"):
+        parts.append("roles " + ", ".join(map(cell, selection["roles"])))
+    for key in ("include", "exclude"):
+        if selection.get(key):
+            parts.append(f"names that {'' if key == 'include' else 'do not '}match {code(selection[key])}")
+    return "; ".join(parts) or "every attention and feed-forward matrix"
+
+
+def search(trials: Sequence[Mapping[str, Any]]) -> str:
+    """Every trial of a search in the order of the search: label, rule, ranks (by tensor), d, se, accepted."""
+    accepted = [t for t in trials if t["accepted"]]
+    rows = []
+    for t in trials:
+        ranks = sorted(set(t["ranks"].values()))
+        change = "not finite" if t["d"] is None else f"{t['d']:+.5f}"
+        if t["d"] is not None and t["se"] is not None:
+            change += f" ± {t['se']:.5f}"
+        rows.append((cell(t["label"]), code(t["rule"]), _span(ranks), change, "kept" if t["accepted"] else "undone"))
+    full = table(("edit", "rule", "rank tried", "change", "decision"), rows, right=(2, 3))
+    if len(rows) > UNFOLDED:
+        full = f"<details>\n<summary>All {len(rows)} trials</summary>\n\n{full}\n\n</details>"
+    return (
+        f"## How the edits were chosen\n\n{len(trials)} edits were tried and {len(accepted)} kept. The change is that "
+        "of the objective (a loss in nats per token, or an accuracy) on the calibration text, paired, with its "
+        "standard error. What was selected on a text says little about that text: the comparison above is worth what "
+        f"its own text is.\n\n{full}"
+    )

@@ -1,0 +1,160 @@
+"""Going through candidates, one at a time or as a grid, with a journal that remembers every finished trial."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laser.candidates import Candidate, cut_of
+from laser.checkpoint.files import Journal
+from laser.errors import RecordError
+from laser.evaluation.objective import Objective
+from laser.spectral.devices import Device
+from laser.trials import Bench, accepted, change
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured edit; d and se in the objective's unit, None where a value was not finite."""
+
+    label: str
+    rule: str
+    ranks: Mapping[str, int]
+    alone: bool  # a grid's cell against the untouched model; otherwise on top of what was kept before
+    d: float | None
+    se: float | None
+    accepted: bool
+    predicted: float | None
+    layer_forwards: int  # decoder layers times windows that this trial ran
+    seconds: float
+
+    def told(self) -> str:
+        if self.d is None:
+            return f"{self.rule}: not finite"
+        return f"{self.rule}: {self.d:+.5f}" + ("" if self.se is None else f" ± {self.se:.5f}")
+
+
+class SearchLog:
+    """The journal, read from the front while it lasts and written behind that. Without a path nothing is kept."""
+
+    def __init__(self, path: Path | None, run: dict[str, Any]) -> None:
+        self.journal = Journal(path, run) if path else None
+        self._old = iter(tuple(self.journal.entries)) if self.journal else iter(())
+
+    def entry(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The finished entry that `what` identifies, or the one that `measure` gives now."""
+        old = next(self._old, None)
+        if old is not None:
+            different = [key for key, value in what.items() if old.get(key) != value]
+            if different:
+                path = self.journal.path if self.journal else ""
+                raise RecordError(
+                    f"{path}: found an entry of {old.get('entry')} {old.get('label', '')}, expected {what['entry']} "
+                    f"{what.get('label', '')} ({', '.join(different)} differ); start afresh with --force"
+                )
+            return old
+        new = what | measure()
+        if self.journal:
+            self.journal.append(new)
+        return new
+
+    def values(self, entry: str, measure: Callable[[], list[float]]) -> list[float]:
+        return from_numbers(self.entry({"entry": entry}, lambda: {"values": to_numbers(measure())})["values"])
+
+    def close(self) -> None:
+        if self.journal:
+            self.journal.close()
+
+
+def to_numbers(values: Sequence[float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values]  # strict JSON has no NaN
+
+
+def from_numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+class Runner:
+    """The two ways to go through candidates; collects the trials."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        objective: Objective,
+        accept: str,
+        device: Device,
+        log: SearchLog,
+        tick: Callable[[Trial, int], None],
+    ) -> None:
+        self.bench, self.objective, self.accept, self.device = bench, objective, accept, device
+        self.log, self.tick = log, tick
+        self.trials: list[Trial] = []
+        self.to_come = 0
+
+    def try_option(
+        self, candidate: Candidate, option: int, now: list[float], *, alone: bool = False
+    ) -> tuple[Trial, list[float]]:
+        rule, ranks = candidate.options[option]
+        what = {"entry": "alone" if alone else "trial", "label": candidate.label, "rule": rule, "ranks": dict(ranks)}
+
+        def measure() -> dict[str, Any]:
+            start, before = time.perf_counter(), self.bench.model.layer_forwards
+            values = self.bench.measure(cut_of(self.bench.model.checkpoint, ranks, self.device))
+            d, se = change(self.objective, now, values)
+            return {
+                "d": d if math.isfinite(d) else None,
+                "se": se,
+                "accepted": accepted(self.accept, d, se),
+                "layer_forwards": self.bench.model.layer_forwards - before,
+                "seconds": round(time.perf_counter() - start, 3),
+                "values": to_numbers(values),
+            }
+
+        entry = self.log.entry(what, measure)
+        predicted = candidate.predicted if option == 0 else None
+        numbers = {k: entry[k] for k in ("d", "se", "accepted", "layer_forwards", "seconds")}
+        trial = Trial(candidate.label, rule, ranks, alone, predicted=predicted, **numbers)
+        self.trials.append(trial)
+        self.to_come -= 1
+        self.tick(trial, self.to_come)
+        return trial, from_numbers(entry["values"])
+
+    def keep(self, ranks: Mapping[str, int]) -> None:
+        self.bench.keep(cut_of(self.bench.model.checkpoint, ranks, self.device))
+
+    def one_by_one(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
+        kept: dict[str, Trial] = {}
+        self.to_come = sum(len(c.options) for c in candidates)
+        for candidate in candidates:
+            best: tuple[Trial, list[float]] | None = None
+            for option in range(len(candidate.options)):
+                trial, values = self.try_option(candidate, option, now)
+                if trial.accepted and (best is None or (trial.d or 0.0) < (best[0].d or 0.0)):
+                    best = trial, values
+            if best:
+                self.keep(best[0].ranks)
+                kept |= dict.fromkeys(best[0].ranks, best[0])
+                now = best[1]
+        return kept, now
+
+    def grid(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
+        """Each cell alone; then the accepted ones, best first, each kept if it is still accepted on top of the rest."""
+        self.to_come = 2 * len(candidates)
+        alone = [(self.try_option(c, 0, now, alone=True)[0], c) for c in candidates]
+        promising = sorted((pair for pair in alone if pair[0].accepted), key=lambda pair: pair[0].d or 0.0)
+        kept: dict[str, Trial] = {}
+        self.to_come = len(promising)
+        for _, candidate in promising:
+            if kept.keys() & candidate.options[0][1].keys():  # this layer and role were cut at a better fraction
+                self.to_come -= 1
+                continue
+            trial, values = self.try_option(candidate, 0, now)
+            if trial.accepted:
+                self.keep(trial.ranks)
+                kept |= dict.fromkeys(trial.ranks, trial)
+                now = values
+        return kept, now

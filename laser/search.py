@@ -1,0 +1,241 @@
+"""search: keep an edit only if the model gets no worse by it, measured; the result is a plan and every trial.
+
+Candidates are tried one at a time on top of what has been kept. With d the mean paired change of the calibration
+objective and se its standard error over windows, `better` (default) keeps an edit if d <= -se, `no-worse` if d <= se,
+`any-drop` if d < 0 (what LaserRMT does). A loss that is not finite rejects. What was chosen on the calibration text is
+reported on held-out text that the search never saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+
+from laser.candidates import ORDERS, Candidate, grid_candidates, in_order, matrix_candidates, plans_of, predict
+from laser.errors import NumericalError, UsageError
+from laser.evaluation.objective import Objective
+from laser.evaluation.perplexity import weighted_mean
+from laser.evaluation.streaming import LayeredModel
+from laser.plan import Plan
+from laser.runner import Runner, SearchLog, Trial
+from laser.selection import Selection
+from laser.spectra import Spectra
+from laser.spectral.devices import Device, choose_device
+from laser.trials import ACCEPT, Bench, change
+
+
+@dataclass(frozen=True)
+class Report:
+    """An objective before and after the whole plan; means and standard errors in `unit`."""
+
+    objective: str
+    unit: str
+    text: str
+    units: int
+    tokens: int  # scored
+    before: float | None  # None: not finite
+    before_se: float | None
+    after: float | None
+    after_se: float | None
+    d: float | None
+    se: float | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    plan: Plan
+    trials: tuple[Trial, ...]
+    calibration: Report
+    held_out: tuple[Report, ...]
+    rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
+
+
+def search(
+    model: LayeredModel,
+    spectra: Spectra,
+    rules: Sequence[str],
+    calibration: Objective,
+    held_out: Sequence[Objective],
+    *,
+    selection: Selection | None = None,
+    lowest_snr: int | None = None,
+    shortlist: int | None = None,
+    grid: bool = False,
+    accept: str = "better",
+    order: str = "layers",
+    device: Device | None = None,
+    journal: Path | None = None,
+    cache: bool = True,
+    tick: Callable[[Trial, int], None] = lambda *_: None,
+) -> SearchResult:
+    """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
+
+    Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them, or with `shortlist` K those
+    with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
+    accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
+    then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none.
+    Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
+    `tick` is called with each trial and how many are still to come at most.
+    Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
+    text), RecordError for spectra or a journal of another run, NumericalError if the model itself is not finite.
+    """
+    selection, device = selection or Selection(), device or choose_device()
+    checkpoint = model.checkpoint
+    spectra.source.require(checkpoint, "spectra")
+    _check(calibration, held_out, accept, order, shortlist, grid)
+    plans = plans_of(spectra, rules, selection, lowest_snr)
+    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
+    if not found:
+        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+    asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
+    asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
+    asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
+    run = {"kind": "search journal", "version": 1, "source": checkpoint.identity, "rules": list(rules)} | asked
+    log = SearchLog(journal, run)
+    try:
+        bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
+        base = log.values("baseline", bench.measure)
+        if not all(map(math.isfinite, base)):
+            raise NumericalError(
+                f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
+                f"{calibration.text}; try --dtype float32, or laser scan to find NaN in its weights"
+            )
+        if shortlist is not None:
+            found = _shortlisted(found, shortlist, bench, device, log)
+            bench.pieces = {max(c.piece, 1) for c in found}
+        runner = Runner(bench, calibration, accept, device, log, tick)
+        if grid:
+            kept, values = runner.grid(in_order(found, order), base)
+        else:
+            kept, values = runner.one_by_one(in_order(found, order), base)
+        reports = tuple(_report(bench.model, objective, kept, log) for objective in held_out)
+    finally:
+        log.close()
+    plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
+    summary = _summary(calibration, base, values)
+    return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
+
+
+def _check(
+    calibration: Objective,
+    held_out: Sequence[Objective],
+    accept: str,
+    order: str,
+    shortlist: int | None,
+    grid: bool,
+) -> None:
+    """Everything that can be refused before the first pass through the model."""
+    if accept not in ACCEPT:
+        raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
+    if order not in ORDERS:
+        raise UsageError(f"no order is called {order!r}; try --order {'|'.join(ORDERS)}")
+    if shortlist is not None and (shortlist < 1 or grid or calibration.name != "loss"):
+        raise UsageError(
+            f"--shortlist gradient:{shortlist} needs a count of 1 or more, single matrices (no --grid) and the loss as "
+            "objective; try --shortlist gradient:15 alone"
+        )
+    if len(calibration.weights) < 2 and accept != "any-drop":
+        raise UsageError(
+            f"{calibration.text} gives one unit to calibrate on, so a change has no standard error; "
+            "try a longer text or a shorter --window"
+        )
+    seen = {w.tokens.tobytes() for w in calibration.windows}
+    for objective in held_out:
+        if shared := sum(w.tokens.tobytes() in seen for w in objective.windows):
+            raise UsageError(
+                f"{shared} windows of the held-out {objective.text} are also calibration windows; "
+                "try another --held-out text"
+            )
+
+
+def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Device, log: SearchLog) -> list[Candidate]:
+    """The `count` candidates with the lowest first-order change; one backward pass, journalled."""
+    labels = [c.label for c in found]
+    entry = log.entry(
+        {"entry": "gradient", "labels": labels},
+        lambda: {"predicted": [c.predicted for c in predict(found, bench, device)]},
+    )
+    told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
+    return sorted(told, key=lambda c: c.predicted or 0.0)[:count]
+
+
+def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
+    """Before and after on text that the search never saw."""
+    after = log.values(f"after {objective.sha256[:16]}", lambda: objective.values(model.losses(objective.windows)))
+    edits: dict[str, torch.Tensor] = dict(model.edits)
+
+    def untouched() -> list[float]:
+        for name in edits:
+            model.edit(name, None)
+        try:
+            return objective.values(model.losses(objective.windows))
+        finally:
+            for name, W in edits.items():
+                model.edit(name, W)
+
+    before = log.values(f"before {objective.sha256[:16]}", untouched) if kept else after
+    return _summary(objective, before, after)
+
+
+def _summary(objective: Objective, before: list[float], after: list[float]) -> Report:
+    numbers = [*weighted_mean(before, objective.weights), *weighted_mean(after, objective.weights)]
+    numbers += change(objective, before, after)
+    finite = [x if x is not None and math.isfinite(x) else None for x in numbers]
+    tokens = sum(w.scored for w in objective.windows)
+    return Report(objective.name, objective.unit, objective.text, len(objective.weights), tokens, *finite)
+
+
+def _plan(
+    plans: Mapping[str, Plan],
+    selection: Selection,
+    asked: dict[str, Any],
+    trials: Sequence[Trial],
+    kept: Mapping[str, Trial],
+    objective: Objective,
+) -> Plan:
+    first = next(iter(plans.values()))
+    told: dict[str, list[str]] = {}
+    for trial in trials:
+        for name in trial.ranks:
+            told.setdefault(name, []).append(trial.told())
+    lines = []
+    for line in first.lines:
+        name = line.name
+        if name in kept:
+            trial = kept[name]
+            chosen = plans[trial.rule].reductions[name]
+            lines.append(replace(chosen, reason=f"accepted, {objective.unit} {trial.told()}"))
+        elif name in told:
+            reason = f"rejected, {objective.unit} " + "; ".join(told[name])
+            lines.append(replace(line, action="keep", reason=reason))
+        elif line.action == "reduce":
+            lines.append(replace(line, action="keep", reason="not tried: not on the shortlist"))
+        else:
+            lines.append(line)
+    return Plan(first.source, ",".join(plans), asked, tuple(lines))
+
+
+def _correlation(trials: Sequence[Trial]) -> float | None:
+    pairs = [(t.predicted, t.d) for t in trials if t.predicted is not None and t.d is not None]
+    if len(pairs) < 3 or len({p for p, _ in pairs}) < 2 or len({d for _, d in pairs}) < 2:
+        return None
+    found: Any = stats.spearmanr([p for p, _ in pairs], [d for _, d in pairs])
+    return float(found.statistic)
+
+
+def result_document(result: SearchResult) -> dict[str, Any]:
+    """The result without its plan: the record search.json, and what `--json` prints."""
+    return {
+        "kind": "search",
+        "version": 1,
+        "trials": [asdict(t) for t in result.trials],
+        "calibration": asdict(result.calibration),
+        "held_out": [asdict(r) for r in result.held_out],
+        "rank_correlation": result.rank_correlation,
+    }

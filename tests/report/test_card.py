@@ -1,0 +1,409 @@
+"""The card is a pure function of records: valid metadata, no harm hidden, no content that breaks out of its place."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from laser.errors import RecordError
+from laser.evaluation.leaderboard import Leaderboard, TaskScore
+from laser.evaluation.lm_tasks import TASKS
+from laser.plan import Plan, PlanLine
+from laser.reduction import Outcome
+from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
+from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
+from laser.report.markdown import cell, code, fence
+from laser.spectra import Source
+
+README = """---
+license: apache-2.0
+language:
+- fr
+- it
+- no
+base_model: mistralai/Mixtral-8x7B-v0.1
+tags: [moe]
+inference: true
+---
+# A model
+"""
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def line(name: str, role: str = "w1", rank: int | None = 10, layer: int = 3) -> PlanLine:
+    if rank is None:
+        return PlanLine(name, role, layer, None, "keep", "not among the lowest")
+    return PlanLine(name, role, layer, 0, "reduce", "why", rank, 48, 1.0, 0.1, 0.7, 0.8)
+
+
+def outcome_of(*lines: PlanLine, rule: str = "laser-rmt", **selection: Any) -> Outcome:
+    lines = lines or (line("a.weight"), line("b.weight", "q", 20), line("c.weight", rank=None))
+    chosen = {"layers": [], "roles": [], "include": None, "exclude": None, "lowest_snr": None} | selection
+    matrices = {x.name: {"rank": x.rank, "energy_kept": 0.75} for x in lines if x.action == "reduce"}
+    run = {"method": "gram", "device": "cpu float64"}
+    return Outcome(
+        Plan(Source("base", "1" * 64), rule, chosen, lines), matrices, {"model.safetensors": "2" * 64}, run, ()
+    )
+
+
+@pytest.fixture
+def source() -> CardSource:
+    return CardSource(
+        name="base",
+        identity="1" * 64,
+        hub_id="mistralai/Mixtral-8x7B-Instruct-v0.1",
+        revision="abc123",
+        readme=README,
+        config={"torch_dtype": "bfloat16"},
+        tokenizer_config={"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": {"content": "</s>"}},
+        parameters=1_000_000_000,
+        shards={"model.safetensors": "3" * 64},
+        licence_files=("LICENSE",),
+    )
+
+
+def board_of(
+    value: float, *, rows: int = 4, limit: int | None = None, names: tuple[str, ...] | None = None
+) -> Leaderboard:
+    """A board where the first `value` share of the rows of every task is right."""
+    scores = []
+    for name in names or tuple(TASKS):
+        right = round(value * rows)
+        values = (1.0,) * right + (0.0,) * (rows - right)
+        task = TASKS[name]
+        scores.append(TaskScore(name, task.metric, right / rows, 0.05, rows, task.shots, values))
+    versions = {"lm-eval": "0.4.13"}
+    return Leaderboard("base", "1" * 64, None, tuple(scores), limit, {}, {}, versions, "laser leaderboard base")
+
+
+def losses_of_change(change: float, se: float | None = 0.01) -> Losses:
+    def loss(nll: float, error: float | None) -> Loss:
+        return {"nll": nll, "se": error, "tokens": 5120, "windows": 10, "text": "wiki.test"}
+
+    return {"source": loss(3.0, 0.1), "result": loss(3.0 + change, 0.1), "difference": loss(change, se)}
+
+
+def metadata(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def first_table(text: str) -> str:
+    return next(part for part in text.split("\n\n") if part.startswith("|"))
+
+
+def test_metadata_is_inherited_and_valid(source: CardSource) -> None:
+    text = card("small-laser", outcome_of(), source, after=board_of(0.5))
+    found = metadata(text)
+    assert found["base_model"] == "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    assert found["license"] == "apache-2.0" and found["language"] == ["fr", "it", "no"]
+    assert found["library_name"] == "transformers" and found["inference"] is False
+    assert found["tags"][0] == "laser-rmt" and found["pipeline_tag"] == "text-generation"
+    # Read by the Hub's own library, written again, and read again: nothing is lost on the way.
+    once = ModelCard(text)
+    assert ModelCard(str(once)).data.to_dict() == once.data.to_dict() == found
+
+
+def test_model_index_has_an_entry_per_task_as_in_the_published_cards(source: CardSource) -> None:
+    name, results = model_index_to_eval_results(
+        metadata(card("m", outcome_of(), source, after=board_of(0.5)))["model-index"]
+    )
+    assert name == "m"
+    assert [(r.dataset_name, r.dataset_type, r.dataset_config, r.dataset_split, r.metric_type) for r in results] == [
+        ("AI2 Reasoning Challenge (25-Shot)", "ai2_arc", "ARC-Challenge", "test", "acc_norm"),
+        ("HellaSwag (10-Shot)", "hellaswag", None, "validation", "acc_norm"),
+        ("MMLU (5-Shot)", "cais/mmlu", "all", "test", "acc"),
+        ("TruthfulQA (0-shot)", "truthful_qa", "multiple_choice", "validation", "mc2"),
+        ("Winogrande (5-shot)", "winogrande", "winogrande_xl", "validation", "acc"),
+        ("GSM8k (5-shot)", "gsm8k", "main", "test", "acc"),
+    ]
+    assert all(r.task_type == "text-generation" and r.metric_value == 50.0 for r in results)
+    assert [r.dataset_args for r in results] == [{"num_few_shot": t.shots} for t in TASKS.values()]
+    cut = metadata(card("m", outcome_of(), source, after=board_of(0.5, limit=4)))["model-index"][0]["results"]
+    assert all(r["dataset"]["args"]["rows_scored"] == 4 for r in cut)
+
+
+def test_without_measurement_nothing_is_claimed(source: CardSource) -> None:
+    text = card("m", outcome_of(), source)
+    assert "model-index" not in metadata(text)
+    assert "**Nothing was measured.**" in text and "No effect on quality was measured." in text
+
+
+def test_a_worse_model_says_so_above_and_in_the_first_table(source: CardSource) -> None:
+    text = card(
+        "m", outcome_of(), source, losses=losses_of_change(0.2), before=board_of(0.5), after=board_of(0.25, rows=4)
+    )
+    table = first_table(text)
+    assert "+0.2000 ± 0.0100 | **worse** |" in table and "-25.00 ± 25.00 %" in table
+    assert "**Worse than the source** on: loss on wiki.test" in text
+    assert text.index("Worse than the source") < text.index(table) < text.index("## What was done")
+    # One row of four lost is one standard error: not called worse. Lost in all six tasks, their average is.
+    assert table.count("**worse**") == 3 and table.count(UNDECIDED) == 6
+    steady = card("m", outcome_of(), source, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
+    assert first_table(steady).count("**worse**") == 7  # six tasks and their average
+
+
+def test_a_better_model_is_called_better_and_an_equal_one_is_not(source: CardSource) -> None:
+    better = card("m", outcome_of(), source, losses=losses_of_change(-0.2))
+    assert "worse" not in first_table(better) and "| better |" in first_table(better)
+    same = card("m", outcome_of(), source, losses=losses_of_change(0.005))
+    assert UNDECIDED in first_table(same) and "no gain was measured" in same
+
+
+@pytest.mark.parametrize(
+    ("change", "se", "lower", "word"),
+    [
+        (0.2, 0.1, True, "worse"),
+        (-0.2, 0.1, True, "better"),
+        (0.2, 0.1, False, "better"),
+        (0.1, 0.1, True, UNDECIDED),
+        (0.0, None, True, "no difference"),
+        (0.2, None, True, "worse, by an unknown error (too few rows)"),
+        (-1.0, None, False, "worse, by an unknown error (too few rows)"),
+    ],
+)
+def test_judgement(change: float, se: float | None, lower: bool, word: str) -> None:
+    assert judge(change, se, lower_is_better=lower) == word
+
+
+def test_losses_come_from_the_records_of_an_evaluation() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Record:
+        nll: float
+        standard_error: float | None
+        tokens: int = 5120
+        windows: int = 10
+
+    assert losses_of(Record(3.0, 0.1), Record(3.5, 0.1), Record(0.5, 0.01), "wiki.test") == losses_of_change(0.5)
+
+
+def test_boards_of_other_rows_are_not_subtracted(source: CardSource) -> None:
+    rows = compare(None, board_of(0.5), board_of(0.5, limit=4))
+    assert {r.verdict for r in rows} == {"not measured on the same rows"} and not any(r.change for r in rows)
+    alone = card("m", outcome_of(), source, after=board_of(0.5))
+    assert "**Nothing was measured on both models**" in alone
+    partly = compare(None, board_of(0.5), board_of(0.5, names=("mmlu",)))
+    assert len(partly) == 6 and sum(r.after == "not measured" for r in partly) == 5  # and no average of unlike sets
+
+
+def test_a_cut_run_on_local_rows_is_called_a_smoke_test(source: CardSource) -> None:
+    board = dataclasses.replace(board_of(0.5, limit=2), data={"arc_challenge.jsonl": "4" * 64})
+    text = card("m", outcome_of(), source, before=board, after=board)
+    assert "first 2 rows" in text and "not a leaderboard result" in text
+    held_out = "examples of AI2 Reasoning Challenge, HellaSwag, MMLU, Winogrande are the first rows"
+    assert held_out in text and "4" * 64 in text
+    shotless = dataclasses.replace(board_of(0.5, names=("truthfulqa_mc2",)), data={"a.jsonl": "4" * 64})
+    assert "few-shot examples" not in card("m", outcome_of(), source, after=shotless)
+
+
+def test_what_was_done(source: CardSource) -> None:
+    text = card("m", outcome_of(lowest_snr=15), source, run=CardRun(rule_source="somewhere (2024)"))
+    assert "Rule `laser-rmt` (somewhere (2024)); selection: the 15 matrices of lowest signal-to-noise ratio." in text
+    assert "Of 3 tensors, 3 are matrices; 2 were reduced, 1 were copied byte for byte." in text
+    assert "| `a.weight` | 48 | 10 | 25.00 % | 0.7 |" in text
+    assert "| w1 | 1 of 2 | 3 | 48 | 10 | 25.0 to 25.0 % |" in text
+    many = card("m", outcome_of(*(line(f"t{i}.weight") for i in range(41))), source)
+    assert "<summary>All 41 reduced matrices</summary>" in many and many.count("`t40.weight`") == 1
+
+
+def test_an_empty_plan_says_that_nothing_was_reduced(source: CardSource) -> None:
+    text = card("m", outcome_of(line("a.weight", rank=None), rule="none"), source)
+    assert "**No matrix was reduced: the weights are the source's, byte for byte.**" in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("laser-rmt", "it keeps 24 % of the singular values if the matrix is square and up to 100 %"),
+        ("mp-edge", "independent and of one variance"),
+        ("fraction:0.1", "it does not tell signal from noise"),
+    ],
+)
+def test_limits_of_the_rule(rule: str, words: str, source: CardSource) -> None:
+    text = card("m", outcome_of(rule=rule), source)
+    assert words in text[text.index("## Limits") :]
+
+
+def test_search_trials_are_listed(source: CardSource) -> None:
+    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> dict[str, Any]:
+        return {"label": label, "rule": "mp-edge", "ranks": {"a": 10, "b": 12}, "d": d, "se": se, "accepted": accepted}
+
+    trials = [trial("3.w1", -0.0012, 0.0005, True), trial("2|q", 0.01, None, False), trial("1.v", None, None, False)]
+    text = card("m", outcome_of(), source, trials=trials)
+    assert "3 edits were tried and 1 kept" in text
+    assert "| 3.w1 | `mp-edge` | 10 to 12 | -0.00120 ± 0.00050 | kept |" in text
+    assert "| 2\\|q | `mp-edge` | 10 to 12 | +0.01000 | undone |" in text
+    assert "| 1.v | `mp-edge` | 10 to 12 | not finite | undone |" in text
+
+
+def test_the_loading_code_compiles_and_names_the_model(source: CardSource) -> None:
+    text = card('odd "name"', outcome_of(), source)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        ast.parse(block)
+    assert all('name = "odd \\"name\\""' in block for block in blocks[:5])
+    assert "load_in_8bit" in text and "load_in_4bit" in text and "flash_attention_2" in text
+    assert "vllm serve 'odd \"name\"' --dtype bfloat16" in text
+    assert "4 GB" in text and "0.5 GB" in text
+    half = card("m", outcome_of(), dataclasses.replace(source, config={"torch_dtype": "float16"}))
+    assert "torch.float16" in half and "torch.bfloat16" not in half
+
+
+def test_the_chat_format_is_the_template_rendered(source: CardSource) -> None:
+    text = card("m", outcome_of(), source)
+    rendered = "<s>[user] {first question}</s>[assistant] {first answer}</s>[user] {second question}</s>"
+    assert f"```text\n{rendered}\n```" in text and "apply_chat_template(" in text
+    file = card("m", outcome_of(), dataclasses.replace(source, chat_template="file: {{ messages[0].content }}"))
+    assert "```text\nfile: {first question}\n```" in file  # the file wins, as it does in transformers
+    listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    several = card("m", outcome_of(), dataclasses.replace(source, tokenizer_config={"chat_template": listed}))
+    assert "```text\nplain\n```" in several
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('only with a system') }}", "{% for %}", "{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}"],
+)
+def test_a_template_that_fails_does_not_stop_the_card(template: str, source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, chat_template=template))
+    assert "has a chat template that could not be rendered" in text
+
+
+def test_no_template(source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, tokenizer_config=None))
+    assert "The source has no chat template" in text and "apply_chat_template(" not in text
+
+
+def test_a_template_cannot_close_its_fence(source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, chat_template="```\n# Not a heading"))
+    assert "````text\n```\n# Not a heading\n````" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "origin"),
+    [
+        ({}, "mistralai/Mixtral-8x7B-Instruct-v0.1", "source"),
+        ({"hub_id": None}, "mistralai/Mixtral-8x7B-v0.1", "card"),
+        ({"hub_id": None, "config": {"_name_or_path": "org/model"}}, "org/model", "config.json"),
+        ({"hub_id": None, "config": {"_name_or_path": "/home/me/model"}, "readme": None}, None, ""),
+        ({"hub_id": "not an id", "readme": None}, None, ""),
+        ({"hub_id": "gpt2", "readme": None}, None, ""),
+        ({"hub_id": "a/b--c", "readme": None}, None, ""),
+    ],
+)
+def test_base_model_is_a_hub_id_or_nothing(
+    changes: dict[str, Any], expected: str | None, origin: str, source: CardSource
+) -> None:
+    about = dataclasses.replace(source, **changes)
+    assert base_model(about, read_metadata(about.readme)) == (expected, origin)
+    assert metadata(card("m", outcome_of(), about)).get("base_model") == expected
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [None, "", "# no metadata", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: 3\nlanguage: {a: b}\n---\n"],
+)
+def test_a_source_without_usable_metadata_still_gets_a_card(readme: str | None, source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
+    assert not {"license", "language"} & metadata(text).keys()
+    assert "names no licence; see `LICENSE`" in text
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_link(source: CardSource) -> None:
+    own = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://example.com/l\nlanguage: en\n---\n"
+    found = metadata(card("m", outcome_of(), dataclasses.replace(source, readme=own)))
+    assert (found["license"], found["license_name"], found["license_link"]) == (
+        "other",
+        "mine",
+        "https://example.com/l",
+    )
+    assert found["language"] == ["en"]
+
+
+def test_reproduction(source: CardSource) -> None:
+    chosen = {"lowest_snr": 15, "layers": [1, 2], "roles": ["w1", "q"], "include": "layers.[0-9]+"}
+    text = card("my out", outcome_of(**chosen), source, run=CardRun(versions={"torch": "2.13"}), after=board_of(0.5))
+    command = (
+        "laser run mistralai/Mixtral-8x7B-Instruct-v0.1 -o 'my out' --rule laser-rmt --lowest-snr 15 "
+        "--include 'layers.[0-9]+' --layers 1,2 --roles w1,q --device cpu --precision float64 --method gram"
+    )
+    assert f"```sh\n{command}\nlaser verify " in text and "laser leaderboard base" in text
+    for fact in ("abc123", "1" * 64, "2" * 64, "3" * 64, "| torch | 2.13 |", "| lm-eval (tasks) | 0.4.13 |"):
+        assert fact in text
+    told = card("m", outcome_of(), source, run=CardRun(commands=("laser reduce base plan.json -o m",)))
+    assert "```sh\nlaser reduce base plan.json -o m\nlaser verify" in told
+
+
+def test_it_is_pure(source: CardSource) -> None:
+    arguments: dict[str, Any] = {"losses": losses_of_change(0.1), "before": board_of(0.5), "after": board_of(0.75)}
+    assert card("m", outcome_of(), source, **arguments) == card("m", outcome_of(), source, **arguments)
+
+
+@pytest.mark.parametrize("name", ["a|b.weight", "a`b", "<script>", "a\n# heading", "a\\|b"])
+def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> None:
+    text = card("m", outcome_of(line(name), line("plain.weight")), source)
+    tables = [part for part in text.split("\n\n") if part.startswith("| matrix")]
+    assert len(tables) == 1
+    for row in tables[0].splitlines():
+        assert len(re.findall(r"(?<!\\)\|", row)) == 6, row
+    assert "\n# heading" not in text
+
+
+def test_markdown_pieces() -> None:
+    assert cell("a|b\nc <i> `d`") == "a\\|b c &lt;i> 'd'"
+    assert code("a`b|c") == "`a'b\\|c`" and code("") == ""
+    assert fence("x") == "```\nx\n```" and fence("````").startswith("`````\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t.replace("license: apache-2.0", "license: mit"),
+        lambda t: t.replace("value: 50.0", "value: .nan"),
+        lambda t: t.replace("mistralai/Mixtral", "a b/c"),
+        lambda t: t.replace("  results:", "  outcomes:"),
+        lambda t: t.replace("library_name:", "- library_name:"),
+    ],
+)
+def test_invalid_metadata_is_refused(damage: Callable[[str], str], source: CardSource) -> None:
+    text = card("m", outcome_of(), source, after=board_of(0.5))
+    expected = metadata(text)
+    check_metadata(text, expected)
+    assert damage(text) != text
+    with pytest.raises(RecordError, match="metadata"):
+        check_metadata(damage(text), expected)
+
+
+def test_no_figure_is_nan(source: CardSource) -> None:
+    huge = losses_of_change(0.1)
+    huge["result"]["nll"] = 5000.0  # its exponential is no float
+    single = losses_of_change(0.1, se=None)
+    for losses in (huge, single):
+        text = card("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
+        assert not re.search(r"\b(nan|inf|None)\b", text)
+    assert "above 5e21" in card("m", outcome_of(), source, losses=huge)
+
+
+def test_every_section_is_there_in_order(source: CardSource) -> None:
+    found = re.findall(r"^## (.*)$", card("m", outcome_of(), source, trials=[]), re.MULTILINE)
+    assert found == [
+        "Measured before and after",
+        "What was done",
+        "How to load it",
+        "Instruction format",
+        "Limits",
+        "How to reproduce",
+    ]
+
+
+def test_report_holds_no_path_of_this_machine(source: CardSource) -> None:
+    assert str(Path.cwd()) not in card("m", outcome_of(), source)

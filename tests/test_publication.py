@@ -1,0 +1,211 @@
+"""Publishing: the card is made of what lies in an output, and of nothing that belongs to other weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import main
+from laser.errors import OutputError, RecordError, UsageError
+from laser.evaluation.leaderboard import Leaderboard, TaskScore
+from laser.plan import make_plan
+from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, describe_source, hub_origin, write_card
+from laser.reduction import reduce
+from laser.spectra import scan
+from laser.verification import verify
+
+
+@pytest.fixture
+def reduced(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
+    """pico with five matrices reduced; (source, output)."""
+    checkpoint = open_checkpoint(pico)
+    reduce(checkpoint, make_plan(scan(checkpoint), "mp-edge", lowest_snr=5), tmp_path / "out")
+    return checkpoint, tmp_path / "out"
+
+
+def board(identity: str, outcome: str | None) -> Leaderboard:
+    score = TaskScore("winogrande", "acc", 0.5, 0.5, 2, 5, (1.0, 0.0))
+    return Leaderboard("pico", identity, outcome, (score,), 2, {}, {}, {}, None)
+
+
+def metadata(path: Path) -> dict[str, object]:
+    return yaml.safe_load(path.read_text().split("---\n")[1])
+
+
+def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    outcome = hashlib.sha256((out / "laser.json").read_bytes()).hexdigest()
+    board(source.identity, None).save(out / LEADERBOARD_SOURCE)
+    board(source.identity, outcome).save(out / LEADERBOARD)
+    path = write_card(out, source, hash_source=True)
+    text = path.read_text()
+    assert path == out / "README.md" and text.startswith("---\n") and "\n# out\n" in text
+    assert metadata(path)["license"] == "apache-2.0" and "model-index" in metadata(path)
+    assert "5 were reduced, 55 were copied byte for byte" in text
+    assert "Winogrande (5-shot), acc, 2 rows | 50.00 ± 50.00 % | 50.00 ± 50.00 % |" in text
+    assert "Marchenko and Pastur 1967" in text
+    for shard in source.shards:  # both hashes of every shard
+        assert hashlib.sha256(shard.path.read_bytes()).hexdigest() in text
+        assert hashlib.sha256((out / shard.name).read_bytes()).hexdigest() in text
+    assert verify(source, out).problems == ()
+
+
+def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    first = write_card(out, source).read_bytes()
+    assert (out / SOURCE).exists()
+    assert write_card(out).read_bytes() == first
+
+
+def test_without_the_source_ever_the_licence_is_not_invented(reduced: tuple[Checkpoint, Path]) -> None:
+    _, out = reduced
+    found = metadata(write_card(out))
+    assert "license" not in found and "base_model" not in found
+    assert "names no licence; see `LICENSE`" in (out / "README.md").read_text()
+
+
+def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    (out / "README.md").write_text("---\ntags: [mine]\n---\n# By hand\n")
+    with pytest.raises(OutputError, match=r"not written by laser; try --force"):
+        write_card(out, source)
+    assert "By hand" in (out / "README.md").read_text()
+    write_card(out, source, force=True)
+    write_card(out, source)  # our own may be replaced
+    assert "By hand" not in (out / "README.md").read_text()
+
+
+def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    outcome = hashlib.sha256((out / "laser.json").read_bytes()).hexdigest()
+    # A reduction shares the identity of its source: only laser.json tells their records apart.
+    for file, record in (
+        (LEADERBOARD, board(source.identity, None)),
+        (LEADERBOARD, board("0" * 64, outcome)),
+        (LEADERBOARD, board(source.identity, "0" * 64)),
+        (LEADERBOARD_SOURCE, board(source.identity, outcome)),
+    ):
+        record.save(out / file)
+        with pytest.raises(RecordError, match="weights are not those of"):
+            write_card(out, source)
+        (out / file).unlink()
+    assert not (out / "README.md").exists()
+    with pytest.raises(RecordError, match="no such file"):
+        write_card(out, source, before=out / "nothing.json")
+
+
+def test_a_card_needs_an_output_and_its_own_source(
+    reduced: tuple[Checkpoint, Path], make_pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    _, out = reduced
+    with pytest.raises(RecordError, match="no such file"):
+        write_card(tmp_path)
+    with pytest.raises(RecordError, match="made from pico"):
+        write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
+    (out / SOURCE).parent.mkdir()
+    (out / SOURCE).write_text('{"kind": "source", "version": 1, "name": "x"}')
+    with pytest.raises(RecordError, match="not a whole record"):
+        write_card(out)
+
+
+def test_base_model_by_hand(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    assert metadata(write_card(out, source, base_model="org/pico"))["base_model"] == "org/pico"
+    with pytest.raises(UsageError, match="try OWNER/NAME"):
+        write_card(out, source, base_model="my model")
+
+
+def test_a_snapshot_of_the_hub_tells_id_revision_and_hashes(pico: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub/models--org--pico-moe/snapshots/0123abc"
+    blobs = tmp_path / "hub/models--org--pico-moe/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in pico.iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        (blobs / digest).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / digest)
+    checkpoint = open_checkpoint(snapshot)
+    about = describe_source(checkpoint)
+    assert (about.hub_id, about.revision) == ("org/pico-moe", "0123abc")
+    expected = {s.name: hashlib.sha256((pico / s.name).read_bytes()).hexdigest() for s in checkpoint.shards}
+    assert about.shards == expected and len(expected) == 3
+    assert hub_origin(pico) == (None, None) and describe_source(open_checkpoint(pico)).shards == {}
+
+
+def test_parameters_are_counted(pico: Path) -> None:
+    tensors = open_checkpoint(pico).tensors.values()
+    assert describe_source(open_checkpoint(pico)).parameters == sum(t.end - t.start for t in tensors) // 2  # bf16
+
+
+def test_the_verb_card(
+    reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = reduced
+    assert (
+        main(["card", str(out), "--source", str(source.path), "--base-model", "org/pico", "--name", "pico-laser"]) == 0
+    )
+    assert capsys.readouterr().out == f"written to {out / 'README.md'}\n"
+    text = (out / "README.md").read_text()
+    assert "\n# pico-laser\n" in text and str(source.path) not in text
+    assert main(["card", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(out / "README.md")}
+    (out / "README.md").write_text("mine")
+    assert main(["card", str(out)]) == 1
+    assert "try --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "arc"], "no task is called 'arc'"),
+        (["--dtype", "int8"], "unknown --dtype 'int8'"),
+        (["--batch-size", "0"], "holds no row"),
+        ([], "try -o FILE"),
+    ],
+)
+def test_the_verb_leaderboard_refuses(
+    words: list[str], message: str, pico: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["leaderboard", str(pico), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs pip install 'laser-rmt[eval]'")
+def test_measure_both_and_publish(
+    speaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way by the command line, and then the card's own code."""
+    rows = [
+        {"sentence": f"ann met eve {i} times as _ was late.", "option1": "ann", "option2": "eve", "answer": "12"[i % 2]}
+        for i in range(12)
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/winogrande.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    common = ["--tasks", "winogrande", "--data", "rows", "--device", "cpu"]
+    assert main(["run", "speaker", "-o", "out", "--rule", "rank:3", "--device", "cpu"]) == 0
+    assert main(["leaderboard", "speaker", "-o", f"out/{LEADERBOARD_SOURCE}", *common]) == 0
+    assert main(["leaderboard", "out", *common]) == 0
+    printed = capsys.readouterr().out
+    assert "winogrande" in printed and f"written to {tmp_path / 'out' / LEADERBOARD}" in printed
+    assert main(["leaderboard", "out", *common]) == 1  # there already
+    assert main(["card", "out", "--source", "speaker"]) == 0
+    text = Path("out/README.md").read_text()
+    assert "laser leaderboard speaker -o leaderboard-source.json --device cpu --tasks winogrande --data rows\n" in text
+    assert "acc, 7 rows" in text and "rows_scored: 7" in text and str(tmp_path) not in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block, dtype in ((blocks[0], torch.float32), (blocks[1], torch.bfloat16)):  # full and half precision
+        space: dict[str, Any] = {}
+        exec(block + blocks[5].replace("100", "3"), space)
+        assert space["model"].dtype == dtype
+    assert len(capsys.readouterr().out.splitlines()) >= 2  # each said something

@@ -1,0 +1,324 @@
+"""Search: the rule of acceptance, exact undo, the cache against full passes, kills, grids, tasks and gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
+from pico_language import TEXT, make_model, write_tokenizer
+
+from laser.candidates import cut_of
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.errors import NumericalError, RecordError, UsageError
+from laser.evaluation.evaluate import evaluate
+from laser.evaluation.objective import Accuracy, Loss, read_task
+from laser.evaluation.streaming import LayeredModel, Scores
+from laser.evaluation.text import Text, cut_windows, load_tokenizer
+from laser.plan import Plan
+from laser.reduction import reduce
+from laser.search import SearchResult, search
+from laser.selection import Selection
+from laser.spectra import scan
+from laser.spectral.devices import choose_device
+from laser.trials import Bench, accepted
+
+CPU = choose_device("cpu")
+RULES = ("fraction:0.8", "fraction:0.3")
+
+
+def losses_for(path: Path, windows: int = 6) -> tuple[Loss, Loss]:
+    """Calibration and held-out windows, of 24 tokens."""
+    tokenizer = load_tokenizer(path)
+    text = Text("t", TEXT)
+    calibration = cut_windows(text, tokenizer, length=24, limit=windows)
+    return Loss(calibration), Loss(cut_windows(Text("h", TEXT[::-1]), tokenizer, length=24, limit=4))
+
+
+def run(path: Path, rules: Sequence[str] = RULES, *, resident: bool = True, **options: Any) -> SearchResult:
+    checkpoint = open_checkpoint(path)
+    calibration, held_out = losses_for(path)
+    selection = options.pop("selection", Selection(include=r"q_proj|experts\.[01]\.w2"))
+    model = LayeredModel(checkpoint, resident=resident)
+    spectra = scan(checkpoint, device=CPU)
+    return search(model, spectra, rules, calibration, [held_out], selection=selection, device=CPU, **options)
+
+
+def decisions(result: SearchResult) -> list[tuple[str, str, float | None, bool]]:
+    return [(t.label, t.rule, t.d, t.accepted) for t in result.trials]
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "m", "mixtral")
+
+
+def test_what_is_accepted() -> None:
+    table = {  # (d, se): better, no-worse, any-drop
+        (-0.2, 0.1): (True, True, True),
+        (-0.1, 0.1): (True, True, True),
+        (-0.05, 0.1): (False, True, True),
+        (0.05, 0.1): (False, True, False),
+        (0.2, 0.1): (False, False, False),
+        (0.0, 0.0): (False, True, False),  # a change of nothing was not measured: not better
+        (math.nan, 0.1): (False, False, False),
+        (-math.inf, 0.1): (False, False, False),
+        (-0.1, math.nan): (False, False, False),
+    }
+    for (d, se), expected in table.items():
+        assert tuple(accepted(rule, d, se) for rule in ("better", "no-worse", "any-drop")) == expected
+
+
+@pytest.mark.parametrize("order", ["layers", "snr"])
+def test_cached_streamed_and_plain_searches_decide_alike(order: str, model_path: Path) -> None:
+    plain = run(model_path, accept="any-drop", order=order, cache=False)
+    fast = run(model_path, accept="any-drop", order=order)
+    streamed = run(model_path, accept="any-drop", order=order, resident=False)
+    assert decisions(plain) == decisions(fast) == decisions(streamed)
+    assert {t.accepted for t in plain.trials} == {True, False}  # or nothing was tested
+    assert fast.plan == plain.plan and fast.held_out == plain.held_out == streamed.held_out
+    forwards = [sum(t.layer_forwards for t in r.trials) for r in (plain, fast)]
+    assert forwards[1] < forwards[0]
+
+
+def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None:
+    """Write the plan with `reduce` and measure the files: the same loss as the search reports."""
+    result = run(model_path, accept="any-drop")
+    assert 0 < len(result.plan.reductions) < len({t.label for t in result.trials})
+    reduce(open_checkpoint(model_path), result.plan, tmp_path / "out", device=CPU)
+    write_tokenizer(tmp_path / "out")
+    calibration, held_out = losses_for(model_path)
+    out = open_checkpoint(tmp_path / "out")
+    assert evaluate(out, calibration.cut).nll == pytest.approx(result.calibration.after, abs=1e-6)
+    assert evaluate(out, held_out.cut).nll == pytest.approx(result.held_out[0].after, abs=1e-6)
+    source = open_checkpoint(model_path)
+    assert evaluate(source, held_out.cut).nll == pytest.approx(result.held_out[0].before, abs=1e-6)
+    result.plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").reductions == result.plan.reductions
+    for line in result.plan.lines:
+        tried = [t for t in result.trials if t.label == line.name]
+        assert line.reason.startswith(("accepted", "rejected")) == bool(tried)
+
+
+def test_each_decision_against_a_slow_reference(model_path: Path) -> None:
+    """Every trial again, as a whole checkpoint's loss with the kept matrices in it; and the best option is kept."""
+    result = run(model_path, accept="no-worse")
+    checkpoint, (calibration, _) = open_checkpoint(model_path), losses_for(model_path)
+    kept: dict[str, torch.Tensor] = {}
+    trials = list(result.trials)
+    assert [t.rule for t in trials[:2]] == list(RULES)  # mildest first
+
+    def loss(edits: dict[str, torch.Tensor]) -> np.ndarray:
+        model = LayeredModel(checkpoint)
+        for name, W in edits.items():
+            model.edit(name, W)
+        return np.array(calibration.values(model.losses(calibration.windows)))
+
+    now = loss({})
+    for label in dict.fromkeys(t.label for t in trials):
+        options = []
+        for trial in (t for t in trials if t.label == label):
+            edits = cut_of(checkpoint, trial.ranks, CPU)
+            values = loss(kept | edits)
+            d = float(np.average(values - now, weights=calibration.weights))
+            assert trial.d == pytest.approx(d, abs=1e-7)
+            if trial.accepted:
+                options.append((d, edits, values, trial))
+        assert (label in result.plan.reductions) == bool(options)
+        if options:
+            _, edits, now, trial = min(options, key=lambda o: o[0])
+            assert result.plan.reductions[label].rank == trial.ranks[label]
+            kept |= edits
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 3, 7])
+def test_killed_and_restarted_it_repeats_no_trial(
+    after: int, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = run(model_path, accept="any-drop", journal=tmp_path / "a.jsonl")
+    count = 0
+
+    def kill(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise Killed
+
+    path = tmp_path / "search.jsonl"
+    with pytest.raises(Killed):
+        run(model_path, accept="any-drop", journal=path, tick=kill)
+    finished = len(path.read_text().splitlines()) - 2  # the run and the baseline
+    with path.open("a") as file:
+        file.write('{"entry": "trial", "lab')  # torn by the kill
+    measured = []
+    measure = Bench.measure
+
+    def counted(self: Bench, edits: Any = None) -> list[float]:
+        measured.append(edits)
+        return measure(self, edits)
+
+    monkeypatch.setattr(Bench, "measure", counted)
+    resumed = run(model_path, accept="any-drop", journal=path)
+    assert decisions(resumed) == decisions(undisturbed) and resumed.plan == undisturbed.plan
+    assert resumed.held_out == undisturbed.held_out
+    assert len(measured) == len(undisturbed.trials) - finished
+    measured.clear()
+    assert run(model_path, accept="any-drop", journal=path).plan == undisturbed.plan and not measured
+
+
+def test_a_journal_of_another_search_is_refused(model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "search.jsonl"
+    run(model_path, journal=path)
+    with pytest.raises(RecordError, match="belongs to another run: accept differ"):
+        run(model_path, journal=path, accept="no-worse")
+    lines = path.read_text().splitlines()
+    entry = json.loads(lines[2])
+    lines[2] = json.dumps(entry | {"rule": "fraction:0.9"})
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RecordError, match=r"found an entry of trial .* expected trial .*rule differ"):
+        run(model_path, journal=path)
+    lines[2] = "no JSON"  # damaged: that trial and all later ones are measured again, earlier ones are kept
+    path.write_text("\n".join(lines) + "\n")
+    assert decisions(run(model_path, journal=path)) == decisions(run(model_path))
+
+
+def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
+    good = run(model_path, accept="any-drop")
+    broken = good.trials[0].label
+    import laser.runner as runner
+
+    def cut(checkpoint: Checkpoint, ranks: Any, device: Any) -> dict[str, torch.Tensor]:
+        cuts = cut_of(checkpoint, ranks, device)
+        return {n: W * float("nan") if n == broken else W for n, W in cuts.items()}
+
+    monkeypatch.setattr(runner, "cut_of", cut)
+    result = run(model_path, accept="no-worse")
+    assert [t.d for t in result.trials if t.label == broken] == [None, None]
+    assert broken not in result.plan.reductions
+    assert all(t.d is not None for t in result.trials if t.label != broken)
+    line = next(line for line in result.plan.lines if line.name == broken)
+    assert "not finite" in line.reason
+
+
+def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(model_path)
+    calibration, held_out = losses_for(model_path)
+    spectra = scan(checkpoint, device=CPU)
+    model = LayeredModel(checkpoint)
+
+    def attempt(**change: Any) -> SearchResult:
+        given = {"rules": RULES, "calibration": calibration, "held_out": [held_out]} | change
+        return search(model, spectra, given.pop("rules"), given.pop("calibration"), given.pop("held_out"), **given)
+
+    for change, message in (
+        ({"accept": "maybe"}, r"--accept better\|no-worse\|any-drop"),
+        ({"order": "random"}, r"--order layers\|snr"),
+        ({"rules": ()}, "--rules"),
+        ({"rules": ("nonsense",)}, "no rule is called"),
+        ({"held_out": [calibration]}, "6 windows of the held-out t are also calibration windows"),
+        ({"calibration": losses_for(model_path, 1)[0]}, "no standard error"),
+        ({"rules": ("rank:1000",)}, "reduces no selected matrix"),
+        ({"shortlist": 0}, "count of 1 or more"),
+        ({"shortlist": 5, "grid": True}, "no --grid"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            attempt(**change)
+    other = make_model(tmp_path / "other", "mixtral", rope_theta=5.0)
+    with pytest.raises(RecordError, match="spectra was made from m"):
+        search(LayeredModel(open_checkpoint(other)), spectra, RULES, calibration, [held_out])
+    tensors = mixtral_tensors()
+    tensors["model.norm.weight"][0] = float("nan")
+    broken = write_tokenizer(write_checkpoint_directory(tmp_path / "nan", tensors, mixtral_config()))
+    with pytest.raises(NumericalError, match="untouched model is not finite"):
+        run(broken)
+
+
+def test_gradients_predict_small_removals(model_path: Path) -> None:
+    """Removing the least singular value of each matrix is nearly first order: the orders must agree."""
+    names = Selection(roles=("q", "k", "v", "o"))
+    result = run(model_path, ("fraction:0.97",), shortlist=100, selection=names, accept="any-drop", order="snr")
+    assert len(result.trials) == 12 and result.rank_correlation is not None and result.rank_correlation > 0.7
+    alone = [(t.predicted, t.d) for t in result.trials[:1]]
+    assert alone[0][0] == pytest.approx(alone[0][1], rel=0.5)
+    few = run(model_path, ("fraction:0.97",), shortlist=4, selection=names, accept="any-drop")
+    lowest = sorted(result.trials, key=lambda t: t.predicted or 0.0)[:4]
+    assert {t.label for t in few.trials} == {t.label for t in lowest}
+    reasons = [line.reason for line in few.plan.lines]
+    assert reasons.count("not tried: not on the shortlist") == 8
+
+
+def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
+    rules = ("fraction:0.9", "fraction:0.5", "fraction:0.1")
+    result = run(model_path, rules, grid=True, accept="any-drop", selection=Selection(layers=(1, 2), roles=("w2", "o")))
+    alone = [t for t in result.trials if t.alone]
+    assert len(alone) == 2 * 2 * 3 and {len(t.ranks) for t in alone} == {1, 4}  # o, and the 4 experts of w2
+    composed = [t for t in result.trials if not t.alone]
+    best = min((t for t in alone if t.accepted), key=lambda t: t.d or 0.0)
+    assert composed[0].ranks == best.ranks and composed[0].d == best.d
+    assert (result.calibration.d or 0.0) < 0
+    for trial in composed:
+        if trial.accepted:
+            assert all(result.plan.reductions[name].rank == rank for name, rank in trial.ranks.items())
+
+
+def write_task(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_accuracy_of_a_task(model_path: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    rows = [
+        {"question": "the fox", "answer": "jumps", "alternatives": ["sits", "eats"]},
+        {"question": "the dog ", "answer": "is lazy"},
+    ]
+    task = read_task(write_task(tmp_path / "task.jsonl", rows), tokenizer)
+    assert task.groups == (3, 1) and [w.scored for w in task.windows] == [6, 5, 5, 8]
+    assert tokenizer.decode(task.windows[0].tokens[-6:]).replace(" ", "") == "jumps"
+    right = Scores((1.0, 2.0, 3.0, 9.0), (False, False, False, True))
+    assert task.values(right) == [0.0, 0.0]
+    assert task.values(Scores((2.0, 2.0, 3.0, 9.0), (True,) * 3 + (False,))) == [1.0, 1.0]  # a tie is not right
+    assert math.isnan(task.values(Scores((math.nan, 2.0, 3.0, 9.0), (False,) * 4))[0])
+    for bad, message in (
+        ({"question": "a"}, "line 1: found question, expected texts"),
+        ({"question": "a", "answer": ""}, "expected texts"),
+        ({"question": "a", "answer": "b", "alternatives": ["b"]}, "among the alternatives"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            read_task(write_task(tmp_path / "bad.jsonl", [bad]), tokenizer)
+
+
+def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
+    words = TEXT[:60].split()
+    rows = [
+        {"question": a, "answer": b, "alternatives": [c]} for a, b, c in zip(words, words[1:], words[2:], strict=False)
+    ]
+    task = read_task(write_task(tmp_path / "task.jsonl", rows), load_tokenizer(model_path))
+    assert isinstance(task, Accuracy)
+    checkpoint = open_checkpoint(model_path)
+    _, held_out = losses_for(model_path)
+    options: dict[str, Any] = {"selection": Selection(roles=("w2",)), "grid": True, "accept": "any-drop", "device": CPU}
+    model = LayeredModel(checkpoint, resident=True)
+    result = search(
+        model,
+        scan(checkpoint, device=CPU),
+        ("fraction:0.3",),
+        task,
+        [held_out],
+        **options,
+    )
+    before, after = result.calibration.before, result.calibration.after
+    assert result.calibration.objective == "accuracy" and before is not None and after is not None
+    assert 0 <= after <= before <= 1
+    assert result.held_out[0].objective == "loss"
