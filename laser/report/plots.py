@@ -93,7 +93,7 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
             histtype="stepfilled",
             linestyle=line,
             linewidth=1.3,
-            label=label,
+            label=portrait.model,
             **fill,
         )
     axes.set_title(_title(portraits, edges), fontsize=10)
