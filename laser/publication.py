@@ -72,12 +72,13 @@ def write_card(
         about = replace(about, hub_id=base_model)
     if losses is None and trials is None and (out / SEARCH).exists():
         losses, trials = _searched(out / SEARCH)
-    rule = RULES.get(outcome.plan.rule.partition(":")[0])
+    rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
+    commands = commands or _commands(out, outcome)
     text = card(
         name or out.resolve().name,
         outcome,
         about,
-        run=CardRun(rule.source if rule else None, versions(), commands),
+        run=CardRun("; ".join(rules) or None, versions(), commands),
         losses=losses,
         before=_leaderboard(before or out / LEADERBOARD_SOURCE, before, outcome, None),
         after=_leaderboard(after or out / LEADERBOARD, after, outcome, _sha256(out / OUTCOME)),
@@ -86,7 +87,7 @@ def write_card(
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
     (out / RECORDS).mkdir(exist_ok=True)
-    write_atomically(out / SOURCE, to_json({"kind": KIND, "version": VERSION} | asdict(about)))
+    write_atomically(out / SOURCE, to_json(_header(outcome) | {"commands": list(commands)} | asdict(about)))
     write_atomically(target, text.encode())
     return target
 
@@ -145,7 +146,8 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        del document["kind"], document["version"]
+        for key in ("kind", "version", "outcome", "commands"):
+            document.pop(key, None)
         try:
             document["licence_files"] = tuple(document["licence_files"])
             about = CardSource(**document)
@@ -163,6 +165,20 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         chat_template=_text(out / "chat_template.jinja"),
         licence_files=tuple(sorted(p.name for p in out.iterdir() if re.match(r"(?i)licen[cs]e", p.name))),
     )
+
+
+def _header(outcome: Outcome) -> dict[str, Any]:
+    """Of laser/source.json: the commands in it belong to one outcome, told by the hashes of its shards."""
+    return {"kind": KIND, "version": VERSION, "outcome": dict(outcome.shards)}
+
+
+def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
+    """The commands that an earlier card of this very outcome was given; () where there are none."""
+    if not (out / SOURCE).exists():
+        return ()
+    document = read_json(out / SOURCE, KIND, VERSION)
+    listed = document.get("commands") if document.get("outcome") == dict(outcome.shards) else None
+    return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
 
 
 def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str | None) -> Leaderboard | None:

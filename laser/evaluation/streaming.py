@@ -63,6 +63,7 @@ class LayeredModel:
         self.edits: dict[str, torch.Tensor] = {}
         self.layer_forwards = 0
         self._loaded: set[int] = set()
+        self._spare: dict[torch.Size, list[torch.Tensor]] = {}  # memory of pieces that were freed, by shape
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # window length -> per layer
         self._pieces: list[dict[str, tuple[Part, ...]]] = [{} for _ in range(self.layers + 2)]
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -109,9 +110,11 @@ class LayeredModel:
     def _load(self, piece: int) -> None:
         if piece in self._loaded:
             return
+        shapes = {name: self.model.get_parameter(name).shape for name in self._pieces[piece]}
+        self._spare = {shape: tensors for shape, tensors in self._spare.items() if shape in shapes.values()}
         for name, parts in self._pieces[piece].items():
-            shape = self.model.get_parameter(name).shape
-            filled = torch.empty(shape, dtype=self.dtype, device=self.device)
+            spare = self._spare.get(shapes[name])
+            filled = spare.pop() if spare else torch.empty(shapes[name], dtype=self.dtype, device=self.device)
             for part in parts:
                 filled[part.where].copy_(self._read(part.tensor))
             self._set(name, filled)
@@ -121,7 +124,11 @@ class LayeredModel:
         if self.resident:
             return
         for name in self._pieces[piece]:
-            self._set(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+            parameter = self.model.get_parameter(name)
+            # The next layer has the same shapes and is read into the same memory. Freeing and allocating it anew would
+            # break up the heap: 14 MB more resident with each layer of 110 MB (glibc, measured).
+            self._spare.setdefault(parameter.shape, []).append(parameter.data)
+            self._set(name, torch.empty_like(parameter, device="meta"))
         self._loaded.discard(piece)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
@@ -135,6 +142,7 @@ class LayeredModel:
         for piece in tuple(self._loaded):
             self._free(piece)
         self.resident = resident
+        self._spare.clear()
 
     # --- the pieces in order ---------------------------------------------------------------------------------------
 
