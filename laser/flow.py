@@ -34,6 +34,7 @@ def run(
     *,
     device: Device,
     method: str = "gram",
+    null_draws: int = 0,
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
@@ -43,11 +44,13 @@ def run(
     """scan, choose, reduce, card. Killed and called again with `resume`, it goes on where it was.
 
     `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
-    OUT/laser, which `records_of` names. `command` is told in the card. The callbacks are called per scanned matrix, and
-    per reduced matrix with its seconds.
+    OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask.
+    `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
+    seconds.
     """
     prepare_output(checkpoint, out, resume=resume, force=force)
-    spectra = scan_into(records_of(out) / "spectra.safetensors", checkpoint, selection, device, method, on_scan)
+    path = records_of(out) / "spectra.safetensors"
+    spectra = scan_into(path, checkpoint, selection, device, method, on_scan, null_draws)
     plan = choose(spectra)
     plan.save(records_of(out) / "plan.json")
     outcome = reduce(checkpoint, plan, out, device=device, method=method, resume=True, tick=on_reduce)

@@ -15,9 +15,20 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
-from laser.cli.flow import LowestSnr, Output, RuleOption, chosen_of, print_dry_run, print_outcome
+from laser.cli.flow import (
+    LowestSnr,
+    Output,
+    RequireFit,
+    RuleOption,
+    Shrink,
+    TwoSided,
+    chosen_of,
+    print_dry_run,
+    print_outcome,
+)
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
 from laser.cli.search import objectives_of, print_search
+from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, run_leaderboard
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
@@ -30,6 +41,7 @@ from laser.search import SearchResult, result_document
 from laser.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.rules import draws_needed
 from laser.trials import ACCEPT
 
 
@@ -39,6 +51,9 @@ def run(
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
     rule: RuleOption = None,
     lowest_snr: LowestSnr = None,
+    shrink: Shrink = None,
+    two_sided: TwoSided = False,
+    require_fit: RequireFit = None,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,
@@ -85,6 +100,13 @@ def run(
         include or flags.get("include"),
         exclude or flags.get("exclude"),
     )
+    treatment: dict[str, Any] = {
+        "shrink": shrink or flags.get("shrink"),
+        "two_sided": two_sided or flags.get("two-sided", False),
+        "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
+    }
+    if searching and any(treatment.values()):
+        raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     where = choose_device(device or flags.get("device", "auto"), precision)
     if dry_run:
         return print_dry_run(checkpoint, chosen, where, as_json)
@@ -92,7 +114,7 @@ def run(
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
-            return make_plan(spectra, wanted, chosen, lowest_snr=count)
+            return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
         result = _search(
             checkpoint, spectra, wanted, text_of(text, None, None), held_out, window, windows, held_out_windows,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
@@ -114,6 +136,7 @@ def run(
             choose,
             device=where,
             method=method or flags.get("method", "gram"),
+            null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
             force=force,
             command=_command(checkpoint, output),
