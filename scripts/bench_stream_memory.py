@@ -1,6 +1,6 @@
 """How much memory does a streamed evaluation need? On a Mixtral made on the spot, several times larger than a cap.
 
-    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 700]
+    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 600]
 
 Two subprocesses evaluate the same windows of random tokens: one streams under a cap on its data segment
 (RLIMIT_DATA: anonymous memory, which is where weights and activations go; RLIMIT_AS would also count the libraries'
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--cap-mb", type=int, default=700)
+    parser.add_argument("--cap-mb", type=int, default=600)
     parser.add_argument("--child", choices=("stream", "whole"))
     parser.add_argument("--path", type=Path)
     given = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import tempfile
@@ -76,3 +77,16 @@ def _reserve(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     else:  # macOS has no such call
         os.ftruncate(descriptor, size)
+
+
+def keep_heap_flat() -> None:
+    """Have the C library give every block of 128 KiB or more its own mapping, returned to the system when freed.
+
+    glibc raises that limit to the size of the blocks it has seen (up to 32 MiB). Read buffers of a few megabytes then
+    come from the heap, where small lasting objects pin them: 10 MB more resident with each layer of 110 MB, measured.
+    Setting M_MMAP_THRESHOLD (-3) to its initial value stops that, for the whole process. Elsewhere nothing happens.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 128 << 10)
+    except (AttributeError, OSError, TypeError):  # macOS, musl and Windows have no mallopt
+        return
