@@ -9,12 +9,12 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import RECORDS, prepare_output
-from laser.plan import Plan, make_plan
+from laser.plan import Plan
+from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
 from laser.spectral.devices import Device
-from laser.spectral.rules import draws_needed
 
 
 @dataclass(frozen=True)
@@ -29,42 +29,38 @@ class Result:
 def run(
     checkpoint: Checkpoint,
     out: Path,
-    rule: str,
     selection: Selection,
+    choose: Callable[[Spectra], Plan],
     *,
-    lowest_snr: int | None = None,
-    shrink: str | None = None,
-    two_sided: bool = False,
-    require_fit: float | None = None,
     device: Device,
     method: str = "gram",
+    null_draws: int = 0,
     resume: bool = False,
     force: bool = False,
+    command: str | None = None,
     on_scan: Callable[[Matrix], None] = lambda _: None,
-    on_plan: Callable[[Plan], None] = lambda _: None,
     on_reduce: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Result:
-    """scan, plan, reduce. Killed and called again with `resume`, it goes on where it was: nothing is computed twice.
+    """scan, choose, reduce, card. Killed and called again with `resume`, it goes on where it was.
 
-    The callbacks are called per scanned matrix, once with the plan, and per reduced matrix with its seconds.
+    `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
+    OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask.
+    `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
+    seconds.
     """
-    draws = draws_needed(rule)
     prepare_output(checkpoint, out, resume=resume, force=force)
-    records = out / RECORDS
-    spectra = scan_into(records / "spectra.safetensors", checkpoint, selection, device, method, on_scan, draws)
-    plan = make_plan(
-        spectra,
-        rule,
-        selection,
-        lowest_snr=lowest_snr,
-        shrink=shrink,
-        two_sided=two_sided,
-        require_fit=require_fit,
-    )
-    plan.save(records / "plan.json")
-    on_plan(plan)
+    path = records_of(out) / "spectra.safetensors"
+    spectra = scan_into(path, checkpoint, selection, device, method, on_scan, null_draws)
+    plan = choose(spectra)
+    plan.save(records_of(out) / "plan.json")
     outcome = reduce(checkpoint, plan, out, device=device, method=method, resume=True, tick=on_reduce)
+    write_card(out, checkpoint, commands=(command,) if command else ())
     return Result(spectra, plan, outcome)
+
+
+def records_of(out: Path) -> Path:
+    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
+    return out / RECORDS
 
 
 def scan_into(

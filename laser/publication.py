@@ -5,6 +5,7 @@ Records read, all optional but the first:
     laser.json                           what was done (`laser reduce`, `laser run`)
     laser/source.json                    what the card says of the source; written here, so that a card can be made
                                          again where the source is no longer at hand
+    laser/search.json                    what a search tried, and its result on held-out text (`laser run --search`)
     laser/leaderboard.json               `laser leaderboard OUT`
     laser/leaderboard-source.json        `laser leaderboard SOURCE -o OUT/laser/leaderboard-source.json`
 """
@@ -29,11 +30,12 @@ from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
-from laser.report.comparison import Losses
+from laser.report.comparison import Loss, Losses
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
 SOURCE = f"{RECORDS}/source.json"
+SEARCH = f"{RECORDS}/search.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 KIND, VERSION = "source", 1
@@ -68,12 +70,15 @@ def write_card(
     about = _about(out, outcome, source, hash_source)
     if base_model is not None:
         about = replace(about, hub_id=base_model)
-    rule = RULES.get(outcome.plan.rule.partition(":")[0])
+    if losses is None and trials is None and (out / SEARCH).exists():
+        losses, trials = _searched(out / SEARCH)
+    rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
+    commands = commands or _commands(out, outcome)
     text = card(
         name or out.resolve().name,
         outcome,
         about,
-        run=CardRun(rule.source if rule else None, versions(), commands),
+        run=CardRun("; ".join(rules) or None, versions(), commands),
         losses=losses,
         before=_leaderboard(before or out / LEADERBOARD_SOURCE, before, outcome, None),
         after=_leaderboard(after or out / LEADERBOARD, after, outcome, _sha256(out / OUTCOME)),
@@ -82,7 +87,7 @@ def write_card(
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
     (out / RECORDS).mkdir(exist_ok=True)
-    write_atomically(out / SOURCE, to_json({"kind": KIND, "version": VERSION} | asdict(about)))
+    write_atomically(out / SOURCE, to_json(_header(outcome) | {"commands": list(commands)} | asdict(about)))
     write_atomically(target, text.encode())
     return target
 
@@ -141,7 +146,8 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        del document["kind"], document["version"]
+        for key in ("kind", "version", "outcome", "commands"):
+            document.pop(key, None)
         try:
             document["licence_files"] = tuple(document["licence_files"])
             about = CardSource(**document)
@@ -161,6 +167,20 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     )
 
 
+def _header(outcome: Outcome) -> dict[str, Any]:
+    """Of laser/source.json: the commands in it belong to one outcome, told by the hashes of its shards."""
+    return {"kind": KIND, "version": VERSION, "outcome": dict(outcome.shards)}
+
+
+def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
+    """The commands that an earlier card of this very outcome was given; () where there are none."""
+    if not (out / SOURCE).exists():
+        return ()
+    document = read_json(out / SOURCE, KIND, VERSION)
+    listed = document.get("commands") if document.get("outcome") == dict(outcome.shards) else None
+    return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
+
+
 def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str | None) -> Leaderboard | None:
     """The record at `path`; None where it is absent and was not asked for. expected: sha256 of laser.json, or None
     for the source."""
@@ -174,6 +194,25 @@ def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str
             "run `laser leaderboard` again, or remove the file"
         )
     return board
+
+
+def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:
+    """What a search measured on text that it did not select on, and its trials."""
+    document = read_json(path, "search", 1)
+
+    def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
+        told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
+        return Loss(**told, text=report["text"])
+
+    try:
+        for report in document["held_out"]:
+            if report["objective"] == "loss" and report["d"] is not None:
+                source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
+                losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
+                return losses, document["trials"]
+        return None, document["trials"]
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
 
 
 def _is_ours(path: Path) -> bool:

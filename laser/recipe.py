@@ -12,6 +12,9 @@ from laser.errors import RecordError, UsageError
 # flag -> type of its value, spelled as on the command line without the dashes
 FLAGS: dict[str, type] = {
     "rule": str,
+    "search": bool,
+    "accept": str,
+    "order": str,
     "lowest-snr": int,
     "shrink": str,
     "two-sided": bool,

@@ -38,6 +38,7 @@ class Report:
     unit: str
     text: str
     units: int
+    tokens: int  # scored
     before: float | None  # None: not finite
     before_se: float | None
     after: float | None
@@ -186,7 +187,8 @@ def _summary(objective: Objective, before: list[float], after: list[float]) -> R
     numbers = [*weighted_mean(before, objective.weights), *weighted_mean(after, objective.weights)]
     numbers += change(objective, before, after)
     finite = [x if x is not None and math.isfinite(x) else None for x in numbers]
-    return Report(objective.name, objective.unit, objective.text, len(objective.weights), *finite)
+    tokens = sum(w.scored for w in objective.windows)
+    return Report(objective.name, objective.unit, objective.text, len(objective.weights), tokens, *finite)
 
 
 def _plan(
@@ -228,8 +230,10 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
 
 
 def result_document(result: SearchResult) -> dict[str, Any]:
-    """The result without its plan, for `--json` and reports."""
+    """The result without its plan: the record search.json, and what `--json` prints."""
     return {
+        "kind": "search",
+        "version": 1,
         "trials": [asdict(t) for t in result.trials],
         "calibration": asdict(result.calibration),
         "held_out": [asdict(r) for r in result.held_out],

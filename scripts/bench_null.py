@@ -1,6 +1,6 @@
 """The null table: what each rule keeps of pure noise, over shapes and laws of the entries. Prints Markdown for LOG.md.
 
-    python scripts/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian]
+    python scripts/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian] [--shapes 4096x4096,8x4096]
 
 Gaussian matrices are drawn in bidiagonal form (fit.py), which has exactly their law of singular values; all others are
 drawn whole. Every cell: mean / largest number of values kept, over all draws. `flagged`: share of the draws whose bulk
@@ -52,11 +52,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--large-draws", type=int, default=5)
     parser.add_argument("--only", choices=list(ENTRIES), default=None)
+    parser.add_argument("--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES))
     chosen = parser.parse_args()
     device = choose_device()
     print(f"| shape | entries | draws | {' | '.join(RULES)} | TW finds | flagged | seconds |")
     print("|---" * (len(RULES) + 6) + "|")
-    for shape in SHAPES:
+    for m, n in (text.split("x") for text in chosen.shapes.split(",")):
+        shape = (int(m), int(n))
         for name, draw in ENTRIES.items():
             if chosen.only in (None, name):
                 count = chosen.large_draws if min(shape) > LARGE else chosen.draws

@@ -26,5 +26,11 @@ laser run "$model" -o "$out" --recipe laser-rmt --dry-run
 #    the same line goes on where it was.
 laser run "$model" -o "$out" --recipe laser-rmt --resume
 
+# 3b. The other way, with every edit measured: each of the 15 is tried and kept only if the loss on a calibration text
+#     gets better, layer by layer from disk, and the six tasks of the leaderboard are run on source and result. This is
+#     hours on a GPU and days without; it needs `pip install -e ".[eval]"` and the Hub for the tasks' rows.
+#
+#     HF_HUB_OFFLINE=0 laser run "$model" -o "$out-searched" --recipe laser-rmt --search --stream --resume
+
 # 4. Measured on the files: every untouched tensor bit-identical, every touched one of its rank and distance.
 laser verify "$model" "$out"

@@ -51,7 +51,7 @@ def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> No
     assert strict(run("verify", pico, out, "--json")[1])["problems"] == []
     assert strict(run("devices", "--json")[1])["chosen"].startswith(("cpu", "cuda", "mps"))
     assert strict(run("scan", pico, "--dry-run", "--json")[1])["matrices"] == 48
-    assert strict(run("run", pico, "-o", tmp_path / "r", "--rule", "mp-edge", "--json")[1])["matrices"]
+    assert strict(run("run", pico, "-o", tmp_path / "r", "--rule", "mp-edge", "--no-search", "--json")[1])["matrices"]
     for file in (plan, out / "laser.json", tmp_path / "r" / "laser" / "plan.json"):
         strict(file.read_text())
 
@@ -120,7 +120,7 @@ def test_dry_run_reads_no_weight_and_writes_nothing(
         (["plan", "{spectra}", "-o", "{tmp}/p", "--rule", "mp-edge", "--lowest-snr", "0"], 2, "--lowest-snr 0"),
         (["plan", "{spectra}", "-o", "{spectra}", "--rule", "mp-edge"], 1, "exists; try another -o, or --force"),
         (["reduce", "{pico}", "{tmp}/none", "-o", "{tmp}/o"], 1, "no such file"),
-        (["run", "{pico}", "-o", "{tmp}/o"], 2, "try --recipe laser-rmt"),
+        (["run", "{pico}", "-o", "{tmp}/o"], 1, "okenizer"),
         (["run", "{pico}", "-o", "{tmp}/o", "--recipe", "x"], 2, "no recipe 'x'; try one of laser-rmt"),
         (["run", "{pico}", "-o", "{pico}", "--rule", "mp-edge"], 1, "lie in one another"),
         (["verify", "{pico}", "{tmp}/none"], 1, "no such file"),
@@ -149,13 +149,13 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("run", pico, "-o", out, "--rule", "mp-edge")[0] == 0
+    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")[0] == 0
     before = (out / "laser.json").read_bytes()
-    code, _, err = run("run", pico, "-o", out, "--rule", "gavish-donoho")
+    code, _, err = run("run", pico, "-o", out, "--rule", "gavish-donoho", "--no-search")
     assert code == 1 and "finished checkpoint; try --resume" in err
     assert (out / "laser.json").read_bytes() == before
-    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--resume")[0] == 0
-    assert run("run", pico, "-o", out, "--rule", "gavish-donoho", "--force")[0] == 0
+    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0
+    assert run("run", pico, "-o", out, "--rule", "gavish-donoho", "--no-search", "--force")[0] == 0
     assert (out / "laser.json").read_bytes() != before
 
 
@@ -176,15 +176,15 @@ def test_interrupt_is_130_and_keeps_the_work(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(laser.reduction, "truncate", interrupt)
-        code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge")
+        code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
-    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--resume")[0] == 0
+    assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0
     assert run("verify", pico, out)[0] == 0
 
 
 def test_verify_fails_loudly(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("run", pico, "-o", out, "--rule", "mp-edge")
+    run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     shard = sorted(out.glob("model-*.safetensors"))[0]
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 255

@@ -355,9 +355,15 @@ def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
     from laser.flow import run
 
     checkpoint = laser.open_checkpoint(pico)
+
+    def choose(spectra: Spectra) -> Plan:
+        return make_plan(spectra, "mp-edge", lowest_snr=4)
+
     for out in ("a", "b"):
-        run(checkpoint, tmp_path / out, "mp-edge", Selection(), lowest_snr=4, device=CPU)
+        run(checkpoint, tmp_path / out / "reduced", Selection(), choose, device=CPU)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-    assert (tmp_path / "a" / "laser" / "spectra.safetensors").exists()
-    again = run(checkpoint, tmp_path / "a", "mp-edge", Selection(), lowest_snr=4, device=CPU, resume=True)
-    assert again.outcome == Outcome.load(tmp_path / "b")
+    out = tmp_path / "a" / "reduced"
+    assert {p.name for p in (out / "laser").iterdir()} == {"spectra.safetensors", "plan.json", "source.json"}
+    assert "base_model" not in (out / "README.md").read_text()  # a local directory has no id to name
+    again = run(checkpoint, out, Selection(), choose, device=CPU, resume=True)
+    assert again.outcome == Outcome.load(tmp_path / "b" / "reduced")

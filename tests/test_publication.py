@@ -67,6 +67,15 @@ def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path
     assert write_card(out).read_bytes() == first
 
 
+def test_the_commands_of_a_run_outlive_the_run(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    write_card(out, source, commands=("laser run pico -o out --as-it-was",))
+    assert "```sh\nlaser run pico -o out --as-it-was\nlaser verify" in write_card(out).read_text()
+    document = json.loads((out / SOURCE).read_bytes())
+    (out / SOURCE).write_text(json.dumps(document | {"outcome": {"model.safetensors": "0"}}))  # of another output
+    assert "--as-it-was" not in write_card(out).read_text()
+
+
 def test_without_the_source_ever_the_licence_is_not_invented(reduced: tuple[Checkpoint, Path]) -> None:
     _, out = reduced
     found = metadata(write_card(out))

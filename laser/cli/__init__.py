@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow, look, measure, publish, search
+from laser.cli import flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
 VERBS = (
-    *(flow.scan, flow.plan, flow.reduce, flow.verify, flow.run, flow.devices),
+    *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, flow.devices),
     *(measure.eval, search.search, publish.leaderboard, publish.card),
     *(look.null, look.spectra, look.plot, look.report),
 )

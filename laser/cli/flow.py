@@ -1,11 +1,11 @@
-"""The verbs of the flow: scan, plan, reduce, verify, run, devices. Each parses, calls and prints."""
+"""The verbs of the flow: scan, plan, reduce, verify, devices. Each parses, calls and prints."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -15,10 +15,8 @@ from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
 from laser.estimate import estimate
-from laser.flow import run as run_flow
 from laser.flow import scan_into
 from laser.plan import Plan, make_plan
-from laser.recipe import load_recipe, packaged
 from laser.reduction import Outcome
 from laser.reduction import reduce as reduce_checkpoint
 from laser.selection import Selection
@@ -61,7 +59,7 @@ def scan(
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
     where = choose_device(device, precision)
     if dry_run:
-        return _dry_run(checkpoint, selected, where, as_json)
+        return print_dry_run(checkpoint, selected, where, as_json)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
     common.refuse_to_overwrite(output, force)
@@ -69,7 +67,7 @@ def scan(
         output.unlink(missing_ok=True)
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
     start = time.perf_counter()
-    with common.Progress("scan", _chosen(list_matrices(checkpoint), selected)) as bar:
+    with common.Progress("scan", chosen_of(list_matrices(checkpoint), selected)) as bar:
         spectra = scan_into(output, checkpoint, selected, where, method, bar, null_draws=null)
     seconds = time.perf_counter() - start
     if as_json:
@@ -146,7 +144,7 @@ def reduce(
         outcome = reduce_checkpoint(
             checkpoint, wanted, output, device=where, method=method, resume=resume, force=force, tick=bar
         )
-    _print_outcome(outcome, output, time.perf_counter() - start, as_json)
+    print_outcome(outcome, output, time.perf_counter() - start, as_json)
 
 
 def verify(
@@ -169,62 +167,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def run(
-    model: common.Model,
-    output: Output,
-    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
-    rule: RuleOption = None,
-    lowest_snr: LowestSnr = None,
-    shrink: Shrink = None,
-    two_sided: TwoSided = False,
-    require_fit: RequireFit = None,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cuda, mps or cpu.")] = None,
-    precision: common.Precision = "auto",
-    method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
-    resume: common.Resume = False,
-    force: common.Force = False,
-    dry_run: common.DryRun = False,
-    as_json: common.Json = False,
-) -> None:
-    """Scan, plan and reduce in one go, by a recipe or by flags; flags win over the recipe."""
-    flags: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    rule = rule or flags.get("rule")
-    if rule is None:
-        raise UsageError(f"run needs to know what to do; try --recipe {packaged()[0]}, or --rule mp-edge")
-    checkpoint = open_checkpoint(model)
-    roles = roles or flags.get("roles")
-    chosen = common.selection(
-        layers or flags.get("layers"), roles, include or flags.get("include"), exclude or flags.get("exclude")
-    )
-    where = choose_device(device or flags.get("device", "auto"), precision)
-    if dry_run:
-        return _dry_run(checkpoint, chosen, where, as_json)
-    start = time.perf_counter()
-    matrices = _chosen(list_matrices(checkpoint), chosen)
-    with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
-        result = run_flow(
-            checkpoint,
-            output,
-            rule,
-            chosen,
-            lowest_snr=lowest_snr or flags.get("lowest-snr"),
-            shrink=shrink or flags.get("shrink"),
-            two_sided=two_sided or flags.get("two-sided", False),
-            require_fit=require_fit or flags.get("require-fit"),
-            device=where,
-            method=method or flags.get("method", "gram"),
-            resume=resume,
-            force=force,
-            on_scan=scanned,
-            on_reduce=reduced,
-        )
-    _print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
-
-
 def devices(as_json: common.Json = False) -> None:
     """Say which device would compute here, in which precision, and why."""
     here, chosen = devices_module.available(), choose_device()
@@ -234,14 +176,14 @@ def devices(as_json: common.Json = False) -> None:
     print(f"auto takes {chosen.label}: {chosen.reason}")
 
 
-def _chosen(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
+def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
     return [m for m in matrices if chosen.why_not(m) is None]
 
 
-def _dry_run(checkpoint: Checkpoint, chosen: Selection, where: Device, as_json: bool) -> None:
+def print_dry_run(checkpoint: Checkpoint, chosen: Selection, where: Device, as_json: bool) -> None:
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
-    _print_estimate(checkpoint, _chosen(matrices, chosen), where, as_json)
+    _print_estimate(checkpoint, chosen_of(matrices, chosen), where, as_json)
 
 
 def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Device, as_json: bool) -> None:
@@ -289,7 +231,7 @@ def _print_spectra(spectra: Spectra) -> None:
             print(f"{name}: {why}")
 
 
-def _print_outcome(outcome: Outcome, output: Path, seconds: float, as_json: bool) -> None:
+def print_outcome(outcome: Outcome, output: Path, seconds: float, as_json: bool) -> None:
     if as_json:
         return common.print_json(asdict(outcome) | {"output": str(output), "seconds": seconds})
     common.print_plan(outcome.plan.lines)

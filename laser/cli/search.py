@@ -86,7 +86,7 @@ def search(
     where = choose_device(device, precision)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     tokenizer = load_tokenizer(checkpoint.path)
-    calibration, reported = _objectives(
+    calibration, reported = objectives_of(
         checkpoint, tokenizer, objective, task, text_of(text, field, dataset), held_out, field, window, windows,
         held_out_windows,
     )  # fmt: skip
@@ -123,11 +123,11 @@ def search(
     result.plan.save(output)
     if as_json:
         return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
-    _print_search(result)
+    print_search(result)
     print(f"written to {output}; every trial is in {journal}")
 
 
-def _objectives(
+def objectives_of(
     checkpoint: Checkpoint,
     tokenizer: Any,
     objective: str,
@@ -174,7 +174,7 @@ def _shortlist(text: str | None) -> int | None:
     return int(count or 15)  # as many as LaserRMT takes by SNR
 
 
-def _print_search(result: SearchResult) -> None:
+def print_search(result: SearchResult) -> None:
     """The decisions, one row per trial, then what the whole plan did to seen and unseen text."""
     rows = []
     for t in result.trials:

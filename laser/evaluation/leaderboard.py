@@ -20,7 +20,7 @@ from typing import Any
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import OUTCOME
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
 
 KIND, VERSION = "leaderboard", 1
@@ -206,11 +206,18 @@ def run_leaderboard(
     )
 
 
+NEEDED = ("lm_eval", "accelerate")
+
+
+def lm_eval_is_here() -> bool:
+    """Whether lm-eval and its model backend are installed."""
+    return all(importlib.util.find_spec(module) is not None for module in NEEDED)
+
+
 def require_lm_eval() -> None:
     """Raises UsageError unless lm-eval and its model backend are installed."""
-    for module in ("lm_eval", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the leaderboard needs {module}; try pip install 'laser-rmt[eval]'")
+    if not lm_eval_is_here():
+        raise UsageError(f"the leaderboard needs {' and '.join(NEEDED)}; try pip install 'laser-rmt[eval]'")
 
 
 def _lm_eval(module: str) -> Any:
@@ -220,15 +227,32 @@ def _lm_eval(module: str) -> Any:
 
 
 def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
-    """lm-eval's transformers model, with the checkpoint's weights and tokenizer."""
-    backend = _lm_eval("models.huggingface")
+    """The checkpoint's weights and tokenizer as lm-eval takes them.
+
+    Loaded here and not by lm-eval, which would let transformers fill a missing tensor with random numbers.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(checkpoint.path)
     try:
-        return backend.HFLM(pretrained=str(checkpoint.path), device=device, dtype=dtype, batch_size=batch_size)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        model, info = loaded
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
         raise UsageError(
-            f"transformers cannot load {checkpoint.path} ({first}); try a directory that has its tokenizer and config"
+            f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
         ) from error
+    gaps = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if gaps:
+        raise CheckpointError(
+            f"{checkpoint.name} has no weights for {gaps[0]} ({len(gaps)} in all), which would be random; "
+            "finish the download"
+        )
+    backend = _lm_eval("models.huggingface")
+    return backend.HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:

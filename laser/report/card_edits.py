@@ -100,6 +100,8 @@ def _selection(selection: Mapping[str, Any]) -> str:
     for key in ("include", "exclude"):
         if selection.get(key):
             parts.append(f"names that {'' if key == 'include' else 'do not '}match {code(selection[key])}")
+    if "accept" in selection:
+        parts.append(f"of these the edits that a search kept (criterion {code(selection['accept'])})")
     return "; ".join(parts) or "every attention and feed-forward matrix"
 
 

@@ -117,22 +117,24 @@ def limits(
     losses: Losses | None,
     after: Leaderboard | None,
 ) -> str:
-    rule = outcome.plan.rule.partition(":")[0]
+    # A search may have tried several rules; what is true of one is then true of part of the edits.
+    rules = list(dict.fromkeys(part.partition(":")[0] for part in outcome.plan.rule.split(",")))
     points = []
-    if rule == "laser-rmt":
+    if "laser-rmt" in rules:
         points.append(
             "The threshold of `laser-rmt` is biased. On a matrix of pure Gaussian noise, where nothing should be kept, "
             "it keeps 24 % of the singular values if the matrix is square and up to 100 % if one side is four times "
             "the other. What it removes depends on the shape of a matrix more than on its noise, and is not thereby "
             "shown to be noise."
         )
-    elif rule in ("energy", "fraction", "rank"):
-        points.append(f"The rule {code(rule)} sets a size; it does not tell signal from noise.")
-    else:
-        points.append(
-            f"The rule {code(rule)} takes the entries of a matrix's noise to be independent and of one variance. "
-            "Trained weights need not be so, and small singular values can carry what a model knows."
-        )
+    for rule in rules:
+        if rule in ("energy", "fraction", "rank"):
+            points.append(f"The rule {code(rule)} sets a size; it does not tell signal from noise.")
+        elif rule not in ("laser-rmt", "none"):
+            points.append(
+                f"The rule {code(rule)} rests on a model of the noise in a matrix, of entries that are independent. "
+                "Trained weights need not be so, and small singular values can carry what a model knows."
+            )
     if losses is None and after is None:
         points.append("No effect on quality was measured.")
     elif after is None:
@@ -191,8 +193,11 @@ def reproduce(
 
 
 def spell_command(name: str, outcome: Outcome, source: CardSource) -> str:
-    """The `laser run` that makes this output, spelled out from its plan."""
+    """The command that makes this output, spelled out from its plan; a searched plan cannot be made by a rule again."""
     plan = outcome.plan
+    if "accept" in plan.selection:
+        words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
+        return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
     words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
     for flag, key in (("--lowest-snr", "lowest_snr"), ("--include", "include"), ("--exclude", "exclude")):
         if plan.selection.get(key) is not None:

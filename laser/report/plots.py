@@ -57,7 +57,8 @@ def histogram(portrait: Portrait) -> Figure:
     figure = _figure(8, 4.5)
     axes = figure.subplots()
     edges = _bins([portrait])
-    kept, cut = portrait.values[: portrait.rank], portrait.values[portrait.rank :]
+    values = np.minimum(portrait.values, edges[-1])
+    kept, cut = values[: portrait.rank], values[portrait.rank :]
     axes.hist(cut, edges, color="0.8", edgecolor="0.55", linewidth=0.4, label=f"cut: {len(cut)}")
     axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
     width = edges[1] - edges[0]
@@ -66,7 +67,7 @@ def histogram(portrait: Portrait) -> Figure:
         axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=label)
     if portrait.threshold is not None:
         axes.axvline(portrait.threshold, color="black", linestyle="--", label=f"cut by {portrait.rule}")
-    axes.set_title(f"{portrait.name}  ({portrait.rows} x {portrait.columns})", fontsize=10)
+    axes.set_title(_title([portrait], edges), fontsize=10)
     axes.set_xlabel(
         f"singular value, unit of the weights   (sigma {portrait.sigma:.3g}, distance from the law "
         f"{portrait.distance:.2g}, level {portrait.level:.2g})"
@@ -86,9 +87,16 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
     strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
     for portrait, (colour, line, filled) in zip(portraits, strokes, strict=False):
         fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
-        label = f"{portrait.model}: {np.count_nonzero(portrait.values > 1e-9 * portrait.values[0])} over zero"
-        axes.hist(portrait.values, edges, histtype="stepfilled", linestyle=line, linewidth=1.3, label=label, **fill)
-    axes.set_title(f"{portraits[0].name}  ({portraits[0].rows} x {portraits[0].columns})", fontsize=10)
+        axes.hist(
+            np.minimum(portrait.values, edges[-1]),
+            edges,
+            histtype="stepfilled",
+            linestyle=line,
+            linewidth=1.3,
+            label=portrait.model,
+            **fill,
+        )
+    axes.set_title(_title(portraits, edges), fontsize=10)
     axes.set_xlabel("singular value, unit of the weights")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
@@ -96,11 +104,17 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
 
 
 def _bins(portraits: Sequence[Portrait]) -> list[float]:
-    """Equal bins from 0 to s_1, at most four times the edge: a giant outlier would press the bulk into one bin. What
-    lies beyond is outside the picture, and the legend's counts still hold it."""
+    """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
+    into one bin. What lies beyond is drawn in the last bin, and the title says so."""
     top = max(float(p.values[0]) for p in portraits)
-    span = max(max(p.upper_edge, p.threshold or 0.0) for p in portraits)
-    return np.linspace(0.0, min(top * 1.02, 4 * span) or 1.0, BINS + 1).tolist()
+    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in portraits)
+    return np.linspace(0.0, min(top * 1.02, span) or 1.0, BINS + 1).tolist()
+
+
+def _title(portraits: Sequence[Portrait], edges: list[float]) -> str:
+    first, top = portraits[0], max(float(p.values[0]) for p in portraits)
+    beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
+    return f"{first.name}  ({first.rows} x {first.columns}){beyond}"
 
 
 def _count_axis(axes: Axes, edges: list[float]) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.devices import Device, full_precision, one_thread_pool
+from laser.spectral.devices import Device, full_precision, host_threads
 from laser.spectral.shrinkage import Gains
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def _ladder(W: torch.Tensor, device: Device, method: str, attempt: Callable[[str
     check_storage(W.dtype)
     failures = []
     for step in dict.fromkeys((method, "svd")):
-        pool = one_thread_pool() if device.host_blas and step == "gram" else nullcontext()
+        pool = host_threads(min(W.shape)) if device.host_blas and step == "gram" else nullcontext()
         try:
             with full_precision(), pool:
                 if not torch.isfinite(W).all():

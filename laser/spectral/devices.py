@@ -8,15 +8,18 @@ CUDA and the host have both; there float64 is the default.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 from laser.errors import UsageError
 
 NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
+SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,24 @@ def full_precision() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-@contextmanager
-def one_thread_pool() -> Iterator[None]:
-    """torch on one thread while inside, so that SciPy's BLAS has the cores to itself.
+@lru_cache(maxsize=1)
+def _pools() -> ThreadpoolController:
+    """The BLAS libraries that are loaded; found once, since looking for them takes longer than a small matrix."""
+    return ThreadpoolController()
 
-    Two pools of threads that spin while they wait, on the same cores, made a host scan of small matrices 3 to 4 times
-    slower (LOG.md); what torch does on the host besides the BLAS is copying.
+
+@contextmanager
+def host_threads(p: int) -> Iterator[None]:
+    """Inside, torch has one thread, so that SciPy's BLAS has the cores to itself, and BLAS has one for a small matrix.
+
+    Pools of threads that spin while they wait cost more than they bring where others want the same cores: with a
+    second busy process on 2 cores, a matrix of 1536 x 576 took 0.25 s and more with two BLAS threads and 0.07 s with
+    one, which on quiet cores is a fifth slower (LOG.md). What torch does on the host besides is copying.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _pools().limit(limits=1, user_api="blas") if p <= SMALL else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)

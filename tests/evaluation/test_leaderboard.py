@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laser.checkpoint.reader import open_checkpoint
-from laser.errors import LaserError, NumericalError, RecordError, UsageError
+from laser.errors import CheckpointError, LaserError, NumericalError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore, comparable, difference, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
 
@@ -195,6 +195,15 @@ def test_nan_likelihoods_are_an_error_and_not_a_score(speaker: Path, data: Path)
     tensors["lm_head.weight"][5] = math.nan
     save_file(tensors, speaker / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"laser_winogrande, row 0.*NaN"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=("winogrande",))
+
+
+@needs_lm_eval
+def test_a_missing_tensor_is_not_scored_as_random_numbers(speaker: Path, data: Path) -> None:
+    tensors = load_file(speaker / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, speaker / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no weights for model.layers.1.self_attn.q_proj.weight \(1 in all\)"):
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=("winogrande",))
 
 

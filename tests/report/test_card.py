@@ -223,7 +223,9 @@ def test_an_empty_plan_says_that_nothing_was_reduced(source: CardSource) -> None
     ("rule", "words"),
     [
         ("laser-rmt", "it keeps 24 % of the singular values if the matrix is square and up to 100 %"),
-        ("mp-edge", "independent and of one variance"),
+        ("mp-edge", "rests on a model of the noise in a matrix"),
+        ("mp-edge,laser-rmt", "rests on a model of the noise in a matrix"),
+        ("mp-edge,laser-rmt", "it keeps 24 % of the singular values"),
         ("fraction:0.1", "it does not tell signal from noise"),
     ],
 )
@@ -341,6 +343,12 @@ def test_reproduction(source: CardSource) -> None:
         assert fact in text
     told = card("m", outcome_of(), source, run=CardRun(commands=("laser reduce base plan.json -o m",)))
     assert "```sh\nlaser reduce base plan.json -o m\nlaser verify" in told
+
+
+def test_a_searched_plan_is_not_said_to_come_from_a_rule(source: CardSource) -> None:
+    text = card("m", outcome_of(rule="laser-rmt,mp-edge", accept="better"), source)
+    assert "laser reduce mistralai/Mixtral-8x7B-Instruct-v0.1 plan.json -o m  # plan.json: the entry `plan`" in text
+    assert "laser run" not in text and "the edits that a search kept (criterion `better`)" in text
 
 
 def test_it_is_pure(source: CardSource) -> None:

@@ -38,7 +38,7 @@ def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_thread_count_is_put_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), devices.one_thread_pool():
+    with pytest.raises(ZeroDivisionError), devices.host_threads(8):
         assert torch.get_num_threads() == 1
         raise ZeroDivisionError
     assert torch.get_num_threads() == before

@@ -1,0 +1,111 @@
+"""Pictures hold what they should, come out the same each time, and say what to do when they cannot be made."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import laser
+from laser.errors import UsageError
+from laser.portrait import Portrait, portrait
+from laser.spectra import Spectra, scan
+from laser.summary import Summary, summarise
+
+pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from laser.report import plots
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def spectra(pico: Path) -> Spectra:
+    return scan(laser.open_checkpoint(pico))
+
+
+@pytest.fixture
+def summary(spectra: Spectra) -> Summary:
+    return summarise(spectra)
+
+
+def heights(figure: object) -> list[list[float]]:
+    axes = figure.axes[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return [[patch.get_height() for patch in container] for container in axes.containers]
+
+
+@pytest.mark.parametrize("rule", ["mp-edge", "bema", "gavish-donoho", "rank:5"])
+def test_curve_is_a_density_of_the_bulk_between_the_edges(spectra: Spectra, rule: str) -> None:
+    drawn = portrait(spectra, NAME, rule)
+    bulk = np.count_nonzero(drawn.values <= drawn.upper_edge)
+    assert np.trapezoid(drawn.curve, drawn.curve_x) == pytest.approx(bulk, rel=0.05)
+    assert drawn.curve_x[0] == pytest.approx(drawn.lower_edge) and drawn.curve_x[-1] == pytest.approx(drawn.upper_edge)
+    assert (drawn.threshold is None) == rule.startswith("rank")
+
+
+def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
+    drawn = portrait(spectra, NAME)
+    figure = plots.histogram(drawn)
+    cut, kept = heights(figure)
+    assert (sum(cut), sum(kept)) == (32 - drawn.rank, drawn.rank)
+    words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
+    assert words[:3] == [f"cut: {32 - drawn.rank}", f"kept: {drawn.rank}", "law of noise, fitted"]
+    assert "unit of the weights" in figure.axes[0].get_xlabel() and NAME in figure.axes[0].get_title()
+    levels = [line.get_xdata()[0] for line in figure.axes[0].lines if len(set(np.atleast_1d(line.get_xdata()))) == 1]  # pyright: ignore
+    assert {drawn.lower_edge, drawn.upper_edge, drawn.threshold} <= set(levels)
+
+
+def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
+    for figure in (plots.histogram(portrait(spectra, NAME)), plots.heat_map(summary)):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+        assert np.ptp(pixels, axis=2).max() == 0  # no pixel has a colour
+
+
+@pytest.mark.parametrize("quantity", plots.QUANTITIES)
+def test_heat_map_puts_each_matrix_in_its_cell(summary: Summary, quantity: str) -> None:
+    value = plots.QUANTITIES[quantity][2]
+    columns, layers, grid = plots.grid_of(summary.rows, value)
+    assert layers == [0, 1, 2] and len(columns) == 16 and grid.shape == (3, 16)
+    for row in summary.rows:
+        column = columns.index(row.role if row.expert is None else f"{row.role}.{row.expert}")
+        assert grid[layers.index(row.layer), column] == pytest.approx(value(row))
+    means, _, coarse = plots.grid_of(summary.rows, value, experts=False)
+    assert set(means) == {"w1", "w2", "w3", "q", "k", "v", "o"}
+    first = [value(r) for r in summary.rows if r.role == "w1" and r.layer == 0]
+    assert coarse[0, means.index("w1")] == pytest.approx(np.mean([v for v in first if v is not None]))
+
+
+def test_undefined_cells_are_dashes(summary: Summary) -> None:
+    rows = (replace(summary.rows[0], snr=None), *summary.rows[1:])
+    figure = plots.heat_map(replace(summary, rows=rows), "snr")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["-"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suffix: str) -> None:
+    other: Portrait = replace(portrait(spectra, NAME), model="other")
+    for name in ("a", "b"):
+        plots.save(plots.overlay([portrait(spectra, NAME), other]), (tmp_path / name).with_suffix(suffix))
+    one, two = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
+    assert one == two and one[:4] in (b"\x89PNG", b"<?xm")
+
+
+def test_what_cannot_be_drawn(
+    spectra: Spectra, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="was not scanned"):
+        portrait(spectra, "model.norm.weight")
+    with pytest.raises(UsageError, match="stable-rank"):
+        plots.heat_map(summary, "colour")
+    with pytest.raises(UsageError, match=r"try -o x\.png"):
+        plots.save(plots.heat_map(summary), tmp_path / "x.pdf")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"laser-rmt\[plot\]"):
+        plots.heat_map(summary)

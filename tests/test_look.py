@@ -1,0 +1,105 @@
+"""The verbs that look, as a user types them: null, spectra, plot, report, and the options of scan, plan and run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laser.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def spectra(run: Run, pico: Path, tmp_path: Path) -> Path:
+    assert run("scan", pico, "-o", tmp_path / "s", "--null", 19, "--layers", 1)[0] == 0
+    return tmp_path / "s"
+
+
+def test_null_prints_rule_by_role(run: Run, pico: Path, spectra: Path) -> None:
+    asked = ("null", pico, "--layers", 1, "--roles", "q,w1", "--rules", "laser-rmt,mp-edge,parallel:0.1")
+    code, text, _ = run(*asked, "--spectra", spectra)
+    lines = [line.split() for line in text.splitlines()]
+    assert code == 0 and lines[0][:3] == ["rule", "role", "matrices"]
+    rules = ("laser-rmt", "mp-edge", "parallel:0.1")
+    assert [line[:3] for line in lines[1:4]] == [[rule, "w1", "4"] for rule in rules]
+    document = json.loads(run(*asked, "--permute", "rows", "--draws", 2, "--json")[1])
+    assert (document["permutation"], document["draws"], len(document["rows"])) == ("rows", 2, 6)
+
+
+def test_spectra_lists_and_writes_what_others_read(run: Run, spectra: Path, tmp_path: Path) -> None:
+    code, text, _ = run("spectra", spectra, "--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
+    assert code == 0 and "16 matrices of pico, cut by mp-edge" in text
+    assert len(json.loads((tmp_path / "j").read_text())) == 16
+    assert (tmp_path / "y").read_text().startswith("unfrozen_parameters:\n- '^lm_head")
+    assert len(list(csv.DictReader(run("spectra", spectra, "--csv", "--roles", "q")[1].splitlines()))) == 1
+    assert len(json.loads(run("spectra", spectra, "--json", "--rule", "bema")[1])["rows"]) == 16
+    assert run("spectra", spectra, "--snr-json", tmp_path / "j")[0] == 1  # not without --force
+
+
+def test_plot_and_report_write_files(run: Run, spectra: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
+    assert run("plot", spectra, "-o", tmp_path / "a.png", "--matrix", "q_proj")[0] == 0
+    assert run("plot", spectra, "-o", tmp_path / "b.svg", "--matrix", "q_proj", "--with", spectra)[0] == 0
+    assert run("plot", spectra, "-o", tmp_path / "c.png", "--heat", "snr", "--mean")[0] == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "b.svg").read_text()
+    code, text, _ = run("report", spectra, "-o", tmp_path / "r.html")
+    assert code == 0 and "16 matrices" in text and "<!doctype html>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plot", "{s}", "-o", "{tmp}/x.png"], 2, "try --matrix NAME or --heat kept"),
+        (["plot", "{s}", "-o", "{tmp}/x.png", "--heat", "kept", "--with", "{s}"], 2, "try --matrix NAME as well"),
+        (["plot", "{s}", "-o", "{tmp}/x.png", "--matrix", "w9"], 2, "was not scanned"),
+        (["spectra", "{s}", "--top-percent", "0", "--unfrozen-yaml", "{tmp}/u"], 2, "try 50"),
+        (["plan", "{s}", "-o", "{tmp}/p", "--rule", "parallel:0.01"], 2, "laser scan --null 99"),
+        (["plan", "{s}", "-o", "{tmp}/p", "--rule", "mp-edge", "--shrink", "soft"], 2, "--shrink frobenius"),
+        (["report", "{s}", "-o", "{s}"], 1, "exists"),
+    ],
+)
+def test_mistakes_are_explained(
+    run: Run, spectra: Path, tmp_path: Path, arguments: Any, code: int, message: str
+) -> None:
+    found, _, err = run(*(a.format(s=spectra, tmp=tmp_path) for a in arguments))
+    assert found == code and message in err and err.count("\n") == 1
+
+
+def test_run_with_a_rule_that_needs_permutations_and_treatments(run: Run, pico: Path, tmp_path: Path) -> None:
+    asked = (
+        "--no-search",
+        "--layers",
+        2,
+        "--rule",
+        "parallel:0.2",
+        "--shrink",
+        "operator",
+        "--two-sided",
+        "--require-fit",
+        0.01,
+    )
+    assert run("run", pico, "-o", tmp_path / "out", *asked)[0] == 0
+    plan = json.loads((tmp_path / "out" / "laser" / "plan.json").read_text())
+    assert {k: plan["selection"][k] for k in ("shrink", "two_sided", "require_fit")} == {
+        "shrink": "operator",
+        "two_sided": True,
+        "require_fit": 0.01,
+    }
+    assert any(line["shrink"] == "operator" for line in plan["lines"])
+    assert run("verify", pico, tmp_path / "out")[1].endswith("0 problems\n")
