@@ -9,7 +9,11 @@ outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
+from laser.evaluation.evaluate import evaluate
+from laser.evaluation.perplexity import Difference, Perplexity, difference
+from laser.null import NullTest, null_test
 from laser.plan import Plan, PlanLine, empty_plan, make_plan
+from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
@@ -25,11 +29,14 @@ __all__ = [
     "CheckpointError",
     "Cut",
     "Device",
+    "Difference",
     "LaserError",
     "Matrix",
+    "NullTest",
     "NumericalError",
     "Outcome",
     "OutputError",
+    "Perplexity",
     "Plan",
     "PlanLine",
     "RecordError",
@@ -40,13 +47,17 @@ __all__ = [
     "Verification",
     "apply_rule",
     "choose_device",
+    "difference",
     "empty_plan",
+    "evaluate",
     "list_matrices",
     "make_plan",
+    "null_test",
     "open_checkpoint",
     "reduce",
     "scan",
     "singular_values",
     "truncate",
     "verify",
+    "write_card",
 ]
