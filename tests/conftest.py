@@ -147,3 +147,19 @@ def speaker(make_pico: Callable[..., Path]) -> Path:
     )
     fast.save_pretrained(path)
     return path
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, called as `run("scan", path, ...)`: its exit code, stdout and stderr."""
+    from laser.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -1,26 +1,17 @@
 """The command line as a user meets it: exit codes, tables, strict JSON, errors with a remedy."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
+from hostile import HOSTILE
 
 from laser.checkpoint.reader import INDEX
-from laser.cli import app, main
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+from laser.cli import app
 
 
 def strict(text: str) -> Any:
@@ -138,6 +129,16 @@ def test_errors_are_one_line_with_a_remedy(
     assert (found, out) == (code, "")
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "o" / INDEX).exists()
+
+
+@pytest.mark.parametrize("attack, message", HOSTILE, ids=lambda x: x.__name__ if callable(x) else "")
+def test_hostile_input_leaves_nothing_that_looks_whole(
+    run: Run, pico: Path, tmp_path: Path, attack: Callable[[Path], None], message: str
+) -> None:
+    attack(pico)
+    code, _, err = run("run", pico, "-o", tmp_path / "out", "--rule", "mp-edge", "--no-search")
+    assert code == 1 and re.search(message, err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
