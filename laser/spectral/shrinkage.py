@@ -76,9 +76,10 @@ class Gains:
         if self.shrink is not None:
             check_shrinker(self.shrink)
             unit = (self.sigma or 0.0) * q**0.5
-            if unit > 0:  # without noise nothing was inflated
-                # Beyond 1e8 the gain is 1 - 1e-16, and fourth powers would overflow; below 1e-8 it is 0 anyway.
-                y = np.clip(s[: self.above] / unit, 1e-8, 1e8)
+            # With noise under 1e-8 of the largest value nothing was inflated: the gain is 1 - 1e-16, and fourth powers
+            # of s / unit would overflow.
+            if unit > 1e-8 * s[0]:
+                y = np.maximum(s[: self.above] / unit, 1e-8)  # below that the gain is 0 anyway
                 gains[: self.above] = np.minimum(SHRINKERS[self.shrink](y, beta) / y, 1.0)
         gains[p - self.below :] = 1.0
         return gains

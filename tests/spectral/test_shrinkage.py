@@ -105,3 +105,10 @@ def test_gains_that_do_not_fit_are_refused() -> None:
         truncate(torch.ones(4, 8), Gains(5, 4), CPU)
     with pytest.raises(UsageError, match=r"--shrink frobenius\|operator\|nuclear"):
         Gains(1, shrink="soft", sigma=1.0).of(np.ones(2), (2, 2))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.2250738585072014e-308, 1e-12])
+def test_noise_too_small_to_matter_shrinks_nothing(sigma: float) -> None:
+    s = np.array([3.0, 2.0, 1e-3])
+    for shrink in SHRINKERS:
+        assert Gains(3, 0, shrink, sigma).of(s, (3, 5)).tolist() == [1.0, 1.0, 1.0]
