@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
@@ -27,7 +26,7 @@ from laser.cli.flow import (
     print_outcome,
 )
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
-from laser.cli.search import objectives_of, print_search
+from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, run_leaderboard
 from laser.evaluation.streaming import LayeredModel
@@ -38,7 +37,6 @@ from laser.plan import Plan, make_plan
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
-from laser.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
@@ -168,14 +166,7 @@ def _search(
     )
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
     wanted = [rule for rule in rules.split(",") if rule]
-    with tqdm(desc="search", disable=None, leave=False) as bar:
-
-        def tick(trial: Any, to_come: int) -> None:
-            bar.total = bar.n + 1 + to_come
-            bar.set_postfix_str(f"{trial.label} {trial.told()}", refresh=False)
-            bar.update()
-
-        return search_plan(layered, spectra, wanted, calibration, reported, device=device, tick=tick, **options)
+    return search_with_bar(layered, spectra, wanted, calibration, reported, device=device, **options)
 
 
 def _leaderboards(checkpoint: Checkpoint, output: Path, where: Device, data: Path | None, limit: int | None) -> None:

@@ -97,6 +97,30 @@ def search(
         scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
         with common.Progress("scan", scanned) as bar:
             measured = scan_into(spectra, checkpoint, chosen, where, "gram", bar)
+    result = search_with_bar(
+        LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
+        measured,
+        wanted,
+        calibration,
+        reported,
+        selection=chosen,
+        lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
+        shortlist=_shortlist(shortlist),
+        grid=grid is not None,
+        accept=accept,
+        order=order,
+        device=where,
+        journal=journal,
+    )
+    result.plan.save(output)
+    if as_json:
+        return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
+    print_search(result)
+    print(f"written to {output}; every trial is in {journal}")
+
+
+def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
+    """`laser.search.search` of these arguments, its trials shown on a bar."""
     with tqdm(desc="search", disable=None, leave=False) as bar:
 
         def tick(trial: Trial, to_come: int) -> None:
@@ -104,27 +128,7 @@ def search(
             bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
-        result = search_plan(
-            LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
-            measured,
-            wanted,
-            calibration,
-            reported,
-            selection=chosen,
-            lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
-            shortlist=_shortlist(shortlist),
-            grid=grid is not None,
-            accept=accept,
-            order=order,
-            device=where,
-            journal=journal,
-            tick=tick,
-        )
-    result.plan.save(output)
-    if as_json:
-        return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
-    print_search(result)
-    print(f"written to {output}; every trial is in {journal}")
+        return search_plan(*arguments, tick=tick, **options)
 
 
 def objectives_of(
