@@ -15,14 +15,15 @@ from laser.errors import RecordError, UsageError
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
 from laser.spectral.fit import NoiseFit, fit_noise
-from laser.spectral.noise import estimate
-from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
+from laser.spectral.noise import Spectrum, estimate
+from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
 KIND, VERSION = "plan", 1
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
+METRICS = ("plain", "data")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class PlanLine:
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
+    # "data": threshold, snr and energy_kept are of W C^(1/2), C the moment of the inputs of `tokens` tokens
+    metric: str = "plain"
+    tokens: int | None = None
 
     @property
     def gains(self) -> Gains:
@@ -59,6 +63,7 @@ class Plan:
     rule: str
     selection: Mapping[str, Any]
     lines: tuple[PlanLine, ...]
+    calibration: Mapping[str, Any] | None = None  # moments.Calibration, where a line is in the data's metric
 
     @property
     def reductions(self) -> dict[str, PlanLine]:
@@ -80,11 +85,13 @@ class Plan:
         try:
             lines = tuple(PlanLine(**line) for line in document["lines"])
             plan = Plan(Source(**document["source"]), document["rule"], document["selection"], lines)
+            plan = replace(plan, calibration=document.get("calibration"))
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path} is not a whole plan ({error}); make it again with `laser plan`") from error
         for line in lines:
             whole = type(line.rank) is int and type(line.full_rank) is int and 0 <= line.below <= line.rank
             whole = whole and (line.rank or 0) < (line.full_rank or 0) + (line.shrink is not None)
+            whole = whole and line.metric in METRICS and (line.metric == "plain" or plan.calibration is not None)
             if line.action not in ACTIONS or (line.action == "reduce" and not whole):
                 raise RecordError(
                     f"{path}: {line.name} has action {line.action!r} and rank {line.rank} of {line.full_rank}, "
@@ -101,10 +108,21 @@ class Treatment:
     shrink: str | None = None
     two_sided: bool = False
     require_fit: float | None = None
+    metric: str = "plain"
 
     def check(self) -> None:
-        """Raises UsageError for a rule, shrinker or level that does not exist."""
-        parse_rule(self.rule)
+        """Raises UsageError for a rule, shrinker, level or metric that does not exist or does not go with the rest."""
+        rule, _ = parse_rule(self.rule)
+        if self.metric not in METRICS:
+            raise UsageError(f"no metric is called {self.metric!r}; try --metric {'|'.join(METRICS)}")
+        if self.metric == "data" and not rule.any_metric:
+            able = ", ".join(name for name, row in RULES.items() if row.any_metric)
+            raise UsageError(
+                f"rule {self.rule!r} supposes noise that is the same in all directions, and in the metric of the data "
+                f"no noise is; try --rule with one of {able}"
+            )
+        if self.metric == "data" and (self.shrink or self.two_sided or self.require_fit is not None):
+            raise UsageError("--shrink, --two-sided and --require-fit rest on the plain law; leave them out")
         if self.shrink is not None:
             check_shrinker(self.shrink)
         if self.require_fit is not None and not 0 < self.require_fit < 1:
@@ -113,6 +131,7 @@ class Treatment:
     def describe(self) -> dict[str, Any]:
         """Only what was asked for: a plain plan reads as plain."""
         asked = {"shrink": self.shrink, "two_sided": self.two_sided or None, "require_fit": self.require_fit}
+        asked["metric"] = None if self.metric == "plain" else self.metric
         return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -125,6 +144,8 @@ def make_plan(
     shrink: str | None = None,
     two_sided: bool = False,
     require_fit: float | None = None,
+    metric: str = "plain",
+    fewest_tokens: int | None = None,
 ) -> Plan:
     """Apply `rule` (`NAME[:ARGUMENT]`, see RULES) to every scanned matrix that the selection names.
 
@@ -132,22 +153,31 @@ def make_plan(
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
     matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
     noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
-    looks like noise at no more than that level.
+    looks like noise at no more than that level. In the `metric` "data" the rule is asked of the spectra in the metric
+    of the calibration's inputs, and a matrix that met fewer than `fewest_tokens` (default: its p) of them is kept.
     Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
-    treatment = Treatment(rule, shrink, two_sided, require_fit)
+    treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
+    if metric == "data":
+        spectra = spectra.in_data_metric(fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
     if lowest_snr is not None and lowest_snr < 1:
         raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
     lines = [_line(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
+        if metric == "data":
+            raise UsageError(
+                "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
+                "--fewest-tokens with moments that were made with --shrink"
+            )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
-    return Plan(spectra.source, rule, described, tuple(lines))
+    calibration = spectra.calibration if metric == "data" else None
+    return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
 def empty_plan(spectra: Spectra) -> Plan:
@@ -169,6 +199,8 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
     total = float(np.sum(s**2))
     if not total:
         return replace(line, rank=0, energy_kept=1.0)
+    if treatment.metric == "data":
+        return _data_line(replace(line, metric="data", tokens=spectra.seen[matrix.name]), s, cut.rank)
     estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
     fit = fit_noise(s, shape, estimator)
     noise = estimate(s, shape, estimator)
@@ -201,6 +233,20 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
         why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
         return replace(line, action="keep", reason=why)
     return line
+
+
+def _data_line(line: PlanLine, s: Spectrum, rank: int) -> PlanLine:
+    """No law of noise holds in the data's metric, so there is no fit to tell of. `s` (p,) is of W C^(1/2)."""
+    shown = int(np.count_nonzero(s))
+    rank = min(rank, shown)
+    if rank == len(s):
+        return replace(line, rank=rank, reason=f"the rule keeps all {rank} values")
+    reason = f"{line.reason}; in the metric of {line.tokens} tokens"
+    if rank == shown:
+        reason += f", which show {shown} directions"
+    energy = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
+    snr = signal_to_noise(s, rank)
+    return replace(line, action="reduce", rank=rank, snr=snr, energy_kept=energy, reason=reason)
 
 
 def _describe(fit: NoiseFit) -> str:

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +22,17 @@ from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
+from laser.spectral.data_metric import data_values, null_in_metric
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.permutation import null_largest
 
+if TYPE_CHECKING:
+    from laser.moments import Moments
+
 KIND, VERSION = "spectra", 1
-NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
+# Before a tensor's name in the file: its permuted matrices' largest singular values; and both in the data's metric.
+NULL, DATA, DATA_NULL = "laser.null.", "laser.data.", "laser.data-null."
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them.
+    empty unless the scan was asked for them. data, data_nulls: both again in the metric of the inputs that `calibration`
+    says, where the scan was given moments (data_metric.py); seen: how many inputs each matrix met there.
     """
 
     source: Source
@@ -65,6 +71,29 @@ class Spectra:
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    data: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    data_nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    seen: Mapping[str, int] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None  # a moments.Calibration
+
+    def in_data_metric(self, fewest: int | None = None) -> Spectra:
+        """The same with the data's values in the place of the plain ones, for planning.
+
+        A matrix that met fewer than `fewest` tokens (default: than it has dimensions p) has no values and the reason.
+        Raises UsageError where no moments were scanned.
+        """
+        if self.calibration is None:
+            raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
+        needed = {m.name: min(m.shape) if fewest is None else fewest for m in self.matrices if m.is_matrix}
+        skipped, values = dict(self.skipped), {}
+        for name in self.values:
+            if name not in self.data:
+                skipped[name] = "not seen: met no token of the calibration"
+            elif self.seen[name] < needed[name]:
+                skipped[name] = f"not seen enough: met {self.seen[name]} tokens, expected {needed[name]}"
+            else:
+                values[name] = self.data[name]
+        return replace(self, values=values, nulls=self.data_nulls, skipped=skipped)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -76,7 +105,11 @@ class Spectra:
             "device": self.device,
             "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
         }
-        vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
+        if self.calibration is not None:
+            header |= {"calibration": dict(self.calibration), "seen": dict(self.seen)}
+        vectors = dict(self.values)
+        for prefix, group in ((NULL, self.nulls), (DATA, self.data), (DATA_NULL, self.data_nulls)):
+            vectors |= {prefix + name: vector for name, vector in group.items()}
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     @staticmethod
@@ -94,10 +127,16 @@ class Spectra:
         rows = header["matrices"]
         skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
         matrices = tuple(_matrix(row) for row in rows)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
-        nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
-        source = Source(**header["source"])
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls)
+        prefixes = (NULL, DATA, DATA_NULL)
+        values = {name: vector for name, vector in vectors.items() if not name.startswith(prefixes)}
+        groups = [
+            {name.removeprefix(prefix): vector for name, vector in vectors.items() if name.startswith(prefix)}
+            for prefix in prefixes
+        ]
+        source, seen, calibration = Source(**header["source"]), header.get("seen", {}), header.get("calibration")
+        return Spectra(
+            source, matrices, values, skipped, header["method"], header["device"], *groups, seen, calibration
+        )
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
@@ -113,6 +152,7 @@ def scan(
     method: str = "gram",
     journal: Path | None = None,
     null_draws: int = 0,
+    moments: Moments | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
@@ -121,6 +161,7 @@ def scan(
     interrupted scan goes on from there; the caller removes it when the spectra are saved. `tick` is called per matrix.
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs.
+    With `moments` all of that is measured once more in the metric of the data, where a matrix was calibrated.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     selection, device = selection or Selection(), device or choose_device()
@@ -128,6 +169,8 @@ def scan(
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     if null_draws < 0:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
+    if moments is not None:
+        moments.source.require(checkpoint, "moments")
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
@@ -139,8 +182,12 @@ def scan(
         "device": device.label,
         "null_draws": null_draws,
     }
+    if moments is not None:
+        run["moments"] = moments.calibration.identity
     values: dict[str, NDArray[np.float64]] = {}
     nulls: dict[str, NDArray[np.float64]] = {}
+    data: dict[str, NDArray[np.float64]] = {}
+    data_nulls: dict[str, NDArray[np.float64]] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
         resumed = {entry["name"]: entry for entry in log.entries} if log else {}
         for name, entry in resumed.items():
@@ -150,6 +197,8 @@ def scan(
                 values[name] = _decode(entry["values"])
                 if null_draws:
                     nulls[name] = _decode(entry["null"])
+                if entry.get("data"):
+                    data[name], data_nulls[name] = _decode(entry["data"]), _decode(entry["data_null"])
         todo = []
         for matrix in matrices:
             if matrix.name in resumed:
@@ -157,20 +206,28 @@ def scan(
             elif matrix.name not in skipped:
                 todo.append(matrix)
         for matrix, W in read_ahead(checkpoint, todo):
-            why, s, null = None, np.empty(0), np.empty(0)
+            why, s, null, seen = None, np.empty(0), np.empty(0), {}
             try:
                 s, _ = singular_values(W, device, method)
                 if null_draws:
                     null = nulls[matrix.name] = null_largest(W, null_draws, device)
+                if moments is not None and moments.tokens(matrix.name):
+                    metric = moments.metric(matrix.name)
+                    data[matrix.name] = data_values(W, metric, device)
+                    data_nulls[matrix.name] = null_in_metric(W, metric, null_draws, device)
+                    seen = {"data": _encode(data[matrix.name]), "data_null": _encode(data_nulls[matrix.name])}
                 values[matrix.name] = s
             except (NumericalError, UsageError) as error:
                 why = skipped[matrix.name] = describe_failure(W, error)
             if log:
-                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
+                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)} | seen)
             tick(matrix)
-    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
-    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
-    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label, ordered_nulls)
+    found = [{m.name: g[m.name] for m in matrices if m.name in g} for g in (values, nulls, data, data_nulls)]
+    spectra = Spectra(Source.of(checkpoint), tuple(matrices), found[0], skipped, method, device.label, *found[1:])
+    if moments is None:
+        return spectra
+    tokens = {name: moments.tokens(name) for name in found[0]}
+    return replace(spectra, seen=tokens, calibration=asdict(moments.calibration))
 
 
 def _encode(vector: NDArray[np.float64]) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from laser.cli import flow, look, measure, publish, run, search
+from laser.cli import calibrate, flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, flow.devices),
-    *(measure.eval, search.search, publish.leaderboard, publish.card),
+    *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card),
     *(look.null, look.spectra, look.plot, look.report),
 )
 for verb in VERBS:
