@@ -138,10 +138,9 @@ def _write_shard(
     copied = any(e.get("copied") == shard.name for e in journal.entries)
     with disk_errors(partial):
         if not (copied and partial.exists() and partial.stat().st_size == shard.size):
-            with shard.path.open("rb") as source, partial.open("wb") as target:
+            with partial.open("wb") as target:
                 target.truncate(shard.size)
-                for start, end in _untouched(shard, set(names)):
-                    copy_range(source, target, start, end)
+                _copy(shard, target, list(_untouched(shard, set(names))))
             journal.append({"copied": shard.name})
             copied = False
         with partial.open("r+b", buffering=0) as target:
@@ -153,6 +152,20 @@ def _write_shard(
                 _write_all(target, data)
                 records[name] = {"matrix": name, "sha256": hashlib.sha256(data).hexdigest(), "record": record}
                 journal.append(records[name])
+
+
+def _copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Byte ranges of a shard to the same places in `target`: in the kernel where the shard is a local file."""
+    if shard.data is None:
+        with shard.path.open("rb") as source:
+            for start, end in ranges:
+                copy_range(source, target, start, end)
+        return
+    for start, end in ranges:
+        target.seek(start)
+        count = sum(target.write(piece) for piece in shard.data(start, end))
+        if count != end - start:
+            raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
 
 
 def _untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
