@@ -35,7 +35,7 @@ from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, Site, header_of, pack
 from laser.selection import Selection
 from laser.spectra import Source
-from laser.spectral.data_metric import nystrom
+from laser.spectral.second_moments import nystrom
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
 # by their outputs' moment, and for the null by SKETCH directions.

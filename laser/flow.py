@@ -9,6 +9,7 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import RECORDS, prepare_output
+from laser.moments import Moments
 from laser.plan import Plan
 from laser.publication import write_card
 from laser.reduction import Outcome, reduce
@@ -71,6 +72,7 @@ def scan_into(
     method: str,
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
+    moments: Moments | None = None,
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial."""
     if path.exists():
@@ -79,11 +81,20 @@ def scan_into(
         done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
         if (there.source.identity, there.method, there.device) == (checkpoint.identity, method, device.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
-            if wanted == done and drawn <= {null_draws}:
+            known = there.data.calibration.get("identity") if there.data else None
+            same = moments is None or known == moments.calibration.identity
+            if wanted == done and drawn <= {null_draws} and same:
                 return there
     partial = path.with_name(path.name + ".partial")
     spectra = scan(
-        checkpoint, selection, device=device, method=method, journal=partial, null_draws=null_draws, tick=tick
+        checkpoint,
+        selection,
+        device=device,
+        method=method,
+        journal=partial,
+        null_draws=null_draws,
+        moments=moments,
+        tick=tick,
     )
     spectra.save(path)
     partial.unlink()

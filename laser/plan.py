@@ -12,10 +12,12 @@ import numpy as np
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import RecordError, UsageError
+from laser.in_data import in_data_metric, line_in_data
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
+from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
-from laser.spectral.noise import Spectrum, estimate
+from laser.spectral.noise import estimate
 from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
@@ -44,6 +46,7 @@ class PlanLine:
     energy_kept: float | None = None  # predicted share of the squared singular values
     fit: float | None = None  # Kolmogorov-Smirnov distance of the bulk from the law of noise
     fit_level: float | None = None  # share of pure noise that lies as far from it; small: the bulk is not such noise
+    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (entries.py); None: not measured
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
@@ -153,14 +156,15 @@ def make_plan(
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
     matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
     noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
-    looks like noise at no more than that level. In the `metric` "data" the rule is asked of the spectra in the metric
-    of the calibration's inputs, and a matrix that met fewer than `fewest_tokens` (default: its p) of them is kept.
+    looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
+    reason. In the `metric` "data" the rule is asked of the spectra in the metric of the calibration's inputs, and a
+    matrix that met fewer than `fewest_tokens` (default: its p) of them is kept.
     Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
     if metric == "data":
-        spectra = spectra.in_data_metric(fewest_tokens)
+        spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
     if lowest_snr is not None and lowest_snr < 1:
@@ -176,7 +180,7 @@ def make_plan(
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
-    calibration = spectra.calibration if metric == "data" else None
+    calibration = spectra.data.calibration if spectra.data and metric == "data" else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
@@ -199,13 +203,15 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
     total = float(np.sum(s**2))
     if not total:
         return replace(line, rank=0, energy_kept=1.0)
-    if treatment.metric == "data":
-        return _data_line(replace(line, metric="data", tokens=spectra.seen[matrix.name]), s, cut.rank)
+    if treatment.metric == "data" and spectra.data is not None:
+        return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
     estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
     fit = fit_noise(s, shape, estimator)
     noise = estimate(s, shape, estimator)
     lower = noise.lower_edge(shape)
     below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
+    kurtosis = spectra.kurtosis.get(matrix.name)
+    shift = None if kurtosis is None else edge_shift(kurtosis, shape)
     gains = Gains(cut.rank, below, treatment.shrink, fit.sigma)
     g = gains.of(s, shape)
     kept = int(np.count_nonzero(g[: cut.rank]))  # a shrinker may take values to 0
@@ -217,6 +223,7 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
         energy_kept=float(np.sum((g * s) ** 2)) / total,
         fit=fit.distance,
         fit_level=fit.level,
+        edge_shift=shift,
         below=below,
         shrink=treatment.shrink,
         noise=None if gains.plain else fit.sigma,
@@ -225,28 +232,19 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
         line = replace(line, reason=f"{line.reason}; {below} under the lower edge {lower:.4g} kept")
     if treatment.shrink:
         line = replace(line, reason=f"{line.reason}; shrunk for {treatment.shrink} loss")
+    heavy = ""
+    if shift is not None and shift > HEAVY:
+        heavy = f"heavy tails: excess kurtosis {kurtosis:.3g} moves the edge by {shift:.2g} Tracy-Widom units"
     if fit.level < FLAG_LEVEL:
         line = replace(line, reason=f"{line.reason}; the bulk is not such noise: {_describe(fit)}")
+    if heavy:
+        line = replace(line, reason=f"{line.reason}; {heavy}")
     if np.all(g == 1):
         return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values")
     if treatment.require_fit is not None and fit.level < treatment.require_fit:
         why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
         return replace(line, action="keep", reason=why)
     return line
-
-
-def _data_line(line: PlanLine, s: Spectrum, rank: int) -> PlanLine:
-    """No law of noise holds in the data's metric, so there is no fit to tell of. `s` (p,) is of W C^(1/2)."""
-    shown = int(np.count_nonzero(s))
-    rank = min(rank, shown)
-    if rank == len(s):
-        return replace(line, rank=rank, reason=f"the rule keeps all {rank} values")
-    reason = f"{line.reason}; in the metric of {line.tokens} tokens"
-    if rank == shown:
-        reason += f", which show {shown} directions"
-    energy = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
-    snr = signal_to_noise(s, rank)
-    return replace(line, action="reduce", rank=rank, snr=snr, energy_kept=energy, reason=reason)
 
 
 def _describe(fit: NoiseFit) -> str:

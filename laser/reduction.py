@@ -15,10 +15,12 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import OUTCOME, prepare_output, write_checkpoint
+from laser.edits import on_fresh_text, reduced, require_moments
 from laser.errors import NumericalError, UsageError
+from laser.moments import Moments
 from laser.plan import Plan
 from laser.spectra import read_ahead
-from laser.spectral.decomposition import METHODS, truncate
+from laser.spectral.decomposition import METHODS
 from laser.spectral.devices import Device, choose_device
 
 KIND, VERSION = "outcome", 1
@@ -59,19 +61,26 @@ def reduce(
     method: str = "gram",
     resume: bool = False,
     force: bool = False,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
 
     In memory are one matrix, its Gram matrix and eigenvectors, and the next matrix being read. Killed at any moment and
     called again with `resume`, the result is byte-identical and no finished matrix is computed twice. `tick` is called
-    with each matrix and its seconds. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that
-    may not be written, NumericalError (naming the tensor) where no method meets its certificate.
+    with each matrix and its seconds. Lines in the metric of the data need the `moments` that the plan was made with;
+    with `fresh` moments of another text the outcome says what each edit costs there. Raises RecordError for a plan or
+    moments of another checkpoint, UsageError for moments that are needed and missing, OutputError for an `out` that may
+    not be written, NumericalError (naming the tensor) where no method meets its certificate.
     """
     device = device or choose_device()
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
+    require_moments(plan, moments)
+    if fresh is not None:
+        fresh.source.require(checkpoint, "fresh moments")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = [name for name in matrices if name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
@@ -81,10 +90,11 @@ def reduce(
             start = time.perf_counter()
             line = plan.reductions[matrix.name]
             try:
-                result = truncate(W, line.gains, device, method)
+                result = reduced(W, line, device, method, moments)
             except NumericalError as error:
                 raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
             record = {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
+            record |= on_fresh_text(W, result.matrix, line, fresh)
             yield matrix.name, result.matrix, record
             tick(matrix, time.perf_counter() - start)
 
@@ -98,6 +108,6 @@ def reduce(
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": device.label,
-    }
+    } | ({"fresh": fresh.calibration.identity} if fresh else {})
     document = write_checkpoint(checkpoint, out, touched, compute, describe, run)
     return Outcome.from_document(document, out / OUTCOME)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,19 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
+from laser.in_data import DATA, InData, measure
+from laser.in_data import NULL as DATA_NULL
 from laser.selection import Selection
-from laser.spectral.data_metric import data_values, null_in_metric
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 
 if TYPE_CHECKING:
     from laser.moments import Moments
 
 KIND, VERSION = "spectra", 1
-# Before a tensor's name in the file: its permuted matrices' largest singular values; and both in the data's metric.
-NULL, DATA, DATA_NULL = "laser.null.", "laser.data.", "laser.data-null."
+NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Source:
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         return Source(checkpoint.name, checkpoint.identity)
+
+    def require_same(self, other: Source, what: str) -> None:
+        """Raises RecordError unless `what`, which speaks of `other`, was made from the same checkpoint as this."""
+        if self.identity != other.identity:
+            raise RecordError(
+                f"the {what} was made from {other.name} ({other.identity[:12]}), expected {self.name} "
+                f"({self.identity[:12]}); make the {what} again from this checkpoint"
+            )
 
     def require(self, checkpoint: Checkpoint, what: str) -> None:
         """Raises RecordError unless `what` was made from this very checkpoint."""
@@ -59,9 +68,10 @@ class Source:
 class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
+    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them. data, data_nulls: both again in the metric of the inputs that `calibration`
-    says, where the scan was given moments (data_metric.py); seen: how many inputs each matrix met there.
+    empty unless the scan was asked for them.
+    data: all of that again in the metric of the data, where the scan was given moments
     """
 
     source: Source
@@ -71,29 +81,8 @@ class Spectra:
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    data: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    data_nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    seen: Mapping[str, int] = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None  # a moments.Calibration
-
-    def in_data_metric(self, fewest: int | None = None) -> Spectra:
-        """The same with the data's values in the place of the plain ones, for planning.
-
-        A matrix that met fewer than `fewest` tokens (default: than it has dimensions p) has no values and the reason.
-        Raises UsageError where no moments were scanned.
-        """
-        if self.calibration is None:
-            raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
-        needed = {m.name: min(m.shape) if fewest is None else fewest for m in self.matrices if m.is_matrix}
-        skipped, values = dict(self.skipped), {}
-        for name in self.values:
-            if name not in self.data:
-                skipped[name] = "not seen: met no token of the calibration"
-            elif self.seen[name] < needed[name]:
-                skipped[name] = f"not seen enough: met {self.seen[name]} tokens, expected {needed[name]}"
-            else:
-                values[name] = self.data[name]
-        return replace(self, values=values, nulls=self.data_nulls, skipped=skipped)
+    kurtosis: Mapping[str, float] = field(default_factory=dict)
+    data: InData | None = None
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -103,14 +92,16 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
+            "matrices": [asdict(m) | self._extra(m.name) for m in self.matrices],
         }
-        if self.calibration is not None:
-            header |= {"calibration": dict(self.calibration), "seen": dict(self.seen)}
-        vectors = dict(self.values)
-        for prefix, group in ((NULL, self.nulls), (DATA, self.data), (DATA_NULL, self.data_nulls)):
-            vectors |= {prefix + name: vector for name, vector in group.items()}
+        vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
+        if self.data is not None:
+            header["data"] = self.data.header()
+            vectors |= self.data.vectors()
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
+
+    def _extra(self, name: str) -> dict[str, Any]:
+        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)}
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -127,16 +118,12 @@ class Spectra:
         rows = header["matrices"]
         skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
         matrices = tuple(_matrix(row) for row in rows)
-        prefixes = (NULL, DATA, DATA_NULL)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith(prefixes)}
-        groups = [
-            {name.removeprefix(prefix): vector for name, vector in vectors.items() if name.startswith(prefix)}
-            for prefix in prefixes
-        ]
-        source, seen, calibration = Source(**header["source"]), header.get("seen", {}), header.get("calibration")
-        return Spectra(
-            source, matrices, values, skipped, header["method"], header["device"], *groups, seen, calibration
-        )
+        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
+        nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
+        source = Source(**header["source"])
+        kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
+        data = InData.from_file(header.get("data"), vectors)
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis, data)
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
@@ -181,11 +168,10 @@ def scan(
         "method": method,
         "device": device.label,
         "null_draws": null_draws,
-    }
-    if moments is not None:
-        run["moments"] = moments.calibration.identity
+    } | ({"moments": moments.calibration.identity} if moments else {})
     values: dict[str, NDArray[np.float64]] = {}
     nulls: dict[str, NDArray[np.float64]] = {}
+    kurtosis: dict[str, float] = {}
     data: dict[str, NDArray[np.float64]] = {}
     data_nulls: dict[str, NDArray[np.float64]] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
@@ -195,9 +181,10 @@ def scan(
                 skipped[name] = entry["skipped"]
             else:
                 values[name] = _decode(entry["values"])
+                kurtosis[name] = entry["kurtosis"]
                 if null_draws:
                     nulls[name] = _decode(entry["null"])
-                if entry.get("data"):
+                if moments is not None:
                     data[name], data_nulls[name] = _decode(entry["data"]), _decode(entry["data_null"])
         todo = []
         for matrix in matrices:
@@ -206,28 +193,28 @@ def scan(
             elif matrix.name not in skipped:
                 todo.append(matrix)
         for matrix, W in read_ahead(checkpoint, todo):
-            why, s, null, seen = None, np.empty(0), np.empty(0), {}
+            why, s, null, tails = None, np.empty(0), np.empty(0), None
+            seen = seen_null = np.empty(0)
             try:
                 s, _ = singular_values(W, device, method)
                 if null_draws:
                     null = nulls[matrix.name] = null_largest(W, null_draws, device)
-                if moments is not None and moments.tokens(matrix.name):
-                    metric = moments.metric(matrix.name)
-                    data[matrix.name] = data_values(W, metric, device)
-                    data_nulls[matrix.name] = null_in_metric(W, metric, null_draws, device)
-                    seen = {"data": _encode(data[matrix.name]), "data_null": _encode(data_nulls[matrix.name])}
+                tails = kurtosis[matrix.name] = excess_kurtosis(W)
+                seen, seen_null = measure(W, matrix.name, moments, null_draws, device)
+                data[matrix.name], data_nulls[matrix.name] = seen, seen_null
                 values[matrix.name] = s
             except (NumericalError, UsageError) as error:
                 why = skipped[matrix.name] = describe_failure(W, error)
             if log:
-                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)} | seen)
+                found = {"values": _encode(s), "null": _encode(null), "kurtosis": tails}
+                found |= {"data": _encode(seen), "data_null": _encode(seen_null)} if moments else {}
+                log.append({"name": matrix.name, "skipped": why} | found)
             tick(matrix)
-    found = [{m.name: g[m.name] for m in matrices if m.name in g} for g in (values, nulls, data, data_nulls)]
-    spectra = Spectra(Source.of(checkpoint), tuple(matrices), found[0], skipped, method, device.label, *found[1:])
-    if moments is None:
-        return spectra
-    tokens = {name: moments.tokens(name) for name in found[0]}
-    return replace(spectra, seen=tokens, calibration=asdict(moments.calibration))
+    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
+    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
+    source, tails = Source.of(checkpoint), {name: kurtosis[name] for name in ordered}
+    in_data = InData.of(moments, ordered, data, data_nulls)
+    return Spectra(source, tuple(matrices), ordered, skipped, method, device.label, ordered_nulls, tails, in_data)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:

@@ -15,7 +15,7 @@ from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
-from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowLength, text_of
+from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowLength, advance, text_of
 from laser.evaluation.text import WINDOW, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.spectral.devices import choose_device
@@ -43,7 +43,8 @@ def calibrate(
 ) -> None:
     """Run a text through the model layer by layer and keep the second moments of what each matrix meets.
 
-    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on.
+    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
+    from there.
     """
     common.refuse_to_overwrite(output, force)
     if force:
@@ -63,7 +64,7 @@ def calibrate(
             shrink=shrink,
             dtype=dtype,
             device=choose_device(device).torch_device,
-            tick=lambda _: bar.update() and None,
+            tick=lambda _: advance(bar),
         )
     seconds = time.perf_counter() - start
     shapes = {m.name: m.shape for m in list_matrices(checkpoint)}

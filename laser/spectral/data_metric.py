@@ -11,9 +11,10 @@ W C^(1/2) V V^T C^(-1/2) is the same matrix where C is regular. It is not used: 
 full rank needs no pseudo-inverse and no floor, and on inputs that the calibration never met B still is a projection of
 what W answers, and not zero.
 
-The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/2) W^T W C^(1/2) and then U from W C^(1/2) V.
-It is solved on the host in float64 on every device: a few channels of massive activations give C a condition that
-squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen, count as 0.
+The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/2) W^T W C^(1/2) and then U from
+W C^(1/2) V. It is solved on the host in float64 on every device: a few channels of massive activations give C a
+condition that squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen,
+count as 0.
 
 The null: W with its entries permuted meets the same inputs (permutation.py), and only its largest value is asked for.
 """
@@ -27,12 +28,12 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
-from laser.spectral.devices import Device, full_precision, host_threads
-from laser.spectral.permutation import TOLERANCE, permuted
+from laser.spectral.devices import Device, choose_device, full_precision, host_threads
+from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
+from laser.spectral.second_moments import shrunk
 
 FORMS = ("full", "diagonal", "outputs")
 
@@ -44,7 +45,7 @@ class Metric:
     form: what `moment` is: "full" C (n, n); "diagonal" its diagonal (n,); "outputs" W C W^T (m, m), for inputs so wide
         that C is never formed; then C itself is known, for the null, as sketch sketch^T + flat * I
     fourth: mean of ||x||^4 ("outputs": of ||y||^4), what Ledoit-Wolf shrinkage goes by
-    shrink: whether to shrink `moment`, see `shrunk`
+    shrink: whether to shrink `moment` (second_moments.py)
     """
 
     form: str
@@ -66,20 +67,6 @@ class Metric:
             )
 
 
-def shrunk(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """(1 - a) S + a mu T and a: Ledoit and Wolf (2004), section 3.2, for a second moment and the target T (k, k).
-
-    mu = <S, T> / <T, T>; a = min(1, b / d) with b = (E||z||^4 - ||S||^2) / tokens, the variance of S, and
-    d = ||S - mu T||^2, its distance from the target. T = I is theirs; for outputs y = W x, T = W W^T is what inputs
-    without any structure would give. A zero S stays as it is.
-    """
-    mu = float((S * target).sum() / (target * target).sum().clamp_min(1e-300))
-    distance = float(((S - mu * target) ** 2).sum())
-    variance = max(fourth - float((S * S).sum()), 0.0) / max(tokens, 1)
-    a = min(1.0, variance / distance) if distance > 0 else 0.0
-    return (1 - a) * S + a * mu * target, a
-
-
 def root(C: torch.Tensor) -> torch.Tensor:
     """C^(1/2) (n, n), symmetric; eigenvalues that rounding made negative count as 0."""
     values, vectors = _eigh(C)
@@ -93,7 +80,7 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
     """
     _check(W, metric)
     with full_precision():
-        G, _ = _gram(W, metric, device)
+        G = _gram(W, metric, device)[0]
         with host_threads(G.shape[0]):
             values = scipy.linalg.eigh(G.numpy(), eigvals_only=True, driver="evd", check_finite=False)
     return _to_values(values, metric)
@@ -108,7 +95,7 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     """
     _check(W, metric)
     with full_precision():
-        G, half = _gram(W, metric, device)
+        G, half, C_half = _gram(W, metric, device)
         with host_threads(G.shape[0]):
             eigenvalues, V = _eigh(G)
         s = _to_values(eigenvalues, metric)
@@ -127,7 +114,9 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
             U = _orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()))
         orthogonality = float((U.T @ U - torch.eye(rank, dtype=U.dtype)).abs().max()) if rank else 0.0
         B = _product(U, _product(U.T, wide, device), device)
-        measured = error_in_metric(wide - B, metric, device, U)
+        # By the root that G was made with where there is one: its negative eigenvalues, all rounding, are cut off.
+        R = wide - B
+        measured = error_in_metric(R, metric, device, U) if C_half is None else _squares(_product(R, C_half, device))
     lost = max(float(np.sum(eigenvalues[: len(s) - rank])), 0.0) / total
     residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
     delta = 8 * len(s) * torch.finfo(device.dtype).eps
@@ -154,6 +143,21 @@ def error_in_metric(R: torch.Tensor, metric: Metric, device: Device, U: torch.Te
     R = R.double()
     RC = R * metric.moment if metric.form == "diagonal" else _product(R, _inputs(metric), device)
     return max(float((RC * R).sum()), 0.0)
+
+
+def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric) -> float:
+    """E||(W - B) x||^2 / E||W x||^2 on the inputs of any metric; 0 for a W that answers nothing.
+
+    In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`.
+    """
+    host, wide, U = choose_device("cpu"), W.double(), None
+    if metric.form == "outputs":
+        total = float(torch.trace(metric.moment))
+        narrow = B.double()
+        U = _eigh(narrow @ narrow.T)[1][:, W.shape[0] - rank :]
+    else:
+        total = error_in_metric(wide, metric, host)
+    return error_in_metric(wide - B.double(), metric, host, U) / total if total > 0 else 0.0
 
 
 def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
@@ -183,33 +187,12 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
     return np.sqrt(np.maximum(tops, 0.0))
 
 
-def _largest(product: object, side: int) -> float:
-    if side <= 16:
-        dense = np.stack([product(row) for row in np.eye(side)])  # pyright: ignore[reportCallIssue]
+def _largest(product: Product, side: int) -> float:
+    """As `largest_eigenvalue`, for zero and for tiny matrices as well, which an iteration cannot do."""
+    if side <= DENSE:
+        dense = np.stack([product(row) for row in np.eye(side)])
         return float(np.linalg.eigvalsh((dense + dense.T) / 2)[-1])
-    start = np.random.default_rng(0).standard_normal(side)
-    if not np.any(product(start)):  # pyright: ignore[reportCallIssue]
-        return 0.0
-    operator = LinearOperator((side, side), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
-    try:
-        value = eigsh(operator, k=1, v0=start, tol=TOLERANCE, return_eigenvectors=False)  # pyright: ignore[reportArgumentType]
-    except ArpackError as error:
-        raise NumericalError(f"the largest singular value did not settle ({error}); try --device cpu") from error
-    return float(value[0])
-
-
-def nystrom(image: torch.Tensor, test: torch.Tensor, trace: float) -> tuple[torch.Tensor, float]:
-    """C as B B^T + flat * I from its `image` C Omega (n, k), the `test` matrix Omega (n, k) and its trace; (B, flat).
-
-    Nystrom's approximation (Halko, Martinsson and Tropp 2011, algorithm 5.5), and what it leaves of the trace spread
-    evenly: the largest values of C, on which noise's largest answer rests, are in B.
-    """
-    core = test.T @ image
-    values, vectors = _eigh((core + core.T) / 2)
-    keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    scaled = vectors[:, torch.from_numpy(keep)] / torch.from_numpy(np.sqrt(values[keep]))
-    B = image @ scaled
-    return B, max(trace - float((B * B).sum()), 0.0) / len(B)
+    return largest_eigenvalue(product, side) if np.any(product(np.ones(side))) else 0.0
 
 
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
@@ -235,21 +218,29 @@ def _outputs(metric: Metric, WW: torch.Tensor | None) -> torch.Tensor:
     return shrunk(metric.moment, metric.fourth, metric.tokens, WW)[0]
 
 
-def _gram(W: torch.Tensor, metric: Metric, device: Device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(p, p) with the squared data values as eigenvalues, float64 on the host; and W C^(1/2) where that is tall."""
+def _gram(
+    W: torch.Tensor, metric: Metric, device: Device
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(p, p) with the squared data values as eigenvalues, float64 on the host; where W is tall also W C^(1/2), and
+    C^(1/2) where it had to be made."""
     m, n = W.shape
-    wide = W.double()
+    wide, C_half = W.double(), None
     if metric.form == "outputs":
-        return _outputs(metric, _product(wide, wide.T, device) if metric.shrink else None), None
+        return _outputs(metric, _product(wide, wide.T, device) if metric.shrink else None), None, None
     if metric.form == "diagonal":
         half = wide * metric.moment.clamp_min(0).sqrt()
     elif m <= n:
-        return _symmetric(_product(_product(wide, _inputs(metric), device), wide.T, device)), None
+        return _symmetric(_product(_product(wide, _inputs(metric), device), wide.T, device)), None, None
     else:
-        half = _product(wide, root(_inputs(metric)), device)
+        C_half = root(_inputs(metric))
+        half = _product(wide, C_half, device)
     if m <= n:
-        return _symmetric(_product(half, half.T, device)), None
-    return _symmetric(_product(half.T, half, device)), half
+        return _symmetric(_product(half, half.T, device)), None, None
+    return _symmetric(_product(half.T, half, device)), half, C_half
+
+
+def _squares(A: torch.Tensor) -> float:
+    return float((A * A).sum())
 
 
 def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
