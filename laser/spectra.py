@@ -25,6 +25,7 @@ from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 from laser.workers import Crew, dearest_first, visit
 
@@ -56,6 +57,7 @@ class Source:
 class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
+    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
     """
@@ -67,6 +69,7 @@ class Spectra:
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    kurtosis: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -76,10 +79,13 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
+            "matrices": [asdict(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
+
+    def _extra(self, name: str) -> dict[str, Any]:
+        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)}
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -99,7 +105,8 @@ class Spectra:
         values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source(**header["source"])
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls)
+        kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis)
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
@@ -109,10 +116,11 @@ def _matrix(row: dict[str, Any]) -> Matrix:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), or why there are none."""
+    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
 
     values: NDArray[np.float64]
     null: NDArray[np.float64]
+    kurtosis: float | None = None
     skipped: str | None = None
 
 
@@ -120,9 +128,10 @@ def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Me
     """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
     try:
         s, _ = singular_values(W, device, method)
-        return Measured(s, null_largest(W, null_draws, device) if null_draws else np.empty(0))
+        null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
+        return Measured(s, null, excess_kurtosis(W))
     except (NumericalError, UsageError) as error:
-        return Measured(np.empty(0), np.empty(0), describe_failure(W, error))
+        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
 
 def scan(
@@ -198,17 +207,18 @@ def assemble(
     whole = {m.name: found[m.name] for m in matrices if m.name in found and found[m.name].skipped is None}
     values = {name: m.values for name, m in whole.items()}
     nulls = {name: m.null for name, m in whole.items()} if null_draws else {}
-    return Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls)
+    kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
+    return Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
 
 
 def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     """A line of a journal."""
-    values, null = _encode(measured.values), _encode(measured.null)
-    return {"name": name, "skipped": measured.skipped, "values": values, "null": null}
+    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis} | vectors
 
 
 def from_entry(entry: Mapping[str, Any]) -> Measured:
-    return Measured(_decode(entry["values"]), _decode(entry["null"]), entry["skipped"])
+    return Measured(_decode(entry["values"]), _decode(entry["null"]), entry["kurtosis"], entry["skipped"])
 
 
 def _encode(vector: NDArray[np.float64]) -> str:

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from laser.checkpoint.headers import Shard, TensorInfo, pieces
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.reduction import Outcome
 from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.shrinkage import Gains
-
-CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -73,21 +72,16 @@ def verify(
         else:
             untouched += 1
             info = source.tensors[matrix.name]
-            if not _same_bytes(source.path / info.shard, out / info.shard, info):
+            if not _same_bytes(source.shard_of(matrix.name), out / info.shard, info):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
     return Verification(untouched, touched, tuple(problems))
 
 
-def _same_bytes(a: Path, b: Path, info: TensorInfo) -> bool:
-    with a.open("rb") as left, b.open("rb") as right:
-        left.seek(info.start)
-        right.seek(info.start)
-        for start in range(info.start, info.end, CHUNK):
-            count = min(CHUNK, info.end - start)
-            if left.read(count) != right.read(count):
-                return False
-    return True
+def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
+    with copy.open("rb") as file:
+        file.seek(info.start)
+        return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 
 
 def _check_truncation(

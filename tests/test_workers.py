@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import laser
+from laser import reduction, workers
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.errors import NumericalError, UsageError
 from laser.plan import make_plan
@@ -31,10 +32,10 @@ def scanned(checkpoint: laser.Checkpoint) -> list[Matrix]:
 
 def test_the_number_of_workers_changes_no_byte(pico: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
-    for workers in (1, 2, 5):
-        place = tmp_path / str(workers)
+    for count in (1, 2, 5):
+        place = tmp_path / str(count)
         place.mkdir()
-        crew = Crew((CPU,), workers)
+        crew = Crew((CPU,), count)
         spectra = scan(checkpoint, crew=crew)
         spectra.save(place / "spectra.safetensors")
         reduce(checkpoint, make_plan(spectra, "mp-edge"), place / "out", crew=crew)
@@ -46,8 +47,8 @@ def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> N
     generator = torch.Generator().manual_seed(0)
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(800, 850, generator=generator) for i in (0, 1)}
     checkpoint = laser.open_checkpoint(make_pico(tensors=tensors, shards=1))
-    for workers in (1, 2):
-        scan(checkpoint, crew=Crew((CPU,), workers)).save(tmp_path / f"{workers}.safetensors")
+    for count in (1, 2):
+        scan(checkpoint, crew=Crew((CPU,), count)).save(tmp_path / f"{count}.safetensors")
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
@@ -59,7 +60,7 @@ def test_any_order_of_completion_gives_the_same_output(
     plan = make_plan(scan(checkpoint), "mp-edge")
     reduce(checkpoint, plan, tmp_path / "straight")
 
-    monkeypatch.setattr(laser.reduction, "by_shard", lambda c, ms: by_shard(c, ms)[::-1])
+    monkeypatch.setattr(reduction, "by_shard", lambda c, ms: by_shard(c, ms)[::-1])
     reduce(checkpoint, plan, tmp_path / "backwards")
     assert snapshot(tmp_path / "straight") == snapshot(tmp_path / "backwards")
 
@@ -73,8 +74,8 @@ def test_dearest_first_and_shard_by_shard(pico: Path) -> None:
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, workers: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, count: int) -> None:
     checkpoint = laser.open_checkpoint(pico)
     alive, most, lock = 0, 0, threading.Lock()
     true_read = laser.Checkpoint.read
@@ -92,7 +93,7 @@ def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, workers:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(laser.Checkpoint, "read", read)
-        with closing(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), workers))) as visits:
+        with closing(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), count))) as visits:
             for matrix, name, _ in visits:
                 assert matrix.name == name
                 seen.append(name)
@@ -100,7 +101,7 @@ def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, workers:
                 with lock:
                     alive -= 1
     assert sorted(seen) == sorted(m.name for m in scanned(checkpoint))
-    assert most <= workers + 2 + 2 + 1  # at work, two ahead, two behind, and the caller's
+    assert most <= count + 2 + 2 + 1  # at work, two ahead, two behind, and the caller's
 
 
 @pytest.mark.parametrize("error", [NumericalError("no"), KeyboardInterrupt(), MemoryError()])
@@ -128,7 +129,7 @@ def test_a_read_that_fails_is_raised(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     last = checkpoint.shards[-1]
     last.path.write_bytes(last.path.read_bytes()[:-100])
-    with pytest.raises(laser.CheckpointError, match="changed while it was read"):
+    with pytest.raises(laser.CheckpointError, match="it changed; run again"):
         list(visit(checkpoint, list_matrices(checkpoint)[::-1], lambda m, W, d: None, Crew((CPU,), 2)))
 
 
@@ -150,7 +151,7 @@ def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) ->
     matrices = scanned(laser.open_checkpoint(pico))
     assert available_memory() > 1 << 28
     each = worker_bytes(matrices, CPU)
-    monkeypatch.setattr(laser.workers, "available_memory", lambda: 2 * each)
+    monkeypatch.setattr(workers, "available_memory", lambda: 2 * each)
     crew = Crew((CPU,))
     assert len(crew.staff(matrices)) == 1  # half of what is there
     assert len(Crew((CPU,), 3).staff(matrices)) == 3  # asked for

@@ -8,8 +8,6 @@ without holes) is that of https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,50 +17,13 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
 from laser.errors import CheckpointError
+
+__all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
-BITS = {
-    "F64": 64,
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U64": 64,
-    "U32": 32,
-}
-BITS |= {"U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its header describes it; `start` and `end` are byte offsets in the shard's file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: its header bytes verbatim (length prefix included) and the tensors that it says it holds."""
-
-    name: str
-    path: Path
-    size: int
-    header: bytes
-    tensors: tuple[TensorInfo, ...]  # in offset order
 
 
 @dataclass(frozen=True)
@@ -91,21 +52,21 @@ class Checkpoint:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 
+    def shard_of(self, name: str) -> Shard:
+        """The shard that holds tensor `name`."""
+        return self._shards[self.tensors[name].shard]
+
+    @cached_property
+    def _shards(self) -> Mapping[str, Shard]:
+        return {shard.name: shard for shard in self.shards}
+
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` on the host, in its storage dtype. Raises CheckpointError for a file that changed or a dtype
         that torch does not know."""
         info = self.tensors[name]
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        raw = torch.empty(info.end - info.start, dtype=torch.uint8)
-        view = raw.numpy().data
-        with (self.path / info.shard).open("rb", buffering=0) as file:
-            file.seek(info.start)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{info.shard} ends inside {name}: it changed while it was read; run again")
-                view = view[count:]
+        raw = read_bytes(self.shard_of(name), info.start, info.end)
         return raw.view(TORCH[info.dtype]).reshape(info.shape)
 
 
@@ -117,7 +78,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     path = _find(model)
     config_bytes = _bytes(path / "config.json", "a checkpoint directory needs its config.json")
-    config = _json(config_bytes, path / "config.json")
+    config = parse_json(config_bytes, path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'}: found {type(config).__name__}, expected a JSON object")
     index_bytes = None
@@ -169,71 +130,8 @@ def _find(model: str | Path) -> Path:
     raise CheckpointError(f"no such model: {path} is not a directory; try a checkpoint directory or a Hub id")
 
 
-def read_header(path: Path) -> Shard:
-    """Parse and check the header of one safetensors file. Raises CheckpointError naming the file and the tensor."""
-    name = path.name
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{name} is truncated: found {size} bytes, expected a header of {length} bytes; download it again"
-                )
-            if length > MAX_HEADER:
-                raise CheckpointError(f"{name}: header of {length} bytes, expected at most {MAX_HEADER}; not a model")
-            header = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {name}: {error.strerror}; download it again") from error
-    entries = _json(header, path)
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{name}: the header is a {type(entries).__name__}, expected an object; download again")
-    entries.pop("__metadata__", None)
-    base = 8 + length
-    tensors = [_tensor(name, key, entry, base, size) for key, entry in entries.items()]
-    tensors.sort(key=lambda t: (t.start, t.end))
-    end = base
-    for tensor in tensors:
-        if tensor.start != end:
-            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
-            raise CheckpointError(
-                f"{name}: {tensor.name} {what}: found offset {tensor.start - base}, expected {end - base}; "
-                "download the file again"
-            )
-        end = tensor.end
-    if end != size:
-        raise CheckpointError(
-            f"{name}: found {size} bytes, expected {end} by its header: "
-            f"{'truncated' if size < end else 'bytes after the last tensor'}; download it again"
-        )
-    return Shard(name, path, size, length.to_bytes(8, "little") + header, tuple(tensors))
-
-
-def _tensor(file: str, key: str, entry: Any, base: int, size: int) -> TensorInfo:
-    def natural(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-
-    if not isinstance(entry, dict) or not natural(entry.get("shape")) or not natural(entry.get("data_offsets")):
-        raise CheckpointError(f"{file}: the entry of {key} has no valid shape and data_offsets; download it again")
-    dtype, shape, offsets = entry.get("dtype"), entry["shape"], entry["data_offsets"]
-    if dtype not in BITS:
-        raise CheckpointError(f"{file}: {key} has dtype {dtype!r}, expected one of {', '.join(BITS)}; update laser")
-    if len(offsets) != 2 or offsets[0] > offsets[1] or base + offsets[1] > size:
-        raise CheckpointError(
-            f"{file}: {key} has offsets {offsets}, expected two rising numbers up to {size - base}: "
-            "the file is truncated or damaged; download it again"
-        )
-    expected = math.prod(shape) * BITS[dtype]
-    if (offsets[1] - offsets[0]) * 8 != expected:
-        raise CheckpointError(
-            f"{file}: {key} holds {offsets[1] - offsets[0]} bytes, expected {expected // 8} for {dtype} {shape}; "
-            "download it again"
-        )
-    return TensorInfo(key, dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
-
-
 def _weight_map(data: bytes, path: Path) -> dict[str, str]:
-    index = _json(data, path)
+    index = parse_json(data, path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
@@ -258,16 +156,3 @@ def _bytes(path: Path, why: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {why or 'download it again'}") from error
-
-
-def _json(data: bytes, path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        document = dict(pairs)
-        if len(document) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return document
-
-    try:
-        return json.loads(data, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON ({error}); download it again") from error

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.files import Journal, disk_errors
-from laser.checkpoint.reader import Shard, TensorInfo
-
-CHUNK = 8 << 20
+from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, pieces
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
@@ -51,29 +49,35 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None
         start += os.pwrite(target.fileno(), data, start)
 
 
+def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Byte ranges of a shard to the same places in `target`: in the kernel where the shard is a local file."""
+    if shard.data is None:
+        with shard.path.open("rb") as source:
+            for start, end in ranges:
+                copy_range(source, target, start, end)
+        return
+    for start, end in ranges:
+        target.seek(start)
+        count = 0
+        for piece in shard.data(start, end):
+            write_all(target, piece)
+            count += len(piece)
+        if count != end - start:
+            raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
+
+
 def write_all(target: Any, data: memoryview) -> None:
     """All of `data` at the position of an unbuffered file, which may take it in pieces."""
     while data:
         data = data[target.write(data) :]
 
 
-def digest(file: Any, tensor: TensorInfo) -> str | None:
-    """sha256 of a tensor's bytes in an unbuffered file, None where the file ends before them."""
+def digest(shard: Shard, tensor: TensorInfo) -> str:
+    """sha256 of a tensor's bytes, or of what there is of them."""
     found = hashlib.sha256()
-    file.seek(tensor.start)
-    left = tensor.end - tensor.start
-    while left > 0:
-        data = file.read(min(CHUNK, left))
-        if not data:
-            return None
-        found.update(data)
-        left -= len(data)
+    for piece in pieces(shard, tensor.start, tensor.end):
+        found.update(piece)
     return found.hexdigest()
-
-
-def holds(file: Any, tensor: TensorInfo, sha256: str | None) -> bool:
-    """Whether the bytes that the journal promised for a tensor are really there."""
-    return sha256 is not None and digest(file, tensor) == sha256
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,15 @@ def begin(shard: Shard, out: Path, touched: list[TensorInfo], journal: Journal) 
     if not copied:
         return Job(shard, tuple(touched), tuple(touched), False)
     promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
-    with disk_errors(partial), partial.open("rb", buffering=0) as file, shard.path.open("rb", buffering=0) as original:
+    made = replace(shard, path=partial, data=None)
 
-        def finished(tensor: TensorInfo) -> bool:
-            if tensor.name not in promised:
-                return False
-            sha256 = promised[tensor.name]
-            return holds(file, tensor, digest(original, tensor) if sha256 is None else sha256)
+    def finished(tensor: TensorInfo) -> bool:
+        """Whether the bytes that the journal promised are really there; None stands for the source's."""
+        if tensor.name not in promised:
+            return False
+        return digest(made, tensor) == (promised[tensor.name] or digest(shard, tensor))
 
+    with disk_errors(partial):
         return Job(shard, tuple(touched), tuple(t for t in touched if not finished(t)), True)
 
 
@@ -110,10 +115,9 @@ def copy_untouched(job: Job, out: Path) -> bool:
     if job.copied:
         return False
     partial = partial_of(out, job.shard.name)
-    with disk_errors(partial), job.shard.path.open("rb") as source, partial.open("wb") as target:
+    with disk_errors(partial), partial.open("wb") as target:
         target.truncate(job.shard.size)
-        for start, end in untouched(job.shard, {t.name for t in job.touched}):
-            copy_range(source, target, start, end)
+        copy(job.shard, target, list(untouched(job.shard, {t.name for t in job.touched})))
     return True
 
 
@@ -121,8 +125,7 @@ def put(shard: Shard, tensor: TensorInfo, out: Path, new: torch.Tensor | NDArray
     """The new bytes of a tensor into its place, and their sha256; for None the source's bytes, and None."""
     with partial_of(out, shard.name).open("r+b", buffering=0) as target:
         if new is None:
-            with shard.path.open("rb") as source:
-                copy_range(source, target, tensor.start, tensor.end)
+            copy(shard, target, [(tensor.start, tensor.end)])
             return None
         raw = new if isinstance(new, np.ndarray) else new.contiguous().view(torch.uint8).numpy()
         data = raw.data.cast("B")

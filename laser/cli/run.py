@@ -38,9 +38,10 @@ from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SEARCH, write_car
 from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import Device
 from laser.spectral.rules import draws_needed
 from laser.trials import ACCEPT
+from laser.workers import choose_crew
 
 
 def run(
@@ -73,6 +74,9 @@ def run(
     data: Annotated[Path | None, typer.Option("--data", help="Rows of the tasks, without the Hub.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each task.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cuda, mps or cpu.")] = None,
+    devices: common.Devices = None,
+    workers: common.Workers = None,
+    engine: common.Engine = "threads",
     precision: common.Precision = "auto",
     method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
     resume: common.Resume = False,
@@ -105,9 +109,11 @@ def run(
     }
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
-    where = choose_device(device or flags.get("device", "auto"), precision)
+    kind = device or flags.get("device", "auto")
+    crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
+    where = crew.devices[0]
     if dry_run:
-        return print_dry_run(checkpoint, chosen, where, as_json)
+        return print_dry_run(checkpoint, chosen, crew, as_json)
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def choose(spectra: Spectra) -> Plan:
@@ -132,7 +138,7 @@ def run(
             output,
             chosen,
             choose,
-            device=where,
+            crew=crew,
             method=method or flags.get("method", "gram"),
             null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
