@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.cuts import Cut, read_cut
 from laser.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -91,22 +92,36 @@ class Checkpoint:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 
-    def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the host, in its storage dtype. Raises CheckpointError for a file that changed or a dtype
-        that torch does not know."""
+    def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """Tensor `name`, or the matrix (m, n) that `cut` takes from it, on the host, in its storage dtype.
+
+        Raises CheckpointError for a file that changed or a dtype that torch does not know.
+        """
         info = self.tensors[name]
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        raw = torch.empty(info.end - info.start, dtype=torch.uint8)
+
+        def fetch(start: int, count: int) -> torch.Tensor:
+            return self._bytes(info, start, count)
+
+        if cut is not None:
+            return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
+        return fetch(0, info.end - info.start).view(TORCH[info.dtype]).reshape(info.shape)
+
+    def _bytes(self, info: TensorInfo, start: int, count: int) -> torch.Tensor:
+        """`count` bytes of a tensor (count,), from its byte `start`."""
+        raw = torch.empty(count, dtype=torch.uint8)
         view = raw.numpy().data
         with (self.path / info.shard).open("rb", buffering=0) as file:
-            file.seek(info.start)
+            file.seek(info.start + start)
             while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{info.shard} ends inside {name}: it changed while it was read; run again")
-                view = view[count:]
-        return raw.view(TORCH[info.dtype]).reshape(info.shape)
+                read = file.readinto(view)
+                if not read:
+                    raise CheckpointError(
+                        f"{info.shard} ends inside {info.name}: it changed while it was read; run again"
+                    )
+                view = view[read:]
+        return raw
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
