@@ -24,6 +24,7 @@ from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 
 KIND, VERSION = "spectra", 1
@@ -54,6 +55,7 @@ class Source:
 class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
+    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
     """
@@ -65,6 +67,7 @@ class Spectra:
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    kurtosis: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -74,10 +77,13 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [_row(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
+            "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
+
+    def _extra(self, name: str) -> dict[str, Any]:
+        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)}
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -97,7 +103,8 @@ class Spectra:
         values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source(**header["source"])
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls)
+        kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis)
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
@@ -148,6 +155,7 @@ def scan(
     }
     values: dict[str, NDArray[np.float64]] = {}
     nulls: dict[str, NDArray[np.float64]] = {}
+    kurtosis: dict[str, float] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
         resumed = {entry["name"]: entry for entry in log.entries} if log else {}
         for name, entry in resumed.items():
@@ -155,6 +163,7 @@ def scan(
                 skipped[name] = entry["skipped"]
             else:
                 values[name] = _decode(entry["values"])
+                kurtosis[name] = entry["kurtosis"]
                 if null_draws:
                     nulls[name] = _decode(entry["null"])
         todo = []
@@ -164,20 +173,23 @@ def scan(
             elif matrix.name not in skipped:
                 todo.append(matrix)
         for matrix, W in read_ahead(checkpoint, todo):
-            why, s, null = None, np.empty(0), np.empty(0)
+            why, s, null, tails = None, np.empty(0), np.empty(0), None
             try:
                 s, _ = singular_values(W, device, method)
                 if null_draws:
                     null = nulls[matrix.name] = null_largest(W, null_draws, device)
+                tails = kurtosis[matrix.name] = excess_kurtosis(W)
                 values[matrix.name] = s
             except (NumericalError, UsageError) as error:
                 why = skipped[matrix.name] = describe_failure(W, error)
             if log:
-                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
+                found = {"values": _encode(s), "null": _encode(null), "kurtosis": tails}
+                log.append({"name": matrix.name, "skipped": why} | found)
             tick(matrix)
     ordered = {m.name: values[m.name] for m in matrices if m.name in values}
     ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
-    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label, ordered_nulls)
+    source, tails = Source.of(checkpoint), {name: kurtosis[name] for name in ordered}
+    return Spectra(source, tuple(matrices), ordered, skipped, method, device.label, ordered_nulls, tails)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:

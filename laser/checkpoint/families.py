@@ -14,7 +14,8 @@ from typing import Any
 
 from laser.checkpoint.cuts import Cut
 from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
-from laser.checkpoint.reader import TORCH, Checkpoint, TensorInfo
+from laser.checkpoint.headers import TORCH, TensorInfo
+from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError
 
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}

@@ -141,11 +141,10 @@ def _write_shard(
     copied = any(e.get("copied") == shard.name for e in journal.entries)
     with disk_errors(partial):
         if not (copied and partial.exists() and partial.stat().st_size == shard.size):
-            with shard.path.open("rb") as source, partial.open("wb") as target:
+            with partial.open("wb") as target:
                 target.truncate(shard.size)
                 # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
-                for start, end in _untouched(shard, {m.tensor for m in matrices if m.cut is None}):
-                    copy_range(source, target, start, end)
+                _copy(shard, target, list(_untouched(shard, {m.tensor for m in matrices if m.cut is None})))
             journal.append({"copied": shard.name})
             copied = False
         with partial.open("r+b", buffering=0) as target:
@@ -159,6 +158,20 @@ def _write_shard(
                 entry = {"matrix": name, "dtype": str(part.dtype).removeprefix("torch."), "sha256": digest}
                 records[name] = entry | {"record": record}
                 journal.append(records[name])
+
+
+def _copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Byte ranges of a shard to the same places in `target`: in the kernel where the shard is a local file."""
+    if shard.data is None:
+        with shard.path.open("rb") as source:
+            for start, end in ranges:
+                copy_range(source, target, start, end)
+        return
+    for start, end in ranges:
+        target.seek(start)
+        count = sum(target.write(piece) for piece in shard.data(start, end))
+        if count != end - start:
+            raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
 
 
 def _untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,137 @@
+"""What this machine can do: the constants behind --dry-run, measured once by `laser devices --probe` and kept.
+
+One JSON document in the user's cache directory holds a Probe per device label ("cpu float64", "cuda:0 float64"). The
+cost model is that of a Gram matrix: products grow as m * n * p and the eigenproblem as p^3, and a rate measured at one
+p serves its neighbours. Times are of one matrix alone on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laser.errors import RecordError
+
+KIND, VERSION = "devices", 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Constants of one device; None where it was not measured.
+
+    device: the label of devices.Device; name: the chip, in words; torch: its version; threads: of the host
+    product: floating-point operations a second of A^T A and of the products of a truncation, 2 m n p counted for each
+    eigenvalues, eigenvectors, projector: p -> seconds for one symmetric matrix of side p
+    to_device, to_host: bytes a second of a copy; None on the host, where there is no copy
+    disk_read, disk_write: bytes a second, the read from a cold cache
+    exact_products: whether a product in float32 carries all of its 24 bits
+    """
+
+    device: str
+    name: str
+    torch: str
+    threads: int
+    product: float
+    eigenvalues: Mapping[int, float]
+    eigenvectors: Mapping[int, float]
+    projector: Mapping[int, float] = field(default_factory=dict)
+    to_device: float | None = None
+    to_host: float | None = None
+    disk_read: float | None = None
+    disk_write: float | None = None
+    exact_products: bool = True
+    measured: str = ""  # the day, as 2026-01-31
+
+    def values_seconds(self, m: int, n: int) -> float:
+        """Foretold seconds of the singular values of a matrix (m, n) that lies on the device."""
+        return 2 * m * n * min(m, n) / self.product + interpolate(self.eigenvalues, min(m, n))
+
+    def truncate_seconds(self, m: int, n: int, rank: int | None = None) -> float:
+        """Foretold seconds of a truncation of (m, n) to `rank`, by default the dearest one, p / 2.
+
+        Two products with the smaller of the two complementary bases after the Gram matrix and its eigenvectors.
+        """
+        p = min(m, n)
+        side = p // 2 if rank is None else min(rank, p - rank)
+        return (2 * m * n * p + 4 * m * n * side) / self.product + interpolate(self.eigenvectors, p)
+
+    def save(self, path: Path | None = None) -> Path:
+        """Keep it beside the probes of other devices; returns the file. Default path: `cache_path()`."""
+        path = path or cache_path()
+        try:
+            there = _read(path) if path.exists() else {}
+        except RecordError:
+            there = {}  # measured again in a minute: a damaged file is no reason to fail
+        document = {"kind": KIND, "version": VERSION, "probes": there | {self.device: asdict(self)}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        aside.replace(path)
+        return path
+
+    @staticmethod
+    def load(device: str, path: Path | None = None) -> Probe | None:
+        """The probe of the device with this label, or None if none was measured.
+
+        Raises RecordError for a file that is damaged or of another version.
+        """
+        path = path or cache_path()
+        probes = _read(path) if path.exists() else {}
+        if device not in probes:
+            return None
+        try:
+            found = dict(probes[device])
+            for table in ("eigenvalues", "eigenvectors", "projector"):
+                found[table] = {int(p): float(seconds) for p, seconds in found[table].items()}
+            return Probe(**found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RecordError(f"{path}: the probe of {device} is not whole ({error}); {_AGAIN}") from error
+
+
+_AGAIN = "try `laser devices --probe`"
+
+
+def cache_path() -> Path:
+    """$XDG_CACHE_HOME/laser/devices.json, by default under ~/.cache (the XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+    return root / "laser" / "devices.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+        if (document["kind"], document["version"]) != (KIND, VERSION):
+            raise RecordError(
+                f"{path}: found {document['kind']} version {document['version']}, expected {KIND} {VERSION}; {_AGAIN}"
+            )
+        return dict(document["probes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a readable record of devices ({error}); {_AGAIN}") from error
+
+
+def interpolate(table: Mapping[int, float], p: int) -> float:
+    """Seconds at side `p` from seconds at a few sides: a power law between neighbours, p^3 beyond the last one.
+
+    Below the first one it falls as p^3 as well, which flatters small matrices whose cost is that of the call.
+    """
+    if not table:
+        return 0.0
+    sides = sorted(table)
+    if p <= sides[0] or p >= sides[-1] or p in table:
+        near = p if p in table else sides[0] if p < sides[0] else sides[-1]
+        return table[near] * (p / near) ** 3
+    low = max(side for side in sides if side < p)
+    high = min(side for side in sides if side > p)
+    power = math.log(table[high] / table[low]) / math.log(high / low)
+    return table[low] * (p / low) ** power
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
