@@ -29,7 +29,7 @@ KIND, VERSION = "outcome", 1
 class Outcome:
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
-    matrices: tensor name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
+    matrices: matrix name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
     shards: file name -> sha256, or None where the file is a byte-for-byte copy of the source's
     """
 
@@ -89,7 +89,7 @@ def reduce(
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
-    touched = [name for name in matrices if name in plan.reductions]
+    touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
@@ -110,7 +110,7 @@ def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]
     """Shard after shard, and within each the dearest first: shards become whole, and go to the disk, all along, while
     the last matrices are still cheap ones."""
     place = {shard.name: i for i, shard in enumerate(checkpoint.shards)}
-    return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.name].shard], -m.cost))
+    return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
 
 
 def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:

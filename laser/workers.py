@@ -164,7 +164,7 @@ def _visit_here(
 
     def read() -> None:
         for matrix in matrices:
-            todo.put((matrix, checkpoint.read(matrix.name)))
+            todo.put((matrix, checkpoint.read(matrix.tensor, matrix.cut)))
         for _ in staff:
             todo.put(None)
 

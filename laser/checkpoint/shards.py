@@ -5,21 +5,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors
-from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, pieces
+from laser.checkpoint.headers import CHUNK, TORCH, Shard, read_bytes
+from laser.errors import CheckpointError
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
-    """Byte ranges to copy, merged: everything but the touched tensors."""
+    """Byte ranges to copy, merged: everything but the tensors that are replaced whole."""
     start = 0
     for tensor in shard.tensors:
         if tensor.name in touched:
@@ -60,54 +61,38 @@ def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
         target.seek(start)
         count = 0
         for piece in shard.data(start, end):
-            write_all(target, piece)
-            count += len(piece)
+            count += target.write(piece)
         if count != end - start:
             raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
 
 
-def write_all(target: Any, data: memoryview) -> None:
-    """All of `data` at the position of an unbuffered file, which may take it in pieces."""
-    while data:
-        data = data[target.write(data) :]
-
-
-def digest(shard: Shard, tensor: TensorInfo) -> str:
-    """sha256 of a tensor's bytes, or of what there is of them."""
-    found = hashlib.sha256()
-    for piece in pieces(shard, tensor.start, tensor.end):
-        found.update(piece)
-    return found.hexdigest()
-
-
 @dataclass(frozen=True)
 class Job:
-    """A shard to be written: which of its tensors are touched, and which of those are not finished yet."""
+    """A shard to be written: which of its matrices are touched, and which of those are not finished yet."""
 
     shard: Shard
-    touched: tuple[TensorInfo, ...]
-    todo: tuple[TensorInfo, ...]
+    touched: tuple[Matrix, ...]
+    todo: tuple[Matrix, ...]
     copied: bool  # whether its untouched bytes are in place
 
 
-def begin(shard: Shard, out: Path, touched: list[TensorInfo], journal: Journal) -> Job:
+def begin(shard: Shard, out: Path, touched: Sequence[Matrix], journal: Journal) -> Job:
     """What is left to do of a shard, by the journal, every promise of which is checked on the file."""
     partial = partial_of(out, shard.name)
     copied = any(e.get("copied") == shard.name for e in journal.entries)
-    copied = copied and partial.exists() and partial.stat().st_size == shard.size
-    if not copied:
+    if not (copied and partial.exists() and partial.stat().st_size == shard.size):
         return Job(shard, tuple(touched), tuple(touched), False)
     promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
     made = replace(shard, path=partial, data=None)
 
-    def finished(tensor: TensorInfo) -> bool:
+    def finished(matrix: Matrix) -> bool:
         """Whether the bytes that the journal promised are really there; None stands for the source's."""
-        if tensor.name not in promised:
+        if matrix.name not in promised:
             return False
-        return digest(made, tensor) == (promised[tensor.name] or digest(shard, tensor))
+        return digest(made, matrix) == (promised[matrix.name] or digest(shard, matrix))
 
     with disk_errors(partial):
-        return Job(shard, tuple(touched), tuple(t for t in touched if not finished(t)), True)
+        return Job(shard, tuple(touched), tuple(m for m in touched if not finished(m)), True)
 
 
 def copy_untouched(job: Job, out: Path) -> bool:
@@ -117,21 +102,41 @@ def copy_untouched(job: Job, out: Path) -> bool:
     partial = partial_of(out, job.shard.name)
     with disk_errors(partial), partial.open("wb") as target:
         target.truncate(job.shard.size)
-        copy(job.shard, target, list(untouched(job.shard, {t.name for t in job.touched})))
+        # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
+        copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.cut is None})))
     return True
 
 
-def put(shard: Shard, tensor: TensorInfo, out: Path, new: torch.Tensor | NDArray[np.uint8] | None) -> str | None:
-    """The new bytes of a tensor into its place, and their sha256; for None the source's bytes, and None."""
+def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> str | None:
+    """A new matrix (m, n) into its place, and the sha256 of its bytes; for None the source's bytes, and None."""
+    start, cut = _place(shard, matrix)
     with partial_of(out, shard.name).open("r+b", buffering=0) as target:
         if new is None:
-            copy(shard, target, [(tensor.start, tensor.end)])
+            if matrix.cut is None:  # else they are there
+                copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
             return None
-        raw = new if isinstance(new, np.ndarray) else new.contiguous().view(torch.uint8).numpy()
-        data = raw.data.cast("B")
-        target.seek(tensor.start)
-        write_all(target, data)
-        return hashlib.sha256(data).hexdigest()
+        part = cut.stored(new)
+        write_cut(fetch_from(target, start), put_into(target, start), part, cut)
+        return hashlib.sha256(bytes_of(part)).hexdigest()
+
+
+def digest(shard: Shard, matrix: Matrix) -> str | None:
+    """sha256 of a matrix's bytes in stored order; None where the shard ends before them."""
+    start, cut = _place(shard, matrix)
+
+    def fetch(at: int, count: int) -> torch.Tensor:
+        return read_bytes(shard, start + at, start + at + count)
+
+    try:
+        return hashlib.sha256(bytes_of(read_cut(fetch, TORCH[matrix.dtype], cut))).hexdigest()
+    except CheckpointError:
+        return None
+
+
+def _place(shard: Shard, matrix: Matrix) -> tuple[int, Cut]:
+    """First byte of the tensor that holds a matrix, and the cut that is its own part of it."""
+    info = next(t for t in shard.tensors if t.name == matrix.tensor)
+    return info.start, matrix.cut or whole(info.shape)
 
 
 def settle(partial: Path, changed: bool) -> str | None:

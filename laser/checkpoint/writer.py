@@ -19,16 +19,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
 from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
@@ -51,10 +50,10 @@ OTHER_WEIGHTS = (
     ".index.json",
 )
 
-# names in file order -> (name, new tensor or its bytes or None, its record), each name once, in any order
-New = tuple[str, torch.Tensor | NDArray[np.uint8] | None, dict[str, Any]]
+# names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
+New = tuple[str, torch.Tensor | None, dict[str, Any]]
 Compute = Callable[[list[str]], Generator[New, None, None]]
-# (records by tensor, sha256 by shard or None where it is the source's) -> the document for laser.json
+# (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 
@@ -85,14 +84,14 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) 
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
-    touched: list[str],
+    touched: Sequence[Matrix],
     compute: Compute,
     describe: Describe,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `source` to `out` with the `touched` tensors replaced by what `compute` yields; returns laser.json.
+    """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
-    `compute` gets the names that are not finished, shard by shard, and yields them in any order, each once; a tensor
+    `compute` gets the names that are not finished, shard by shard, and yields them in any order, each once; a matrix
     of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
     (call `prepare_output` first).
@@ -109,14 +108,13 @@ def write_checkpoint(
         hashes = {n: h for n, h in hashes.items() if (out / n).exists() or partial_of(out, n).exists()}
         _check_space(source, out, hashes)
         left_out = _copy_side_files(source, out)
-        wanted = set(touched)
-        jobs = [
-            begin(shard, out, [t for t in shard.tensors if t.name in wanted and source.tensors[t.name] == t], journal)
-            for shard in source.shards
-            if shard.name not in hashes
-        ]
+        inside: dict[str, list[Matrix]] = {}
+        for matrix in touched:
+            inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
+        jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
         _write_shards(source, out, jobs, compute, journal, records, hashes)
-        ordered = {name: records[name]["record"] for name in touched if records[name]["sha256"] is not None}
+        new = [m.name for m in touched if records[m.name]["sha256"] is not None]
+        ordered = {name: records[name]["record"] for name in new}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
         write_atomically(out / OUTCOME, to_json(document))
@@ -144,7 +142,7 @@ def _write_shards(
     copier, settler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     copies = {job.shard.name: copier.submit(copy_untouched, job, out) for job in jobs}
     settling: list[tuple[Shard, Future[str | None]]] = []
-    by_name = {t.name: (job, t) for job in jobs for t in job.todo}
+    by_name = {m.name: (job, m) for job in jobs for m in job.todo}
     left = {job.shard.name: len(job.todo) for job in jobs}
     idle = [job for job in jobs if not job.todo]
 
@@ -156,7 +154,7 @@ def _write_shards(
 
     def finish(job: Job) -> None:
         ready(job)
-        changed = any(records[t.name]["sha256"] is not None for t in job.touched)
+        changed = any(records[m.name]["sha256"] is not None for m in job.touched)
         settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
 
     def sweep(wait: bool) -> None:
@@ -169,10 +167,10 @@ def _write_shards(
             for expected, _ in list(by_name.values()):  # as many results as names; most likely this shard's are next
                 ready(expected)
                 name, new, record = next(results)
-                job, tensor = by_name[name]
+                job, matrix = by_name[name]
                 ready(job)
                 with disk_errors(partial_of(out, job.shard.name)):
-                    sha256 = put(job.shard, tensor, out, new)
+                    sha256 = put(job.shard, matrix, out, new)
                 del new  # before the next is waited for
                 records[name] = {"matrix": name, "sha256": sha256, "record": record}
                 journal.append(records[name])
