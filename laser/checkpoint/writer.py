@@ -28,10 +28,9 @@ from typing import Any, BinaryIO
 import torch
 
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
-from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, Shard
+from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
 from laser.errors import OutputError
 
-OUTCOME = "laser.json"
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
 CHUNK = 8 << 20
