@@ -1,8 +1,7 @@
-"""Open a Hub-format directory of safetensors: headers first, weights one tensor at a time. Hostile input stops here.
+"""Open a checkpoint directory: headers first, weights one tensor at a time. Hostile input stops here.
 
 Nothing is executed, no path outside the directory is followed from the index, and every number in a header is checked
-against the file before it is believed. The layout (8 bytes of little-endian header length, a JSON header, the tensors
-without holes) is that of https://github.com/huggingface/safetensors.
+against the file before it is believed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,14 @@ from typing import Any
 import torch
 
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
+from laser.checkpoint.pickles import (
+    PICKLE_INDEX,
+    SUFFIXES,
+    find_pickles,
+    read_pickle,
+    safetensors_index,
+    safetensors_name,
+)
 from laser.errors import CheckpointError
 
 __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
@@ -86,22 +93,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = parse_json(config_bytes, path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'}: found {type(config).__name__}, expected a JSON object")
-    index_bytes = None
-    if (path / INDEX).exists():
-        index_bytes = _bytes(path / INDEX, "")
-        weight_map = _weight_map(index_bytes, path / INDEX)
-        names = sorted(set(weight_map.values()))
-    elif (path / SINGLE).exists():
-        weight_map, names = None, [SINGLE]
-    else:
-        pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
-        if pickles:
-            raise CheckpointError(
-                f"{path} holds pickled weights ({pickles[0]}), which are never unpickled here, since a pickle can run "
-                "any code; save the model once with safetensors (save_pretrained does) and try that directory"
-            )
-        raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
-    shards = tuple(read_header(path / name) for name in names)
+    index_bytes, weight_map, shards = _shards(path)
     found = {(t.shard, t.name): t for shard in shards for t in shard.tensors}
     if weight_map is None:
         tensors = {name: info for (_, name), info in found.items()}
@@ -114,6 +106,30 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         # In file order, so that work walks each shard once from front to back.
         tensors = {name: info for (shard, name), info in found.items() if weight_map.get(name) == shard}
     return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors)
+
+
+def _shards(path: Path) -> tuple[bytes | None, dict[str, str] | None, tuple[Shard, ...]]:
+    """(index or None, tensor -> shard or None, shards) of whichever format lies in a directory."""
+    if (path / INDEX).exists():
+        data = _bytes(path / INDEX, "")
+        weight_map = _weight_map(data, path / INDEX, (".safetensors",))
+        return data, weight_map, tuple(read_header(path / name) for name in sorted(set(weight_map.values())))
+    if (path / SINGLE).exists():
+        return None, None, (read_header(path / SINGLE),)
+    if (path / PICKLE_INDEX).exists():
+        data = _bytes(path / PICKLE_INDEX, "")
+        files = _weight_map(data, path / PICKLE_INDEX, SUFFIXES)
+        weight_map = {tensor: safetensors_name(file) for tensor, file in files.items()}
+        index = safetensors_index(parse_json(data, path / PICKLE_INDEX))
+        return index, weight_map, tuple(read_pickle(path / name) for name in sorted(set(files.values())))
+    pickles = find_pickles(path)
+    if len(pickles) > 1:
+        raise CheckpointError(
+            f"{path} holds {', '.join(pickles[:4])} and no {PICKLE_INDEX}; try a directory with one model"
+        )
+    if pickles:
+        return None, None, (read_pickle(path / pickles[0], SINGLE),)
+    raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
 
 
 def _find(model: str | Path) -> Path:
@@ -135,7 +151,7 @@ def _find(model: str | Path) -> Path:
     raise CheckpointError(f"no such model: {path} is not a directory; try a checkpoint directory or a Hub id")
 
 
-def _weight_map(data: bytes, path: Path) -> dict[str, str]:
+def _weight_map(data: bytes, path: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     index = parse_json(data, path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -147,8 +163,8 @@ def _weight_map(data: bytes, path: Path) -> dict[str, str]:
                 f"{path.name}: {tensor} points to {shard!r}, expected the name of a file in the same directory; "
                 "do not use this checkpoint"
             )
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a .safetensors file")
+        if not shard.endswith(suffixes):
+            raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffixes[0]} file")
         if not (path.parent / shard).exists():
             raise CheckpointError(
                 f"{path.name} names {shard}, which is missing from {path.parent}; finish the download and try again"
