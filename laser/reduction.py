@@ -28,7 +28,7 @@ KIND, VERSION = "outcome", 1
 class Outcome:
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
-    matrices: tensor name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
+    matrices: matrix name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
     shards: file name -> sha256, or None where the file is a byte-for-byte copy of the source's
     """
 
@@ -73,7 +73,7 @@ def reduce(
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
-    touched = [name for name in matrices if name in plan.reductions]
+    touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:

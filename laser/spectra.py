@@ -77,7 +77,7 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [asdict(m) | self._extra(m.name) for m in self.matrices],
+            "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
@@ -107,9 +107,16 @@ class Spectra:
         return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis)
 
 
+def _row(matrix: Matrix) -> dict[str, Any]:
+    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew.
+    return {key: value for key, value in asdict(matrix).items() if key != "cut"}
+
+
 def _matrix(row: dict[str, Any]) -> Matrix:
     shape = tuple(row["shape"])
-    return Matrix(row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"])
+    return Matrix(
+        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
+    )
 
 
 def scan(
@@ -198,7 +205,7 @@ def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[t
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.name)
+            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
             if ahead:
                 yield ahead[0], ahead[1].result()
             ahead = (matrix, future)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -338,9 +339,9 @@ def test_interrupted_scan_goes_on_where_it_was(pico: Path, tmp_path: Path) -> No
     torch_calls: list[str] = []
     true_read = laser.Checkpoint.read
 
-    def counting(self: laser.Checkpoint, name: str) -> torch.Tensor:
+    def counting(self: laser.Checkpoint, name: str, cut: Any = None) -> torch.Tensor:
         torch_calls.append(name)
-        return true_read(self, name)
+        return true_read(self, name, cut)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(laser.Checkpoint, "read", counting)

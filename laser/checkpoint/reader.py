@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
 from laser.checkpoint.pickles import (
     PICKLE_INDEX,
@@ -72,14 +73,21 @@ class Checkpoint:
     def _shards(self) -> Mapping[str, Shard]:
         return {shard.name: shard for shard in self.shards}
 
-    def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the host, in its storage dtype. Raises CheckpointError for a file that changed or a dtype
-        that torch does not know."""
-        info = self.tensors[name]
+    def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """Tensor `name`, or the matrix (m, n) that `cut` takes from it, on the host, in its storage dtype.
+
+        Raises CheckpointError for a file that changed or a dtype that torch does not know.
+        """
+        info, shard = self.tensors[name], self.shard_of(name)
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        raw = read_bytes(self.shard_of(name), info.start, info.end)
-        return raw.view(TORCH[info.dtype]).reshape(info.shape)
+        if cut is None:
+            return read_bytes(shard, info.start, info.end).view(TORCH[info.dtype]).reshape(info.shape)
+
+        def fetch(start: int, count: int) -> torch.Tensor:
+            return read_bytes(shard, info.start + start, info.start + start + count)
+
+        return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

@@ -20,13 +20,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
 from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
 from laser.errors import OutputError
@@ -48,9 +50,9 @@ OTHER_WEIGHTS = (
     ".index.json",
 )
 
-# names in file order -> (name, new tensor, its record), one at a time
+# names of matrices in file order -> (name, new matrix, its record), one at a time
 Compute = Callable[[list[str]], Iterable[tuple[str, torch.Tensor, dict[str, Any]]]]
-# (records by tensor, sha256 by shard or None where it is the source's) -> the document for laser.json
+# (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 
@@ -81,12 +83,12 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) 
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
-    touched: list[str],
+    touched: Sequence[Matrix],
     compute: Compute,
     describe: Describe,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `source` to `out` with the `touched` tensors replaced by what `compute` yields; returns laser.json.
+    """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
     `run` identifies the work: with the same `run` an unfinished `out` is continued (call `prepare_output` first).
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
@@ -106,12 +108,12 @@ def write_checkpoint(
             pending: list[tuple[Shard, Future[str | None]]] = []
             for shard in source.shards:
                 if shard.name not in hashes:
-                    names = [t.name for t in shard.tensors if t.name in touched and source.tensors[t.name] == t]
-                    _write_shard(shard, out, names, compute, journal, records)
-                    pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(names))))
+                    inside = [m for m in touched if source.tensors[m.tensor].shard == shard.name]
+                    _write_shard(shard, out, inside, compute, journal, records)
+                    pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(inside))))
                 _collect(source, out, journal, hashes, pending, keep=2)
             _collect(source, out, journal, hashes, pending, keep=0)
-        ordered = {name: records[name]["record"] for name in touched}
+        ordered = {matrix.name: records[matrix.name]["record"] for matrix in touched}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         write_atomically(out / OUTCOME, to_json({**document, "run": run}))
         for shard in source.shards:  # already renamed, but for a one-file checkpoint and a kill between two steps
@@ -127,29 +129,33 @@ def write_checkpoint(
 def _write_shard(
     shard: Shard,
     out: Path,
-    names: list[str],
+    matrices: Sequence[Matrix],
     compute: Compute,
     journal: Journal,
     records: dict[str, dict[str, Any]],
 ) -> None:
     partial = _partial(out, shard.name)
-    where = {t.name: t for t in shard.tensors}
+    tensors = {t.name: t for t in shard.tensors}
+    places = {m.name: (tensors[m.tensor].start, m.cut or whole(tensors[m.tensor].shape)) for m in matrices}
     copied = any(e.get("copied") == shard.name for e in journal.entries)
     with disk_errors(partial):
         if not (copied and partial.exists() and partial.stat().st_size == shard.size):
             with partial.open("wb") as target:
                 target.truncate(shard.size)
-                _copy(shard, target, list(_untouched(shard, set(names))))
+                # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
+                _copy(shard, target, list(_untouched(shard, {m.tensor for m in matrices if m.cut is None})))
             journal.append({"copied": shard.name})
             copied = False
         with partial.open("r+b", buffering=0) as target:
-            finished = {n for n in names if copied and n in records and _holds(target, where[n], records[n]["sha256"])}
-            todo = [n for n in names if n not in finished]
-            for name, tensor, record in compute(todo) if todo else ():
-                data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
-                target.seek(where[name].start)
-                _write_all(target, data)
-                records[name] = {"matrix": name, "sha256": hashlib.sha256(data).hexdigest(), "record": record}
+            done = records if copied else {}
+            todo = [n for n, place in places.items() if n not in done or not _holds(target, place, done[n])]
+            for name, W, record in compute(todo) if todo else ():
+                start, cut = places[name]
+                part = cut.stored(W)
+                write_cut(fetch_from(target, start), put_into(target, start), part, cut)
+                digest = hashlib.sha256(bytes_of(part)).hexdigest()
+                entry = {"matrix": name, "dtype": str(part.dtype).removeprefix("torch."), "sha256": digest}
+                records[name] = entry | {"record": record}
                 journal.append(records[name])
 
 
@@ -168,7 +174,7 @@ def _copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None
 
 
 def _untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
-    """Byte ranges to copy, merged: everything but the touched tensors."""
+    """Byte ranges to copy, merged: everything but the tensors that are replaced whole."""
     start = 0
     for tensor in shard.tensors:
         if tensor.name in touched:
@@ -198,23 +204,11 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None
         start += os.pwrite(target.fileno(), data, start)
 
 
-def _write_all(target: Any, data: memoryview) -> None:
-    while data:
-        data = data[target.write(data) :]
-
-
-def _holds(file: Any, tensor: Any, sha256: str) -> bool:
+def _holds(file: Any, place: tuple[int, Cut], entry: dict[str, Any]) -> bool:
     """Whether the bytes that the journal promised for a matrix are really there."""
-    digest = hashlib.sha256()
-    file.seek(tensor.start)
-    left = tensor.end - tensor.start
-    while left > 0:
-        data = file.read(min(CHUNK, left))
-        if not data:
-            return False
-        digest.update(data)
-        left -= len(data)
-    return digest.hexdigest() == sha256
+    start, cut = place
+    part = read_cut(fetch_from(file, start), getattr(torch, entry["dtype"]), cut)
+    return hashlib.sha256(bytes_of(part)).hexdigest() == entry["sha256"]
 
 
 def _settle(partial: Path, changed: bool) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from laser.checkpoint import writer
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
 from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
@@ -36,10 +37,14 @@ def describe(records: dict[str, Any], shards: dict[str, str | None]) -> dict[str
     return {"matrices": records, "shards": shards}
 
 
+def matrices_of(checkpoint: Checkpoint, names: list[str]) -> list[Matrix]:
+    return [m for m in list_matrices(checkpoint) if m.name in names]
+
+
 def write(source: Path, out: Path, touched: list[str], calls: list[str] | None = None) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
     prepare_output(checkpoint, out, resume=True, force=False)
-    return write_checkpoint(checkpoint, out, touched, halve(checkpoint, calls), describe, RUN)
+    return write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), halve(checkpoint, calls), describe, RUN)
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
@@ -172,7 +177,7 @@ def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -
     touched = [f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
     prepare_output(checkpoint, out, resume=False, force=False)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(checkpoint, out, touched, stop_after_first, describe, RUN)
+        write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), stop_after_first, describe, RUN)
     info = checkpoint.tensors[touched[0]]
     with (out / f"{info.shard}.partial").open("r+b") as file:
         file.seek(info.start)
@@ -218,7 +223,7 @@ def test_an_interrupted_output_is_not_whole(pico: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "out", open_checkpoint(pico)
     prepare_output(checkpoint, out, resume=False, force=False)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(checkpoint, out, [W2], interrupt, describe, RUN)
+        write_checkpoint(checkpoint, out, matrices_of(checkpoint, [W2]), interrupt, describe, RUN)
     assert not looks_whole(out) and (out / JOURNAL).exists()
     with pytest.raises(LaserError):
         open_checkpoint(out)
