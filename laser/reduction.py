@@ -14,8 +14,8 @@ import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import OUTCOME, New, prepare_output, write_checkpoint
+from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.plan import Plan, PlanLine
 from laser.spectral.decomposition import METHODS, truncate

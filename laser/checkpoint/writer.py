@@ -29,11 +29,10 @@ import torch
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
-from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, Shard
+from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
 from laser.errors import OutputError
 
-OUTCOME = "laser.json"
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
 # The same weights in another format would be unreduced copies, and as large again.

@@ -26,15 +26,16 @@ from laser.cli.flow import (
     print_outcome,
 )
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
+from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import lm_eval_is_here, run_leaderboard
+from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
 from laser.plan import Plan, make_plan
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SEARCH, write_card
+from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
 from laser.spectra import Spectra
@@ -148,7 +149,8 @@ def run(
             on_reduce=reduced,
         )
     if wants_board:
-        _leaderboards(checkpoint, output, where, data, limit)
+        leaderboards(checkpoint, output, where.name, data, limit)
+        write_card(output, checkpoint, commands=(_command(checkpoint, output),))
     print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
 
 
@@ -173,16 +175,6 @@ def _search(
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
     wanted = [rule for rule in rules.split(",") if rule]
     return search_with_bar(layered, spectra, wanted, calibration, reported, device=device, **options)
-
-
-def _leaderboards(checkpoint: Checkpoint, output: Path, where: Device, data: Path | None, limit: int | None) -> None:
-    """Source and result on the same rows, each into its record; then the card again, with them."""
-    for target, measured in ((LEADERBOARD_SOURCE, checkpoint), (LEADERBOARD, open_checkpoint(output))):
-        words = ["laser", "leaderboard", measured.name, "--device", where.name]
-        words += [w for flag, v in (("--limit", limit), ("--data", data and data.name)) if v for w in (flag, str(v))]
-        board = run_leaderboard(measured, limit=limit, data=data, device=where.name, command=shlex.join(words))
-        board.save(output / target)
-    write_card(output, checkpoint, commands=(_command(checkpoint, output),))
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:

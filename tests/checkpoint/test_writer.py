@@ -14,8 +14,8 @@ import torch
 from laser.checkpoint import writer
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal
-from laser.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
-from laser.checkpoint.writer import JOURNAL, OUTCOME, prepare_output, write_checkpoint
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
+from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
 from laser.errors import LaserError, OutputError, RecordError
 
 RUN = {"kind": "test"}
