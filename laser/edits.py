@@ -1,4 +1,4 @@
-"""One matrix reduced, whatever the metric: what reduce writes and what search tries are the same bytes."""
+"""Edits in the metric of the data: a matrix reduced by its moments, what that costs elsewhere, and a check of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
 from laser.spectral.data_metric import error_in_metric, relative_error, truncate_in_metric
-from laser.spectral.decomposition import Truncation, singular_values, truncate
+from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
 
 
-def reduced(W: torch.Tensor, line: PlanLine, device: Device, method: str, moments: Moments | None) -> Truncation:
+def reduced_in_data(W: torch.Tensor, line: PlanLine, device: Device, moments: Moments | None) -> Truncation:
     """W (m, n) as its plan line says. Raises NumericalError where a certificate is missed."""
-    if line.metric == "plain":
-        return truncate(W, line.gains, device, method)
     assert moments is not None  # require_moments
     return truncate_in_metric(W, line.rank or 0, moments.metric(line.name), device)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
+Found = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # name -> values and null, or empty
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class InData:
         return {"calibration": dict(self.calibration), "seen": dict(self.seen)}
 
     @staticmethod
-    def of(moments: Moments | None, names: Iterable[str], values: Vectors, nulls: Vectors) -> InData | None:
+    def of(moments: Moments | None, names: Iterable[str], found: Found) -> InData | None:
         """What was measured of `names`, in their order; a matrix without tokens has no values. None without moments."""
         if moments is None:
             return None
         seen = {name: moments.tokens(name) for name in names}
-        groups = [{n: g[n] for n in seen if n in g and len(g[n])} for g in (values, nulls)]
+        groups = [{n: found[n][i] for n in seen if len(found[n][i])} for i in (0, 1)]
         return InData(asdict(moments.calibration), seen, *groups)
 
     @staticmethod
@@ -60,7 +61,7 @@ class InData:
         return InData(header["calibration"], header["seen"], *groups)
 
 
-def measure(
+def measure_in_data(
     W: torch.Tensor, name: str, moments: Moments | None, draws: int, device: Device
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The values of W (m, n) and the largest ones of its permutations; empty where it was not calibrated."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,14 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
-from laser.in_data import DATA, InData, measure
+from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
+from laser.workers import Crew, dearest_first, visit
 
 if TYPE_CHECKING:
     from laser.moments import Moments
@@ -92,7 +94,7 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [asdict(m) | self._extra(m.name) for m in self.matrices],
+            "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         if self.data is not None:
@@ -126,9 +128,38 @@ class Spectra:
         return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis, data)
 
 
+def _row(matrix: Matrix) -> dict[str, Any]:
+    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew.
+    return {key: value for key, value in asdict(matrix).items() if key != "cut"}
+
+
 def _matrix(row: dict[str, Any]) -> Matrix:
     shape = tuple(row["shape"])
-    return Matrix(row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"])
+    return Matrix(
+        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
+
+    values: NDArray[np.float64]
+    null: NDArray[np.float64]
+    kurtosis: float | None = None
+    skipped: str | None = None
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
+    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+
+def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
+    """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
+    try:
+        s, _ = singular_values(W, device, method)
+        null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
+        return Measured(s, null, excess_kurtosis(W))
+    except (NumericalError, UsageError) as error:
+        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
 
 def scan(
@@ -136,6 +167,7 @@ def scan(
     selection: Selection | None = None,
     *,
     device: Device | None = None,
+    crew: Crew | None = None,
     method: str = "gram",
     journal: Path | None = None,
     null_draws: int = 0,
@@ -144,14 +176,16 @@ def scan(
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
-    One matrix is in memory while the next is read. With `journal`, each result is appended to that file at once and an
-    interrupted scan goes on from there; the caller removes it when the spectra are saved. `tick` is called per matrix.
-    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
-    of each matrix are measured too, by their largest singular value: what the rule `parallel` needs.
-    With `moments` all of that is measured once more in the metric of the data, where a matrix was calibrated.
+    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
+    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
+    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
+    the spectra are saved. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
+    is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
+    value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
+    where a matrix was calibrated.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
-    selection, device = selection or Selection(), device or choose_device()
+    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     if null_draws < 0:
@@ -166,55 +200,71 @@ def scan(
         "source": checkpoint.identity,
         "selection": selection.describe(),
         "method": method,
-        "device": device.label,
+        "device": crew.label,
         "null_draws": null_draws,
     } | ({"moments": moments.calibration.identity} if moments else {})
-    values: dict[str, NDArray[np.float64]] = {}
-    nulls: dict[str, NDArray[np.float64]] = {}
-    kurtosis: dict[str, float] = {}
-    data: dict[str, NDArray[np.float64]] = {}
-    data_nulls: dict[str, NDArray[np.float64]] = {}
+    found: dict[str, Measured] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
-        resumed = {entry["name"]: entry for entry in log.entries} if log else {}
-        for name, entry in resumed.items():
-            if entry["skipped"] is not None:
-                skipped[name] = entry["skipped"]
-            else:
-                values[name] = _decode(entry["values"])
-                kurtosis[name] = entry["kurtosis"]
-                if null_draws:
-                    nulls[name] = _decode(entry["null"])
-                if moments is not None:
-                    data[name], data_nulls[name] = _decode(entry["data"]), _decode(entry["data_null"])
-        todo = []
+        for entry in log.entries if log else ():
+            found[entry["name"]] = from_entry(entry)
         for matrix in matrices:
-            if matrix.name in resumed:
+            if matrix.name in found:
                 tick(matrix)
-            elif matrix.name not in skipped:
-                todo.append(matrix)
-        for matrix, W in read_ahead(checkpoint, todo):
-            why, s, null, tails = None, np.empty(0), np.empty(0), None
-            seen = seen_null = np.empty(0)
-            try:
-                s, _ = singular_values(W, device, method)
-                if null_draws:
-                    null = nulls[matrix.name] = null_largest(W, null_draws, device)
-                tails = kurtosis[matrix.name] = excess_kurtosis(W)
-                seen, seen_null = measure(W, matrix.name, moments, null_draws, device)
-                data[matrix.name], data_nulls[matrix.name] = seen, seen_null
-                values[matrix.name] = s
-            except (NumericalError, UsageError) as error:
-                why = skipped[matrix.name] = describe_failure(W, error)
-            if log:
-                found = {"values": _encode(s), "null": _encode(null), "kurtosis": tails}
-                found |= {"data": _encode(seen), "data_null": _encode(seen_null)} if moments else {}
-                log.append({"name": matrix.name, "skipped": why} | found)
-            tick(matrix)
-    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
-    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
-    source, tails = Source.of(checkpoint), {name: kurtosis[name] for name in ordered}
-    in_data = InData.of(moments, ordered, data, data_nulls)
-    return Spectra(source, tuple(matrices), ordered, skipped, method, device.label, ordered_nulls, tails, in_data)
+        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
+        work = partial(_measure, method=method, null_draws=null_draws, moments=moments)
+        with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
+            for matrix, measured, _ in visits:
+                found[matrix.name] = measured
+                if log:
+                    log.append(to_entry(matrix.name, measured))
+                tick(matrix)
+    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+    groups = {name: (m.data, m.data_null) for name, m in found.items()}
+    return replace(spectra, data=InData.of(moments, spectra.values, groups))
+
+
+def _measure(
+    matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
+) -> Measured:
+    plain = measure(W, device, method, null_draws)
+    if plain.skipped is not None or moments is None:
+        return plain
+    try:
+        values, null = measure_in_data(W, matrix.name, moments, null_draws, device)
+    except (NumericalError, UsageError) as error:
+        return replace(plain, skipped=describe_failure(W, error))
+    return replace(plain, data=values, data_null=null)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    found: Mapping[str, Measured],
+    skipped: Mapping[str, str],
+    method: str,
+    device: str,
+    null_draws: int,
+) -> Spectra:
+    """The record of what was found, in file order whatever the order in which it was found."""
+    reasons = dict(skipped) | {name: m.skipped for name, m in found.items() if m.skipped is not None}
+    whole = {m.name: found[m.name] for m in matrices if m.name in found and found[m.name].skipped is None}
+    values = {name: m.values for name, m in whole.items()}
+    nulls = {name: m.null for name, m in whole.items()} if null_draws else {}
+    kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
+    return Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
+
+
+def to_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """A line of a journal."""
+    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
+    return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis} | vectors
+
+
+def from_entry(entry: Mapping[str, Any]) -> Measured:
+    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
+    values, null = _decode(entry["values"]), _decode(entry["null"])
+    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, data_null)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -230,7 +280,7 @@ def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[t
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.name)
+            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
             if ahead:
                 yield ahead[0], ahead[1].result()
             ahead = (matrix, future)

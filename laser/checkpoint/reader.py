@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
 from laser.checkpoint.pickles import (
     PICKLE_INDEX,
@@ -31,6 +32,7 @@ __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OUTCOME = "laser.json"  # in a checkpoint that laser wrote
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie."""
+        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie.
+
+        A reduction has its source's headers; its laser.json, which counts too, tells the two apart.
+        """
         digest = hashlib.sha256()
-        parts = [self.config_bytes, self.index_bytes or b""]
+        outcome = self.path / OUTCOME
+        parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
         for shard in self.shards:
             parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
         for part in parts:
@@ -67,14 +73,21 @@ class Checkpoint:
     def _shards(self) -> Mapping[str, Shard]:
         return {shard.name: shard for shard in self.shards}
 
-    def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the host, in its storage dtype. Raises CheckpointError for a file that changed or a dtype
-        that torch does not know."""
-        info = self.tensors[name]
+    def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """Tensor `name`, or the matrix (m, n) that `cut` takes from it, on the host, in its storage dtype.
+
+        Raises CheckpointError for a file that changed or a dtype that torch does not know.
+        """
+        info, shard = self.tensors[name], self.shard_of(name)
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        raw = read_bytes(self.shard_of(name), info.start, info.end)
-        return raw.view(TORCH[info.dtype]).reshape(info.shape)
+        if cut is None:
+            return read_bytes(shard, info.start, info.end).view(TORCH[info.dtype]).reshape(info.shape)
+
+        def fetch(start: int, count: int) -> torch.Tensor:
+            return read_bytes(shard, info.start + start, info.start + start + count)
+
+        return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

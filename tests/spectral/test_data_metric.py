@@ -101,7 +101,7 @@ def test_the_three_forms_agree_where_they_know_the_same(shape: tuple[int, int]) 
     assert data_values(W, alone, CPU) == pytest.approx(data_values(W, whole, CPU), rel=1e-6)
     assert null_in_metric(W, alone, 2, CPU) == pytest.approx(null_in_metric(W, whole, 2, CPU), rel=1e-4)
     found = [truncate_in_metric(W, 3, metric, CPU).matrix for metric in (alone, whole)]
-    assert torch.allclose(*found, atol=1e-5)
+    assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
