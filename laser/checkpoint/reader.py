@@ -32,6 +32,7 @@ __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OUTCOME = "laser.json"  # in a checkpoint that laser wrote
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie."""
+        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie.
+
+        A reduction has its source's headers; its laser.json, which counts too, tells the two apart.
+        """
         digest = hashlib.sha256()
-        parts = [self.config_bytes, self.index_bytes or b""]
+        outcome = self.path / OUTCOME
+        parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
         for shard in self.shards:
             parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
         for part in parts:

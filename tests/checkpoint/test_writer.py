@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from laser.checkpoint import writer
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal
-from laser.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
-from laser.checkpoint.writer import JOURNAL, OUTCOME, prepare_output, write_checkpoint
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
+from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
 from laser.errors import LaserError, OutputError, RecordError
 
 RUN = {"kind": "test"}
@@ -24,7 +24,7 @@ W2 = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
 
 
 def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Compute:
-    def compute(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def compute(names: list[str]) -> Generator[writer.New, None, None]:
         for name in names:
             if calls is not None:
                 calls.append(name)
@@ -168,7 +168,7 @@ def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -
     """The journal's promise is checked: bytes that a crash of the machine lost are computed again."""
     out, calls, checkpoint = tmp_path / "out", [], open_checkpoint(pico)
 
-    def stop_after_first(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def stop_after_first(names: list[str]) -> Generator[writer.New, None, None]:
         for item in halve(checkpoint, calls)(names):
             if len(calls) > 1:
                 raise KeyboardInterrupt
@@ -216,7 +216,7 @@ def test_journal_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_output_is_not_whole(pico: Path, tmp_path: Path) -> None:
-    def interrupt(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def interrupt(names: list[str]) -> Generator[writer.New, None, None]:
         raise KeyboardInterrupt
         yield
 
