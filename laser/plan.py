@@ -165,7 +165,7 @@ def make_plan(
     selection.check(spectra.matrices)
     if lowest_snr is not None and lowest_snr < 1:
         raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
-    lines = [_line(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
+    lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     if lowest_snr is not None:
@@ -183,7 +183,8 @@ def empty_plan(spectra: Spectra) -> Plan:
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
 
 
-def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
+def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
+    """What `treatment` does to one matrix of the spectra, by its own values alone."""
     line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
     if why := selection.why_not(matrix):
         return replace(line, reason=why)
