@@ -34,7 +34,6 @@ def require_moments(plan: Plan, moments: Moments | None) -> None:
             f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
             f"laser calibrate on {told.get('text')}"
         )
-    plan.source.require_same(moments.source, "moments")
     if moments.calibration.identity != told.get("identity"):
         raise RecordError(
             f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "

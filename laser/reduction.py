@@ -20,7 +20,7 @@ from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.errors import NumericalError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
-from laser.spectral.decomposition import METHODS, truncate
+from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.workers import Crew, visit
 
@@ -70,8 +70,12 @@ def cut(
         result = truncate(W, line.gains, device, method) if plain else reduced_in_data(W, line, device, moments)
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    record = {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
-    return result.matrix, record | on_fresh_text(W, result.matrix, line, fresh)
+    return result.matrix, record_of(line, result) | on_fresh_text(W, result.matrix, line, fresh)
+
+
+def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
+    """A matrix's entry in laser.json."""
+    return {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
 
 
 def reduce(

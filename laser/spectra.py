@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
@@ -40,22 +41,22 @@ NULL = "laser.null."  # before a tensor's name in the file: its permuted matrice
 
 @dataclass(frozen=True)
 class Source:
-    """Which checkpoint a record speaks of: its directory's name, and a hash of config, index and headers."""
+    """Which checkpoint a record speaks of: its directory's name, and a hash of config, index and headers.
+
+    parameters: numbers in its shards, by their headers; unindexed: how many of them lie in tensors that a shard holds
+    and the index does not name (or names elsewhere). They are copied with their shard.
+    """
 
     name: str
     identity: str
+    parameters: int | None = None  # None in records of laser 0.1
+    unindexed: int = 0
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
-        return Source(checkpoint.name, checkpoint.identity)
-
-    def require_same(self, other: Source, what: str) -> None:
-        """Raises RecordError unless `what`, which speaks of `other`, was made from the same checkpoint as this."""
-        if self.identity != other.identity:
-            raise RecordError(
-                f"the {what} was made from {other.name} ({other.identity[:12]}), expected {self.name} "
-                f"({self.identity[:12]}); make the {what} again from this checkpoint"
-            )
+        stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
+        named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+        return Source(checkpoint.name, checkpoint.identity, stored, stored - named)
 
     def require(self, checkpoint: Checkpoint, what: str) -> None:
         """Raises RecordError unless `what` was made from this very checkpoint."""
@@ -183,6 +184,7 @@ def scan(
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
     value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
     where a matrix was calibrated.
+    Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
@@ -193,6 +195,8 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     selection.check(matrices)
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
     run = {
@@ -273,19 +277,6 @@ def _encode(vector: NDArray[np.float64]) -> str:
 
 def _decode(text: str) -> NDArray[np.float64]:
     return np.frombuffer(base64.b64decode(text), dtype="<f8")
-
-
-def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
-    """Each matrix with its weights, the next one being read meanwhile: two in memory, never more."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
-            if ahead:
-                yield ahead[0], ahead[1].result()
-            ahead = (matrix, future)
-        if ahead:
-            yield ahead[0], ahead[1].result()
 
 
 def describe_failure(W: torch.Tensor, error: LaserError) -> str:
