@@ -13,11 +13,12 @@ import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
+from laser.checkpoint.hub import drop
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import OUTCOME, prepare_output, write_checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.plan import Plan
-from laser.spectra import read_ahead
+from laser.spectra import Source, read_ahead
 from laser.spectral.decomposition import METHODS, truncate
 from laser.spectral.devices import Device, choose_device
 
@@ -59,12 +60,14 @@ def reduce(
     method: str = "gram",
     resume: bool = False,
     force: bool = False,
+    evict: bool = False,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
 
     In memory are one matrix, its Gram matrix and eigenvectors, and the next matrix being read. Killed at any moment and
-    called again with `resume`, the result is byte-identical and no finished matrix is computed twice. `tick` is called
+    called again with `resume`, the result is byte-identical and no finished matrix is computed twice. With `evict`,
+    each shard of a model from the Hub leaves the Hub's cache as soon as its output is on the disk. `tick` is called
     with each matrix and its seconds. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that
     may not be written, NumericalError (naming the tensor) where no method meets its certificate.
     """
@@ -72,6 +75,9 @@ def reduce(
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
+    hub = checkpoint.hub
+    if evict and hub is None:
+        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = [name for name in matrices if name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
@@ -94,10 +100,18 @@ def reduce(
 
     run = {
         "kind": "reduce journal",
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": device.label,
     }
-    document = write_checkpoint(checkpoint, out, touched, compute, describe, run)
+    document = write_checkpoint(
+        checkpoint,
+        out,
+        touched,
+        compute,
+        describe,
+        run,
+        done=lambda shard: drop(hub, shard.path.name) if evict and hub else None,
+    )
     return Outcome.from_document(document, out / OUTCOME)

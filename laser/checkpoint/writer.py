@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
+from laser.checkpoint.files import WEIGHTS, Journal, disk_errors, to_json, write_atomically
+from laser.checkpoint.hub import arriving, side_files
 from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, Shard
 from laser.errors import OutputError
 
@@ -35,19 +36,6 @@ OUTCOME = "laser.json"
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
 CHUNK = 8 << 20
-# The same weights in another format would be unreduced copies, and as large again.
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".index.json",
-)
 
 # names in file order -> (name, new tensor, its record), one at a time
 Compute = Callable[[list[str]], Iterable[tuple[str, torch.Tensor, dict[str, Any]]]]
@@ -86,10 +74,12 @@ def write_checkpoint(
     compute: Compute,
     describe: Describe,
     run: dict[str, Any],
+    done: Callable[[Shard], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write `source` to `out` with the `touched` tensors replaced by what `compute` yields; returns laser.json.
 
     `run` identifies the work: with the same `run` an unfinished `out` is continued (call `prepare_output` first).
+    `done` is called with each shard whose source is not needed any more.
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
     """
     if _is_finished(source, out) and not (out / JOURNAL).exists():
@@ -101,17 +91,21 @@ def write_checkpoint(
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
         hashes = {n: h for n, h in hashes.items() if (out / n).exists() or _partial(out, n).exists()}
+        for shard in source.shards:
+            if shard.name in hashes:
+                done(shard)
         _check_space(source, out, hashes)
+        if source.hub is not None:
+            side_files(source.hub)
         left_out = _copy_side_files(source, out)
         with ThreadPoolExecutor(1) as background:  # fsync and hash of one shard while the next is being made
             pending: list[tuple[Shard, Future[str | None]]] = []
-            for shard in source.shards:
-                if shard.name not in hashes:
-                    names = [t.name for t in shard.tensors if t.name in touched and source.tensors[t.name] == t]
-                    _write_shard(shard, out, names, compute, journal, records)
-                    pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(names))))
-                _collect(source, out, journal, hashes, pending, keep=2)
-            _collect(source, out, journal, hashes, pending, keep=0)
+            for shard in arriving(source.hub, [s for s in source.shards if s.name not in hashes]):
+                names = [t.name for t in shard.tensors if t.name in touched and source.tensors[t.name] == t]
+                _write_shard(shard, out, names, compute, journal, records)
+                pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(names))))
+                _collect(source, out, journal, hashes, pending, keep=2, done=done)
+            _collect(source, out, journal, hashes, pending, keep=0, done=done)
         ordered = {name: records[name]["record"] for name in touched}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         write_atomically(out / OUTCOME, to_json({**document, "run": run}))
@@ -233,6 +227,7 @@ def _collect(
     hashes: dict[str, str | None],
     pending: list[tuple[Shard, Future[str | None]]],
     keep: int,
+    done: Callable[[Shard], None],
 ) -> None:
     while len(pending) > keep:
         shard, future = pending.pop(0)
@@ -240,6 +235,7 @@ def _collect(
         journal.append({"shard": shard.name, "sha256": hashes[shard.name]})
         if source.index_bytes is not None:  # the only shard of a one-file checkpoint waits for laser.json
             _rename(_partial(out, shard.name), out / shard.name)
+        done(shard)
 
 
 def _rename(partial: Path, final: Path) -> None:
@@ -278,7 +274,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
         if not path.is_file() or hidden or str(relative) in ours:
             continue
-        if path.name.endswith(OTHER_WEIGHTS):
+        if path.name.endswith(WEIGHTS):  # the same weights in another format would be unreduced copies
             left_out.append(str(relative))
             continue
         with disk_errors(out / relative):
