@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 from laser.checkpoint.files import WEIGHTS
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
@@ -117,7 +118,13 @@ def _header(hub: Hub, name: str) -> tuple[str, Shard]:
         with hub_errors(hub.repo, hub.revision):
             yield from fetch(file, start, end)
 
-    return file.etag or "", parse_header(name, local, size, text, data)
+    etag, lock = file.etag or "", Lock()
+
+    def whole() -> Path:
+        with lock:  # of several that need it, one fetches it
+            return _download(replace(hub, etags={name: etag}), name)
+
+    return etag, replace(parse_header(name, local, size, text, data), whole=whole)
 
 
 def _cached_etag(local: Path) -> str:
@@ -181,22 +188,6 @@ def _to_cache(repo: str, name: str, revision: str | None) -> Path:
                 raise
             pause(failures, f"{repo}/{name}: status {error.response.status_code}")
     raise AssertionError("unreachable")
-
-
-def arriving(hub: Hub | None, shards: Sequence[Shard]) -> Iterator[Shard]:
-    """The shards as local files, the next being downloaded meanwhile; as they are where the Hub has no such files."""
-    if hub is None or any(shard.name not in hub.etags for shard in shards):
-        yield from shards
-        return
-    with ThreadPoolExecutor(1) as downloads:
-        ahead = None
-        for shard in shards:
-            future = downloads.submit(_download, hub, shard.name)
-            if ahead:
-                yield replace(ahead[0], path=ahead[1].result(), data=None)
-            ahead = (shard, future)
-        if ahead:
-            yield replace(ahead[0], path=ahead[1].result(), data=None)
 
 
 def drop(hub: Hub, name: str) -> None:

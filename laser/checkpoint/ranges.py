@@ -122,8 +122,8 @@ def _checked(answer: Any, file: RemoteFile, start: int) -> RemoteFile:
     if answer.status_code >= 400:
         if answer.status_code == 416:  # nothing there: it has become shorter, or was empty from the first
             raise CheckpointError(
-                f"{file.repo}/{file.name} is truncated: found no bytes from {start}, expected {file.size or 'a header'}; "
-                "run the same command again, or try another revision"
+                f"{file.repo}/{file.name} is truncated: found no bytes from {start}, expected "
+                f"{file.size or 'a header'}; run the same command again, or try another revision"
             )
         answer.read()
         hf_raise_for_status(answer)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
+from laser.checkpoint.cuts import Cut, read_cut
+from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
 from laser.checkpoint.hub import Hub, download, find, first_of, headers, side_files
 from laser.checkpoint.pickles import (
     PICKLE,
@@ -32,6 +33,7 @@ __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OUTCOME = "laser.json"  # in a checkpoint that laser wrote
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie."""
+        """sha256 over config, index, and each shard's name, size and header: the same wherever the files lie.
+
+        A reduction has its source's headers; its laser.json, which counts too, tells the two apart.
+        """
         digest = hashlib.sha256()
-        parts = [self.config_bytes, self.index_bytes or b""]
+        outcome = self.path / OUTCOME
+        parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
         for shard in self.shards:
             parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
         for part in parts:
@@ -69,14 +75,21 @@ class Checkpoint:
     def _shards(self) -> Mapping[str, Shard]:
         return {shard.name: shard for shard in self.shards}
 
-    def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the host, in its storage dtype. Raises CheckpointError for a file that changed or a dtype
-        that torch does not know."""
-        info = self.tensors[name]
+    def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """Tensor `name`, or the matrix (m, n) that `cut` takes from it, on the host, in its storage dtype.
+
+        Raises CheckpointError for a file that changed or a dtype that torch does not know.
+        """
+        info, shard = self.tensors[name], self.shard_of(name)
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        raw = read_bytes(self.shard_of(name), info.start, info.end)
-        return raw.view(TORCH[info.dtype]).reshape(info.shape)
+        if cut is None:
+            return read_bytes(shard, info.start, info.end).view(TORCH[info.dtype]).reshape(info.shape)
+
+        def fetch(start: int, count: int) -> torch.Tensor:
+            return read_bytes(shard, info.start + start, info.start + start + count)
+
+        return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
 
 
 def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
@@ -118,6 +131,16 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
         # In file order, so that work walks each shard once from front to back.
         tensors = {name: info for (shard, name), info in found.items() if weight_map.get(name) == shard}
     return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors, hub)
+
+
+def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint; whoever reads from a shard on the Hub waits for the whole of it to come into the cache."""
+
+    def wait_for(shard: Shard) -> Shard:
+        whole = shard.whole
+        return shard if whole is None else replace(shard, data=lambda start, end: file_pieces(whole(), start, end))
+
+    return replace(checkpoint, shards=tuple(wait_for(shard) for shard in checkpoint.shards))
 
 
 def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict[str, str] | None, tuple[Shard, ...]]:

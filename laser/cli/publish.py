@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from laser.checkpoint.reader import open_checkpoint
-from laser.checkpoint.writer import OUTCOME
+from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
-from laser.publication import LEADERBOARD, write_card
+from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
+from laser.reduction import Outcome
 from laser.spectral.devices import choose_device
 
 
@@ -38,7 +39,7 @@ def leaderboard(
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
     choose_tasks(names)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -55,23 +56,7 @@ def leaderboard(
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force)
     where = choose_device(device).name
-    # As it is published, the command names no folder of this machine.
-    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", where]
-    for flag, value in (("--tasks", tasks), ("--limit", limit), ("--data", data.resolve().name if data else None)):
-        words += [flag, str(value)] if value is not None else []
-    words += ["--dtype", dtype] if dtype != "auto" else []
-    words += ["--batch-size", str(batch_size)] if batch_size != 1 else []
-    board = run_leaderboard(
-        checkpoint,
-        tasks=names,
-        limit=limit,
-        data=data,
-        device=where,
-        dtype=dtype,
-        batch_size=batch_size,
-        command=shlex.join(words),
-    )
-    board.save(output)
+    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
     if as_json:
         common.print_json(_document(board) | {"output": str(output)})
         return
@@ -85,6 +70,49 @@ def leaderboard(
     print(f"written to {output}")
 
 
+def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
+    """Source and result of a run on the same rows, each into its record, where the card looks for them.
+
+    A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
+    model are not spent on measuring them twice.
+    """
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
+    result = open_checkpoint(out)
+    if Outcome.load(out).plan.reductions:
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
+    else:
+        replace(board, model=result.name, identity=result.identity).save(out / LEADERBOARD)
+
+
+def _measure_tasks(
+    checkpoint: Checkpoint,
+    output: Path,
+    device: str,
+    tasks: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    dtype: str = "auto",
+    batch_size: int = 1,
+) -> Leaderboard:
+    # As it is published, the command names no folder of this machine.
+    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", device]
+    given = {
+        "--tasks": ",".join(tasks) if tasks else None,
+        "--limit": limit,
+        "--data": data.resolve().name if data else None,
+        "--dtype": dtype if dtype != "auto" else None,
+        "--batch-size": batch_size if batch_size != 1 else None,
+    }
+    for flag, value in given.items():
+        words += [flag, str(value)] if value is not None else []
+    board = run_leaderboard(
+        checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
+        command=shlex.join(words),
+    )  # fmt: skip
+    board.save(output)
+    return board
+
+
 def card(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     source: Annotated[
@@ -94,6 +122,8 @@ def card(
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     before: Annotated[Path | None, typer.Option("--before", help="Leaderboard record of the source.")] = None,
     after: Annotated[Path | None, typer.Option("--after", help="Leaderboard record of OUT.")] = None,
+    eval_before: Annotated[Path | None, typer.Option("--eval-before", help="Record of laser eval SOURCE.")] = None,
+    eval_after: Annotated[Path | None, typer.Option("--eval-after", help="Record of laser eval OUT.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -101,12 +131,14 @@ def card(
     """Write OUT/README.md, the model card, from the records in OUT."""
     written = write_card(
         output,
-        open_checkpoint(source) if source is not None else None,
+        open_checkpoint(source, "files") if source is not None else None,
         name=name,
         base_model=base_model,
         hash_source=hash_source,
         before=before,
         after=after,
+        eval_before=eval_before,
+        eval_after=eval_after,
         force=force,
     )
     if as_json:
