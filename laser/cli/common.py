@@ -22,7 +22,7 @@ Include = Annotated[str | None, typer.Option("--include", help="Only tensors who
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[str, typer.Option("--method", help="gram (fast) or svd (reference).")]
+Method = Annotated[str, typer.Option("--method", help="gram (fast), projector (products alone) or svd (reference).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
