@@ -21,12 +21,14 @@ from laser.spectral.decomposition import Certificate, Truncation, singular_value
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES, Cut, apply_rule
 from laser.verification import Verification, verify
+from laser.workers import Crew, choose_crew
 
 __all__ = [
     "RULES",
     "Certificate",
     "Checkpoint",
     "CheckpointError",
+    "Crew",
     "Cut",
     "Device",
     "Difference",
@@ -46,6 +48,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "apply_rule",
+    "choose_crew",
     "choose_device",
     "difference",
     "empty_plan",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.reader import BITS, Checkpoint
-from laser.spectral.decomposition import BLOCK_ROWS, singular_values, truncate
-from laser.spectral.devices import Device
+from laser.checkpoint.reader import Checkpoint
+from laser.spectral.decomposition import singular_values, truncate
+from laser.workers import Crew, peak_bytes
 
 PROBE = 768  # side of the probe: a quarter of a second, large enough to run at nearly full speed
 
@@ -27,9 +27,10 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(checkpoint: Checkpoint, matrices: Sequence[Matrix], device: Device) -> Estimate:
+def estimate(checkpoint: Checkpoint, matrices: Sequence[Matrix], crew: Crew) -> Estimate:
     """What it would take to scan and to reduce `matrices`. Work grows as m * n * p for the products and p^3 for the
     eigenproblem; both rates are measured with one square probe, so expect the right size rather than the digits."""
+    device, staff = crew.devices[0], len(crew.staff(matrices))
     probe = torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0))
     singular_values(probe, device)  # the first call loads libraries
     start = time.perf_counter()
@@ -38,12 +39,7 @@ def estimate(checkpoint: Checkpoint, matrices: Sequence[Matrix], device: Device)
     truncate(probe, PROBE // 4, device)
     end = time.perf_counter()
     work = sum(m.cost + 2 * min(m.shape) ** 3 for m in matrices) / (3 * PROBE**3)
-    largest = max((m.shape[0] * m.shape[1] * BITS[m.dtype] // 8 for m in matrices), default=0)
-    p = max((min(m.shape) for m in matrices), default=0)
-    q = max((max(m.shape) for m in matrices), default=0)
-    width = torch.finfo(device.dtype).bits // 8
-    # Two matrices in storage dtype (one read ahead) and the result; the Gram matrix, its vectors and LAPACK's two
-    # work arrays; three blocks of rows in the precision of the arithmetic.
-    peak = 3 * largest + 5 * p * p * width + 3 * min(BLOCK_ROWS, q) * p * width
     disk = sum(s.size for s in checkpoint.shards)
-    return Estimate(len(matrices), work * (middle - start), work * (end - middle), peak, disk)
+    return Estimate(
+        len(matrices), work * (middle - start) / staff, work * (end - middle) / staff, peak_bytes(matrices, crew), disk
+    )

@@ -14,7 +14,7 @@ from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
-from laser.spectral.devices import Device
+from laser.workers import Crew
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run(
     selection: Selection,
     choose: Callable[[Spectra], Plan],
     *,
-    device: Device,
+    crew: Crew,
     method: str = "gram",
     null_draws: int = 0,
     resume: bool = False,
@@ -50,10 +50,10 @@ def run(
     """
     prepare_output(checkpoint, out, resume=resume, force=force)
     path = records_of(out) / "spectra.safetensors"
-    spectra = scan_into(path, checkpoint, selection, device, method, on_scan, null_draws)
+    spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws)
     plan = choose(spectra)
     plan.save(records_of(out) / "plan.json")
-    outcome = reduce(checkpoint, plan, out, device=device, method=method, resume=True, tick=on_reduce)
+    outcome = reduce(checkpoint, plan, out, crew=crew, method=method, resume=True, tick=on_reduce)
     write_card(out, checkpoint, commands=(command,) if command else ())
     return Result(spectra, plan, outcome)
 
@@ -67,7 +67,7 @@ def scan_into(
     path: Path,
     checkpoint: Checkpoint,
     selection: Selection,
-    device: Device,
+    crew: Crew,
     method: str,
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
@@ -77,14 +77,12 @@ def scan_into(
         there = Spectra.load(path)
         wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
         done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
-        if (there.source.identity, there.method, there.device) == (checkpoint.identity, method, device.label):
+        if (there.source.identity, there.method, there.device) == (checkpoint.identity, method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
             if wanted == done and drawn <= {null_draws}:
                 return there
     partial = path.with_name(path.name + ".partial")
-    spectra = scan(
-        checkpoint, selection, device=device, method=method, journal=partial, null_draws=null_draws, tick=tick
-    )
+    spectra = scan(checkpoint, selection, crew=crew, method=method, journal=partial, null_draws=null_draws, tick=tick)
     spectra.save(path)
     partial.unlink()
     return spectra

@@ -14,6 +14,7 @@ from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import RecordError, UsageError
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
+from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
@@ -43,6 +44,7 @@ class PlanLine:
     energy_kept: float | None = None  # predicted share of the squared singular values
     fit: float | None = None  # Kolmogorov-Smirnov distance of the bulk from the law of noise
     fit_level: float | None = None  # share of pure noise that lies as far from it; small: the bulk is not such noise
+    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (entries.py); None: not measured
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
@@ -132,7 +134,8 @@ def make_plan(
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
     matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
     noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
-    looks like noise at no more than that level.
+    looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
+    reason.
     Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit)
@@ -174,6 +177,8 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
     noise = estimate(s, shape, estimator)
     lower = noise.lower_edge(shape)
     below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
+    kurtosis = spectra.kurtosis.get(matrix.name)
+    shift = None if kurtosis is None else edge_shift(kurtosis, shape)
     gains = Gains(cut.rank, below, treatment.shrink, fit.sigma)
     g = gains.of(s, shape)
     kept = int(np.count_nonzero(g[: cut.rank]))  # a shrinker may take values to 0
@@ -185,6 +190,7 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
         energy_kept=float(np.sum((g * s) ** 2)) / total,
         fit=fit.distance,
         fit_level=fit.level,
+        edge_shift=shift,
         below=below,
         shrink=treatment.shrink,
         noise=None if gains.plain else fit.sigma,
@@ -193,8 +199,13 @@ def _line(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Sel
         line = replace(line, reason=f"{line.reason}; {below} under the lower edge {lower:.4g} kept")
     if treatment.shrink:
         line = replace(line, reason=f"{line.reason}; shrunk for {treatment.shrink} loss")
+    heavy = ""
+    if shift is not None and shift > HEAVY:
+        heavy = f"heavy tails: excess kurtosis {kurtosis:.3g} moves the edge by {shift:.2g} Tracy-Widom units"
     if fit.level < FLAG_LEVEL:
         line = replace(line, reason=f"{line.reason}; the bulk is not such noise: {_describe(fit)}")
+    if heavy:
+        line = replace(line, reason=f"{line.reason}; {heavy}")
     if np.all(g == 1):
         return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values")
     if treatment.require_fit is not None and fit.level < treatment.require_fit:

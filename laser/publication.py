@@ -6,6 +6,8 @@ Records read, all optional but the first:
     laser/source.json                    what the card says of the source; written here, so that a card can be made
                                          again where the source is no longer at hand
     laser/search.json                    what a search tried, and its result on held-out text (`laser run --search`)
+    laser/eval.json                      `laser eval OUT -o OUT/laser/eval.json`; before a search's own result
+    laser/eval-source.json               `laser eval SOURCE -o OUT/laser/eval-source.json`, on the same text
     laser/leaderboard.json               `laser leaderboard OUT`
     laser/leaderboard-source.json        `laser leaderboard SOURCE -o OUT/laser/leaderboard-source.json`
 """
@@ -21,24 +23,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import OUTCOME, RECORDS
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.perplexity import Perplexity, difference
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
-from laser.report.comparison import Loss, Losses
+from laser.report.comparison import Loss, Losses, losses_of
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
 SOURCE = f"{RECORDS}/source.json"
 SEARCH = f"{RECORDS}/search.json"
+EVAL = f"{RECORDS}/eval.json"
+EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 KIND, VERSION = "source", 1
+Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -52,6 +58,8 @@ def write_card(
     losses: Losses | None = None,
     before: Path | None = None,
     after: Path | None = None,
+    eval_before: Path | None = None,
+    eval_after: Path | None = None,
     trials: Sequence[Mapping[str, Any]] | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
@@ -60,7 +68,8 @@ def write_card(
 
     source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used,
     or else only what was copied from it: then licence and language are not known. before, after: leaderboard records
-    elsewhere than in OUT/laser. hash_source: read the source's shards for their sha256 (the time of reading them).
+    elsewhere than in OUT/laser, and eval_before, eval_after those of `laser eval`. hash_source: read the source's
+    shards for their sha256 (the time of reading them).
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser.
     """
     outcome = Outcome.load(out)
@@ -70,8 +79,13 @@ def write_card(
     about = _about(out, outcome, source, hash_source)
     if base_model is not None:
         about = replace(about, hub_id=base_model)
+    source_id, result_id = outcome.plan.source.identity, open_checkpoint(out).identity
     if losses is None and trials is None and (out / SEARCH).exists():
         losses, trials = _searched(out / SEARCH)
+    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, source_id)
+    b = _record(Perplexity, eval_after or out / EVAL, eval_after, result_id)
+    if a and b:
+        losses = losses_of(a, b, difference(a, b), a.text)
     rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
     commands = commands or _commands(out, outcome)
     text = card(
@@ -80,8 +94,8 @@ def write_card(
         about,
         run=CardRun("; ".join(rules) or None, versions(), commands),
         losses=losses,
-        before=_leaderboard(before or out / LEADERBOARD_SOURCE, before, outcome, None),
-        after=_leaderboard(after or out / LEADERBOARD, after, outcome, _sha256(out / OUTCOME)),
+        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, source_id),
+        after=_record(Leaderboard, after or out / LEADERBOARD, after, result_id),
         trials=trials,
     )
     if base_model is not None and f"base_model: {base_model}\n" not in text:
@@ -181,19 +195,17 @@ def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
     return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
 
 
-def _leaderboard(path: Path, asked: Path | None, outcome: Outcome, expected: str | None) -> Leaderboard | None:
-    """The record at `path`; None where it is absent and was not asked for. expected: sha256 of laser.json, or None
-    for the source."""
+def _record(kind: type[Measured], path: Path, asked: Path | None, identity: str) -> Measured | None:
+    """The record at `path`; None where it is absent and was not asked for."""
     if asked is None and not path.exists():
         return None
-    board = Leaderboard.load(path)
-    if board.identity != outcome.plan.source.identity or board.outcome != expected:
-        which = "the source" if expected is None else "this output"
+    record = kind.load(path)
+    if record.identity != identity:
         raise RecordError(
-            f"{path} was measured on {board.model}, whose weights are not those of {which}; "
-            "run `laser leaderboard` again, or remove the file"
+            f"{path} was measured on {record.model} ({record.identity[:12]}), whose weights are not those "
+            f"that the card speaks of ({identity[:12]}); measure again, or remove the file"
         )
-    return board
+    return record
 
 
 def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:

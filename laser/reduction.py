@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import OUTCOME, prepare_output, write_checkpoint
+from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.errors import NumericalError, UsageError
-from laser.plan import Plan
-from laser.spectra import read_ahead
+from laser.plan import Plan, PlanLine
 from laser.spectral.decomposition import METHODS, truncate
 from laser.spectral.devices import Device, choose_device
+from laser.workers import Crew, visit
 
 KIND, VERSION = "outcome", 1
 
@@ -28,7 +29,7 @@ KIND, VERSION = "outcome", 1
 class Outcome:
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
-    matrices: tensor name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
+    matrices: matrix name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
     shards: file name -> sha256, or None where the file is a byte-for-byte copy of the source's
     """
 
@@ -50,12 +51,25 @@ class Outcome:
         return Outcome(plan, document["matrices"], document["shards"], document["run"], tuple(document["left_out"]))
 
 
+def cut(
+    matrix: Matrix, W: torch.Tensor, device: Device, *, lines: Mapping[str, PlanLine], method: str
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The reduction of one matrix W (m, n), wherever it runs: the new matrix and what was measured of it."""
+    line = lines[matrix.name]
+    try:
+        result = truncate(W, line.gains, device, method)
+    except NumericalError as error:
+        raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
+    return result.matrix, {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
+
+
 def reduce(
     checkpoint: Checkpoint,
     plan: Plan,
     out: Path,
     *,
     device: Device | None = None,
+    crew: Crew | None = None,
     method: str = "gram",
     resume: bool = False,
     force: bool = False,
@@ -63,41 +77,58 @@ def reduce(
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
 
-    In memory are one matrix, its Gram matrix and eigenvectors, and the next matrix being read. Killed at any moment and
-    called again with `resume`, the result is byte-identical and no finished matrix is computed twice. `tick` is called
-    with each matrix and its seconds. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that
-    may not be written, NumericalError (naming the tensor) where no method meets its certificate.
+    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
+    result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
+    matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
+    is byte-identical and no finished matrix is computed twice. `tick` is called with each finished matrix and its
+    seconds of computation. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that may not
+    be written, NumericalError (naming the tensor) where no method meets its certificate.
     """
-    device = device or choose_device()
+    crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
-    touched = [name for name in matrices if name in plan.reductions]
+    touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
 
-    def compute(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        for matrix, W in read_ahead(checkpoint, [matrices[name] for name in names]):
-            start = time.perf_counter()
-            line = plan.reductions[matrix.name]
-            try:
-                result = truncate(W, line.gains, device, method)
-            except NumericalError as error:
-                raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-            record = {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
-            yield matrix.name, result.matrix, record
-            tick(matrix, time.perf_counter() - start)
+    def compute(names: list[str]) -> Generator[New, None, None]:
+        work = partial(cut, lines=plan.reductions, method=method)
+        order = by_shard(checkpoint, [matrices[name] for name in names])
+        with closing(visit(checkpoint, order, work, crew)) as visits:
+            for matrix, (new, record), seconds in visits:
+                yield matrix.name, new, record
+                del new
+                tick(matrix, seconds)
+
+    run = run_of(checkpoint, plan, method, crew)
+    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run)
+    return Outcome.from_document(document, out / OUTCOME)
+
+
+def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Shard after shard, and within each the dearest first: shards become whole, and go to the disk, all along, while
+    the last matrices are still cheap ones."""
+    place = {shard.name: i for i, shard in enumerate(checkpoint.shards)}
+    return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
+
+
+def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:
+    """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": 1} | asdict(plan)}
         return document | {"matrices": records, "shards": shards}
 
-    run = {
+    return describe
+
+
+def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
+    """What a reduction is identified by: neither its output's place nor who did the work."""
+    return {
         "kind": "reduce journal",
         "source": checkpoint.identity,
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
-        "device": device.label,
+        "device": crew.label,
     }
-    document = write_checkpoint(checkpoint, out, touched, compute, describe, run)
-    return Outcome.from_document(document, out / OUTCOME)

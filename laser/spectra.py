@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
+from laser.workers import Crew, dearest_first, visit
 
 KIND, VERSION = "spectra", 1
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
@@ -54,6 +57,7 @@ class Source:
 class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
+    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
     """
@@ -65,6 +69,7 @@ class Spectra:
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    kurtosis: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -74,10 +79,13 @@ class Spectra:
             "source": asdict(self.source),
             "method": self.method,
             "device": self.device,
-            "matrices": [asdict(m) | {"skipped": self.skipped.get(m.name)} for m in self.matrices],
+            "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
+
+    def _extra(self, name: str) -> dict[str, Any]:
+        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)}
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -97,12 +105,40 @@ class Spectra:
         values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source(**header["source"])
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls)
+        kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis)
+
+
+def _row(matrix: Matrix) -> dict[str, Any]:
+    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew.
+    return {key: value for key, value in asdict(matrix).items() if key != "cut"}
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
     shape = tuple(row["shape"])
-    return Matrix(row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"])
+    return Matrix(
+        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
+
+    values: NDArray[np.float64]
+    null: NDArray[np.float64]
+    kurtosis: float | None = None
+    skipped: str | None = None
+
+
+def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
+    """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
+    try:
+        s, _ = singular_values(W, device, method)
+        null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
+        return Measured(s, null, excess_kurtosis(W))
+    except (NumericalError, UsageError) as error:
+        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
 
 def scan(
@@ -110,6 +146,7 @@ def scan(
     selection: Selection | None = None,
     *,
     device: Device | None = None,
+    crew: Crew | None = None,
     method: str = "gram",
     journal: Path | None = None,
     null_draws: int = 0,
@@ -117,13 +154,15 @@ def scan(
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
-    One matrix is in memory while the next is read. With `journal`, each result is appended to that file at once and an
-    interrupted scan goes on from there; the caller removes it when the spectra are saved. `tick` is called per matrix.
-    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
-    of each matrix are measured too, by their largest singular value: what the rule `parallel` needs.
+    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
+    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
+    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
+    the spectra are saved. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
+    is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
+    value: what the rule `parallel` needs.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
-    selection, device = selection or Selection(), device or choose_device()
+    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     if null_draws < 0:
@@ -136,41 +175,57 @@ def scan(
         "source": checkpoint.identity,
         "selection": selection.describe(),
         "method": method,
-        "device": device.label,
+        "device": crew.label,
         "null_draws": null_draws,
     }
-    values: dict[str, NDArray[np.float64]] = {}
-    nulls: dict[str, NDArray[np.float64]] = {}
+    found: dict[str, Measured] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
-        resumed = {entry["name"]: entry for entry in log.entries} if log else {}
-        for name, entry in resumed.items():
-            if entry["skipped"] is not None:
-                skipped[name] = entry["skipped"]
-            else:
-                values[name] = _decode(entry["values"])
-                if null_draws:
-                    nulls[name] = _decode(entry["null"])
-        todo = []
+        for entry in log.entries if log else ():
+            found[entry["name"]] = from_entry(entry)
         for matrix in matrices:
-            if matrix.name in resumed:
+            if matrix.name in found:
                 tick(matrix)
-            elif matrix.name not in skipped:
-                todo.append(matrix)
-        for matrix, W in read_ahead(checkpoint, todo):
-            why, s, null = None, np.empty(0), np.empty(0)
-            try:
-                s, _ = singular_values(W, device, method)
-                if null_draws:
-                    null = nulls[matrix.name] = null_largest(W, null_draws, device)
-                values[matrix.name] = s
-            except (NumericalError, UsageError) as error:
-                why = skipped[matrix.name] = describe_failure(W, error)
-            if log:
-                log.append({"name": matrix.name, "skipped": why, "values": _encode(s), "null": _encode(null)})
-            tick(matrix)
-    ordered = {m.name: values[m.name] for m in matrices if m.name in values}
-    ordered_nulls = {m.name: nulls[m.name] for m in matrices if m.name in nulls}
-    return Spectra(Source.of(checkpoint), tuple(matrices), ordered, skipped, method, device.label, ordered_nulls)
+        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
+        work = partial(_measure, method=method, null_draws=null_draws)
+        with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
+            for matrix, measured, _ in visits:
+                found[matrix.name] = measured
+                if log:
+                    log.append(to_entry(matrix.name, measured))
+                tick(matrix)
+    return assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+
+
+def _measure(_: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int) -> Measured:
+    return measure(W, device, method, null_draws)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    found: Mapping[str, Measured],
+    skipped: Mapping[str, str],
+    method: str,
+    device: str,
+    null_draws: int,
+) -> Spectra:
+    """The record of what was found, in file order whatever the order in which it was found."""
+    reasons = dict(skipped) | {name: m.skipped for name, m in found.items() if m.skipped is not None}
+    whole = {m.name: found[m.name] for m in matrices if m.name in found and found[m.name].skipped is None}
+    values = {name: m.values for name, m in whole.items()}
+    nulls = {name: m.null for name, m in whole.items()} if null_draws else {}
+    kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
+    return Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
+
+
+def to_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """A line of a journal."""
+    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis} | vectors
+
+
+def from_entry(entry: Mapping[str, Any]) -> Measured:
+    return Measured(_decode(entry["values"]), _decode(entry["null"]), entry["kurtosis"], entry["skipped"])
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -186,7 +241,7 @@ def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[t
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.name)
+            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
             if ahead:
                 yield ahead[0], ahead[1].result()
             ahead = (matrix, future)

@@ -13,6 +13,7 @@ from laser.errors import UsageError
 from laser.plan import DEFAULT_ESTIMATOR
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
+from laser.spectral.entries import edge_shift
 from laser.spectral.fit import fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
@@ -46,6 +47,8 @@ class Row:
     sigma_error: float  # its standard error
     fit: float  # Kolmogorov-Smirnov distance of the bulk from the law of noise
     fit_level: float  # share of pure noise matrices as far off
+    kurtosis: float | None  # excess, of the entries; None in spectra that were scanned before it was measured
+    edge_shift: float | None  # of the edge by that, in Tracy-Widom units
     lower_edge: float  # of the fitted law of noise
     upper_edge: float
     threshold: float | None  # of the rule; None where it fixes a rank
@@ -136,6 +139,7 @@ def summarise(
         cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
         noise = estimate(s, shape, estimator)
         snr = signal_to_noise(s, cut.rank)
+        kurtosis = spectra.kurtosis.get(matrix.name)
         ranks = dict(zip(ENERGIES, numbers.energy_ranks, strict=True))
         rows.append(
             Row(
@@ -159,6 +163,8 @@ def summarise(
                 sigma_error=fit.standard_error,
                 fit=fit.distance,
                 fit_level=fit.level,
+                kurtosis=kurtosis,
+                edge_shift=None if kurtosis is None else edge_shift(kurtosis, shape),
                 lower_edge=noise.lower_edge(shape),
                 upper_edge=noise.upper_edge(shape),
                 threshold=cut.threshold,

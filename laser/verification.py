@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from laser.checkpoint.headers import Shard, TensorInfo, pieces
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.reduction import Outcome
 from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.shrinkage import Gains
-
-CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -72,28 +72,30 @@ def verify(
             problems += _check_truncation(source, result, matrix, lines[matrix.name].gains, device)
         else:
             untouched += 1
-            info = source.tensors[matrix.name]
-            if not _same_bytes(source.path / info.shard, out / info.shard, info):
+            if not _same(source, result, matrix):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
     return Verification(untouched, touched, tuple(problems))
 
 
-def _same_bytes(a: Path, b: Path, info: TensorInfo) -> bool:
-    with a.open("rb") as left, b.open("rb") as right:
-        left.seek(info.start)
-        right.seek(info.start)
-        for start in range(info.start, info.end, CHUNK):
-            count = min(CHUNK, info.end - start)
-            if left.read(count) != right.read(count):
-                return False
-    return True
+def _same(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
+    info = source.tensors[matrix.tensor]
+    if matrix.cut is None:
+        return _same_bytes(source.shard_of(matrix.tensor), result.path / info.shard, info)
+    a, b = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+    return bytes_of(a) == bytes_of(b)
+
+
+def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
+    with copy.open("rb") as file:
+        file.seek(info.start)
+        return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 
 
 def _check_truncation(
     source: Checkpoint, result: Checkpoint, matrix: Matrix, gains: Gains, device: Device
 ) -> list[str]:
-    W, B = source.read(matrix.name), result.read(matrix.name)
+    W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
     s, _ = singular_values(W, device)
     after, _ = singular_values(B, device)
     total = float(np.linalg.norm(s))

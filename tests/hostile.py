@@ -176,6 +176,6 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (broken_config, "config.json: found list, expected a JSON object"),
     (no_config, "cannot read .*config.json: No such file"),
     (pickle_in_index, "lm_head.weight is in 'pytorch_model.bin', expected a .safetensors file"),
-    (only_pickles, r"holds pickled weights \(pytorch_model.bin\), which are never unpickled"),
+    (only_pickles, r"pytorch_model.bin is not a zip file, .* it was not opened"),
     (nothing_there, "holds neither model.safetensors.index.json nor model.safetensors"),
 ]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ from laser.spectra import Spectra, scan
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import apply_rule
 from laser.verification import verify
+from laser.workers import Crew
 
 CPU = choose_device("cpu")
+CREW = Crew((CPU,))
 RULES = ["laser-rmt", "mp-edge", "mp-iqr", "tracy-widom:0.05", "gavish-donoho", "energy:0.9", "fraction:0.3", "rank:4"]
 
 
@@ -333,18 +336,18 @@ def test_interrupted_scan_goes_on_where_it_was(pico: Path, tmp_path: Path) -> No
 
     path = tmp_path / "spectra.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        scan_into(path, checkpoint, Selection(), CPU, "gram", interrupt)
+        scan_into(path, checkpoint, Selection(), CREW, "gram", interrupt)
     assert not path.exists()
     torch_calls: list[str] = []
     true_read = laser.Checkpoint.read
 
-    def counting(self: laser.Checkpoint, name: str) -> torch.Tensor:
+    def counting(self: laser.Checkpoint, name: str, cut: Any = None) -> torch.Tensor:
         torch_calls.append(name)
-        return true_read(self, name)
+        return true_read(self, name, cut)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(laser.Checkpoint, "read", counting)
-        scan_into(path, checkpoint, Selection(), CPU, "gram")
+        scan_into(path, checkpoint, Selection(), CREW, "gram")
     assert not set(torch_calls) & set(seen) and len(torch_calls) == 48 - 7
     scan(checkpoint).save(tmp_path / "undisturbed")
     assert path.read_bytes() == (tmp_path / "undisturbed").read_bytes()
@@ -360,10 +363,10 @@ def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
         return make_plan(spectra, "mp-edge", lowest_snr=4)
 
     for out in ("a", "b"):
-        run(checkpoint, tmp_path / out / "reduced", Selection(), choose, device=CPU)
+        run(checkpoint, tmp_path / out / "reduced", Selection(), choose, crew=CREW)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     out = tmp_path / "a" / "reduced"
     assert {p.name for p in (out / "laser").iterdir()} == {"spectra.safetensors", "plan.json", "source.json"}
     assert "base_model" not in (out / "README.md").read_text()  # a local directory has no id to name
-    again = run(checkpoint, out, Selection(), choose, device=CPU, resume=True)
+    again = run(checkpoint, out, Selection(), choose, crew=CREW, resume=True)
     assert again.outcome == Outcome.load(tmp_path / "b" / "reduced")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,8 +19,19 @@ from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
+from laser.evaluation.perplexity import Perplexity, record_of
+from laser.evaluation.text import Window, Windows
 from laser.plan import make_plan
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, describe_source, hub_origin, write_card
+from laser.publication import (
+    EVAL,
+    EVAL_SOURCE,
+    LEADERBOARD,
+    LEADERBOARD_SOURCE,
+    SOURCE,
+    describe_source,
+    hub_origin,
+    write_card,
+)
 from laser.reduction import reduce
 from laser.spectra import scan
 from laser.verification import verify
@@ -33,9 +45,14 @@ def reduced(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
     return checkpoint, tmp_path / "out"
 
 
-def board(identity: str, outcome: str | None) -> Leaderboard:
+def board(identity: str) -> Leaderboard:
     score = TaskScore("winogrande", "acc", 0.5, 0.5, 2, 5, (1.0, 0.0))
-    return Leaderboard("pico", identity, outcome, (score,), 2, {}, {}, {}, None)
+    return Leaderboard("pico", identity, (score,), 2, {}, {}, {}, None)
+
+
+def loss(identity: str, *sums: float) -> Perplexity:
+    windows = Windows((Window(np.array([1, 2]), 1),) * len(sums), "wiki", "0", 2, "windows", True, None)
+    return record_of(windows, sums, model="pico", identity=identity, dtype="float32", device="cpu")
 
 
 def metadata(path: Path) -> dict[str, object]:
@@ -44,9 +61,8 @@ def metadata(path: Path) -> dict[str, object]:
 
 def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
-    outcome = hashlib.sha256((out / "laser.json").read_bytes()).hexdigest()
-    board(source.identity, None).save(out / LEADERBOARD_SOURCE)
-    board(source.identity, outcome).save(out / LEADERBOARD)
+    board(source.identity).save(out / LEADERBOARD_SOURCE)
+    board(open_checkpoint(out).identity).save(out / LEADERBOARD)
     path = write_card(out, source, hash_source=True)
     text = path.read_text()
     assert path == out / "README.md" and text.startswith("---\n") and "\n# out\n" in text
@@ -58,6 +74,18 @@ def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> No
         assert hashlib.sha256(shard.path.read_bytes()).hexdigest() in text
         assert hashlib.sha256((out / shard.name).read_bytes()).hexdigest() in text
     assert verify(source, out).problems == ()
+
+
+def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = reduced
+    loss(source.identity, 2.0, 2.5, 1.5).save(out / "before.json")
+    loss(open_checkpoint(out).identity, 2.25, 2.75, 1.5).save(out / "after.json")
+    assert main(["card", str(out), "--eval-before", f"{out}/before.json", "--eval-after", f"{out}/after.json"]) == 0
+    text = (out / "README.md").read_text()
+    assert "wiki" in text and "2.0000 ± 0.2887" in text and "+0.1667 ± 0.0833" in text and "worse" in text
+    (out / "before.json").rename(out / EVAL_SOURCE)
+    (out / "after.json").rename(out / EVAL)
+    assert write_card(out).read_text() == text  # where the card looks for them
 
 
 def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
@@ -96,16 +124,18 @@ def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path
 
 def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
-    outcome = hashlib.sha256((out / "laser.json").read_bytes()).hexdigest()
-    # A reduction shares the identity of its source: only laser.json tells their records apart.
+    # A reduction shares the headers of its source: only laser.json tells their records apart.
+    result = open_checkpoint(out).identity
+    assert result != source.identity
     for file, record in (
-        (LEADERBOARD, board(source.identity, None)),
-        (LEADERBOARD, board("0" * 64, outcome)),
-        (LEADERBOARD, board(source.identity, "0" * 64)),
-        (LEADERBOARD_SOURCE, board(source.identity, outcome)),
+        (LEADERBOARD, board(source.identity)),
+        (LEADERBOARD, board("0" * 64)),
+        (LEADERBOARD_SOURCE, board(result)),
+        (EVAL, loss(source.identity, 2.0)),
+        (EVAL_SOURCE, loss(result, 2.0)),
     ):
         record.save(out / file)
-        with pytest.raises(RecordError, match="weights are not those of"):
+        with pytest.raises(RecordError, match="weights are not those that the card speaks of"):
             write_card(out, source)
         (out / file).unlink()
     assert not (out / "README.md").exists()

@@ -144,3 +144,15 @@ def test_a_plan_line_that_keeps_more_than_it_has_is_refused(pico: Path, tmp_path
     replace(plan, lines=(*plan.lines[:at], broken, *plan.lines[at + 1 :])).save(tmp_path / "p")
     with pytest.raises(RecordError, match=broken.name):
         Plan.load(tmp_path / "p")
+
+
+def test_heavy_tails_of_the_entries_are_said_in_the_plan(make_pico: Callable[..., Path]) -> None:
+    random = np.random.default_rng(1)
+    name = "model.layers.0.self_attn.{}_proj.weight"
+    drawn = (("k", random.standard_normal((96, 160))), ("q", random.laplace(size=(96, 160))))
+    tensors = {name.format(role): torch.from_numpy(W.astype(np.float32)) for role, W in drawn}
+    spectra = scan(laser.open_checkpoint(make_pico(tensors=tensors, shards=1)))
+    k, q = make_plan(spectra, "laser-rmt").lines
+    assert k.edge_shift is not None and abs(k.edge_shift) < 0.1 and "heavy tails" not in k.reason
+    assert q.edge_shift is not None and q.edge_shift > 0.3
+    assert f"heavy tails: excess kurtosis {spectra.kurtosis[q.name]:.3g} moves the edge by" in q.reason

@@ -1,55 +1,49 @@
-"""From tensor names to layer, role and expert. Each model family is a row of a table; adding one is adding a row.
+"""From tensors to logical matrices: layer, role and expert by the family's rows, fused tensors cut into what they hold.
 
-Roles: q, k, v, o (attention); w1, w2, w3 (Mixtral's experts) and gate, down, up (dense MLPs: the same three matrices
-under Llama's names); router, embedding, head, norm. w1 and gate, w2 and down, w3 and up select each other.
+A tensor that is one matrix keeps its name; a matrix inside a tensor is called TENSOR[3,gate], TENSOR[3] or TENSOR[q]:
+expert, role, or both. The matrices of a tensor cover it exactly, so every parameter of a checkpoint is in one of them.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from laser.checkpoint.reader import Checkpoint, TensorInfo
+from laser.checkpoint.cuts import Cut
+from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
+from laser.checkpoint.headers import TORCH, TensorInfo
+from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError
-
-LAYER = r"model\.layers\.(?P<layer>\d+)\."
-ATTENTION = {role: rf"{LAYER}self_attn\.{role}_proj\.weight" for role in "qkvo"}
-DENSE = {role: rf"{LAYER}mlp\.{role}_proj\.weight" for role in ("gate", "up", "down")}
-AROUND = {
-    "norm": rf"{LAYER}(input_layernorm|post_attention_layernorm)\.weight|model\.norm\.weight",
-    "embedding": r"model\.embed_tokens\.weight",
-    "head": r"lm_head\.weight",
-}
-EXPERTS = {w: rf"{LAYER}block_sparse_moe\.experts\.(?P<expert>\d+)\.{w}\.weight" for w in ("w1", "w2", "w3")}
-
-# config.json's model_type -> role -> pattern of the whole tensor name
-FAMILIES: dict[str, Mapping[str, str]] = {
-    "mixtral": {**ATTENTION, **EXPERTS, "router": rf"{LAYER}block_sparse_moe\.gate\.weight", **AROUND},
-    "mistral": {**ATTENTION, **DENSE, **AROUND},
-    "llama": {**ATTENTION, **DENSE, **AROUND},
-}
 
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
-PROTECTED = ("router", "embedding", "head", "norm", "other")
+PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "vision", "other")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor of the checkpoint and what it is, known from headers alone."""
+    """A logical matrix (or whatever else a tensor is) and where it lies, known from headers alone."""
 
     name: str
-    role: str  # "other" for a name that the family's row does not know
+    role: str  # "other" for a name that the family's rows do not know
     layer: int | None
     expert: int | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # (out, in), however it is stored
     dtype: str
+    tensor: str  # that holds it
+    cut: Cut | None = None  # its place in the tensor; None: it is the tensor
 
     @property
     def is_matrix(self) -> bool:
         """Two-dimensional, not empty: something that has a singular spectrum."""
         return len(self.shape) == 2 and min(self.shape) > 0
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def cost(self) -> int:
@@ -58,22 +52,133 @@ class Matrix:
 
 
 def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
-    """Every tensor of the checkpoint, in file order, with its layer, role and expert.
+    """Everything that the checkpoint's tensors hold, in file order; see `doubts` for what had to be guessed.
 
-    Raises CheckpointError for a family that is not in the table.
+    Raises CheckpointError where a fused tensor does not have the shape that config.json implies.
     """
-    family = checkpoint.config.get("model_type")
-    if family not in FAMILIES:
-        raise CheckpointError(
-            f"{checkpoint.name}/config.json: model_type is {family!r}, expected one of {', '.join(FAMILIES)}"
+    rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
+    matrices = [matrix for info in checkpoint.tensors.values() for matrix in _matrices(info, rows, checkpoint.config)]
+    seen: set[str] = set()
+    for matrix in matrices:
+        if matrix.name in seen:
+            raise CheckpointError(f"{checkpoint.name}: two matrices would be called {matrix.name}; rename that tensor")
+        seen.add(matrix.name)
+    return matrices
+
+
+def family_of(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.config.get("model_type"))
+
+
+def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
+    """What a user should look at before trusting the list: guesses for an unknown family, or tensors without a row."""
+    family = family_of(checkpoint)
+    if family in FAMILIES:
+        unknown = [m.name for m in matrices if m.role == "other" and len(m.shape) > 1]
+        if not unknown:
+            return None
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        return (
+            f"{checkpoint.name}: family {family} has no such tensors, so they are kept as they are: "
+            f"{', '.join(unknown[:3])}{more}; check the checkpoint, or ask for them with --roles other"
         )
-    rows = [(role, re.compile(pattern)) for role, pattern in FAMILIES[family].items()]
-    return [_matrix(info, rows) for info in checkpoint.tensors.values()]
+    kinds: dict[tuple[str, str], int] = {}
+    for matrix in matrices:
+        place = (re.sub(r"\d+", "N", matrix.name), matrix.role if matrix.is_matrix else "kept, no matrix")
+        kinds[place] = kinds.get(place, 0) + 1
+    took = "; ".join(f"{name} ({count}) for {role}" for (name, role), count in kinds.items())
+    return f"{checkpoint.name}: model_type {family!r} is not in the table of families; by name and shape took {took}"
 
 
-def _matrix(info: TensorInfo, rows: list[tuple[str, re.Pattern[str]]]) -> Matrix:
-    for role, pattern in rows:
+def _matrices(info: TensorInfo, rows: list[tuple[Row, re.Pattern[str]]], config: Mapping[str, Any]) -> list[Matrix]:
+    for row, pattern in rows:
         if match := pattern.fullmatch(info.name):
-            numbers = {k: int(v) for k, v in match.groupdict().items() if v is not None}
-            return Matrix(info.name, role, numbers.get("layer"), numbers.get("expert"), info.shape, info.dtype)
-    return Matrix(info.name, "other", None, None, info.shape, info.dtype)
+            found = match.groupdict()
+            layer, expert = (int(found[k]) if found.get(k) else None for k in ("layer", "expert"))
+            if row.axes and info.dtype in TORCH:
+                return [
+                    Matrix(f"{info.name}{label}", role, layer, e, cut.shape, info.dtype, info.name, cut)
+                    for label, role, e, cut in _cuts(info, row, config)
+                ]
+            role = row.role if not row.axes else "other"  # packed numbers cannot be cut by their shape
+            return [Matrix(info.name, role, layer, expert, info.shape, info.dtype, info.name)]
+    return [Matrix(info.name, "other", None, None, info.shape, info.dtype, info.name)]
+
+
+def _cuts(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, Cut]]:
+    """(label, role, expert, cut) of each matrix in a fused tensor, in stored order of the experts."""
+    dimensions, view = row.axes.split(), info.shape
+    if len(dimensions) != len(view) or not math.prod(view):
+        raise _unlike(info, f"{len(dimensions)} dimensions ({row.axes}), none of them empty")
+    axes = row.axes.replace("*", " ").split()
+    if len(axes) > len(view):
+        count = _number(config, axes[0])
+        if view[0] % count:
+            raise _unlike(info, f"rows in {count} equal parts, one per {axes[0]}")
+        view = (count, view[0] // count, *view[1:])
+    # The rows of a matrix come before its columns, or it is stored transposed.
+    transposed = axes.index("column") < len(axes) - 1
+    fused = next((axis for axis, name in enumerate(axes) if name in ("blocks", "comb")), None)
+    ranges = {row.role: None} if fused is None else _ranges(info, row, axes, view[fused], config)
+    experts = range(view[0]) if axes[0] == "expert" else (None,)
+    for expert in experts:
+        for role, part in ranges.items():
+            index = [(0, size, 1) for size in view]
+            if expert is not None:
+                index[0] = (expert, expert + 1, 1)
+            if fused is not None and part is not None:
+                index[fused] = part
+            words = [str(expert)] if expert is not None else []
+            words += [role] if part is not None else []
+            yield f"[{','.join(words)}]" if words else "", role, expert, Cut(view, tuple(index), transposed)
+
+
+def _ranges(
+    info: TensorInfo, row: Row, axes: Sequence[str], size: int, config: Mapping[str, Any]
+) -> dict[str, tuple[int, int, int]]:
+    """role -> (start, stop, step) on the axis of `size` that the parts share."""
+    count = len(row.parts)
+    if "comb" in axes or "head" in axes or row.parts[0] != "q":
+        if size % count:
+            raise _unlike(info, f"a dimension that {count} parts share equally ({', '.join(row.parts)})")
+        if "comb" in axes:
+            return {role: (i, size, count) for i, role in enumerate(row.parts)}
+        sizes = [size // count] * count
+    else:
+        width = _number(config, "width")
+        sizes = [_number(config, heads) * width for heads in ("head", "key_value", "key_value")]
+        if sum(sizes) != size:
+            raise _unlike(info, f"{' + '.join(map(str, sizes))} rows for {', '.join(row.parts)}")
+    starts = [sum(sizes[:i]) for i in range(count)]
+    return {role: (start, start + n, 1) for role, start, n in zip(row.parts, starts, sizes, strict=True)}
+
+
+def _unlike(info: TensorInfo, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{info.shard}: {info.name} has shape {list(info.shape)}, expected {expected} by config.json; "
+        "use the config that belongs to these weights"
+    )
+
+
+NUMBERS = {
+    "expert": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "head": ("num_attention_heads", "n_head", "n_heads"),
+    "key_value": ("num_key_value_heads", "n_kv_heads", "kv_n_heads", "num_attention_heads", "n_head", "n_heads"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+}
+
+
+def _number(config: Mapping[str, Any], what: str) -> int:
+    """A count from config.json, wherever the family puts it. Raises CheckpointError where it is missing or absurd."""
+    nested = [config[k] for k in ("text_config", "attn_config", "ffn_config", "moe") if isinstance(config.get(k), dict)]
+    if what == "width":
+        given = [c["head_dim"] for c in (config, *nested) if type(c.get("head_dim")) is int and c["head_dim"] > 0]
+        return given[0] if given else _number(config, "hidden") // _number(config, "head")
+    for key in NUMBERS[what]:
+        for place in (config, *nested):
+            if type(place.get(key)) is int and place[key] > 0:
+                return place[key]
+    raise CheckpointError(
+        f"config.json holds none of {', '.join(NUMBERS[what])}, which this family's fused tensors are cut by; "
+        "use the config that belongs to these weights"
+    )

@@ -4,7 +4,8 @@ Order of events, so that being killed at any byte loses nothing and leaves nothi
 
     laser/journal.jsonl   says which run this is; gains a line after each step below
     side files            config, tokenizer and so on, byte for byte
-    NAME.partial          pre-sized, untouched ranges copied, then each touched matrix, with its sha256 in the journal
+    NAME.partial          pre-sized, untouched ranges copied, then each touched matrix, in the order in which they
+                          are finished, with its sha256 in the journal
     NAME                  renamed once the whole shard is on the disk (fsync), and hashed if anything in it is new
     laser.json            the outcome
     the index             last: a directory with an index is a finished checkpoint
@@ -15,26 +16,25 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
-from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, Shard
+from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
+from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
 from laser.errors import OutputError
 
-OUTCOME = "laser.json"
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
-CHUNK = 8 << 20
 # The same weights in another format would be unreduced copies, and as large again.
 OTHER_WEIGHTS = (
     ".safetensors",
@@ -49,9 +49,10 @@ OTHER_WEIGHTS = (
     ".index.json",
 )
 
-# names in file order -> (name, new tensor, its record), one at a time
-Compute = Callable[[list[str]], Iterable[tuple[str, torch.Tensor, dict[str, Any]]]]
-# (records by tensor, sha256 by shard or None where it is the source's) -> the document for laser.json
+# names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
+New = tuple[str, torch.Tensor | None, dict[str, Any]]
+Compute = Callable[[list[str]], Generator[New, None, None]]
+# (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 
@@ -73,7 +74,7 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) 
         if not ours:
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
-            state = "is a finished checkpoint" if _is_finished(source, out) else "is unfinished"
+            state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -82,17 +83,20 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) 
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
-    touched: list[str],
+    touched: Sequence[Matrix],
     compute: Compute,
     describe: Describe,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `source` to `out` with the `touched` tensors replaced by what `compute` yields; returns laser.json.
+    """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
-    `run` identifies the work: with the same `run` an unfinished `out` is continued (call `prepare_output` first).
+    `compute` gets the names that are not finished, shard by shard, and yields them in any order, each once; a matrix
+    of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
+    shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
+    (call `prepare_output` first).
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
     """
-    if _is_finished(source, out) and not (out / JOURNAL).exists():
+    if is_finished(source, out) and not (out / JOURNAL).exists():
         document = json.loads((out / OUTCOME).read_bytes())
         if document.get("run") == run:
             return document
@@ -100,117 +104,84 @@ def write_checkpoint(
     with Journal(out / JOURNAL, run) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
-        hashes = {n: h for n, h in hashes.items() if (out / n).exists() or _partial(out, n).exists()}
+        hashes = {n: h for n, h in hashes.items() if (out / n).exists() or partial_of(out, n).exists()}
         _check_space(source, out, hashes)
         left_out = _copy_side_files(source, out)
-        with ThreadPoolExecutor(1) as background:  # fsync and hash of one shard while the next is being made
-            pending: list[tuple[Shard, Future[str | None]]] = []
-            for shard in source.shards:
-                if shard.name not in hashes:
-                    names = [t.name for t in shard.tensors if t.name in touched and source.tensors[t.name] == t]
-                    _write_shard(shard, out, names, compute, journal, records)
-                    pending.append((shard, background.submit(_settle, _partial(out, shard.name), bool(names))))
-                _collect(source, out, journal, hashes, pending, keep=2)
-            _collect(source, out, journal, hashes, pending, keep=0)
-        ordered = {name: records[name]["record"] for name in touched}
+        inside: dict[str, list[Matrix]] = {}
+        for matrix in touched:
+            inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
+        jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
+        _write_shards(source, out, jobs, compute, journal, records, hashes)
+        new = [m.name for m in touched if records[m.name]["sha256"] is not None]
+        ordered = {name: records[name]["record"] for name in new}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
-        write_atomically(out / OUTCOME, to_json({**document, "run": run}))
+        document = {**document, "run": document.get("run", run)}
+        write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but for a one-file checkpoint and a kill between two steps
-            if _partial(out, shard.name).exists():
-                _rename(_partial(out, shard.name), out / shard.name)
+            if partial_of(out, shard.name).exists():
+                _rename(partial_of(out, shard.name), out / shard.name)
         if source.index_bytes is not None:
             write_atomically(out / INDEX, source.index_bytes)
         _sync_directory(out)
         journal.remove()
-    return {**document, "run": run}
+    return document
 
 
-def _write_shard(
-    shard: Shard,
+def _write_shards(
+    source: Checkpoint,
     out: Path,
-    names: list[str],
+    jobs: list[Job],
     compute: Compute,
     journal: Journal,
     records: dict[str, dict[str, Any]],
+    hashes: dict[str, str | None],
 ) -> None:
-    partial = _partial(out, shard.name)
-    where = {t.name: t for t in shard.tensors}
-    copied = any(e.get("copied") == shard.name for e in journal.entries)
-    with disk_errors(partial):
-        if not (copied and partial.exists() and partial.stat().st_size == shard.size):
-            with shard.path.open("rb") as source, partial.open("wb") as target:
-                target.truncate(shard.size)
-                for start, end in _untouched(shard, set(names)):
-                    copy_range(source, target, start, end)
-            journal.append({"copied": shard.name})
-            copied = False
-        with partial.open("r+b", buffering=0) as target:
-            finished = {n for n in names if copied and n in records and _holds(target, where[n], records[n]["sha256"])}
-            todo = [n for n in names if n not in finished]
-            for name, tensor, record in compute(todo) if todo else ():
-                data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
-                target.seek(where[name].start)
-                _write_all(target, data)
-                records[name] = {"matrix": name, "sha256": hashlib.sha256(data).hexdigest(), "record": record}
+    """Two helpers beside the caller's thread: one copies what is untouched, shard after shard, one settles what is
+    whole. Only this thread writes matrices and the journal."""
+    copier, settler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    copies = {job.shard.name: copier.submit(copy_untouched, job, out) for job in jobs}
+    settling: list[tuple[Shard, Future[str | None]]] = []
+    by_name = {m.name: (job, m) for job in jobs for m in job.todo}
+    left = {job.shard.name: len(job.todo) for job in jobs}
+    idle = [job for job in jobs if not job.todo]
+
+    def ready(job: Job) -> None:
+        """Wait until the shard's untouched bytes are in place, and tell the journal."""
+        future = copies.pop(job.shard.name, None)
+        if future is not None and future.result():
+            journal.append({"copied": job.shard.name})
+
+    def finish(job: Job) -> None:
+        ready(job)
+        changed = any(records[m.name]["sha256"] is not None for m in job.touched)
+        settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
+
+    def sweep(wait: bool) -> None:
+        while idle and (wait or copies[idle[0].shard.name].done()):
+            finish(idle.pop(0))
+        _collect(source, out, journal, hashes, settling, wait)
+
+    try:
+        with closing(compute(list(by_name))) if by_name else nullcontext(iter(())) as results:
+            for expected, _ in list(by_name.values()):  # as many results as names; most likely this shard's are next
+                ready(expected)
+                name, new, record = next(results)
+                job, matrix = by_name[name]
+                ready(job)
+                with disk_errors(partial_of(out, job.shard.name)):
+                    sha256 = put(job.shard, matrix, out, new)
+                del new  # before the next is waited for
+                records[name] = {"matrix": name, "sha256": sha256, "record": record}
                 journal.append(records[name])
-
-
-def _untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
-    """Byte ranges to copy, merged: everything but the touched tensors."""
-    start = 0
-    for tensor in shard.tensors:
-        if tensor.name in touched:
-            if tensor.start > start:
-                yield start, tensor.start
-            start = tensor.end
-    if shard.size > start:
-        yield start, shard.size
-
-
-def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:
-    """Bytes [start, end) of one file to the same place in another, in the kernel where it can."""
-    while start < end and hasattr(os, "copy_file_range"):
-        try:
-            count = os.copy_file_range(source.fileno(), target.fileno(), end - start, start, start)
-        except OSError as error:  # two file systems, or one that lacks the call
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            break
-        if not count:
-            break
-        start += count
-    while start < end:
-        data = os.pread(source.fileno(), min(CHUNK, end - start), start)
-        if not data:
-            raise OSError(errno.EIO, f"{source.name} became shorter while it was copied")
-        start += os.pwrite(target.fileno(), data, start)
-
-
-def _write_all(target: Any, data: memoryview) -> None:
-    while data:
-        data = data[target.write(data) :]
-
-
-def _holds(file: Any, tensor: Any, sha256: str) -> bool:
-    """Whether the bytes that the journal promised for a matrix are really there."""
-    digest = hashlib.sha256()
-    file.seek(tensor.start)
-    left = tensor.end - tensor.start
-    while left > 0:
-        data = file.read(min(CHUNK, left))
-        if not data:
-            return False
-        digest.update(data)
-        left -= len(data)
-    return digest.hexdigest() == sha256
-
-
-def _settle(partial: Path, changed: bool) -> str | None:
-    """The shard on the disk for good; its sha256, or None for a plain copy, whose bytes are the source's: hashing it
-    would take twice as long as copying it."""
-    with disk_errors(partial), partial.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest() if changed else None
+                left[job.shard.name] -= 1
+                if not left[job.shard.name]:
+                    finish(job)
+                sweep(wait=False)
+            next(results, None)  # what the computation does behind its last result
+        sweep(wait=True)
+    finally:
+        copier.shutdown(cancel_futures=True)
+        settler.shutdown(cancel_futures=True)
 
 
 def _collect(
@@ -218,15 +189,16 @@ def _collect(
     out: Path,
     journal: Journal,
     hashes: dict[str, str | None],
-    pending: list[tuple[Shard, Future[str | None]]],
-    keep: int,
+    settling: list[tuple[Shard, Future[str | None]]],
+    wait: bool,
 ) -> None:
-    while len(pending) > keep:
-        shard, future = pending.pop(0)
+    """Rename the shards that are on the disk for good."""
+    while settling and (wait or settling[0][1].done()):
+        shard, future = settling.pop(0)
         hashes[shard.name] = future.result()
         journal.append({"shard": shard.name, "sha256": hashes[shard.name]})
         if source.index_bytes is not None:  # the only shard of a one-file checkpoint waits for laser.json
-            _rename(_partial(out, shard.name), out / shard.name)
+            _rename(partial_of(out, shard.name), out / shard.name)
 
 
 def _rename(partial: Path, final: Path) -> None:
@@ -234,17 +206,13 @@ def _rename(partial: Path, final: Path) -> None:
         partial.replace(final)
 
 
-def _partial(out: Path, name: str) -> Path:
-    return out / f"{name}.partial"
-
-
-def _is_finished(source: Checkpoint, out: Path) -> bool:
+def is_finished(source: Checkpoint, out: Path) -> bool:
     return (out / OUTCOME).exists() and (out / (SINGLE if source.index_bytes is None else INDEX)).exists()
 
 
 def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:
     def there(shard: Shard) -> int:
-        partial = _partial(out, shard.name)
+        partial = partial_of(out, shard.name)
         return partial.stat().st_blocks * 512 if partial.exists() else 0
 
     needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in hashes)

@@ -21,6 +21,13 @@ Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
+Devices = Annotated[str | None, typer.Option("--devices", help="Several: cuda:0,cuda:1, or all; one worker each.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="On the cpu, one thread each; default: as cores and memory allow.")
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
+]
 Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
 Method = Annotated[str, typer.Option("--method", help="gram (fast), projector (products alone) or svd (reference).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]

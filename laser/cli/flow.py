@@ -22,10 +22,11 @@ from laser.reduction import reduce as reduce_checkpoint
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral import devices as devices_module
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import choose_device
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
+from laser.workers import Crew, choose_crew
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
@@ -45,6 +46,9 @@ def scan(
     include: common.Include = None,
     exclude: common.Exclude = None,
     device: common.DeviceName = "auto",
+    devices: common.Devices = None,
+    workers: common.Workers = None,
+    engine: common.Engine = "threads",
     precision: common.Precision = "auto",
     method: common.Method = "gram",
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
@@ -57,9 +61,9 @@ def scan(
     Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
     """
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
-    where = choose_device(device, precision)
+    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     if dry_run:
-        return print_dry_run(checkpoint, selected, where, as_json)
+        return print_dry_run(checkpoint, selected, crew, as_json)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
     common.refuse_to_overwrite(output, force)
@@ -68,7 +72,7 @@ def scan(
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
     start = time.perf_counter()
     with common.Progress("scan", chosen_of(list_matrices(checkpoint), selected)) as bar:
-        spectra = scan_into(output, checkpoint, selected, where, method, bar, null_draws=null)
+        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null)
     seconds = time.perf_counter() - start
     if as_json:
         return common.print_json(
@@ -126,6 +130,9 @@ def reduce(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
     output: Output,
     device: common.DeviceName = "auto",
+    devices: common.Devices = None,
+    workers: common.Workers = None,
+    engine: common.Engine = "threads",
     precision: common.Precision = "auto",
     method: common.Method = "gram",
     resume: common.Resume = False,
@@ -134,15 +141,16 @@ def reduce(
     as_json: common.Json = False,
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
-    checkpoint, wanted, where = open_checkpoint(model), Plan.load(plan), choose_device(device, precision)
+    checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
+    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     if dry_run:
         wanted.source.require(checkpoint, "plan")
-        return _print_estimate(checkpoint, touched, where, as_json)
+        return _print_estimate(checkpoint, touched, crew, as_json)
     start = time.perf_counter()
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
-            checkpoint, wanted, output, device=where, method=method, resume=resume, force=force, tick=bar
+            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, tick=bar
         )
     print_outcome(outcome, output, time.perf_counter() - start, as_json)
 
@@ -180,16 +188,16 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
     return [m for m in matrices if chosen.why_not(m) is None]
 
 
-def print_dry_run(checkpoint: Checkpoint, chosen: Selection, where: Device, as_json: bool) -> None:
+def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
-    _print_estimate(checkpoint, chosen_of(matrices, chosen), where, as_json)
+    _print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
 
 
-def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Device, as_json: bool) -> None:
-    foretold = estimate(checkpoint, matrices, where)
+def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], crew: Crew, as_json: bool) -> None:
+    foretold = estimate(checkpoint, matrices, crew)
     if as_json:
-        return common.print_json(asdict(foretold) | {"device": where.label, "names": [m.name for m in matrices]})
+        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
     groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
         groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
@@ -201,7 +209,7 @@ def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], where: Devic
         ],
     )
     print(
-        f"{len(matrices)} matrices on {where.label}: about {_duration(foretold.scan_seconds)} to scan, "
+        f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
         f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy"
     )

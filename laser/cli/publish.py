@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.reader import open_checkpoint
-from laser.checkpoint.writer import OUTCOME
+from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
-from laser.publication import LEADERBOARD, write_card
+from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
 from laser.spectral.devices import choose_device
 
 
@@ -55,23 +54,7 @@ def leaderboard(
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force)
     where = choose_device(device).name
-    # As it is published, the command names no folder of this machine.
-    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", where]
-    for flag, value in (("--tasks", tasks), ("--limit", limit), ("--data", data.resolve().name if data else None)):
-        words += [flag, str(value)] if value is not None else []
-    words += ["--dtype", dtype] if dtype != "auto" else []
-    words += ["--batch-size", str(batch_size)] if batch_size != 1 else []
-    board = run_leaderboard(
-        checkpoint,
-        tasks=names,
-        limit=limit,
-        data=data,
-        device=where,
-        dtype=dtype,
-        batch_size=batch_size,
-        command=shlex.join(words),
-    )
-    board.save(output)
+    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
     if as_json:
         common.print_json(_document(board) | {"output": str(output)})
         return
@@ -85,6 +68,41 @@ def leaderboard(
     print(f"written to {output}")
 
 
+def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
+    """Source and result of a run on the same rows, each into its record, where the card looks for them."""
+    for target, measured in ((LEADERBOARD_SOURCE, checkpoint), (LEADERBOARD, open_checkpoint(out))):
+        _measure_tasks(measured, out / target, device, limit=limit, data=data)
+
+
+def _measure_tasks(
+    checkpoint: Checkpoint,
+    output: Path,
+    device: str,
+    tasks: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    dtype: str = "auto",
+    batch_size: int = 1,
+) -> Leaderboard:
+    # As it is published, the command names no folder of this machine.
+    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", device]
+    given = {
+        "--tasks": ",".join(tasks) if tasks else None,
+        "--limit": limit,
+        "--data": data.resolve().name if data else None,
+        "--dtype": dtype if dtype != "auto" else None,
+        "--batch-size": batch_size if batch_size != 1 else None,
+    }
+    for flag, value in given.items():
+        words += [flag, str(value)] if value is not None else []
+    board = run_leaderboard(
+        checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
+        command=shlex.join(words),
+    )  # fmt: skip
+    board.save(output)
+    return board
+
+
 def card(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     source: Annotated[
@@ -94,6 +112,8 @@ def card(
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     before: Annotated[Path | None, typer.Option("--before", help="Leaderboard record of the source.")] = None,
     after: Annotated[Path | None, typer.Option("--after", help="Leaderboard record of OUT.")] = None,
+    eval_before: Annotated[Path | None, typer.Option("--eval-before", help="Record of laser eval SOURCE.")] = None,
+    eval_after: Annotated[Path | None, typer.Option("--eval-after", help="Record of laser eval OUT.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -107,6 +127,8 @@ def card(
         hash_source=hash_source,
         before=before,
         after=after,
+        eval_before=eval_before,
+        eval_after=eval_after,
         force=force,
     )
     if as_json:

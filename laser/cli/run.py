@@ -26,21 +26,23 @@ from laser.cli.flow import (
     print_outcome,
 )
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
+from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import lm_eval_is_here, run_leaderboard
+from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
 from laser.plan import Plan, make_plan
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, SEARCH, write_card
+from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import Device
 from laser.spectral.rules import draws_needed
 from laser.trials import ACCEPT
+from laser.workers import choose_crew
 
 
 def run(
@@ -73,6 +75,9 @@ def run(
     data: Annotated[Path | None, typer.Option("--data", help="Rows of the tasks, without the Hub.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each task.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cuda, mps or cpu.")] = None,
+    devices: common.Devices = None,
+    workers: common.Workers = None,
+    engine: common.Engine = "threads",
     precision: common.Precision = "auto",
     method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
     resume: common.Resume = False,
@@ -105,9 +110,11 @@ def run(
     }
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
-    where = choose_device(device or flags.get("device", "auto"), precision)
+    kind = device or flags.get("device", "auto")
+    crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
+    where = crew.devices[0]
     if dry_run:
-        return print_dry_run(checkpoint, chosen, where, as_json)
+        return print_dry_run(checkpoint, chosen, crew, as_json)
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def choose(spectra: Spectra) -> Plan:
@@ -132,7 +139,7 @@ def run(
             output,
             chosen,
             choose,
-            device=where,
+            crew=crew,
             method=method or flags.get("method", "gram"),
             null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
@@ -142,7 +149,8 @@ def run(
             on_reduce=reduced,
         )
     if wants_board:
-        _leaderboards(checkpoint, output, where, data, limit)
+        leaderboards(checkpoint, output, where.name, data, limit)
+        write_card(output, checkpoint, commands=(_command(checkpoint, output),))
     print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
 
 
@@ -167,16 +175,6 @@ def _search(
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
     wanted = [rule for rule in rules.split(",") if rule]
     return search_with_bar(layered, spectra, wanted, calibration, reported, device=device, **options)
-
-
-def _leaderboards(checkpoint: Checkpoint, output: Path, where: Device, data: Path | None, limit: int | None) -> None:
-    """Source and result on the same rows, each into its record; then the card again, with them."""
-    for target, measured in ((LEADERBOARD_SOURCE, checkpoint), (LEADERBOARD, open_checkpoint(output))):
-        words = ["laser", "leaderboard", measured.name, "--device", where.name]
-        words += [w for flag, v in (("--limit", limit), ("--data", data and data.name)) if v for w in (flag, str(v))]
-        board = run_leaderboard(measured, limit=limit, data=data, device=where.name, command=shlex.join(words))
-        board.save(output / target)
-    write_card(output, checkpoint, commands=(_command(checkpoint, output),))
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:

@@ -24,6 +24,7 @@ from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import RULES
 from laser.trials import ACCEPT
+from laser.workers import Crew
 
 
 def search(
@@ -96,7 +97,7 @@ def search(
     else:
         scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
         with common.Progress("scan", scanned) as bar:
-            measured = scan_into(spectra, checkpoint, chosen, where, "gram", bar)
+            measured = scan_into(spectra, checkpoint, chosen, Crew((where,)), "gram", bar)
     result = search_with_bar(
         LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
         measured,

@@ -6,7 +6,6 @@ records of the same rows can be compared row by row, which is far sharper than c
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import math
@@ -19,7 +18,6 @@ from typing import Any
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import OUTCOME
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
 
@@ -56,15 +54,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """What lm-eval measured on one model.
-
-    `identity` is that of the checkpoint's headers, which a reduction shares with its source; `outcome`, the sha256 of
-    laser.json, tells them apart and is None for a model that laser did not write.
-    """
+    """What lm-eval measured on the model with this identity."""
 
     model: str
     identity: str
-    outcome: str | None
     scores: tuple[TaskScore, ...]
     limit: int | None  # rows per task (per subject for MMLU); None: all
     data: Mapping[str, str]  # local file -> sha256; empty: rows from the Hub
@@ -184,11 +177,9 @@ def run_leaderboard(
         for task in chosen:
             scores.append(_measure(model, task, Path(folder, task.name), names[task.name], limit))
             tick(scores[-1])
-    outcome = checkpoint.path / OUTCOME
     return Leaderboard(
         model=checkpoint.name,
         identity=checkpoint.identity,
-        outcome=hashlib.sha256(outcome.read_bytes()).hexdigest() if outcome.is_file() else None,
         scores=tuple(scores),
         limit=limit,
         data=hashes,

@@ -27,7 +27,7 @@ class Perplexity:
     """How well one model predicts one text. `nll` and `losses` in nats per token; see `Windows` for the rest."""
 
     model: str
-    identity: str  # of the checkpoint: config, index and headers
+    identity: str  # of the checkpoint, see Checkpoint.identity
     text: str
     text_sha256: str
     windows_sha256: str  # of every token id and of what is scored

@@ -180,8 +180,8 @@ def reproduce(
         facts += [(code(k), f"sha256 {code(v)}") for k, v in after.data.items()]
     parts.append(table(("", ""), facts))
     parts.append(
-        "The identity is a sha256 over the config, the index, and each shard's name, size and header. The same source, "
-        "plan, method, device and versions give the same bytes:"
+        "The identity is a sha256 over the config, the index, laser.json if there is one, and each shard's name, size "
+        "and header. The same source, plan, method, device and versions give the same bytes:"
     )
     shards = source.shards or {}
     if shards:

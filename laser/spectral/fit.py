@@ -65,6 +65,12 @@ def fit_noise(s: Spectrum, shape: Shape, estimator: str = "trimmed") -> NoiseFit
     return NoiseFit(estimator, noise.sigma, noise.sigma * spread, distance, level, bulk, theta, noise.along)
 
 
+def standard_error(shape: Shape, estimator: str) -> float:
+    """Relative standard error of the estimated sigma on pure noise of this shape and equal variances."""
+    p, q, _ = mp.aspect(shape)
+    return _null(p, q, estimator, math.inf, "p")[0]
+
+
 def bulk_distance(s: Spectrum, shape: Shape, noise: Noise) -> tuple[float, int]:
     """Kolmogorov-Smirnov distance of the values up to the upper edge from the law of `noise`, and their number.
 

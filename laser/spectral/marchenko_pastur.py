@@ -100,16 +100,22 @@ def tracy_widom_quantile(u: float) -> float:
     return float(stats.gamma.ppf(u, _TW1_SHAPE) * _TW1_SCALE - _TW1_SHIFT)
 
 
-def tracy_widom_edge(sigma: float, shape: tuple[int, int], alpha: float) -> float:
-    """The level that the largest singular value of pure noise exceeds with probability alpha, in sigma's unit.
+def tracy_widom_scale(shape: tuple[int, int]) -> tuple[float, float]:
+    """(mu, c) of unit noise: s_1^2 / sigma^2 is near mu + c * TW1 (Johnstone 2001, theorem 1.1).
 
-    Johnstone (2001), theorem 1.1: s_1^2 / sigma^2 is near mu + c * TW1 with mu = (sqrt(q-1) + sqrt(p))^2 and
-    c = sqrt(mu) * (1/sqrt(q-1) + 1/sqrt(p))^(1/3). The quantile of TW1 is Chiani's (2014) gamma approximation.
-    A 1 x 1 matrix has no q - 1 to speak of; it is treated as q = 2.
+    mu = (sqrt(q-1) + sqrt(p))^2 and c = sqrt(mu) * (1/sqrt(q-1) + 1/sqrt(p))^(1/3). A 1 x 1 matrix has no q - 1 to
+    speak of; it is treated as q = 2.
     """
     p, q, _ = aspect(shape)
     q = max(q, 2)
     mu = ((q - 1) ** 0.5 + p**0.5) ** 2
-    c = mu**0.5 * ((q - 1) ** -0.5 + p**-0.5) ** (1 / 3)
-    w = tracy_widom_quantile(1 - alpha)
-    return sigma * max(mu + c * w, 0.0) ** 0.5
+    return mu, mu**0.5 * ((q - 1) ** -0.5 + p**-0.5) ** (1 / 3)
+
+
+def tracy_widom_edge(sigma: float, shape: tuple[int, int], alpha: float) -> float:
+    """The level that the largest singular value of pure noise exceeds with probability alpha, in sigma's unit.
+
+    Centre and scale as in `tracy_widom_scale`; the quantile of TW1 is Chiani's (2014) gamma approximation.
+    """
+    mu, c = tracy_widom_scale(shape)
+    return sigma * max(mu + c * tracy_widom_quantile(1 - alpha), 0.0) ** 0.5

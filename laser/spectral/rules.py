@@ -12,13 +12,14 @@ scan measures beside the spectrum when told to (permutation.py). Planning itself
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
+from laser.spectral.fit import standard_error
 from laser.spectral.noise import Shape, Spectrum
 
 BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
@@ -71,8 +72,16 @@ def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
 
 
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
+    """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
+    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
+    _, _, beta = mp.aspect(shape)
+    error = standard_error(shape, "iqr")
+    if error > beta**0.5:
+        cut = _mp_median(s, shape, 0.0)
+        return replace(cut, reason=f"{cut.reason}: an IQR of {min(shape)} values is {error:.0%} off")
     sigma = noise.sigma_iqr(s, shape)
-    return _above(s, mp.edges(sigma, shape)[1], sigma, "above the Marchenko-Pastur edge, sigma by IQR")
+    edge = mp.edges(sigma * (1 + 2 * error), shape)[1]
+    return _above(s, edge, sigma, f"above the Marchenko-Pastur edge, sigma by IQR + 2 errors of {error:.2%}")
 
 
 def _tracy_widom(s: Spectrum, shape: Shape, alpha: float) -> Cut:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from laser.checkpoint import writer
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal
-from laser.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
-from laser.checkpoint.writer import JOURNAL, OUTCOME, prepare_output, write_checkpoint
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
+from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
 from laser.errors import LaserError, OutputError, RecordError
 
 RUN = {"kind": "test"}
@@ -23,7 +24,7 @@ W2 = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
 
 
 def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Compute:
-    def compute(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def compute(names: list[str]) -> Generator[writer.New, None, None]:
         for name in names:
             if calls is not None:
                 calls.append(name)
@@ -36,10 +37,14 @@ def describe(records: dict[str, Any], shards: dict[str, str | None]) -> dict[str
     return {"matrices": records, "shards": shards}
 
 
+def matrices_of(checkpoint: Checkpoint, names: list[str]) -> list[Matrix]:
+    return [m for m in list_matrices(checkpoint) if m.name in names]
+
+
 def write(source: Path, out: Path, touched: list[str], calls: list[str] | None = None) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
     prepare_output(checkpoint, out, resume=True, force=False)
-    return write_checkpoint(checkpoint, out, touched, halve(checkpoint, calls), describe, RUN)
+    return write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), halve(checkpoint, calls), describe, RUN)
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
@@ -163,7 +168,7 @@ def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -
     """The journal's promise is checked: bytes that a crash of the machine lost are computed again."""
     out, calls, checkpoint = tmp_path / "out", [], open_checkpoint(pico)
 
-    def stop_after_first(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def stop_after_first(names: list[str]) -> Generator[writer.New, None, None]:
         for item in halve(checkpoint, calls)(names):
             if len(calls) > 1:
                 raise KeyboardInterrupt
@@ -172,7 +177,7 @@ def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -
     touched = [f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
     prepare_output(checkpoint, out, resume=False, force=False)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(checkpoint, out, touched, stop_after_first, describe, RUN)
+        write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), stop_after_first, describe, RUN)
     info = checkpoint.tensors[touched[0]]
     with (out / f"{info.shard}.partial").open("r+b") as file:
         file.seek(info.start)
@@ -211,14 +216,14 @@ def test_journal_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_output_is_not_whole(pico: Path, tmp_path: Path) -> None:
-    def interrupt(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    def interrupt(names: list[str]) -> Generator[writer.New, None, None]:
         raise KeyboardInterrupt
         yield
 
     out, checkpoint = tmp_path / "out", open_checkpoint(pico)
     prepare_output(checkpoint, out, resume=False, force=False)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(checkpoint, out, [W2], interrupt, describe, RUN)
+        write_checkpoint(checkpoint, out, matrices_of(checkpoint, [W2]), interrupt, describe, RUN)
     assert not looks_whole(out) and (out / JOURNAL).exists()
     with pytest.raises(LaserError):
         open_checkpoint(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_the_default_text_is_there_and_a_dataset_fails_clearly_offline() -> None
     assert len(default_text().content) > 100_000
     with pytest.raises(UsageError, match=r"try .*--text FILE"):
         dataset_text("nobody/no-such-dataset")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs pip install datasets")
+def test_a_dataset_is_read_by_the_library(tmp_path: Path) -> None:
+    rows = [{"text": "one\n"}, {"text": "two"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = dataset_text(str(tmp_path))
+    assert text.content == "one\n\n\ntwo"
+    with pytest.raises(UsageError, match=r"no field 'body', found text"):
+        dataset_text(str(tmp_path), field="body")
 
 
 def test_a_missing_tokenizer_is_named(pico: Path) -> None:

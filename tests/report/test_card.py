@@ -82,7 +82,7 @@ def board_of(
         task = TASKS[name]
         scores.append(TaskScore(name, task.metric, right / rows, 0.05, rows, task.shots, values))
     versions = {"lm-eval": "0.4.13"}
-    return Leaderboard("base", "1" * 64, None, tuple(scores), limit, {}, {}, versions, "laser leaderboard base")
+    return Leaderboard("base", "1" * 64, tuple(scores), limit, {}, {}, versions, "laser leaderboard base")
 
 
 def losses_of_change(change: float, se: float | None = 0.01) -> Losses:

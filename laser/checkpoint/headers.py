@@ -1,0 +1,189 @@
+"""The safetensors layout: headers checked before they are believed, and the bytes behind them, wherever they lie.
+
+8 bytes of little-endian header length, a JSON header, the tensors without holes, as
+https://github.com/huggingface/safetensors has it. Every number is checked against the file's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laser.errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+}
+BITS |= {"U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its header describes it; `start` and `end` are byte offsets in the shard's file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+
+
+# (start, end) -> the bytes of that range of a shard, in pieces of any size
+Data = Callable[[int, int], Iterator[memoryview]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its header bytes verbatim (length prefix included) and the tensors that it says it holds.
+
+    `data` is None where `path` is that very file. Elsewhere (a pickle, the Hub, another dtype) it gives the bytes that
+    the file would have; `path` is then where they come from.
+    """
+
+    name: str
+    path: Path
+    size: int
+    header: bytes
+    tensors: tuple[TensorInfo, ...]  # in offset order
+    data: Data | None = None
+
+
+CHUNK = 8 << 20
+
+
+def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
+    """Bytes [start, end) of a shard: (end - start,), uint8. Raises CheckpointError where there are fewer."""
+    raw = torch.empty(end - start, dtype=torch.uint8)
+    view, at = raw.numpy().data, 0
+    if shard.data is not None:
+        for piece in shard.data(start, end):
+            view[at : at + len(piece)] = piece
+            at += len(piece)
+    else:
+        with shard.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while at < end - start and (count := file.readinto(view[at:])):
+                at += count
+    if at != end - start:
+        raise CheckpointError(f"{shard.name} ends at byte {start + at}, expected {end}: it changed; run again")
+    return raw
+
+
+def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a local file, a few megabytes at a time; fewer where it is shorter."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end and (data := file.read(min(CHUNK, end - start))):
+            yield memoryview(data)
+            start += len(data)
+
+
+def pieces(shard: Shard, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a shard, wherever they lie, a piece at a time."""
+    return file_pieces(shard.path, start, end) if shard.data is None else shard.data(start, end)
+
+
+def read_header(path: Path) -> Shard:
+    """Parse and check the header of one safetensors file. Raises CheckpointError naming the file and the tensor."""
+    name = path.name
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            check_length(name, size, length)
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name}: {error.strerror}; download it again") from error
+    return parse_header(name, path, size, header)
+
+
+def check_length(name: str, size: int, length: int) -> None:
+    """Raises CheckpointError for a header of `length` bytes that a file of `size` bytes cannot or should not have."""
+    if size < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{name} is truncated: found {size} bytes, expected a header of {length} bytes; download it again"
+        )
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{name}: header of {length} bytes, expected at most {MAX_HEADER}; not a model")
+
+
+def parse_header(name: str, path: Path, size: int, header: bytes, data: Data | None = None) -> Shard:
+    """The shard that the JSON text `header` describes, checked against the file's `size`. Raises CheckpointError."""
+    entries, length = parse_json(header, path), len(header)
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{name}: the header is a {type(entries).__name__}, expected an object; download again")
+    entries.pop("__metadata__", None)
+    base = 8 + length
+    tensors = [_tensor(name, key, entry, base, size) for key, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.start, t.end))
+    end = base
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise CheckpointError(
+                f"{name}: {tensor.name} {what}: found offset {tensor.start - base}, expected {end - base}; "
+                "download the file again"
+            )
+        end = tensor.end
+    if end != size:
+        raise CheckpointError(
+            f"{name}: found {size} bytes, expected {end} by its header: "
+            f"{'truncated' if size < end else 'bytes after the last tensor'}; download it again"
+        )
+    return Shard(name, path, size, length.to_bytes(8, "little") + header, tuple(tensors), data)
+
+
+def _tensor(file: str, key: str, entry: Any, base: int, size: int) -> TensorInfo:
+    def natural(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+    if not isinstance(entry, dict) or not natural(entry.get("shape")) or not natural(entry.get("data_offsets")):
+        raise CheckpointError(f"{file}: the entry of {key} has no valid shape and data_offsets; download it again")
+    dtype, shape, offsets = entry.get("dtype"), entry["shape"], entry["data_offsets"]
+    if dtype not in BITS:
+        raise CheckpointError(f"{file}: {key} has dtype {dtype!r}, expected one of {', '.join(BITS)}; update laser")
+    if len(offsets) != 2 or offsets[0] > offsets[1] or base + offsets[1] > size:
+        raise CheckpointError(
+            f"{file}: {key} has offsets {offsets}, expected two rising numbers up to {size - base}: "
+            "the file is truncated or damaged; download it again"
+        )
+    expected = math.prod(shape) * BITS[dtype]
+    if (offsets[1] - offsets[0]) * 8 != expected:
+        raise CheckpointError(
+            f"{file}: {key} holds {offsets[1] - offsets[0]} bytes, expected {expected // 8} for {dtype} {shape}; "
+            "download it again"
+        )
+    return TensorInfo(key, dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return document
+
+    try:
+        return json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error}); download it again") from error

@@ -1,0 +1,107 @@
+"""Weights in pickles (`pytorch_model*.bin`, `.pt`), read without running what a pickle may hold.
+
+Only `torch.load(weights_only=True, mmap=True)` opens them: an unpickler that knows tensors and containers and refuses
+every other name, over a file that is mapped and not read. Each file is then seen as the safetensors file that it would
+be, so a reduction of pickles writes safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laser.checkpoint.headers import Shard
+from laser.checkpoint.virtual import DTYPES, virtual_shard
+from laser.errors import CheckpointError
+
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+SUFFIXES = (".bin", ".pt", ".pth")
+# What a trainer leaves beside the weights: not a model.
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
+
+
+def find_pickles(path: Path) -> list[str]:
+    """Names of the pickles in a directory that may hold weights; `pytorch_model.bin` alone where it is among them."""
+    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(p.name))
+    return ["pytorch_model.bin"] if "pytorch_model.bin" in names else names
+
+
+def safetensors_name(name: str) -> str:
+    """The name of the safetensors file made from a pickle: pytorch_model-00001-of-00002.bin to model-...safetensors."""
+    return re.sub(r"^pytorch_model", "model", Path(name).stem) + ".safetensors"
+
+
+def safetensors_index(index: Mapping[str, Any]) -> bytes:
+    """The index of the safetensors files made from the pickles that `index` lists: same tensors, other file names."""
+    weight_map = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
+    return (json.dumps(dict(index) | {"weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def read_pickle(path: Path, name: str | None = None) -> Shard:
+    """The safetensors shard (called `name`, or as `safetensors_name` says) that a pickled state dict would make.
+
+    Weights are read when they are asked for, a tensor at a time. Raises CheckpointError, and runs nothing, for a
+    pickle that holds anything but tensors under names, is damaged, or was written before torch 1.6.
+    """
+    try:
+        stamp = _stamp(path)
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error
+    if magic != b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "
+            f"was not opened; {RESAVE}"
+        )
+    tensors = _load(path, stamp)
+    entries = [(key, DTYPES[value.dtype], tuple(value.shape)) for key, value in tensors.items()]
+
+    def tensor(key: str) -> torch.Tensor:
+        if _stamp(path) != stamp:
+            raise CheckpointError(f"{path.name} changed while it was read; run again")
+        return _load(path, stamp)[key]
+
+    return virtual_shard(name or safetensors_name(path.name), path, entries, tensor)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=2)  # the file in work and the one before it; mapped memory, given back by the system as it needs
+def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"wants {wanted[1]}" if wanted else f"is not plain data ({str(error).splitlines()[-1][:80]})"
+        raise CheckpointError(
+            f"{path.name} {what}, expected tensors only: a pickle that wants more can run any code, so it was refused "
+            f"and nothing in it was run; {RESAVE}"
+        ) from error
+    except Exception as error:  # hostile bytes can fail in any way
+        raise CheckpointError(f"{path.name} cannot be read ({str(error).splitlines()[0][:160]}); {RESAVE}") from error
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path.name}: {key!r} is a {type(value).__name__}, expected a tensor; a training state rather than a "
+                "model? save its model alone and try that"
+            )
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path.name}: {key} is {value.dtype}, {value.layout}, expected a dense tensor of "
+                f"{', '.join(DTYPES.values())}; {RESAVE}"
+            )
+    return dict(state)

@@ -1,0 +1,152 @@
+"""Bytes of one shard, by range: copied in the kernel, replaced in place, checked against a promise."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
+from laser.checkpoint.families import Matrix
+from laser.checkpoint.files import Journal, disk_errors
+from laser.checkpoint.headers import CHUNK, TORCH, Shard, read_bytes
+from laser.errors import CheckpointError
+
+
+def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
+    """Byte ranges to copy, merged: everything but the tensors that are replaced whole."""
+    start = 0
+    for tensor in shard.tensors:
+        if tensor.name in touched:
+            if tensor.start > start:
+                yield start, tensor.start
+            start = tensor.end
+    if shard.size > start:
+        yield start, shard.size
+
+
+def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:
+    """Bytes [start, end) of one file to the same place in another, in the kernel where it can."""
+    while start < end and hasattr(os, "copy_file_range"):
+        try:
+            count = os.copy_file_range(source.fileno(), target.fileno(), end - start, start, start)
+        except OSError as error:  # two file systems, or one that lacks the call
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            break
+        if not count:
+            break
+        start += count
+    while start < end:
+        data = os.pread(source.fileno(), min(CHUNK, end - start), start)
+        if not data:
+            raise OSError(errno.EIO, f"{source.name} became shorter while it was copied")
+        start += os.pwrite(target.fileno(), data, start)
+
+
+def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Byte ranges of a shard to the same places in `target`: in the kernel where the shard is a local file."""
+    if shard.data is None:
+        with shard.path.open("rb") as source:
+            for start, end in ranges:
+                copy_range(source, target, start, end)
+        return
+    for start, end in ranges:
+        target.seek(start)
+        count = 0
+        for piece in shard.data(start, end):
+            count += target.write(piece)
+        if count != end - start:
+            raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be written: which of its matrices are touched, and which of those are not finished yet."""
+
+    shard: Shard
+    touched: tuple[Matrix, ...]
+    todo: tuple[Matrix, ...]
+    copied: bool  # whether its untouched bytes are in place
+
+
+def begin(shard: Shard, out: Path, touched: Sequence[Matrix], journal: Journal) -> Job:
+    """What is left to do of a shard, by the journal, every promise of which is checked on the file."""
+    partial = partial_of(out, shard.name)
+    copied = any(e.get("copied") == shard.name for e in journal.entries)
+    if not (copied and partial.exists() and partial.stat().st_size == shard.size):
+        return Job(shard, tuple(touched), tuple(touched), False)
+    promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
+    made = replace(shard, path=partial, data=None)
+
+    def finished(matrix: Matrix) -> bool:
+        """Whether the bytes that the journal promised are really there; None stands for the source's."""
+        if matrix.name not in promised:
+            return False
+        return digest(made, matrix) == (promised[matrix.name] or digest(shard, matrix))
+
+    with disk_errors(partial):
+        return Job(shard, tuple(touched), tuple(m for m in touched if not finished(m)), True)
+
+
+def copy_untouched(job: Job, out: Path) -> bool:
+    """Make the .partial of a shard in its full size, all but the touched tensors in place; False if it was there."""
+    if job.copied:
+        return False
+    partial = partial_of(out, job.shard.name)
+    with disk_errors(partial), partial.open("wb") as target:
+        target.truncate(job.shard.size)
+        # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
+        copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.cut is None})))
+    return True
+
+
+def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> str | None:
+    """A new matrix (m, n) into its place, and the sha256 of its bytes; for None the source's bytes, and None."""
+    start, cut = _place(shard, matrix)
+    with partial_of(out, shard.name).open("r+b", buffering=0) as target:
+        if new is None:
+            if matrix.cut is None:  # else they are there
+                copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
+            return None
+        part = cut.stored(new)
+        write_cut(fetch_from(target, start), put_into(target, start), part, cut)
+        return hashlib.sha256(bytes_of(part)).hexdigest()
+
+
+def digest(shard: Shard, matrix: Matrix) -> str | None:
+    """sha256 of a matrix's bytes in stored order; None where the shard ends before them."""
+    start, cut = _place(shard, matrix)
+
+    def fetch(at: int, count: int) -> torch.Tensor:
+        return read_bytes(shard, start + at, start + at + count)
+
+    try:
+        return hashlib.sha256(bytes_of(read_cut(fetch, TORCH[matrix.dtype], cut))).hexdigest()
+    except CheckpointError:
+        return None
+
+
+def _place(shard: Shard, matrix: Matrix) -> tuple[int, Cut]:
+    """First byte of the tensor that holds a matrix, and the cut that is its own part of it."""
+    info = next(t for t in shard.tensors if t.name == matrix.tensor)
+    return info.start, matrix.cut or whole(info.shape)
+
+
+def settle(partial: Path, changed: bool) -> str | None:
+    """The shard on the disk for good; its sha256, or None for a plain copy, whose bytes are the source's: hashing it
+    would take twice as long as copying it."""
+    with disk_errors(partial), partial.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest() if changed else None
+
+
+def partial_of(out: Path, name: str) -> Path:
+    """The file in which a shard is made."""
+    return out / f"{name}.partial"

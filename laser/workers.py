@@ -1,0 +1,260 @@
+"""Who computes, and the one queue that feeds them: read, compute and hand on, of different matrices at the same time.
+
+    reader -> [two ahead] -> one worker per device, or per core -> [two behind] -> the caller, who writes
+
+A worker on the host has one BLAS thread, however many workers there are. An eigensolver's last bits depend on how many
+threads it has, and a result must not depend on the number of workers; and two matrices at a time with a thread each
+are faster than one at a time with two, as most of an eigenproblem is bound by memory and runs on one core anyway.
+
+Memory: in storage dtype, two matrices ahead, two results behind, and per worker its matrix and its result; and per
+worker what a factorisation needs (`worker_bytes`). Neither the checkpoint's size nor the number of matrices matters.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, Generic, TypeVar
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+from laser.checkpoint.families import Matrix
+from laser.checkpoint.reader import BITS, Checkpoint
+from laser.errors import UsageError
+from laser.spectral.decomposition import BLOCK_ROWS
+from laser.spectral.devices import Device, choose_device, full_precision
+
+T = TypeVar("T")
+# What is done with one matrix: (matrix, its weights (m, n) on the host, the device to use) -> a result.
+Work = Callable[[Matrix, torch.Tensor, Device], T]
+Visits = Generator[tuple[Matrix, T, float], None, None]
+AHEAD = 1  # in a queue; with the one that its sender holds, two
+PATIENCE = 0.1  # seconds between two looks at whether the work was given up
+
+
+@dataclass(frozen=True)
+class Crew:
+    """One worker per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
+
+    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster.
+    """
+
+    devices: tuple[Device, ...]
+    workers: int | None = None
+    engine: str = "threads"
+
+    @property
+    def label(self) -> str:
+        """Of the kind of device, not of how many there are: records must not depend on that."""
+        name, dtype = self.devices[0].label.split(" ", 1)
+        return f"{name.partition(':')[0]} {dtype}"
+
+    def staff(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
+        """A device per worker for these matrices. On the host never more workers than matrices."""
+        first = self.devices[0]
+        if not first.host_blas:
+            return self.devices
+        if self.workers is not None:
+            return (first,) * max(1, min(self.workers, len(matrices)))
+        room = int(available_memory() // 2 // max(worker_bytes(matrices, first), 1))  # half: others live here too
+        return (first,) * max(1, min(torch.get_num_threads(), room, len(matrices)))
+
+
+def choose_crew(
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    workers: int | None = None,
+    devices: str | None = None,
+    engine: str = "threads",
+) -> Crew:
+    """The crew of a command line. `devices`: "cuda:0,cuda:1", or "all" for every CUDA device; else `device`.
+
+    Raises UsageError for what is not there, or for devices of different kinds, whose results would differ.
+    """
+    if engine != "threads" and engine.partition("://")[0] != "ray":
+        raise UsageError(f"no engine is called {engine!r}; try --engine threads, ray or ray://HOST:PORT")
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers do nothing; try --workers 1")
+    if devices == "all":
+        count = torch.cuda.device_count()
+        devices = ",".join(f"cuda:{i}" for i in range(count)) or device
+    names = [name for name in (devices or device).split(",") if name]
+    if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) != len(names):
+        raise UsageError(f"--devices {devices} must name different devices of one kind; try --devices cuda:0,cuda:1")
+    chosen = tuple(choose_device(name, precision) for name in names)
+    if workers is not None and not chosen[0].host_blas:
+        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}, which has one worker; try --devices")
+    return Crew(chosen, workers, engine)
+
+
+def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
+    """Every matrix with what `work` made of it and the seconds that took, in the order in which they are finished.
+
+    They are begun in the order given. The first exception of a reader or worker is raised here, once all have
+    stopped; so they do when the generator is closed (use contextlib.closing). What `work` makes may not depend on
+    which of the crew's devices it gets.
+    """
+    if crew.engine != "threads":
+        from laser.ray_engine import visit_on_ray  # imported when met: Ray is an extra
+
+        yield from visit_on_ray(checkpoint, matrices, work, crew)
+    elif matrices:
+        yield from _visit_here(checkpoint, matrices, work, crew.staff(matrices))
+
+
+def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """By cost m * n * min(m, n), falling, so that no large matrix is left to one worker at the end."""
+    return sorted(matrices, key=lambda m: -m.cost)
+
+
+def do(work: Work[T], matrix: Matrix, W: torch.Tensor, device: Device) -> tuple[Matrix, T, float]:
+    """One visit, timed."""
+    start = time.perf_counter()
+    result = work(matrix, W, device)
+    return matrix, result, time.perf_counter() - start
+
+
+class _GivenUp(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+class _Pipe(Generic[T]):
+    """A bounded queue whose ends wake up when the work is given up."""
+
+    def __init__(self, stop: Event) -> None:
+        self._queue: Queue[T] = Queue(AHEAD)
+        self._stop = stop
+
+    def put(self, item: T) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=PATIENCE)
+            except Full:
+                continue
+        raise _GivenUp
+
+    def get(self) -> T:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=PATIENCE)
+            except Empty:
+                continue
+        raise _GivenUp
+
+
+def _visit_here(
+    checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], staff: Sequence[Device]
+) -> Visits[T]:
+    stop = Event()
+    todo: _Pipe[tuple[Matrix, torch.Tensor] | None] = _Pipe(stop)
+    done: _Pipe[tuple[Matrix, T, float] | _Failure | None] = _Pipe(stop)
+
+    def read() -> None:
+        for matrix in matrices:
+            todo.put((matrix, checkpoint.read(matrix.tensor, matrix.cut)))
+        for _ in staff:
+            todo.put(None)
+
+    def compute(device: Device) -> None:
+        torch.set_num_threads(1 if device.host_blas else torch.get_num_threads())  # OpenMP keeps it per thread
+        while (item := todo.get()) is not None:
+            done.put(do(work, *item, device))
+            del item  # the weights, while the next are waited for
+        done.put(None)
+
+    def guarded(job: Callable[..., None], *arguments: Any) -> None:
+        try:
+            job(*arguments)
+        except _GivenUp:
+            pass
+        except BaseException as error:
+            try:
+                done.put(_Failure(error))
+            except _GivenUp:
+                pass
+
+    threads = [Thread(target=guarded, args=(read,), name="laser reader")]
+    threads += [Thread(target=guarded, args=(compute, device), name=f"laser {device.name}") for device in staff]
+    with quiet(staff[0]):
+        try:
+            for thread in threads:
+                thread.start()
+            working = len(staff)
+            while working:
+                item = done.get()
+                if isinstance(item, _Failure):
+                    raise item.error
+                if item is None:
+                    working -= 1
+                else:
+                    yield item
+                del item
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+@contextmanager
+def quiet(device: Device) -> Iterator[None]:
+    """One BLAS thread per worker on the host, and IEEE products, set once around all workers: each sets and restores
+    both for itself as well, which among threads is safe only where there is nothing left to change."""
+    before = torch.get_num_threads()
+    pool = ThreadpoolController().limit(limits=1, user_api="blas") if device.host_blas else nullcontext()
+    with full_precision(), pool:
+        if device.host_blas:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(matrices: Sequence[Matrix]) -> int:
+    """Of the largest of them, in its storage dtype."""
+    return max((m.shape[0] * m.shape[1] * BITS[m.dtype] // 8 for m in matrices if m.is_matrix), default=0)
+
+
+def worker_bytes(matrices: Sequence[Matrix], device: Device) -> int:
+    """What one worker holds at the most: its matrix and result, the Gram matrix, its vectors and LAPACK's two work
+    arrays, and three blocks of rows in the precision of the arithmetic."""
+    p = max((min(m.shape) for m in matrices if m.is_matrix), default=0)
+    q = max((max(m.shape) for m in matrices if m.is_matrix), default=0)
+    width = torch.finfo(device.dtype).bits // 8
+    return 2 * storage_bytes(matrices) + 5 * p * p * width + 3 * min(BLOCK_ROWS, q) * p * width
+
+
+def peak_bytes(matrices: Sequence[Matrix], crew: Crew) -> int:
+    """The bound of a scan or reduction on the host, besides the libraries: every worker, two ahead and two behind."""
+    return len(crew.staff(matrices)) * worker_bytes(matrices, crew.devices[0]) + 4 * storage_bytes(matrices)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, as the kernel and the container's limit say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no such file on a Mac
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return free

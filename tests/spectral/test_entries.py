@@ -1,0 +1,53 @@
+"""Tails of the entries: kurtosis against a loop, and the edge's shift against drawn matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from laser.spectral import entries
+from laser.spectral import marchenko_pastur as mp
+from laser.spectral.entries import HEAVY, edge_shift, excess_kurtosis
+from laser.spectral.fit import gaussian_spectrum
+
+
+def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.from_numpy(np.random.default_rng(0).laplace(size=(7, 11)))
+    x = [float(v) for v in W.reshape(-1)]
+    expected = (sum(v**4 for v in x) / 77) / (sum(v**2 for v in x) / 77) ** 2 - 3
+    assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(entries, "BLOCK", 10)
+    assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
+    assert excess_kurtosis(1e-30 * W) == pytest.approx(expected, rel=1e-12)  # nothing underflows
+    assert excess_kurtosis((1e-30 * W).float().T) == pytest.approx(expected, rel=1e-5)
+    assert excess_kurtosis(torch.zeros(3, 4)) == 0.0
+
+
+@pytest.mark.parametrize("law", ["signs", "laplace"])
+def test_the_edge_moves_by_the_fourth_cumulant(law: str) -> None:
+    """Mean of s_1^2 over draws, against noise of the same variance and Gaussian entries."""
+    p, q, draws, random = 96, 288, 250, np.random.default_rng(0)
+    kurtosis = {"signs": -2.0, "laplace": 3.0}[law]
+    _, scale = mp.tracy_widom_scale((p, q))
+    gaussian = [gaussian_spectrum(p, q, random)[0] ** 2 / scale for _ in range(4 * draws)]
+    found = []
+    for _ in range(draws):
+        signs, laplace = random.choice([-1.0, 1.0], size=(p, q)), random.laplace(scale=0.5**0.5, size=(p, q))
+        W = signs if law == "signs" else laplace
+        found.append(np.linalg.eigvalsh(W @ W.T)[-1] / scale)
+    error = (np.var(found) / draws + np.var(gaussian) / len(gaussian)) ** 0.5
+    shift, expected = np.mean(found) - np.mean(gaussian), edge_shift(kurtosis, (p, q))
+    assert abs(expected) > 4 * error  # or the next line would pass without a shift
+    assert abs(shift - expected) < 3 * error + 0.15 * abs(expected)  # first order in 1 / p
+
+
+@pytest.mark.parametrize("shape", [(576, 192), (1536, 576), (8, 4096)])
+def test_heavy_tails_are_flagged_and_gaussian_ones_are_not(shape: tuple[int, int]) -> None:
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        heavy = [random.laplace(size=shape), random.standard_t(5, size=shape)]
+        plain = torch.from_numpy(0.02 * random.standard_normal(shape))
+        assert all(edge_shift(excess_kurtosis(torch.from_numpy(x)), shape) > HEAVY for x in heavy)
+        assert edge_shift(excess_kurtosis(plain), shape) < HEAVY
+        assert edge_shift(excess_kurtosis(plain.bfloat16()), shape) < HEAVY

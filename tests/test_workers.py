@@ -1,0 +1,166 @@
+"""The queue: the same bytes whatever the number of workers and their order, bounded, and quick to give up."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import laser
+from laser import reduction, workers
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.errors import NumericalError, UsageError
+from laser.plan import make_plan
+from laser.reduction import by_shard, reduce
+from laser.spectra import scan
+from laser.spectral.devices import Device, choose_device
+from laser.workers import Crew, available_memory, choose_crew, dearest_first, peak_bytes, visit, worker_bytes
+
+CPU = choose_device("cpu")
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def scanned(checkpoint: laser.Checkpoint) -> list[Matrix]:
+    return [m for m in list_matrices(checkpoint) if laser.Selection().why_not(m) is None]
+
+
+def test_the_number_of_workers_changes_no_byte(pico: Path, tmp_path: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    for count in (1, 2, 5):
+        place = tmp_path / str(count)
+        place.mkdir()
+        crew = Crew((CPU,), count)
+        spectra = scan(checkpoint, crew=crew)
+        spectra.save(place / "spectra.safetensors")
+        reduce(checkpoint, make_plan(spectra, "mp-edge"), place / "out", crew=crew)
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2") == snapshot(tmp_path / "5")
+
+
+def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Above the size where BLAS would take a second thread, whose sums end in other bits."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(800, 850, generator=generator) for i in (0, 1)}
+    checkpoint = laser.open_checkpoint(make_pico(tensors=tensors, shards=1))
+    for count in (1, 2):
+        scan(checkpoint, crew=Crew((CPU,), count)).save(tmp_path / f"{count}.safetensors")
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_any_order_of_completion_gives_the_same_output(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer gets matrices of all shards in a thoroughly wrong order."""
+    checkpoint = laser.open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint), "mp-edge")
+    reduce(checkpoint, plan, tmp_path / "straight")
+
+    monkeypatch.setattr(reduction, "by_shard", lambda c, ms: by_shard(c, ms)[::-1])
+    reduce(checkpoint, plan, tmp_path / "backwards")
+    assert snapshot(tmp_path / "straight") == snapshot(tmp_path / "backwards")
+
+
+def test_dearest_first_and_shard_by_shard(pico: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    matrices = scanned(checkpoint)
+    costs = [m.cost for m in dearest_first(matrices)]
+    assert costs == sorted(costs, reverse=True)
+    order = [(checkpoint.tensors[m.tensor].shard, -m.cost) for m in by_shard(checkpoint, matrices)]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, count: int) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    alive, most, lock = 0, 0, threading.Lock()
+    true_read = laser.Checkpoint.read
+
+    def read(self: laser.Checkpoint, name: str, cut: Any = None) -> torch.Tensor:
+        nonlocal alive, most
+        with lock:
+            alive += 1
+            most = max(most, alive)
+        return true_read(self, name, cut)
+
+    def work(matrix: Matrix, W: torch.Tensor, device: Device) -> str:
+        return matrix.name
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laser.Checkpoint, "read", read)
+        with closing(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), count))) as visits:
+            for matrix, name, _ in visits:
+                assert matrix.name == name
+                seen.append(name)
+                time.sleep(0.002)
+                with lock:
+                    alive -= 1
+    assert sorted(seen) == sorted(m.name for m in scanned(checkpoint))
+    assert most <= count + 2 + 2 + 1  # at work, two ahead, two behind, and the caller's
+
+
+@pytest.mark.parametrize("error", [NumericalError("no"), KeyboardInterrupt(), MemoryError()])
+def test_what_fails_in_a_worker_is_raised_here_and_all_threads_end(pico: Path, error: BaseException) -> None:
+    checkpoint, before = laser.open_checkpoint(pico), threading.active_count()
+
+    def work(matrix: Matrix, W: torch.Tensor, device: Device) -> None:
+        if "layers.1" in matrix.name:
+            raise error
+
+    with pytest.raises(type(error)):
+        list(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), 2)))
+    assert threading.active_count() == before
+
+
+def test_a_caller_that_stops_ends_all_threads(pico: Path) -> None:
+    checkpoint, before = laser.open_checkpoint(pico), threading.active_count()
+    threads = torch.get_num_threads()
+    with closing(visit(checkpoint, scanned(checkpoint), lambda m, W, d: m.name, Crew((CPU,), 2))) as visits:
+        next(visits)
+    assert (threading.active_count(), torch.get_num_threads()) == (before, threads)
+
+
+def test_a_read_that_fails_is_raised(pico: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    last = checkpoint.shards[-1]
+    last.path.write_bytes(last.path.read_bytes()[:-100])
+    with pytest.raises(laser.CheckpointError, match="it changed; run again"):
+        list(visit(checkpoint, list_matrices(checkpoint)[::-1], lambda m, W, d: None, Crew((CPU,), 2)))
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"workers": 0}, "0 workers do nothing"),
+        ({"engine": "slurm"}, "no engine is called 'slurm'; try --engine threads, ray"),
+        ({"devices": "cpu,cuda:0"}, "different devices of one kind"),
+        ({"devices": "cuda:0,cuda:0"}, "different devices of one kind"),
+    ],
+)
+def test_crews_that_cannot_be(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_crew("cpu", **asked)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = scanned(laser.open_checkpoint(pico))
+    assert available_memory() > 1 << 28
+    each = worker_bytes(matrices, CPU)
+    monkeypatch.setattr(workers, "available_memory", lambda: 2 * each)
+    crew = Crew((CPU,))
+    assert len(crew.staff(matrices)) == 1  # half of what is there
+    assert len(Crew((CPU,), 3).staff(matrices)) == 3  # asked for
+    assert len(Crew((CPU,), 3).staff(matrices[:2])) == 2
+    assert peak_bytes(matrices, crew) == each + 4 * 2 * 48 * 32
+
+
+def test_records_name_the_kind_of_device_and_not_its_number() -> None:
+    first, second = (Device(f"cuda:{i}", torch.float64, False, "") for i in (0, 1))
+    assert Crew((second,)).label == Crew((first, second)).label == "cuda float64"
+    assert Crew((CPU,), 2).label == CPU.label
