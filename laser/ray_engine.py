@@ -1,16 +1,152 @@
-"""The same visits as tasks of a Ray cluster; Ray is an extra and imported only here."""
+"""The same visits as tasks of a Ray cluster. Ray is an extra, and imported only here.
+
+A task is one matrix, or several small ones, so that a task outweighs its overhead of some milliseconds (LOG.md). It
+reads its matrices itself, so the checkpoint has to lie at the same path on every node; results come back through Ray's
+object store to the driver, which alone keeps the journal and writes, by byte range. Twice as many tasks are in flight
+as the cluster has slots: memory stays bounded, no slot waits for the driver, and that is what a lost node costs at the
+most. Ray itself starts the tasks of a lost node again, elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import UsageError
-from laser.workers import Crew, T, Visits, Work
+from laser.errors import LaserError, UsageError
+from laser.spectral.devices import Device
+from laser.workers import Crew, T, Visits, Work, do, quiet
+
+# A task's work, in m * n * min(m, n): about a tenth of a second on a core and on an H100.
+GROUP = {"cpu": 2e9, "cuda": 2e11}
+GROUP_BYTES = 256 << 20  # of results that come back at once
+RETRIES = 5  # Ray's own, for each task, where a node or a worker is lost
+IN_FLIGHT = 2  # tasks per slot
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A tensor as bytes that Ray shares without a copy."""
+
+    data: np.ndarray  # (bytes,), uint8
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An error of ours, told to the driver as it is; all others are Ray's to wrap, or to try again."""
+
+    error: LaserError
 
 
 def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
-    """As `laser.workers.visit`."""
-    raise UsageError("the engine ray is not there yet; try --engine threads")
-    yield
+    """As `laser.workers.visit`. Connects to the cluster that the crew's engine names, or that is there already."""
+    ray = connect(crew.engine)
+    device = crew.devices[0]
+    kind = device.torch_device.type
+    resource = "GPU" if kind == "cuda" else "CPU"
+    slots = int(ray.cluster_resources().get(resource, 0))
+    if not slots:
+        raise UsageError(
+            f"the Ray cluster has no {resource}, expected one per worker; try --device cpu or --engine ray"
+        )
+    options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": 1}
+    task = ray.remote(max_retries=RETRIES, **options)(_task)
+    shared = [ray.put(item) for item in (_portable(checkpoint), work)]  # once per node, not once per task
+    waiting = groups(matrices, kind)
+    pending: list[Any] = []
+    try:
+        while True:
+            while len(pending) < IN_FLIGHT * slots and (group := next(waiting, None)):
+                pending.append(task.remote(*shared, group, device))
+            if not pending:
+                return
+            (ready,), pending = ray.wait(pending, num_returns=1)
+            results = ray.get(ready)
+            del ready
+            while results:
+                if isinstance(results[0], _Failed):
+                    raise results[0].error
+                matrix, result, seconds = results.pop(0)
+                yield matrix, unpack(result), seconds
+                del result
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+
+
+def connect(engine: str) -> Any:
+    """Ray, connected: to HOST:PORT by its client protocol, to the cluster of this machine, or to a new one."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(f"--engine {engine} needs Ray ({error}); try pip install 'laser-rmt[ray]'") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=engine if "://" in engine else None, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UsageError(f"no Ray cluster answers at {engine} ({error}); try `ray start --head` there") from error
+    return ray
+
+
+def groups(matrices: Sequence[Matrix], kind: str) -> Iterator[list[Matrix]]:
+    """Consecutive matrices, together about GROUP of work and at most GROUP_BYTES."""
+    group: list[Matrix] = []
+    work = size = 0
+    for matrix in matrices:
+        mine = matrix.parameters * BITS[matrix.dtype] // 8
+        if group and (work + matrix.cost > GROUP[kind] or size + mine > GROUP_BYTES):
+            yield group
+            group, work, size = [], 0, 0
+        group.append(matrix)
+        work, size = work + matrix.cost, size + mine
+    if group:
+        yield group
+
+
+def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: Device) -> list[Any]:
+    """On a node: the same visits that a thread of the driver would make, with one BLAS thread as there."""
+    done: list[Any] = []
+    with quiet(device):
+        for matrix in group:
+            try:
+                W = checkpoint.read(matrix.tensor, matrix.cut)
+                matrix, result, seconds = do(work, matrix, W, device)
+                done.append((matrix, pack(result), seconds))
+            except LaserError as error:
+                done.append(_Failed(error))
+    return done
+
+
+def _portable(checkpoint: Checkpoint) -> Checkpoint:
+    """Raises UsageError for a checkpoint that a task cannot open by its path."""
+    if any(shard.data is not None for shard in checkpoint.shards):
+        raise UsageError(f"{checkpoint.name} is not a directory of safetensors that every node can read; convert it")
+    return checkpoint
+
+
+def pack(result: Any) -> Any:
+    """Tensors of a result as plain bytes; pickling a tensor would copy it."""
+    if isinstance(result, tuple):
+        return tuple(pack(part) for part in result)
+    if isinstance(result, torch.Tensor):
+        whole = result.contiguous()
+        return _Plain(whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape))
+    return result
+
+
+def unpack(result: Any) -> Any:
+    """The result as it was. What Ray shares is read-only, so this is a copy, the driver's own."""
+    if isinstance(result, tuple):
+        return tuple(unpack(part) for part in result)
+    if isinstance(result, _Plain):
+        return torch.from_numpy(result.data.copy()).view(result.dtype).reshape(result.shape)
+    return result

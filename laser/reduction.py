@@ -18,7 +18,7 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.plan import Plan, PlanLine
-from laser.spectral.decomposition import METHODS, truncate
+from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.workers import Crew, visit
 
@@ -60,7 +60,12 @@ def cut(
         result = truncate(W, line.gains, device, method)
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    return result.matrix, {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
+    return result.matrix, record_of(line, result)
+
+
+def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
+    """A matrix's entry in laser.json."""
+    return {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
 
 
 def reduce(

@@ -248,3 +248,22 @@ def test_measure_both_and_publish(
         exec(block + blocks[5].replace("100", "3"), space)
         assert space["model"].dtype == dtype
     assert len(capsys.readouterr().out.splitlines()) >= 2  # each said something
+
+
+@pytest.mark.parametrize(("rule", "measured"), [("rank:3", ["pico", "out"]), ("fraction:1", ["pico"])])
+def test_run_measures_source_and_result_and_equal_weights_once(
+    rule: str, measured: list[str], pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run_leaderboard(checkpoint: Checkpoint, **_: Any) -> Leaderboard:
+        seen.append(checkpoint.name)
+        return board(checkpoint.identity)
+
+    monkeypatch.setattr("laser.cli.publish.run_leaderboard", run_leaderboard)
+    out = tmp_path / "out"
+    words = ["run", pico, "-o", out, "--rule", rule, "--no-search", "--leaderboard", "--roles", "q"]
+    assert main([str(w) for w in words]) == 0
+    assert seen == measured
+    assert Leaderboard.load(out / LEADERBOARD).identity == open_checkpoint(out).identity
+    assert "Winogrande (5-shot), acc, 2 rows | 50.00 ± 50.00 % | 50.00 ± 50.00 % |" in (out / "README.md").read_text()

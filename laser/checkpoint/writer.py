@@ -96,7 +96,7 @@ def write_checkpoint(
     (call `prepare_output` first).
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
     """
-    if is_finished(source, out) and not (out / JOURNAL).exists():
+    if is_settled(source, out):
         document = json.loads((out / OUTCOME).read_bytes())
         if document.get("run") == run:
             return document
@@ -112,8 +112,7 @@ def write_checkpoint(
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
         jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
         _write_shards(source, out, jobs, compute, journal, records, hashes)
-        new = [m.name for m in touched if records[m.name]["sha256"] is not None]
-        ordered = {name: records[name]["record"] for name in new}
+        ordered = {m.name: records[m.name]["record"] for m in touched}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
         write_atomically(out / OUTCOME, to_json(document))
@@ -206,7 +205,13 @@ def _rename(partial: Path, final: Path) -> None:
         partial.replace(final)
 
 
+def is_settled(source: Checkpoint, out: Path) -> bool:
+    """Whether `out` is a finished checkpoint with nothing left to tidy up."""
+    return is_finished(source, out) and not (out / JOURNAL).exists()
+
+
 def is_finished(source: Checkpoint, out: Path) -> bool:
+    """Whether `out` holds everything."""
     return (out / OUTCOME).exists() and (out / (SINGLE if source.index_bytes is None else INDEX)).exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
@@ -190,6 +191,8 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
 
 def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
     matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     _print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
+from laser.reduction import Outcome
 from laser.spectral.devices import choose_device
 
 
@@ -69,9 +71,17 @@ def leaderboard(
 
 
 def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
-    """Source and result of a run on the same rows, each into its record, where the card looks for them."""
-    for target, measured in ((LEADERBOARD_SOURCE, checkpoint), (LEADERBOARD, open_checkpoint(out))):
-        _measure_tasks(measured, out / target, device, limit=limit, data=data)
+    """Source and result of a run on the same rows, each into its record, where the card looks for them.
+
+    A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
+    model are not spent on measuring them twice.
+    """
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
+    result = open_checkpoint(out)
+    if Outcome.load(out).plan.reductions:
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
+    else:
+        replace(board, model=result.name, identity=result.identity).save(out / LEADERBOARD)
 
 
 def _measure_tasks(

@@ -1,0 +1,132 @@
+"""The engine ray on a real local cluster of two nodes: the bytes of one process, also when a node is killed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import laser
+from laser import ray_engine
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.errors import NumericalError, UsageError
+from laser.plan import make_plan
+from laser.reduction import reduce
+from laser.spectra import scan
+from laser.spectral.devices import Device, choose_device
+from laser.workers import Crew, choose_crew, visit
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
+CPU = choose_device("cpu")
+ON_RAY = choose_crew("cpu", engine="ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and a second node on this machine, one slot each."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # that a node is dead
+    head = small | {"include_dashboard": False, "_system_config": quickly}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task per matrix, however small."""
+    monkeypatch.setitem(ray_engine.GROUP, "cpu", 1)
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_scan_and_reduce_are_those_of_one_process(cluster: Any, pico: Path, tmp_path: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    for label, crew in {"here": Crew((CPU,), 1), "ray": ON_RAY}.items():
+        place = tmp_path / label
+        place.mkdir()
+        spectra = scan(checkpoint, crew=crew)
+        spectra.save(place / "spectra.safetensors")
+        reduce(checkpoint, make_plan(spectra, "mp-edge"), place / "out", crew=crew)
+    assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+
+
+def test_an_error_in_a_task_is_the_error_of_the_run(cluster: Any, pico: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+
+    def fail(matrix: Matrix, W: torch.Tensor, device: Device) -> None:
+        raise NumericalError(f"{matrix.name}: no")
+
+    with pytest.raises(NumericalError, match=r"model\..*: no"):
+        list(visit(checkpoint, list_matrices(checkpoint)[:3], fail, ON_RAY))
+
+
+def test_a_device_that_the_cluster_lacks(cluster: Any, pico: Path) -> None:
+    checkpoint = laser.open_checkpoint(pico)
+    crew = Crew((Device("cuda", torch.float64, False, ""),), engine="ray")
+    with pytest.raises(UsageError, match="cluster has no GPU"):
+        list(visit(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
+
+
+def test_small_matrices_share_a_task() -> None:
+    def matrices(count: int, side: int) -> list[Matrix]:
+        return [Matrix(f"{side}.{i}", "q", i, None, (side, side), "BF16", f"{side}.{i}") for i in range(count)]
+
+    mixed = matrices(1, 4096) + matrices(100, 64)
+    made = list(ray_engine.groups(mixed, "cpu"))
+    assert [len(g) for g in made] == [1, 100]
+    assert [m for g in made for m in g] == mixed
+    assert [len(g) for g in ray_engine.groups(matrices(40, 4096), "cuda")] == [2] * 20
+
+
+def test_a_node_killed_half_way(cluster: Any, one_by_one: None, pico: Path, tmp_path: Path) -> None:
+    """Last, since it takes a node away. Every task leaves a line, so that work done twice is seen."""
+    checkpoint, trace = laser.open_checkpoint(pico), tmp_path / "trace"
+    matrices = [m for m in list_matrices(checkpoint) if laser.Selection().why_not(m) is None]
+    trace.mkdir()
+
+    def work(matrix: Matrix, W: torch.Tensor, device: Device) -> torch.Tensor:
+        import os
+        import uuid
+
+        (trace / f"{uuid.uuid4()}").write_text(f"{matrix.name} {os.getppid()}")
+        time.sleep(0.05)
+        return W + 1
+
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote
+    def start() -> str:
+        import laser.ray_engine  # seconds, in which one node alone could do all
+
+        return laser.ray_engine.__name__
+
+    ids = [node["NodeID"] for node in ray.nodes()]
+    ray.get([start.options(scheduling_strategy=NodeAffinitySchedulingStrategy(i, soft=False)).remote() for i in ids])
+    second = next(node for node in cluster.worker_nodes)
+    results = {}
+    with closing(visit(checkpoint, matrices, work, ON_RAY)) as visits:
+        for matrix, new, _ in visits:
+            assert matrix.name not in results
+            results[matrix.name] = new
+            if len(results) == 8:
+                cluster.remove_node(second, allow_graceful=False)
+    assert all(torch.equal(results[m.name], checkpoint.read(m.tensor) + 1) for m in matrices)
+    lines = [path.read_text().split() for path in trace.iterdir()]
+    assert len({process for _, process in lines}) == 2  # both nodes took part
+    begun = Counter(name for name, _ in lines)
+    assert begun.total() - len(matrices) <= ray_engine.IN_FLIGHT * 2  # no more than what was in flight on both nodes
