@@ -16,7 +16,7 @@ from laser.errors import OutputError
 from laser.moments import Moments
 from laser.selection import Selection, parse_layers, parse_roles
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id in the Hub's cache.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31.")]
 Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
@@ -30,7 +30,7 @@ Engine = Annotated[
     str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
 ]
 Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[str, typer.Option("--method", help="gram (fast) or svd (reference).")]
+Method = Annotated[str, typer.Option("--method", help="gram (fast), projector (products alone) or svd (reference).")]
 MomentsFile = Annotated[
     Path | None, typer.Option("--moments", help="File of laser calibrate: go by the inputs that matrices meet, too.")
 ]

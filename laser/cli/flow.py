@@ -149,6 +149,9 @@ def reduce(
     ] = None,
     resume: common.Resume = False,
     force: common.Force = False,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
+    ] = False,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -169,6 +172,7 @@ def reduce(
             method=method,
             resume=resume,
             force=force,
+            evict=evict,
             moments=known,
             fresh=elsewhere,
             tick=bar,

@@ -16,6 +16,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision
+from laser.spectral.gram import to_host
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 KINDS = ("entries", "rows")
@@ -51,13 +52,13 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
     if not A.any():  # Lanczos would have no direction to start in
         return 0.0
     if p <= DENSE:
-        small = A.double().cpu().numpy()
+        small = to_host(A)
         return float(np.sqrt(max(np.linalg.eigvalsh(small.T @ small)[-1], 0.0)))
 
     def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
         column = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(p)).to(A.device)
         with full_precision():
-            return (A.T @ (A @ column)).double().cpu().numpy()
+            return to_host(A.T @ (A @ column))
 
     return float(np.sqrt(max(largest_eigenvalue(product, p), 0.0)))
 
