@@ -14,6 +14,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision
+from laser.spectral.gram import to_host
 
 KINDS = ("entries", "rows")
 DENSE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
@@ -48,13 +49,13 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
     if not A.any():  # Lanczos would have no direction to start in
         return 0.0
     if p <= DENSE:
-        small = A.double().cpu().numpy()
+        small = to_host(A)
         return float(np.sqrt(max(np.linalg.eigvalsh(small.T @ small)[-1], 0.0)))
 
     def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
         column = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(p)).to(A.device)
         with full_precision():
-            return (A.T @ (A @ column)).double().cpu().numpy()
+            return to_host(A.T @ (A @ column))
 
     start = np.random.default_rng(0).standard_normal(p)
     operator = LinearOperator((p, p), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
