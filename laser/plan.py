@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ KIND, VERSION = "plan", 1
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
+COVERAGE = ("action", "reason", "matrices", "parameters")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class PlanLine:
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
+    parameters: int = 0  # numbers in it
 
     @property
     def gains(self) -> Gains:
@@ -67,7 +71,24 @@ class Plan:
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
     def to_json(self) -> bytes:
-        return to_json({"kind": KIND, "version": VERSION} | asdict(self))
+        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage})
+
+    @property
+    def coverage(self) -> dict[str, Any]:
+        """Matrices and parameters by what happens to them and why; `unaccounted` is what no line speaks of: 0."""
+        rows: dict[tuple[str, str], list[int]] = {}
+        for line in self.lines:
+            # Reasons differ in their numbers and details; what is counted is their beginning.
+            why = "by the rule" if line.action == "reduce" else NUMBER.sub("N", re.split("[:;]", line.reason)[0])
+            counts = rows.setdefault((line.action, why), [0, 0])
+            counts[0] += 1
+            counts[1] += line.parameters
+        if self.source.unindexed:
+            rows["keep", "in a shard, but not by the index"] = [0, self.source.unindexed]
+        told = [dict(zip(COVERAGE, (*row, *counts), strict=True)) for row, counts in rows.items()]
+        accounted = sum(counts[1] for counts in rows.values())
+        total = accounted if self.source.parameters is None else self.source.parameters
+        return {"parameters": total, "unaccounted": total - accounted, "reasons": told}
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_json())
@@ -155,13 +176,16 @@ def make_plan(
 
 def empty_plan(spectra: Spectra) -> Plan:
     """The plan that reduces nothing: its output is the source, byte for byte."""
-    lines = tuple(PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan") for m in spectra.matrices)
+    lines = tuple(
+        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters)
+        for m in spectra.matrices
+    )
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
 
 
 def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     """What `treatment` does to one matrix of the spectra, by its own values alone."""
-    line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "")
+    line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
     if why := selection.why_not(matrix):
         return replace(line, reason=why)
     if matrix.name not in spectra.values:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, mixtral_tensors
 from hostile import HOSTILE
 
 from laser.checkpoint.reader import INDEX
@@ -199,3 +199,27 @@ def test_every_verb_has_help(run: Run) -> None:
         assert command.callback and (command.callback.__doc__ or "").strip()
         code, text, _ = run(command.callback.__name__, "--help")
         assert code == 0 and "Usage: laser" in text
+
+
+def test_an_unknown_family_is_warned_of_in_one_line(run: Run, make_pico: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_pico(model_type="mixtral_of_tomorrow")
+    for options in (("--dry-run",), ("-o", tmp_path / "s.safetensors")):
+        code, out, err = run("scan", path, *options)
+        assert code == 0 and "w1" in out
+        assert err.count("laser: warning: ") == 1
+        assert "took model.embed_tokens.weight (1) for embedding; " in err
+
+
+def test_every_parameter_is_in_the_coverage_of_the_plan(run: Run, pico: Path, tmp_path: Path) -> None:
+    spectra, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    assert run("scan", pico, "-o", spectra, "--layers", "0,1")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4", "--roles", "w2,q")[0] == 0
+    coverage = json.loads(plan.read_text())["coverage"]
+    stored = sum(t.numel() for t in mixtral_tensors().values())
+    assert coverage["parameters"] == stored and coverage["unaccounted"] == 0
+    reasons = {(r["action"], r["reason"]): (r["matrices"], r["parameters"]) for r in coverage["reasons"]}
+    assert sum(parameters for _, parameters in reasons.values()) == stored
+    assert reasons["reduce", "by the rule"] == (10, 2 * 32 * 32 + 8 * 32 * 48)
+    assert reasons["keep", "not a matrix"] == (7, 7 * 32)
+    assert reasons["keep", "layer N not selected"] == (5, 32 * 32 + 4 * 32 * 48)
+    assert reasons["keep", "role router not selected"] == (3, 3 * 4 * 32)

@@ -23,6 +23,10 @@ ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "
 PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "vision", "other")
 
 
+class DoubtWarning(UserWarning):
+    """What a checkpoint's tensors are had to be guessed; the message lists what was taken for what."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A logical matrix (or whatever else a tensor is) and where it lies, known from headers alone."""

@@ -4,9 +4,13 @@ many; it holds no logic of its own."""
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
+from laser.checkpoint.families import DoubtWarning
 from laser.cli import flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
@@ -33,12 +37,27 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
     """The options that stand before a verb; `main` reads --debug wherever it stands."""
 
 
+def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Doubts as a line for people; every other warning as it was."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, DoubtWarning):
+            print(f"laser: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *rest)
+
+    return show
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
-        app([a for a in arguments if a != "--debug"], prog_name="laser")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DoubtWarning)
+            warnings.showwarning = _tell(warnings.showwarning)
+            app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:
         if debug:
             raise

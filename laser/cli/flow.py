@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
@@ -137,6 +138,9 @@ def reduce(
     method: common.Method = "gram",
     resume: common.Resume = False,
     force: common.Force = False,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
+    ] = False,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -150,7 +154,7 @@ def reduce(
     start = time.perf_counter()
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
-            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, tick=bar
+            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, evict=evict, tick=bar
         )
     print_outcome(outcome, output, time.perf_counter() - start, as_json)
 
@@ -190,6 +194,8 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
 
 def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
     matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     _print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
 

@@ -69,6 +69,7 @@ def test_scan_and_reduce_as_from_safetensors(pico: Path, pickled: Path, tmp_path
     assert snapshot(pickled) == before
 
 
+@pytest.mark.filterwarnings("ignore::laser.checkpoint.families.DoubtWarning")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_one_pickle_with_views_and_mixed_dtypes(make_pico: Callable[..., Path], tmp_path: Path, name: str) -> None:
     path = make_pico(shards=1)

@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Write the README's table of families from what a run on tiny models shows; tests/test_family_models.py checks it.
+
+python scripts/render_families.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import CONFIGS, END, START, examine, table  # noqa: E402
+
+README = ROOT / "README.md"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [examine(family, Path(folder, family)) for family in CONFIGS]
+    text = README.read_text()
+    before, rest = text.split(START)
+    README.write_text(before + START + table(rows) + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
