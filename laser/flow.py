@@ -9,6 +9,7 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import RECORDS, is_settled, prepare_output
+from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
 from laser.plan import Plan, Treatment
 from laser.publication import write_card
@@ -85,6 +86,7 @@ def scan_into(
     method: str,
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
+    moments: Moments | None = None,
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial."""
     if path.exists():
@@ -94,10 +96,21 @@ def scan_into(
         same = there.source.told() == Source.of(checkpoint).told()
         if same and (there.method, there.device) == (method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
-            if wanted == done and drawn <= {null_draws}:
+            known = there.data.calibration.get("identity") if there.data else None
+            same = moments is None or known == moments.calibration.identity
+            if wanted == done and drawn <= {null_draws} and same:
                 return there
     partial = path.with_name(path.name + ".partial")
-    spectra = scan(checkpoint, selection, crew=crew, method=method, journal=partial, null_draws=null_draws, tick=tick)
+    spectra = scan(
+        checkpoint,
+        selection,
+        crew=crew,
+        method=method,
+        journal=partial,
+        null_draws=null_draws,
+        moments=moments,
+        tick=tick,
+    )
     spectra.save(path)
     partial.unlink()
     return spectra

@@ -11,6 +11,7 @@ vectors come from two LAPACK routines, so that singular values may differ from a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
@@ -20,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import RECORDS, New, write_checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.plan import Plan, Treatment, line_of
 from laser.reduction import Outcome, by_shard, describe_by, record_of, run_of
 from laser.selection import Selection
 from laser.spectra import Measured, Source, Spectra, assemble, describe_failure, from_entry, measure, to_entry
+from laser.spectral.decomposition import METHODS
 from laser.spectral.decomposition import visit as factorise
 from laser.spectral.devices import Device
 from laser.spectral.entries import excess_kurtosis
@@ -94,7 +96,12 @@ def reduce_in_one_pass(
     called again, it goes on where it was. Raises as scan and reduce do.
     """
     treatment.check()
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    checkpoint = by_whole_shards(checkpoint)
     matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     selection.check(matrices)
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
     selected = {m.name: m for m in matrices if m.name not in skipped}
