@@ -33,6 +33,7 @@ __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OUTCOME = "laser.json"  # in a checkpoint that laser wrote
+RELEASE = "mistral_release"  # stands for the model_type that Mistral's params.json does not name
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,24 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     damaged or inconsistent; no weight is read.
     """
     path = _find(model)
-    config_bytes = _bytes(path / "config.json", "a checkpoint directory needs its config.json")
-    config = parse_json(config_bytes, path / "config.json")
+    release = (path / "params.json").exists() and not (path / "config.json").exists()
+    about = path / ("params.json" if release else "config.json")
+    config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
+    config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'}: found {type(config).__name__}, expected a JSON object")
-    index_bytes, weight_map, shards = _shards(path)
+        raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
+    if release:
+        config = config | {"model_type": RELEASE}
+    index_bytes, weight_map, shards = (None, None, _release(path)) if release else _shards(path)
     found = {(t.shard, t.name): t for shard in shards for t in shard.tensors}
     if weight_map is None:
         tensors = {name: info for (_, name), info in found.items()}
+        if len(tensors) < len(found):
+            twice = next(name for shard, name in found if tensors[name].shard != shard)
+            raise CheckpointError(
+                f"{path.name}: {twice} is in more than one file: weights that are split among GPUs cannot be joined "
+                "here; try the Hub's version of this model"
+            )
     else:
         for name, shard in weight_map.items():
             if (shard, name) not in found:
@@ -138,6 +149,19 @@ def _shards(path: Path) -> tuple[bytes | None, dict[str, str] | None, tuple[Shar
     if pickles:
         return None, None, (read_pickle(path / pickles[0], SINGLE),)
     raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
+
+
+def _release(path: Path) -> tuple[Shard, ...]:
+    """The files of Mistral's own format: there is no index, each holds whole tensors."""
+    for suffix, read in ((".safetensors", read_header), (".pt", read_pickle), (".pth", read_pickle)):
+        files = sorted(path.glob(f"consolidated*{suffix}"))
+        if len(files) == 1 and read is read_pickle:  # Mistral's own loader knows no other name for one file
+            return (read_pickle(files[0], "consolidated.safetensors"),)
+        if files:
+            return tuple(read(file) for file in files)
+    raise CheckpointError(
+        f"{path} holds params.json and no consolidated*.safetensors or .pt; finish the download and try again"
+    )
 
 
 def _find(model: str | Path) -> Path:

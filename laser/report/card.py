@@ -82,7 +82,7 @@ def card(
     # Not the keyword arguments only: what the source leaves out stays out.
     data = ModelCardData(
         base_model=base[0],
-        library_name="transformers",
+        library_name=None if card_loading.is_release(source) else "transformers",
         pipeline_tag="text-generation",
         tags=list(TAGS),
         eval_results=results,
