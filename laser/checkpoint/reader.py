@@ -153,6 +153,10 @@ def _shards(path: Path) -> tuple[bytes | None, dict[str, str] | None, tuple[Shar
 
 def _release(path: Path) -> tuple[Shard, ...]:
     """The files of Mistral's own format: there is no index, each holds whole tensors."""
+    if partial := sorted(p.name for p in path.glob("consolidated*.partial")):
+        raise CheckpointError(
+            f"{path} is unfinished: {partial[0]} is still there; repeat the command that makes it, with --resume"
+        )
     for suffix, read in ((".safetensors", read_header), (".pt", read_pickle), (".pth", read_pickle)):
         files = sorted(path.glob(f"consolidated*{suffix}"))
         if len(files) == 1 and read is read_pickle:  # Mistral's own loader knows no other name for one file

@@ -64,9 +64,11 @@ def loading(name: str, source: CardSource) -> str:
     half = stored if stored in ("float16", "bfloat16") else "bfloat16"
     where = json.dumps(name)
     if is_release(source):
+        translate = fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
         return (
             "## How to load it\n\nThis directory is in Mistral's own format, for Mistral's own code. For transformers, "
-            "translate it first:\n\n" + fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
+            "translate it first:\n\n"
+            + fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
         )
     parts = [
         "## How to load it",

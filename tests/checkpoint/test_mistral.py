@@ -12,6 +12,7 @@ from families import build
 from mistral_release import pairs_from_halves, write_release
 
 import laser
+from laser.checkpoint import writer
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.mistral import halves_from_pairs
 from laser.errors import CheckpointError, LaserError
@@ -146,3 +147,43 @@ def test_other_sources_and_places_are_refused(hub: Callable[[str], Path], tmp_pa
         file.unlink()
     with pytest.raises(LaserError, match=r"params.json and no consolidated"):
         laser.open_checkpoint(release)
+
+
+def test_the_card_of_a_release_says_how_to_translate_it(
+    hub: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_release(hub("Mixtral"), tmp_path / "release", stacked=True, files=2)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("run", "release", "-o", "out", "--recipe", "laser-rmt", "--no-leaderboard")
+    assert code == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "laser convert out -o out-hub" in card
+    assert "library_name" not in card and "AutoModelForCausalLM" not in card
+    assert run("convert", "out", "-o", "out-hub")[0] == 0
+
+
+def test_killed_between_the_renames_of_its_files_it_is_finished_by_resume(
+    hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release has no index that could come last: all files are renamed at the end, after laser.json."""
+    checkpoint = laser.open_checkpoint(write_release(hub("Mixtral"), tmp_path / "release", files=3))
+    plan = laser.make_plan(laser.scan(checkpoint), "rank:4")
+    laser.reduce(checkpoint, plan, tmp_path / "whole")
+    true_rename, calls = writer._rename, []
+
+    def killed(partial: Path, final: Path) -> None:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(final)
+        true_rename(partial, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            laser.reduce(checkpoint, plan, tmp_path / "killed")
+    assert len(list((tmp_path / "killed").glob("*.partial"))) == 2
+    with pytest.raises(LaserError, match=r"unfinished: consolidated.01.safetensors.partial .*--resume"):
+        laser.open_checkpoint(tmp_path / "killed")
+    laser.reduce(checkpoint, plan, tmp_path / "killed", resume=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
