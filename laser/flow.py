@@ -9,11 +9,12 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import RECORDS, prepare_output
+from laser.moments import Moments
 from laser.plan import Plan
 from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
-from laser.spectra import Spectra, scan
+from laser.spectra import Source, Spectra, scan
 from laser.workers import Crew
 
 
@@ -71,18 +72,31 @@ def scan_into(
     method: str,
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
+    moments: Moments | None = None,
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial."""
     if path.exists():
         there = Spectra.load(path)
         wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
         done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
-        if (there.source.identity, there.method, there.device) == (checkpoint.identity, method, crew.label):
+        same = there.source.told() == Source.of(checkpoint).told()
+        if same and (there.method, there.device) == (method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
-            if wanted == done and drawn <= {null_draws}:
+            known = there.data.calibration.get("identity") if there.data else None
+            same = moments is None or known == moments.calibration.identity
+            if wanted == done and drawn <= {null_draws} and same:
                 return there
     partial = path.with_name(path.name + ".partial")
-    spectra = scan(checkpoint, selection, crew=crew, method=method, journal=partial, null_draws=null_draws, tick=tick)
+    spectra = scan(
+        checkpoint,
+        selection,
+        crew=crew,
+        method=method,
+        journal=partial,
+        null_draws=null_draws,
+        moments=moments,
+        tick=tick,
+    )
     spectra.save(path)
     partial.unlink()
     return spectra

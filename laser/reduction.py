@@ -14,10 +14,15 @@ import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
-from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.headers import Shard
+from laser.checkpoint.hub import drop
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
+from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.errors import NumericalError, UsageError
+from laser.moments import Moments
 from laser.plan import Plan, PlanLine
+from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.workers import Crew, visit
@@ -52,15 +57,23 @@ class Outcome:
 
 
 def cut(
-    matrix: Matrix, W: torch.Tensor, device: Device, *, lines: Mapping[str, PlanLine], method: str
+    matrix: Matrix,
+    W: torch.Tensor,
+    device: Device,
+    *,
+    lines: Mapping[str, PlanLine],
+    method: str,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The reduction of one matrix W (m, n), wherever it runs: the new matrix and what was measured of it."""
     line = lines[matrix.name]
     try:
-        result = truncate(W, line.gains, device, method)
+        plain = line.metric == "plain"
+        result = truncate(W, line.gains, device, method) if plain else reduced_in_data(W, line, device, moments)
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    return result.matrix, record_of(line, result)
+    return result.matrix, record_of(line, result) | on_fresh_text(W, result.matrix, line, fresh)
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
@@ -78,6 +91,9 @@ def reduce(
     method: str = "gram",
     resume: bool = False,
     force: bool = False,
+    evict: bool = False,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
@@ -85,20 +101,29 @@ def reduce(
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
     matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
-    is byte-identical and no finished matrix is computed twice. `tick` is called with each finished matrix and its
-    seconds of computation. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that may not
-    be written, NumericalError (naming the tensor) where no method meets its certificate.
+    is byte-identical and no finished matrix is computed twice. With `evict`, each shard of a model from the Hub leaves
+    the Hub's cache as soon as its output is on the disk. Lines in the metric of the data need the `moments` that the
+    plan was made with; with `fresh` moments of another text the outcome says what each edit costs there. `tick` is
+    called with each finished matrix and its seconds of computation. Raises RecordError for a plan or moments of another
+    checkpoint, UsageError for moments that are needed and missing, OutputError for an `out` that may not be written,
+    NumericalError (naming the tensor) where no method meets its certificate.
     """
     crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
+    require_moments(plan, moments)
+    if fresh is not None:
+        fresh.source.require(checkpoint, "fresh moments")
+    hub, checkpoint = checkpoint.hub, by_whole_shards(checkpoint)
+    if evict and hub is None:
+        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        work = partial(cut, lines=plan.reductions, method=method)
+        work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
         order = by_shard(checkpoint, [matrices[name] for name in names])
         with closing(visit(checkpoint, order, work, crew)) as visits:
             for matrix, (new, record), seconds in visits:
@@ -106,8 +131,13 @@ def reduce(
                 del new
                 tick(matrix, seconds)
 
-    run = run_of(checkpoint, plan, method, crew)
-    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run)
+    run = run_of(checkpoint, plan, method, crew) | ({"fresh": fresh.calibration.identity} if fresh else {})
+
+    def done(shard: Shard) -> None:
+        if evict and hub is not None:
+            drop(hub, shard.path.name)
+
+    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -132,7 +162,7 @@ def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": crew.label,

@@ -103,7 +103,7 @@ def test_dry_run_reads_no_weight_and_writes_nothing(
         (["scan", "{pico}", "-o", "{tmp}/s", "--roles", "w9"], 2, "no matrix has role 'w9'"),
         (["scan", "{pico}", "-o", "{tmp}/s", "--layers", "9"], 2, "no layer 9; try --layers 0-2"),
         (["scan", "{pico}", "-o", "{tmp}/s", "--device", "cuda:7"], 2, "try --device"),
-        (["scan", "{pico}", "-o", "{tmp}/s", "--method", "magic"], 2, "try --method gram|svd"),
+        (["scan", "{pico}", "-o", "{tmp}/s", "--method", "magic"], 2, "try --method gram|projector|svd"),
         (["scan", "{pico}", "-o", "{tmp}/no/s"], 1, "there is no directory"),
         (["plan", "{tmp}/s", "-o", "{tmp}/p"], 2, "plan needs a rule"),
         (["plan", "{tmp}/s", "-o", "{tmp}/p", "--rule", "mp-edge"], 1, "try `laser scan MODEL -o"),

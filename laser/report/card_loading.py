@@ -67,8 +67,7 @@ def loading(name: str, source: CardSource) -> str:
         translate = fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
         return (
             "## How to load it\n\nThis directory is in Mistral's own format, for Mistral's own code. For transformers, "
-            "translate it first:\n\n"
-            + fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
+            "translate it first:\n\n" + translate
         )
     parts = [
         "## How to load it",

@@ -1,16 +1,20 @@
-"""Which device computes, in which precision, and why. The only file that says "mps".
+"""Which device computes, in which precision, who solves the eigenproblem, and why. The only file that says "mps".
 
 Facts behind the choices: float64 does not exist on Apple MPS, and no LAPACK routine is native there at the sizes of a
-language model, so an MPS device multiplies matrices in float32 and leaves the p x p eigenproblem to the host.
-CUDA and the host have both; there float64 is the default.
+language model, so an MPS device multiplies matrices in float32 and leaves the p x p eigenproblem to the host; nothing
+of LAPACK is ever called on an mps tensor, so PYTORCH_ENABLE_MPS_FALLBACK is never needed. CUDA has both, but float64 at
+half the speed of float32 only on the chips for data centres; on the others it is 32 to 64 times slower.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from threading import Lock
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -20,6 +24,10 @@ from laser.errors import UsageError
 NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
 SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
+# Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100 and H200, B200 (CUDA C++
+# Programming Guide, table of arithmetic throughput). All others have 1/32 or 1/64.
+FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,16 @@ class Device:
         return self.torch_device.type == "cpu"
 
     @property
+    def has_float64(self) -> bool:
+        return self.torch_device.type != "mps"
+
+    @property
     def label(self) -> str:
         """Short text for records: "cpu float64"."""
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+
+HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
 
 
 def available() -> dict[str, str]:
@@ -54,7 +69,7 @@ def available() -> dict[str, str]:
 
 
 def choose_device(name: str = "auto", precision: str = "auto") -> Device:
-    """The device to compute on, with the reason. `name`: auto, cuda, mps or cpu; auto takes them in that order.
+    """The device to compute on, with the reason. `name`: auto, cuda[:N], mps or cpu; auto takes them in that order.
 
     Raises UsageError for a device that is not there or a precision that it lacks.
     """
@@ -72,26 +87,113 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if base == "mps":
         if precision == "float64":
             raise UsageError("Apple MPS has no float64; try --device cpu, or --precision float32")
+        if not exact_products(torch.device(name)):
+            inexact = "its products in float32 carry less than 24 bits"
+            return Device("cpu", torch.float64, True, f"{why}, but {inexact}: the host computes, in float64")
         return Device(name, torch.float32, True, f"{why}; float32, since MPS has no float64; eigenvalues on the host")
-    dtype = torch.float32 if precision == "float32" else torch.float64
-    note = "float32 asked for" if precision == "float32" else "float64, exact to the last digit of the source"
-    return Device(name, dtype, base == "cpu", f"{why}; {note}")
+    dtype, note = _precision(name, base, precision)
+    solver = "" if base == "cpu" else "; eigenvalues on the device"
+    return Device(name, dtype, base == "cpu", f"{why}; {note}{solver}")
+
+
+def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
+    """For CUDA and the host, which have both."""
+    if precision != "auto":
+        asked = torch.float32 if precision == "float32" else torch.float64
+        return asked, f"{precision} asked for"
+    if base == "cpu":
+        return torch.float64, "float64, exact to the last digit of the source"
+    capability = torch.cuda.get_device_capability(name)
+    chip = "compute capability {}.{}".format(*capability)
+    if capability in FULL_RATE_FLOAT64:
+        return torch.float64, f"float64, which this chip has at full rate ({chip})"
+    if not exact_products(torch.device(name)):
+        return torch.float64, "float64, since its products in float32 carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
+    return torch.float32, f"float32, since float64 is 32 to 64 times slower on this chip ({chip})"
+
+
+@lru_cache(maxsize=16)
+def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> bool:
+    """Whether a product of float32 matrices on `device` carries all 24 bits, measured; once per process.
+
+    1 + 2^-13 times the identity comes back unchanged, or as 1 where operands are cut to the 11 bits of TF32.
+    """
+    with full_precision():
+        for side in sides if device.type != "cpu" else sides[:1]:
+            x = torch.full((side, side), 1 + 2**-13, dtype=torch.float32, device=device)
+            product = x @ torch.eye(side, dtype=torch.float32, device=device)
+            if not bool((product == x).all()):
+                return False
+    return True
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def free_bytes(device: Device) -> int | None:
+    """Memory that a matrix could have on this device now, in bytes; None where that is not known."""
+    where = device.torch_device
+    if where.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(where)
+        return free + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    if where.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:  # what Linux would give without swapping
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    try:  # elsewhere the whole of it is all that can be asked for
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def release(device: Device) -> None:
+    """Give memory that torch holds in reserve back to the device."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.torch_device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def synchronise(device: Device) -> None:
+    """Wait for the device: its work is queued, and a clock would measure the queueing."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.synchronize(device.torch_device)
+    elif device.torch_device.type == "mps":
+        torch.mps.synchronize()
+
+
+# --- precision and threads --------------------------------------------------------------------------------------------
+
+_precision_lock = Lock()
+_precision_users = 0
+_precision_before = "none"
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products in IEEE float32 while inside: TF32 would cost three digits. Uses torch's new switch only, and puts
-    back what it found; mixing it with the older flags makes torch raise."""
+    back what it found; mixing it with the older flags makes torch raise. The switch is the process's, so the last
+    thread to leave puts it back."""
+    global _precision_users, _precision_before
     if not torch.cuda.is_available():
         yield
         return
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    with _precision_lock:
+        if _precision_users == 0:
+            _precision_before = matmul.fp32_precision
+            matmul.fp32_precision = "ieee"
+        _precision_users += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                matmul.fp32_precision = _precision_before
 
 
 @lru_cache(maxsize=1)

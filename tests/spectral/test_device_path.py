@@ -1,7 +1,9 @@
-"""What runs on an accelerator without LAPACK (Apple MPS): only operators that are native there, and never float64.
+"""What runs on an accelerator without LAPACK (Apple MPS): only operators that are native there, never float64, and no
+tensor of one device mixed with one of another.
 
-The path is run on CPU tensors under a guard that records every operator. ALLOWED is the whole list; one test holds it
-against the reference lists, where those are present.
+The whole path is run twice: on CPU tensors under a guard that records every operator (ALLOWED is the whole list; two
+tests hold it against the reference lists, where those are present), and on fake tensors, which know their device and
+have no data.
 """
 
 from collections.abc import Iterator
@@ -11,38 +13,53 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import decomposition
+from laser.spectral import gram, projector
 from laser.spectral.decomposition import singular_values, truncate
-from laser.spectral.devices import Device
+from laser.spectral.devices import Device, exact_products
+from laser.spectral.permutation import null_largest
+from laser.spectral.shrinkage import Gains
 
 ALLOWED = {
     "aten::_local_scalar_dense",
     "aten::_to_copy",
     "aten::abs",
+    "aten::add.Tensor",
+    "aten::addmm",
     "aten::addmm_",
     "aten::all",
+    "aten::any",
+    "aten::bitwise_not",
     "aten::copy_",
     "aten::detach",
+    "aten::diagonal",
+    "aten::div.Tensor",
     "aten::empty_like",
     "aten::eq.Tensor",
     "aten::eye",
-    "aten::index.Tensor",
+    "aten::full",
+    "aten::index_select",
     "aten::lift_fresh",
+    "aten::linalg_vector_norm",
     "aten::max",
     "aten::mm",
     "aten::mul.Tensor",
+    "aten::mv",
     "aten::ne.Scalar",
     "aten::permute",
     "aten::slice.Tensor",
     "aten::sub.Tensor",
     "aten::sum",
+    "aten::sum.dim_IntList",
     "aten::zeros",
     "aten::zeros_like",
 }
 MPS_LIKE = Device("cpu", torch.float32, True, "an accelerator without LAPACK and float64, on CPU tensors")
+shapes = pytest.mark.parametrize("shape", [(80, 40), (40, 80), (48, 48)])
+SHRUNK = Gains(5, 0, "frobenius", 0.1)
 
 
 class Guard(TorchDispatchMode):
@@ -61,28 +78,61 @@ class Guard(TorchDispatchMode):
         return out
 
 
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gram, projector):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 32)
+
+
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
     monkeypatch.setattr(Device, "host_blas", property(lambda _: False))
-    monkeypatch.setattr(decomposition, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(Device, "has_float64", property(lambda _: False))
+    small_blocks(monkeypatch)
     with Guard() as active:
         yield active
 
 
-@pytest.mark.parametrize("shape", [(80, 40), (40, 80), (48, 48)])
-def test_values_and_truncation_use_native_operators_only(guard: Guard, shape: tuple[int, int]) -> None:
+def weights(shape: tuple[int, int]) -> torch.Tensor:
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    W = torch.from_numpy(array).to(torch.bfloat16)
+    return torch.from_numpy(array).to(torch.bfloat16)
+
+
+@shapes
+@pytest.mark.parametrize("method", ["gram", "projector"])
+def test_values_and_truncation_use_native_operators_only(guard: Guard, shape: tuple[int, int], method: str) -> None:
+    W = weights(shape)
     exact = W.float().numpy().astype(np.float64)
     U, s, Vh = np.linalg.svd(exact, full_matrices=False)
-    found, method = singular_values(W, MPS_LIKE)
-    assert method == "gram" and found == pytest.approx(s, abs=1e-4 * s[0])
-    for rank in (0, 5, 30):
-        result = truncate(W, rank, MPS_LIKE)
+    found, used = singular_values(W, MPS_LIKE, method)
+    assert used == "gram" and found == pytest.approx(s, abs=1e-4 * s[0])
+    for rank in (0, 5, 30, min(shape)):
+        result = truncate(W, rank, MPS_LIKE, method)
         truth = (U[:, :rank] * s[:rank]) @ Vh[:rank]
-        assert result.certificate.method == "gram"
+        assert (result.certificate.method, result.certificate.note) == (method, "")
         assert np.abs(result.matrix.float().numpy() - truth).max() <= 2**-7 * np.abs(truth).max()
     assert "aten::addmm_" in guard.seen and "aten::mm" in guard.seen
+
+
+@shapes
+def test_gains_use_native_operators_only(guard: Guard, shape: tuple[int, int]) -> None:
+    W = weights(shape)
+    U, s, Vh = np.linalg.svd(W.float().numpy().astype(np.float64), full_matrices=False)
+    for wanted in (SHRUNK, Gains(5, below=3)):
+        for method in ("gram", "projector"):
+            result = truncate(W, wanted, MPS_LIKE, method)
+            truth = (U * (s * wanted.of(s, shape))) @ Vh
+            assert result.certificate.method == "gram"
+            assert ("need eigenvectors" in result.certificate.note) == (method == "projector")
+            assert np.abs(result.matrix.float().numpy() - truth).max() <= 2**-7 * np.abs(truth).max()
+
+
+def test_the_null_and_the_precision_probe_use_native_operators_only(guard: Guard) -> None:
+    for shape in ((80, 40), (12, 30)):
+        null = null_largest(weights(shape), 2, MPS_LIKE)
+        assert (null > 0.8 * (shape[0] ** 0.5 + shape[1] ** 0.5)).all()
+    assert null_largest(torch.zeros(40, 80), 1, MPS_LIKE) == [0.0]
+    exact_products.cache_clear()
+    assert exact_products(torch.device("cpu"))
 
 
 def test_the_guard_refuses_what_is_not_there(guard: Guard) -> None:
@@ -93,3 +143,90 @@ def test_the_guard_refuses_what_is_not_there(guard: Guard) -> None:
 def test_the_list_is_native_on_apple_mps(shared: Path) -> None:
     native = set((shared / "mps" / "mps_native_ops_torch2.13.txt").read_text().split())
     assert native >= ALLOWED
+
+
+def test_the_list_needs_no_fallback_and_has_no_conditions(shared: Path) -> None:
+    for file in ("mps_missing_ops_torch2.13.txt", "mps_fallback_ops_torch2.13.txt"):
+        assert not ALLOWED & set((shared / "mps" / file).read_text().split())
+
+
+# --- fake tensors: every operator checks that its arguments lie on one device -----------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake tensors, and stand-ins for the four ways in which data enters or leaves a device."""
+    true_to = torch.Tensor.to
+
+    def send(tensor: torch.Tensor, target: Any) -> torch.Tensor:  # torch without CUDA refuses to copy even a fake
+        if not isinstance(target, torch.device):
+            assert target != torch.float64 or tensor.device.type != "mps"
+            return true_to(tensor, target)
+        if target.type == tensor.device.type:
+            return tensor
+        assert tensor.dtype != torch.float64 or target.type != "mps"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=target)
+
+    def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+        assert tensor.device.type == "cpu"
+        return np.ones(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+    def part(tensor: torch.Tensor, key: Any) -> torch.Tensor:  # nor to slice it
+        for dim, which in enumerate(key if isinstance(key, tuple) else (key,)):
+            start, stop, _ = which.indices(tensor.shape[dim])
+            tensor = torch.narrow(tensor, dim, start, stop - start)
+        return tensor
+
+    def put(tensor: torch.Tensor, key: Any, value: torch.Tensor) -> None:
+        there = part(tensor, key)
+        assert (there.shape, there.device, there.dtype) == (value.shape, value.device, value.dtype)
+
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "to", send)
+    monkeypatch.setattr(torch.Tensor, "__getitem__", part)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", put)
+    monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda _: 1.0)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)
+    monkeypatch.setattr(projector, "UNRESOLVED", 1e9)  # nothing is right in a fake
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+ACCELERATORS = {
+    "cuda": Device("cuda", torch.float64, False, "fake"),
+    "cuda float32": Device("cuda:0", torch.float32, False, "fake"),
+    "mps": Device("mps", torch.float32, True, "fake"),
+}
+
+
+@shapes
+@pytest.mark.parametrize("name", ACCELERATORS)
+@pytest.mark.parametrize("resident", [False, True])
+def test_no_device_is_mixed_with_another(fake: None, shape: tuple[int, int], name: str, resident: bool) -> None:
+    device = ACCELERATORS[name]
+    W = torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device if resident else "cpu")
+    p = min(shape)
+    assert gram.values_by_gram(W, device).shape == (p,)
+    s = np.linspace(2, 1, p)
+    for wanted in (Gains(0), Gains(5), Gains(p - 3), Gains(p), SHRUNK, Gains(3, below=2)):
+        for factors in (gram.factors_by_gram(W, device), projector.factors_by_projector(W, device, s)):
+            if factors.singular_values is s and not wanted.plain:
+                continue
+            raw = factors.cut(wanted)
+            assert raw.matrix.device == W.device and raw.matrix.dtype == W.dtype and raw.matrix.shape == W.shape
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
+    device = ACCELERATORS[name]
+    for shape in ((80, 40), (12, 30)):
+        assert null_largest(torch.empty(shape, dtype=torch.bfloat16), 1, device).shape == (1,)
+    exact_products.cache_clear()
+    assert exact_products(device.torch_device)
+    exact_products.cache_clear()
+
+
+def test_the_fake_notices_a_mixture(fake: None) -> None:
+    with pytest.raises(Exception, match="same device"):
+        torch.mm(torch.empty(4, 4, device="mps"), torch.empty(4, 4))

@@ -20,6 +20,8 @@ def test_auto_takes_the_first_that_is_there(
 ) -> None:
     here = {n: "there" if n in found else "not available: injected" for n in ("cuda", "mps")} | {"cpu": "2 threads"}
     monkeypatch.setattr(devices, "available", lambda: here)
+    monkeypatch.setattr(devices, "exact_products", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = choose_device("auto")
     assert device.name == expected and "first of" in device.reason
     assert device.dtype == (torch.float32 if expected == "mps" else torch.float64)

@@ -13,6 +13,7 @@ from scipy import optimize
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral import decomposition
+from laser.spectral.certificate import Factors
 from laser.spectral.decomposition import truncate
 from laser.spectral.devices import choose_device
 from laser.spectral.shrinkage import SHRINKERS, Gains
@@ -87,15 +88,16 @@ def test_gains_multiply_the_singular_values(method: str, wanted: Gains, shape: t
 
 
 def test_certificate_notices_gains_that_were_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = decomposition._TRUNCATE["gram"]
+    honest = decomposition._FACTORS["gram"]
 
-    def forged(W: torch.Tensor, wanted: Gains, device: object) -> object:
-        return dataclasses.replace(honest(W, Gains(wanted.above), CPU), gains=wanted.of(s, (20, 30)))
+    def forged(W: torch.Tensor, device: object, values: object) -> Factors:
+        cut = honest(W, CPU, None).cut
+        return Factors(s, lambda g: dataclasses.replace(cut(Gains(g.above)), gains=g.of(s, (20, 30))))
 
     W = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 30)))
     s = torch.linalg.svdvals(W).numpy()
-    monkeypatch.setitem(decomposition._TRUNCATE, "gram", forged)
-    monkeypatch.setitem(decomposition._TRUNCATE, "svd", forged)
+    monkeypatch.setitem(decomposition._FACTORS, "gram", forged)
+    monkeypatch.setitem(decomposition._FACTORS, "svd", forged)
     with pytest.raises(NumericalError, match="certificate missed"):
         truncate(W, Gains(5, below=3), CPU)
 

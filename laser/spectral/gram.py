@@ -1,0 +1,202 @@
+"""The method `gram`: eigenvalues and eigenvectors of the Gram matrix of the smaller side.
+
+With A (q, p) the tall one of W and W^T, G = A^T A = V diag(s^2) V^T: s comes from eigenvalues alone, and
+W_r = (A V_r) V_r^T, or A - (A V_c) V_c^T where the complement is the smaller. Shrinkage and two-sided cuts are
+A V diag(g) V^T with other gains than 0 and 1 in a row (shrinkage.py), by the same products.
+
+A Gram matrix squares the spectrum, so a value below sqrt(p * eps) * s_1 (1e-6 s_1 in float64 at p = 4096) is lost in
+rounding: it is reported as 0 in float64. Thresholds of trained matrices lie far above that.
+
+Memory: A is read in blocks of rows and only one block at a time is in float64; besides it there are G and V, p x p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.linalg
+import torch
+from numpy.typing import NDArray
+
+from laser.errors import NumericalError
+from laser.spectral.certificate import SAFETY, Factors, Raw
+from laser.spectral.devices import Device
+from laser.spectral.shrinkage import Gains
+
+# Rows per block: large enough for the product to run at full speed, 64 MiB in float64 at n = 4096. On MPS an inner
+# dimension of 32767 or more is summed wrongly (pytorch issue 193487); this is far below.
+BLOCK_ROWS = 2048
+
+
+def values_by_gram(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
+    return spectrum_of(gram(W, device), device)
+
+
+def factors_by_gram(W: torch.Tensor, device: Device) -> Factors:
+    G = gram(W, device)
+    trace = trace_of(G)
+    eigenvalues, V = eigenvectors(G, device)  # ascending
+    s = to_singular_values(eigenvalues, device.dtype, trace)
+    return Factors(s, lambda wanted: _cut(W, V, s, wanted, device))
+
+
+def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
+    gains = wanted.of(s, (W.shape[0], W.shape[1]))
+    kept, cut = np.flatnonzero(gains), np.flatnonzero(gains != 1)
+    keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
+    basis, weights = _columns(V, kept, gains) if keep else _columns(V, cut, 1 - gains)
+    orthogonality = _deviation_from_orthogonal(basis, device)
+    out = torch.empty_like(W)
+    out_tall, squared = tall(out), 0.0
+    for start, block in blocks(W, device):
+        part = _project(block, basis, weights, device)
+        result, removed = (part, block - part) if keep else (block - part, part)
+        squared += number(torch.sum(removed * removed))
+        out_tall[start : start + BLOCK_ROWS] = result.to(W.dtype).to(W.device)
+    return Raw(out, s, gains, math.sqrt(squared), orthogonality, device.dtype)
+
+
+# --- between device and host: the only places where numbers leave the device ------------------------------------------
+
+
+def number(scalar: torch.Tensor) -> float:
+    """The value of a tensor with one element."""
+    return float(scalar)
+
+
+def to_host(vector: torch.Tensor) -> NDArray[np.float64]:
+    """In float64, converted on the host: not every device has it."""
+    return vector.cpu().numpy().astype(np.float64)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def tall(W: torch.Tensor) -> torch.Tensor:
+    return W if W.shape[0] >= W.shape[1] else W.T
+
+
+def blocks(W: torch.Tensor, device: Device) -> Iterator[tuple[int, torch.Tensor]]:
+    """First row and rows (up to BLOCK_ROWS, p) of the tall A, on the device and in its dtype."""
+    A, wide = tall(W), W.shape[0] < W.shape[1]
+    for start in range(0, A.shape[0], BLOCK_ROWS):
+        stop = start + BLOCK_ROWS
+        if wide and not device.host_blas:
+            # Sent as it lies in memory and turned on the device: the other way round the host would turn it.
+            yield start, W[:, start:stop].to(device.torch_device).to(device.dtype).T
+        else:
+            yield start, A[start:stop].to(device.torch_device).to(device.dtype)
+
+
+def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
+    """A^T A for the tall A (q, p) of W -> (p, p); on the host only the lower triangle, which is all that LAPACK reads.
+
+    The host uses SciPy's BLAS for everything: torch, NumPy and SciPy each bring a pool of threads that spin while they
+    wait, and two of them on the same cores cost more than the arithmetic (LOG.md).
+    """
+    p = min(W.shape)
+    total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
+    if device.host_blas:
+        G = total.numpy().T  # Fortran order, without a copy
+        (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (G,))
+        for _, block in blocks(W, device):
+            G = syrk(1.0, block.numpy().T, beta=1.0, c=G, lower=True, overwrite_c=True)
+        return torch.from_numpy(G)
+    for _, block in blocks(W, device):
+        total.addmm_(block.T, block)
+    return total
+
+
+def whole(G: torch.Tensor, device: Device) -> torch.Tensor:
+    """Both triangles of a Gram matrix from `gram`."""
+    return torch.tril(G) + torch.tril(G, -1).T if device.host_blas else G
+
+
+# --- eigenproblem -----------------------------------------------------------------------------------------------------
+
+
+def trace_of(G: torch.Tensor) -> float:
+    """Taken before a solver overwrites G."""
+    return float(np.sum(to_host(torch.diagonal(G))))
+
+
+def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
+    """Singular values (p,), float64, descending, from a Gram matrix, which may be overwritten."""
+    trace = trace_of(G)
+    return to_singular_values(eigenvalues(G, device), device.dtype, trace)
+
+
+def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
+    """Ascending. SciPy's driver on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
+    if device.host_eigensolver:
+        values = scipy.linalg.eigh(
+            G.cpu().numpy(), eigvals_only=True, driver="evd", overwrite_a=True, check_finite=False
+        )
+        return np.asarray(values, dtype=np.float64)
+    return to_host(torch.linalg.eigvalsh(G))
+
+
+def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
+    if device.host_eigensolver:
+        values, vectors = scipy.linalg.eigh(G.cpu().numpy(), driver="evd", overwrite_a=True, check_finite=False)
+        return np.asarray(values, dtype=np.float64), torch.from_numpy(vectors).to(device.torch_device)
+    values, vectors = torch.linalg.eigh(G)
+    return to_host(values), vectors
+
+
+def to_singular_values(eigenvalues: NDArray[np.float64], dtype: torch.dtype, trace: float) -> NDArray[np.float64]:
+    """Roots of ascending eigenvalues (p,) of a Gram matrix of this trace. Raises NumericalError where they are not
+    finite or do not add up to the trace, the one law of all eigenvalues that costs nothing to check."""
+    if not np.isfinite(eigenvalues).all():
+        raise NumericalError("the eigensolver returned NaN or Inf")
+    p, missing = len(eigenvalues), abs(float(np.sum(eigenvalues)) - trace)
+    if missing > SAFETY * p * torch.finfo(dtype).eps * trace:
+        raise NumericalError(f"the eigenvalues miss the trace of the Gram matrix by {missing / trace:.2e} of it")
+    descending = np.maximum(eigenvalues[::-1], 0.0)
+    if dtype == torch.float64:  # below this it is rounding; in float32 the floor is too high to be a zero
+        descending[descending <= p * np.finfo(np.float64).eps * descending[0]] = 0.0
+    return np.sqrt(descending)
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+
+def _columns(
+    V: torch.Tensor, which: NDArray[np.intp], gains: NDArray[np.float64]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Eigenvectors (p, k) number `which` (descending; V is ascending) and their gains (k,), None if all are 1."""
+    p, k = V.shape[0], len(which)
+    if k and which[-1] - which[0] == k - 1:  # neighbours, as in every plain cut: a slice, without an index's copy
+        basis, order = V[:, p - 1 - which[-1] : p - which[0]], which[::-1]
+    else:  # transposed twice to keep Fortran order, which BLAS takes without a copy
+        basis, order = torch.index_select(V.T, 0, torch.from_numpy(p - 1 - which).to(V.device)).T, which
+    weights = gains[order].astype(np.float64 if V.dtype == torch.float64 else np.float32)
+    return basis, None if np.all(weights == 1) else torch.from_numpy(weights).to(V.device)
+
+
+def _project(block: torch.Tensor, basis: torch.Tensor, weights: torch.Tensor | None, device: Device) -> torch.Tensor:
+    """(block @ basis) * weights @ basis^T for block (rows, p), basis (p, k) and weights (k,), None for ones."""
+    if basis.shape[1] == 0:
+        return torch.zeros_like(block)
+    if device.host_blas:
+        B, V = block.numpy().T, basis.numpy()  # both in Fortran order, so BLAS copies nothing
+        (gemm,) = scipy.linalg.get_blas_funcs(("gemm",), (B, V))
+        inner = gemm(1.0, V, B, trans_a=True)  # (k, rows)
+        if weights is not None:
+            inner *= weights.numpy()[:, None]
+        return torch.from_numpy(gemm(1.0, V, inner).T)
+    inner = block @ basis
+    return (inner if weights is None else inner * weights) @ basis.T
+
+
+def _deviation_from_orthogonal(basis: torch.Tensor, device: Device) -> float:
+    """max |V^T V - I| of basis V (p, k)."""
+    k = basis.shape[1]
+    if k == 0:
+        return 0.0
+    if device.host_blas:
+        (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (basis.numpy(),))
+        return float(np.abs(np.tril(syrk(1.0, basis.numpy(), trans=True, lower=True)) - np.eye(k)).max())
+    return number((basis.T @ basis - torch.eye(k, dtype=basis.dtype, device=basis.device)).abs().max())
