@@ -178,7 +178,7 @@ def summary(pairs: list[tuple[str, str, str, float, float, float]]) -> None:
     keys = dict.fromkeys((text, by, role) for text, role, by, *_ in pairs)
     for text, by, role in [*keys, *dict.fromkeys((text, by, "all") for text, by, _ in keys)]:
         rows = [p for p in pairs if p[0] == text and p[2] == by and role in (p[1], "all")]
-        a, b = (1000 * float(np.mean([p[i] for p in rows])) for i in (3, 4))
+        a, b = 1000 * np.mean([p[3] for p in rows]), 1000 * np.mean([p[4] for p in rows])
         better, worse = (sum(p[5] == s for p in rows) for s in (-1, 1))
         print(f"| {text} | {by} | {role} | {len(rows)} | {a:+.1f} | {b:+.1f} | {better} | {worse} |")
 
