@@ -141,6 +141,9 @@ def reduce(
     evict: Annotated[
         bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales.")
+    ] = None,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -154,7 +157,16 @@ def reduce(
     start = time.perf_counter()
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
-            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, evict=evict, tick=bar
+            checkpoint,
+            wanted,
+            output,
+            crew=crew,
+            method=method,
+            resume=resume,
+            force=force,
+            evict=evict,
+            dtype=dtype,
+            tick=bar,
         )
     print_outcome(outcome, output, time.perf_counter() - start, as_json)
 
