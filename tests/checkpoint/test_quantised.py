@@ -187,6 +187,13 @@ def test_killed_and_resumed_is_the_same_to_the_byte(fp8: Path, tmp_path: Path, d
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+def test_run_writes_both_weights_and_scales(fp8: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    code, _, err = run("run", fp8, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--layers", "1")
+    assert code == 0, err
+    code, printed, _ = run("verify", fp8, tmp_path / "out")
+    assert code == 0 and "0 problems" in printed
+
+
 def test_weights_and_scales_in_different_shards(fp8: Path, tmp_path: Path) -> None:
     tensors = {k: v for file in sorted(fp8.glob("*.safetensors")) for k, v in load_file(file).items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: item[0].endswith("_scale_inv")))
