@@ -13,7 +13,7 @@ from laser.plan import Plan
 from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
-from laser.spectra import Spectra, scan
+from laser.spectra import Source, Spectra, scan
 from laser.workers import Crew
 
 
@@ -77,7 +77,8 @@ def scan_into(
         there = Spectra.load(path)
         wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
         done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
-        if (there.source.identity, there.method, there.device) == (checkpoint.identity, method, crew.label):
+        same = there.source.told() == Source.of(checkpoint).told()
+        if same and (there.method, there.device) == (method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
             if wanted == done and drawn <= {null_draws}:
                 return there

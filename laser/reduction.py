@@ -14,10 +14,13 @@ import torch
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
-from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.headers import Shard
+from laser.checkpoint.hub import drop
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.plan import Plan, PlanLine
+from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.workers import Crew, visit
@@ -78,6 +81,7 @@ def reduce(
     method: str = "gram",
     resume: bool = False,
     force: bool = False,
+    evict: bool = False,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
@@ -85,14 +89,18 @@ def reduce(
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
     matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
-    is byte-identical and no finished matrix is computed twice. `tick` is called with each finished matrix and its
-    seconds of computation. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that may not
-    be written, NumericalError (naming the tensor) where no method meets its certificate.
+    is byte-identical and no finished matrix is computed twice. With `evict`, each shard of a model from the Hub leaves
+    the Hub's cache as soon as its output is on the disk. `tick` is called with each finished matrix and its seconds of
+    computation. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that may not be written,
+    NumericalError (naming the tensor) where no method meets its certificate.
     """
     crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
+    hub, checkpoint = checkpoint.hub, by_whole_shards(checkpoint)
+    if evict and hub is None:
+        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
     prepare_output(checkpoint, out, resume=resume, force=force)
@@ -107,7 +115,12 @@ def reduce(
                 tick(matrix, seconds)
 
     run = run_of(checkpoint, plan, method, crew)
-    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run)
+
+    def done(shard: Shard) -> None:
+        if evict and hub is not None:
+            drop(hub, shard.path.name)
+
+    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -132,7 +145,7 @@ def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": crew.label,

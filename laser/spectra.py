@@ -37,29 +37,42 @@ NULL = "laser.null."  # before a tensor's name in the file: its permuted matrice
 
 @dataclass(frozen=True)
 class Source:
-    """Which checkpoint a record speaks of: its directory's name, and a hash of config, index and headers.
+    """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
     parameters: numbers in its shards, by their headers; unindexed: how many of them lie in tensors that a shard holds
-    and the index does not name (or names elsewhere). They are copied with their shard.
+    and the index does not name (or names elsewhere). They are copied with their shard. content: one hash over the
+    weights' own hashes, known for models from the Hub; None elsewhere.
     """
 
     name: str
     identity: str
     parameters: int | None = None  # None in records of laser 0.1
     unindexed: int = 0
+    content: str | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        return Source(checkpoint.name, checkpoint.identity, stored, stored - named)
+        content = checkpoint.hub.content if checkpoint.hub else None
+        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, content)
+
+    def told(self) -> dict[str, str]:
+        """For a journal: what identifies the weights, as far as it is known."""
+        return {"source": self.identity} | ({"content": self.content} if self.content else {})
 
     def require(self, checkpoint: Checkpoint, what: str) -> None:
         """Raises RecordError unless `what` was made from this very checkpoint."""
-        if self.identity != checkpoint.identity:
+        other = Source.of(checkpoint)
+        if self.identity != other.identity:
             raise RecordError(
-                f"the {what} was made from {self.name} ({self.identity[:12]}), found {checkpoint.name} "
-                f"({checkpoint.identity[:12]}); make the {what} again from this checkpoint"
+                f"the {what} was made from {self.name} ({self.identity[:12]}), found {other.name} "
+                f"({other.identity[:12]}); make the {what} again from this checkpoint"
+            )
+        if self.content and other.content and self.content != other.content:
+            raise RecordError(
+                f"the {what} was made from other weights of {self.name}: found {other.content[:12]}, expected "
+                f"{self.content[:12]}; it was changed on the Hub: name its old revision, or make the {what} again"
             )
 
 
@@ -185,7 +198,7 @@ def scan(
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
     run = {
         "kind": "scan journal",
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
         "selection": selection.describe(),
         "method": method,
         "device": crew.label,

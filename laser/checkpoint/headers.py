@@ -57,7 +57,7 @@ class Shard:
     """One file: its header bytes verbatim (length prefix included) and the tensors that it says it holds.
 
     `data` is None where `path` is that very file. Elsewhere (a pickle, the Hub, another dtype) it gives the bytes that
-    the file would have; `path` is then where they come from.
+    the file would have; `path` is then where they come from, or would be in the Hub's cache.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Shard:
     header: bytes
     tensors: tuple[TensorInfo, ...]  # in offset order
     data: Data | None = None
+    whole: Callable[[], Path] | None = None  # on the Hub: fetches the file, once, and says where it is
 
 
 CHUNK = 8 << 20

@@ -21,6 +21,7 @@ from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
 from laser.errors import CheckpointError
 
+PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth")
 # What a trainer leaves beside the weights: not a model.
@@ -29,9 +30,9 @@ RESAVE = "load it on a machine that you can spare, save it with safetensors (sav
 
 
 def find_pickles(path: Path) -> list[str]:
-    """Names of the pickles in a directory that may hold weights; `pytorch_model.bin` alone where it is among them."""
+    """Names of the pickles in a directory that may hold weights; PICKLE alone where it is among them."""
     names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(p.name))
-    return ["pytorch_model.bin"] if "pytorch_model.bin" in names else names
+    return [PICKLE] if PICKLE in names else names
 
 
 def safetensors_name(name: str) -> str:

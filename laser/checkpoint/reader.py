@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from laser.checkpoint.cuts import Cut, read_cut
-from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, parse_json, read_bytes, read_header
+from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
+from laser.checkpoint.hub import Hub, download, find, first_of, headers, side_files
 from laser.checkpoint.pickles import (
+    PICKLE,
     PICKLE_INDEX,
-    SUFFIXES,
     find_pickles,
     read_pickle,
     safetensors_index,
@@ -45,10 +46,11 @@ class Checkpoint:
     index_bytes: bytes | None  # None for a one-file checkpoint
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
+    hub: Hub | None = None  # where it comes from, if it was opened by its Hub id; `path` is then in the Hub's cache
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name if self.hub is None else self.hub.repo.rpartition("/")[2]
 
     @cached_property
     def identity(self) -> str:
@@ -90,18 +92,33 @@ class Checkpoint:
         return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Read config, index and shard headers of a local directory, or of a Hub id whose files are in the Hub's cache.
+def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
+    """Read config, index and shard headers of a local directory, or of a Hub id `org/name[@revision]`.
 
-    Symlinked shards (the cache's own layout) are followed. Raises CheckpointError for anything that is missing,
-    damaged or inconsistent; no weight is read.
+    A Hub id whose files are in the Hub's cache is used from there; otherwise its headers are fetched, and weights come
+    by byte range when they are read. `need` fetches more at once: "files", everything but the weights, or "weights",
+    everything. Symlinked shards (the cache's own layout) are followed. Raises CheckpointError for anything that is
+    missing, damaged or inconsistent; no weight is read.
     """
-    path = _find(model)
+    path, hub = Path(model), None
+    if path.is_dir():
+        path = path.resolve()
+    elif path.exists():
+        raise CheckpointError(f"{path} is a file, expected a checkpoint directory; try {path.parent}")
+    else:
+        hub = find(str(model))
+        if hub is None:
+            raise CheckpointError(f"no such model: {path} is not a directory; try a checkpoint directory or a Hub id")
+        path = hub.folder
+        if need != "ranges":
+            side_files(hub)
     config_bytes = _bytes(path / "config.json", "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / 'config.json'}: found {type(config).__name__}, expected a JSON object")
-    index_bytes, weight_map, shards = _shards(path)
+    hub, index_bytes, weight_map, shards = _shards(path, hub)
+    if hub is not None and need == "weights":
+        hub = download(hub, [shard.path.name for shard in shards])
     found = {(t.shard, t.name): t for shard in shards for t in shard.tensors}
     if weight_map is None:
         tensors = {name: info for (_, name), info in found.items()}
@@ -113,54 +130,48 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
                 )
         # In file order, so that work walks each shard once from front to back.
         tensors = {name: info for (shard, name), info in found.items() if weight_map.get(name) == shard}
-    return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors)
+    return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors, hub)
 
 
-def _shards(path: Path) -> tuple[bytes | None, dict[str, str] | None, tuple[Shard, ...]]:
-    """(index or None, tensor -> shard or None, shards) of whichever format lies in a directory."""
-    if (path / INDEX).exists():
-        data = _bytes(path / INDEX, "")
-        weight_map = _weight_map(data, path / INDEX, (".safetensors",))
-        return data, weight_map, tuple(read_header(path / name) for name in sorted(set(weight_map.values())))
-    if (path / SINGLE).exists():
-        return None, None, (read_header(path / SINGLE),)
-    if (path / PICKLE_INDEX).exists():
-        data = _bytes(path / PICKLE_INDEX, "")
-        files = _weight_map(data, path / PICKLE_INDEX, SUFFIXES)
-        weight_map = {tensor: safetensors_name(file) for tensor, file in files.items()}
-        index = safetensors_index(parse_json(data, path / PICKLE_INDEX))
-        return index, weight_map, tuple(read_pickle(path / name) for name in sorted(set(files.values())))
-    pickles = find_pickles(path)
-    if len(pickles) > 1:
+def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint; whoever reads from a shard on the Hub waits for the whole of it to come into the cache."""
+
+    def wait_for(shard: Shard) -> Shard:
+        whole = shard.whole
+        return shard if whole is None else replace(shard, data=lambda start, end: file_pieces(whole(), start, end))
+
+    return replace(checkpoint, shards=tuple(wait_for(shard) for shard in checkpoint.shards))
+
+
+def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict[str, str] | None, tuple[Shard, ...]]:
+    """(the model with its ETags, index or None, tensor -> shard or None, shards) of the first layout that is there."""
+    layouts = (INDEX, SINGLE, PICKLE_INDEX, PICKLE)
+    layout = first_of(hub, layouts) if hub else next((name for name in layouts if (path / name).exists()), None)
+    index_bytes = weight_map = None
+    names = [layout] if layout in (SINGLE, PICKLE) else find_pickles(path)
+    if layout in (INDEX, PICKLE_INDEX):
+        index_bytes = _bytes(path / layout, "")
+        weight_map = _weight_map(index_bytes, path / layout, hub)
+        names = sorted(set(weight_map.values()))
+    elif not names:
+        raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
+    elif len(names) > 1:
         raise CheckpointError(
-            f"{path} holds {', '.join(pickles[:4])} and no {PICKLE_INDEX}; try a directory with one model"
+            f"{path} holds {', '.join(names[:4])} and no {PICKLE_INDEX}; try a directory with one model"
         )
-    if pickles:
-        return None, None, (read_pickle(path / pickles[0], SINGLE),)
-    raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
+    if layout in (INDEX, SINGLE):
+        hub, shards = headers(hub, names) if hub else (None, tuple(read_header(path / name) for name in names))
+        return hub, index_bytes, weight_map, shards
+    hub = download(hub, names) if hub else None  # a range of a pickle says nothing
+    shards = tuple(read_pickle(path / name, None if weight_map else SINGLE) for name in names)
+    if weight_map is not None and index_bytes is not None:
+        index_bytes = safetensors_index(parse_json(index_bytes, path / PICKLE_INDEX))
+        weight_map = {tensor: safetensors_name(file) for tensor, file in weight_map.items()}
+    return hub, index_bytes, weight_map, shards
 
 
-def _find(model: str | Path) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise CheckpointError(f"{path} is a file, expected a checkpoint directory; try {path.parent}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
-        from huggingface_hub import snapshot_download  # imported when met: local directories do not need it
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(str(model), local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise CheckpointError(
-                f"no such model: {model} is neither a directory nor in the Hub cache; try `hf download {model}`"
-            ) from None
-    raise CheckpointError(f"no such model: {path} is not a directory; try a checkpoint directory or a Hub id")
-
-
-def _weight_map(data: bytes, path: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    index = parse_json(data, path)
+def _weight_map(data: bytes, path: Path, hub: Hub | None) -> dict[str, str]:
+    index, suffix = parse_json(data, path), ".safetensors" if path.name == INDEX else ".bin"
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
@@ -171,9 +182,9 @@ def _weight_map(data: bytes, path: Path, suffixes: tuple[str, ...]) -> dict[str,
                 f"{path.name}: {tensor} points to {shard!r}, expected the name of a file in the same directory; "
                 "do not use this checkpoint"
             )
-        if not shard.endswith(suffixes):
-            raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffixes[0]} file")
-        if not (path.parent / shard).exists():
+        if not shard.endswith(suffix):
+            raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffix} file")
+        if hub is None and not (path.parent / shard).exists():
             raise CheckpointError(
                 f"{path.name} names {shard}, which is missing from {path.parent}; finish the download and try again"
             )

@@ -51,9 +51,9 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None
 
 
 def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
-    """Byte ranges of a shard to the same places in `target`: in the kernel where the shard is a local file."""
-    if shard.data is None:
-        with shard.path.open("rb") as source:
+    """Byte ranges of a shard to the same places in `target`: in the kernel where there is such a file, or can be."""
+    if shard.data is None or shard.whole is not None:
+        with (shard.whole() if shard.whole else shard.path).open("rb") as source:
             for start, end in ranges:
                 copy_range(source, target, start, end)
         return

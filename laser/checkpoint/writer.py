@@ -28,26 +28,15 @@ from typing import Any
 import torch
 
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
+from laser.checkpoint.files import WEIGHTS, Journal, disk_errors, to_json, write_atomically
+from laser.checkpoint.hub import side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
-# The same weights in another format would be unreduced copies, and as large again.
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".index.json",
-)
+DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside the one in work
 
 # names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
 New = tuple[str, torch.Tensor | None, dict[str, Any]]
@@ -87,13 +76,14 @@ def write_checkpoint(
     compute: Compute,
     describe: Describe,
     run: dict[str, Any],
+    done: Callable[[Shard], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
     `compute` gets the names that are not finished, shard by shard, and yields them in any order, each once; a matrix
     of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
-    (call `prepare_output` first).
+    (call `prepare_output` first). `done` is called with each shard whose source is not needed any more.
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
     """
     if is_settled(source, out):
@@ -105,13 +95,18 @@ def write_checkpoint(
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
         hashes = {n: h for n, h in hashes.items() if (out / n).exists() or partial_of(out, n).exists()}
+        for shard in source.shards:
+            if shard.name in hashes:
+                done(shard)
         _check_space(source, out, hashes)
+        if source.hub is not None:
+            side_files(source.hub)
         left_out = _copy_side_files(source, out)
         inside: dict[str, list[Matrix]] = {}
         for matrix in touched:
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
         jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
-        _write_shards(source, out, jobs, compute, journal, records, hashes)
+        _write_shards(source, out, jobs, compute, journal, records, hashes, done)
         ordered = {m.name: records[m.name]["record"] for m in touched}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
@@ -134,18 +129,27 @@ def _write_shards(
     journal: Journal,
     records: dict[str, dict[str, Any]],
     hashes: dict[str, str | None],
+    done: Callable[[Shard], None],
 ) -> None:
     """Two helpers beside the caller's thread: one copies what is untouched, shard after shard, one settles what is
     whole. Only this thread writes matrices and the journal."""
     copier, settler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    copies = {job.shard.name: copier.submit(copy_untouched, job, out) for job in jobs}
+    copies: dict[str, Future[bool]] = {}
+    waiting, ahead = list(jobs), len(jobs) if source.hub is None else DOWNLOADS
     settling: list[tuple[Shard, Future[str | None]]] = []
     by_name = {m.name: (job, m) for job in jobs for m in job.todo}
     left = {job.shard.name: len(job.todo) for job in jobs}
     idle = [job for job in jobs if not job.todo]
 
+    def copy_on(until: Job | None = None) -> None:
+        """Let the copier go on: to its limit, or as far as a shard that is needed now."""
+        while waiting and (len(copies) < ahead or until in waiting):
+            job = waiting.pop(0)
+            copies[job.shard.name] = copier.submit(copy_untouched, job, out)
+
     def ready(job: Job) -> None:
         """Wait until the shard's untouched bytes are in place, and tell the journal."""
+        copy_on(job)
         future = copies.pop(job.shard.name, None)
         if future is not None and future.result():
             journal.append({"copied": job.shard.name})
@@ -156,9 +160,12 @@ def _write_shards(
         settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
 
     def sweep(wait: bool) -> None:
-        while idle and (wait or copies[idle[0].shard.name].done()):
+        copy_on()
+        while idle and (wait or (idle[0].shard.name in copies and copies[idle[0].shard.name].done())):
             finish(idle.pop(0))
-        _collect(source, out, journal, hashes, settling, wait)
+            copy_on()
+            _collect(source, out, journal, hashes, settling, False, done)
+        _collect(source, out, journal, hashes, settling, wait, done)
 
     try:
         with closing(compute(list(by_name))) if by_name else nullcontext(iter(())) as results:
@@ -190,6 +197,7 @@ def _collect(
     hashes: dict[str, str | None],
     settling: list[tuple[Shard, Future[str | None]]],
     wait: bool,
+    done: Callable[[Shard], None],
 ) -> None:
     """Rename the shards that are on the disk for good."""
     while settling and (wait or settling[0][1].done()):
@@ -198,6 +206,7 @@ def _collect(
         journal.append({"shard": shard.name, "sha256": hashes[shard.name]})
         if source.index_bytes is not None:  # the only shard of a one-file checkpoint waits for laser.json
             _rename(partial_of(out, shard.name), out / shard.name)
+        done(shard)
 
 
 def _rename(partial: Path, final: Path) -> None:
@@ -238,7 +247,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
         if not path.is_file() or hidden or str(relative) in ours:
             continue
-        if path.name.endswith(OTHER_WEIGHTS):
+        if path.name.endswith(WEIGHTS):  # the same weights in another format would be unreduced copies
             left_out.append(str(relative))
             continue
         with disk_errors(out / relative):

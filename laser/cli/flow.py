@@ -138,6 +138,9 @@ def reduce(
     method: common.Method = "gram",
     resume: common.Resume = False,
     force: common.Force = False,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
+    ] = False,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -151,7 +154,7 @@ def reduce(
     start = time.perf_counter()
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
-            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, tick=bar
+            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, evict=evict, tick=bar
         )
     print_outcome(outcome, output, time.perf_counter() - start, as_json)
 

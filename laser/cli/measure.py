@@ -58,7 +58,7 @@ def eval(
     def measure(name: str) -> Perplexity:
         if Path(name).suffix == ".json":
             return Perplexity.load(Path(name))
-        checkpoint = open_checkpoint(name)
+        checkpoint = open_checkpoint(name, "weights")
         cut = cut_windows(
             read,
             load_tokenizer(checkpoint.path),

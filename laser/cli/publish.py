@@ -39,7 +39,7 @@ def leaderboard(
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
     choose_tasks(names)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -131,7 +131,7 @@ def card(
     """Write OUT/README.md, the model card, from the records in OUT."""
     written = write_card(
         output,
-        open_checkpoint(source) if source is not None else None,
+        open_checkpoint(source, "files") if source is not None else None,
         name=name,
         base_model=base_model,
         hash_source=hash_source,

@@ -96,7 +96,7 @@ def run(
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
     count = lowest_snr or flags.get("lowest-snr") or (15 if searching else None)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
         roles or flags.get("roles"),

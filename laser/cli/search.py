@@ -83,7 +83,7 @@ def search(
     journal = journal or output.with_name("search.jsonl")
     if force:
         journal.unlink(missing_ok=True)
-    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
     where = choose_device(device, precision)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     tokenizer = load_tokenizer(checkpoint.path)

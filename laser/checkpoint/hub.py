@@ -1,0 +1,269 @@
+"""Models on the Hub, `org/name[@revision]`: from the cache where they are in it, otherwise only what is needed.
+
+Opening a model fetches its config, its index and the headers of its shards, and pins the commit. Weights then come by
+byte range, or as whole shards into the Hub's own cache, one ahead of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+
+from laser.checkpoint.files import WEIGHTS
+from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
+from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.errors import CheckpointError
+
+ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a checkpoint comes from. folder: its snapshot in the Hub's cache, which may hold only some of its files."""
+
+    repo: str
+    revision: str | None  # as it was asked for
+    commit: str
+    folder: Path
+    etags: Mapping[str, str] = field(default_factory=dict)  # by shard: the content's sha256, as the Hub says
+
+    @property
+    def content(self) -> str | None:
+        """One hash over the shards' ETags: equal for equal weights. None where the cache does not tell them."""
+        if not self.etags or "" in self.etags.values():
+            return None
+        return hashlib.sha256("\n".join(f"{n} {e}" for n, e in sorted(self.etags.items())).encode()).hexdigest()
+
+
+def find(model: str) -> Hub | None:
+    """The model called `model`, its config.json fetched if need be; None where that is no Hub id.
+
+    Raises CheckpointError where the Hub has no such model, does not give it, or cannot be reached.
+    """
+    match = ID.fullmatch(model)
+    if not match:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, revision = match["repo"], match["revision"]
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str) and _is_whole(Path(cached).parent):
+        return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
+    with hub_errors(repo, revision):
+        path = _to_cache(repo, "config.json", revision)
+    return Hub(repo, revision, path.parent.name, path.parent)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot in the cache has all its weights, so that nobody needs to be asked."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).exists():
+            try:
+                names = set(json.loads((folder / index).read_bytes())["weight_map"].values())
+                return all((folder / str(name)).exists() for name in names)
+            except (OSError, ValueError, KeyError, AttributeError, TypeError):
+                return True  # damaged: whoever opens it says how
+    return any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+
+
+def first_of(hub: Hub, names: Sequence[str]) -> str | None:
+    """The first of these files that the repository has; fetched if it is small (an index)."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in names:
+        if (hub.folder / name).exists():
+            return name
+        with hub_errors(hub.repo, hub.revision):
+            try:
+                if name.endswith(".json"):
+                    _to_cache(hub.repo, name, hub.commit)
+                else:
+                    look_at(RemoteFile(hub.repo, name, hub.commit), 1)
+                return name
+            except LocalEntryNotFoundError:
+                raise  # the Hub cannot be reached
+            except EntryNotFoundError:
+                continue
+    return None
+
+
+def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
+    """The shards by their headers alone, eight at a time, and the model with their ETags."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda name: _header(hub, name), names))
+    return replace(hub, etags={shard.name: etag for etag, shard in found}), tuple(shard for _, shard in found)
+
+
+def _header(hub: Hub, name: str) -> tuple[str, Shard]:
+    local = hub.folder / name
+    if local.exists():
+        return _cached_etag(local), read_header(local)
+    with hub_errors(hub.repo, hub.revision):
+        file, first = look_at(RemoteFile(hub.repo, name, hub.commit), 8)
+        size, length = file.size or 0, int.from_bytes(first, "little")
+        check_length(name, size, length)
+        text = b"".join(fetch(file, 8, 8 + length))
+
+    def data(start: int, end: int) -> Iterator[memoryview]:
+        if local.exists():
+            yield from file_pieces(local, start, end)
+            return
+        with hub_errors(hub.repo, hub.revision):
+            yield from fetch(file, start, end)
+
+    etag, lock = file.etag or "", Lock()
+
+    def whole() -> Path:
+        with lock:  # of several that need it, one fetches it
+            return _download(replace(hub, etags={name: etag}), name)
+
+    return etag, replace(parse_header(name, local, size, text, data), whole=whole)
+
+
+def _cached_etag(local: Path) -> str:
+    """The cache calls a file by its ETag, and links to it where the system has links; "" where it has not."""
+    return local.readlink().name if local.is_symlink() else ""
+
+
+def side_files(hub: Hub) -> None:
+    """Everything that is not weights into the snapshot's folder. Where the Hub is off line, what is there has to do."""
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        with hub_errors(hub.repo, hub.revision):
+            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS])
+    except CheckpointError as error:
+        if not _is_whole(hub.folder):
+            raise
+        log.warning("%s; going on with the files in the cache", error)
+
+
+def download(hub: Hub, names: Sequence[str]) -> Hub:
+    """Whole files into the cache, each checked against its ETag where that is a sha256; the model with their ETags."""
+    return replace(hub, etags={name: _cached_etag(_download(hub, name)) for name in names})
+
+
+def _download(hub: Hub, name: str) -> Path:
+    local = hub.folder / name
+    if local.exists():
+        return local
+    with hub_errors(hub.repo, hub.revision):
+        path = _to_cache(hub.repo, name, hub.commit)
+    expected, found = hub.etags.get(name, ""), _cached_etag(path)
+    if expected and found and found != expected:
+        raise CheckpointError(
+            f"{hub.repo}/{name} changed on the Hub: found ETag {found}, expected {expected}; run the command again"
+        )
+    if re.fullmatch(r"[0-9a-f]{64}", expected):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected:
+            drop(hub, name)  # or the cache would give the damaged file to everybody
+            raise CheckpointError(
+                f"{hub.repo}/{name}: found sha256 {digest}, expected {expected}: damaged on its way; run again"
+            )
+    return path
+
+
+def _to_cache(repo: str, name: str, revision: str | None) -> Path:
+    """A file by the Hub's own client, which waits where it is told to and resumes what was cut off, but gives up at the
+    first answer that the server is out of order."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for failures in range(TRIES):
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision))
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500 or failures == TRIES - 1:
+                raise
+            pause(failures, f"{repo}/{name}: status {error.response.status_code}")
+    raise AssertionError("unreachable")
+
+
+def drop(hub: Hub, name: str) -> None:
+    """Remove a file from the cache: its link, and its content unless another snapshot links to it too."""
+    link = hub.folder / name
+    if not link.exists():
+        return
+    content = link.parent / link.readlink() if link.is_symlink() else None
+    link.unlink()
+    others = (p for p in hub.folder.parent.glob(f"*/{name}") if p.is_symlink())
+    if content is None or any(p.parent / p.readlink() == content for p in others):
+        return
+    shared = content.resolve() if content.is_symlink() else None
+    content.unlink(missing_ok=True)
+    if shared is not None:  # newer caches keep one copy for all models; only they know who else uses it
+        try:
+            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
+        except ImportError:
+            return
+        sweep_shared_blob(shared, cache_dir=hub.folder.parents[2])
+
+
+def _cause(error: BaseException) -> str:
+    """Why the Hub cannot be reached, where the client says it: (status 429), (ConnectError), or nothing."""
+    cause = error.__cause__
+    response = getattr(cause, "response", None)
+    return (
+        f" (status {response.status_code})" if response is not None else f" ({type(cause).__name__})" if cause else ""
+    )
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """What the Hub's client raises, as a CheckpointError that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated: ask for access on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no such model: the Hub has no {repo}, or not for you; check the spelling, or log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"no such model: {repo} is neither a directory nor in the Hub cache, and the Hub cannot be reached"
+            f"{_cause(error)}; try `hf download {repo}` where it can"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo} lacks a file ({str(error).splitlines()[-1]}); try another model") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo} is not a Hub id ({error}); try org/name or a directory") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = {401: "log in with `hf auth login`", 403: "log in with `hf auth login` as someone who may read it"}
+        raise CheckpointError(
+            f"{repo}: the Hub answered with status {status}; {remedy.get(status, 'run the same command again later')}"
+        ) from error
+    except transport_errors() as error:
+        told = f"{type(error).__name__}: {str(error)[:120]}"
+        raise CheckpointError(
+            f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
+        ) from error
