@@ -29,7 +29,9 @@ Engine = Annotated[
     str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
 ]
 Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[str, typer.Option("--method", help="gram (fast), projector (products alone) or svd (reference).")]
+Method = Annotated[
+    str, typer.Option("--method", help="auto, gram (fast), projector (products alone) or svd (reference).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
