@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.families import Matrix, list_matrices
@@ -13,7 +15,7 @@ from laser.checkpoint.files import to_json
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.selection import Selection
-from laser.spectra import Source, Spectra, describe_failure, read_ahead
+from laser.spectra import Source, Spectra, describe_failure
 from laser.spectral.decomposition import check_storage, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.permutation import KINDS, largest_singular_value, permuted
@@ -90,7 +92,7 @@ def null_test(
     selection.check(matrices)
     counts: dict[tuple[str, str], list[_Counts]] = {}
     skipped: dict[str, str] = {}
-    for matrix, W in read_ahead(checkpoint, [m for m in matrices if selection.why_not(m) is None]):
+    for matrix, W in _read_ahead(checkpoint, [m for m in matrices if selection.why_not(m) is None]):
         shape = (matrix.shape[0], matrix.shape[1])
         noise: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         try:
@@ -131,3 +133,16 @@ def _row(rule: str, role: str, group: list[_Counts]) -> NullRow:
         found=float(np.mean([n for n, _ in found])) if found else None,
         found_share=float(np.mean([n / p for n, p in found])) if found else None,
     )
+
+
+def _read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
+    """Each matrix with its weights, the next one being read meanwhile: two in memory, never more."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for matrix in matrices:
+            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
+            if ahead:
+                yield ahead[0], ahead[1].result()
+            ahead = (matrix, future)
+        if ahead:
+            yield ahead[0], ahead[1].result()

@@ -13,18 +13,20 @@ import numpy as np
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import RecordError, UsageError
+from laser.in_data import in_data_metric, line_in_data
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
 from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
-from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
+from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
 KIND, VERSION = "plan", 1
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
+METRICS = ("plain", "data")
 COVERAGE = ("action", "reason", "matrices", "parameters")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -51,6 +53,9 @@ class PlanLine:
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
+    # "data": threshold, snr and energy_kept are of W C^(1/2), C the moment of the inputs of `tokens` tokens
+    metric: str = "plain"
+    tokens: int | None = None
     parameters: int = 0  # numbers in it
 
     @property
@@ -65,6 +70,7 @@ class Plan:
     rule: str
     selection: Mapping[str, Any]
     lines: tuple[PlanLine, ...]
+    calibration: Mapping[str, Any] | None = None  # moments.Calibration, where a line is in the data's metric
 
     @property
     def reductions(self) -> dict[str, PlanLine]:
@@ -103,11 +109,13 @@ class Plan:
         try:
             lines = tuple(PlanLine(**line) for line in document["lines"])
             plan = Plan(Source(**document["source"]), document["rule"], document["selection"], lines)
+            plan = replace(plan, calibration=document.get("calibration"))
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path} is not a whole plan ({error}); make it again with `laser plan`") from error
         for line in lines:
             whole = type(line.rank) is int and type(line.full_rank) is int and 0 <= line.below <= line.rank
             whole = whole and (line.rank or 0) < (line.full_rank or 0) + (line.shrink is not None)
+            whole = whole and line.metric in METRICS and (line.metric == "plain" or plan.calibration is not None)
             if line.action not in ACTIONS or (line.action == "reduce" and not whole):
                 raise RecordError(
                     f"{path}: {line.name} has action {line.action!r} and rank {line.rank} of {line.full_rank}, "
@@ -124,10 +132,21 @@ class Treatment:
     shrink: str | None = None
     two_sided: bool = False
     require_fit: float | None = None
+    metric: str = "plain"
 
     def check(self) -> None:
-        """Raises UsageError for a rule, shrinker or level that does not exist."""
-        parse_rule(self.rule)
+        """Raises UsageError for a rule, shrinker, level or metric that does not exist or does not go with the rest."""
+        rule, _ = parse_rule(self.rule)
+        if self.metric not in METRICS:
+            raise UsageError(f"no metric is called {self.metric!r}; try --metric {'|'.join(METRICS)}")
+        if self.metric == "data" and not rule.any_metric:
+            able = ", ".join(name for name, row in RULES.items() if row.any_metric)
+            raise UsageError(
+                f"rule {self.rule!r} supposes noise that is the same in all directions, and in the metric of the data "
+                f"no noise is; try --rule with one of {able}"
+            )
+        if self.metric == "data" and (self.shrink or self.two_sided or self.require_fit is not None):
+            raise UsageError("--shrink, --two-sided and --require-fit rest on the plain law; leave them out")
         if self.shrink is not None:
             check_shrinker(self.shrink)
         if self.require_fit is not None and not 0 < self.require_fit < 1:
@@ -136,6 +155,7 @@ class Treatment:
     def describe(self) -> dict[str, Any]:
         """Only what was asked for: a plain plan reads as plain."""
         asked = {"shrink": self.shrink, "two_sided": self.two_sided or None, "require_fit": self.require_fit}
+        asked["metric"] = None if self.metric == "plain" else self.metric
         return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -148,6 +168,8 @@ def make_plan(
     shrink: str | None = None,
     two_sided: bool = False,
     require_fit: float | None = None,
+    metric: str = "plain",
+    fewest_tokens: int | None = None,
 ) -> Plan:
     """Apply `rule` (`NAME[:ARGUMENT]`, see RULES) to every scanned matrix that the selection names.
 
@@ -156,22 +178,31 @@ def make_plan(
     matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
     noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
-    reason.
+    reason. In the `metric` "data" the rule is asked of the spectra in the metric of the calibration's inputs, and a
+    matrix that met fewer than `fewest_tokens` (default: its p) of them is kept.
     Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
-    treatment = Treatment(rule, shrink, two_sided, require_fit)
+    treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
+    if metric == "data":
+        spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
     if lowest_snr is not None and lowest_snr < 1:
         raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
+        if metric == "data":
+            raise UsageError(
+                "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
+                "--fewest-tokens with moments that were made with --shrink"
+            )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
-    return Plan(spectra.source, rule, described, tuple(lines))
+    calibration = spectra.data.calibration if spectra.data and metric == "data" else None
+    return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
 def empty_plan(spectra: Spectra) -> Plan:
@@ -197,6 +228,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     total = float(np.sum(s**2))
     if not total:
         return replace(line, rank=0, energy_kept=1.0)
+    if treatment.metric == "data" and spectra.data is not None:
+        return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
     estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
     fit = fit_noise(s, shape, estimator)
     noise = estimate(s, shape, estimator)

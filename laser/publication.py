@@ -174,7 +174,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     return CardSource(
         name=outcome.plan.source.name,
         identity=outcome.plan.source.identity,
-        config=_object(out / "config.json"),
+        config=_object(out / "config.json") or dict(open_checkpoint(out).config),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text(out / "chat_template.jinja"),
         licence_files=tuple(sorted(p.name for p in out.iterdir() if re.match(r"(?i)licen[cs]e", p.name))),

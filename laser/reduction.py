@@ -18,7 +18,9 @@ from laser.checkpoint.headers import Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
+from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.errors import NumericalError, UsageError
+from laser.moments import Moments
 from laser.plan import Plan, PlanLine
 from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
@@ -55,15 +57,23 @@ class Outcome:
 
 
 def cut(
-    matrix: Matrix, W: torch.Tensor, device: Device, *, lines: Mapping[str, PlanLine], method: str
+    matrix: Matrix,
+    W: torch.Tensor,
+    device: Device,
+    *,
+    lines: Mapping[str, PlanLine],
+    method: str,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The reduction of one matrix W (m, n), wherever it runs: the new matrix and what was measured of it."""
     line = lines[matrix.name]
     try:
-        result = truncate(W, line.gains, device, method)
+        plain = line.metric == "plain"
+        result = truncate(W, line.gains, device, method) if plain else reduced_in_data(W, line, device, moments)
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    return result.matrix, record_of(line, result)
+    return result.matrix, record_of(line, result) | on_fresh_text(W, result.matrix, line, fresh)
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
@@ -82,6 +92,8 @@ def reduce(
     resume: bool = False,
     force: bool = False,
     evict: bool = False,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
@@ -90,14 +102,19 @@ def reduce(
     result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
     matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
     is byte-identical and no finished matrix is computed twice. With `evict`, each shard of a model from the Hub leaves
-    the Hub's cache as soon as its output is on the disk. `tick` is called with each finished matrix and its seconds of
-    computation. Raises RecordError for a plan of another checkpoint, OutputError for an `out` that may not be written,
+    the Hub's cache as soon as its output is on the disk. Lines in the metric of the data need the `moments` that the
+    plan was made with; with `fresh` moments of another text the outcome says what each edit costs there. `tick` is
+    called with each finished matrix and its seconds of computation. Raises RecordError for a plan or moments of another
+    checkpoint, UsageError for moments that are needed and missing, OutputError for an `out` that may not be written,
     NumericalError (naming the tensor) where no method meets its certificate.
     """
     crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     plan.source.require(checkpoint, "plan")
+    require_moments(plan, moments)
+    if fresh is not None:
+        fresh.source.require(checkpoint, "fresh moments")
     hub, checkpoint = checkpoint.hub, by_whole_shards(checkpoint)
     if evict and hub is None:
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
@@ -106,7 +123,7 @@ def reduce(
     prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        work = partial(cut, lines=plan.reductions, method=method)
+        work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
         order = by_shard(checkpoint, [matrices[name] for name in names])
         with closing(visit(checkpoint, order, work, crew)) as visits:
             for matrix, (new, record), seconds in visits:
@@ -114,7 +131,7 @@ def reduce(
                 del new
                 tick(matrix, seconds)
 
-    run = run_of(checkpoint, plan, method, crew)
+    run = run_of(checkpoint, plan, method, crew) | ({"fresh": fresh.calibration.identity} if fresh else {})
 
     def done(shard: Shard) -> None:
         if evict and hub is not None:

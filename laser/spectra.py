@@ -6,13 +6,12 @@ import base64
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,12 +23,17 @@ from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrice
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
+from laser.in_data import DATA, InData, measure_in_data
+from laser.in_data import NULL as DATA_NULL
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS, singular_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 from laser.workers import Crew, dearest_first, visit
+
+if TYPE_CHECKING:
+    from laser.moments import Moments
 
 KIND, VERSION = "spectra", 1
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
@@ -83,6 +87,7 @@ class Spectra:
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
+    data: all of that again in the metric of the data, where the scan was given moments
     """
 
     source: Source
@@ -93,6 +98,7 @@ class Spectra:
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     kurtosis: Mapping[str, float] = field(default_factory=dict)
+    data: InData | None = None
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -105,6 +111,9 @@ class Spectra:
             "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
         }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
+        if self.data is not None:
+            header["data"] = self.data.header()
+            vectors |= self.data.vectors()
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     def _extra(self, name: str) -> dict[str, Any]:
@@ -125,11 +134,12 @@ class Spectra:
         rows = header["matrices"]
         skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
         matrices = tuple(_matrix(row) for row in rows)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith(NULL)}
+        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source(**header["source"])
         kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis)
+        data = InData.from_file(header.get("data"), vectors)
+        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis, data)
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
@@ -152,6 +162,8 @@ class Measured:
     null: NDArray[np.float64]
     kurtosis: float | None = None
     skipped: str | None = None
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
+    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
 
 def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
@@ -173,6 +185,7 @@ def scan(
     method: str = "gram",
     journal: Path | None = None,
     null_draws: int = 0,
+    moments: Moments | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
@@ -182,7 +195,8 @@ def scan(
     each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
     the spectra are saved. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs.
+    value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
+    where a matrix was calibrated.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -191,6 +205,8 @@ def scan(
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     if null_draws < 0:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
+    if moments is not None:
+        moments.source.require(checkpoint, "moments")
     matrices = list_matrices(checkpoint)
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
@@ -203,7 +219,7 @@ def scan(
         "method": method,
         "device": crew.label,
         "null_draws": null_draws,
-    }
+    } | ({"moments": moments.calibration.identity} if moments else {})
     found: dict[str, Measured] = {}
     with Journal(journal, run) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -212,18 +228,29 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = partial(_measure, method=method, null_draws=null_draws)
+        work = partial(_measure, method=method, null_draws=null_draws, moments=moments)
         with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
             for matrix, measured, _ in visits:
                 found[matrix.name] = measured
                 if log:
                     log.append(to_entry(matrix.name, measured))
                 tick(matrix)
-    return assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+    groups = {name: (m.data, m.data_null) for name, m in found.items()}
+    return replace(spectra, data=InData.of(moments, spectra.values, groups))
 
 
-def _measure(_: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int) -> Measured:
-    return measure(W, device, method, null_draws)
+def _measure(
+    matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
+) -> Measured:
+    plain = measure(W, device, method, null_draws)
+    if plain.skipped is not None or moments is None:
+        return plain
+    try:
+        values, null = measure_in_data(W, matrix.name, moments, null_draws, device)
+    except (NumericalError, UsageError) as error:
+        return replace(plain, skipped=describe_failure(W, error))
+    return replace(plain, data=values, data_null=null)
 
 
 def assemble(
@@ -247,11 +274,14 @@ def assemble(
 def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     """A line of a journal."""
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
     return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis} | vectors
 
 
 def from_entry(entry: Mapping[str, Any]) -> Measured:
-    return Measured(_decode(entry["values"]), _decode(entry["null"]), entry["kurtosis"], entry["skipped"])
+    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
+    values, null = _decode(entry["values"]), _decode(entry["null"])
+    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, data_null)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -260,19 +290,6 @@ def _encode(vector: NDArray[np.float64]) -> str:
 
 def _decode(text: str) -> NDArray[np.float64]:
     return np.frombuffer(base64.b64decode(text), dtype="<f8")
-
-
-def read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[tuple[Matrix, torch.Tensor]]:
-    """Each matrix with its weights, the next one being read meanwhile: two in memory, never more."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
-            if ahead:
-                yield ahead[0], ahead[1].result()
-            ahead = (matrix, future)
-        if ahead:
-            yield ahead[0], ahead[1].result()
 
 
 def describe_failure(W: torch.Tensor, error: LaserError) -> str:

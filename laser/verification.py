@@ -15,6 +15,8 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.headers import Shard, TensorInfo, pieces
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.edits import check_projection, require_moments
+from laser.moments import Moments
 from laser.reduction import Outcome
 from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device
@@ -35,6 +37,7 @@ def verify(
     out: Path,
     *,
     device: Device | None = None,
+    moments: Moments | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Verification:
     """Compare `out` with `source` and with the plan in its laser.json.
@@ -42,12 +45,16 @@ def verify(
     Untouched tensors must be equal bit for bit. A touched matrix B must be a best approximation of W at the plan's rank
     r, which by Eckart and Young (1936) is the same as: its singular values are W's first r and then zero, but for
     rounding to the storage dtype, and ||W - B||_F is the norm of W's tail. Where the plan shrinks or cuts on two sides,
-    W's values times their gains stand for both. Measured from the weights. Also checked: shard headers, index, and
-    sha256 of every shard. Raises RecordError or CheckpointError where `out` cannot be read at all.
+    W's values times their gains stand for both. A matrix reduced in the metric of the data must be a projection of W of
+    rank r, and with the plan's `moments` lose what was predicted and no more of the outputs. Measured from the weights.
+    Also checked: shard headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out`
+    cannot be read at all.
     """
     device = device or choose_device()
     outcome, result = Outcome.load(out), open_checkpoint(out)
     outcome.plan.source.require(source, "output")
+    if moments is not None:
+        require_moments(outcome.plan, moments)
     problems: list[str] = []
     if source.index_bytes != result.index_bytes:
         problems.append("the index differs from the source's; expected the same bytes")
@@ -69,7 +76,12 @@ def verify(
     for matrix in list_matrices(source):
         if matrix.name in lines:
             touched += 1
-            problems += _check_truncation(source, result, matrix, lines[matrix.name].gains, device)
+            line = lines[matrix.name]
+            if line.metric == "data":
+                W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+                problems += check_projection(W, B, line, line.energy_kept, device, moments)
+            else:
+                problems += _check_truncation(source, result, matrix, line.gains, device)
         else:
             untouched += 1
             if not _same(source, result, matrix):

@@ -164,9 +164,9 @@ def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: P
 def test_interrupt_is_130_and_keeps_the_work(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laser.reduction
+    import laser.one_pass
 
-    true, count = laser.reduction.truncate, 0
+    true, count = laser.one_pass.factorise, 0
 
     def interrupt(*arguments: Any) -> Any:
         nonlocal count
@@ -177,7 +177,7 @@ def test_interrupt_is_130_and_keeps_the_work(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(laser.reduction, "truncate", interrupt)
+        patch.setattr(laser.one_pass, "factorise", interrupt)
         code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
     assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0

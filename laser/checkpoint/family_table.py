@@ -180,7 +180,7 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "phi3": PHI3,
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
-    "mistral_release": MISTRAL_RELEASE,  # params.json instead of config.json
+    "mistral_release": MISTRAL_RELEASE,  # params.json instead of config.json: reader.RELEASE
 }
 
 # For a family that has no row: names that many families share, wherever they stand. Never cut.

@@ -34,6 +34,7 @@ __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OUTCOME = "laser.json"  # in a checkpoint that laser wrote
+RELEASE = "mistral_release"  # stands for the model_type that Mistral's params.json does not name
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,27 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
         path = hub.folder
         if need != "ranges":
             side_files(hub)
-    config_bytes = _bytes(path / "config.json", "a checkpoint directory needs its config.json")
-    config = parse_json(config_bytes, path / "config.json")
+    # Mistral's own format, which the Hub's cache holds only beside the Hub's.
+    release = hub is None and (path / "params.json").exists() and not (path / "config.json").exists()
+    about = path / ("params.json" if release else "config.json")
+    config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
+    config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'}: found {type(config).__name__}, expected a JSON object")
-    hub, index_bytes, weight_map, shards = _shards(path, hub)
+        raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
+    if release:
+        config = config | {"model_type": RELEASE}
+    hub, index_bytes, weight_map, shards = (None, None, None, _release(path)) if release else _shards(path, hub)
     if hub is not None and need == "weights":
         hub = download(hub, [shard.path.name for shard in shards])
     found = {(t.shard, t.name): t for shard in shards for t in shard.tensors}
     if weight_map is None:
         tensors = {name: info for (_, name), info in found.items()}
+        if len(tensors) < len(found):
+            twice = next(name for shard, name in found if tensors[name].shard != shard)
+            raise CheckpointError(
+                f"{path.name}: {twice} is in more than one file: weights that are split among GPUs cannot be joined "
+                "here; try the Hub's version of this model"
+            )
     else:
         for name, shard in weight_map.items():
             if (shard, name) not in found:
@@ -168,6 +180,23 @@ def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict
         index_bytes = safetensors_index(parse_json(index_bytes, path / PICKLE_INDEX))
         weight_map = {tensor: safetensors_name(file) for tensor, file in weight_map.items()}
     return hub, index_bytes, weight_map, shards
+
+
+def _release(path: Path) -> tuple[Shard, ...]:
+    """The files of Mistral's own format: there is no index, each holds whole tensors."""
+    if partial := sorted(p.name for p in path.glob("consolidated*.partial")):
+        raise CheckpointError(
+            f"{path} is unfinished: {partial[0]} is still there; repeat the command that makes it, with --resume"
+        )
+    for suffix, read in ((".safetensors", read_header), (".pt", read_pickle), (".pth", read_pickle)):
+        files = sorted(path.glob(f"consolidated*{suffix}"))
+        if len(files) == 1 and read is read_pickle:  # Mistral's own loader knows no other name for one file
+            return (read_pickle(files[0], "consolidated.safetensors"),)
+        if files:
+            return tuple(read(file) for file in files)
+    raise CheckpointError(
+        f"{path} holds params.json and no consolidated*.safetensors or .pt; finish the download and try again"
+    )
 
 
 def _weight_map(data: bytes, path: Path, hub: Hub | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ Order of events, so that being killed at any byte loses nothing and leaves nothi
     NAME                  renamed once the whole shard is on the disk (fsync), and hashed if anything in it is new
     laser.json            the outcome
     the index             last: a directory with an index is a finished checkpoint
-                          (a one-file checkpoint has none; there the rename of its only shard is last)
+                          (a checkpoint of one file, or of Mistral's format, has none; there the renames are last)
 
 The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets and `__metadata__` cannot change.
 """
@@ -30,7 +30,7 @@ import torch
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import WEIGHTS, Journal, disk_errors, to_json, write_atomically
 from laser.checkpoint.hub import side_files
-from laser.checkpoint.reader import INDEX, OUTCOME, SINGLE, Checkpoint, Shard
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
 from laser.errors import OutputError
 
@@ -111,7 +111,7 @@ def write_checkpoint(
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
         write_atomically(out / OUTCOME, to_json(document))
-        for shard in source.shards:  # already renamed, but for a one-file checkpoint and a kill between two steps
+        for shard in source.shards:  # already renamed, but where there is no index or a kill came between
             if partial_of(out, shard.name).exists():
                 _rename(partial_of(out, shard.name), out / shard.name)
         if source.index_bytes is not None:
@@ -204,7 +204,7 @@ def _collect(
         shard, future = settling.pop(0)
         hashes[shard.name] = future.result()
         journal.append({"shard": shard.name, "sha256": hashes[shard.name]})
-        if source.index_bytes is not None:  # the only shard of a one-file checkpoint waits for laser.json
+        if source.index_bytes is not None:  # without an index the shards wait for laser.json
             _rename(partial_of(out, shard.name), out / shard.name)
         done(shard)
 
@@ -221,7 +221,8 @@ def is_settled(source: Checkpoint, out: Path) -> bool:
 
 def is_finished(source: Checkpoint, out: Path) -> bool:
     """Whether `out` holds everything."""
-    return (out / OUTCOME).exists() and (out / (SINGLE if source.index_bytes is None else INDEX)).exists()
+    last = [s.name for s in source.shards] if source.index_bytes is None else [INDEX]
+    return (out / OUTCOME).exists() and all((out / name).exists() for name in last)
 
 
 def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from laser.checkpoint.families import DoubtWarning
-from laser.cli import devices, flow, look, measure, publish, run, search
+from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -25,8 +25,8 @@ app = typer.Typer(
 )
 VERBS = (
     *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, devices.devices),
-    *(measure.eval, search.search, publish.leaderboard, publish.card),
-    *(look.null, look.spectra, look.plot, look.report),
+    *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card),
+    *(look.null, look.spectra, look.plot, look.report, convert.convert),
 )
 for verb in VERBS:
     app.command()(verb)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
 from laser.errors import OutputError
+from laser.moments import Moments
 from laser.selection import Selection, parse_layers, parse_roles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
@@ -32,6 +33,9 @@ Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or fl
 Method = Annotated[
     str, typer.Option("--method", help="auto, gram (fast), projector (products alone) or svd (reference).")
 ]
+MomentsFile = Annotated[
+    Path | None, typer.Option("--moments", help="File of laser calibrate: go by the inputs that matrices meet, too.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
@@ -40,6 +44,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; prin
 
 def selection(layers: str | None, roles: str | None, include: str | None, exclude: str | None) -> Selection:
     return Selection(parse_layers(layers), parse_roles(roles), include, exclude)
+
+
+def moments_of(path: Path | None) -> Moments | None:
+    """The moments at `path`, if one was given."""
+    return None if path is None else Moments.load(path)
 
 
 def refuse_to_overwrite(path: Path, force: bool) -> None:

@@ -53,6 +53,7 @@ def scan(
     precision: common.Precision = "auto",
     method: common.Method = "auto",
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    moments: common.MomentsFile = None,
     dry_run: common.DryRun = False,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -72,9 +73,9 @@ def scan(
     if force:
         output.unlink(missing_ok=True)
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
-    start = time.perf_counter()
+    start, known = time.perf_counter(), common.moments_of(moments)
     with common.Progress("scan", chosen_of(list_matrices(checkpoint), selected)) as bar:
-        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null)
+        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known)
     seconds = time.perf_counter() - start
     if as_json:
         return common.print_json(
@@ -99,6 +100,10 @@ def plan(
     shrink: Shrink = None,
     two_sided: TwoSided = False,
     require_fit: RequireFit = None,
+    metric: Annotated[str, typer.Option("--metric", help="plain, or data: by what the outputs lose.")] = "plain",
+    fewest_tokens: Annotated[
+        int | None, typer.Option("--fewest-tokens", help="Keep a matrix that met fewer; default: its smaller side.")
+    ] = None,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,
@@ -119,6 +124,8 @@ def plan(
         shrink=shrink,
         two_sided=two_sided,
         require_fit=require_fit,
+        metric=metric,
+        fewest_tokens=fewest_tokens,
     )
     made.save(output)
     if as_json:
@@ -137,6 +144,10 @@ def reduce(
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
     method: common.Method = "auto",
+    moments: common.MomentsFile = None,
+    fresh: Annotated[
+        Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
+    ] = None,
     resume: common.Resume = False,
     force: common.Force = False,
     evict: Annotated[
@@ -153,10 +164,20 @@ def reduce(
         wanted.source.require(checkpoint, "plan")
         return _print_estimate(checkpoint, touched, crew, as_json)
     method, _ = choose_method(method, crew.devices[0])
-    start = time.perf_counter()
+    start, known, elsewhere = time.perf_counter(), common.moments_of(moments), common.moments_of(fresh)
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
-            checkpoint, wanted, output, crew=crew, method=method, resume=resume, force=force, evict=evict, tick=bar
+            checkpoint,
+            wanted,
+            output,
+            crew=crew,
+            method=method,
+            resume=resume,
+            force=force,
+            evict=evict,
+            moments=known,
+            fresh=elsewhere,
+            tick=bar,
         )
     print_outcome(outcome, output, time.perf_counter() - start, as_json)
 
@@ -165,12 +186,15 @@ def verify(
     model: common.Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     device: common.DeviceName = "auto",
+    moments: common.MomentsFile = None,
     as_json: common.Json = False,
 ) -> None:
     """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
     checkpoint = open_checkpoint(model)
     with common.Progress("verify", list_matrices(checkpoint)) as bar:
-        found = verify_output(checkpoint, output, device=choose_device(device), tick=bar)
+        found = verify_output(
+            checkpoint, output, device=choose_device(device), moments=common.moments_of(moments), tick=bar
+        )
     if as_json:
         common.print_json(asdict(found))
     else:

@@ -69,7 +69,7 @@ def eval(
             mode=mode,
         )
         with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
-            return evaluate(checkpoint, cut, stream=stream, dtype=dtype, device=where, tick=lambda: _advance(bar))
+            return evaluate(checkpoint, cut, stream=stream, dtype=dtype, device=where, tick=lambda: advance(bar))
 
     records = [measure(name) for name in (model, other) if name is not None]
     if output is not None:
@@ -125,5 +125,5 @@ def digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
 
 
-def _advance(bar: Any) -> None:
+def advance(bar: Any) -> None:
     bar.update()

@@ -34,7 +34,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
-from laser.plan import Plan, make_plan
+from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
@@ -141,7 +141,8 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=choose_method(method or flags.get("method", "auto"), crew.devices[0])[0],
+            method=choose_method(method or flags.get("method", "auto"), where)[0],
+            treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
             force=force,

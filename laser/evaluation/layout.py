@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ def _parts(checkpoint: Checkpoint, parameter: str, shape: tuple[int, ...]) -> tu
     )
 
 
+def require_hub_format(path: Path) -> None:
+    """Raises UsageError for a directory in Mistral's own format, which transformers does not load."""
+    if (path / "params.json").exists() and not (path / "config.json").exists():
+        raise UsageError(
+            f"{path.name} is in Mistral's own format, which transformers does not load; "
+            f"try laser convert {path.name} -o {path.name}-hub, and measure that"
+        )
+
+
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The transformers model of a checkpoint's config with every parameter on the meta device: no memory, no weights.
 
@@ -76,6 +86,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    require_hub_format(checkpoint.path)
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laser.errors import LaserError, RecordError, UsageError
+from laser.evaluation.layout import require_hub_format
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
 # 384, 128 and 32 tokens in turn and pooled them; here the length is one and is written down.
@@ -158,6 +159,7 @@ def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer in a checkpoint directory. Raises LaserError where there is none; never runs the model's code."""
     from transformers import AutoTokenizer
 
+    require_hub_format(Path(model))
     try:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type

@@ -18,7 +18,7 @@ from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
 from laser.report import card_edits as edits
 from laser.report import card_sections as sections
-from laser.report.card_loading import loading
+from laser.report.card_loading import is_release, loading
 from laser.report.comparison import Losses, compare
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def card(
     # Not the keyword arguments only: what the source leaves out stays out.
     data = ModelCardData(
         base_model=base[0],
-        library_name="transformers",
+        library_name=None if is_release(source) else "transformers",
         pipeline_tag="text-generation",
         tags=list(TAGS),
         eval_results=results,

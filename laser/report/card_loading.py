@@ -52,12 +52,23 @@ VARIANTS = (
 )
 
 
+def is_release(source: CardSource) -> bool:
+    """Whether the model is in Mistral's own format: a params.json, which names no model_type."""
+    return (source.config or {}).get("model_type") == "mistral_release"
+
+
 def loading(name: str, source: CardSource) -> str:
     """How to load the model in five ways with transformers, and with vLLM; `name` stands for where it lies."""
     config = source.config or {}
     stored = config.get("dtype") or config.get("torch_dtype")
     half = stored if stored in ("float16", "bfloat16") else "bfloat16"
     where = json.dumps(name)
+    if is_release(source):
+        translate = fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
+        return (
+            "## How to load it\n\nThis directory is in Mistral's own format, for Mistral's own code. For transformers, "
+            "translate it first:\n\n" + translate
+        )
     parts = [
         "## How to load it",
         "Below, the name stands for this directory, or for its id on the Hub. Memory is that of the weights "

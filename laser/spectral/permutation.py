@@ -7,6 +7,8 @@ factorisation: some forty products with W against p^3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision
 from laser.spectral.gram import to_host
 
+Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 KINDS = ("entries", "rows")
 DENSE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
 TOLERANCE = 1e-6  # relative, of the squared value; the null's own spread is p^(-2/3), 4e-3 at p = 4096
@@ -57,13 +60,21 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
         with full_precision():
             return to_host(A.T @ (A @ column))
 
-    start = np.random.default_rng(0).standard_normal(p)
-    operator = LinearOperator((p, p), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+    return float(np.sqrt(max(largest_eigenvalue(product, p), 0.0)))
+
+
+def largest_eigenvalue(product: Product, side: int) -> float:
+    """The largest eigenvalue of the symmetric matrix, not 0, whose `product` with a vector (side,) is given.
+
+    To TOLERANCE, by Lanczos iteration from a fixed start. Raises NumericalError where it does not settle.
+    """
+    start = np.random.default_rng(0).standard_normal(side)
+    operator = LinearOperator((side, side), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     try:  # SciPy's stubs take the default 0 for the type of tol
         value = eigsh(operator, k=1, v0=start, tol=TOLERANCE, return_eigenvectors=False)  # pyright: ignore[reportArgumentType]
     except ArpackError as error:
         raise NumericalError(f"the largest singular value did not settle ({error}); try --device cpu") from error
-    return float(np.sqrt(max(value[0], 0.0)))
+    return float(value[0])
 
 
 def null_largest(W: torch.Tensor, draws: int, device: Device) -> NDArray[np.float64]:

@@ -43,6 +43,7 @@ class Rule:
     source: str
     estimator: str | None = None  # row of noise.ESTIMATORS that it rests on
     needs_null: bool = False  # its spectrum is that of the permuted matrices, see `apply_rule`
+    any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
     valid: Callable[[float], bool] = lambda _: True
@@ -168,16 +169,20 @@ RULES: dict[str, Rule] = {
         _parallel,
         "Horn 1965, Dobriban 2020: the matrix against its own permutations",
         needs_null=True,
+        any_metric=True,
         argument="ALPHA",
         default=0.05,
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
-    "energy": Rule(_energy, "common practice", argument="X", **_SHARE),
-    "fraction": Rule(_fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", argument="RHO", **_SHARE),
+    "energy": Rule(_energy, "common practice", any_metric=True, argument="X", **_SHARE),
+    "fraction": Rule(
+        _fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", any_metric=True, argument="RHO", **_SHARE
+    ),
     "rank": Rule(
         _rank,
         "a fixed rank",
+        any_metric=True,
         argument="K",
         valid=lambda x: x >= 0 and float(x).is_integer(),
         expected="a whole number, 0 or more",

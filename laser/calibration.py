@@ -1,0 +1,285 @@
+"""calibrate: run a text through the model layer by layer and keep the second moments of what its matrices meet.
+
+In memory are one layer, its moments and the states between two layers. After each layer its moments and the states are
+on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer; the end of it joins the
+layers' files to one, byte by byte, whatever their size.
+
+A product of some hundred inputs is float32, as the inputs are; the sums over the text are float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.files import disk_errors, write_atomically
+from laser.checkpoint.reader import Checkpoint
+from laser.errors import NumericalError, RecordError, UsageError
+from laser.evaluation.activations import Activations
+from laser.evaluation.evaluate import check_vocabulary
+from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
+from laser.evaluation.text import Windows
+from laser.moments import Calibration, Moments, Site, header_of, pack
+from laser.selection import Selection
+from laser.spectra import Source
+from laser.spectral.second_moments import nystrom
+
+# Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
+# by their outputs' moment, and for the null by SKETCH directions.
+FULL_SIDE, SKETCH = 4096, 256
+CHUNK = 8 << 20
+ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
+
+
+class Accumulator:
+    """The unfinished sums of one site."""
+
+    def __init__(self, met: Met, form: str) -> None:
+        self.met, self.form, self.names = met, form, met.names
+        self.tokens, self.fourth_, self.trace_ = 0, 0.0, 0.0
+        self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
+        self.image_: torch.Tensor | None = None  # (n, SKETCH)
+        self.test: torch.Tensor | None = None
+        self._waiting: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Inputs x (T, n) and outputs y (T, m)."""
+        self.tokens += len(x)
+        if self.form == "outputs":
+            self._sketch(x.float())
+            x = y[:, self.met.rows[0]]
+        self._waiting.append(x.detach().clone())
+        if sum(map(len, self._waiting)) >= ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        z = torch.cat(self._waiting).float()
+        self._waiting.clear()
+        norms = z.square().sum(1, dtype=torch.float64)
+        self.fourth_ += float(norms.square().sum())
+        part = z.square().sum(0, dtype=torch.float64) if self.form == "diagonal" else z.T @ z
+        if not torch.isfinite(part).all():
+            raise NumericalError(
+                f"what {self.met.names[0]} meets is not finite: the activations overflow or the weights hold NaN; "
+                "try --dtype float32, or laser scan to find it"
+            )
+        part = part.cpu()
+        self.total_ = part.double() if self.total_ is None else self.total_.add_(part)
+
+    def _sketch(self, x: torch.Tensor) -> None:
+        if self.test is None:
+            generator = torch.Generator().manual_seed(0)
+            self.test = torch.randn(x.shape[1], min(SKETCH, x.shape[1]), generator=generator)
+            self.image_ = torch.zeros(self.test.shape, dtype=torch.float64)
+        assert self.image_ is not None
+        self.image_ += (x.T @ (x @ self.test.to(x.device))).cpu()
+        self.trace_ += float(x.square().sum(dtype=torch.float64))
+
+    def finish(self, layer: int) -> tuple[Site, dict[str, torch.Tensor]]:
+        """The site and its tensors, means over the tokens; no tensors where there were none."""
+        self.flush()
+        key, tensors, flat = self.met.names[0], {}, 0.0
+        if self.total_ is not None:
+            mean = self.total_ / self.tokens
+            if self.form == "diagonal":
+                tensors[f"{key}.diagonal"] = mean
+            else:
+                tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = pack(mean)
+            if self.image_ is not None and self.test is not None:
+                B, flat = nystrom(self.image_ / self.tokens, self.test.double(), self.trace_ / self.tokens)
+                tensors[f"{key}.sketch"] = B.float()
+        fourth = self.fourth_ / max(self.tokens, 1)
+        return Site(key, layer, self.form, self.tokens, fourth, self.names, flat), tensors
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    path: Path,
+    selection: Selection | None = None,
+    *,
+    diagonal: bool = False,
+    shrink: bool = False,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    full_side: int = FULL_SIDE,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Moments:
+    """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
+
+    diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
+    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `tick` is called with each
+    layer. Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
+    dimensions, NumericalError naming the matrix that meets NaN or Inf, RecordError for a partial run of another kind.
+    """
+    selection = selection or Selection()
+    matrices = list_matrices(checkpoint)
+    selection.check(matrices)
+    check_vocabulary(checkpoint, windows)
+    chosen = [m for m in matrices if selection.why_not(m) is None and m.layer is not None]
+    if not chosen:
+        raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
+    tokens = sum(len(w.tokens) - 1 for w in windows.windows)
+    _check_length(chosen, tokens, windows, shrink or diagonal)
+    run = {
+        "source": checkpoint.identity,
+        "windows": windows.sha256,
+        "selection": selection.describe(),
+        "options": [diagonal, shrink, dtype, full_side],
+    }
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+    model = LayeredModel(checkpoint, dtype=dtype, device=device)
+    run_one_expert_at_a_time(model)
+    states = model.embed(windows.windows)
+    start = _resume(partial, run, states)
+    last = max(m.layer or 0 for m in chosen)
+    for layer in range(start, last + 1):
+        here = [m for m in chosen if m.layer == layer]
+        if here:
+            sites = _run_layer(model, layer, here, states, diagonal, full_side)
+            write_atomically(_part(partial, layer), _layer_file(sites, layer))
+        else:
+            model.run_layer(layer, states)
+        _save_states(partial, run, layer + 1, states)
+        tick(layer)
+    whole = {"text": windows.text, "text_sha256": windows.text_sha256, "windows_sha256": windows.sha256}
+    whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
+    whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
+    _join(path, Source.of(checkpoint), whole, [_part(partial, x) for x in sorted({m.layer or 0 for m in chosen})])
+    shutil.rmtree(partial)
+    return Moments.load(path)
+
+
+def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenient: bool) -> None:
+    smallest = min(min(m.shape) for m in chosen)
+    if tokens < smallest and not lenient:
+        raise UsageError(
+            f"{windows.text} gives {tokens} tokens, and the smallest of these matrices has {smallest} dimensions: no "
+            "matrix can be seen from all sides; try more --windows or a longer --text, or --shrink"
+        )
+
+
+def _run_layer(
+    model: LayeredModel, layer: int, here: Sequence[Matrix], states: Activations, diagonal: bool, full_side: int
+) -> list[Accumulator]:
+    """All windows through one layer, and what its matrices met there, matrices that met nothing included."""
+    shapes = {m.name: m.shape for m in here}
+    sites: list[Accumulator] = []
+    leaders: dict[tuple[str, ...], Accumulator | None] = {}  # None: somebody else's inputs, which are counted there
+    # q, k and v meet the very same tensor, one after the other. The last few inputs are kept alive, or another tensor
+    # might get the memory of one that was freed.
+    recent: deque[tuple[torch.Tensor, Accumulator]] = deque(maxlen=4)
+
+    def listen(met: Met, x: torch.Tensor, y: torch.Tensor) -> None:
+        if met.names not in leaders:
+            shared = [s for t, s in recent if t.data_ptr() == x.data_ptr() and t.shape == x.shape]
+            if shared and shared[0].form != "outputs":
+                shared[0].names += met.names
+                leaders[met.names] = None
+            else:
+                tall = any(shapes[name][0] >= shapes[name][1] for name in met.names)
+                form = "diagonal" if diagonal else "full" if tall or x.shape[1] <= full_side else "outputs"
+                sites.append(Accumulator(met, form))
+                leaders[met.names] = sites[-1]
+        site = leaders[met.names]
+        if site is not None:
+            site.add(x, y)
+            recent.append((x, site))
+
+    with Tap(model, layer, shapes, listen):
+        model.run_layer(layer, states)
+    seen = {name for site in sites for name in site.names}
+    return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def _part(partial: Path, layer: int) -> Path:
+    return partial / f"layer-{layer:05d}.safetensors"
+
+
+def _layer_file(sites: Sequence[Accumulator], layer: int) -> bytes:
+    rows, tensors = [], {}
+    for site in sites:
+        row, found = site.finish(layer)
+        rows.append(asdict(row))
+        tensors |= found
+    return save(tensors, metadata={"sites": json.dumps(rows)})
+
+
+def _save_states(partial: Path, run: dict[str, Any], boundary: int, states: Activations) -> None:
+    told = {"run": json.dumps(run), "boundary": str(boundary)}
+    write_atomically(partial / "states.safetensors", save({"states": states.hidden}, metadata=told))
+
+
+def _resume(partial: Path, run: dict[str, Any], states: Activations) -> int:
+    """The layer to go on with; fills `states` with what enters it. Layers below it have their files already."""
+    path = partial / "states.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            if told.get("run") != json.dumps(run):
+                raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
+            states.hidden.copy_(file.get_tensor("states"))
+            return int(told["boundary"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise RecordError(f"{path} is damaged ({error}); start afresh with --force") from error
+
+
+def _join(path: Path, source: Source, whole: dict[str, Any], parts: Sequence[Path]) -> None:
+    """The layers' files as one safetensors file, copied without passing through memory."""
+    sites, entries, ranges, digest, at = [], {}, [], hashlib.sha256(), 0
+    for part in parts:
+        with part.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        sites += [
+            Site(**row | {"matrices": tuple(row["matrices"])})
+            for row in json.loads(header.pop("__metadata__")["sites"])
+        ]
+        end = 0
+        for name, entry in header.items():
+            entries[name] = entry | {"data_offsets": [at + x for x in entry["data_offsets"]]}
+            end = max(end, entry["data_offsets"][1])
+        ranges.append((part, 8 + header_size, end))
+        at += end
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps([source.identity, whole]).encode())
+    record = header_of(source, Calibration(identity=digest.hexdigest(), **whole), sites)
+    text = json.dumps({"__metadata__": {"laser": json.dumps(record, allow_nan=False)}} | entries).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        with temporary.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for part, start, size in ranges:
+                with part.open("rb") as file:
+                    file.seek(start)
+                    while size:
+                        chunk = file.read(min(CHUNK, size))
+                        out.write(chunk)
+                        size -= len(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)

@@ -1,0 +1,201 @@
+"""Mistral's own release format (params.json, consolidated*.safetensors or .pt) and its translation into the Hub's.
+
+Both hold the same matrices under other names. Rotary embedding turns neighbouring rows of q and k there, and rows half
+a head apart in transformers, so these two are permuted row by row; everything else is copied. Names and parameters as
+in Mistral's releases of 7B, 8x7B (experts stacked in one tensor, w2 transposed) and 8x22B.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.headers import BITS, Shard
+from laser.checkpoint.reader import RELEASE, Checkpoint
+from laser.checkpoint.virtual import Entry, virtual_shard
+from laser.errors import CheckpointError
+
+MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
+# our name for it -> the releases' names: 7B and 8x22B have the first, the first release of 8x7B the second
+PARAMS = {
+    "hidden_size": ("dim", "hidden_size"),
+    "intermediate_size": ("hidden_dim", "intermediate_size"),
+    "num_hidden_layers": ("n_layers", "num_hidden_layers"),
+    "num_attention_heads": ("n_heads", "num_attention_heads"),
+    "vocab_size": ("vocab_size",),
+}
+# What changes the mathematics in ways that this translation does not know.
+UNKNOWN = ("vision_encoder", "quantization", "yarn", "lora", "llama_4_scaling", "q_lora_rank", "ragged_attention")
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+PLACES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+DENSE = {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def is_release(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") == RELEASE
+
+
+def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json for a release's params.json. Raises CheckpointError for what is missing or not known."""
+    params = checkpoint.config
+    strange = [key for key in UNKNOWN if params.get(key)]
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.name}/params.json: {strange[0]} has no translation here; try the Hub's version of this model"
+        )
+    numbers = {ours: _param(checkpoint, names) for ours, names in PARAMS.items()}
+    heads, moe = numbers["num_attention_heads"], params.get("moe") or params
+    config: dict[str, Any] = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        **numbers,
+        "num_key_value_heads": _either(params, "n_kv_heads", "num_key_value_heads") or heads,
+        "head_dim": params.get("head_dim") or numbers["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": _either(params, "norm_eps", "rms_norm_eps") or 1e-5,
+        "max_position_embeddings": _either(params, "max_seq_len", "max_position_embeddings") or 32768,
+        "sliding_window": None if params.get("sliding_window") is None else int(params["sliding_window"]),
+        "tie_word_embeddings": bool(params.get("tied_embeddings")),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    # Where params.json does not say, Mistral's own code takes 1e6, and 1e4 with a sliding window (the first 7B).
+    theta = params.get("rope_theta") or (1e4 if config["sliding_window"] else 1e6)
+    config["rope_theta"] = float(theta)
+    experts = _either(moe, "num_experts", "num_local_experts")
+    if experts:
+        config |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": experts,
+            "num_experts_per_tok": _either(moe, "num_experts_per_tok") or 2,
+        }
+    dtypes = {info.dtype for info in checkpoint.tensors.values()}
+    if len(dtypes) == 1 and dtypes <= TORCH_NAMES.keys():
+        config["torch_dtype"] = TORCH_NAMES[dtypes.pop()]
+    return config
+
+
+def _either(place: Mapping[str, Any], *names: str) -> Any:
+    return next((place[name] for name in names if place.get(name) is not None), None)
+
+
+def _param(checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    found = _either(checkpoint.config, *names)
+    if type(found) is not int or found < 1:
+        raise CheckpointError(
+            f"{checkpoint.name}/params.json: found {names[0]} {found!r}, expected a whole number; download it again"
+        )
+    return found
+
+
+def as_hub(checkpoint: Checkpoint) -> Checkpoint:
+    """A release seen as a Hub checkpoint: config, index and shards of at most MAX_SHARD bytes that no file holds yet.
+
+    Raises CheckpointError for a tensor that is missing, has another shape, or is not known.
+    """
+    config = hub_config(checkpoint)
+    matrices = {_hub_name(matrix, config): matrix for matrix in list_matrices(checkpoint)}
+    _check(checkpoint, config, matrices)
+
+    def tensor(name: str) -> torch.Tensor:
+        matrix = matrices[name]
+        W = checkpoint.read(matrix.tensor, matrix.cut)
+        return halves_from_pairs(W, config["head_dim"]) if matrix.role in ("q", "k") else W
+
+    groups = list(_groups([(name, m.dtype, m.shape) for name, m in matrices.items()]))
+    shards: list[Shard] = []
+    for number, entries in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        shards.append(virtual_shard(file, checkpoint.path, entries, tensor))
+    weight_map = {info.name: shard.name for shard in shards for info in shard.tensors}
+    total = sum(info.end - info.start for shard in shards for info in shard.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    tensors = {info.name: info for shard in shards for info in shard.tensors}
+    texts = [(json.dumps(document, indent=2) + "\n").encode() for document in (config, index)]
+    return Checkpoint(checkpoint.path, config, texts[0], texts[1], tuple(shards), tensors)
+
+
+def halves_from_pairs(W: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of q or k (heads * width, n) from rotary pairs (0, 1), (2, 3), ... to (0, width/2), (1, width/2 + 1), ..."""
+    rows, n = W.shape
+    return W.view(rows // width, width // 2, 2, n).transpose(1, 2).reshape(rows, n)
+
+
+def _hub_name(matrix: Matrix, config: Mapping[str, Any]) -> str:
+    around = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
+    layer, role = f"model.layers.{matrix.layer}.", matrix.role
+    if role in around:
+        return around[role]
+    if role == "norm":
+        kind = matrix.name.split(".")[-2]
+        return f"{layer}{NORMS[kind]}.weight" if kind in NORMS else "model.norm.weight"
+    if role in PLACES:
+        return f"{layer}{PLACES[role]}.weight"
+    if role == "router":
+        return f"{layer}block_sparse_moe.gate.weight"
+    if role in DENSE and matrix.expert is not None:
+        return f"{layer}block_sparse_moe.experts.{matrix.expert}.{role}.weight"
+    if role in DENSE:
+        return f"{layer}{DENSE[role]}.weight"
+    raise CheckpointError(f"{matrix.name} is no tensor of Mistral's format; try the Hub's version of this model")
+
+
+def _check(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str, Matrix]) -> None:
+    expected = _expected(config)
+    for name in (*expected, *found):
+        if name not in found:
+            raise CheckpointError(
+                f"{checkpoint.name} holds no tensor for {name}, which params.json asks for; finish the download"
+            )
+        shape = found[name].shape
+        if expected.get(name) != shape:
+            told = list(expected[name]) if name in expected else "no such tensor"
+            raise CheckpointError(
+                f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {told} by params.json; "
+                "use the params.json that belongs to these weights"
+            )
+
+
+def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the Hub's model of this config has, with its shape."""
+    H, width, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    q, kv = (config[f"num_{who}_heads"] * config["head_dim"] for who in ("attention", "key_value"))
+    shapes = {"model.embed_tokens.weight": (words, H), "model.norm.weight": (H,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (words, H)
+    mlp = {"w1": (width, H), "w2": (H, width), "w3": (width, H)}
+    for layer in (f"model.layers.{number}." for number in range(config["num_hidden_layers"])):
+        shapes |= {f"{layer}{norm}.weight": (H,) for norm in NORMS.values()}
+        for role, shape in {"q": (q, H), "k": (kv, H), "v": (kv, H), "o": (H, q)}.items():
+            shapes[f"{layer}{PLACES[role]}.weight"] = shape
+        experts = config.get("num_local_experts")
+        if experts:
+            shapes[f"{layer}block_sparse_moe.gate.weight"] = (experts, H)
+        for role, shape in mlp.items():
+            if experts:
+                at = f"{layer}block_sparse_moe.experts."
+                shapes |= {f"{at}{expert}.{role}.weight": shape for expert in range(experts)}
+            else:
+                shapes[f"{layer}{DENSE[role]}.weight"] = shape
+    return shapes
+
+
+def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    group: list[Entry] = []
+    size = 0
+    for entry in entries:
+        bytes_ = math.prod(entry[2]) * BITS[entry[1]] // 8
+        if group and size + bytes_ > MAX_SHARD:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += bytes_
+    if group:
+        yield group

@@ -1,0 +1,107 @@
+"""The verb calibrate: parse, call and print."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from laser.calibration import calibrate as calibrate_checkpoint
+from laser.checkpoint.families import list_matrices
+from laser.checkpoint.reader import open_checkpoint
+from laser.cli import common
+from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowLength, advance, text_of
+from laser.evaluation.text import WINDOW, cut_windows, load_tokenizer
+from laser.moments import Moments
+from laser.spectral.devices import choose_device
+
+
+def calibrate(
+    model: common.Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
+    text: TextFile = None,
+    field: Field = None,
+    dataset: Dataset = None,
+    window: WindowLength = WINDOW,
+    windows: Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")] = 32,
+    skip: Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")] = 0,
+    layers: common.Layers = None,
+    roles: common.Roles = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Shrink moments of few tokens (Ledoit-Wolf).")] = False,
+    dtype: Dtype = "float32",
+    device: common.DeviceName = "auto",
+    force: common.Force = False,
+    as_json: common.Json = False,
+) -> None:
+    """Run a text through the model layer by layer and keep the second moments of what each matrix meets.
+
+    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
+    from there.
+    """
+    common.refuse_to_overwrite(output, force)
+    if force:
+        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    cut = cut_windows(
+        text_of(text, field, dataset), load_tokenizer(checkpoint.path), length=window, limit=windows or None, skip=skip
+    )
+    start = time.perf_counter()
+    with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
+        moments = calibrate_checkpoint(
+            checkpoint,
+            cut,
+            output,
+            chosen,
+            diagonal=diagonal,
+            shrink=shrink,
+            dtype=dtype,
+            device=choose_device(device).torch_device,
+            tick=lambda _: advance(bar),
+        )
+    seconds = time.perf_counter() - start
+    shapes = {m.name: m.shape for m in list_matrices(checkpoint)}
+    unseen = {n: s.tokens for n, s in moments.sites.items() if s.tokens < min(shapes[n])}
+    if as_json:
+        return common.print_json(
+            {
+                "output": str(output),
+                "source": asdict(moments.source),
+                "calibration": asdict(moments.calibration),
+                "tokens": {name: site.tokens for name, site in moments.sites.items()},
+                "unseen": unseen,
+                "seconds": seconds,
+            }
+        )
+    _print_moments(moments, {m.name: (m.role, m.shape) for m in list_matrices(checkpoint)})
+    for name, tokens in list(unseen.items())[:20]:
+        print(
+            f"{name}: met {tokens} tokens, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for"
+        )
+    if len(unseen) > 20:
+        print(f"... and {len(unseen) - 20} more")
+    told = moments.calibration
+    print(
+        f"{told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]}) in {seconds:.1f} s, written to {output}"
+    )
+
+
+def _print_moments(moments: Moments, matrices: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    by_role: dict[str, list[str]] = {}
+    for name in moments.sites:
+        by_role.setdefault(matrices[name][0], []).append(name)
+    rows = []
+    for role, names in by_role.items():
+        seen = [moments.sites[name].tokens for name in names]
+        shape = matrices[names[0]][1]
+        few = sum(t < min(matrices[n][1]) for n, t in zip(names, seen, strict=True))
+        form = ",".join(sorted({moments.sites[name].form for name in names}))
+        rows.append((role, len(names), "x".join(map(str, shape)), form, min(seen), max(seen), few))
+    common.print_table(("role", "matrices", "shape", "moment", "fewest tokens", "most", "under-seen"), rows)

@@ -1,0 +1,85 @@
+"""Edits in the metric of the data: a matrix reduced by its moments, what that costs elsewhere, and a check of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from laser.errors import RecordError, UsageError
+from laser.moments import Moments
+from laser.plan import Plan, PlanLine
+from laser.spectral.data_metric import error_in_metric, relative_error, truncate_in_metric
+from laser.spectral.decomposition import Truncation, singular_values
+from laser.spectral.devices import Device
+
+
+def reduced_in_data(W: torch.Tensor, line: PlanLine, device: Device, moments: Moments | None) -> Truncation:
+    """W (m, n) as its plan line says. Raises NumericalError where a certificate is missed."""
+    assert moments is not None  # require_moments
+    return truncate_in_metric(W, line.rank or 0, moments.metric(line.name), device)
+
+
+def require_moments(plan: Plan, moments: Moments | None) -> None:
+    """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
+    names = [line.name for line in plan.reductions.values() if line.metric == "data"]
+    if not names:
+        return
+    told: Mapping[str, Any] = plan.calibration or {}
+    if moments is None:
+        raise UsageError(
+            f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
+            f"laser calibrate on {told.get('text')}"
+        )
+    if moments.calibration.identity != told.get("identity"):
+        raise RecordError(
+            f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+            f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with these"
+        )
+
+
+def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
+    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any."""
+    if fresh is None or not fresh.tokens(line.name):
+        return {}
+    return {"fresh_output_error": relative_error(W, B, line.rank or 0, fresh.metric(line.name))}
+
+
+def check_projection(
+    W: torch.Tensor, B: torch.Tensor, line: PlanLine, kept: float | None, device: Device, moments: Moments | None
+) -> list[str]:
+    """What is wrong with B as W (m, n) reduced in the metric of the data, up to rounding to the storage dtype.
+
+    Without moments: B is some projection U U^T W of rank r, which is the same as: no singular value beyond r, and
+    B^T (W - B) = 0. With them also that it loses no more of the outputs than the share 1 - `kept` that was predicted.
+    """
+    wide, narrow = W.double(), B.double()
+    E = torch.finfo(B.dtype).eps / 2 * narrow.abs()  # rounding, entry by entry
+    rounding, norm = float(E.norm()), float(wide.norm())
+    if not norm:
+        return []
+    problems, rank = [], line.rank or 0
+    beyond = float(np.linalg.norm(singular_values(B, device)[0][rank:]))
+    if beyond > rounding + 1e-5 * norm:
+        problems.append(f"{line.name}: {beyond / norm:.3e} of the norm lies beyond rank {rank}")
+    # With B = U U^T W + E the product is at most ||E|| (||B|| + ||W - B|| + ||E||).
+    left = float((narrow.T @ (wide - narrow)).norm())
+    most = (rounding + 1e-5 * norm) * (float(narrow.norm()) + float((wide - narrow).norm()) + rounding)
+    if left > most:
+        problems.append(
+            f"{line.name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W"
+        )
+    if moments is not None and kept is not None and moments.metric(line.name).form != "outputs":
+        metric = moments.metric(line.name)
+        found, total = (error_in_metric(x, metric, device) for x in (wide - narrow, wide))
+        # Rounding errors are independent of one another: three times their root mean square in the metric.
+        random = torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=E.dtype)
+        slack = 3 * math.sqrt(error_in_metric(E * random, metric, device) / total) + 1e-5
+        if abs(math.sqrt(found / total) - math.sqrt(max(1 - kept, 0.0))) > slack:
+            problems.append(
+                f"{line.name}: {found / total:.4e} of the outputs' mean square is lost, expected {1 - kept:.4e}"
+            )
+    return problems

@@ -1,0 +1,110 @@
+"""Spectra in the metric of the data: what scan measures beside the plain values where it is given moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from laser.errors import UsageError
+from laser.spectral.data_metric import data_values, null_in_metric
+from laser.spectral.devices import Device
+from laser.spectral.rules import signal_to_noise
+
+if TYPE_CHECKING:
+    from laser.moments import Moments
+    from laser.plan import PlanLine
+    from laser.spectra import Spectra
+
+DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
+
+Vectors = Mapping[str, NDArray[np.float64]]
+Found = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # name -> values and null, or empty
+
+
+@dataclass(frozen=True)
+class InData:
+    """By name: singular values (p,) of W C^(1/2), descending; the largest ones (draws,) of its permutations; and how
+    many inputs the matrix met. `calibration` says on which text (moments.Calibration)."""
+
+    calibration: Mapping[str, Any]
+    seen: Mapping[str, int]
+    values: Vectors = field(default_factory=dict)
+    nulls: Vectors = field(default_factory=dict)
+
+    def vectors(self) -> dict[str, NDArray[np.float64]]:
+        """Everything under the names that the file has."""
+        return {DATA + n: v for n, v in self.values.items()} | {NULL + n: v for n, v in self.nulls.items()}
+
+    def header(self) -> dict[str, Any]:
+        return {"calibration": dict(self.calibration), "seen": dict(self.seen)}
+
+    @staticmethod
+    def of(moments: Moments | None, names: Iterable[str], found: Found) -> InData | None:
+        """What was measured of `names`, in their order; a matrix without tokens has no values. None without moments."""
+        if moments is None:
+            return None
+        seen = {name: moments.tokens(name) for name in names}
+        groups = [{n: found[n][i] for n in seen if len(found[n][i])} for i in (0, 1)]
+        return InData(asdict(moments.calibration), seen, *groups)
+
+    @staticmethod
+    def from_file(header: Mapping[str, Any] | None, vectors: Vectors) -> InData | None:
+        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none."""
+        if header is None:
+            return None
+        groups = [{n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL)]
+        return InData(header["calibration"], header["seen"], *groups)
+
+
+def measure_in_data(
+    W: torch.Tensor, name: str, moments: Moments | None, draws: int, device: Device
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The values of W (m, n) and the largest ones of its permutations; empty where it was not calibrated."""
+    if moments is None or not moments.tokens(name):
+        return np.empty(0), np.empty(0)
+    metric = moments.metric(name)
+    return data_values(W, metric, device), null_in_metric(W, metric, draws, device)
+
+
+def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
+    """`spectra` with the data's values in the place of the plain ones, for planning.
+
+    A matrix that met fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
+    Raises UsageError where no moments were scanned.
+    """
+    data = spectra.data
+    if data is None:
+        raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
+    skipped, values = dict(spectra.skipped), {}
+    for matrix in spectra.matrices:
+        name, p = matrix.name, min(matrix.shape, default=0)
+        if name in data.values and data.seen[name] >= (p if fewest is None else fewest):
+            values[name] = data.values[name]
+        elif name in spectra.values:
+            met = f"met {data.seen.get(name, 0)} tokens of the calibration, and it has {p} dimensions"
+            skipped[name] = f"not seen enough: {met}"
+    return replace(spectra, values=values, nulls=data.nulls, skipped=skipped, kurtosis={})
+
+
+def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:
+    """A plan's line for a matrix of data values `s` (p,) that a rule cuts at `rank`.
+
+    No law of noise holds in the data's metric, so there is no fit to tell of. A rank over the number of directions that
+    show in the data becomes that number: nothing else makes a difference to these inputs.
+    """
+    shown = int(np.count_nonzero(s))
+    rank = min(rank, shown)
+    line = replace(line, rank=rank, metric="data", tokens=tokens)
+    if rank == len(s):
+        return replace(line, reason=f"the rule keeps all {rank} values")
+    reason = f"{line.reason}; in the metric of {tokens} tokens"
+    if rank == shown:
+        reason += f", which show {shown} directions"
+    energy = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
+    snr = signal_to_noise(s, rank)
+    return replace(line, action="reduce", snr=snr, energy_kept=energy, reason=reason)

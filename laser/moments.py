@@ -1,0 +1,120 @@
+"""moments: second moments of what each matrix meets on a text, the record that calibration writes.
+
+One safetensors file. A site is one place where inputs arrive: q, k and v share theirs, so do w1 and w3. Its moment is
+stored as correlations in float32 and the diagonal in float64: some channels of trained models are 10^4 times as loud as
+others, and rounding relative to the loudest would drown the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from laser.checkpoint.files import check_header
+from laser.errors import RecordError, UsageError
+from laser.spectra import Source
+from laser.spectral.data_metric import Metric
+
+KIND, VERSION = "moments", 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where inputs arrive. `matrices` are the tensors that they meet; see `Metric` for form and fourth."""
+
+    key: str
+    layer: int
+    form: str
+    tokens: int
+    fourth: float
+    matrices: tuple[str, ...]
+    flat: float = 0.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was calibrated on which text: told by every record that rests on it."""
+
+    identity: str  # sha256 over the moments and all of the below
+    text: str
+    text_sha256: str
+    windows_sha256: str
+    window: int
+    windows: int
+    tokens: int  # inputs of the whole model; an expert sees those that are routed to it
+    dtype: str
+    shrink: bool
+    diagonal: bool
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The record; moments are read from `path` one at a time. `sites` by name of the matrix."""
+
+    path: Path
+    source: Source
+    calibration: Calibration
+    sites: Mapping[str, Site]
+
+    def tokens(self, name: str) -> int:
+        """How many inputs the matrix met; 0 for one that was not calibrated."""
+        return self.sites[name].tokens if name in self.sites else 0
+
+    def metric(self, name: str) -> Metric:
+        """The metric of one matrix. Raises UsageError for one that was not calibrated or met no token."""
+        if name not in self.sites:
+            raise UsageError(
+                f"{self.path.name} holds no moments of {name}; try laser calibrate with its layer and role"
+            )
+        site = self.sites[name]
+        if not site.tokens:
+            raise UsageError(f"{name} met no token of {self.calibration.text}; calibrate on more text")
+        with safe_open(self.path, framework="pt") as file:
+            diagonal = file.get_tensor(f"{site.key}.diagonal")
+            if site.form == "diagonal":
+                return Metric("diagonal", diagonal, site.tokens)
+            moment = unpack(file.get_tensor(f"{site.key}.correlations"), diagonal)
+            sketch = file.get_tensor(f"{site.key}.sketch").double() if site.form == "outputs" else None
+        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, sketch, site.flat)
+
+    @staticmethod
+    def load(path: Path) -> Moments:
+        """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
+        if not path.is_file():
+            raise RecordError(f"no such file: {path}; try `laser calibrate MODEL --text FILE -o {path}`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("laser", "null"))
+        except (SafetensorError, ValueError, OSError) as error:
+            raise RecordError(f"{path} is not a readable moments file ({error}); calibrate again") from error
+        check_header(header, path, KIND, VERSION)
+        sites = {}
+        for row in header["sites"]:
+            site = Site(**row | {"matrices": tuple(row["matrices"])})
+            sites |= dict.fromkeys(site.matrices, site)
+        return Moments(path, Source(**header["source"]), Calibration(**header["calibration"]), sites)
+
+
+def header_of(source: Source, calibration: Calibration, sites: list[Site]) -> dict[str, Any]:
+    """The JSON in `__metadata__["laser"]`."""
+    document = {"kind": KIND, "version": VERSION, "source": asdict(source), "calibration": asdict(calibration)}
+    return document | {"sites": [asdict(site) for site in sites]}
+
+
+def pack(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A second moment (k, k), float64, as correlations (k, k), float32, and its diagonal (k,), float64."""
+    diagonal = moment.diagonal().clone()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    return (moment * scale[:, None] * scale).float(), diagonal
+
+
+def unpack(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    """The second moment (k, k), float64."""
+    scale = diagonal.clamp_min(0).sqrt()
+    return correlations.double() * scale[:, None] * scale

@@ -1,0 +1,36 @@
+"""Second moments from little: from fewer inputs than dimensions (shrinkage), or from a few directions (a sketch)."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import torch
+
+
+def shrunk(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(1 - a) S + a mu T and a: Ledoit and Wolf (2004), section 3.2, for a second moment and the target T (k, k).
+
+    mu = <S, T> / <T, T>; a = min(1, b / d) with b = (E||z||^4 - ||S||^2) / tokens, the variance of S, and
+    d = ||S - mu T||^2, its distance from the target. T = I is theirs; for outputs y = W x, T = W W^T is what inputs
+    without any structure would give. A zero S stays as it is.
+    """
+    mu = float((S * target).sum() / (target * target).sum().clamp_min(1e-300))
+    distance = float(((S - mu * target) ** 2).sum())
+    variance = max(fourth - float((S * S).sum()), 0.0) / max(tokens, 1)
+    a = min(1.0, variance / distance) if distance > 0 else 0.0
+    return (1 - a) * S + a * mu * target, a
+
+
+def nystrom(image: torch.Tensor, test: torch.Tensor, trace: float) -> tuple[torch.Tensor, float]:
+    """C as B B^T + flat * I from its `image` C Omega (n, k), the `test` matrix Omega (n, k) and its trace; (B, flat).
+
+    Nystrom's approximation (Halko, Martinsson and Tropp 2011, algorithm 5.5), and what it leaves of the trace spread
+    evenly: the largest values of C, on which noise's largest answer rests, are in B.
+    """
+    core = test.T @ image
+    values, found = scipy.linalg.eigh(((core + core.T) / 2).numpy(), driver="evd", check_finite=False)
+    vectors = torch.from_numpy(found)
+    keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    scaled = vectors[:, torch.from_numpy(keep)] / torch.from_numpy(np.sqrt(values[keep]))
+    B = image @ scaled
+    return B, max(trace - float((B * B).sum()), 0.0) / len(B)

@@ -1,0 +1,193 @@
+"""Laws of the data's metric, beside references that use every input and the plain SVD."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from laser.errors import NumericalError, UsageError
+from laser.spectral.data_metric import (
+    Metric,
+    data_values,
+    null_in_metric,
+    relative_error,
+    root,
+    truncate_in_metric,
+)
+from laser.spectral.decomposition import singular_values, truncate
+from laser.spectral.devices import choose_device
+from laser.spectral.permutation import permuted
+from laser.spectral.second_moments import nystrom, shrunk
+
+CPU = choose_device("cpu")
+SHAPES = ((40, 24), (24, 40), (32, 32), (5, 7))
+
+
+def drawn(m: int, n: int, tokens: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """W (m, n) and inputs X (tokens, n) with a mean and channels whose size runs over two decades."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(m, n, generator=generator)
+    X = torch.randn(tokens, n, generator=generator, dtype=torch.float64) + 0.5
+    return W, X * torch.logspace(0, 2, n, dtype=torch.float64)
+
+
+def full(X: torch.Tensor) -> Metric:
+    return Metric("full", X.T @ X / len(X), len(X), float(X.square().sum(1).square().mean()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_truncation_are_those_of_the_outputs_themselves(shape: tuple[int, int]) -> None:
+    W, X = drawn(*shape)
+    metric, Y = full(X), X @ W.double().T  # (tokens, m)
+    s = torch.linalg.svdvals(Y) / math.sqrt(len(X))
+    assert data_values(W, metric, CPU) == pytest.approx(s.numpy()[: min(shape)], rel=1e-6)
+    rank = min(shape) // 2
+    found = truncate_in_metric(W, rank, metric, CPU)
+    U = torch.linalg.svd(Y.T, full_matrices=False)[0][:, :rank]
+    assert torch.allclose(found.matrix.double(), U @ U.T @ W.double(), atol=1e-5)
+    lost = float(((Y - X @ found.matrix.double().T) ** 2).sum() / (Y**2).sum())
+    assert 1 - found.certificate.energy_kept == pytest.approx(lost, rel=1e-5)
+    assert found.certificate.residual <= found.certificate.tolerance
+    assert relative_error(W, found.matrix, rank, metric) == pytest.approx(lost, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_other_matrix_of_that_rank_loses_less_and_the_input_side_gives_the_same(shape: tuple[int, int]) -> None:
+    W, X = drawn(*shape)
+    metric, rank = full(X), min(shape) // 2
+    best = truncate_in_metric(W, rank, metric, CPU).matrix
+    least = relative_error(W, best, rank, metric)
+    assert relative_error(W, truncate(W, rank, CPU).matrix, rank, metric) > least
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):  # neighbours of the same rank: U (1 + small) , V (1 + small)
+        other = (torch.eye(shape[0]) + 0.01 * torch.randn(shape[0], shape[0], generator=generator)) @ best
+        assert relative_error(W, other, rank, metric) >= least * (1 - 1e-6)
+    C_half = root(metric.moment)
+    _, _, Vh = torch.linalg.svd(W.double() @ C_half, full_matrices=False)
+    V = Vh[:rank].T
+    assert torch.allclose(best.double(), W.double() @ C_half @ V @ V.T @ torch.linalg.inv(C_half), atol=1e-4)
+
+
+def test_white_inputs_give_the_plain_spectrum_and_truncation() -> None:
+    W, _ = drawn(40, 24)
+    white = Metric("full", torch.eye(24, dtype=torch.float64), 1000)
+    assert data_values(W, white, CPU) == pytest.approx(singular_values(W, CPU)[0], rel=1e-9)
+    assert torch.allclose(truncate_in_metric(W, 6, white, CPU).matrix, truncate(W, 6, CPU).matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaling_inputs_or_weights_scales_the_values_and_leaves_the_projection(shape: tuple[int, int]) -> None:
+    W, X = drawn(*shape)
+    a, b = data_values(W, full(X), CPU), data_values(3 * W, full(5 * X), CPU)
+    assert b == pytest.approx(15 * a, rel=1e-6)
+    one, other = truncate_in_metric(W, 2, full(X), CPU).matrix, truncate_in_metric(W, 2, full(5 * X), CPU).matrix
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_three_forms_agree_where_they_know_the_same(shape: tuple[int, int]) -> None:
+    W, X = drawn(*shape)
+    C = X.T @ X / len(X)
+    outputs = Metric("outputs", W.double() @ C @ W.double().T, len(X))
+    s = data_values(W, full(X), CPU)
+    if shape[0] <= shape[1]:
+        assert data_values(W, outputs, CPU) == pytest.approx(s, rel=1e-6)
+        same = truncate_in_metric(W, 2, outputs, CPU)
+        assert torch.allclose(same.matrix, truncate_in_metric(W, 2, full(X), CPU).matrix, atol=1e-5)
+        assert relative_error(W, same.matrix, 2, outputs) == pytest.approx(1 - same.certificate.energy_kept, rel=1e-5)
+    d = C.diagonal().clone()
+    alone, whole = Metric("diagonal", d, len(X)), Metric("full", torch.diag(d), len(X))
+    assert data_values(W, alone, CPU) == pytest.approx(data_values(W, whole, CPU), rel=1e-6)
+    assert null_in_metric(W, alone, 2, CPU) == pytest.approx(null_in_metric(W, whole, 2, CPU), rel=1e-4)
+    found = [truncate_in_metric(W, 3, metric, CPU).matrix for metric in (alone, whole)]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_null_is_the_largest_answer_of_the_permuted_matrix(shape: tuple[int, int]) -> None:
+    W, X = drawn(*shape)
+    slow = [float(torch.linalg.svdvals(X @ permuted(W, seed).double().T)[0]) / math.sqrt(len(X)) for seed in range(3)]
+    assert null_in_metric(W, full(X), 3, CPU) == pytest.approx(slow, rel=1e-5)
+    C = X.T @ X / len(X)
+    test = torch.randn(shape[1], shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    B, flat = nystrom(C @ test, test, float(torch.trace(C)))
+    M = W.double() @ C @ W.double().T
+    assert null_in_metric(W, Metric("outputs", M, 300, sketch=B, flat=flat), 3, CPU) == pytest.approx(slow, rel=1e-4)
+
+
+def test_some_directions_of_the_sketch_give_the_null_to_two_percent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, k = 300, 40
+    eigenvalues = 1e3 * torch.arange(1, n + 1, dtype=torch.float64) ** -1.5
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    C = (Q * eigenvalues) @ Q.T
+    test = torch.randn(n, k, generator=generator, dtype=torch.float64)
+    B, flat = nystrom(C @ test, test, float(torch.trace(C)))
+    assert float((B * B).sum()) + n * flat == pytest.approx(float(torch.trace(C)))
+    W = torch.randn(60, n, generator=generator)
+    M = W.double() @ C @ W.double().T
+    exact = null_in_metric(W, Metric("full", C, 1000), 3, CPU)
+    assert null_in_metric(W, Metric("outputs", M, 1000, sketch=B, flat=flat), 3, CPU) == pytest.approx(exact, rel=0.02)
+
+
+def test_fewer_tokens_than_dimensions_show_no_more_directions_than_tokens() -> None:
+    W, X = drawn(40, 24, tokens=10)
+    metric = full(X)
+    s = data_values(W, metric, CPU)
+    assert np.count_nonzero(s) == 10
+    assert truncate_in_metric(W, 10, metric, CPU).certificate.energy_kept == pytest.approx(1)
+    with pytest.raises(UsageError, match=r"rank 11 does not fit: 10 of 24 directions .* calibrate on more text"):
+        truncate_in_metric(W, 11, metric, CPU)
+    lenient = Metric("full", metric.moment, metric.tokens, metric.fourth, shrink=True)
+    assert np.count_nonzero(data_values(W, lenient, CPU)) == 24
+    assert truncate_in_metric(W, 20, lenient, CPU).certificate.residual < 1e-9
+
+
+def test_shrinkage_lowers_the_error_of_few_tokens_and_vanishes_with_many() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n = 60
+    truth = torch.logspace(0, 1, n, dtype=torch.float64)
+    better, a = 0, 0.0
+    for _ in range(50):
+        X = torch.randn(30, n, generator=generator, dtype=torch.float64) * truth.sqrt()
+        S, fourth = X.T @ X / 30, float(X.square().sum(1).square().mean())
+        found, a = shrunk(S, fourth, 30, torch.eye(n, dtype=torch.float64))
+        better += bool((found - torch.diag(truth)).norm() < (S - torch.diag(truth)).norm())
+        assert torch.trace(found) == pytest.approx(float(torch.trace(S)))
+    assert better == 50 and 0.3 < a < 1
+    X = torch.randn(20000, n, generator=generator, dtype=torch.float64) * truth.sqrt()
+    _, a = shrunk(X.T @ X / 20000, float(X.square().sum(1).square().mean()), 20000, torch.eye(n, dtype=torch.float64))
+    assert a < 0.02
+    zero = torch.zeros(3, 3, dtype=torch.float64)
+    assert shrunk(zero, 0.0, 5, torch.eye(3, dtype=torch.float64))[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+def test_noise_on_any_inputs_keeps_one_value_in_a_twentieth_of_the_draws(shape: tuple[int, int]) -> None:
+    """The exact level of a permutation test, whatever C: P(s_1 over the largest of 19 draws) = 1/20."""
+    _, X = drawn(*shape)
+    metric, over, kept = full(X), 0, []
+    for seed in range(200):
+        W = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        top = null_in_metric(W, metric, 19, CPU).max()
+        kept.append(int(np.count_nonzero(data_values(W, metric, CPU) > top)))
+        over += kept[-1] > 0
+    assert 2 <= over <= 20  # mean 10, four standard errors of 3.1 to either side, cut at 2
+    assert np.mean(np.array(kept) <= 1) >= 0.95
+
+
+def test_bad_input_is_refused() -> None:
+    W, X = drawn(40, 24)
+    with pytest.raises(UsageError, match=r"the full moment has shape \[24, 24\], expected \[40, 40\]"):
+        data_values(W.T, full(X), CPU)
+    W[0, 0] = math.nan
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        truncate_in_metric(W, 3, full(X), CPU)
+    zero = truncate_in_metric(torch.zeros(4, 6), 0, Metric("full", torch.eye(6, dtype=torch.float64), 9), CPU)
+    assert zero.certificate.energy_kept == 1 and not zero.matrix.any()
+    other = Metric("outputs", torch.eye(24, dtype=torch.float64), 9)
+    with pytest.raises(UsageError, match="are of outputs and cannot measure another"):
+        from laser.spectral.data_metric import error_in_metric
+
+        error_in_metric(torch.ones(24, 40), other, CPU)
