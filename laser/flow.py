@@ -8,9 +8,10 @@ from pathlib import Path
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import RECORDS, prepare_output
+from laser.checkpoint.writer import RECORDS, is_settled, prepare_output
 from laser.moments import Moments
-from laser.plan import Plan
+from laser.one_pass import reduce_in_one_pass
+from laser.plan import Plan, Treatment
 from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
@@ -36,6 +37,7 @@ def run(
     crew: Crew,
     method: str = "gram",
     null_draws: int = 0,
+    treatment: Treatment | None = None,
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
@@ -46,11 +48,23 @@ def run(
 
     `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
     OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask.
+    With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix.
     `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
     seconds.
     """
     prepare_output(checkpoint, out, resume=resume, force=force)
     path = records_of(out) / "spectra.safetensors"
+    if treatment is not None and not is_settled(checkpoint, out):
+
+        def tick(matrix: Matrix, seconds: float) -> None:
+            on_scan(matrix)
+            on_reduce(matrix, seconds)
+
+        spectra, plan, outcome = reduce_in_one_pass(
+            checkpoint, out, selection, treatment, choose, crew=crew, method=method, null_draws=null_draws, tick=tick
+        )
+        write_card(out, checkpoint, commands=(command,) if command else ())
+        return Result(spectra, plan, outcome)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws)
     plan = choose(spectra)
     plan.save(records_of(out) / "plan.json")

@@ -40,7 +40,8 @@ def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> No
     assert len(document["lines"]) == 60
     assert strict(run("reduce", pico, plan, "-o", out, "--json")[1])["output"] == str(out)
     assert strict(run("verify", pico, out, "--json")[1])["problems"] == []
-    assert strict(run("devices", "--json")[1])["chosen"].startswith(("cpu", "cuda", "mps"))
+    here = strict(run("devices", "--json")[1])
+    assert here["chosen"].startswith(("cpu", "cuda", "mps")) and here["exact_products"] and here["method"]
     assert strict(run("scan", pico, "--dry-run", "--json")[1])["matrices"] == 48
     assert strict(run("run", pico, "-o", tmp_path / "r", "--rule", "mp-edge", "--no-search", "--json")[1])["matrices"]
     for file in (plan, out / "laser.json", tmp_path / "r" / "laser" / "plan.json"):
@@ -163,9 +164,9 @@ def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: P
 def test_interrupt_is_130_and_keeps_the_work(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laser.reduction
+    import laser.one_pass
 
-    true, count = laser.reduction.truncate, 0
+    true, count = laser.one_pass.factorise, 0
 
     def interrupt(*arguments: Any) -> Any:
         nonlocal count
@@ -176,7 +177,7 @@ def test_interrupt_is_130_and_keeps_the_work(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(laser.reduction, "truncate", interrupt)
+        patch.setattr(laser.one_pass, "factorise", interrupt)
         code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
     assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Scan and reduction of a synthetic checkpoint with true Mixtral-8x7B shapes, against the way of published scripts.
+
+    python scripts/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
+                                 [--rule fraction:0.4] [--two-passes] [--plain-all] [--work DIR] [--keep]
+
+One layer is 2.9 GB. Printed, from one run on the same files, each part in a process of its own:
+
+    laser     the rule through one visit to each matrix (`laser run` without search); wall seconds, how far resident
+              memory rose above the import, and the bound that `--dry-run` states
+    I/O       the same flow with nothing computed: every matrix read, written, hashed, put on the disk
+    compute   the matrices of the first layer from memory, nothing read or written, times the number of layers
+    overlap   wall / max(compute, I/O): 1 is a perfect overlap; the aim is at most 1.15
+    plain     the whole model in memory in bf16, then torch.linalg.svdvals of one matrix after the other in float32, and
+              torch.linalg.svd and the product with the cut factors again one after the other, and the model saved.
+              Measured on one matrix of each shape, times their number, unless --plain-all; threads as torch likes
+
+Needs the machine for itself: all four are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_memory
+import torch
+from safetensors.torch import load_file, save_file
+
+import laser
+from laser.checkpoint.writer import prepare_output, write_checkpoint
+from laser.flow import run
+from laser.plan import Treatment, make_plan
+from laser.reduction import by_shard, reduce
+from laser.spectra import scan
+from laser.spectral.decomposition import visit as factorise
+from laser.spectral.shrinkage import Gains
+from laser.workers import Crew, peak_bytes, visit
+
+
+def high_water() -> int:
+    """Bytes of resident memory at the most; not getrusage, whose maximum a child inherits from its parent."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # pyright: ignore
+
+
+def selected(checkpoint: laser.Checkpoint) -> list[laser.Matrix]:
+    return [m for m in laser.list_matrices(checkpoint) if laser.Selection().why_not(m) is None]
+
+
+class FromMemory:
+    """Stands for a checkpoint in `visit`: one matrix of each shape, read once."""
+
+    def __init__(self, checkpoint: laser.Checkpoint, matrices: list[laser.Matrix]) -> None:
+        self.shapes = {m.tensor: m.shape for m in matrices}
+        first = {m.shape: m for m in reversed(matrices)}
+        self.weights = {shape: checkpoint.read(m.tensor) for shape, m in first.items()}
+
+    def read(self, name: str, cut: Any = None) -> torch.Tensor:
+        return self.weights[self.shapes[name]]
+
+
+def ours(checkpoint: laser.Checkpoint, work: Path, crew: Crew, rule: str, two_passes: bool) -> dict[str, Any]:
+    def choose(spectra: laser.Spectra) -> laser.Plan:
+        return make_plan(spectra, rule)
+
+    busy: list[float] = []
+    if two_passes:
+        spectra = scan(checkpoint, crew=crew)
+        reduce(checkpoint, choose(spectra), work / "out", crew=crew, tick=lambda _, s: busy.append(s))
+    else:
+        run(
+            checkpoint, work / "out", laser.Selection(), choose, crew=crew, treatment=Treatment(rule),
+            on_reduce=lambda _, s: busy.append(s),
+        )  # fmt: skip
+    return {
+        "busy": sum(busy),
+        "bound": peak_bytes(selected(checkpoint), crew),
+        "crew": len(crew.staff(selected(checkpoint))),
+    }
+
+
+def io(checkpoint: laser.Checkpoint, work: Path, crew: Crew) -> dict[str, Any]:
+    matrices = {m.name: m for m in selected(checkpoint)}
+
+    def compute(names: list[str]) -> Any:
+        order = by_shard(checkpoint, [matrices[name] for name in names])
+        with closing(visit(checkpoint, order, lambda m, W, d: W, crew)) as visits:
+            for matrix, W, _ in visits:
+                yield matrix.name, W, {}
+
+    prepare_output(checkpoint, work / "io", resume=False, force=False)
+    write_checkpoint(
+        checkpoint, work / "io", list(matrices.values()), compute, lambda r, s: {"shards": s}, {"kind": "bench"}
+    )
+    return {}
+
+
+def compute_alone(checkpoint: laser.Checkpoint, crew: Crew, rule: str) -> dict[str, Any]:
+    """The first layer, from memory, in the order in which the flow takes it."""
+    matrices = by_shard(checkpoint, [m for m in selected(checkpoint) if m.layer == 0])
+    memory: Any = FromMemory(checkpoint, matrices)
+    treatment = Treatment(rule)
+
+    def work(matrix: laser.Matrix, W: torch.Tensor, device: laser.Device) -> None:
+        def decide(s: Any) -> Gains:
+            return Gains(laser.apply_rule(treatment.rule, s, (W.shape[0], W.shape[1])).rank)
+
+        factorise(W, decide, device)
+
+    start = time.perf_counter()
+    for _ in visit(memory, matrices, work, crew):
+        pass
+    return {"seconds": time.perf_counter() - start}
+
+
+def plain(checkpoint: laser.Checkpoint, work: Path, rule: str, everything: bool, device: str) -> dict[str, Any]:
+    """What published scripts do, one matrix after the other."""
+    matrices = selected(checkpoint)
+    start = time.perf_counter()
+    model: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.shards:
+        model |= load_file(shard.path)
+    loaded = time.perf_counter() - start
+    count = Counter(m.shape for m in matrices)
+    taken = matrices if everything else list({m.shape: m for m in reversed(matrices)}.values())
+    seconds = {"svdvals": 0.0, "svd": 0.0}
+    rows = []
+    for matrix in taken:
+        times = 1 if everything else count[matrix.shape]
+        before = time.perf_counter()
+        W = model[matrix.tensor].to(device).float()
+        s = torch.linalg.svdvals(W).cpu()
+        middle = time.perf_counter()
+        rank = laser.apply_rule(rule, s.double().numpy(), (W.shape[0], W.shape[1])).rank
+        W = model[matrix.tensor].to(device).float()
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        model[matrix.tensor] = ((U[:, :rank] * S[:rank]) @ Vh[:rank]).to(torch.bfloat16).cpu()
+        end = time.perf_counter()
+        seconds["svdvals"] += times * (middle - before)
+        seconds["svd"] += times * (end - middle)
+        rows.append(f"{'x'.join(map(str, matrix.shape))}: {middle - before:.1f} + {end - middle:.1f} s, {times} times")
+        del W, U, S, Vh
+    before = time.perf_counter()
+    (work / "plain").mkdir()
+    for shard in checkpoint.shards:
+        save_file(
+            {t.name: model[t.name] for t in shard.tensors}, work / "plain" / shard.name, metadata={"format": "pt"}
+        )
+    subprocess.run(["sync", "-f", str(work / "plain")], check=True)
+    saved = time.perf_counter() - before
+    return {"load": loaded, **seconds, "save": saved, "seconds": loaded + sum(seconds.values()) + saved, "rows": rows}
+
+
+def child(part: str, arguments: argparse.Namespace) -> None:
+    before = high_water()
+    checkpoint, work = laser.open_checkpoint(arguments.work / "model"), arguments.work
+    crew = laser.choose_crew(arguments.device, workers=arguments.workers)
+    start = time.perf_counter()
+    if part == "ours":
+        found = ours(checkpoint, work, crew, arguments.rule, arguments.two_passes)
+    elif part == "io":
+        found = io(checkpoint, work, replace(crew, workers=1) if crew.devices[0].host_blas else crew)
+    elif part == "compute":
+        found = compute_alone(checkpoint, crew, arguments.rule)
+    else:
+        device = str(crew.devices[0].torch_device)
+        found = plain(checkpoint, work, arguments.rule, arguments.plain_all, device)
+    wall = time.perf_counter() - start
+    print(json.dumps({"wall": wall, "peak": high_water() - before} | found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--shrink", type=int, default=1, help="divide every side, to try the script")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rule", default="fraction:0.4")
+    parser.add_argument("--plain-all", action="store_true")
+    parser.add_argument("--two-passes", action="store_true", help="scan and reduce one after the other")
+    parser.add_argument("--work", type=Path, default=Path(".demo/pass"))
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        return child(arguments.part, arguments)
+    work: Path = arguments.work
+    if not (work / "model" / "config.json").exists():  # written last; an earlier one is used again
+        shutil.rmtree(work, ignore_errors=True)
+        for name in ("HIDDEN", "WIDTH", "KEY_VALUE", "VOCABULARY"):
+            setattr(bench_memory, name, getattr(bench_memory, name) // arguments.shrink)
+        bench_memory.write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts)
+    found: dict[str, Any] = {}
+    for part in ("ours", "io", "compute", "plain"):
+        for place in ("out", "io", "plain"):
+            shutil.rmtree(work / place, ignore_errors=True)
+        subprocess.run(["sync"], check=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+        found[part] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        print(
+            f"{part:8s} {found[part]['wall']:8.1f} s, {found[part]['peak'] / 1e9:6.2f} GB above the import", flush=True
+        )
+    wall, io_seconds = found["ours"]["wall"], found["io"]["wall"]
+    alone = found["compute"]["seconds"] * arguments.layers
+    print(f"\n{arguments.layers} layers, {found['ours']['crew']} workers, rule {arguments.rule}")
+    print(
+        f"laser    {wall:.1f} s = {wall / arguments.layers:.1f} s a layer; a layer alone: compute "
+        f"{found['compute']['seconds']:.1f} s, read and write {io_seconds / arguments.layers:.1f} s"
+    )
+    print(f"overlap  {wall / max(alone, io_seconds):.3f} of max(compute {alone:.1f} s, I/O {io_seconds:.1f} s)")
+    print(f"memory   {found['ours']['peak'] / 1e9:.2f} GB, bound {found['ours']['bound'] / 1e9:.2f} GB")
+    way = found["plain"]
+    for row in way["rows"]:
+        print(f"plain    {row}")
+    print(
+        f"plain    {way['seconds']:.1f} s = load {way['load']:.1f} + svdvals {way['svdvals']:.1f} + svd "
+        f"{way['svd']:.1f} + save {way['save']:.1f}{'' if arguments.plain_all else ', by one matrix of each shape'}; "
+        f"laser is {way['seconds'] / wall:.2f} times as fast"
+    )
+    if not arguments.keep:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Scan and reduce in one visit: the records and shards of two passes, each matrix read once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import mixtral_tensors
+
+import laser
+from laser import one_pass
+from laser.checkpoint.writer import JOURNAL
+from laser.errors import NumericalError
+from laser.flow import Result, run
+from laser.plan import Plan, Treatment, make_plan
+from laser.selection import Selection
+from laser.spectra import Spectra
+from laser.spectral.devices import choose_device
+from laser.verification import verify
+from laser.workers import Crew
+
+CREW = Crew((choose_device("cpu"),), 2)
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def flow(source: Path, out: Path, rule: str, *, single: bool, nulls: int = 0, **asked: Any) -> Result:
+    treatment = Treatment(rule, **asked)
+
+    def choose(spectra: Spectra) -> Plan:
+        return make_plan(spectra, rule, Selection(roles=("w1", "q", "v")), **asked)
+
+    return run(
+        laser.open_checkpoint(source), out, Selection(roles=("w1", "q", "v")), choose, crew=CREW, null_draws=nulls,
+        treatment=treatment if single else None, resume=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rule, nulls, asked",
+    [
+        ("mp-edge", 0, {}),
+        ("fraction:0.3", 0, {}),
+        ("parallel:0.5", 3, {}),
+        ("mp-median", 0, {"shrink": "frobenius", "two_sided": True}),
+        ("mp-edge", 0, {"require_fit": 0.9}),  # keeps nearly everything
+    ],
+)
+def test_one_pass_leaves_what_two_leave(
+    pico: Path, tmp_path: Path, rule: str, nulls: int, asked: dict[str, Any]
+) -> None:
+    one, two = (
+        flow(pico, tmp_path / label, rule, single=label == "one", nulls=nulls, **asked) for label in ("one", "two")
+    )
+    assert one.plan.reductions.keys() == two.plan.reductions.keys()
+    assert [x.rank for x in one.plan.lines] == [x.rank for x in two.plan.lines]
+    for name, s in two.spectra.values.items():
+        assert one.spectra.values[name] == pytest.approx(s, abs=1e-7 * s[0])
+    assert one.spectra.kurtosis == two.spectra.kurtosis
+    assert snapshot(tmp_path / "one").keys() == snapshot(tmp_path / "two").keys()
+    assert one.outcome.matrices.keys() == two.outcome.matrices.keys()
+    assert {n for n, h in one.outcome.shards.items() if h is None} == {
+        n for n, h in two.outcome.shards.items() if h is None
+    }
+    assert verify(laser.open_checkpoint(pico), tmp_path / "one").problems == ()
+    saved = Spectra.load(tmp_path / "one" / "laser" / "spectra.safetensors")
+    assert all(np.array_equal(saved.values[k], v) for k, v in one.spectra.values.items())
+
+
+def test_each_matrix_is_read_and_factorised_once(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    true_read = laser.Checkpoint.read
+
+    def read(self: laser.Checkpoint, name: str, cut: Any = None) -> torch.Tensor:
+        reads.append(name)
+        return true_read(self, name, cut)
+
+    monkeypatch.setattr(laser.Checkpoint, "read", read)
+    result = flow(pico, tmp_path / "out", "mp-edge", single=True)
+    assert sorted(reads) == sorted(result.spectra.values) and len(reads) == 3 * 6
+
+
+def test_interrupted_and_resumed_it_is_byte_identical(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow(pico, tmp_path / "undisturbed" / "out", "mp-edge", single=True)
+    out, seen, true = tmp_path / "out", [], one_pass.judge
+
+    def interrupted(matrix: laser.Matrix, *rest: Any, **options: Any) -> Any:
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        seen.append(matrix.name)
+        return true(matrix, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_pass, "judge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            flow(pico, out, "mp-edge", single=True)
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    promised = {line["matrix"] for line in lines if "matrix" in line}
+    assert promised and not (out / "laser.json").exists()
+    again: list[str] = []
+
+    def counting(matrix: laser.Matrix, *rest: Any, **options: Any) -> Any:
+        again.append(matrix.name)
+        return true(matrix, *rest, **options)
+
+    monkeypatch.setattr(one_pass, "judge", counting)
+    flow(pico, out, "mp-edge", single=True)
+    assert not promised & set(again) and len(promised) + len(again) == 18
+    assert snapshot(out) == snapshot(tmp_path / "undisturbed" / "out")
+    flow(pico, out, "mp-edge", single=True)  # finished: nothing is done
+    assert len(promised) + len(again) == 18
+
+
+def test_not_finite_is_skipped_and_the_rest_done(make_pico: Callable[..., Path], tmp_path: Path) -> None:
+    tensors = mixtral_tensors()
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors[name][3, 4] = float("nan")
+    source = make_pico(tensors=tensors)
+    result = flow(source, tmp_path / "out", "mp-edge", single=True)
+    assert result.spectra.skipped[name] == "skipped: not finite (1 NaN or Inf of 512)"
+    assert name not in result.plan.reductions and len(result.spectra.values) == 17
+    assert verify(laser.open_checkpoint(source), tmp_path / "out").problems == ()
+
+
+def test_a_truncation_that_fails_alone_is_an_error(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise NumericalError("certificate missed", 0.5)
+
+    monkeypatch.setattr(one_pass, "factorise", fail)
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: certificate missed"):
+        flow(pico, tmp_path / "out", "mp-edge", single=True)
