@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from laser.checkpoint.cuts import Cut
@@ -67,7 +67,19 @@ def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
         if matrix.name in seen:
             raise CheckpointError(f"{checkpoint.name}: two matrices would be called {matrix.name}; rename that tensor")
         seen.add(matrix.name)
-    return matrices
+    return _tied(matrices, checkpoint.config)
+
+
+def _tied(matrices: list[Matrix], config: Mapping[str, Any]) -> list[Matrix]:
+    """Where config.json ties the head to the embedding, a head that is stored as well is a copy of it: what is done to
+    one has to be done to the other, or transformers would untie them. So both are selected by the role embedding."""
+    text = config.get("text_config")
+    places = (config, text) if isinstance(text, dict) else (config,)
+    if not any(place.get("tie_word_embeddings") is True for place in places):
+        return matrices
+    embeddings = {(m.shape, m.dtype) for m in matrices if m.role == "embedding"}
+    copies = {m.name for m in matrices if m.role == "head" and (m.shape, m.dtype) in embeddings}
+    return [replace(m, role="embedding") if m.name in copies else m for m in matrices]
 
 
 def family_of(checkpoint: Checkpoint) -> str:

@@ -1,4 +1,4 @@
-"""The verbs of the flow: scan, plan, reduce, verify, devices. Each parses, calls and prints."""
+"""The verbs of the flow: scan, plan, reduce, verify. Each parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from laser.reduction import Outcome
 from laser.reduction import reduce as reduce_checkpoint
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral import devices as devices_module
 from laser.spectral.devices import choose_device
+from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
@@ -51,7 +51,7 @@ def scan(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: common.Method = "gram",
+    method: common.Method = "auto",
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     moments: common.MomentsFile = None,
     dry_run: common.DryRun = False,
@@ -63,6 +63,7 @@ def scan(
     Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
     """
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     if dry_run:
         return print_dry_run(checkpoint, selected, crew, as_json)
@@ -142,7 +143,7 @@ def reduce(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: common.Method = "gram",
+    method: common.Method = "auto",
     moments: common.MomentsFile = None,
     fresh: Annotated[
         Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
@@ -162,6 +163,7 @@ def reduce(
     if dry_run:
         wanted.source.require(checkpoint, "plan")
         return _print_estimate(checkpoint, touched, crew, as_json)
+    method, _ = choose_method(method, crew.devices[0])
     start, known, elsewhere = time.perf_counter(), common.moments_of(moments), common.moments_of(fresh)
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
@@ -201,15 +203,6 @@ def verify(
         print(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
-
-
-def devices(as_json: common.Json = False) -> None:
-    """Say which device would compute here, in which precision, and why."""
-    here, chosen = devices_module.available(), choose_device()
-    if as_json:
-        return common.print_json({"available": here, "chosen": chosen.label, "reason": chosen.reason})
-    common.print_table(("device", "here"), list(here.items()))
-    print(f"auto takes {chosen.label}: {chosen.reason}")
 
 
 def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:

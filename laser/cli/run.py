@@ -40,6 +40,7 @@ from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
+from laser.spectral.measuring import choose_method
 from laser.spectral.rules import draws_needed
 from laser.trials import ACCEPT
 from laser.workers import choose_crew
@@ -79,7 +80,7 @@ def run(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, gram, projector or svd.")] = None,
     resume: common.Resume = False,
     force: common.Force = False,
     dry_run: common.DryRun = False,
@@ -140,7 +141,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=method or flags.get("method", "gram"),
+            method=choose_method(method or flags.get("method", "auto"), where)[0],
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
