@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
+from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
     LowestSnr,
     Output,
@@ -21,14 +21,12 @@ from laser.cli.flow import (
     RuleOption,
     Shrink,
     TwoSided,
-    chosen_of,
-    print_dry_run,
-    print_outcome,
 )
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.errors import UsageError
+from laser.estimate import Meter, estimate
 from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
@@ -132,8 +130,11 @@ def run(
             print_search(result)
         return result.plan
 
-    start = time.perf_counter()
     matrices = chosen_of(list_matrices(checkpoint), chosen)
+    foretold, meter = estimate(checkpoint, matrices, crew), Meter()
+    seconds = None if searching else foretold.visit_seconds
+    if count and seconds is not None:
+        seconds = foretold.scan_seconds + foretold.reduce_seconds * min(count / max(len(matrices), 1), 1.0)
     with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
         result = run_flow(
             checkpoint,
@@ -153,7 +154,7 @@ def run(
     if wants_board:
         leaderboards(checkpoint, output, where.name, data, limit)
         write_card(output, checkpoint, commands=(_command(checkpoint, output),))
-    print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
+    print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 
 
 def _search(
