@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from laser.checkpoint.families import read_matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
@@ -98,10 +99,10 @@ def cut_of(
     if moments is not None:
         metrics = {name: moments.metric(name) for name in ranks}
         return {
-            name: truncate_in_metric(checkpoint.read(name), rank, metrics[name], device).matrix
+            name: truncate_in_metric(read_matrix(checkpoint, name), rank, metrics[name], device).matrix
             for name, rank in ranks.items()
         }
-    return {name: truncate(checkpoint.read(name), rank, device).matrix for name, rank in ranks.items()}
+    return {name: truncate(read_matrix(checkpoint, name), rank, device).matrix for name, rank in ranks.items()}
 
 
 def predict(
@@ -123,7 +124,7 @@ def predict(
     data = {name for c in candidates for name in c.options[0][1] if c.options[0][0].startswith(DATA)}
     checkpoint = bench.model.checkpoint
     for name, G in bench.model.gradients(bench.objective.windows, boundaries, sorted(names)):
-        W = checkpoint.read(name).double()
+        W = read_matrix(checkpoint, name).double()
         cut = cut_of(checkpoint, {name: ranks[name]}, device, moments if name in data else None)
         removed = cut[name].double() - W
         changes[name] = float((G.cpu().double() * removed).sum())

@@ -1,45 +1,148 @@
-"""--dry-run: time, memory and disk foretold from headers, and from one small probe of this machine."""
+"""--dry-run: time, memory and disk foretold from headers and from what a device can do, and, afterwards, what it took.
+
+The cost model is that of probe.py: products m * n * p, eigenproblems p^3, one worker per device or core, reading and
+writing beside the arithmetic, so that the slower of the two decides. The constants are those that `laser devices
+--probe` has measured; where it has not been asked, those of another machine, and the answer says so.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
-from laser.spectral.decomposition import singular_values, truncate
+from laser.errors import RecordError
+from laser.spectral.probe import Probe
 from laser.workers import Crew, peak_bytes
 
-PROBE = 768  # side of the probe: a quarter of a second, large enough to run at nearly full speed
+# One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
+_CORE = Probe(
+    "cpu float64", "one core of an AMD EPYC", "2.13.0", 1, 8.7e10,
+    {512: 0.012, 1024: 0.065, 2048: 0.53}, {512: 0.034, 1024: 0.19, 2048: 1.42},
+)  # fmt: skip
+_CORE_32 = replace(
+    _CORE, device="cpu float32", product=1.75e11, eigenvalues={512: 0.007, 1024: 0.043, 2048: 0.29},
+    eigenvectors={512: 0.018, 1024: 0.13, 2048: 0.87},
+)  # fmt: skip
+_H100 = Probe(
+    "cuda float64", "an H100", "2.11", 1, 5.5e13, {1024: 0.011, 4096: 0.118}, {1024: 0.012, 4096: 0.127},
+    to_device=1e10, to_host=1e10,
+)  # fmt: skip
+_H100_32 = replace(_H100, device="cuda float32", eigenvalues={1024: 0.010, 4096: 0.087}, eigenvectors={4096: 0.095})
+ELSEWHERE = {probe.device: probe for probe in (_CORE, _CORE_32, _H100, _H100_32)}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Foretold, not measured: seconds of computation, bytes of memory at the peak, bytes written to disk."""
+    """Foretold, not measured: seconds from the first read to the last write, bytes of memory at the peak besides the
+    libraries, bytes written to disk. `visit_seconds`: scan and reduction in one pass. `basis`: whose constants."""
 
     matrices: int
     scan_seconds: float
     reduce_seconds: float
+    visit_seconds: float
     peak_bytes: int
     disk_bytes: int
+    basis: str
 
 
-def estimate(checkpoint: Checkpoint, matrices: Sequence[Matrix], crew: Crew) -> Estimate:
-    """What it would take to scan and to reduce `matrices`. Work grows as m * n * p for the products and p^3 for the
-    eigenproblem; both rates are measured with one square probe, so expect the right size rather than the digits."""
-    device, staff = crew.devices[0], len(crew.staff(matrices))
-    probe = torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0))
-    singular_values(probe, device)  # the first call loads libraries
-    start = time.perf_counter()
-    singular_values(probe, device)
-    middle = time.perf_counter()
-    truncate(probe, PROBE // 4, device)
-    end = time.perf_counter()
-    work = sum(m.cost + 2 * min(m.shape) ** 3 for m in matrices) / (3 * PROBE**3)
+def estimate(
+    checkpoint: Checkpoint, matrices: Sequence[Matrix], crew: Crew, ranks: Mapping[str, int] | None = None
+) -> Estimate:
+    """What it would take to scan and to reduce `matrices`, to `ranks` where they are known, else to the dearest ones.
+
+    Copies to a device overlap with its arithmetic only in part, so they are added to it. Tasks of the engine ray are
+    taken to run on this machine's crew alone.
+    """
+    probe, basis = constants(crew)
+    staff = len(crew.staff(matrices))
+    factorised = [m for m in matrices if m.is_matrix]
+    shapes = [(m, m.shape[0], m.shape[1]) for m in factorised]
+    size = {m.name: m.parameters * BITS[m.dtype] / 8 for m in factorised}
+    there = {name: b / probe.to_device if probe.to_device else 0.0 for name, b in size.items()}
+    back = {name: b / probe.to_host if probe.to_host else 0.0 for name, b in size.items()}
+    values = [probe.values_seconds(m, n) + there[x.name] for x, m, n in shapes]
+    cuts = [
+        probe.truncate_seconds(m, n, (ranks or {}).get(x.name)) + there[x.name] + back[x.name] for x, m, n in shapes
+    ]
     disk = sum(s.size for s in checkpoint.shards)
+    reading = sum(size.values()) / probe.disk_read if probe.disk_read else 0.0
+    copying = disk / probe.disk_read + disk / probe.disk_write if probe.disk_read and probe.disk_write else 0.0
     return Estimate(
-        len(matrices), work * (middle - start) / staff, work * (end - middle) / staff, peak_bytes(matrices, crew), disk
+        len(matrices),
+        max(_spread(values, staff), reading),
+        max(_spread(cuts, staff), copying),
+        max(_spread(cuts, staff), copying),  # the values come with the vectors
+        peak_bytes(matrices, crew),
+        disk,
+        basis,
     )
+
+
+def constants(crew: Crew) -> tuple[Probe, str]:
+    """The probe to foretell by, and where it comes from."""
+    device = crew.devices[0]
+    try:
+        probe = Probe.load(device.label)
+    except RecordError:
+        probe = None  # damaged: told as missing, since a foretelling is no reason to fail
+    if probe is not None:
+        return probe, f"by the probe of {probe.measured}"
+    other = ELSEWHERE.get(crew.label, _CORE_32)
+    return other, f"by {other.name}; `laser devices --probe` measures yours"
+
+
+def _spread(seconds: Iterable[float], staff: int) -> float:
+    """Of a queue, dearest first, that `staff` workers take from."""
+    every = list(seconds)
+    return max(sum(every) / staff, max(every, default=0.0))
+
+
+# --- what it took -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Seconds and memory since it was made."""
+
+    started: float = field(default_factory=time.perf_counter)
+    resident: int | None = field(default_factory=lambda: resident_bytes("VmRSS"))
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def peak(self) -> int | None:
+        """How far resident memory rose at the most, in bytes; None where the system does not tell."""
+        high = resident_bytes("VmHWM")
+        return None if high is None or self.resident is None else max(high - self.resident, 0)
+
+    def against(self, seconds: float, foretold: Estimate) -> str:
+        """One line: foretold and real."""
+        peak = self.peak
+        memory = "" if peak is None else f" and {peak / 1e9:.2f} GB"
+        return (
+            f"foretold {seconds:.1f} s and {foretold.peak_bytes / 1e9:.2f} GB ({foretold.basis}), "
+            f"took {self.seconds:.1f} s{memory}"
+        )
+
+
+def resident_bytes(which: str) -> int | None:
+    """VmRSS (now) or VmHWM (at the most) of this process. Not getrusage on Linux: a child inherits its maximum."""
+    try:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(text.split(f"{which}:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        if os.name != "posix":
+            return None
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak

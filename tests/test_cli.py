@@ -40,7 +40,8 @@ def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> No
     assert len(document["lines"]) == 60
     assert strict(run("reduce", pico, plan, "-o", out, "--json")[1])["output"] == str(out)
     assert strict(run("verify", pico, out, "--json")[1])["problems"] == []
-    assert strict(run("devices", "--json")[1])["chosen"].startswith(("cpu", "cuda", "mps"))
+    here = strict(run("devices", "--json")[1])
+    assert here["chosen"].startswith(("cpu", "cuda", "mps")) and here["exact_products"] and here["method"]
     assert strict(run("scan", pico, "--dry-run", "--json")[1])["matrices"] == 48
     assert strict(run("run", pico, "-o", tmp_path / "r", "--rule", "mp-edge", "--no-search", "--json")[1])["matrices"]
     for file in (plan, out / "laser.json", tmp_path / "r" / "laser" / "plan.json"):

@@ -1,11 +1,19 @@
 """Each family from transformers' own model to transformers' own logits; the README's table says what is seen here."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
-from families import CONFIGS, END, START, examine, line_of
+from families import CONFIGS, END, RANK, START, build, examine, line_of, truncated
+from safetensors.torch import load_file, save_file
 
+import laser
+from laser.checkpoint.cuts import Cut
+from laser.checkpoint.families import list_matrices
 from laser.checkpoint.family_table import FAMILIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -25,3 +33,113 @@ def test_every_family_is_examined() -> None:
     multimodal_twins = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
     examined = {kind for kind, _ in CONFIGS.values()} | {"mistral_release"}
     assert {multimodal_twins.get(family, family) for family in FAMILIES} == examined
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize("family", ["Llama 3", "Gemma 2", "GPT-2"])
+def test_tied_embeddings_are_reduced_once(family: str, stored: str, tmp_path: Path) -> None:
+    """Reduced by its role, a tied embedding is still tied, and both its uses see the reduced matrix."""
+    model = build(family)
+    source, out = tmp_path / "source", tmp_path / "out"
+    model.save_pretrained(source)
+    if stored == "twice":
+        tensors = load_file(source / "model.safetensors")
+        (embedding,) = [t for name, t in tensors.items() if re.search(r"embed_tokens|wte", name)]
+        save_file(tensors | {"lm_head.weight": embedding.clone()}, source / "model.safetensors", {"format": "pt"})
+        edit_config(source, tie_word_embeddings=True)  # GPT-2's does not say what is its default
+    checkpoint = laser.open_checkpoint(source)
+    chosen = laser.Selection(roles=("embedding",))
+    spectra = laser.scan(checkpoint, chosen)
+    assert len(spectra.values) == (1 if stored == "once" else 2)
+    plan = laser.make_plan(spectra, f"rank:{RANK}", chosen)
+    laser.reduce(checkpoint, plan, out)
+    assert not laser.verify(checkpoint, out).problems and not plan.coverage["unaccounted"]
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    weight = loaded.get_input_embeddings().weight
+    assert loaded.get_output_embeddings().weight is weight
+    embedding = model.get_input_embeddings().weight
+    embedding.data.copy_(truncated(embedding.data))
+    assert torch.allclose(weight, embedding, atol=2e-6, rtol=1e-5)
+    ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "PhiMoE", "DeepSeek-V3"])
+def test_experts_saved_as_they_are_in_memory(family: str, tmp_path: Path) -> None:
+    """transformers 5 can save experts fused (save_original_format=False) and reads that again; the result is equal."""
+    model = build(family)
+    logits = []
+    for name, original in (("hub", True), ("memory", False)):
+        source, out = tmp_path / name, tmp_path / f"{name}-out"
+        model.save_pretrained(source, save_original_format=original)
+        checkpoint = laser.open_checkpoint(source)
+        plan = laser.make_plan(laser.scan(checkpoint), f"rank:{RANK}")
+        assert not plan.coverage["unaccounted"]
+        laser.reduce(checkpoint, plan, out)
+        assert any("[0,up]" in line.name for line in plan.lines) != original
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(loaded(input_ids=torch.arange(3, 19)[None]).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["GPT-OSS", "GPT-NeoX", "Granite-MoE"])
+def test_a_fused_tensor_is_resumed_to_the_byte(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two matrices of one tensor; a damaged one is noticed and made again."""
+    build(family).save_pretrained(tmp_path / "source")
+    checkpoint = laser.open_checkpoint(tmp_path / "source")
+    plan = laser.make_plan(laser.scan(checkpoint), f"rank:{RANK}")
+    laser.reduce(checkpoint, plan, tmp_path / "whole")
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    true_read, reads, stop = laser.Checkpoint.read, [], [0]
+
+    def killed(self: laser.Checkpoint, name: str, cut: Cut | None = None) -> torch.Tensor:
+        reads.append((name, cut))
+        if len(reads) == stop[0]:
+            raise KeyboardInterrupt
+        return true_read(self, name, cut)
+
+    for stop[0] in (2, 7, 5):
+        reads.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(laser.Checkpoint, "read", killed)
+            with pytest.raises(KeyboardInterrupt):
+                laser.reduce(checkpoint, plan, tmp_path / "killed", resume=True)
+        assert not (tmp_path / "killed" / "model.safetensors").exists()
+    partial = tmp_path / "killed" / "model.safetensors.partial"
+    with partial.open("r+b") as file:  # every third byte of the fused tensors
+        for info in checkpoint.tensors.values():
+            if len(info.shape) == 3 or "query_key_value.weight" in info.name:
+                for at in range(info.start, info.end, 3):
+                    file.seek(at)
+                    file.write(b"?")
+    damaged = partial.read_bytes()
+    laser.reduce(checkpoint, plan, tmp_path / "killed", resume=True)
+    found = (tmp_path / "killed" / "model.safetensors").read_bytes()
+    assert found == expected and damaged != expected
+
+
+def test_multimodal_checkpoints_keep_their_other_half(tmp_path: Path) -> None:
+    """Gemma 3 and Llama 4 are released with a vision tower: its tensors are kept, the language model's are reduced."""
+    names = {
+        "language_model.model.layers.0.self_attn.q_proj.weight": "q",
+        "model.language_model.layers.0.mlp.down_proj.weight": "down",
+        "language_model.lm_head.weight": "head",
+        "language_model.model.embed_tokens.weight": "embedding",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": "vision",
+        "model.vision_tower.vision_model.embeddings.patch_embedding.weight": "vision",
+        "multi_modal_projector.linear_1.weight": "vision",
+    }
+    save_file({name: torch.ones(8, 8) for name in names}, tmp_path / "model.safetensors")
+    for kind in ("gemma3", "llama4"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        found = {m.name: m.role for m in list_matrices(laser.open_checkpoint(tmp_path))}
+        if kind == "llama4":  # its dense layers are called otherwise
+            found["model.language_model.layers.0.mlp.down_proj.weight"] = "down"
+        assert found == names

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from laser.checkpoint.families import DoubtWarning
-from laser.cli import calibrate, convert, flow, look, measure, publish, run, search
+from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
 VERBS = (
-    *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, flow.devices),
+    *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, devices.devices),
     *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card),
     *(look.null, look.spectra, look.plot, look.report, convert.convert),
 )

@@ -30,7 +30,9 @@ Engine = Annotated[
     str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
 ]
 Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[str, typer.Option("--method", help="gram (fast), projector (products alone) or svd (reference).")]
+Method = Annotated[
+    str, typer.Option("--method", help="auto, gram (fast), projector (products alone) or svd (reference).")
+]
 MomentsFile = Annotated[
     Path | None, typer.Option("--moments", help="File of laser calibrate: go by the inputs that matrices meet, too.")
 ]

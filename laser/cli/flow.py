@@ -1,9 +1,7 @@
-"""The verbs of the flow: scan, plan, reduce, verify, devices. Each parses, calls and prints."""
+"""The verbs of the flow: scan, plan, reduce, verify. Each parses, calls and prints."""
 
 from __future__ import annotations
 
-import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,23 +9,22 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
+from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.errors import UsageError
-from laser.estimate import estimate
+from laser.estimate import Meter, estimate
 from laser.flow import scan_into
 from laser.plan import Plan, make_plan
-from laser.reduction import Outcome
 from laser.reduction import reduce as reduce_checkpoint
-from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral import devices as devices_module
 from laser.spectral.devices import choose_device
+from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
-from laser.workers import Crew, choose_crew
+from laser.workers import choose_crew
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
@@ -51,7 +48,7 @@ def scan(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: common.Method = "gram",
+    method: common.Method = "auto",
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     moments: common.MomentsFile = None,
     dry_run: common.DryRun = False,
@@ -63,6 +60,7 @@ def scan(
     Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
     """
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     if dry_run:
         return print_dry_run(checkpoint, selected, crew, as_json)
@@ -72,10 +70,10 @@ def scan(
     if force:
         output.unlink(missing_ok=True)
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
-    start, known = time.perf_counter(), common.moments_of(moments)
-    with common.Progress("scan", chosen_of(list_matrices(checkpoint), selected)) as bar:
+    known, matrices = common.moments_of(moments), chosen_of(list_matrices(checkpoint), selected)
+    foretold, meter = estimate(checkpoint, matrices, crew), Meter()
+    with common.Progress("scan", matrices) as bar:
         spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known)
-    seconds = time.perf_counter() - start
     if as_json:
         return common.print_json(
             {
@@ -84,11 +82,12 @@ def scan(
                 "scanned": len(spectra.values),
                 "skipped": dict(spectra.skipped),
                 "device": spectra.device,
-                "seconds": seconds,
+                **took(meter, foretold.scan_seconds, foretold),
             }
         )
     _print_spectra(spectra)
-    print(f"{len(spectra.values)} matrices in {seconds:.1f} s on {spectra.device}, written to {output}")
+    print(f"{len(spectra.values)} matrices in {meter.seconds:.1f} s on {spectra.device}, written to {output}")
+    print(meter.against(foretold.scan_seconds, foretold))
 
 
 def plan(
@@ -142,7 +141,7 @@ def reduce(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: common.Method = "gram",
+    method: common.Method = "auto",
     moments: common.MomentsFile = None,
     fresh: Annotated[
         Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
@@ -152,6 +151,9 @@ def reduce(
     evict: Annotated[
         bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales.")
+    ] = None,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -159,10 +161,13 @@ def reduce(
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
+    ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     if dry_run:
         wanted.source.require(checkpoint, "plan")
-        return _print_estimate(checkpoint, touched, crew, as_json)
-    start, known, elsewhere = time.perf_counter(), common.moments_of(moments), common.moments_of(fresh)
+        return print_estimate(checkpoint, touched, crew, as_json, ranks)
+    method, _ = choose_method(method, crew.devices[0])
+    known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
+    foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar:
         outcome = reduce_checkpoint(
             checkpoint,
@@ -173,11 +178,12 @@ def reduce(
             resume=resume,
             force=force,
             evict=evict,
+            dtype=dtype,
             moments=known,
             fresh=elsewhere,
             tick=bar,
         )
-    print_outcome(outcome, output, time.perf_counter() - start, as_json)
+    print_outcome(outcome, output, meter, foretold.reduce_seconds, foretold, as_json)
 
 
 def verify(
@@ -203,56 +209,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def devices(as_json: common.Json = False) -> None:
-    """Say which device would compute here, in which precision, and why."""
-    here, chosen = devices_module.available(), choose_device()
-    if as_json:
-        return common.print_json({"available": here, "chosen": chosen.label, "reason": chosen.reason})
-    common.print_table(("device", "here"), list(here.items()))
-    print(f"auto takes {chosen.label}: {chosen.reason}")
-
-
-def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
-    return [m for m in matrices if chosen.why_not(m) is None]
-
-
-def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
-    matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=2)
-    chosen.check(matrices)
-    _print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
-
-
-def _print_estimate(checkpoint: Checkpoint, matrices: list[Matrix], crew: Crew, as_json: bool) -> None:
-    foretold = estimate(checkpoint, matrices, crew)
-    if as_json:
-        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
-    groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
-    for m in matrices:
-        groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
-    common.print_table(
-        ("role", "matrices", "shape", "dtype", "layers"),
-        [
-            (role, len(ms), "x".join(map(str, shape)), dtype, _span([m.layer for m in ms if m.layer is not None]))
-            for (role, shape, dtype), ms in groups.items()
-        ],
-    )
-    print(
-        f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
-        f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
-        f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy"
-    )
-
-
-def _span(layers: list[int]) -> str:
-    return f"{min(layers)}-{max(layers)}" if layers else "-"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
 def _print_spectra(spectra: Spectra) -> None:
     by_role: dict[str, list[Matrix]] = {}
     for m in spectra.matrices:
@@ -267,11 +223,3 @@ def _print_spectra(spectra: Spectra) -> None:
     for name, why in spectra.skipped.items():
         if why.startswith("skipped"):
             print(f"{name}: {why}")
-
-
-def print_outcome(outcome: Outcome, output: Path, seconds: float, as_json: bool) -> None:
-    if as_json:
-        return common.print_json(asdict(outcome) | {"output": str(output), "seconds": seconds})
-    common.print_plan(outcome.plan.lines)
-    worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
-    print(f"written to {output} in {seconds:.1f} s; largest residual of a certificate {worst:.1e}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
+from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
     LowestSnr,
     Output,
@@ -21,14 +21,12 @@ from laser.cli.flow import (
     RuleOption,
     Shrink,
     TwoSided,
-    chosen_of,
-    print_dry_run,
-    print_outcome,
 )
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.errors import UsageError
+from laser.estimate import Meter, estimate
 from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
@@ -40,6 +38,7 @@ from laser.recipe import load_recipe, packaged
 from laser.search import SearchResult, result_document
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
+from laser.spectral.measuring import choose_method
 from laser.spectral.rules import draws_needed
 from laser.trials import ACCEPT
 from laser.workers import choose_crew
@@ -79,7 +78,7 @@ def run(
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
-    method: Annotated[str | None, typer.Option("--method", help="gram (fast) or svd (reference).")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, gram, projector or svd.")] = None,
     resume: common.Resume = False,
     force: common.Force = False,
     dry_run: common.DryRun = False,
@@ -131,8 +130,11 @@ def run(
             print_search(result)
         return result.plan
 
-    start = time.perf_counter()
     matrices = chosen_of(list_matrices(checkpoint), chosen)
+    foretold, meter = estimate(checkpoint, matrices, crew), Meter()
+    seconds = None if searching else foretold.visit_seconds
+    if count and seconds is not None:
+        seconds = foretold.scan_seconds + foretold.reduce_seconds * min(count / max(len(matrices), 1), 1.0)
     with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
         result = run_flow(
             checkpoint,
@@ -140,7 +142,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=method or flags.get("method", "gram"),
+            method=choose_method(method or flags.get("method", "auto"), where)[0],
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=max(draws_needed(part) for part in wanted.split(",")),
             resume=resume,
@@ -152,7 +154,7 @@ def run(
     if wants_board:
         leaderboards(checkpoint, output, where.name, data, limit)
         write_card(output, checkpoint, commands=(_command(checkpoint, output),))
-    print_outcome(result.outcome, output, time.perf_counter() - start, as_json)
+    print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 
 
 def _search(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +24,9 @@ KIND, VERSION = "devices", 1
 class Probe:
     """Constants of one device; None where it was not measured.
 
-    device: the label of devices.Device; name: the chip, in words; torch: its version; threads: of the host
-    product: floating-point operations a second of A^T A and of the products of a truncation, 2 m n p counted for each
+    device: the label of devices.Device; name: the chip, in words; torch: its version; threads: of BLAS on the host
+    product: floating-point operations a second of A^T A, 2 m n p counted though symmetry may save half of them
+    projection: the same of the two products of a truncation; None: as `product`
     eigenvalues, eigenvectors, projector: p -> seconds for one symmetric matrix of side p
     to_device, to_host: bytes a second of a copy; None on the host, where there is no copy
     disk_read, disk_write: bytes a second, the read from a cold cache
@@ -46,6 +46,7 @@ class Probe:
     disk_read: float | None = None
     disk_write: float | None = None
     exact_products: bool = True
+    projection: float | None = None
     measured: str = ""  # the day, as 2026-01-31
 
     def values_seconds(self, m: int, n: int) -> float:
@@ -59,7 +60,8 @@ class Probe:
         """
         p = min(m, n)
         side = p // 2 if rank is None else min(rank, p - rank)
-        return (2 * m * n * p + 4 * m * n * side) / self.product + interpolate(self.eigenvectors, p)
+        products = 2 * m * n * p / self.product + 4 * m * n * side / (self.projection or self.product)
+        return products + interpolate(self.eigenvectors, p)
 
     def save(self, path: Path | None = None) -> Path:
         """Keep it beside the probes of other devices; returns the file. Default path: `cache_path()`."""
@@ -131,7 +133,3 @@ def interpolate(table: Mapping[int, float], p: int) -> float:
     high = min(side for side in sides if side > p)
     power = math.log(table[high] / table[low]) / math.log(high / low)
     return table[low] * (p / low) ** power
-
-
-def today() -> str:
-    return time.strftime("%Y-%m-%d")

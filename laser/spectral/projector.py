@@ -8,6 +8,8 @@ over (Polar Express: Amsel, Persson, Musco and Gower 2025, arXiv 2505.16932, alg
 Certificate: X approximates the sign, so p - ||X||_F^2 = sum (1 - x_i^2) counts what has not come to +-1 and is 0 for a
 projector. The trace of P would not do: +0.35 and -0.35 cancel in it. An eigenvalue of B closer to 0 than about
 eps * ||B|| is not resolved in the precision of the product; it is seen, and the ladder goes on to eigenvectors.
+
+Memory: G, X and two or three intermediate results, all p x p, on the device; no basis.
 """
 
 from __future__ import annotations
@@ -106,23 +108,24 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     """sign(G - tau^2 I) of a symmetric G (p, p), in its dtype and on its device, by products alone.
 
     gap: lower bound on the distance of tau^2 from the nearest eigenvalue, in the unit of G; None for the finest one
-    that the dtype can resolve, eps * ||G - tau^2 I||. A smaller gap than that is seen in `unresolved`.
+    that the dtype can resolve (`finest`). A smaller gap than that is seen in `unresolved`.
     """
     p = G.shape[0]
     eye = torch.eye(p, dtype=G.dtype, device=G.device)
     B = torch.addmm(eye, G, eye, beta=-(tau * tau))  # G - tau^2 I by one operator
     B = (B + B.T) / 2
-    size = number(torch.linalg.vector_norm(B))
+    size = number(B.abs().max())
     if not 0 < size < math.inf:  # not `<=`, or NaN would pass
-        raise NumericalError(f"the shifted Gram matrix has norm {size}; a projector cannot be made of it")
-    B = B / size  # else the fourth power may leave float32
+        raise NumericalError(f"the shifted Gram matrix has the largest entry {size}; no projector can be made of it")
+    B = B / size  # else its powers may leave float32
     # A bound from above, not an estimate: ||B||_2 <= ||B^4||_F^(1/4). Power iteration, from below, let 7 of 48 runs
     # diverge (LOG.md); the 1-norm is free and loose by about sqrt(p).
     square = B @ B
     scale = number(torch.linalg.vector_norm(square @ square)) ** 0.25
     X, products = B / scale, 2
-    finest = torch.finfo(G.dtype).eps
-    low = finest if gap is None else min(max(gap / (size * scale), finest), 0.5)
+    low = finest(p, G.dtype)
+    if gap is not None:
+        low = min(max(gap / (size * scale), low), 0.5)
     for a, b, c in sign_steps(_coarse(low)):
         Y = X @ X
         Z = torch.addmm(Y, Y, Y, beta=b, alpha=c)
@@ -133,6 +136,16 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     rows = to_host(torch.sum(X * X, dim=1))
     unresolved = p - float(np.sum(rows))
     return Sign(X, unresolved, (p + float(np.sum(to_host(torch.diagonal(X))))) / 2, products)
+
+
+def finest(p: int, dtype: torch.dtype) -> float:
+    """The smallest gap around tau^2 that can be resolved, relative to ||G - tau^2 I||.
+
+    Rounding moves an eigenvalue by about 0.4 * eps / sqrt(p) of the norm, as it averages over an eigenvector (measured,
+    LOG.md). The interval starts 40 times above that, or noise would itself be driven to +-1 and look resolved; for a
+    large matrix at eps, since eigenvalues are not known better.
+    """
+    return torch.finfo(dtype).eps * max(1.0, 16 / math.sqrt(p))
 
 
 def _coarse(low: float) -> float:
@@ -176,8 +189,7 @@ def _resolved(G: torch.Tensor, s: NDArray[np.float64], rank: int) -> Sign:
     """The sign with `rank` eigenvalues at +1. Raises NumericalError where that cannot be told in G's precision."""
     above, below = float(s[rank - 1]) ** 2, float(s[rank]) ** 2
     tau, gap = math.sqrt((above + below) / 2), (above - below) / 2
-    finest = torch.finfo(G.dtype).eps * max(float(s[0]) ** 2 - tau * tau, tau * tau)
-    if not gap > finest:
+    if not gap > finest(len(s), G.dtype) * max(float(s[0]) ** 2 - tau * tau, tau * tau):
         raise NumericalError(
             f"unresolved: s_r and s_r+1 differ by {gap / max(tau, 1e-300):.1e}, too little to tell apart"
         )

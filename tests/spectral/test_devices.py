@@ -28,6 +28,75 @@ def test_auto_takes_the_first_that_is_there(
     assert device.host_eigensolver == (expected != "cuda")  # no LAPACK on MPS
 
 
+FULL_RATE = [((6, 0), torch.float64), ((8, 0), torch.float64), ((9, 0), torch.float64), ((10, 0), torch.float64)]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [
+        ((8, 0), torch.float64),
+        ((9, 0), torch.float64),
+        ((10, 0), torch.float64),
+        ((7, 5), torch.float32),
+        ((8, 6), torch.float32),
+        ((8, 9), torch.float32),
+        ((12, 0), torch.float32),
+    ],
+)
+def test_precision_goes_by_the_rate_of_float64(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "available", lambda: {"cuda": "a card", "mps": "not available", "cpu": ""})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(devices, "exact_products", lambda _: True)
+    device = choose_device("cuda:1")
+    assert device.dtype == dtype and not device.host_eigensolver and device.name == "cuda:1"
+    assert f"compute capability {capability[0]}.{capability[1]}" in device.reason
+    assert choose_device("cuda", "float32").dtype == torch.float32
+    monkeypatch.setattr(devices, "exact_products", lambda _: False)  # as with NVIDIA_TF32_OVERRIDE=1
+    assert choose_device("cuda").dtype == torch.float64
+
+
+def test_an_apple_gpu_that_rounds_its_operands_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available", lambda: {"cuda": "not available", "mps": "Apple GPU", "cpu": ""})
+    monkeypatch.setattr(devices, "exact_products", lambda _: False)
+    device = choose_device()
+    assert (device.name, device.dtype) == ("cpu", torch.float64) and "less than 24 bits" in device.reason
+
+
+@pytest.mark.parametrize("mantissa, exact", [(23, True), (10, False), (7, False)])
+def test_the_precision_probe_sees_short_operands(mantissa: int, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = torch.Tensor.__matmul__
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        step = 2.0**mantissa
+        return torch.round(x * step) / step
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: true(cut(x), cut(y)))
+    devices.exact_products.cache_clear()
+    assert devices.exact_products(torch.device("cpu")) is exact
+    devices.exact_products.cache_clear()
+
+
+def test_free_memory_is_known_and_plausible() -> None:
+    free = devices.free_bytes(devices.HOST)
+    assert free is not None and 2**20 < free < 2**50
+
+
+def test_full_precision_is_shared_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Switch:
+        fp32_precision = "tf32"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Switch)
+    with devices.full_precision():
+        assert Switch.fp32_precision == "ieee"
+        with devices.full_precision():  # another thread's
+            pass
+        assert Switch.fp32_precision == "ieee"
+    assert Switch.fp32_precision == "tf32"
+
+
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "available", lambda: {"cuda": "not available: x", "mps": "Apple GPU", "cpu": ""})
     with pytest.raises(UsageError, match="'cuda' is not available: x; try --device auto"):

@@ -1,0 +1,72 @@
+"""laser devices: what would compute here, and why; with --probe, how fast."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laser.cli import common
+from laser.spectral.devices import available, choose_device, exact_products, free_bytes
+from laser.spectral.measuring import choose_method, measure_device
+from laser.spectral.probe import Probe, cache_path
+
+
+def devices(
+    device: common.DeviceName = "auto",
+    precision: common.Precision = "auto",
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's speed, and keep it.")] = False,
+    disk: Annotated[Path, typer.Option("--disk", help="With --probe: a directory on the disk to measure.")] = Path(),
+    as_json: common.Json = False,
+) -> None:
+    """Say which device would compute here, in which precision, by which method, and why.
+
+    With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk, and keep the figures in the
+    user's cache directory, from where --dry-run takes them.
+    """
+    here, chosen = available(), choose_device(device, precision)
+    if probe:
+        measured, path = measure_device(chosen, disk=disk), cache_path()
+        measured.save(path)
+    else:
+        measured, path = Probe.load(chosen.label), None
+    method, why = choose_method("auto", chosen)
+    free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
+    if as_json:
+        return common.print_json(
+            {
+                "available": here,
+                "chosen": chosen.label,
+                "reason": chosen.reason,
+                "eigensolver": "host" if chosen.host_eigensolver else "device",
+                "method": method,
+                "method_reason": why,
+                "free_bytes": free,
+                "exact_products": exact,
+                "probe": asdict(measured) if measured else None,
+            }
+        )
+    common.print_table(("device", "here"), list(here.items()))
+    print(f"takes {chosen.label}: {chosen.reason}")
+    print(f"method {method}: {why}")
+    memory = "memory unknown" if free is None else f"{free / 2**30:.1f} GiB of memory free"
+    print(f"{memory}; products in float32 carry {'all 24 bits' if exact else 'LESS than 24 bits'}")
+    if measured:
+        _print_probe(measured)
+        print(f"kept in {path}" if path else f"measured {measured.measured}; --probe measures again")
+    else:
+        print("speed not measured; try --probe")
+
+
+def _print_probe(probe: Probe) -> None:
+    print(f"{probe.name}, torch {probe.torch}, BLAS threads {probe.threads}")
+    sides = sorted(probe.eigenvalues)
+    table = [(p, probe.eigenvalues[p], probe.eigenvectors.get(p), probe.projector.get(p)) for p in sides]
+    common.print_table(("p", "eigenvalues s", "eigenvectors s", "projector s"), table)
+    rates = [("A^T A", probe.product / 1e9, "GFLOP/s"), ("truncation", (probe.projection or 0) / 1e9, "GFLOP/s")]
+    copies = {"to device": probe.to_device, "to host": probe.to_host}
+    copies |= {"disk read": probe.disk_read, "disk write": probe.disk_write}
+    rates += [(what, rate / 1e9, "GB/s") for what, rate in copies.items() if rate]
+    print(", ".join(f"{what} {rate:.4g} {unit}" for what, rate, unit in rates))

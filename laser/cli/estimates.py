@@ -1,0 +1,81 @@
+"""What is foretold and what it took: --dry-run, and the last lines of scan, reduce and run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.reader import Checkpoint
+from laser.cli import common
+from laser.estimate import Estimate, Meter, estimate
+from laser.reduction import Outcome
+from laser.selection import Selection
+from laser.workers import Crew
+
+
+def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
+    return [m for m in matrices if chosen.why_not(m) is None]
+
+
+def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
+    matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
+    chosen.check(matrices)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
+
+
+def print_estimate(
+    checkpoint: Checkpoint, matrices: list[Matrix], crew: Crew, as_json: bool, ranks: Mapping[str, int] | None = None
+) -> None:
+    """A row per kind of matrix, and what scanning and reducing them would take."""
+    foretold = estimate(checkpoint, matrices, crew, ranks)
+    if as_json:
+        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
+    groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
+    for m in matrices:
+        groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
+    common.print_table(
+        ("role", "matrices", "shape", "dtype", "layers"),
+        [
+            (role, len(ms), "x".join(map(str, shape)), dtype, _span([m.layer for m in ms if m.layer is not None]))
+            for (role, shape, dtype), ms in groups.items()
+        ],
+    )
+    print(
+        f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
+        f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
+        f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
+        f"({foretold.basis})"
+    )
+
+
+def _span(layers: list[int]) -> str:
+    return f"{min(layers)}-{max(layers)}" if layers else "-"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def print_outcome(
+    outcome: Outcome, output: Path, meter: Meter, seconds: float | None, foretold: Estimate, as_json: bool
+) -> None:
+    """`seconds`: what was foretold for this very work, None where nothing can be, as for a search."""
+    if as_json:
+        return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, foretold))
+    common.print_plan(outcome.plan.lines)
+    worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
+    print(f"written to {output} in {meter.seconds:.1f} s; largest residual of a certificate {worst:.1e}")
+    if seconds is not None:
+        print(meter.against(seconds, foretold))
+
+
+def took(meter: Meter, seconds: float | None, foretold: Estimate) -> dict[str, Any]:
+    """For programs: what it took, and what was foretold."""
+    told = {"seconds": seconds, "peak_bytes": foretold.peak_bytes, "basis": foretold.basis}
+    return {"seconds": meter.seconds, "peak_bytes": meter.peak, "foretold": told}

@@ -1,0 +1,159 @@
+"""Measuring a Probe: a few products, eigenproblems and copies on a device, each the faster of two runs.
+
+On the host everything is measured with one BLAS thread, as a worker has. On a device without LAPACK the probe also
+decides the method: eigenvectors on the host, or the projector, whichever takes less time there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from laser.errors import RecordError
+from laser.spectral.devices import Device, available, exact_products, full_precision, host_threads, synchronise
+from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram, whole
+from laser.spectral.probe import Probe
+from laser.spectral.projector import matrix_sign
+from laser.spectral.shrinkage import Gains
+
+HOST_SIDES = (256, 768, 1536)  # some five seconds on one core
+DEVICE_SIDES = (1024, 2048, 4096)
+START_UP = (1024,)  # what a decision at start-up is made on, where nothing was measured before
+COPIED = 256 * 2**20  # bytes, for copies and for the disk
+GAP = 1e-5  # of the projector's measurement, relative: 11 to 13 steps, as for the bulk of a trained matrix
+
+
+def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: Path | None = None) -> Probe:
+    """The constants of `device`, measured now. `disk`: a directory whose disk is measured too. Not saved."""
+    sides = sides or (HOST_SIDES if device.host_blas else DEVICE_SIDES)
+    p = max(sides)
+    W = torch.randn(2 * p, p, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device.torch_device)
+    # host_threads(1): a small matrix's share, which is one thread
+    with full_precision(), host_threads(1) if device.host_blas else nullcontext():
+        G = gram(W, device)
+        product = 2 * 2 * p**3 / _seconds(lambda: gram(W, device), device)
+        projection = _projection(W, device)
+        corners = {side: G[:side, :side].clone() for side in sides}  # Gram matrices too, and LAPACK overwrites them
+        values = {n: _seconds(lambda n=n: eigenvalues(corners[n].clone(), device), device) for n in sides}
+        vectors = {n: _seconds(lambda n=n: eigenvectors(corners[n].clone(), device), device) for n in sides}
+        # On the host, where it is no use, one size is enough to compare.
+        signed = [n for n in sides if n <= 1024 or not device.host_blas]
+        signs = {n: _sign_seconds(whole(corners[n], device), device) for n in signed}
+    to_device, to_host = _copies(device)
+    read, write = _disk(disk) if disk else (None, None)
+    return Probe(
+        device=device.label,
+        name=chip(device),
+        torch=torch.__version__,
+        threads=1 if device.host_blas else torch.get_num_threads(),
+        product=product,
+        eigenvalues=values,
+        eigenvectors=vectors,
+        projector=signs,
+        to_device=to_device,
+        to_host=to_host,
+        disk_read=read,
+        disk_write=write,
+        exact_products=exact_products(device.torch_device),
+        projection=projection,
+        measured=time.strftime("%Y-%m-%d"),
+    )
+
+
+def choose_method(method: str, device: Device, path: Path | None = None) -> tuple[str, str]:
+    """`method`, or for "auto" the one to use on this device; and why.
+
+    Where the device has LAPACK, or is the host, `gram`. On Apple MPS the probe decides; one that is missing is measured
+    at one size and kept, so that the next run decides alike. path: of the record, by default the user's cache.
+    """
+    if method != "auto":
+        return method, "asked for"
+    if device.host_blas or not device.host_eigensolver:
+        return "gram", "eigenvectors by LAPACK where the products are"
+    try:
+        probe = Probe.load(device.label, path)
+    except RecordError:
+        probe = None
+    if probe is None or not probe.projector:
+        probe = measure_device(device, START_UP)
+        probe.save(path)
+    p = max(probe.projector.keys() & probe.eigenvectors.keys(), default=0)
+    if not p:
+        return "gram", "the projector was not measured here"
+    # Both want eigenvalues: the projector to know where to cut.
+    sign = probe.eigenvalues.get(p, 0.0) + probe.projector[p]
+    told = f"at p = {p} the projector takes {sign:.3g} s and eigenvectors on the host {probe.eigenvectors[p]:.3g} s"
+    return ("projector" if sign < probe.eigenvectors[p] else "gram"), told
+
+
+def chip(device: Device) -> str:
+    """Its name, in words."""
+    base = device.torch_device.type
+    if base == "cpu":
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device.torch_device) if base == "cuda" else available()[base]
+
+
+def _seconds(call: Callable[[], object], device: Device) -> float:
+    """The faster of two: the first one also loads libraries and fills caches."""
+    taken = []
+    for _ in range(2):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        taken.append(time.perf_counter() - start)
+    return max(min(taken), 1e-9)
+
+
+def _projection(W: torch.Tensor, device: Device) -> float:
+    """Operations a second of cutting W (m, n) to half of its rank, the eigenvectors being known."""
+    factors, half = factors_by_gram(W, device), min(W.shape) // 2
+    return 4 * W.shape[0] * W.shape[1] * half / _seconds(lambda: factors.cut(Gains(half)), device)
+
+
+def _sign_seconds(G: torch.Tensor, device: Device) -> float:
+    size = float(torch.diagonal(G).mean())
+    return _seconds(lambda: matrix_sign(G, size**0.5, GAP * size), device)
+
+
+def _copies(device: Device) -> tuple[float | None, float | None]:
+    """Bytes a second to the device and back; pageable memory, as that is what a checkpoint is read into."""
+    if device.host_blas:
+        return None, None
+    here = torch.zeros(COPIED, dtype=torch.uint8)
+    there = here.to(device.torch_device)
+    return COPIED / _seconds(lambda: here.to(device.torch_device), device), COPIED / _seconds(there.cpu, device)
+
+
+def _disk(directory: Path) -> tuple[float, float]:
+    """Bytes a second, read and written, of one file in `directory`, which is removed again.
+
+    The write ends with fsync; before the read the file's pages are dropped from the cache where the system allows it.
+    """
+    chunk = os.urandom(2**20)  # not zeros, which some file systems do not store
+    with tempfile.TemporaryFile(dir=directory) as file:
+        start = time.perf_counter()
+        for _ in range(COPIED // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        begun = time.perf_counter()
+        while file.read(len(chunk)):
+            pass
+        return COPIED / (time.perf_counter() - begun), COPIED / (written - start)

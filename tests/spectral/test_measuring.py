@@ -1,0 +1,63 @@
+"""Measuring a device, and the method that follows from it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from laser.spectral import measuring
+from laser.spectral.devices import HOST, Device
+from laser.spectral.measuring import choose_method, measure_device
+from laser.spectral.probe import Probe
+
+MPS = Device("mps", torch.float32, True, "pretends")
+
+
+def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "COPIED", 2**20)
+    threads = torch.get_num_threads()
+    found = measure_device(HOST, (32, 64), tmp_path)
+    assert torch.get_num_threads() == threads
+    assert (found.device, found.threads, found.exact_products) == ("cpu float64", 1, True)
+    assert found.eigenvalues.keys() == found.eigenvectors.keys() == found.projector.keys() == {32, 64}
+    rates = (found.product, found.projection, found.disk_read, found.disk_write)
+    assert all(rate is not None and rate > 1e5 for rate in rates)
+    assert found.to_device is None and found.to_host is None  # nothing is copied on the host
+    assert list(tmp_path.iterdir()) == []
+    found.save(tmp_path / "devices.json")
+    assert Probe.load("cpu float64", tmp_path / "devices.json") == found
+
+
+def test_an_accelerator_is_measured_with_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "COPIED", 2**20)
+    monkeypatch.setattr(Device, "host_blas", property(lambda _: False))
+    found = measure_device(Device("cpu", torch.float32, True, "pretends"), (32,))
+    assert found.to_device and found.to_host and found.disk_read is None and found.projector[32] > 0
+
+
+def probed(vectors: float, sign: float) -> Probe:
+    return Probe("mps float32", "Apple GPU", "2.13", 8, 1e12, {1024: 0.1}, {1024: vectors}, {1024: sign})
+
+
+def test_the_probe_decides_between_projector_and_eigenvectors_on_mps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "devices.json"
+    probed(vectors=0.5, sign=0.2).save(path)
+    method, why = choose_method("auto", MPS, path)
+    assert method == "projector" and "0.3 s and eigenvectors on the host 0.5 s" in why
+    probed(vectors=0.5, sign=0.45).save(path)
+    assert choose_method("auto", MPS, path)[0] == "gram"  # the projector needs the eigenvalues besides
+    path.write_text("damaged")
+    monkeypatch.setattr(measuring, "measure_device", lambda device, sides: probed(0.5, 0.1))
+    assert choose_method("auto", MPS, path)[0] == "projector"
+    monkeypatch.setattr(measuring, "measure_device", lambda *_: pytest.fail("measured again"))
+    assert choose_method("auto", MPS, path)[0] == "projector"  # kept, so that the next run decides alike
+
+
+def test_elsewhere_the_method_is_gram_unless_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "devices.json"
+    for device in (HOST, replace(HOST, dtype=torch.float32), Device("cuda", torch.float64, False, "pretends")):
+        assert choose_method("auto", device, path)[0] == "gram"
+    assert choose_method("svd", MPS, path) == ("svd", "asked for") and not path.exists()
