@@ -128,13 +128,15 @@ def points(asked: argparse.Namespace, spectra: laser.Spectra) -> dict[str, dict[
 def edits(
     asked: argparse.Namespace, spectra: laser.Spectra, done: set[tuple[str, str, int]]
 ) -> Iterable[tuple[str, str, int]]:
-    """(name, metric, rank), each once, those that cost least first: the last layers."""
-    layers = {m.name: m.layer or 0 for m in spectra.matrices}
-    for name, ranks in sorted(points(asked, spectra).items(), key=lambda pair: -layers[pair[0]]):
-        for rank in sorted(set(ranks.values()), reverse=True):
+    """(name, metric, rank), each once: all matrices at the first share, last layer first, then at the next."""
+    layers, told = {m.name: m.layer or 0 for m in spectra.matrices}, set(done)
+    found = sorted(points(asked, spectra).items(), key=lambda pair: -layers[pair[0]])
+    for by in dict.fromkeys(by for _, ranks in found for by in ranks):
+        for name, ranks in found:
             for metric in ("plain", "data"):
-                if (name, metric, rank) not in done:
-                    yield name, metric, rank
+                if by in ranks and (name, metric, ranks[by]) not in told:
+                    told.add((name, metric, ranks[by]))
+                    yield name, metric, ranks[by]
 
 
 def report(asked: argparse.Namespace, entries: list[dict[str, Any]]) -> None:
