@@ -102,7 +102,7 @@ def too_close(draw: int, device: Device) -> bool:
     found = truncate(W.to(device.dtype), r, device, "projector", s)
     distance = float(torch.linalg.vector_norm(W - found.matrix.double()))
     right = abs(distance - np.linalg.norm(s[r:])) < 1e-4 * np.linalg.norm(s)
-    return right and found.certificate.method != "projector" and "unresolved" in found.certificate.note
+    return bool(right) and found.certificate.method != "projector" and "unresolved" in found.certificate.note
 
 
 def main() -> None:
