@@ -22,7 +22,7 @@ from laser.errors import CheckpointError
 
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
-PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "vision", "other")
+PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
 
 
 class DoubtWarning(UserWarning):
@@ -64,6 +64,8 @@ def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
     """
     rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
     matrices = [matrix for info in checkpoint.tensors.values() for matrix in _matrices(info, rows, checkpoint.config)]
+    scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else ()
+    matrices = [replace(m, role="scale") if m.tensor in scales else m for m in matrices]
     seen: set[str] = set()
     for matrix in matrices:
         if matrix.name in seen:
