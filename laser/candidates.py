@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from laser.checkpoint.families import read_matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
@@ -80,7 +81,7 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
 
 def cut_of(checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device) -> dict[str, torch.Tensor]:
     """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks."""
-    return {name: truncate(checkpoint.read(name), rank, device).matrix for name, rank in ranks.items()}
+    return {name: truncate(read_matrix(checkpoint, name), rank, device).matrix for name, rank in ranks.items()}
 
 
 def predict(candidates: Sequence[Candidate], bench: Bench, device: Device) -> list[Candidate]:
@@ -99,7 +100,7 @@ def predict(candidates: Sequence[Candidate], bench: Bench, device: Device) -> li
     ranks = {name: rank for c in candidates for name, rank in c.options[0][1].items()}
     checkpoint = bench.model.checkpoint
     for name, G in bench.model.gradients(bench.objective.windows, boundaries, sorted(names)):
-        W = checkpoint.read(name).double()
+        W = read_matrix(checkpoint, name).double()
         removed = cut_of(checkpoint, {name: ranks[name]}, device)[name].double() - W
         changes[name] = float((G.cpu().double() * removed).sum())
     bench.forget(piece for piece in boundaries if piece not in bench.pieces)

@@ -54,7 +54,8 @@ def run(
     """
     prepare_output(checkpoint, out, resume=resume, force=force)
     path = records_of(out) / "spectra.safetensors"
-    if treatment is not None and not is_settled(checkpoint, out):
+    # Two passes for FP8: a matrix and its scales, perhaps in two shards, are written together.
+    if treatment is not None and checkpoint.fp8 is None and not is_settled(checkpoint, out):
 
         def tick(matrix: Matrix, seconds: float) -> None:
             on_scan(matrix)

@@ -136,7 +136,7 @@ def reduce_in_one_pass(
 
     run = {
         "kind": "one pass journal",
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
         "rule": treatment.rule,
         "treatment": treatment.describe(),
         "selection": selection.describe(),

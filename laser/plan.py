@@ -19,6 +19,7 @@ from laser.spectra import Source, Spectra
 from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
+from laser.spectral.resolution import at_threshold, precision_of
 from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
@@ -224,7 +225,9 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         return replace(line, action="skip" if why.startswith("skipped") else "keep", reason=why)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
-    line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason)
+    near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
+    near = f"; {near}" if near else ""
+    line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason + near)
     total = float(np.sum(s**2))
     if not total:
         return replace(line, rank=0, energy_kept=1.0)
@@ -265,7 +268,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     if heavy:
         line = replace(line, reason=f"{line.reason}; {heavy}")
     if np.all(g == 1):
-        return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values")
+        return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values{near}")
     if treatment.require_fit is not None and fit.level < treatment.require_fit:
         why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
         return replace(line, action="keep", reason=why)

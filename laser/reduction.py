@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
-from laser.checkpoint.headers import Shard
+from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
+from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
@@ -92,6 +94,7 @@ def reduce(
     resume: bool = False,
     force: bool = False,
     evict: bool = False,
+    dtype: str | None = None,
     moments: Moments | None = None,
     fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
@@ -102,11 +105,13 @@ def reduce(
     result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
     matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
     is byte-identical and no finished matrix is computed twice. With `evict`, each shard of a model from the Hub leaves
-    the Hub's cache as soon as its output is on the disk. Lines in the metric of the data need the `moments` that the
-    plan was made with; with `fresh` moments of another text the outcome says what each edit costs there. `tick` is
-    called with each finished matrix and its seconds of computation. Raises RecordError for a plan or moments of another
-    checkpoint, UsageError for moments that are needed and missing, OutputError for an `out` that may not be written,
-    NumericalError (naming the tensor) where no method meets its certificate.
+    the Hub's cache as soon as its output is on the disk. FP8 matrices are written as FP8 with new scales, or, with
+    `dtype` "bfloat16", the whole checkpoint without FP8 and its config without quantization_config. Lines in the metric
+    of the data need the `moments` that the plan was made with; with `fresh` moments of another text the outcome says
+    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation. Raises
+    RecordError for a plan or moments of another checkpoint, UsageError for moments that are needed and missing,
+    OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
+    certificate.
     """
     crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
@@ -115,23 +120,29 @@ def reduce(
     require_moments(plan, moments)
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
-    hub, checkpoint = checkpoint.hub, by_whole_shards(checkpoint)
+    hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
     if evict and hub is None:
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
-    touched = [matrix for matrix in matrices.values() if matrix.name in plan.reductions]
+    touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
     prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
         work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
-        order = by_shard(checkpoint, [matrices[name] for name in names])
+        wanted = set(names)
+        weights = [m for m in touched if m.name in plan.reductions and wanted & parts_of(checkpoint, m)]
+        order = by_shard(checkpoint, weights)
         with closing(visit(checkpoint, order, work, crew)) as visits:
             for matrix, (new, record), seconds in visits:
-                yield matrix.name, new, record
+                for name, part, told in stored(checkpoint, matrix, new, record):
+                    if name in wanted:
+                        yield name, part, told
+                    del part
                 del new
                 tick(matrix, seconds)
 
     run = run_of(checkpoint, plan, method, crew) | ({"fresh": fresh.calibration.identity} if fresh else {})
+    run |= {"dtype": dtype} if dtype else {}
 
     def done(shard: Shard) -> None:
         if evict and hub is not None:
@@ -139,6 +150,44 @@ def reduce(
 
     document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done)
     return Outcome.from_document(document, out / OUTCOME)
+
+
+def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The checkpoint as it is to be written. Raises UsageError for a dtype that it cannot be written in."""
+    if dtype is None:
+        return checkpoint
+    if dtype != "bfloat16":
+        raise UsageError(f"no reduction is written as {dtype!r}; try --dtype bfloat16, or without")
+    return as_bfloat16(checkpoint)
+
+
+def parts_of(checkpoint: Checkpoint, matrix: Matrix) -> set[str]:
+    """A matrix and, where it is FP8, its scales: what is written when it changes."""
+    scales = checkpoint.fp8.scales if checkpoint.fp8 else {}
+    return {matrix.name, scales.get(matrix.tensor, matrix.name)}
+
+
+def with_scales(checkpoint: Checkpoint, touched: list[Matrix], matrices: Mapping[str, Matrix]) -> list[Matrix]:
+    """The touched matrices and their scales, in file order. Raises UsageError for a part of a fused FP8 tensor."""
+    if checkpoint.fp8 is None:
+        return touched
+    fused = next((m for m in touched if m.cut is not None and m.tensor in checkpoint.fp8.scales), None)
+    if fused:
+        raise UsageError(f"{fused.name} is a part of an FP8 tensor, whose blocks it shares; try --dtype bfloat16")
+    names = {part for m in touched for part in parts_of(checkpoint, m)}
+    return [m for m in matrices.values() if m.name in names]
+
+
+def stored(checkpoint: Checkpoint, matrix: Matrix, new: torch.Tensor, record: dict[str, Any]) -> Iterator[New]:
+    """A new matrix as it is to be stored: in its dtype, or as FP8 and scales, which have no record of their own."""
+    fp8 = checkpoint.fp8
+    if fp8 is None or matrix.tensor not in fp8.scales:
+        yield matrix.name, new.to(TORCH[matrix.dtype]), record
+        return
+    scale = fp8.scales[matrix.tensor]
+    q, s = quantise(new, TORCH[checkpoint.tensors[scale].dtype], fp8.block, fp8.powers_of_two)
+    yield matrix.name, q, record
+    yield scale, s, {}
 
 
 def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from laser.checkpoint.cuts import bytes_of
+from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.headers import Shard, TensorInfo, pieces
+from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.edits import check_projection, require_moments
 from laser.moments import Moments
@@ -53,6 +55,8 @@ def verify(
     device = device or choose_device()
     outcome, result = Outcome.load(out), open_checkpoint(out)
     outcome.plan.source.require(source, "output")
+    if outcome.run.get("dtype"):
+        source = as_bfloat16(source)
     if moments is not None:
         require_moments(outcome.plan, moments)
     problems: list[str] = []
@@ -72,9 +76,12 @@ def verify(
     if problems:
         return Verification(0, 0, tuple(problems))
     lines = outcome.plan.reductions
+    new_scales = {scale for weight, scale in source.fp8.scales.items() if weight in lines} if source.fp8 else set()
     untouched = touched = 0
     for matrix in list_matrices(source):
-        if matrix.name in lines:
+        if matrix.name in new_scales:
+            touched += 1  # measured with the weights that they belong to
+        elif matrix.name in lines:
             touched += 1
             line = lines[matrix.name]
             if line.metric == "data":
@@ -104,6 +111,13 @@ def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
         return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 
 
+def _rounding(result: Checkpoint, matrix: Matrix, B: torch.Tensor) -> torch.Tensor:
+    """Half a unit in the last place of each element of B (m, n), in the dtype in which it is stored."""
+    if result.fp8 is not None and matrix.tensor in result.fp8.scales:
+        return rounding(B, result.raw(result.fp8.scales[matrix.tensor]), result.fp8.block)
+    return B.abs().float() * (torch.finfo(B.dtype).eps / 2)
+
+
 def _check_truncation(
     source: Checkpoint, result: Checkpoint, matrix: Matrix, gains: Gains, device: Device
 ) -> list[str]:
@@ -113,14 +127,14 @@ def _check_truncation(
     total = float(np.linalg.norm(s))
     g = gains.of(s, (W.shape[0], W.shape[1]))
     tail = float(np.linalg.norm((1 - g) * s)) / total
-    distance, rounding = 0.0, 0.0
-    half_ulp = torch.finfo(B.dtype).eps / 2
+    distance, rounded = 0.0, 0.0
+    half = _rounding(result, matrix, B)
     for start in range(0, W.shape[0], 1024):
         w, b = W[start : start + 1024].double(), B[start : start + 1024].double()
         distance += float(torch.sum((w - b) ** 2))
-        rounding += float(torch.sum((half_ulp * b) ** 2))
-    # ||B - W_r||_F is at most `rounding` (plus a little for the arithmetic), and that bounds both quantities.
-    slack = math.sqrt(rounding) / total + 1e-5
+        rounded += float(torch.sum(half[start : start + 1024].double() ** 2))
+    # ||B - W_r||_F is at most `rounded` (plus a little for the arithmetic), and that bounds both quantities.
+    slack = math.sqrt(rounded) / total + 1e-5
     found = math.sqrt(distance) / total
     problems, rank = [], gains.above + gains.below
     if abs(found - tail) > slack:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from laser.checkpoint.cuts import Cut
 from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
 from laser.checkpoint.headers import TORCH, TensorInfo
@@ -20,7 +22,7 @@ from laser.errors import CheckpointError
 
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
-PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "vision", "other")
+PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
 
 
 class DoubtWarning(UserWarning):
@@ -62,12 +64,30 @@ def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
     """
     rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
     matrices = [matrix for info in checkpoint.tensors.values() for matrix in _matrices(info, rows, checkpoint.config)]
+    scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else ()
+    matrices = [replace(m, role="scale") if m.tensor in scales else m for m in matrices]
     seen: set[str] = set()
     for matrix in matrices:
         if matrix.name in seen:
             raise CheckpointError(f"{checkpoint.name}: two matrices would be called {matrix.name}; rename that tensor")
         seen.add(matrix.name)
     return _tied(matrices, checkpoint.config)
+
+
+def matrix_called(checkpoint: Checkpoint, name: str) -> Matrix:
+    """One of `list_matrices`, found without listing them all. Raises CheckpointError where none has that name."""
+    info = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.rpartition("[")[0])
+    rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
+    for matrix in _matrices(info, rows, checkpoint.config) if info else ():
+        if matrix.name == name:
+            return matrix
+    raise CheckpointError(f"{checkpoint.name} holds no matrix {name}; try laser scan --dry-run")
+
+
+def read_matrix(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """The matrix (m, n) of that name, in storage dtype."""
+    matrix = matrix_called(checkpoint, name)
+    return checkpoint.read(matrix.tensor, matrix.cut)
 
 
 def _tied(matrices: list[Matrix], config: Mapping[str, Any]) -> list[Matrix]:

@@ -27,6 +27,7 @@ from laser.checkpoint.pickles import (
     safetensors_index,
     safetensors_name,
 )
+from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.errors import CheckpointError
 
 __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
@@ -48,6 +49,8 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     hub: Hub | None = None  # where it comes from, if it was opened by its Hub id; `path` is then in the Hub's cache
+    fp8: Fp8 | None = None  # which of its tensors are FP8 with scales
+    origin: Checkpoint | None = None  # the one that this is a view of, in another dtype: its values and its identity
 
     @property
     def name(self) -> str:
@@ -59,6 +62,8 @@ class Checkpoint:
 
         A reduction has its source's headers; its laser.json, which counts too, tells the two apart.
         """
+        if self.origin is not None:
+            return self.origin.identity
         digest = hashlib.sha256()
         outcome = self.path / OUTCOME
         parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
@@ -77,10 +82,20 @@ class Checkpoint:
         return {shard.name: shard for shard in self.shards}
 
     def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
-        """Tensor `name`, or the matrix (m, n) that `cut` takes from it, on the host, in its storage dtype.
+        """The values of tensor `name`, or of the matrix (m, n) that `cut` takes from it, on the host: in the storage
+        dtype, or float32 where they are FP8 with scales.
 
         Raises CheckpointError for a file that changed or a dtype that torch does not know.
         """
+        if self.origin is not None:
+            return self.origin.read(name, cut)
+        if self.fp8 is None or name not in self.fp8.scales:
+            return self.raw(name, cut)
+        W = dequantise(self.raw(name), self.raw(self.fp8.scales[name]), self.fp8.block)
+        return W if cut is None else cut.of(W)
+
+    def raw(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """What is stored of tensor `name`, or of the matrix (m, n) that `cut` takes from it, in its storage dtype."""
         info, shard = self.tensors[name], self.shard_of(name)
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
@@ -142,7 +157,8 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
                 )
         # In file order, so that work walks each shard once from front to back.
         tensors = {name: info for (shard, name), info in found.items() if weight_map.get(name) == shard}
-    return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors, hub)
+    fp8 = recognise(path.name if hub is None else hub.repo, config, tensors)
+    return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors, hub, fp8)
 
 
 def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:

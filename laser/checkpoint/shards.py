@@ -115,6 +115,7 @@ def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> st
             if matrix.cut is None:  # else they are there
                 copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
             return None
+        assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
         part = cut.stored(new)
         write_cut(fetch_from(target, start), put_into(target, start), part, cut)
         return hashlib.sha256(bytes_of(part)).hexdigest()

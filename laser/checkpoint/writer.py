@@ -107,7 +107,7 @@ def write_checkpoint(
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
         jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
         _write_shards(source, out, jobs, compute, journal, records, hashes, done)
-        ordered = {m.name: records[m.name]["record"] for m in touched}
+        ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
         write_atomically(out / OUTCOME, to_json(document))
@@ -253,7 +253,10 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
             continue
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out / relative)
+            if str(relative) == "config.json":
+                (out / relative).write_bytes(source.config_bytes)  # a view in another dtype has its own
+            else:
+                shutil.copyfile(path, out / relative)
     return left_out
 
 

@@ -151,6 +151,9 @@ def reduce(
     evict: Annotated[
         bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales.")
+    ] = None,
     dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
@@ -175,6 +178,7 @@ def reduce(
             resume=resume,
             force=force,
             evict=evict,
+            dtype=dtype,
             moments=known,
             fresh=elsewhere,
             tick=bar,

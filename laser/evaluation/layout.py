@@ -1,25 +1,39 @@
 """The model without weights, and how to fill it: each parameter in memory and the tensors on disk that make it.
 
-Most parameters are one tensor of the same name. transformers 5 keeps a Mixtral layer's experts in two 3-D parameters:
-`mlp.experts.gate_up_proj` (E, 2I, H), rows 0..I-1 of each expert being w1 (gate) and rows I..2I-1 w3 (up), and
-`mlp.experts.down_proj` (E, H, I), w2. On disk they are 2-D, one per expert. A tied head is the embedding.
+Most parameters are one tensor of the same name. transformers 5 keeps a layer's experts in two 3-D parameters:
+`experts.gate_up_proj` (E, 2I, H), rows 0..I-1 of each expert being gate (w1) and rows I..2I-1 up (w3), and
+`experts.down_proj` (E, H, I), down (w2). On disk most families have them 2-D, one per expert, and Granite 3-D under
+other names. A tied head is the embedding.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError
 
-FUSED = re.compile(
-    r"(?P<layer>model\.layers\.\d+\.)mlp\.(?P<what>experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+BLOCK = r"(?P<block>model\.layers\.\d+\.(?:mlp|feed_forward|block_sparse_moe)\.)"
+FUSED = re.compile(BLOCK + r"(?P<what>experts\.gate_up_proj|experts\.down_proj)")
+# names on disk of (gate, up, down), E standing for the expert's number
+EXPERTS = (
+    ("experts.E.w1.weight", "experts.E.w3.weight", "experts.E.w2.weight"),
+    ("experts.E.gate_proj.weight", "experts.E.up_proj.weight", "experts.E.down_proj.weight"),
 )
+# a parameter's name behind its block -> its names on disk
+RENAMED = {
+    "experts.gate_up_proj": ("input_linear.weight",),
+    "experts.down_proj": ("output_linear.weight",),
+    "gate.weight": ("gate.weight",),
+    "router.weight": ("gate.weight", "router.layer.weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +68,49 @@ def _parts(checkpoint: Checkpoint, parameter: str, shape: tuple[int, ...]) -> tu
         return (Part(parameter, ()),)
     if parameter == "lm_head.weight":  # absent on disk: tied
         return (Part("model.embed_tokens.weight", ()),)
-    match = FUSED.fullmatch(parameter)
+    match = re.fullmatch(BLOCK + r"(?P<what>.*)", parameter)
     if not match:
         return (Part(parameter, ()),)
-    block = match["layer"] + "block_sparse_moe."
-    if match["what"] == "gate.weight":
-        return (Part(block + "gate.weight", ()),)
-    if match["what"] == "experts.down_proj":
-        return tuple(Part(f"{block}experts.{e}.w2.weight", (e,)) for e in range(shape[0]))
-    half = shape[1] // 2
-    return tuple(
-        Part(f"{block}experts.{e}.{w}.weight", (e, rows))
-        for e in range(shape[0])
-        for w, rows in (("w1", slice(0, half)), ("w3", slice(half, None)))
-    )
+    layer, what = re.sub(r"\w+\.$", "", match["block"]), match["what"]
+    for block in (match["block"], layer + "block_sparse_moe."):
+        for name in RENAMED.get(what, ()):
+            if block + name in checkpoint.tensors:
+                return (Part(block + name, ()),)
+        for gate, up, down in EXPERTS:
+            if FUSED.fullmatch(parameter) and block + gate.replace("E", "0") in checkpoint.tensors:
+                half = shape[1] // 2
+                places = {gate: slice(0, half), up: slice(half, None)} if what.endswith("gate_up_proj") else {down: ...}
+                return tuple(
+                    Part(block + name.replace("E", str(e)), (e,) if rows is ... else (e, rows))
+                    for e in range(shape[0])
+                    for name, rows in places.items()
+                )
+    return (Part(parameter, ()),)
+
+
+def piece_of(checkpoint: Checkpoint, parameter: str, layers: int) -> int:
+    """The piece that a parameter belongs to: 0 the embedding, i + 1 layer i, layers + 1 the norm and the head."""
+    if parameter.startswith("model.embed_tokens."):
+        return 0
+    if parameter.startswith("model.layers."):
+        return int(parameter.split(".")[2]) + 1
+    if parameter.startswith(("model.norm.", "lm_head.")):
+        return layers + 1
+    raise UsageError(f"{checkpoint.name}: {parameter} belongs to no layer; try without --stream")
+
+
+def edited(
+    checkpoint: Checkpoint, tensor: str, edits: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix]
+) -> torch.Tensor:
+    """A tensor of the checkpoint with the matrices of `edits` (by name) in their places."""
+    inside = [matrices[name] for name in edits if matrices[name].tensor == tensor]
+    if inside and inside[0].cut is None:
+        return edits[inside[0].name]
+    W = checkpoint.read(tensor)
+    for matrix in inside:
+        assert matrix.cut is not None
+        matrix.cut.put(W, edits[matrix.name])
+    return W
 
 
 def require_hub_format(path: Path) -> None:

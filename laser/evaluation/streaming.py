@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.activations import Activations, Store, keep_heap_flat
-from laser.evaluation.layout import Part, build_skeleton, parts_of
+from laser.evaluation.layout import Part, build_skeleton, edited, parts_of, piece_of
 from laser.evaluation.text import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,16 +31,16 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True)
 class Scores:
-    """Per window: the summed loss of its scored tokens, nats, and whether each of them was the model's first choice."""
+    """Per window."""
 
-    sums: tuple[float, ...]
-    greedy: tuple[bool, ...]
+    sums: tuple[float, ...]  # loss of its scored tokens, nats
+    greedy: tuple[bool, ...]  # whether each of them was the model's first choice
 
 
 class LayeredModel:
     """One checkpoint as pieces to run one after the other. `resident` keeps each piece once it has been loaded.
 
-    `edits` maps tensor names to matrices that stand in for what is on disk, in storage dtype; see `edit`.
+    `edits` maps names of matrices to what stands in for them, in storage dtype; see `edit`.
     `layer_forwards` counts decoder layers times windows that were run: the cost of everything.
     """
 
@@ -69,45 +70,43 @@ class LayeredModel:
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # window length -> per layer
         self._pieces: list[dict[str, tuple[Part, ...]]] = [{} for _ in range(self.layers + 2)]
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            self._pieces[self._piece_of(name)][name] = parts_of(checkpoint, name, tuple(parameter.shape))
+            self._pieces[piece_of(checkpoint, name, self.layers)][name] = parts_of(
+                checkpoint, name, tuple(parameter.shape)
+            )
+        self._matrices = {m.name: m for m in list_matrices(checkpoint)}
         self._places: dict[str, list[tuple[int, str, Part]]] = {}
         for piece, parameters in enumerate(self._pieces):
             for name, parts in parameters.items():
                 for part in parts:
                     self._places.setdefault(part.tensor, []).append((piece, name, part))
 
-    def _piece_of(self, parameter: str) -> int:
-        if parameter.startswith("model.embed_tokens."):
-            return 0
-        if parameter.startswith("model.layers."):
-            return int(parameter.split(".")[2]) + 1
-        if parameter.startswith(("model.norm.", "lm_head.")):
-            return self.layers + 1
-        raise UsageError(f"{self.checkpoint.name}: {parameter} belongs to no layer; try without --stream")
-
     @property
     def width(self) -> int:
         """H, the size of a hidden state."""
         return int(self.model.config.hidden_size)
 
-    def first_piece(self, tensor: str) -> int:
-        """The first piece that uses a tensor: all boundaries up to it stay what they are when it is edited."""
-        if tensor not in self._places:
-            raise UsageError(f"{tensor} is used by no piece of {self.checkpoint.name}; try laser scan to list them")
-        return min(piece for piece, _, _ in self._places[tensor])
+    def _places_of(self, name: str) -> list[tuple[int, str, Part]]:
+        matrix = self._matrices.get(name)
+        if matrix is None or matrix.tensor not in self._places:
+            raise UsageError(f"{name} is used by no piece of {self.checkpoint.name}; try laser scan to list them")
+        return self._places[matrix.tensor]
 
-    def edit(self, tensor: str, W: torch.Tensor | None) -> None:
-        """Put W (m, n) in the place of a tensor; None puts back the bytes of the checkpoint."""
+    def first_piece(self, name: str) -> int:
+        """The first piece that uses a matrix: all boundaries up to it stay what they are when it is edited."""
+        return min(piece for piece, _, _ in self._places_of(name))
+
+    def edit(self, name: str, W: torch.Tensor | None) -> None:
+        """Put W (m, n) in the place of a matrix; None puts back the bytes of the checkpoint."""
         if W is None:
-            self.edits.pop(tensor, None)
+            self.edits.pop(name, None)
         else:
-            self.edits[tensor] = W
-        for piece, name, part in self._places[tensor]:
+            self.edits[name] = W
+        for piece, parameter, part in self._places_of(name):
             if piece in self._loaded:
-                self.model.get_parameter(name).data[part.where].copy_(self._read(tensor))
+                self.model.get_parameter(parameter).data[part.where].copy_(self._read(part.tensor))
 
     def _read(self, tensor: str) -> torch.Tensor:
-        return self.edits[tensor] if tensor in self.edits else self.checkpoint.read(tensor)
+        return edited(self.checkpoint, tensor, self.edits, self._matrices)
 
     def _load(self, piece: int) -> None:
         if piece in self._loaded:
@@ -248,8 +247,8 @@ class LayeredModel:
         `boundaries` holds the activations that enter each layer from the first that matters to the head. Layers are
         run again one at a time, last first, each with its gradients freed before the next: one layer in memory, twice.
         """
-        wanted = {name: self._places[name][0] for name in tensors}
-        if shared := [name for name in tensors if len(self._places[name]) > 1 or self._places[name][0][0] == 0]:
+        wanted = {name: self._places_of(name)[0] for name in tensors}
+        if shared := [name for name in tensors if len(self._places_of(name)) > 1 or wanted[name][0] == 0]:
             raise UsageError(f"{shared[0]} is the embedding, which has no place among the layers; leave its role out")
         total = sum(w.scored for w in windows)
         first = min(piece for piece, _, _ in wanted.values())
@@ -272,7 +271,8 @@ class LayeredModel:
                 gradient = parameters[parameter].grad
                 if gradient is None:
                     gradient = torch.zeros_like(parameters[parameter])
-                yield name, gradient[part.where].detach().clone()
+                cut, whole = self._matrices[name].cut, gradient[part.where].detach()
+                yield name, (cut.of(whole) if cut else whole).clone()
             for parameter in parameters.values():
                 parameter.grad = None
                 parameter.requires_grad_(False)

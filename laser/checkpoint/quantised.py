@@ -1,0 +1,128 @@
+"""Quantised weights: FP8 with a scale per block is understood, everything packed is recognised and refused.
+
+FP8 as DeepSeek-V3 publishes it (https://arxiv.org/abs/2412.19437, section 3.3): a weight (m, n) in float8_e4m3fn, and
+beside it NAME_scale_inv (ceil(m / 128), ceil(n / 128)), by which each block of 128 x 128 is multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laser.checkpoint.headers import TensorInfo
+from laser.errors import CheckpointError
+
+LARGEST = 448.0  # of float8_e4m3fn
+BLOCK = (128, 128)
+SUFFIX = "_scale_inv"
+# Ends of tensor names that only a packed format has -> its name. GPTQ and AWQ share theirs.
+PACKED = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    "_blocks": "MXFP4",
+    ".weight_packed": "compressed-tensors",
+}
+METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Which tensors are FP8 with scales. scales: weight -> its scale tensor; block: rows and columns of a block."""
+
+    scales: Mapping[str, str]
+    block: tuple[int, int] = BLOCK
+    powers_of_two: bool = False  # scales are rounded up to one (scale_fmt "ue8m0")
+
+
+def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Fp8 | None:
+    """How the weights are quantised; None where they are not. where: the checkpoint's name, for messages.
+
+    Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
+    """
+    told = config.get("quantization_config")
+    told = told if isinstance(told, dict) else {}
+    method = str(told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "")).lower()
+    packed = next((kind for name in tensors for end, kind in PACKED.items() if _is_packed(name, end, tensors)), None)
+    if packed or method not in ("", "fp8"):
+        kind = METHODS.get(method, method) or packed
+        raise CheckpointError(
+            f"{where} holds {kind} weights, whose packed numbers have no spectrum; start from the unquantised model, "
+            "and quantise the result again"
+        )
+    scales = {n.removesuffix(SUFFIX): n for n in tensors if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in tensors}
+    scales = {weight: scale for weight, scale in scales.items() if tensors[weight].dtype == "F8_E4M3"}
+    if not scales and method != "fp8":
+        return None
+    size = told.get("weight_block_size", BLOCK)
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise CheckpointError(
+            f"{where}: weight_block_size is {size!r}, expected two numbers; try the unquantised model"
+        )
+    for name, info in tensors.items():
+        if info.dtype.startswith("F8") and name not in scales:
+            raise CheckpointError(
+                f"{info.shard}: {name} is {info.dtype} without a scale per block ({name}{SUFFIX}); start from the "
+                "unquantised model"
+            )
+    for weight, scale in scales.items():
+        m_n, found = tensors[weight].shape, tensors[scale]
+        expected = tuple(math.ceil(a / b) for a, b in zip(m_n, size, strict=False))
+        if len(m_n) != 2 or found.shape != expected or found.dtype not in ("F32", "BF16", "F16"):
+            raise CheckpointError(
+                f"{found.shard}: {scale} is {found.dtype} {list(found.shape)}, expected F32 {list(expected)} for "
+                f"{list(m_n)} in blocks of {size[0]} x {size[1]}; start from the unquantised model"
+            )
+    return Fp8(scales, (size[0], size[1]), told.get("scale_fmt") == "ue8m0")
+
+
+def _is_packed(name: str, end: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    if not name.endswith(end):
+        return False
+    return end != "_blocks" or f"{name.removesuffix(end)}_scales" in tensors
+
+
+def spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+    """Scales (rows of blocks, columns of blocks) to one per element, (m, n), float32."""
+    wide = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def dequantise(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """W (m, n), float8_e4m3fn, times its block's scale: (m, n), float32, in which the product is rounded once."""
+    return W.float().mul_(spread(scale, block, W.shape))
+
+
+def rounding(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """Half a unit of e4m3 at each dequantised element W (m, n): how far off `quantise` may have put it. (m, n)."""
+    return torch.maximum(W.abs() * 2.0**-4, spread(scale, block, W.shape) * 2.0**-10)
+
+
+def quantise(
+    W: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = BLOCK, powers_of_two: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W (m, n) to float8_e4m3fn (m, n) and the scales, of `dtype`, that `dequantise` multiplies by.
+
+    A block's scale is amax / 448, rounded to `dtype` (or up to a power of two) before the weights are divided by it, so
+    that its rounding costs nothing. An element is off by half a unit of e4m3 at most: 2^-4 of it, or 2^-10 of the
+    scale where it is subnormal. A block of zeros has the scale 1.
+    """
+    m, n = W.shape
+    rows, columns = math.ceil(m / block[0]), math.ceil(n / block[1])
+    amax = torch.zeros(rows, columns)
+    for i in range(rows):
+        strip = W[i * block[0] : (i + 1) * block[0]].float().abs().amax(0)  # (n,)
+        padded = torch.nn.functional.pad(strip, (0, columns * block[1] - n))
+        amax[i] = padded.reshape(columns, block[1]).amax(1)
+    scale = torch.where(amax > 0, amax / LARGEST, torch.ones(()))
+    if powers_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scale = scale.clamp_min(torch.finfo(dtype).tiny).to(dtype)
+    scaled = W.float() / spread(scale, block, W.shape)
+    return scaled.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
