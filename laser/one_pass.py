@@ -64,7 +64,7 @@ def judge(
 
     try:
         nulls = {matrix.name: null_largest(W, null_draws, device)} if null_draws else {}
-        tails = excess_kurtosis(W)
+        tails = excess_kurtosis(W, device)
         found = factorise(W, decide, device, method)
     except (NumericalError, UsageError) as error:
         scanned = measure(W, device, method, null_draws)

@@ -165,7 +165,7 @@ def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Me
     try:
         found = measure_values(W, device, method)
         null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
-        return Measured(found.singular_values, null, excess_kurtosis(W), note=found.told)
+        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
