@@ -19,6 +19,8 @@ from laser.spectral.noise import estimate
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.statistics import ENERGIES, describe_spectrum
 
+# What a matrix of a fused tensor is called behind the tensor's name: trainers know the tensor only.
+CUT = r"\[[\w,]+\]$"
 # Beside the chosen matrices, Spectrum and axolotl always train these two.
 ALWAYS_UNFROZEN = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -99,8 +101,9 @@ class Summary:
             scored = [r for r in self.rows if _type(r) == kind and r.snr_over_largest is not None]
             scored.sort(key=lambda r: -(r.snr_over_largest or 0.0))
             lines.append(f"# {kind} layers")
-            lines += [f"- {_anchored(r.name)}" for r in scored[: int(len(scored) * top_percent / 100)]]
-        return "\n".join(lines) + "\n"
+            best = scored[: int(len(scored) * top_percent / 100)]
+            lines += [f"- {_anchored(re.sub(CUT, '', r.name))}" for r in best]
+        return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
 def _module(name: str) -> str:
@@ -111,7 +114,7 @@ def _type(row: Row) -> str:
     """The module's place in its layer, without layer and expert number: Spectrum groups experts one by one, so that a
     share of them is a share per expert; here all experts of a role compete."""
     inside = re.sub(r"^.*\blayers\.\d+\.", "", _module(row.name))
-    return re.sub(r"\bexperts\.\d+\.", "experts.", inside)
+    return re.sub(r"\bexperts\.\d+\.|(?<=\[)\d+,|\[\d+\]", lambda m: "experts." if m[0][0] == "e" else "", inside)
 
 
 def _anchored(name: str) -> str:

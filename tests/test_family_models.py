@@ -15,6 +15,7 @@ import laser
 from laser.checkpoint.cuts import Cut
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.family_table import FAMILIES
+from laser.summary import summarise
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TABLE = README[README.find(START) : README.find(END)]
@@ -143,3 +144,13 @@ def test_multimodal_checkpoints_keep_their_other_half(tmp_path: Path) -> None:
         if kind == "llama4":  # its dense layers are called otherwise
             found["model.language_model.layers.0.mlp.down_proj.weight"] = "down"
         assert found == names
+
+
+def test_other_tools_are_given_names_that_they_know(tmp_path: Path) -> None:
+    """Axolotl's list names parameters: a fused tensor once, not the matrices that it holds."""
+    build("GPT-OSS").save_pretrained(tmp_path)
+    checkpoint = laser.open_checkpoint(tmp_path)
+    text = summarise(laser.scan(checkpoint)).unfrozen_yaml(100)
+    named = [re.sub(r"\\(.)", r"\1", line[4:-2]) for line in text.splitlines() if line.startswith("- '")]
+    assert len(named) == len(set(named)) and set(named) <= checkpoint.tensors.keys()
+    assert "model.layers.1.mlp.experts.gate_up_proj" in named

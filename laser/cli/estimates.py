@@ -71,6 +71,11 @@ def print_outcome(
     common.print_plan(outcome.plan.lines)
     worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
     print(f"written to {output} in {meter.seconds:.1f} s; largest residual of a certificate {worst:.1e}")
+    fallen = {name: m for name, m in outcome.matrices.items() if m.get("note")}
+    if fallen:
+        name, first = next(iter(fallen.items()))
+        matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
+        print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
     if seconds is not None:
         print(meter.against(seconds, foretold))
 

@@ -172,7 +172,7 @@ def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains
     out_tall, squared, off = tall(out), 0.0, 0.0
     X = None
     if 0 < rank < p:
-        sign = _resolved(G, s, rank)
+        sign = resolved_sign(G, s, rank)
         X, off = sign.X, abs(sign.unresolved) / 4  # sum of |y^2 - y| over the eigenvalues y = (1 + x) / 2 of P
     for start, block in blocks(W, device):
         if X is None:  # nothing or everything: no direction has to be found
@@ -185,7 +185,7 @@ def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains
     return Raw(out, s, gains, math.sqrt(squared), off, device.dtype, limit=UNRESOLVED / 4)
 
 
-def _resolved(G: torch.Tensor, s: NDArray[np.float64], rank: int) -> Sign:
+def resolved_sign(G: torch.Tensor, s: NDArray[np.float64], rank: int) -> Sign:
     """The sign with `rank` eigenvalues at +1. Raises NumericalError where that cannot be told in G's precision."""
     above, below = float(s[rank - 1]) ** 2, float(s[rank]) ** 2
     tau, gap = math.sqrt((above + below) / 2), (above - below) / 2
