@@ -79,8 +79,8 @@ def cdf(x: Array, population: Array, ratio: float, points: int = 1000) -> Array:
     return np.interp(x, np.sqrt(eigenvalues), mass / mass[-1])
 
 
-def distance(s: Array, population: Array, ratio: float) -> float:
+def distance(s: Array, population: Array, ratio: float, points: int = 1000) -> float:
     """Kolmogorov-Smirnov distance of singular values s (p,), in the unit sigma * sqrt(n), from the law."""
     ordered = np.sort(s)
-    law, steps = cdf(ordered, population, ratio), np.arange(len(s) + 1) / len(s)
+    law, steps = cdf(ordered, population, ratio, points), np.arange(len(s) + 1) / len(s)
     return float(max(np.abs(law - steps[1:]).max(), np.abs(law - steps[:-1]).max()))

@@ -1,0 +1,62 @@
+"""What calibration costs: time and memory of laser calibrate against laser eval --stream on the same tokens.
+
+    python scripts/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1]
+
+Each runs in a process of its own, once each way in turn. CPU seconds stand beside wall seconds, for shared machines.
+The allowed ratio is 2.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--windows", default="8")
+    parser.add_argument("--window", default="256")
+    parser.add_argument("--repeat", type=int, default=1)
+    asked = parser.parse_args()
+    cut = ["--text", asked.text, "--windows", asked.windows, "--window", asked.window]
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "moments.safetensors"
+        commands = {
+            "eval --stream": ["eval", asked.model, "--stream", *cut],
+            "calibrate": ["calibrate", asked.model, "-o", str(out), "--force", *cut],
+            "calibrate --diagonal": ["calibrate", asked.model, "-o", str(out), "--force", "--diagonal", *cut],
+        }
+        print("| command | wall s | CPU s | peak GB | wall, ratio | CPU, ratio | file GB |\n" + "|---" * 7 + "|")
+        for _ in range(asked.repeat):
+            first: tuple[float, float] | None = None
+            for name, words in commands.items():
+                wall, cpu, peak = measured([sys.executable, "-m", "laser", *words])
+                first = first or (wall, cpu)
+                size = f"{out.stat().st_size / 1e9:.3f}" if name != "eval --stream" else ""
+                print(
+                    f"| {name} | {wall:.1f} | {cpu:.1f} | {peak / 1e6:.2f} | {wall / first[0]:.2f} | "
+                    f"{cpu / first[1]:.2f} | {size} |",
+                    flush=True,
+                )
+
+
+def measured(command: list[str]) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and peak resident KiB of one process."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss
+
+
+if __name__ == "__main__":
+    main()
