@@ -46,9 +46,10 @@ def main() -> None:
             kept.append(apply_rule("parallel:0.05", s, (matrix.shape[0], matrix.shape[1]), null).rank)
         found = np.array(kept)
         share, one = np.mean(found > 0), np.mean(found <= 1)
+        error = (share * (1 - share) / asked.draws) ** 0.5
         print(
-            f"{matrix.name}: noise on its inputs, {asked.draws} draws: 1 or more kept in {100 * share:.1f} "
-            f"± {100 * (share * (1 - share) / asked.draws) ** 0.5:.1f} %, at most 1 in {100 * one:.1f} %, most {found.max()}"
+            f"{matrix.name}: noise on its inputs, {asked.draws} draws: 1 or more kept in {100 * share:.1f} ± "
+            f"{100 * error:.1f} %, at most 1 in {100 * one:.1f} %, most {found.max()}"
         )
     print("\n| matrix | shape | tokens | C: s_1^2 / trace | gaussian | permuted | as it is |\n" + "|---" * 7 + "|")
     for matrix in matrices:

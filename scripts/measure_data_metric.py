@@ -162,6 +162,30 @@ def report(asked: argparse.Namespace, entries: list[dict[str, Any]]) -> None:
                      sign(*paired_difference(list(a[part]), list(b[part]), ones)))
                 )  # fmt: skip
     summary(pairs)
+    survivors([text.name for text in asked.text], texts, measured)
+
+
+def survivors(names: list[str], texts: list[slice], measured: dict[tuple[str, str, int], Any]) -> None:
+    """Edits that a search on one text would accept (d <= -se), and what another text says of them."""
+    print("\n| accepted on | metric | edits | accepted | better on | too | worse there |\n" + "|---" * 7 + "|")
+    for here, there in ((i, j) for i in range(len(texts)) for j in range(len(texts)) if i != j):
+        for metric in ("plain", "data"):
+            found = []
+            for (_, which, _), changes in measured.items():
+                if which == metric:
+                    ones = [1] * len(changes[texts[here]])
+                    found.append(
+                        [
+                            paired_difference([0.0] * len(ones), list(changes[t]), ones)
+                            for t in (texts[here], texts[there])
+                        ]
+                    )
+            accepted = [other for own, other in found if own[0] < 0 and own[0] <= -(own[1] or 0)]
+            better = sum(d < 0 and d <= -(se or 0) for d, se in accepted)
+            worse = sum(d > 0 and d >= (se or 0) for d, se in accepted)
+            print(
+                f"| {names[here]} | {metric} | {len(found)} | {len(accepted)} | {names[there]} | {better} | {worse} |"
+            )
 
 
 def sign(d: float, se: float | None) -> float:
