@@ -48,7 +48,8 @@ def run(
 
     `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
     OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask.
-    With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix.
+    With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
+    FP8 matrices, written with scales of their own, are visited twice.
     `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
     seconds.
     """

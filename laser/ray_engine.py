@@ -10,6 +10,7 @@ most. Ray itself starts the tasks of a lost node again, elsewhere.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ GROUP = {"cpu": 2e9, "cuda": 2e11}
 GROUP_BYTES = 256 << 20  # of results that come back at once
 RETRIES = 5  # Ray's own, for each task, where a node or a worker is lost
 IN_FLIGHT = 2  # tasks per slot
+# Of a GPU per task: two share one, and while one of them reads and copies, the other computes.
+SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
     device = crew.devices[0]
     kind = device.torch_device.type
     resource = "GPU" if kind == "cuda" else "CPU"
-    slots = int(ray.cluster_resources().get(resource, 0))
+    slots = int(ray.cluster_resources().get(resource, 0) / (SHARE if kind == "cuda" else 1))
     if not slots:
         raise UsageError(
             f"the Ray cluster has no {resource}, expected one per worker; try --device cpu or --engine ray"
         )
-    options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": 1}
+    options: dict[str, Any] = {"num_gpus": SHARE, "num_cpus": 1} if kind == "cuda" else {"num_cpus": 1}
     task = ray.remote(max_retries=RETRIES, **options)(_task)
     shared = [ray.put(item) for item in (_portable(checkpoint), work)]  # once per node, not once per task
     waiting = groups(matrices, kind)
@@ -144,9 +147,11 @@ def pack(result: Any) -> Any:
 
 
 def unpack(result: Any) -> Any:
-    """The result as it was. What Ray shares is read-only, so this is a copy, the driver's own."""
+    """The result as it was; tensors share their bytes with Ray's object store, so they are for reading only."""
     if isinstance(result, tuple):
         return tuple(unpack(part) for part in result)
     if isinstance(result, _Plain):
-        return torch.from_numpy(result.data.copy()).view(result.dtype).reshape(result.shape)
+        with warnings.catch_warnings():  # that nobody may write to it: nobody does
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(result.data).view(result.dtype).reshape(result.shape)
     return result

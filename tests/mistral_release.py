@@ -53,7 +53,8 @@ def write_release(source: Path, out: Path, *, stacked: bool = False, files: int 
     if stacked:
         renamed = _stack(renamed, config)
     out.mkdir(parents=True)
-    (out / "params.json").write_text(json.dumps(_params(config, width, stacked)))
+    tied = {"tied_embeddings": True} if config.get("tie_word_embeddings") else {}
+    (out / "params.json").write_text(json.dumps(_params(config, width, stacked) | tied))
     names = list(renamed)
     for number in range(files):
         part = {name: renamed[name].contiguous() for name in names[number::files]}
@@ -80,10 +81,11 @@ def _stack(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str
 
 
 def _params(config: dict[str, Any], width: int, stacked: bool) -> dict[str, Any]:
+    theta = config["rope_parameters"]["rope_theta"] if "rope_parameters" in config else config["rope_theta"]
     if stacked:
         keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
         keys += ("rms_norm_eps", "vocab_size", "num_local_experts", "num_experts_per_tok")
-        return {key: config[key] for key in keys} | {"rope_theta": config["rope_parameters"]["rope_theta"]}
+        return {key: config[key] for key in keys} | {"rope_theta": theta}
     params = {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
@@ -93,7 +95,7 @@ def _params(config: dict[str, Any], width: int, stacked: bool) -> dict[str, Any]
         "n_kv_heads": config["num_key_value_heads"],
         "norm_eps": config["rms_norm_eps"],
         "vocab_size": config["vocab_size"],
-        "rope_theta": config["rope_parameters"]["rope_theta"],
+        "rope_theta": theta,
     }
     if "num_local_experts" in config:
         params["moe"] = {"num_experts": config["num_local_experts"], "num_experts_per_tok": 2}

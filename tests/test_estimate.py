@@ -65,7 +65,7 @@ def test_without_a_probe_it_says_whose_constants(pico: Path, cache: Path) -> Non
 
 
 def test_the_constants_of_elsewhere_give_the_measured_times() -> None:
-    """BACKENDS: eigenvalues of 14336 x 4096 in 0.125 s on an H100, truncation to rank 83 in 0.136 s."""
+    """Measured on one: eigenvalues of 14336 x 4096 in 0.125 s on an H100, truncation to rank 83 in 0.136 s."""
     assert ELSEWHERE["cuda float64"].values_seconds(14336, 4096) == pytest.approx(0.125, rel=0.05)
     assert ELSEWHERE["cuda float64"].truncate_seconds(14336, 4096, 83) == pytest.approx(0.136, rel=0.05)
 

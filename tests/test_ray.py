@@ -100,10 +100,11 @@ def test_a_node_killed_half_way(cluster: Any, one_by_one: None, pico: Path, tmp_
     trace.mkdir()
 
     def work(matrix: Matrix, W: torch.Tensor, device: Device) -> torch.Tensor:
-        import os
         import uuid
 
-        (trace / f"{uuid.uuid4()}").write_text(f"{matrix.name} {os.getppid()}")
+        import ray
+
+        (trace / f"{uuid.uuid4()}").write_text(f"{matrix.name} {ray.get_runtime_context().get_node_id()}")
         time.sleep(0.05)
         return W + 1
 
@@ -127,6 +128,6 @@ def test_a_node_killed_half_way(cluster: Any, one_by_one: None, pico: Path, tmp_
                 cluster.remove_node(second, allow_graceful=False)
     assert all(torch.equal(results[m.name], checkpoint.read(m.tensor) + 1) for m in matrices)
     lines = [path.read_text().split() for path in trace.iterdir()]
-    assert len({process for _, process in lines}) == 2  # both nodes took part
+    assert len({node for _, node in lines}) == 2  # both nodes took part
     begun = Counter(name for name, _ in lines)
     assert begun.total() - len(matrices) <= ray_engine.IN_FLIGHT * 2  # no more than what was in flight on both nodes

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""How far does the engine ray scale? A simulation of DeepSeek-V3 with measured constants, on 1 to 512 GPUs.
+
+    python scripts/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
+
+The rules are those of ray_engine.py: groups of matrices, two tasks per GPU (one reads while the other computes), twice
+as many tasks in flight as slots, one driver that takes results one after the other. What is busy or free: each GPU,
+each node's link to the shared file system, the file system as a whole, and the driver. Nothing fails. Printed: seconds,
+speed-up, and how busy these are, which shows what limits; before that, the constants and where they come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from dataclasses import dataclass, field, fields
+
+from laser.estimate import ELSEWHERE
+from laser.ray_engine import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Seconds, and bytes a second."""
+
+    task: float = field(default=0.001, metadata={"told": "driver: to submit a task and take its result (LOG.md)"})
+    bring: float = field(default=0.85e9, metadata={"told": "driver: results copied, hashed and written (LOG.md)"})
+    file_system: float = field(default=20e9, metadata={"told": "all nodes together, reading; assumed"})
+    node: float = field(default=2.5e9, metadata={"told": "one node of 8 GPUs, reading; assumed"})
+    copy: float = field(default=1e10, metadata={"told": "to the GPU and back, pageable memory; assumed"})
+
+
+@dataclass
+class Server:
+    """Something that does one thing after the other."""
+
+    free: float = 0.0
+    busy: float = 0.0
+
+    def take(self, at: float, seconds: float) -> float:
+        """When work that may begin at `at` is done."""
+        self.free = max(self.free, at) + seconds
+        self.busy += seconds
+        return self.free
+
+
+def simulate(
+    gpus: int, matrices: int, shape: tuple[int, int], constants: Constants, *, reduce: bool
+) -> tuple[float, ...]:
+    """(seconds, share of the time in which the GPUs, the file system and the driver are busy)."""
+    m, n = shape
+    size = 2 * m * n
+    probe = ELSEWHERE["cuda float64"]
+    compute = probe.truncate_seconds(m, n) if reduce else probe.values_seconds(m, n)
+    group = max(1, min(int(GROUP["cuda"] // (m * n * min(m, n))), GROUP_BYTES // size))
+    tasks = [min(group, matrices - i) for i in range(0, matrices, group)]
+    driver, disk = Server(), Server()
+    cards = [Server() for _ in range(gpus)]
+    nodes = [Server() for _ in range(-(-gpus // 8))]
+    slots = [(0.0, gpu) for gpu in range(gpus) for _ in range(int(1 / SHARE))]
+    heapq.heapify(slots)
+    finished: list[tuple[float, int]] = []  # (when, matrices) of tasks whose results wait for the driver
+    in_flight = end = 0
+    limit = IN_FLIGHT * len(slots)
+    waiting = iter(tasks)
+    pending = next(waiting, None)
+    while pending or finished:
+        while pending and in_flight < limit:
+            submitted = driver.take(end, constants.task / 2)
+            at, gpu = heapq.heappop(slots)
+            read = pending * size
+            begun = max(at, submitted)
+            ready = max(
+                disk.take(begun, read / constants.file_system), nodes[gpu // 8].take(begun, read / constants.node)
+            )
+            copied = pending * size * (2 if reduce else 1) / constants.copy
+            done = cards[gpu].take(ready, pending * compute + copied)
+            heapq.heappush(slots, (done, gpu))
+            heapq.heappush(finished, (done, pending))
+            in_flight += 1
+            pending = next(waiting, None)
+        when, count = heapq.heappop(finished)
+        back = count * size / constants.bring if reduce else 0.0
+        end = driver.take(max(when, end), constants.task / 2 + back)
+        in_flight -= 1
+    return end, sum(c.busy for c in cards) / gpus / end, disk.busy / end, driver.busy / end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matrices", type=int, default=45_000)
+    parser.add_argument("--shape", default="2048x7168")
+    parser.add_argument("--gpus", default="1,2,4,8,16,32,64,128,512")
+    parser.add_argument("--constant", action="append", default=[], metavar="NAME=VALUE")
+    arguments = parser.parse_args()
+    constants = Constants(**{name: float(value) for name, value in (c.split("=") for c in arguments.constant)})
+    for constant in fields(Constants):
+        print(f"{constant.name:12s} {getattr(constants, constant.name):10.4g}  {constant.metadata['told']}")
+    m, n = (int(side) for side in arguments.shape.split("x"))
+    for what, reduce in (("scan", False), ("reduce", True)):
+        print(f"\n{what} of {arguments.matrices} matrices of {m} x {n}\n")
+        print("| GPUs | seconds | speed-up | GPUs busy | file system busy | driver busy |\n|---|---|---|---|---|---|")
+        alone = None
+        for gpus in map(int, arguments.gpus.split(",")):
+            seconds, *busy = simulate(gpus, arguments.matrices, (m, n), constants, reduce=reduce)
+            alone = alone or seconds * gpus
+            cells = " | ".join(f"{100 * share:.0f} %" for share in busy)
+            print(f"| {gpus} | {seconds:.0f} | {alone / seconds:.1f} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
