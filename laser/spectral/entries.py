@@ -38,9 +38,11 @@ def excess_kurtosis(W: torch.Tensor) -> float:
     scale = float(flat.abs().max()) if flat.numel() else 0.0
     if scale == 0.0:
         return 0.0
+    if flat.device.type != "cuda":  # elsewhere than there and here float64 may not exist
+        flat = flat.cpu()
     second = fourth = 0.0
     for start in range(0, len(flat), BLOCK):
-        squares = (flat[start : start + BLOCK].cpu().double() / scale).square_()
+        squares = (flat[start : start + BLOCK].double() / scale).square_()
         second += float(squares.sum())
         fourth += float(squares.square_().sum())
     return fourth * len(flat) / second**2 - 3
