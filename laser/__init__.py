@@ -6,7 +6,7 @@ plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
@@ -32,6 +32,7 @@ __all__ = [
     "Cut",
     "Device",
     "Difference",
+    "DoubtWarning",
     "LaserError",
     "Matrix",
     "NullTest",

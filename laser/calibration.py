@@ -203,7 +203,7 @@ def _run_layer(
             site.add(x, y)
             recent.append((x, site))
 
-    with Tap(model, layer, shapes, listen):
+    with Tap(model, layer, here, listen):
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
     return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]

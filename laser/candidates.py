@@ -11,19 +11,23 @@ from laser.checkpoint.families import read_matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
+from laser.moments import Moments
 from laser.plan import Plan, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
+from laser.spectral.data_metric import truncate_in_metric
 from laser.spectral.decomposition import truncate
 from laser.spectral.devices import Device
 from laser.trials import Bench
 
 ORDERS = ("layers", "snr")
+DATA = "data:"  # before a rule that is asked in the metric of the data
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice."""
+    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice in
+    the same metric."""
 
     label: str
     piece: int  # the first piece of the model that it touches
@@ -32,13 +36,21 @@ class Candidate:
     predicted: float | None = None  # first-order change of the loss, nats per token, by the first rule
 
 
+def family_of(rule: str) -> str:
+    """The metric in which a search's rule is asked: plain or data."""
+    return "data" if rule.startswith(DATA) else "plain"
+
+
 def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowest_snr: int | None) -> dict[str, Plan]:
     """One plan per rule. Only the first is limited to the K lowest: a matrix's SNR depends on the rule."""
     if not rules:
         raise UsageError("a search needs at least one rule; try --rules laser-rmt")
-    return {
-        rule: make_plan(spectra, rule, selection, lowest_snr=None if i else lowest_snr) for i, rule in enumerate(rules)
-    }
+    plans = {}
+    for i, rule in enumerate(rules):
+        lowest = None if i else lowest_snr
+        bare, metric = rule.removeprefix(DATA), family_of(rule)
+        plans[rule] = make_plan(spectra, bare, selection, lowest_snr=lowest, metric=metric)
+    return plans
 
 
 def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
@@ -46,11 +58,11 @@ def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Ca
     first = next(iter(plans.values()))
     found = []
     for name, line in first.reductions.items():
-        ranks: dict[int, str] = {}
+        ranks: dict[tuple[int, bool], str] = {}
         for rule, plan in plans.items():
             if name in plan.reductions:
-                ranks.setdefault(plan.reductions[name].rank or 0, rule)
-        options = tuple((ranks[rank], {name: rank}) for rank in sorted(ranks, reverse=True))
+                ranks.setdefault((plan.reductions[name].rank or 0, rule.startswith(DATA)), rule)
+        options = tuple((ranks[key], {name: key[0]}) for key in sorted(ranks, reverse=True))
         found.append(Candidate(name, model.first_piece(name), line.snr, options))
     return found
 
@@ -79,12 +91,23 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
     return sorted(candidates, key=key)
 
 
-def cut_of(checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device) -> dict[str, torch.Tensor]:
-    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks."""
+def cut_of(
+    checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
+) -> dict[str, torch.Tensor]:
+    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks. With `moments` in
+    the metric of the data."""
+    if moments is not None:
+        metrics = {name: moments.metric(name) for name in ranks}
+        return {
+            name: truncate_in_metric(read_matrix(checkpoint, name), rank, metrics[name], device).matrix
+            for name, rank in ranks.items()
+        }
     return {name: truncate(read_matrix(checkpoint, name), rank, device).matrix for name, rank in ranks.items()}
 
 
-def predict(candidates: Sequence[Candidate], bench: Bench, device: Device) -> list[Candidate]:
+def predict(
+    candidates: Sequence[Candidate], bench: Bench, device: Device, moments: Moments | None = None
+) -> list[Candidate]:
     """Each candidate with sum(G * (W_r - W)), the first-order change of the loss under its first option.
 
     G = d loss / d W from one backward pass over the calibration windows. arXiv 2510.20800 uses the gradient of the
@@ -98,10 +121,12 @@ def predict(candidates: Sequence[Candidate], bench: Bench, device: Device) -> li
     boundaries = bench.all_boundaries(first)
     changes: dict[str, float] = {}
     ranks = {name: rank for c in candidates for name, rank in c.options[0][1].items()}
+    data = {name for c in candidates for name in c.options[0][1] if c.options[0][0].startswith(DATA)}
     checkpoint = bench.model.checkpoint
     for name, G in bench.model.gradients(bench.objective.windows, boundaries, sorted(names)):
         W = read_matrix(checkpoint, name).double()
-        removed = cut_of(checkpoint, {name: ranks[name]}, device)[name].double() - W
+        cut = cut_of(checkpoint, {name: ranks[name]}, device, moments if name in data else None)
+        removed = cut[name].double() - W
         changes[name] = float((G.cpu().double() * removed).sum())
     bench.forget(piece for piece in boundaries if piece not in bench.pieces)
     return [replace(c, predicted=sum(changes[name] for name in c.options[0][1])) for c in candidates]

@@ -12,6 +12,7 @@ import torch
 from laser.errors import RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
+from laser.spectra import Spectra
 from laser.spectral.data_metric import error_in_metric, relative_error, truncate_in_metric
 from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
@@ -38,6 +39,21 @@ def require_moments(plan: Plan, moments: Moments | None) -> None:
         raise RecordError(
             f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
             f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with these"
+        )
+
+
+def require_same_moments(spectra: Spectra, moments: Moments | None) -> None:
+    """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
+    known = None if spectra.data is None else spectra.data.calibration
+    if moments is None or known is None:
+        raise UsageError(
+            "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser "
+            "calibrate, then --moments, and --spectra with a file that is not there yet"
+        )
+    if moments.calibration.identity != known.get("identity"):
+        raise RecordError(
+            f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+            f"spectra were scanned with {str(known.get('identity'))[:12]} of {known.get('text')}; scan again with these"
         )
 
 

@@ -25,10 +25,11 @@ from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrice
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import RECORDS, New, write_checkpoint
 from laser.errors import NumericalError, UsageError
+from laser.measured import Measured, from_entry, to_entry
 from laser.plan import Plan, Treatment, line_of
 from laser.reduction import Outcome, by_shard, describe_by, record_of, run_of
 from laser.selection import Selection
-from laser.spectra import Measured, Source, Spectra, assemble, describe_failure, from_entry, measure, to_entry
+from laser.spectra import Source, Spectra, assemble, describe_failure, measure
 from laser.spectral.decomposition import METHODS
 from laser.spectral.decomposition import visit as factorise
 from laser.spectral.devices import Device
@@ -64,7 +65,7 @@ def judge(
     W = near(W, device)
     try:
         nulls = {matrix.name: null_largest(W, null_draws, device)} if null_draws else {}
-        tails = excess_kurtosis(W)
+        tails = excess_kurtosis(W, device)
         found = factorise(W, decide, device, method)
     except (NumericalError, UsageError) as error:
         scanned = measure(W, device, method, null_draws)
@@ -73,7 +74,7 @@ def judge(
             raise NumericalError(f"{matrix.name}: {error}", residual) from error
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error)), None, None
     s = found.values.singular_values
-    measured = Measured(s, nulls.get(matrix.name, np.empty(0)), tails)
+    measured = Measured(s, nulls.get(matrix.name, np.empty(0)), tails, note=found.values.told)
     if found.truncation is None:
         return measured, None, None
     return measured, found.truncation.matrix.cpu(), record_of(line(s), found.truncation)

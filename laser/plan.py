@@ -91,7 +91,7 @@ class Plan:
             counts[0] += 1
             counts[1] += line.parameters
         if self.source.unindexed:
-            rows["keep", "in a shard, but not by the index"] = [0, self.source.unindexed]
+            rows["keep", "in a shard, but not in the index"] = [0, self.source.unindexed]
         told = [dict(zip(COVERAGE, (*row, *counts), strict=True)) for row, counts in rows.items()]
         accounted = sum(counts[1] for counts in rows.values())
         total = accounted if self.source.parameters is None else self.source.parameters

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.candidates import Candidate, cut_of
+import torch
+
+from laser.candidates import DATA, Candidate, cut_of
 from laser.checkpoint.files import Journal
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
+from laser.moments import Moments
 from laser.spectral.devices import Device
 from laser.trials import Bench, accepted, change
 
@@ -89,9 +92,10 @@ class Runner:
         device: Device,
         log: SearchLog,
         tick: Callable[[Trial, int], None],
+        moments: Moments | None = None,
     ) -> None:
         self.bench, self.objective, self.accept, self.device = bench, objective, accept, device
-        self.log, self.tick = log, tick
+        self.log, self.tick, self.moments = log, tick, moments
         self.trials: list[Trial] = []
         self.to_come = 0
 
@@ -103,7 +107,7 @@ class Runner:
 
         def measure() -> dict[str, Any]:
             start, before = time.perf_counter(), self.bench.model.layer_forwards
-            values = self.bench.measure(cut_of(self.bench.model.checkpoint, ranks, self.device))
+            values = self.bench.measure(self._cut(rule, ranks))
             d, se = change(self.objective, now, values)
             return {
                 "d": d if math.isfinite(d) else None,
@@ -123,8 +127,14 @@ class Runner:
         self.tick(trial, self.to_come)
         return trial, from_numbers(entry["values"])
 
-    def keep(self, ranks: Mapping[str, int]) -> None:
-        self.bench.keep(cut_of(self.bench.model.checkpoint, ranks, self.device))
+    def _cut(self, rule: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        checkpoint = self.bench.model.checkpoint
+        if rule.startswith(DATA):
+            return cut_of(checkpoint, ranks, self.device, self.moments)
+        return cut_of(checkpoint, ranks, self.device)
+
+    def keep(self, trial: Trial) -> None:
+        self.bench.keep(self._cut(trial.rule, trial.ranks))
 
     def one_by_one(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
         kept: dict[str, Trial] = {}
@@ -136,7 +146,7 @@ class Runner:
                 if trial.accepted and (best is None or (trial.d or 0.0) < (best[0].d or 0.0)):
                     best = trial, values
             if best:
-                self.keep(best[0].ranks)
+                self.keep(best[0])
                 kept |= dict.fromkeys(best[0].ranks, best[0])
                 now = best[1]
         return kept, now
@@ -154,7 +164,7 @@ class Runner:
                 continue
             trial, values = self.try_option(candidate, 0, now)
             if trial.accepted:
-                self.keep(trial.ranks)
+                self.keep(trial)
                 kept |= dict.fromkeys(trial.ranks, trial)
                 now = values
         return kept, now

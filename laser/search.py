@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.candidates import ORDERS, Candidate, grid_candidates, in_order, matrix_candidates, plans_of, predict
+from laser.candidates import (
+    DATA,
+    ORDERS,
+    Candidate,
+    family_of,
+    grid_candidates,
+    in_order,
+    matrix_candidates,
+    plans_of,
+    predict,
+)
+from laser.edits import require_same_moments
 from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
+from laser.moments import Moments
 from laser.plan import Plan
 from laser.runner import Runner, SearchLog, Trial
 from laser.selection import Selection
@@ -55,6 +67,23 @@ class SearchResult:
     held_out: tuple[Report, ...]
     rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
 
+    def families(self) -> dict[str, dict[str, int]]:
+        """Per metric, plain and data: trials, accepted ones, matrices that the plan reduces, and candidates on which it
+        had the best trial. What `--rules laser-rmt,data:energy:0.99` asks is which of them wins."""
+        best: dict[str, Trial] = {}
+        for trial in self.trials:
+            if trial.d is not None and trial.d < (best[trial.label].d or 0.0 if trial.label in best else math.inf):
+                best[trial.label] = trial
+        kept = [line.metric for line in self.plan.reductions.values()]
+
+        def count(family: str) -> dict[str, int]:
+            these = [t for t in self.trials if family_of(t.rule) == family]
+            won = sum(family_of(t.rule) == family for t in best.values())
+            accepted = sum(t.accepted for t in these)
+            return {"trials": len(these), "accepted": accepted, "kept": kept.count(family), "best": won}
+
+        return {family: count(family) for family in dict.fromkeys(family_of(t.rule) for t in self.trials)}
+
 
 def search(
     model: LayeredModel,
@@ -72,6 +101,7 @@ def search(
     device: Device | None = None,
     journal: Path | None = None,
     cache: bool = True,
+    moments: Moments | None = None,
     tick: Callable[[Trial, int], None] = lambda *_: None,
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
@@ -80,6 +110,7 @@ def search(
     with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
     then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none.
+    A rule `data:NAME` is asked in the metric of the data and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
@@ -89,6 +120,8 @@ def search(
     checkpoint = model.checkpoint
     spectra.source.require(checkpoint, "spectra")
     _check(calibration, held_out, accept, order, shortlist, grid)
+    if any(rule.startswith(DATA) for rule in rules):
+        require_same_moments(spectra, moments)
     plans = plans_of(spectra, rules, selection, lowest_snr)
     found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
@@ -96,6 +129,8 @@ def search(
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
+    if moments is not None:
+        asked["moments"] = moments.calibration.identity
     run = {"kind": "search journal", "version": 1, "source": checkpoint.identity, "rules": list(rules)} | asked
     log = SearchLog(journal, run)
     try:
@@ -107,9 +142,9 @@ def search(
                 f"{calibration.text}; try --dtype float32, or laser scan to find NaN in its weights"
             )
         if shortlist is not None:
-            found = _shortlisted(found, shortlist, bench, device, log)
+            found = _shortlisted(found, shortlist, bench, device, log, moments)
             bench.pieces = {max(c.piece, 1) for c in found}
-        runner = Runner(bench, calibration, accept, device, log, tick)
+        runner = Runner(bench, calibration, accept, device, log, tick, moments)
         if grid:
             kept, values = runner.grid(in_order(found, order), base)
         else:
@@ -154,12 +189,14 @@ def _check(
             )
 
 
-def _shortlisted(found: list[Candidate], count: int, bench: Bench, device: Device, log: SearchLog) -> list[Candidate]:
+def _shortlisted(
+    found: list[Candidate], count: int, bench: Bench, device: Device, log: SearchLog, moments: Moments | None
+) -> list[Candidate]:
     """The `count` candidates with the lowest first-order change; one backward pass, journalled."""
     labels = [c.label for c in found]
     entry = log.entry(
         {"entry": "gradient", "labels": labels},
-        lambda: {"predicted": [c.predicted for c in predict(found, bench, device)]},
+        lambda: {"predicted": [c.predicted for c in predict(found, bench, device, moments)]},
     )
     told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
     return sorted(told, key=lambda c: c.predicted or 0.0)[:count]
@@ -218,7 +255,9 @@ def _plan(
             lines.append(replace(line, action="keep", reason="not tried: not on the shortlist"))
         else:
             lines.append(line)
-    return Plan(first.source, ",".join(plans), asked, tuple(lines))
+    told_by = next((plan.calibration for plan in plans.values() if plan.calibration), None)
+    calibration = told_by if any(line.metric == "data" for line in lines) else None
+    return Plan(first.source, ",".join(plans), asked, tuple(lines), calibration)
 
 
 def _correlation(trials: Sequence[Trial]) -> float | None:
@@ -238,4 +277,5 @@ def result_document(result: SearchResult) -> dict[str, Any]:
         "calibration": asdict(result.calibration),
         "held_out": [asdict(r) for r in result.held_out],
         "rank_correlation": result.rank_correlation,
+        "families": result.families(),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import warnings
@@ -25,8 +24,10 @@ from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
+from laser.measured import Measured, from_entry, to_entry
 from laser.selection import Selection
-from laser.spectral.decomposition import METHODS, singular_values
+from laser.spectral.decomposition import METHODS
+from laser.spectral.decomposition import measure as measure_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
@@ -88,6 +89,7 @@ class Spectra:
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
     data: all of that again in the metric of the data, where the scan was given moments
+    notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     """
 
     source: Source
@@ -99,6 +101,7 @@ class Spectra:
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     kurtosis: Mapping[str, float] = field(default_factory=dict)
     data: InData | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -117,7 +120,8 @@ class Spectra:
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     def _extra(self, name: str) -> dict[str, Any]:
-        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)}
+        note = {"note": self.notes[name]} if name in self.notes else {}
+        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)} | note
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -139,7 +143,9 @@ class Spectra:
         source = Source(**header["source"])
         kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
         data = InData.from_file(header.get("data"), vectors)
-        return Spectra(source, matrices, values, skipped, header["method"], header["device"], nulls, kurtosis, data)
+        notes = {row["name"]: row["note"] for row in rows if row.get("note")}
+        made_by = (header["method"], header["device"])
+        return Spectra(source, matrices, values, skipped, *made_by, nulls, kurtosis, data, notes)
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
@@ -154,24 +160,12 @@ def _matrix(row: dict[str, Any]) -> Matrix:
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
-
-    values: NDArray[np.float64]
-    null: NDArray[np.float64]
-    kurtosis: float | None = None
-    skipped: str | None = None
-    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
-    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-
-
 def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
     """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
     try:
-        s, _ = singular_values(W, device, method)
+        found = measure_values(W, device, method)
         null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
-        return Measured(s, null, excess_kurtosis(W))
+        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
@@ -268,28 +262,9 @@ def assemble(
     values = {name: m.values for name, m in whole.items()}
     nulls = {name: m.null for name, m in whole.items()} if null_draws else {}
     kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
-    return Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
-
-
-def to_entry(name: str, measured: Measured) -> dict[str, Any]:
-    """A line of a journal."""
-    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
-    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
-    return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis} | vectors
-
-
-def from_entry(entry: Mapping[str, Any]) -> Measured:
-    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
-    values, null = _decode(entry["values"]), _decode(entry["null"])
-    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, data_null)
-
-
-def _encode(vector: NDArray[np.float64]) -> str:
-    return base64.b64encode(vector.astype("<f8").tobytes()).decode()
-
-
-def _decode(text: str) -> NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8")
+    notes = {name: m.note for name, m in whole.items() if m.note}
+    record = Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
+    return replace(record, notes=notes)
 
 
 def describe_failure(W: torch.Tensor, error: LaserError) -> str:

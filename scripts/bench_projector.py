@@ -49,6 +49,7 @@ def row(kind: str, p: int, g: float, U: np.ndarray, V: np.ndarray, s: np.ndarray
     """One line of the first table."""
     s, r = s.copy(), p // 3
     middle = (s[r - 1] + s[r]) / 2
+    s[:r], s[r:] = np.maximum(s[:r], middle * (1 + g / 2)), np.minimum(s[r:], middle * (1 - g / 2))
     s[r - 1], s[r] = middle * (1 + g / 2), middle * (1 - g / 2)
     tau = math.sqrt((s[r - 1] ** 2 + s[r] ** 2) / 2)
     delta = (s[r - 1] ** 2 - s[r] ** 2) / 2 / max(s[0] ** 2 - tau**2, tau**2)
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--sides", default="256,512,1024,2048")
+    parser.add_argument("--spectra", default=",".join(SPECTRA))
     parser.add_argument("--draws", type=int, default=1000)
     arguments = parser.parse_args()
     device = choose_device(arguments.device, arguments.precision)
@@ -119,7 +121,7 @@ def main() -> None:
     for p in map(int, arguments.sides.split(",")):
         random = np.random.default_rng(p)
         U, V = orthonormal(2 * p, p, random), orthonormal(p, p, random)
-        for kind in SPECTRA:
+        for kind in arguments.spectra.split(","):
             s = spectrum(kind, p, random)
             for g in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6) if p < 2048 else (1e-3, 1e-5):
                 print(row(kind, p, g, U, V, s, device), flush=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
+from laser.candidates import cut_of
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
@@ -238,3 +239,35 @@ def test_shrunk_moments_make_a_plan_of_few_tokens_possible(speaker: Path, tmp_pa
     for name, record in outcome.matrices.items():
         assert record["energy_kept"] == pytest.approx(plan.reductions[name].energy_kept)
     assert len(windows.windows) == 1
+
+
+def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_path: Path, run: Run) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"the {i * i} brown fox jumps over {i} lazy dogs;" for i in range(99)))
+    moments, plan = tmp_path / "m.safetensors", tmp_path / "plan.json"
+    picked = ("--roles", "q,o", "--layers", "1-2", "--text", text, "--window", 64)
+    assert run("calibrate", speaker, "-o", moments, *picked, "--windows", 6)[0] == 0
+    asked = (*picked, "--windows", 6, "--held-out-windows", 4, "--accept", "no-worse", "--lowest-snr", 0)
+    rules = ("--rules", "fraction:0.5,data:fraction:0.5,data:parallel:0.25")
+    code, _, error = run("search", speaker, "-o", plan, *asked, *rules)
+    assert code == 2 and "needs moments, and spectra that were scanned with them" in error
+    (tmp_path / "spectra.safetensors").unlink()
+    code, told, error = run("search", speaker, "-o", plan, *asked, *rules, "--moments", moments, "--force")
+    assert code == 0, error
+    assert "metric plain:" in told and "metric data:" in told
+    assert laser.Spectra.load(tmp_path / "spectra.safetensors").data is not None
+    trials = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:]]
+    options = {(t["label"], t["rule"]) for t in trials if t.get("entry") == "trial"}
+    q = "model.layers.1.self_attn.q_proj.weight"
+    assert {(q, "fraction:0.5"), (q, "data:fraction:0.5")} <= options  # the same rank, and both are tried
+    # What the search kept is what reduce writes.
+    kept = Plan.load(plan)
+    lines = [line for line in kept.reductions.values() if line.metric == "data"]
+    assert (kept.calibration is not None) == bool(lines)
+    out = tmp_path / "out"
+    assert run("reduce", speaker, plan, "-o", out, "--moments", moments)[0] == 0
+    checkpoint, written = laser.open_checkpoint(speaker), laser.open_checkpoint(out)
+    known = Moments.load(moments)
+    for line in lines:
+        edit = cut_of(checkpoint, {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
+        assert torch.equal(written.read(line.name), edit[line.name])

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
+from laser.spectra import Spectra
 from laser.spectral import decomposition, measuring
 from laser.spectral.probe import Probe
 
@@ -56,7 +57,7 @@ def test_steps_that_failed_are_in_the_record_and_on_the_screen(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise torch.linalg.LinAlgError("injected")  # pyright: ignore[reportAttributeAccessIssue]
+        raise LinAlgError("injected")
 
     monkeypatch.setitem(decomposition._FACTORS, "gram", fail)
     out = tmp_path / "out"
@@ -70,3 +71,8 @@ def test_steps_that_failed_are_in_the_record_and_on_the_screen(
     )
     matrices = json.loads((out / "laser.json").read_text())["matrices"]
     assert {(m["method"], m["note"]) for m in matrices.values()} == {("svd", "gram: injected")}
+    monkeypatch.setitem(decomposition._VALUES, "gram", fail)
+    record = tmp_path / "s.safetensors"
+    assert run("scan", str(pico), "-o", str(record), "--roles", "q", "--device", "cpu")[0] == 0
+    for notes in (Spectra.load(record).notes, Spectra.load(out / "laser" / "spectra.safetensors").notes):
+        assert len(notes) == 3 and set(notes.values()) == {"by svd, as gram: injected"}

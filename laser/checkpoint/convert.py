@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from laser.checkpoint.files import disk_errors
-from laser.checkpoint.headers import TensorInfo
+from laser.checkpoint.headers import BITS, TensorInfo
 from laser.checkpoint.reader import INDEX, Checkpoint
+from laser.checkpoint.virtual import Entry, virtual_shard
 from laser.errors import OutputError
+
+MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
+
+
+def assemble(
+    path: Path, config: Mapping[str, Any], entries: Sequence[Entry], tensor: Callable[[str], torch.Tensor]
+) -> Checkpoint:
+    """The Hub's checkpoint of these tensors: config, index, shards of at most MAX_SHARD bytes; none is a file yet.
+
+    path: where the weights come from. `tensor` gives each as its entry says.
+    """
+    groups = list(_groups(entries))
+    files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    shards = [virtual_shard(file, path, group, tensor) for file, group in zip(files, groups, strict=True)]
+    tensors = {info.name: info for shard in shards for info in shard.tensors}
+    total = sum(info.end - info.start for info in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {name: info.shard for name, info in tensors.items()}}
+    texts = [(json.dumps(document, indent=2) + "\n").encode() for document in (config, index)]
+    return Checkpoint(path, config, texts[0], texts[1], tuple(shards), tensors)
+
+
+def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    group: list[Entry] = []
+    size = 0
+    for entry in entries:
+        bytes_ = math.prod(entry[2]) * BITS[entry[1]] // 8
+        if group and size + bytes_ > MAX_SHARD:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += bytes_
+    if group:
+        yield group
 
 
 def write_directory(

@@ -7,20 +7,16 @@ in Mistral's releases of 7B, 8x7B (experts stacked in one tensor, w2 transposed)
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from laser.checkpoint.convert import assemble
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.headers import BITS, Shard
 from laser.checkpoint.reader import RELEASE, Checkpoint
-from laser.checkpoint.virtual import Entry, virtual_shard
 from laser.errors import CheckpointError
 
-MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
 # our name for it -> the releases' names: 7B and 8x22B have the first, the first release of 8x7B the second
 PARAMS = {
     "hidden_size": ("dim", "hidden_size"),
@@ -109,17 +105,8 @@ def as_hub(checkpoint: Checkpoint) -> Checkpoint:
         W = checkpoint.read(matrix.tensor, matrix.cut)
         return halves_from_pairs(W, config["head_dim"]) if matrix.role in ("q", "k") else W
 
-    groups = list(_groups([(name, m.dtype, m.shape) for name, m in matrices.items()]))
-    shards: list[Shard] = []
-    for number, entries in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        shards.append(virtual_shard(file, checkpoint.path, entries, tensor))
-    weight_map = {info.name: shard.name for shard in shards for info in shard.tensors}
-    total = sum(info.end - info.start for shard in shards for info in shard.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    tensors = {info.name: info for shard in shards for info in shard.tensors}
-    texts = [(json.dumps(document, indent=2) + "\n").encode() for document in (config, index)]
-    return Checkpoint(checkpoint.path, config, texts[0], texts[1], tuple(shards), tensors)
+    entries = [(name, m.dtype, m.shape) for name, m in matrices.items()]
+    return assemble(checkpoint.path, config, entries, tensor)
 
 
 def halves_from_pairs(W: torch.Tensor, width: int) -> torch.Tensor:
@@ -148,22 +135,22 @@ def _hub_name(matrix: Matrix, config: Mapping[str, Any]) -> str:
 
 
 def _check(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str, Matrix]) -> None:
-    expected = _expected(config)
-    for name in (*expected, *found):
+    wanted = expected(config)
+    for name in (*wanted, *found):
         if name not in found:
             raise CheckpointError(
                 f"{checkpoint.name} holds no tensor for {name}, which params.json asks for; finish the download"
             )
         shape = found[name].shape
-        if expected.get(name) != shape:
-            told = list(expected[name]) if name in expected else "no such tensor"
+        if wanted.get(name) != shape:
+            told = list(wanted[name]) if name in wanted else "no such tensor"
             raise CheckpointError(
                 f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {told} by params.json; "
                 "use the params.json that belongs to these weights"
             )
 
 
-def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor that the Hub's model of this config has, with its shape."""
     H, width, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q, kv = (config[f"num_{who}_heads"] * config["head_dim"] for who in ("attention", "key_value"))
@@ -185,17 +172,3 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             else:
                 shapes[f"{layer}{DENSE[role]}.weight"] = shape
     return shapes
-
-
-def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
-    size = 0
-    for entry in entries:
-        bytes_ = math.prod(entry[2]) * BITS[entry[1]] // 8
-        if group and size + bytes_ > MAX_SHARD:
-            yield group
-            group, size = [], 0
-        group.append(entry)
-        size += bytes_
-    if group:
-        yield group

@@ -10,8 +10,9 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import write_directory
+from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
-from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
 
@@ -27,26 +28,44 @@ TOKENIZERS = (
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format, or a .gguf file.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Translate a model into the Hub's format, with the same logits: today from Mistral's own releases
-    (params.json and consolidated*.safetensors or .pt). Tokenizer files are copied byte for byte."""
-    checkpoint = open_checkpoint(model)
-    if not is_release(checkpoint):
-        raise UsageError(f"{model} is in the Hub's format already; try laser scan {model}")
-    start, seen = time.perf_counter(), as_hub(checkpoint)
-    side = sorted({path for pattern in TOKENIZERS for path in checkpoint.path.glob(pattern) if path.is_file()})
+    """Translate a model into the Hub's format, with the same logits: from Mistral's own releases (params.json and
+    consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
+    the tokenizer that transformers makes of its metadata."""
+    start = time.perf_counter()
+    if model.suffix == ".gguf" and model.is_file():
+        seen, side = open_gguf(model, dtype), tokenizer_files(model)
+    else:
+        if dtype is not None:
+            raise UsageError("--dtype is for GGUF files; a release keeps its own")
+        seen, side = _from_release(model)
     size = sum(shard.size for shard in seen.shards)
     with tqdm(desc="convert", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        write_directory(
-            seen, output, {path.name: path.read_bytes() for path in side}, tick=lambda t: bar.update(t.end - t.start)
-        )
+        files = {} if isinstance(side, str) else side
+        write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start
     if as_json:
-        copied = [path.name for path in side]
+        copied = sorted(files)
         return common.print_json(
             {"output": str(output), "tensors": len(seen.tensors), "bytes": size, "copied": copied, "seconds": seconds}
         )
     print(f"{len(seen.tensors)} tensors, {size / 1e9:.2f} GB, written to {output} in {seconds:.1f} s")
+    if isinstance(side, str):
+        print(f"no tokenizer could be made of the file ({side}); copy one from the model on the Hub")
+
+
+def _from_release(model: Path) -> tuple[Checkpoint, dict[str, bytes]]:
+    checkpoint = open_checkpoint(model)
+    if not is_release(checkpoint):
+        raise UsageError(f"{model} is in the Hub's format already; try laser scan {model}")
+    side = sorted({path for pattern in TOKENIZERS for path in checkpoint.path.glob(pattern) if path.is_file()})
+    return as_hub(checkpoint), {path.name: path.read_bytes() for path in side}

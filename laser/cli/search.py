@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from laser.candidates import DATA
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
@@ -22,7 +23,7 @@ from laser.search import Report, SearchResult, Trial, result_document
 from laser.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
-from laser.spectral.rules import RULES
+from laser.spectral.rules import RULES, draws_needed
 from laser.trials import ACCEPT
 from laser.workers import Crew
 
@@ -36,7 +37,10 @@ def search(
             "--spectra", help="File of laser scan, made if absent; default: spectra.safetensors beside the plan."
         ),
     ] = None,
-    rules: Annotated[str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}.")] = "laser-rmt",
+    rules: Annotated[
+        str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments.")
+    ] = "laser-rmt",
+    moments: common.MomentsFile = None,
     lowest_snr: Annotated[
         int | None,
         typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR; 0: all. Default: 15, as LaserRMT does."),
@@ -91,13 +95,17 @@ def search(
         checkpoint, tokenizer, objective, task, text_of(text, field, dataset), held_out, field, window, windows,
         held_out_windows,
     )  # fmt: skip
+    known = common.moments_of(moments)
     spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
         measured = Spectra.load(spectra)
     else:
         scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
         with common.Progress("scan", scanned) as bar:
-            measured = scan_into(spectra, checkpoint, chosen, Crew((where,)), "gram", bar)
+            draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
+            measured = scan_into(
+                spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
+            )
     result = search_with_bar(
         LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
         measured,
@@ -112,6 +120,7 @@ def search(
         order=order,
         device=where,
         journal=journal,
+        moments=known,
     )
     result.plan.save(output)
     if as_json:
@@ -195,6 +204,10 @@ def print_search(result: SearchResult) -> None:
         print(f"{what}: {_told(report)}")
     if result.rank_correlation is not None:
         print(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
+    families = result.families()
+    if len(families) > 1:
+        for name, count in families.items():
+            print(f"metric {name}: {count['best']} candidates' best, {count['kept']} kept, of {count['trials']} trials")
     if not result.plan.reductions:
         print("nothing was kept: no reduction that was tried makes this model better")
 

@@ -7,23 +7,21 @@ are then by themselves the tokens that were routed to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from laser.checkpoint.families import Matrix
 from laser.evaluation.layout import parts_of
 from laser.evaluation.streaming import LayeredModel
 
 
 @dataclass(frozen=True)
 class Met:
-    """Tensors that are multiplied in one call: names in file order and their rows of the output; their shared shape n.
-
-    `rows[i]` is a slice of the output's last dimension.
-    """
+    """Matrices that are multiplied in one call: their names, and which of the output's columns are whose."""
 
     names: tuple[str, ...]
     rows: tuple[slice, ...]
@@ -41,38 +39,57 @@ def run_one_expert_at_a_time(model: LayeredModel) -> None:
 
 
 class Tap(TorchFunctionMode):
-    """Inside, `listen` is told of every product of decoder layer `layer` with one of the tensors `names`."""
+    """Inside, `listen` is told of every product of decoder layer `layer` with one of the `matrices`.
 
-    def __init__(self, model: LayeredModel, layer: int, names: Collection[str], listen: Listener) -> None:
+    A matrix that is stored transposed or interleaved with another is in no product as it stands, and is not told of.
+    """
+
+    def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()
-        self.model, self.layer, self.names, self.listen = model, layer, frozenset(names), listen
-        self._met: dict[tuple[int, tuple[int, ...]], Met] | None = None
+        self.model, self.layer, self.matrices, self.listen = model, layer, matrices, listen
+        self._places: list[tuple[int, Matrix]] | None = None  # (address, matrix)
+        self._met: dict[tuple[int, tuple[int, ...]], Met] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             weight = given["weight"]
-            if self._met is None:  # the layer is loaded when its first product is made
-                self._met = self._places()
-            met = self._met.get((weight.data_ptr(), tuple(weight.shape)))
-            if met is not None:
+            key = (weight.data_ptr(), tuple(weight.shape))
+            if key not in self._met:
+                self._met[key] = self._inside(weight)
+            if self._met[key].names:
                 bias = given.get("bias")
                 y = out if bias is None else out - bias
-                self.listen(met, given["input"].reshape(-1, weight.shape[1]), y.reshape(-1, weight.shape[0]))
+                x = given["input"].reshape(-1, weight.shape[1])
+                self.listen(self._met[key], x, y.reshape(-1, weight.shape[0]))
         return out
 
-    def _places(self) -> dict[tuple[int, tuple[int, ...]], Met]:
-        found: dict[tuple[int, tuple[int, ...]], Met] = {}
+    def _inside(self, weight: torch.Tensor) -> Met:
+        """The matrices that are whole rows of `weight` (m, n), by where they lie in memory."""
+        if self._places is None:  # the layer is loaded when its first product is made
+            self._places = self._find()
+        row, start = weight.shape[1] * weight.element_size(), weight.data_ptr()
+        names, rows = [], []
+        for address, matrix in self._places:
+            first, rest = divmod(address - start, row)
+            if matrix.shape[1] == weight.shape[1] and not rest and 0 <= first <= len(weight) - matrix.shape[0]:
+                names.append(matrix.name)
+                rows.append(slice(first, first + matrix.shape[0]))
+        return Met(tuple(names), tuple(rows))
+
+    def _find(self) -> list[tuple[int, Matrix]]:
+        by_tensor: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices:
+            by_tensor.setdefault(matrix.tensor, []).append(matrix)
+        found = []
         prefix = f"model.layers.{self.layer}."
         for short, parameter in self.model.inner.layers[self.layer].named_parameters():
             for part in parts_of(self.model.checkpoint, prefix + short, tuple(parameter.shape)):
-                if part.tensor not in self.names:
-                    continue
-                whole = [i for i in part.where if isinstance(i, int)]
-                weight = parameter.data[tuple(whole)]
-                rows = next((i for i in part.where if isinstance(i, slice)), slice(None))
-                key = (weight.data_ptr(), tuple(weight.shape))
-                before = found.get(key, Met((), ()))
-                found[key] = Met((*before.names, part.tensor), (*before.rows, rows))
+                for matrix in by_tensor.get(part.tensor, ()):
+                    place, cut = parameter.data[part.where], matrix.cut
+                    if cut is not None:
+                        place = place.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
+                    if place.is_contiguous() and (cut is None or not cut.transposed):
+                        found.append((place.data_ptr(), matrix))
         return found

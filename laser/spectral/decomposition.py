@@ -55,6 +55,11 @@ class Values:
     method: str
     note: str = ""
 
+    @property
+    def told(self) -> str:
+        """For a record: nothing where the first step held."""
+        return f"by {self.method}, as {self.note}" if self.note else ""
+
 
 @dataclass(frozen=True)
 class Visit:

@@ -118,8 +118,12 @@ def whole(G: torch.Tensor, device: Device) -> torch.Tensor:
 
 
 def trace_of(G: torch.Tensor) -> float:
-    """Taken before a solver overwrites G."""
-    return float(np.sum(to_host(torch.diagonal(G))))
+    """Taken before a solver overwrites G. Raises NumericalError where it is not finite: then a weight is not, or its
+    square leaves the precision; and LAPACK need not come back from such a matrix."""
+    trace = float(np.sum(to_host(torch.diagonal(G))))
+    if not np.isfinite(trace):
+        raise NumericalError("the Gram matrix is not finite")
+    return trace
 
 
 def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:

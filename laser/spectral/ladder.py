@@ -55,11 +55,13 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step], T
 
     Raises NumericalError for NaN or Inf in W, or with every step's reason when none is left.
     """
-    if not torch.isfinite(W).all():
-        raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
     failures: list[str] = []
     residual = None
     for step in ladder:
+        # Only once something has failed, or before a method that would not: on a GPU's host, reading every weight for
+        # this takes as long as the eigenproblem. NaN and Inf show in the trace of the Gram matrix.
+        if (len(failures) == 1 or (step.method == "svd" and not failures)) and not torch.isfinite(W).all():
+            raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
         on_host = step.device.host_blas and step.method != "svd"
         try:
             with full_precision(), host_threads(min(W.shape)) if on_host else nullcontext():

@@ -1,5 +1,6 @@
 """Names to roles: every tensor of every family has one, and similar names are not confused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import laser
 from laser.checkpoint.families import Matrix, doubts, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError
@@ -108,3 +110,15 @@ def test_a_name_that_a_cut_would_take_is_refused(make_pico: Callable[..., Path])
     path = make_pico(model_type="phi3", tensors={name: torch.zeros(4, 4), f"{name}[up]": torch.zeros(2, 4)}, shards=1)
     with pytest.raises(CheckpointError, match=r"two matrices would be called .*gate_up_proj.weight\[up\]"):
         named(path)
+
+
+def test_what_the_index_does_not_name_is_counted(pico: Path) -> None:
+    """Such a tensor is copied with its shard; the plan's coverage says so instead of passing over it."""
+    path = pico / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.layers.1.self_attn.q_proj.weight"]
+    path.write_text(json.dumps(index))
+    plan = laser.make_plan(laser.scan(laser.open_checkpoint(pico)), "rank:4")
+    assert plan.source.unindexed == 32 * 32 and plan.coverage["unaccounted"] == 0
+    told = {"action": "keep", "reason": "in a shard, but not in the index", "matrices": 0, "parameters": 32 * 32}
+    assert told in plan.coverage["reasons"]

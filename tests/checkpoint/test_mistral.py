@@ -12,9 +12,10 @@ from families import build
 from mistral_release import pairs_from_halves, write_release
 
 import laser
-from laser.checkpoint import writer
+from laser.checkpoint import mistral, writer
+from laser.checkpoint.convert import write_directory
 from laser.checkpoint.families import list_matrices
-from laser.checkpoint.mistral import halves_from_pairs
+from laser.checkpoint.mistral import as_hub, halves_from_pairs
 from laser.errors import CheckpointError, LaserError
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -187,3 +188,33 @@ def test_killed_between_the_renames_of_its_files_it_is_finished_by_resume(
     laser.reduce(checkpoint, plan, tmp_path / "killed", resume=True)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
+    hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = as_hub(laser.open_checkpoint(write_release(hub("Mixtral"), tmp_path / "release")))
+    out, tensors = tmp_path / "out", []
+
+    def interrupt(info: object) -> None:
+        tensors.append(info)
+        if len(tensors) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(seen, out, tick=interrupt)
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    write_directory(seen, out)
+    assert not (tmp_path / "out.partial").exists()
+    assert laser.open_checkpoint(out).tensors.keys() == seen.tensors.keys()
+
+
+def test_a_conversion_is_cut_into_shards(
+    hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hub("Mixtral")
+    monkeypatch.setattr(mistral, "MAX_SHARD", 50_000)
+    seen = as_hub(laser.open_checkpoint(write_release(source, tmp_path / "release", stacked=True)))
+    write_directory(seen, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == len(seen.shards) > 3
+    assert torch.equal(logits(tmp_path / "out"), logits(source))

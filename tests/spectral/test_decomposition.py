@@ -102,6 +102,24 @@ def test_not_finite_is_named(method: str, bad: float) -> None:
         truncate(W, 3, CPU, method)
 
 
+@pytest.mark.parametrize("method", decomposition.METHODS)
+@pytest.mark.parametrize("rank", [0, 3, 9])
+def test_not_finite_is_noticed_at_any_rank_and_with_known_values(method: str, rank: int) -> None:
+    W = weights(9, 9)
+    W[4, 4] = float("inf")
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        truncate(W, rank, CPU, method, np.linspace(2, 1, 9))
+
+
+def test_squares_that_leave_float32_go_to_float64() -> None:
+    W = weights(30, 20, torch.float32) * 1e25
+    found = truncate(W, 5, choose_device("cpu", "float32"))
+    assert (
+        found.certificate.method == "gram float64" and found.certificate.note == "gram: the Gram matrix is not finite"
+    )
+    assert torch.allclose(found.matrix, truncate(W, 5, CPU, "svd").matrix, rtol=1e-4, atol=1e18)
+
+
 def test_eight_bit_floats_without_scales_are_refused() -> None:
     with pytest.raises(UsageError, match="no scales"):
         singular_values(weights(8, 8, torch.float32).to(torch.float8_e4m3fn), CPU)

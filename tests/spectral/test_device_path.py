@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from laser.spectral import gram, projector
 from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import Device, exact_products
+from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
 
@@ -47,6 +48,7 @@ ALLOWED = {
     "aten::max",
     "aten::mm",
     "aten::mul.Tensor",
+    "aten::mul_.Tensor",
     "aten::mv",
     "aten::ne.Scalar",
     "aten::permute",
@@ -54,6 +56,7 @@ ALLOWED = {
     "aten::sub.Tensor",
     "aten::sum",
     "aten::sum.dim_IntList",
+    "aten::view",
     "aten::zeros",
     "aten::zeros_like",
 }
@@ -131,6 +134,9 @@ def test_the_null_and_the_precision_probe_use_native_operators_only(guard: Guard
         null = null_largest(weights(shape), 2, MPS_LIKE)
         assert (null > 0.8 * (shape[0] ** 0.5 + shape[1] ** 0.5)).all()
     assert null_largest(torch.zeros(40, 80), 1, MPS_LIKE) == [0.0]
+    x = weights((80, 40)).float().numpy().astype(np.float64)
+    expected = (x**4).mean() / (x**2).mean() ** 2 - 3
+    assert excess_kurtosis(weights((80, 40)), MPS_LIKE) == pytest.approx(expected, abs=1e-4)
     exact_products.cache_clear()
     assert exact_products(torch.device("cpu"))
 
@@ -222,6 +228,7 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     device = ACCELERATORS[name]
     for shape in ((80, 40), (12, 30)):
         assert null_largest(torch.empty(shape, dtype=torch.bfloat16), 1, device).shape == (1,)
+        assert np.isfinite(excess_kurtosis(torch.empty(shape, dtype=torch.bfloat16), device))
     exact_products.cache_clear()
     assert exact_products(device.torch_device)
     exact_products.cache_clear()

@@ -1,0 +1,203 @@
+"""GGUF files of the llama architecture (Llama, Mistral, Mixtral) seen as the Hub's checkpoint, dequantised.
+
+Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file. Names and metadata as llama.cpp
+writes them: its converter turns the rotary halves of q and k into pairs, which is undone here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from laser.checkpoint.convert import assemble
+from laser.checkpoint.mistral import TORCH_NAMES, expected, halves_from_pairs
+from laser.checkpoint.reader import Checkpoint
+from laser.errors import CheckpointError, UsageError
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+AROUND = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+DENSE = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}
+EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
+# A place in the file: (its tensor, expert in a stacked one or None, heads whose rows are permuted or None)
+Place = tuple[Any, int | None, int | None]
+
+
+def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
+    """The file as a Hub checkpoint that no file holds yet; weights are dequantised as they are read.
+
+    dtype: float32, float16 or bfloat16; by default that of the file's matrices, or bfloat16 where they are quantised.
+    Raises CheckpointError for another architecture or what is not GGUF, UsageError without the `gguf` package.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(DTYPES)}")
+    reader = _reader(path)
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = meta.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{path.name}: architecture is {architecture!r}, expected 'llama' (Llama, Mistral, Mixtral); start from "
+            "the model on the Hub"
+        )
+    config = _config(path, meta)
+    places = _places(path, reader.tensors, config)
+    kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1}
+    stored = kinds.pop() if len(kinds) == 1 else ""
+    chosen = DTYPES[dtype] if dtype else stored if stored in TORCH_NAMES else "BF16"
+    config |= {
+        "tie_word_embeddings": "lm_head.weight" not in places,
+        "vocab_size": int(places["model.embed_tokens.weight"][0].shape[-1]),
+        "torch_dtype": TORCH_NAMES[chosen],
+    }
+    entries = [(name, chosen, _shape(place)) for name, place in places.items()]
+    _check(path, config, {name: shape for name, _, shape in entries})
+    return assemble(path, config, entries, partial(_tensor, places, config, getattr(torch, TORCH_NAMES[chosen])))
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes] | str:
+    """The tokenizer that transformers makes of the metadata, as files; or why it makes none."""
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+    except Exception as error:  # whatever the metadata lack; the weights are there all the same
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UsageError("reading GGUF needs the gguf package; try pip install 'laser-rmt[gguf]'") from error
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; download it again")
+        return GGUFReader(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # hostile bytes can fail in any way
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path.name} cannot be read as GGUF ({told[:160]}); download it again") from error
+
+
+def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    def get(key: str, default: Any = None) -> Any:
+        found = meta.get(f"llama.{key}", default)
+        if found is None:
+            raise CheckpointError(f"{path.name}: metadata lack llama.{key}; download it again")
+        return found
+
+    scaling = get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise CheckpointError(f"{path.name}: rope scaling {scaling!r} has no translation; start from the Hub's model")
+    heads, hidden, experts = get("attention.head_count"), get("embedding_length"), get("expert_count", 0)
+    config: dict[str, Any] = {
+        "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if experts else "llama",
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
+        "hidden_act": "silu",
+        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 there
+        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "max_position_embeddings": get("context_length"),
+    }
+    if experts:
+        config |= {
+            "num_local_experts": experts,
+            "num_experts_per_tok": get("expert_used_count"),
+            "sliding_window": None,
+        }
+    for token in ("bos", "eos"):
+        if f"tokenizer.ggml.{token}_token_id" in meta:
+            config[f"{token}_token_id"] = meta[f"tokenizer.ggml.{token}_token_id"]
+    whole = [key for key, value in config.items() if key.startswith(("num", "hidden_s", "inter", "head", "max"))
+             and (type(value) is not int or value < 1)]  # fmt: skip
+    if whole:
+        raise CheckpointError(f"{path.name}: {whole[0]} is {config[whole[0]]!r}, expected a number; download it again")
+    return config
+
+
+def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Place]:
+    """The Hub's name of every tensor, and every expert of a stacked one, to where it lies in the file."""
+    places: dict[str, Place] = {}
+    permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for t in tensors:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+?)(_exps)?(?:\.(\d+))?\.weight", t.name)
+        layer, kind, stacked, expert = match.groups() if match else (None, "", None, None)
+        prefix = f"model.layers.{layer}."
+        if layer is None and kind in AROUND:
+            places[f"{AROUND[kind]}.weight"] = (t, None, None)
+        elif layer is not None and kind in LAYER:
+            places[f"{prefix}{LAYER[kind]}.weight"] = (t, None, permuted.get(kind))
+        elif layer is not None and kind == "ffn_gate_inp":
+            places[f"{prefix}block_sparse_moe.gate.weight"] = (t, None, None)
+        elif layer is not None and kind in EXPERTS and stacked:
+            for e in range(int(t.shape[-1])):
+                places[f"{prefix}block_sparse_moe.experts.{e}.{EXPERTS[kind]}.weight"] = (t, e, None)
+        elif layer is not None and kind in EXPERTS and expert is not None:
+            places[f"{prefix}block_sparse_moe.experts.{expert}.{EXPERTS[kind]}.weight"] = (t, None, None)
+        elif layer is not None and kind in DENSE:
+            places[f"{prefix}{DENSE[kind]}.weight"] = (t, None, None)
+        else:
+            raise CheckpointError(f"{path.name}: {t.name} has no translation here; start from the model on the Hub")
+    if "model.embed_tokens.weight" not in places:
+        raise CheckpointError(f"{path.name} holds no token_embd.weight; download it again")
+    return places
+
+
+def _shape(place: Place) -> tuple[int, ...]:
+    tensor, expert, _ = place
+    shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts from the innermost
+    return shape if expert is None else shape[1:]
+
+
+def _check(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError for a tensor that is missing, or of another shape than the metadata imply."""
+    wanted = expected(config)
+    if config["tie_word_embeddings"]:
+        wanted.pop("lm_head.weight", None)
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise CheckpointError(
+                f"{path.name}: {name} has shape {shapes.get(name)}, expected {wanted.get(name)} by its metadata; "
+                "download it again"
+            )
+
+
+def _tensor(places: Mapping[str, Place], config: Mapping[str, Any], dtype: torch.dtype, name: str) -> torch.Tensor:
+    from gguf.quants import dequantize
+
+    tensor, expert, heads = places[name]
+    try:
+        W = dequantize(tensor.data if expert is None else tensor.data[expert], tensor.tensor_type)
+    except NotImplementedError as error:
+        raise CheckpointError(f"{tensor.name}: {error} in the gguf package; start from the model on the Hub") from error
+    made = torch.tensor(W, dtype=torch.float32)  # a copy: the file is mapped for reading only
+    if heads is not None:
+        made = halves_from_pairs(made, config["head_dim"])
+    return made.to(dtype)

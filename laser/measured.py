@@ -1,0 +1,45 @@
+"""What a scan finds of one matrix, and how a journal holds it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
+
+    values: NDArray[np.float64]
+    null: NDArray[np.float64]
+    kurtosis: float | None = None
+    skipped: str | None = None
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
+    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
+
+
+def to_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """A line of a journal."""
+    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
+    return {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note} | vectors
+
+
+def from_entry(entry: Mapping[str, Any]) -> Measured:
+    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
+    values, null = _decode(entry["values"]), _decode(entry["null"])
+    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, data_null, entry.get("note", ""))
+
+
+def _encode(vector: NDArray[np.float64]) -> str:
+    return base64.b64encode(vector.astype("<f8").tobytes()).decode()
+
+
+def _decode(text: str) -> NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f8")
