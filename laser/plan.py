@@ -202,6 +202,7 @@ def make_plan(
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
+    described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
     calibration = spectra.data.calibration if spectra.data and metric == "data" else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
@@ -58,6 +59,10 @@ class Row:
     full_rank: int
     snr: float | None  # sum(s > t) / sum(s <= t)
     snr_over_largest: float | None  # SNR / s_1: LaserRMT's scanner and Spectrum
+    # In the metric of the data, where the scan was given moments; None where it was not, or the matrix met no token:
+    tokens: int | None = None  # inputs that the matrix met
+    data_effective_rank: float | None = None
+    data_rank_99: int | None = None  # directions that hold 99 % of the outputs' mean square
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,12 @@ class Summary:
     rule: str
     rows: tuple[Row, ...]  # in file order
     skipped: tuple[tuple[str, str], ...]  # tensors that have no spectrum, and why
+    calibration: Mapping[str, Any] | None = None  # of the data's metric: moments.Calibration
+
+    @property
+    def under_seen(self) -> list[Row]:
+        """Matrices that met fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
+        return [row for row in self.rows if row.tokens is not None and row.tokens < row.full_rank]
 
     def to_json(self) -> bytes:
         return to_json({"kind": "summary", "version": 1} | asdict(self))
@@ -175,9 +186,22 @@ def summarise(
                 full_rank=len(s),
                 snr=snr,
                 snr_over_largest=snr / numbers.largest if snr is not None and numbers.largest else None,
+                **_in_data(spectra, matrix.name),
             )
         )
     if not rows:
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     skipped = tuple((name, why) for name, why in spectra.skipped.items() if why.startswith("skipped"))
-    return Summary(spectra.source, rule, tuple(rows), skipped)
+    calibration = None if spectra.data is None else spectra.data.calibration
+    return Summary(spectra.source, rule, tuple(rows), skipped, calibration)
+
+
+def _in_data(spectra: Spectra, name: str) -> dict[str, Any]:
+    if spectra.data is None:
+        return {}
+    tokens = spectra.data.seen.get(name, 0)
+    if name not in spectra.data.values or not spectra.data.values[name].any():
+        return {"tokens": tokens}
+    numbers = describe_spectrum(spectra.data.values[name])
+    ranks = dict(zip(ENERGIES, numbers.energy_ranks, strict=True))
+    return {"tokens": tokens, "data_effective_rank": numbers.effective_rank, "data_rank_99": ranks[0.99]}

@@ -161,6 +161,13 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     for more in ((), ("--moments", moments)):
         code, told, _ = run("verify", speaker, out, *more)
         assert code == 0 and f"{len(lines)} as planned, 0 problems" in told
+    code, told, error = run("card", out)
+    card = (out / "README.md").read_text()
+    assert code == 0 and "## By what the outputs lose" in card and "on fresh text" in card, error
+    assert outcome["plan"]["calibration"]["text_sha256"] in card and "--moments moments.safetensors" in card
+    assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "tokens of text.txt (sha256" in page and "tokens met" in page
     # A plain truncation of the same rank is another matrix, and the check knows.
     weights = load_file(out / "model.safetensors")
     name = LAYER + "self_attn.q_proj.weight"
@@ -184,6 +191,8 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data", "--roles", "w1")
     reasons = [] if code else [line.reason for line in Plan.load(plan).lines if line.role == "w1"]
     assert "as many tokens as it has dimensions" in error or any(r.startswith("not seen enough: met") for r in reasons)
+    assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
+    assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "mp-edge", "--metric", "data", "--force")
     assert code == 2 and "in the metric of the data no noise is; try --rule with one of parallel, energy" in error
     code, _, error = run("plan", spectra, "-o", plan, "--force", "--rule", "parallel", "--metric", "data")

@@ -19,6 +19,7 @@ from laser.evaluation.lm_tasks import TASKS
 from laser.report import card_edits as edits
 from laser.report import card_sections as sections
 from laser.report.card_loading import is_release, loading
+from laser.report.card_metric import metric
 from laser.report.comparison import Losses, compare
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def card(
             sections.summary(outcome, source, base),
             sections.measured(rows, losses, before, after),
             edits.what_was_done(outcome, run),
+            *([told] if (told := metric(outcome)) else []),
             *([edits.search(trials)] if trials else []),
             loading(name, source),
             sections.instruction_format(source),

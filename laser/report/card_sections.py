@@ -195,8 +195,9 @@ def reproduce(
 def spell_command(name: str, outcome: Outcome, source: CardSource) -> str:
     """The command that makes this output, spelled out from its plan; a searched plan cannot be made by a rule again."""
     plan = outcome.plan
-    if "accept" in plan.selection:
+    if "accept" in plan.selection or plan.calibration is not None:
         words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
+        words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
         return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
     words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
     for flag, key in (("--lowest-snr", "lowest_snr"), ("--include", "include"), ("--exclude", "exclude")):

@@ -37,28 +37,47 @@ COLUMNS = {
 }
 
 
+# ... and these where the scan was given moments
+IN_DATA = {
+    "tokens": "tokens met",
+    "data_effective_rank": "effective rank in data",
+    "data_rank_99": "of outputs: 99 % in",
+}
+
+
+def _told(summary: Summary) -> str:
+    told = summary.calibration or {}
+    digest = str(told.get("text_sha256"))[:12]
+    text = f"Metric of the data: {told.get('tokens')} tokens of {told.get('text')} (sha256 {digest})"
+    if under := len(summary.under_seen):
+        text += f"; {under} matrices met fewer tokens than they have dimensions, and are kept in that metric"
+    return text + "."
+
+
 def render(summary: Summary, portraits: Iterable[Portrait]) -> str:
     """The page as text; `portraits` are those of the summary's rows. The same records give the same bytes."""
+    columns = COLUMNS | (IN_DATA if summary.calibration is not None else {})
     drawn = {portrait.name: _drawing(portrait) for portrait in portraits}
     rows = []
     for row in summary.rows:
-        rows.append([_short(getattr(row, field)) for field in COLUMNS])
+        rows.append([_short(getattr(row, field)) for field in columns])
     maps = []
     for title, unit, value in QUANTITIES.values():
-        columns, layers, grid = grid_of(summary.rows, value)
+        across, layers, grid = grid_of(summary.rows, value)
         cells = [[None if np.isnan(x) else _short(float(x)) for x in line] for line in grid]
-        maps.append({"title": title, "unit": unit, "columns": columns, "layers": layers, "cells": cells})
+        maps.append({"title": title, "unit": unit, "columns": across, "layers": layers, "cells": cells})
     # Which matrix a cell of the maps stands for, so that it can be clicked as well.
-    columns, layers, _ = grid_of(summary.rows, lambda row: 0.0)
+    across, layers, _ = grid_of(summary.rows, lambda row: 0.0)
     places: dict[str, str] = {}
     for row in summary.rows:
-        column = columns.index(row.role if row.expert is None else f"{row.role}.{row.expert}")
+        column = across.index(row.role if row.expert is None else f"{row.role}.{row.expert}")
         places[f"{layers.index(row.layer)},{column}"] = row.name
     data = {
         "model": summary.source.name,
         "identity": summary.source.identity,
         "rule": summary.rule,
-        "headings": list(COLUMNS.values()),
+        "headings": list(columns.values()),
+        "data": None if summary.calibration is None else _told(summary),
         "rows": rows,
         "maps": maps,
         "places": places,
