@@ -61,7 +61,8 @@ def estimate(
     taken to run on this machine's crew alone.
     """
     probe, basis = constants(crew)
-    staff = len(crew.staff(matrices))
+    host = crew.devices[0].host_blas
+    staff = len(crew.staff(matrices)) if host else len(crew.devices)
     factorised = [m for m in matrices if m.is_matrix]
     shapes = [(m, m.shape[0], m.shape[1]) for m in factorised]
     size = {m.name: m.parameters * BITS[m.dtype] / 8 for m in factorised}

@@ -36,7 +36,7 @@ from laser.spectral.devices import Device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
-from laser.workers import Crew, visit
+from laser.workers import Crew, near, visit
 
 Result = tuple[Measured, torch.Tensor | None, dict[str, Any] | None]
 
@@ -62,6 +62,7 @@ def judge(
         found = line(s)
         return found.gains if found.action == "reduce" else None
 
+    W = near(W, device)
     try:
         nulls = {matrix.name: null_largest(W, null_draws, device)} if null_draws else {}
         tails = excess_kurtosis(W, device)
@@ -76,7 +77,7 @@ def judge(
     measured = Measured(s, nulls.get(matrix.name, np.empty(0)), tails, note=found.values.told)
     if found.truncation is None:
         return measured, None, None
-    return measured, found.truncation.matrix, record_of(line(s), found.truncation)
+    return measured, found.truncation.matrix.cpu(), record_of(line(s), found.truncation)
 
 
 def reduce_in_one_pass(

@@ -27,7 +27,7 @@ from laser.plan import Plan, PlanLine
 from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
-from laser.workers import Crew, visit
+from laser.workers import Crew, near, visit
 
 KIND, VERSION = "outcome", 1
 
@@ -72,10 +72,15 @@ def cut(
     line = lines[matrix.name]
     try:
         plain = line.metric == "plain"
-        result = truncate(W, line.gains, device, method) if plain else reduced_in_data(W, line, device, moments)
+        result = (
+            truncate(near(W, device), line.gains, device, method)
+            if plain
+            else reduced_in_data(W, line, device, moments)
+        )
     except NumericalError as error:
         raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    return result.matrix, record_of(line, result) | on_fresh_text(W, result.matrix, line, fresh)
+    new = result.matrix.cpu()
+    return new, record_of(line, result) | on_fresh_text(W, new, line, fresh)
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from laser.spectral.decomposition import measure as measure_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
-from laser.workers import Crew, dearest_first, visit
+from laser.workers import Crew, dearest_first, near, visit
 
 if TYPE_CHECKING:
     from laser.moments import Moments
@@ -237,7 +237,7 @@ def scan(
 def _measure(
     matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
 ) -> Measured:
-    plain = measure(W, device, method, null_draws)
+    plain = measure(near(W, device), device, method, null_draws)
     if plain.skipped is not None or moments is None:
         return plain
     try:

@@ -1,6 +1,6 @@
 """Who computes, and the one queue that feeds them: read, compute and hand on, of different matrices at the same time.
 
-    reader -> [two ahead] -> one worker per device, or per core -> [two behind] -> the caller, who writes
+    reader -> [two ahead] -> two workers per GPU, or one per core -> [two behind] -> the caller, who writes
 
 A worker on the host has one BLAS thread, however many workers there are. An eigensolver's last bits depend on how many
 threads it has, and a result must not depend on the number of workers; and two matrices at a time with a thread each
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -36,12 +36,14 @@ T = TypeVar("T")
 Work = Callable[[Matrix, torch.Tensor, Device], T]
 Visits = Generator[tuple[Matrix, T, float], None, None]
 AHEAD = 1  # in a queue; with the one that its sender holds, two
+# On CUDA, each with a stream of its own: one copies, rounds and judges while the other's kernels run.
+PER_GPU = 2
 PATIENCE = 0.1  # seconds between two looks at whether the work was given up
 
 
 @dataclass(frozen=True)
 class Crew:
-    """One worker per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
+    """PER_GPU workers per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
 
     engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster.
     """
@@ -60,7 +62,8 @@ class Crew:
         """A device per worker for these matrices. On the host never more workers than matrices."""
         first = self.devices[0]
         if not first.host_blas:
-            return self.devices
+            each = PER_GPU if first.torch_device.type == "cuda" else 1
+            return self.devices * each
         if self.workers is not None:
             return (first,) * max(1, min(self.workers, len(matrices)))
         room = int(available_memory() // 2 // max(worker_bytes(matrices, first), 1))  # half: others live here too
@@ -122,6 +125,18 @@ def do(work: Work[T], matrix: Matrix, W: torch.Tensor, device: Device) -> tuple[
     return matrix, result, time.perf_counter() - start
 
 
+def own_stream(device: Device) -> AbstractContextManager[object]:
+    """On CUDA a stream for this thread, whose work then overlaps with that of others; elsewhere nothing."""
+    if device.torch_device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device.torch_device))
+
+
+def near(W: torch.Tensor, device: Device) -> torch.Tensor:
+    """W on the device where it is CUDA's: looked at there for NaN and tails it costs nothing, and it is copied once."""
+    return W.to(device.torch_device) if device.torch_device.type == "cuda" else W
+
+
 class _GivenUp(Exception):
     pass
 
@@ -170,9 +185,10 @@ def _visit_here(
 
     def compute(device: Device) -> None:
         torch.set_num_threads(1 if device.host_blas else torch.get_num_threads())  # OpenMP keeps it per thread
-        while (item := todo.get()) is not None:
-            done.put(do(work, *item, device))
-            del item  # the weights, while the next are waited for
+        with own_stream(device):
+            while (item := todo.get()) is not None:
+                done.put(do(work, *item, device))
+                del item  # the weights, while the next are waited for
         done.put(None)
 
     def guarded(job: Callable[..., None], *arguments: Any) -> None:

@@ -288,7 +288,8 @@ source, plan, out = map(Path, sys.argv[1:])
 def tick(matrix, seconds):
     print(matrix.name, flush=True)
     time.sleep(0.02)  # so that the parent can choose its moment
-laser.reduce(laser.open_checkpoint(source), laser.Plan.load(plan), out, resume=True, tick=tick)
+crew = laser.choose_crew("cpu", workers=2)
+laser.reduce(laser.open_checkpoint(source), laser.Plan.load(plan), out, crew=crew, resume=True, tick=tick)
 """
 
 

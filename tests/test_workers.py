@@ -164,3 +164,4 @@ def test_records_name_the_kind_of_device_and_not_its_number() -> None:
     first, second = (Device(f"cuda:{i}", torch.float64, False, "") for i in (0, 1))
     assert Crew((second,)).label == Crew((first, second)).label == "cuda float64"
     assert Crew((CPU,), 2).label == CPU.label
+    assert Crew((first, second)).staff([]) == (first, second, first, second)  # two workers each

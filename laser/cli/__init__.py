@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 VERBS = (
     *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, devices.devices),
-    *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card),
+    *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card, publish.push),
     *(look.null, look.spectra, look.plot, look.report, convert.convert),
 )
 for verb in VERBS:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
@@ -111,6 +112,20 @@ def _measure_tasks(
     )  # fmt: skip
     board.save(output)
     return board
+
+
+def push(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch; default: main.")] = None,
+    as_json: common.Json = False,
+) -> None:
+    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on."""
+    address = push_directory(output, repo, private=private, revision=revision)
+    if as_json:
+        return common.print_json({"output": str(output), "repo": repo, "address": address})
+    print(f"{output} uploaded to {address}")
 
 
 def card(

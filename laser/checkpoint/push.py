@@ -1,0 +1,34 @@
+"""A finished output to the Hub, by the Hub's own client, which resumes what was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laser.checkpoint.hub import hub_errors
+from laser.checkpoint.reader import OUTCOME, open_checkpoint
+from laser.errors import OutputError
+
+JOURNAL = "laser/journal.jsonl"
+
+
+def push(out: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload the directory `out` to the model repository `repo`, made if it is not there; returns its address.
+
+    Called again after an interruption, it sends only what is missing. Raises OutputError where `out` is no finished
+    output of laser, CheckpointError where its files do not fit together or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    unfinished = (out / JOURNAL).exists() or any(out.glob("*.partial"))
+    if unfinished or not (out / OUTCOME).is_file():
+        raise OutputError(f"{out} is not a finished output of laser; finish it with laser reduce --resume first")
+    open_checkpoint(out)
+    api = HfApi()
+    with hub_errors(repo, revision):
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        large = getattr(api, "upload_large_folder", None)  # not in version 2 of the client: its upload_folder resumes
+        if large is not None:
+            large(repo_id=repo, folder_path=out, repo_type="model", revision=revision)
+        else:
+            api.upload_folder(repo_id=repo, folder_path=out, revision=revision, commit_message="Upload by laser push")
+    return str(address)
