@@ -66,7 +66,7 @@ def main() -> None:
             s = data_values(V, metric, device) / (sigma * matrix.shape[1] ** 0.5)
             spectra.append(s)
             cells.append(f"{distance(s[s > 0], population, matrix.shape[0] / matrix.shape[1], points=300):.4f}")
-        # Place by place instead of against the largest: how many values lie over the permuted matrix's of the same rank.
+        # Place by place and not against the largest: how many values lie over the permuted matrix's.
         cells.append(str(int(np.argmin(np.append(spectra[2] > spectra[1], False)))))
         top = population[-1] / population.sum()
         shape = "x".join(map(str, matrix.shape))
