@@ -6,11 +6,13 @@ plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
 
+from laser.calibration import calibrate
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import Difference, Perplexity, difference
+from laser.moments import Moments
 from laser.null import NullTest, null_test
 from laser.plan import Plan, PlanLine, empty_plan, make_plan
 from laser.publication import write_card
@@ -35,6 +37,7 @@ __all__ = [
     "DoubtWarning",
     "LaserError",
     "Matrix",
+    "Moments",
     "NullTest",
     "NumericalError",
     "Outcome",
@@ -49,6 +52,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "apply_rule",
+    "calibrate",
     "choose_crew",
     "choose_device",
     "difference",

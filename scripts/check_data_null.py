@@ -5,7 +5,7 @@
 Level: Gaussian weights of the shape of the first matrix whose name holds --level-of meet the inputs of MOMENTS; the
 rule parallel:0.05 must keep one value or more in about 5 % of the draws. Law: Kolmogorov-Smirnov distance between
 Silverstein's equation and the spectrum of Gaussian weights, of the matrix with its entries permuted, and of the matrix
-as it is.
+as it is; and how many of its values from the first on lie over the permuted matrix's of the same place.
 """
 
 from __future__ import annotations
@@ -51,18 +51,23 @@ def main() -> None:
             f"{matrix.name}: noise on its inputs, {asked.draws} draws: 1 or more kept in {100 * share:.1f} ± "
             f"{100 * error:.1f} %, at most 1 in {100 * one:.1f} %, most {found.max()}"
         )
-    print("\n| matrix | shape | tokens | C: s_1^2 / trace | gaussian | permuted | as it is |\n" + "|---" * 7 + "|")
+    print(
+        "\n| matrix | shape | tokens | C: s_1^2 / trace | gaussian | permuted | as it is | over |\n" + "|---" * 8 + "|"
+    )
     for matrix in matrices:
         metric, W = moments.metric(matrix.name), read_matrix(checkpoint, matrix.name).float()
         if metric.form != "full":
             continue
         population = np.linalg.eigvalsh(metric.moment.numpy()).clip(0)
         G = torch.randn(*matrix.shape, generator=torch.Generator().manual_seed(0))
-        cells = []
+        cells, spectra = [], []
         for V in (G, permuted(W, 0), W):
             sigma = float(V.double().std())
             s = data_values(V, metric, device) / (sigma * matrix.shape[1] ** 0.5)
+            spectra.append(s)
             cells.append(f"{distance(s[s > 0], population, matrix.shape[0] / matrix.shape[1], points=300):.4f}")
+        # Place by place and not against the largest: how many values lie over the permuted matrix's.
+        cells.append(str(int(np.argmin(np.append(spectra[2] > spectra[1], False)))))
         top = population[-1] / population.sum()
         shape = "x".join(map(str, matrix.shape))
         print(f"| {matrix.name} | {shape} | {metric.tokens} | {top:.3f} | {' | '.join(cells)} |", flush=True)

@@ -31,6 +31,7 @@ from laser.flow import scan_into
 from laser.moments import Moments
 from laser.selection import parse_layers, parse_roles
 from laser.spectral.data_metric import truncate_in_metric
+from laser.spectral.rules import draws_needed
 from laser.trials import Bench
 from laser.workers import Crew
 
@@ -80,13 +81,14 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
         text = cut_windows(read_text(asked.calibrate), tokenizer, length=asked.window, limit=asked.calibration_windows)
         calibrate(checkpoint, text, path, selection)
     moments = Moments.load(path)
+    draws = max(draws_needed(rule.removeprefix("data:")) for rule in asked.rules.split(","))
     spectra = scan_into(
         asked.out / "spectra.safetensors",
         checkpoint,
         selection,
         Crew((device,)),
         "gram",
-        null_draws=19,
+        null_draws=draws,
         moments=moments,
     )
     cuts = [cut_windows(read_text(text), tokenizer, length=asked.window, limit=asked.windows) for text in asked.text]
@@ -167,7 +169,7 @@ def report(asked: argparse.Namespace, entries: list[dict[str, Any]]) -> None:
 
 def survivors(names: list[str], texts: list[slice], measured: dict[tuple[str, str, int], Any]) -> None:
     """Edits that a search on one text would accept (d <= -se), and what another text says of them."""
-    print("\n| accepted on | metric | edits | accepted | better on | too | worse there |\n" + "|---" * 7 + "|")
+    print("\n| accepted on | metric | edits | accepted | asked on | better there | worse there |\n" + "|---" * 7 + "|")
     for here, there in ((i, j) for i in range(len(texts)) for j in range(len(texts)) if i != j):
         for metric in ("plain", "data"):
             found = []
