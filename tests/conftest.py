@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0", TOKENIZERS_PARALLELISM="false")
+# NumPy's and SciPy's threads spin while they wait: beside one other busy process the suite took five times as long.
+os.environ.update(OPENBLAS_NUM_THREADS="1")
 
 import pytest
 import torch

@@ -103,6 +103,8 @@ class Hub:
     leaked: list[str] = field(default_factory=list)  # paths of the storage that were sent a token
     commits: list[dict[str, Any]] = field(default_factory=list)  # what was pushed
     lock: threading.Lock = field(default_factory=threading.Lock)
+    idle: threading.Condition = field(default_factory=threading.Condition)
+    busy: int = 0  # requests that are being answered
 
     def add(self, name: str, folder: Path, **options: Any) -> Repo:
         files: dict[str, Content] = {
@@ -112,7 +114,9 @@ class Hub:
         return self.repos[name]
 
     def sent(self, pattern: str = "") -> int:
-        """Bytes of bodies sent so far for paths that match."""
+        """Bytes of bodies sent so far for paths that match. A client may have its answer before it is in the log."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: self.busy == 0, 10)
         with self.lock:
             return sum(count for _, path, _, count in self.log if re.search(pattern, path))
 
@@ -134,10 +138,20 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self.answer()
+            self.counted()
 
         def do_GET(self) -> None:
-            self.answer()
+            self.counted()
+
+        def counted(self) -> None:
+            with hub.idle:
+                hub.busy += 1
+            try:
+                self.answer()
+            finally:
+                with hub.idle:
+                    hub.busy -= 1
+                    hub.idle.notify_all()
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -105,26 +105,29 @@ def test_it_loads_in_every_type_and_holds_what_is_stored(
         assert torch.allclose(logits, exact, atol=1e-4, rtol=1e-4)
 
 
-def needs_gpu(module: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU, which is not here")
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs {module}, which is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs pip install bitsandbytes")
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # that it casts to float16, once a layer
+@pytest.mark.parametrize(("bits", "layer"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
+def test_it_loads_in_few_bits(bits: int, layer: str, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_it_loads_in_few_bits(bits: int, reduced: tuple[Path, Path]) -> None:
-    needs_gpu("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
+    # On the host, four bits come in blocks of 64 along a row.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "source")
+    checkpoint = laser.open_checkpoint(tmp_path / "source")
+    laser.reduce(checkpoint, laser.make_plan(laser.scan(checkpoint), "rank:4"), tmp_path / "reduced")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     few = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-    model = load(reduced[1], quantization_config=few, device_map="cuda")
+    model = load(tmp_path / "reduced", quantization_config=few, device_map=device)
+    assert layer in {type(module).__name__ for module in model.modules()}
     with torch.no_grad():
-        assert torch.isfinite(model(input_ids=IDS.cuda()).logits).all()
+        assert torch.isfinite(model(input_ids=IDS.to(device)).logits).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which is not here")
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash_attn, which is not installed")
 def test_it_loads_with_flash_attention(reduced: tuple[Path, Path]) -> None:
-    needs_gpu("flash_attn")
     model = load(reduced[1], dtype=torch.bfloat16, attn_implementation="flash_attention_2", device_map="cuda")
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=IDS.cuda()).logits).all()

@@ -12,7 +12,7 @@ from families import build
 from mistral_release import pairs_from_halves, write_release
 
 import laser
-from laser.checkpoint import mistral, writer
+from laser.checkpoint import convert, writer
 from laser.checkpoint.convert import write_directory
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.mistral import as_hub, halves_from_pairs
@@ -213,7 +213,7 @@ def test_a_conversion_is_cut_into_shards(
     hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = hub("Mixtral")
-    monkeypatch.setattr(mistral, "MAX_SHARD", 50_000)
+    monkeypatch.setattr(convert, "MAX_SHARD", 50_000)
     seen = as_hub(laser.open_checkpoint(write_release(source, tmp_path / "release", stacked=True)))
     write_directory(seen, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) == len(seen.shards) > 3
