@@ -24,7 +24,7 @@ import torch
 from laser.errors import NumericalError
 from laser.spectral.decomposition import truncate
 from laser.spectral.devices import Device, choose_device, full_precision, synchronise
-from laser.spectral.gram import gram, whole
+from laser.spectral.gram import gram
 from laser.spectral.projector import UNRESOLVED, finest, matrix_sign, resolved_sign
 
 SPECTRA = ("noise", "spikes 5", "spikes 20", "heavy")
@@ -56,7 +56,7 @@ def row(kind: str, p: int, g: float, U: np.ndarray, V: np.ndarray, s: np.ndarray
     W = torch.from_numpy((U * s) @ V.T).to(device.dtype)
     told = f"| {p} | {kind} | {s[0] / tau:.0f} | {g:.0e} | {delta:.0e} |"
     with full_precision():
-        G = whole(gram(W, device), device)
+        G = gram(W, device)
         synchronise(device)
         start = time.perf_counter()
         try:

@@ -23,7 +23,7 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.selection import Selection, parse_layers
 from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import HOST, choose_device, full_precision
-from laser.spectral.gram import gram, whole
+from laser.spectral.gram import gram
 from laser.spectral.permutation import null_largest
 from laser.spectral.projector import UNRESOLVED, matrix_sign
 from laser.spectral.resolution import at_threshold
@@ -60,7 +60,7 @@ def main() -> None:
         double = singular_values(W, replace(device, dtype=torch.float64))[0] if device.has_float64 else exact
         null = null_largest(W, arguments.null, HOST)
         with full_precision():
-            G = whole(gram(W, device), device)
+            G = gram(W, device)
             for name in RULES:
                 spec = ARGUMENTS.get(name, name)
                 cut, single = apply_rule(spec, exact, shape, null), apply_rule(spec, rough, shape, null)

@@ -82,7 +82,7 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
     with full_precision():
         G = _gram(W, metric, device)[0]
         with host_threads(G.shape[0]):
-            values = scipy.linalg.eigh(G.numpy(), eigvals_only=True, driver="evd", check_finite=False)
+            values = np.linalg.eigvalsh(G.numpy())
     return _to_values(values, metric)
 
 
@@ -256,8 +256,8 @@ def _symmetric(G: torch.Tensor) -> torch.Tensor:
 
 
 def _eigh(G: torch.Tensor) -> tuple[NDArray[np.float64], torch.Tensor]:
-    values, vectors = scipy.linalg.eigh(G.numpy(), driver="evd", check_finite=False)
-    return np.asarray(values, dtype=np.float64), torch.from_numpy(vectors)
+    values, vectors = np.linalg.eigh(G.numpy())
+    return values, torch.from_numpy(vectors)
 
 
 def _orthonormal(U: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from laser.errors import RecordError
 from laser.spectral.devices import Device, available, exact_products, full_precision, host_threads, synchronise
-from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram, whole
+from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram
 from laser.spectral.probe import Probe
 from laser.spectral.projector import matrix_sign
 from laser.spectral.shrinkage import Gains
@@ -40,12 +40,12 @@ def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: P
         G = gram(W, device)
         product = 2 * 2 * p**3 / _seconds(lambda: gram(W, device), device)
         projection = _projection(W, device)
-        corners = {side: G[:side, :side].clone() for side in sides}  # Gram matrices too, and LAPACK overwrites them
-        values = {n: _seconds(lambda n=n: eigenvalues(corners[n].clone(), device), device) for n in sides}
-        vectors = {n: _seconds(lambda n=n: eigenvectors(corners[n].clone(), device), device) for n in sides}
+        corners = {side: G[:side, :side].clone() for side in sides}  # Gram matrices too
+        values = {n: _seconds(lambda n=n: eigenvalues(corners[n], device), device) for n in sides}
+        vectors = {n: _seconds(lambda n=n: eigenvectors(corners[n], device), device) for n in sides}
         # On the host, where it is no use, one size is enough to compare.
         signed = [n for n in sides if n <= 1024 or not device.host_blas]
-        signs = {n: _sign_seconds(whole(corners[n], device), device) for n in signed}
+        signs = {n: _sign_seconds(corners[n], device) for n in signed}
     to_device, to_host = _copies(device)
     read, write = _disk(disk) if disk else (None, None)
     return Probe(

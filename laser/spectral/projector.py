@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError
 from laser.spectral.certificate import Factors, Raw
 from laser.spectral.devices import Device
-from laser.spectral.gram import BLOCK_ROWS, blocks, gram, number, spectrum_of, tall, to_host, whole
+from laser.spectral.gram import BLOCK_ROWS, blocks, gram, number, spectrum_of, tall, to_host
 from laser.spectral.shrinkage import Gains
 
 Quintic = tuple[float, float, float]  # a, b, c of a x + b x^3 + c x^5
@@ -156,9 +156,9 @@ def _coarse(low: float) -> float:
 def factors_by_projector(W: torch.Tensor, device: Device, values: NDArray[np.float64] | None = None) -> Factors:
     """As factors_by_gram, but no eigenvectors: `cut` takes a plain rank. `values`: singular values (p,) of W where they
     are known; else eigenvalues are taken, on the host where the device has no LAPACK."""
-    G = whole(gram(W, device), device)
-    if values is None:  # LAPACK on the host overwrites what it is given
-        values = spectrum_of(G.clone() if device.host_blas else G, device)
+    G = gram(W, device)
+    if values is None:
+        values = spectrum_of(G, device)
     s = values
     return Factors(s, lambda wanted: _cut(W, G, s, wanted, device))
 

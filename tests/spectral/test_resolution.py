@@ -12,7 +12,7 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.plan import make_plan
 from laser.spectra import scan
 from laser.spectral.devices import HOST
-from laser.spectral.gram import gram, values_by_gram, whole
+from laser.spectral.gram import gram, values_by_gram
 from laser.spectral.projector import UNRESOLVED, matrix_sign
 from laser.spectral.resolution import at_threshold, precision_of, value_errors
 from laser.spectral.rules import RULES, Cut, apply_rule
@@ -94,7 +94,7 @@ def test_the_pico_model_has_the_same_ranks_everywhere(pico: Path) -> None:
             assert "at the threshold" not in exact.reason
             assert exact.rank == rough.rank or near
             if exact.threshold and not near and exact.rank is not None:  # the projector counts without an eigensolver
-                sign = matrix_sign(whole(gram(checkpoint.read(exact.name), SINGLE), SINGLE), exact.threshold)
+                sign = matrix_sign(gram(checkpoint.read(exact.name), SINGLE), exact.threshold)
                 assert abs(sign.unresolved) > UNRESOLVED or round(sign.positive) == exact.rank
                 compared += abs(sign.unresolved) <= UNRESOLVED
     assert compared > 100
