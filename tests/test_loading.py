@@ -112,9 +112,9 @@ def test_it_loads_in_few_bits(bits: int, layer: str, tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     # On the host, four bits come in blocks of 64 along a row.
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "source")
+    LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
     checkpoint = laser.open_checkpoint(tmp_path / "source")
     laser.reduce(checkpoint, laser.make_plan(laser.scan(checkpoint), "rank:4"), tmp_path / "reduced")
     device = "cuda" if torch.cuda.is_available() else "cpu"

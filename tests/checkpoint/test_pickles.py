@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(pickled: Path, tmp_path: Pat
     def compute(checkpoint: Checkpoint, stop_at: int | None) -> writer.Compute:
         done = 0
 
-        def run(names: list[str]) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        def run(names: list[str]) -> Generator[tuple[str, torch.Tensor, dict[str, Any]], None, None]:
             nonlocal done
             for name in names:
                 if done == stop_at:
