@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def child(path: Path, stream: bool, cap: int) -> None:
 
 def run(path: Path, kind: str, cap: int) -> tuple[int, str, str]:
     command = [sys.executable, __file__, "--child", kind, "--path", str(path), "--cap-mb", str(cap)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # One thread: each thread of each BLAS reserves buffers, which the cap counts and nobody fills.
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     return done.returncode, done.stdout.strip(), done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
 
 
