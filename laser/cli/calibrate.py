@@ -15,7 +15,7 @@ from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
-from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowLength, advance, text_of
+from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowCount, WindowLength, WindowSkip, advance, text_of
 from laser.evaluation.text import WINDOW, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.spectral.devices import choose_device
@@ -28,8 +28,8 @@ def calibrate(
     field: Field = None,
     dataset: Dataset = None,
     window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")] = 32,
-    skip: Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")] = 0,
+    windows: WindowCount = 32,
+    skip: WindowSkip = 0,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,

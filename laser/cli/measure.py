@@ -23,6 +23,8 @@ Dataset = Annotated[
     str | None, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
 ]
 WindowLength = Annotated[int, typer.Option("--window", help="Tokens per window, BOS included.")]
+WindowCount = Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")]
+WindowSkip = Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Layer by layer from disk: one layer's weights in memory.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
 
@@ -35,8 +37,8 @@ def eval(
     field: Field = None,
     dataset: Dataset = None,
     window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")] = 32,
-    skip: Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")] = 0,
+    windows: WindowCount = 32,
+    skip: WindowSkip = 0,
     mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
     no_bos: Annotated[bool, typer.Option("--no-bos", help="No BOS at the start of a window.")] = False,
     stream: Stream = False,
