@@ -57,10 +57,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = arguments()
+    # What decides a measured change, and the moments beside it; ranks and rules may be added to a run later.
     run = {
         k: [str(x) for x in v] if isinstance(v, list) else str(v)
         for k, v in vars(asked).items()
-        if k not in ("report", "seconds")
+        if k not in ("out", "shares", "rules", "seconds", "report")
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     with Journal(asked.out / "edits.jsonl", {"kind": "data metric"} | run) as journal:

@@ -1,8 +1,8 @@
 """Listening in on a layer: every product with a weight, its inputs and its outputs, whatever module makes it.
 
-Hooks on modules would miss the experts, which are slices of 3-D parameters and no modules. So calls of
-`torch.nn.functional.linear` are watched, and the weight in a call is known by where its memory lies. An expert's inputs
-are then by themselves the tokens that were routed to it.
+Hooks on modules would miss the experts, which are slices of 3-D parameters and no modules. So the calls of torch that
+multiply are watched, and the weight in a call is known by where its memory lies. An expert's inputs are then by
+themselves the tokens that were routed to it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,17 @@ class Met:
     rows: tuple[slice, ...]
 
 
+# x @ w: weights that are stored transposed (GPT-OSS), or those of all experts in one call (Llama 4).
+MATMULS = (
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+)
+
 # (what was met, inputs (T, n), outputs without bias (T, m of all rows))
 Listener = Callable[[Met, torch.Tensor, torch.Tensor], None]
 
@@ -39,57 +50,71 @@ def run_one_expert_at_a_time(model: LayeredModel) -> None:
 
 
 class Tap(TorchFunctionMode):
-    """Inside, `listen` is told of every product of decoder layer `layer` with one of the `matrices`.
-
-    A matrix that is stored transposed or interleaved with another is in no product as it stands, and is not told of.
-    """
+    """Inside, `listen` is told of every product of decoder layer `layer` with one of the `matrices`."""
 
     def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()
-        self.model, self.layer, self.matrices, self.listen = model, layer, matrices, listen
-        self._places: list[tuple[int, Matrix]] | None = None  # (address, matrix)
-        self._met: dict[tuple[int, tuple[int, ...]], Met] = {}
+        self.checkpoint, self.listen = model.checkpoint, listen
+        self.prefix, self.block = f"model.layers.{layer}.", model.inner.layers[layer]
+        self.matrices = matrices
+        self._places: list[tuple[Matrix, torch.Tensor]] | None = None
+        self._met: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Met] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-            weight = given["weight"]
-            key = (weight.data_ptr(), tuple(weight.shape))
-            if key not in self._met:
-                self._met[key] = self._inside(weight)
-            if self._met[key].names:
-                bias = given.get("bias")
-                y = out if bias is None else out - bias
-                x = given["input"].reshape(-1, weight.shape[1])
-                self.listen(self._met[key], x, y.reshape(-1, weight.shape[0]))
+            weight, bias = given["weight"], given.get("bias")
+            self._hear(weight, given["input"], out if bias is None else out - bias)
+        elif func in MATMULS and len(args) == 2 and args[1].ndim == 2:
+            self._hear(args[1].T, args[0], out)
+        elif func in MATMULS and len(args) == 2 and args[0].ndim == args[1].ndim == 3:
+            for x, weight, y in zip(*args, out, strict=False):  # inputs of 0 are tokens of other experts
+                self._hear(weight.T, x, y, routed=x.any(dim=-1))
         return out
 
+    def _hear(self, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, routed: Any = ...) -> None:
+        """y = weight x, `weight` (m, n) however it is strided."""
+        mine = {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
+        if weight.untyped_storage().data_ptr() not in mine:  # two activations, as in attention
+            return
+        key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+        if key not in self._met:
+            self._met[key] = self._inside(weight)
+        m, n = weight.shape
+        x, y = x.reshape(-1, n)[routed], y.reshape(-1, m)[routed]
+        if self._met[key].names and len(x):
+            self.listen(self._met[key], x, y)
+
     def _inside(self, weight: torch.Tensor) -> Met:
-        """The matrices that are whole rows of `weight` (m, n), by where they lie in memory."""
+        """The matrices that are rows of `weight` (m, n), all or every k-th, by where they lie in memory."""
         if self._places is None:  # the layer is loaded when its first product is made
             self._places = self._find()
-        row, start = weight.shape[1] * weight.element_size(), weight.data_ptr()
         names, rows = [], []
-        for address, matrix in self._places:
-            first, rest = divmod(address - start, row)
-            if matrix.shape[1] == weight.shape[1] and not rest and 0 <= first <= len(weight) - matrix.shape[0]:
+        stride, across = weight.stride()
+        for matrix, place in self._places:
+            first, off = divmod((place.data_ptr() - weight.data_ptr()) // weight.element_size(), stride)
+            step, uneven = divmod(place.stride(0), stride)
+            last = first + step * (len(place) - 1)
+            whole = place.shape[1] == weight.shape[1] and place.stride(1) == across
+            if whole and not off and not uneven and 0 <= first <= last < len(weight):
                 names.append(matrix.name)
-                rows.append(slice(first, first + matrix.shape[0]))
+                rows.append(slice(first, last + 1, step))
         return Met(tuple(names), tuple(rows))
 
-    def _find(self) -> list[tuple[int, Matrix]]:
+    def _find(self) -> list[tuple[Matrix, torch.Tensor]]:
+        """Each matrix (m, n) as it lies in the layer's parameters."""
         by_tensor: dict[str, list[Matrix]] = {}
         for matrix in self.matrices:
             by_tensor.setdefault(matrix.tensor, []).append(matrix)
         found = []
-        prefix = f"model.layers.{self.layer}."
-        for short, parameter in self.model.inner.layers[self.layer].named_parameters():
-            for part in parts_of(self.model.checkpoint, prefix + short, tuple(parameter.shape)):
+        for short, parameter in self.block.named_parameters():
+            for part in parts_of(self.checkpoint, self.prefix + short, tuple(parameter.shape)):
                 for matrix in by_tensor.get(part.tensor, ()):
                     place, cut = parameter.data[part.where], matrix.cut
                     if cut is not None:
                         place = place.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
-                    if place.is_contiguous() and (cut is None or not cut.transposed):
-                        found.append((place.data_ptr(), matrix))
+                        place = place.view(-1, place.shape[-1])  # no copy: a matrix in pieces would not be one product
+                        place = place.T if cut.transposed else place
+                    found.append((matrix, place))
         return found
