@@ -16,6 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from laser.spectra import Source
 from laser.spectral.second_moments import nystrom
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
-# by their outputs' moment, and for the null by SKETCH directions.
-FULL_SIDE, SKETCH = 4096, 256
+# by their outputs' moment, and for the null by SKETCH directions and the diagonal of the rest: 60 MB beside 128.
+FULL_SIDE, SKETCH = 4096, 1024
 CHUNK = 8 << 20
 ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
@@ -49,10 +50,10 @@ class Accumulator:
 
     def __init__(self, met: Met, form: str) -> None:
         self.met, self.form, self.names = met, form, met.names
-        self.tokens, self.fourth_, self.trace_ = 0, 0.0, 0.0
+        self.tokens, self.fourth_ = 0, 0.0
         self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
-        self.image_: torch.Tensor | None = None  # (n, SKETCH)
-        self.test: torch.Tensor | None = None
+        self.image_: torch.Tensor | None = None  # (n, SKETCH), float64
+        self.loudness_: torch.Tensor | None = None  # (n,), float64: the diagonal beside that image
         self._waiting: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -82,29 +83,33 @@ class Accumulator:
         self.total_ = part.double() if self.total_ is None else self.total_.add_(part)
 
     def _sketch(self, x: torch.Tensor) -> None:
-        if self.test is None:
-            generator = torch.Generator().manual_seed(0)
-            self.test = torch.randn(x.shape[1], min(SKETCH, x.shape[1]), generator=generator)
-            self.image_ = torch.zeros(self.test.shape, dtype=torch.float64)
-        assert self.image_ is not None
-        self.image_ += (x.T @ (x @ self.test.to(x.device))).cpu()
-        self.trace_ += float(x.square().sum(dtype=torch.float64))
+        test = directions(x.shape[1]).to(x.device)
+        image, loudness = (x.T @ (x @ test)).cpu().double(), x.square().sum(0, dtype=torch.float64).cpu()
+        self.image_ = image if self.image_ is None else self.image_.add_(image)
+        self.loudness_ = loudness if self.loudness_ is None else self.loudness_.add_(loudness)
 
     def finish(self, layer: int) -> tuple[Site, dict[str, torch.Tensor]]:
         """The site and its tensors, means over the tokens; no tensors where there were none."""
         self.flush()
-        key, tensors, flat = self.met.names[0], {}, 0.0
+        key, tensors = self.met.names[0], {}
         if self.total_ is not None:
             mean = self.total_ / self.tokens
             if self.form == "diagonal":
                 tensors[f"{key}.diagonal"] = mean
             else:
                 tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = pack(mean)
-            if self.image_ is not None and self.test is not None:
-                B, flat = nystrom(self.image_ / self.tokens, self.test.double(), self.trace_ / self.tokens)
-                tensors[f"{key}.sketch"] = B.float()
+            if self.image_ is not None and self.loudness_ is not None:
+                image, loudness = self.image_ / self.tokens, self.loudness_ / self.tokens
+                B, rest = nystrom(image, directions(len(image)).double(), loudness)
+                tensors |= {f"{key}.sketch": B.float(), f"{key}.rest": rest}
         fourth = self.fourth_ / max(self.tokens, 1)
-        return Site(key, layer, self.form, self.tokens, fourth, self.names, flat), tensors
+        return Site(key, layer, self.form, self.tokens, fourth, self.names), tensors
+
+
+@cache
+def directions(n: int) -> torch.Tensor:
+    """(n, SKETCH) the random directions of every sketch of inputs of width n."""
+    return torch.randn(n, min(SKETCH, n), generator=torch.Generator().manual_seed(0))
 
 
 def calibrate(

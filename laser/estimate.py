@@ -25,6 +25,7 @@ from laser.workers import Crew, peak_bytes
 _CORE = Probe(
     "cpu float64", "one core of an AMD EPYC", "2.13.0", 1, 8.7e10,
     {512: 0.012, 1024: 0.065, 2048: 0.53}, {512: 0.034, 1024: 0.19, 2048: 1.42},
+    null={576 * 576: 0.010, 4096 * 1024: 0.3, 14336 * 4096: 6.5},
 )  # fmt: skip
 _CORE_32 = replace(
     _CORE, device="cpu float32", product=1.75e11, eigenvalues={512: 0.007, 1024: 0.043, 2048: 0.29},
@@ -53,9 +54,16 @@ class Estimate:
 
 
 def estimate(
-    checkpoint: Checkpoint, matrices: Sequence[Matrix], crew: Crew, ranks: Mapping[str, int] | None = None
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    crew: Crew,
+    ranks: Mapping[str, int] | None = None,
+    draws: int = 0,
+    in_data: bool = False,
 ) -> Estimate:
     """What it would take to scan and to reduce `matrices`, to `ranks` where they are known, else to the dearest ones.
+
+    draws: permutations that the scan measures. in_data: it measures in the metric of the data, too.
 
     Copies to a device overlap with its arithmetic only in part, so they are added to it. Tasks of the engine ray are
     taken to run on this machine's crew alone.
@@ -69,6 +77,11 @@ def estimate(
     there = {name: b / probe.to_device if probe.to_device else 0.0 for name, b in size.items()}
     back = {name: b / probe.to_host if probe.to_host else 0.0 for name, b in size.items()}
     values = [probe.values_seconds(m, n) + there[x.name] for x, m, n in shapes]
+    nulls = [
+        draws * (probe.null_seconds(m, n) + probe.null_seconds(m, n, True) * in_data)
+        + (probe.data_seconds(m, n) if in_data else 0.0)
+        for _, m, n in shapes
+    ]
     cuts = [
         probe.truncate_seconds(m, n, (ranks or {}).get(x.name)) + there[x.name] + back[x.name] for x, m, n in shapes
     ]
@@ -77,9 +90,9 @@ def estimate(
     copying = disk / probe.disk_read + disk / probe.disk_write if probe.disk_read and probe.disk_write else 0.0
     return Estimate(
         len(matrices),
-        max(_spread(values, staff), reading),
+        max(_spread(map(sum, zip(values, nulls, strict=True)), staff), reading),
         max(_spread(cuts, staff), copying),
-        max(_spread(cuts, staff), copying),  # the values come with the vectors
+        max(_spread(map(sum, zip(cuts, nulls, strict=True)), staff), copying),  # the values come with the vectors
         peak_bytes(matrices, crew),
         disk,
         basis,

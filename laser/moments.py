@@ -21,7 +21,7 @@ from laser.errors import RecordError, UsageError
 from laser.spectra import Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 1
+KIND, VERSION = "moments", 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Site:
     tokens: int
     fourth: float
     matrices: tuple[str, ...]
-    flat: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,9 @@ class Moments:
             if site.form == "diagonal":
                 return Metric("diagonal", diagonal, site.tokens)
             moment = unpack(file.get_tensor(f"{site.key}.correlations"), diagonal)
-            sketch = file.get_tensor(f"{site.key}.sketch").double() if site.form == "outputs" else None
-        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, sketch, site.flat)
+            parts = ("sketch", "rest") if site.form == "outputs" else ()
+            known = {part: file.get_tensor(f"{site.key}.{part}").double() for part in parts}
+        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, **known)
 
     @staticmethod
     def load(path: Path) -> Moments:

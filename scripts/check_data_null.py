@@ -5,7 +5,8 @@
 Level: Gaussian weights of the shape of the first matrix whose name holds --level-of meet the inputs of MOMENTS; the
 rule parallel:0.05 must keep one value or more in about 5 % of the draws. Law: Kolmogorov-Smirnov distance between
 Silverstein's equation and the spectrum of Gaussian weights, of the matrix with its entries permuted, and of the matrix
-as it is; and how many of its values from the first on lie over the permuted matrix's of the same place.
+as it is; and how many of its values from the first on lie over the permuted matrix's of the same place. Sketch: the
+null from n / 14 directions of C and the diagonal of the rest (as for inputs of 14336), over that from the whole C.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import laser
 from laser.checkpoint.families import read_matrix
 from laser.moments import Moments
 from laser.selection import parse_layers
-from laser.spectral.data_metric import data_values, null_in_metric
+from laser.spectral.data_metric import Metric, data_values, null_in_metric
 from laser.spectral.permutation import permuted
 from laser.spectral.rules import apply_rule
+from laser.spectral.second_moments import nystrom
 from laser.spectral.silverstein import distance
 
 
@@ -52,7 +54,9 @@ def main() -> None:
             f"{100 * error:.1f} %, at most 1 in {100 * one:.1f} %, most {found.max()}"
         )
     print(
-        "\n| matrix | shape | tokens | C: s_1^2 / trace | gaussian | permuted | as it is | over |\n" + "|---" * 8 + "|"
+        "\n| matrix | shape | tokens | C: s_1^2 / trace | gaussian | permuted | as it is | over | sketch |\n"
+        + "|---" * 9
+        + "|"
     )
     for matrix in matrices:
         metric, W = moments.metric(matrix.name), read_matrix(checkpoint, matrix.name).float()
@@ -68,9 +72,19 @@ def main() -> None:
             cells.append(f"{distance(s[s > 0], population, matrix.shape[0] / matrix.shape[1], points=300):.4f}")
         # Place by place and not against the largest: how many values lie over the permuted matrix's.
         cells.append(str(int(np.argmin(np.append(spectra[2] > spectra[1], False)))))
+        few, whole = (null_in_metric(W, known, 5, device) for known in (sketched(metric, len(W)), metric))
+        cells.append(f"{np.mean(few / whole):.3f}")
         top = population[-1] / population.sum()
         shape = "x".join(map(str, matrix.shape))
         print(f"| {matrix.name} | {shape} | {metric.tokens} | {top:.3f} | {' | '.join(cells)} |", flush=True)
+
+
+def sketched(metric: Metric, m: int) -> Metric:
+    """As if the inputs of `metric` were too wide for their whole moment C (n, n)."""
+    C = metric.moment
+    test = torch.randn(len(C), len(C) // 14, generator=torch.Generator().manual_seed(0)).double()
+    B, rest = nystrom(C @ test, test, C.diagonal())
+    return Metric("outputs", torch.eye(m, dtype=torch.float64), metric.tokens, sketch=B, rest=rest)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,18 @@ def test_by_the_probe_of_this_machine(pico: Path) -> None:
     assert known.reduce_seconds == pytest.approx(3 * (product + 1.0))
 
 
+def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) -> None:
+    Probe("cpu float64", "a chip", "2.13", 1, 1e6, {32: 0.5}, {32: 1.0}, null={32**2: 1.0}).save()
+    checkpoint = laser.open_checkpoint(pico)
+    matrices = [m for m in selected(checkpoint) if m.role == "q"]
+    plain = estimate(checkpoint, matrices, Crew((CPU,), 1))
+    drawn = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19)
+    assert drawn.scan_seconds - plain.scan_seconds == pytest.approx(3 * 19 * 1.0)
+    assert drawn.visit_seconds > plain.visit_seconds and drawn.reduce_seconds == plain.reduce_seconds
+    both = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19, in_data=True)
+    assert both.scan_seconds > 2 * plain.scan_seconds + 2.5 * (drawn.scan_seconds - plain.scan_seconds)
+
+
 def test_the_slower_of_disk_and_arithmetic_decides(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     Probe("cpu float64", "a chip", "2.13", 1, 1e15, {32: 0.0}, {32: 0.0}, disk_read=1e3, disk_write=1e3).save()

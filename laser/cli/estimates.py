@@ -21,19 +21,27 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
     return [m for m in matrices if chosen.why_not(m) is None]
 
 
-def print_dry_run(checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool) -> None:
+def print_dry_run(
+    checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool, draws: int = 0, in_data: bool = False
+) -> None:
     matrices = list_matrices(checkpoint)
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data)
 
 
 def print_estimate(
-    checkpoint: Checkpoint, matrices: list[Matrix], crew: Crew, as_json: bool, ranks: Mapping[str, int] | None = None
+    checkpoint: Checkpoint,
+    matrices: list[Matrix],
+    crew: Crew,
+    as_json: bool,
+    ranks: Mapping[str, int] | None = None,
+    draws: int = 0,
+    in_data: bool = False,
 ) -> None:
     """A row per kind of matrix, and what scanning and reducing them would take."""
-    foretold = estimate(checkpoint, matrices, crew, ranks)
+    foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
         return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
     groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}

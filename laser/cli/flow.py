@@ -63,7 +63,7 @@ def scan(
     method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     if dry_run:
-        return print_dry_run(checkpoint, selected, crew, as_json)
+        return print_dry_run(checkpoint, selected, crew, as_json, null, moments is not None)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
     common.refuse_to_overwrite(output, force)
@@ -71,7 +71,7 @@ def scan(
         output.unlink(missing_ok=True)
         output.with_name(output.name + ".partial").unlink(missing_ok=True)
     known, matrices = common.moments_of(moments), chosen_of(list_matrices(checkpoint), selected)
-    foretold, meter = estimate(checkpoint, matrices, crew), Meter()
+    foretold, meter = estimate(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
         spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known)
     if as_json:

@@ -112,8 +112,9 @@ def run(
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     where = crew.devices[0]
+    draws = max(draws_needed(part) for part in wanted.split(","))
     if dry_run:
-        return print_dry_run(checkpoint, chosen, crew, as_json)
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws)
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def choose(spectra: Spectra) -> Plan:
@@ -131,7 +132,7 @@ def run(
         return result.plan
 
     matrices = chosen_of(list_matrices(checkpoint), chosen)
-    foretold, meter = estimate(checkpoint, matrices, crew), Meter()
+    foretold, meter = estimate(checkpoint, matrices, crew, draws=draws), Meter()
     seconds = None if searching else foretold.visit_seconds
     if count and seconds is not None:
         seconds = foretold.scan_seconds + foretold.reduce_seconds * min(count / max(len(matrices), 1), 1.0)
@@ -144,7 +145,7 @@ def run(
             crew=crew,
             method=choose_method(method or flags.get("method", "auto"), where)[0],
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
-            null_draws=max(draws_needed(part) for part in wanted.split(",")),
+            null_draws=draws,
             resume=resume,
             force=force,
             command=_command(checkpoint, output),

@@ -43,7 +43,7 @@ class Metric:
     """What is known of the inputs of one W (m, n). Moments are float64 means over `tokens` inputs.
 
     form: what `moment` is: "full" C (n, n); "diagonal" its diagonal (n,); "outputs" W C W^T (m, m), for inputs so wide
-        that C is never formed; then C itself is known, for the null, as sketch sketch^T + flat * I
+        that C is never formed; then C itself is known, for the null, as sketch sketch^T + diag(rest)
     fourth: mean of ||x||^4 ("outputs": of ||y||^4), what Ledoit-Wolf shrinkage goes by
     shrink: whether to shrink `moment` (second_moments.py)
     """
@@ -54,7 +54,7 @@ class Metric:
     fourth: float = 0.0
     shrink: bool = False
     sketch: torch.Tensor | None = None  # (n, k)
-    flat: float = 0.0
+    rest: torch.Tensor | None = None  # (n,)
 
     def check(self, W: torch.Tensor) -> None:
         """Raises UsageError where this is the metric of a matrix of another shape."""
@@ -167,7 +167,7 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
     tops = np.zeros(draws)
     C = None if metric.form != "full" else _inputs(metric).float().to(device.torch_device)
     d = None if metric.form != "diagonal" else metric.moment.float().to(device.torch_device)
-    B = None if metric.sketch is None else metric.sketch.float().to(device.torch_device)
+    B, rest = (None if x is None else x.float().to(device.torch_device) for x in (metric.sketch, metric.rest))
     for seed in range(draws):
         P = permuted(W, seed).to(device.torch_device)
 
@@ -179,8 +179,8 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
                     z = C @ z
                 elif d is not None:
                     z = d * z
-                elif B is not None:
-                    z = B @ (B.T @ z) + metric.flat * z
+                elif B is not None and rest is not None:
+                    z = B @ (B.T @ z) + rest * z
                 return (P @ z).double().cpu().numpy()
 
         tops[seed] = _largest(product, W.shape[0])

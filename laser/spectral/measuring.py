@@ -19,6 +19,7 @@ import torch
 from laser.errors import RecordError
 from laser.spectral.devices import Device, available, exact_products, full_precision, host_threads, synchronise
 from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram
+from laser.spectral.permutation import null_largest
 from laser.spectral.probe import Probe
 from laser.spectral.projector import matrix_sign
 from laser.spectral.shrinkage import Gains
@@ -46,6 +47,7 @@ def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: P
         # On the host, where it is no use, one size is enough to compare.
         signed = [n for n in sides if n <= 1024 or not device.host_blas]
         signs = {n: _sign_seconds(corners[n], device) for n in signed}
+        null = {2 * n * n: _seconds(lambda n=n: null_largest(W[: 2 * n, :n], 1, device), device) for n in sides}
     to_device, to_host = _copies(device)
     read, write = _disk(disk) if disk else (None, None)
     return Probe(
@@ -63,6 +65,7 @@ def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: P
         disk_write=write,
         exact_products=exact_products(device.torch_device),
         projection=projection,
+        null=null,
         measured=time.strftime("%Y-%m-%d"),
     )
 

@@ -31,6 +31,7 @@ class Probe:
     to_device, to_host: bytes a second of a copy; None on the host, where there is no copy
     disk_read, disk_write: bytes a second, the read from a cold cache
     exact_products: whether a product in float32 carries all of its 24 bits
+    null: entries of a matrix -> seconds for one permutation of it and its largest singular value
     """
 
     device: str
@@ -47,11 +48,21 @@ class Probe:
     disk_write: float | None = None
     exact_products: bool = True
     projection: float | None = None
+    null: Mapping[int, float] = field(default_factory=dict)
     measured: str = ""  # the day, as 2026-01-31
 
     def values_seconds(self, m: int, n: int) -> float:
         """Foretold seconds of the singular values of a matrix (m, n) that lies on the device."""
         return 2 * m * n * min(m, n) / self.product + interpolate(self.eigenvalues, min(m, n))
+
+    def data_seconds(self, m: int, n: int) -> float:
+        """Foretold seconds of the singular values of (m, n) in the metric of a moment (n, n)."""
+        root = interpolate(self.eigenvectors, n) if m > n else 0.0
+        return root + 2 * m * n * n / self.product + self.values_seconds(m, n)
+
+    def null_seconds(self, m: int, n: int, in_data: bool = False) -> float:
+        """Foretold seconds of one permutation; in the metric of a moment (n, n) that is multiplied, too."""
+        return interpolate(self.null, m * n + (n * n // 2 if in_data else 0), beyond=1)
 
     def truncate_seconds(self, m: int, n: int, rank: int | None = None) -> float:
         """Foretold seconds of a truncation of (m, n) to `rank`, by default the dearest one, p / 2.
@@ -89,8 +100,8 @@ class Probe:
             return None
         try:
             found = dict(probes[device])
-            for table in ("eigenvalues", "eigenvectors", "projector"):
-                found[table] = {int(p): float(seconds) for p, seconds in found[table].items()}
+            for table in ("eigenvalues", "eigenvectors", "projector", "null"):
+                found[table] = {int(p): float(seconds) for p, seconds in found.get(table, {}).items()}
             return Probe(**found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecordError(f"{path}: the probe of {device} is not whole ({error}); {_AGAIN}") from error
@@ -118,17 +129,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path} is not a readable record of devices ({error}); {_AGAIN}") from error
 
 
-def interpolate(table: Mapping[int, float], p: int) -> float:
-    """Seconds at side `p` from seconds at a few sides: a power law between neighbours, p^3 beyond the last one.
+def interpolate(table: Mapping[int, float], p: int, beyond: int = 3) -> float:
+    """Seconds at side `p` from seconds at a few sides: a power law between neighbours, p^`beyond` after the last one.
 
-    Below the first one it falls as p^3 as well, which flatters small matrices whose cost is that of the call.
+    Below the first one it falls as that power as well, which flatters small matrices whose cost is that of the call.
     """
     if not table:
         return 0.0
     sides = sorted(table)
     if p <= sides[0] or p >= sides[-1] or p in table:
         near = p if p in table else sides[0] if p < sides[0] else sides[-1]
-        return table[near] * (p / near) ** 3
+        return table[near] * (p / near) ** beyond
     low = max(side for side in sides if side < p)
     high = min(side for side in sides if side > p)
     power = math.log(table[high] / table[low]) / math.log(high / low)

@@ -21,16 +21,15 @@ def shrunk(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor) ->
     return (1 - a) * S + a * mu * target, a
 
 
-def nystrom(image: torch.Tensor, test: torch.Tensor, trace: float) -> tuple[torch.Tensor, float]:
-    """C as B B^T + flat * I from its `image` C Omega (n, k), the `test` matrix Omega (n, k) and its trace; (B, flat).
+def nystrom(image: torch.Tensor, test: torch.Tensor, diagonal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """C as B B^T + diag(rest) from its `image` C Omega (n, k), the `test` matrix Omega (n, k) and its diagonal (n,).
 
-    Nystrom's approximation (Halko, Martinsson and Tropp 2011, algorithm 5.5), and what it leaves of the trace spread
-    evenly: the largest values of C, on which noise's largest answer rests, are in B.
+    B (n, k) is Nystrom's approximation (Halko, Martinsson and Tropp 2011, algorithm 5.5), which is never over C; `rest`
+    is what it leaves of the diagonal. The largest values of C, on which noise's largest answer rests, are in B.
     """
     core = test.T @ image
     values, found = scipy.linalg.eigh(((core + core.T) / 2).numpy(), driver="evd", check_finite=False)
     vectors = torch.from_numpy(found)
     keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    scaled = vectors[:, torch.from_numpy(keep)] / torch.from_numpy(np.sqrt(values[keep]))
-    B = image @ scaled
-    return B, max(trace - float((B * B).sum()), 0.0) / len(B)
+    B = image @ (vectors[:, torch.from_numpy(keep)] / torch.from_numpy(np.sqrt(values[keep])))
+    return B, (diagonal - B.square().sum(1)).clamp_min(0.0)

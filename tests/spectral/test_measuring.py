@@ -21,6 +21,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert torch.get_num_threads() == threads
     assert (found.device, found.threads, found.exact_products) == ("cpu float64", 1, True)
     assert found.eigenvalues.keys() == found.eigenvectors.keys() == found.projector.keys() == {32, 64}
+    assert found.null.keys() == {2 * 32**2, 2 * 64**2} and min(found.null.values()) > 0
     rates = (found.product, found.projection, found.disk_read, found.disk_write)
     assert all(rate is not None and rate > 1e5 for rate in rates)
     assert found.to_device is None and found.to_host is None  # nothing is copied on the host
