@@ -93,7 +93,8 @@ def estimate(
         max(_spread(map(sum, zip(values, nulls, strict=True)), staff), reading),
         max(_spread(cuts, staff), copying),
         max(_spread(map(sum, zip(cuts, nulls, strict=True)), staff), copying),  # the values come with the vectors
-        peak_bytes(matrices, crew),
+        peak_bytes(matrices, crew)
+        + in_data * staff * max((8 * _metric_entries(m, n) for _, m, n in shapes), default=0),
         disk,
         basis,
     )
@@ -110,6 +111,11 @@ def constants(crew: Crew) -> tuple[Probe, str]:
         return probe, f"by the probe of {probe.measured}"
     other = ELSEWHERE.get(crew.label, _CORE_32)
     return other, f"by {other.name}; `laser devices --probe` measures yours"
+
+
+def _metric_entries(m: int, n: int) -> int:
+    """What the metric of the data holds in float64: W and W C^(1/2), C or W C W^T with its root and eigenvectors."""
+    return 2 * m * n + 4 * min(n, 4096) ** 2
 
 
 def _spread(seconds: Iterable[float], staff: int) -> float:

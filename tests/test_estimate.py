@@ -53,6 +53,7 @@ def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) ->
     assert drawn.scan_seconds - plain.scan_seconds == pytest.approx(3 * 19 * 1.0)
     assert drawn.visit_seconds > plain.visit_seconds and drawn.reduce_seconds == plain.reduce_seconds
     both = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19, in_data=True)
+    assert both.peak_bytes > drawn.peak_bytes
     assert both.scan_seconds > 2 * plain.scan_seconds + 2.5 * (drawn.scan_seconds - plain.scan_seconds)
 
 
