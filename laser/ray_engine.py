@@ -97,6 +97,8 @@ def connect(engine: str) -> Any:
             ray.init(address=engine if "://" in engine else None, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UsageError(f"no Ray cluster answers at {engine} ({error}); try `ray start --head` there") from error
+        except ValueError as error:  # its client protocol is an extra of Ray's own
+            raise UsageError(f"--engine {engine}: {error}; try pip install 'laser-rmt[ray]'") from error
     return ray
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +27,15 @@ from laser.spectral.devices import Device, choose_device
 from laser.workers import Crew, choose_crew, visit
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
+# Ray leaves the log of its client server open.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)
 CPU = choose_device("cpu")
 ON_RAY = choose_crew("cpu", engine="ray")
+with closing(socket.socket()) as free:
+    free.bind(("127.0.0.1", 0))
+    CLIENT_PORT = free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,7 @@ def cluster() -> Iterator[Any]:
 
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # that a node is dead
-    head = small | {"include_dashboard": False, "_system_config": quickly}
+    head = small | {"include_dashboard": False, "_system_config": quickly, "ray_client_server_port": CLIENT_PORT}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
@@ -63,6 +73,30 @@ def test_scan_and_reduce_are_those_of_one_process(cluster: Any, pico: Path, tmp_
         spectra.save(place / "spectra.safetensors")
         reduce(checkpoint, make_plan(spectra, "mp-edge"), place / "out", crew=crew)
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+
+
+def test_from_a_machine_outside_of_the_cluster(cluster: Any, pico: Path, tmp_path: Path) -> None:
+    """By Ray's client protocol, from a process of its own, as a laptop would."""
+    pytest.importorskip("grpc", reason="needs Ray's client: pip install 'ray[client]'")
+    files = []
+    for number, engine in enumerate((f"ray://127.0.0.1:{CLIENT_PORT}", "threads")):
+        files.append(tmp_path / f"{number}.safetensors")
+        command = [sys.executable, "-m", "laser", "scan", str(pico), "-o", str(files[-1]), "--engine", engine]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_address_where_no_cluster_is_or_a_ray_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for error, advice in ((ConnectionError("no"), "ray start --head"), (ValueError("no client"), "pip install")):
+
+        def refuse(error: Exception = error, **_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "init", refuse)
+        with pytest.raises(UsageError, match=f"no.*; try .*{advice}"):
+            ray_engine.connect("ray://127.0.0.1:1")
 
 
 def test_an_error_in_a_task_is_the_error_of_the_run(cluster: Any, pico: Path) -> None:
