@@ -9,6 +9,7 @@ outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 from laser.calibration import calibrate
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.engine.workers import Crew, choose_crew
 from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import Difference, Perplexity, difference
@@ -23,7 +24,6 @@ from laser.spectral.decomposition import Certificate, Truncation, singular_value
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES, Cut, apply_rule
 from laser.verification import Verification, verify
-from laser.workers import Crew, choose_crew
 
 __all__ = [
     "RULES",

@@ -9,6 +9,7 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import RECORDS, is_settled, prepare_output
+from laser.engine.workers import Crew
 from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
 from laser.plan import Plan, Treatment
@@ -16,7 +17,6 @@ from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, scan
-from laser.workers import Crew
 
 
 @dataclass(frozen=True)

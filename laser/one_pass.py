@@ -24,6 +24,7 @@ import torch
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.writer import RECORDS, New, write_checkpoint
+from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
 from laser.measured import Measured, from_entry, to_entry
 from laser.plan import Plan, Treatment, line_of
@@ -36,7 +37,6 @@ from laser.spectral.devices import Device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
-from laser.workers import Crew, near, visit
 
 Result = tuple[Measured, torch.Tensor | None, dict[str, Any] | None]
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
+from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
@@ -31,7 +32,6 @@ from laser.spectral.decomposition import measure as measure_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.entries import excess_kurtosis
 from laser.spectral.permutation import null_largest
-from laser.workers import Crew, dearest_first, near, visit
 
 if TYPE_CHECKING:
     from laser.moments import Moments

@@ -39,13 +39,13 @@ from safetensors.torch import load_file, save_file
 
 import laser
 from laser.checkpoint.writer import prepare_output, write_checkpoint
+from laser.engine.workers import Crew, peak_bytes, visit
 from laser.flow import run
 from laser.plan import Treatment, make_plan
 from laser.reduction import by_shard, reduce
 from laser.spectra import scan
 from laser.spectral.decomposition import visit as factorise
 from laser.spectral.shrinkage import Gains
-from laser.workers import Crew, peak_bytes, visit
 
 
 def high_water() -> int:

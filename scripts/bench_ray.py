@@ -29,8 +29,8 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 import laser
-from laser import ray_engine
-from laser.workers import Crew, visit
+from laser.engine import ray_engine
+from laser.engine.workers import Crew, visit
 
 CPU = laser.choose_device("cpu")
 HERE, ON_RAY = Crew((CPU,), 1), laser.choose_crew("cpu", engine="ray")

@@ -23,12 +23,12 @@ from types import SimpleNamespace
 import numpy as np
 from bench_stream_memory import VOCABULARY, make
 
-import laser.runner
+import laser.search.runner
 from laser.checkpoint.reader import open_checkpoint
 from laser.evaluation.objective import Loss
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
-from laser.search import SearchResult, search
+from laser.search.search import SearchResult, search
 from laser.selection import Selection
 from laser.spectra import scan
 from laser.spectral.devices import choose_device
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall seconds: shared machines")
     given = parser.parse_args()
     if given.cpu_time:
-        laser.runner.time = SimpleNamespace(perf_counter=time.process_time)
+        laser.search.runner.time = SimpleNamespace(perf_counter=time.process_time)
     if given.model:
         return bench(given.model, given)
     with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +88,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
         return found, model
 
     plain, model = attempt(False)
-    clock = laser.runner.time.perf_counter
+    clock = laser.search.runner.time.perf_counter
     start = clock()
     activations = model.embed(calibration.windows)
     model.score(activations, calibration.windows)

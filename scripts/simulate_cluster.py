@@ -15,8 +15,8 @@ import argparse
 import heapq
 from dataclasses import dataclass, field, fields
 
-from laser.estimate import ELSEWHERE
-from laser.ray_engine import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
+from laser.engine.estimate import ELSEWHERE
+from laser.engine.ray_engine import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
 
 
 @dataclass(frozen=True)

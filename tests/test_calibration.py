@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
-from laser.candidates import cut_of
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.plan import Plan
+from laser.search.candidates import cut_of
 from laser.selection import Selection
 
 Run = Callable[..., tuple[int, str, str]]

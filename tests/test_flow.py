@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser.checkpoint.reader import INDEX
 from laser.checkpoint.writer import JOURNAL
+from laser.engine.workers import Crew
 from laser.errors import RecordError, UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, empty_plan, make_plan
@@ -28,7 +29,6 @@ from laser.spectra import Spectra, scan
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import apply_rule
 from laser.verification import verify
-from laser.workers import Crew
 
 CPU = choose_device("cpu")
 CREW = Crew((CPU,))

@@ -13,6 +13,7 @@ from conftest import mixtral_tensors
 import laser
 from laser import one_pass
 from laser.checkpoint.writer import JOURNAL
+from laser.engine.workers import Crew
 from laser.errors import NumericalError
 from laser.flow import Result, run
 from laser.plan import Plan, Treatment, make_plan
@@ -20,7 +21,6 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.verification import verify
-from laser.workers import Crew
 
 CREW = Crew((choose_device("cpu"),), 2)
 

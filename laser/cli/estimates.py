@@ -11,10 +11,10 @@ from typing import Any
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
-from laser.estimate import Estimate, Meter, estimate
+from laser.engine.estimate import Estimate, Meter, estimate
+from laser.engine.workers import Crew
 from laser.reduction import Outcome
 from laser.selection import Selection
-from laser.workers import Crew
 
 
 def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:

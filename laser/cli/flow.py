@@ -13,8 +13,9 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
+from laser.engine.estimate import Meter, estimate
+from laser.engine.workers import choose_crew
 from laser.errors import UsageError
-from laser.estimate import Meter, estimate
 from laser.flow import scan_into
 from laser.plan import Plan, make_plan
 from laser.reduction import reduce as reduce_checkpoint
@@ -24,7 +25,6 @@ from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
-from laser.workers import choose_crew
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]

@@ -25,8 +25,9 @@ from laser.cli.flow import (
 from laser.cli.measure import Stream, TextFile, WindowLength, text_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
+from laser.engine.estimate import Meter, estimate
+from laser.engine.workers import choose_crew
 from laser.errors import UsageError
-from laser.estimate import Meter, estimate
 from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, load_tokenizer
@@ -35,13 +36,12 @@ from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
-from laser.search import SearchResult, result_document
+from laser.search.search import SearchResult, result_document
+from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
 from laser.spectral.measuring import choose_method
 from laser.spectral.rules import draws_needed
-from laser.trials import ACCEPT
-from laser.workers import choose_crew
 
 
 def run(

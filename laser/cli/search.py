@@ -8,24 +8,24 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.candidates import DATA
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, text_of
+from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer, read_text
 from laser.flow import scan_into
-from laser.search import Report, SearchResult, Trial, result_document
-from laser.search import search as search_plan
+from laser.search.candidates import DATA
+from laser.search.search import Report, SearchResult, Trial, result_document
+from laser.search.search import search as search_plan
+from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import RULES, draws_needed
-from laser.trials import ACCEPT
-from laser.workers import Crew
 
 
 def search(

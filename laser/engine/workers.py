@@ -106,7 +106,7 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
     which of the crew's devices it gets.
     """
     if crew.engine != "threads":
-        from laser.ray_engine import visit_on_ray  # imported when met: Ray is an extra
+        from laser.engine.ray_engine import visit_on_ray  # imported when met: Ray is an extra
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import laser
-from laser import ray_engine
 from laser.checkpoint.families import Matrix, list_matrices
+from laser.engine import ray_engine
+from laser.engine.workers import Crew, choose_crew, visit
 from laser.errors import NumericalError, UsageError
 from laser.plan import make_plan
 from laser.reduction import reduce
 from laser.spectra import scan
 from laser.spectral.devices import Device, choose_device
-from laser.workers import Crew, choose_crew, visit
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
 # Ray leaves the log of its client server open.
@@ -146,9 +146,9 @@ def test_a_node_killed_half_way(cluster: Any, one_by_one: None, pico: Path, tmp_
 
     @ray.remote
     def start() -> str:
-        import laser.ray_engine  # seconds, in which one node alone could do all
+        import laser.engine.ray_engine  # seconds, in which one node alone could do all
 
-        return laser.ray_engine.__name__
+        return laser.engine.ray_engine.__name__
 
     ids = [node["NodeID"] for node in ray.nodes()]
     ray.get([start.options(scheduling_strategy=NodeAffinitySchedulingStrategy(i, soft=False)).remote() for i in ids])

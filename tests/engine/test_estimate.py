@@ -8,10 +8,10 @@ import torch
 from conftest import Run
 
 import laser
-from laser.estimate import ELSEWHERE, Estimate, Meter, estimate
+from laser.engine.estimate import ELSEWHERE, Estimate, Meter, estimate
+from laser.engine.workers import Crew
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.probe import Probe
-from laser.workers import Crew
 
 CPU = choose_device("cpu")
 

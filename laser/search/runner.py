@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from laser.candidates import DATA, Candidate, cut_of
 from laser.checkpoint.files import Journal
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.moments import Moments
+from laser.search.candidates import DATA, Candidate, cut_of
+from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device
-from laser.trials import Bench, accepted, change
 
 
 @dataclass(frozen=True)

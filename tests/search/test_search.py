@@ -14,7 +14,6 @@ import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
-from laser.candidates import cut_of
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
@@ -23,11 +22,12 @@ from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.plan import Plan
 from laser.reduction import reduce
-from laser.search import SearchResult, search
+from laser.search.candidates import cut_of
+from laser.search.search import SearchResult, search
+from laser.search.trials import Bench, accepted
 from laser.selection import Selection
 from laser.spectra import scan
 from laser.spectral.devices import choose_device
-from laser.trials import Bench, accepted
 
 CPU = choose_device("cpu")
 RULES = ("fraction:0.8", "fraction:0.3")
@@ -196,7 +196,7 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
     good = run(model_path, accept="any-drop")
     broken = good.trials[0].label
-    import laser.runner as runner
+    import laser.search.runner as runner
 
     def cut(checkpoint: Checkpoint, ranks: Any, device: Any) -> dict[str, torch.Tensor]:
         cuts = cut_of(checkpoint, ranks, device)

@@ -13,12 +13,12 @@ from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
 from laser.moments import Moments
 from laser.plan import Plan, make_plan
+from laser.search.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.data_metric import truncate_in_metric
 from laser.spectral.decomposition import truncate
 from laser.spectral.devices import Device
-from laser.trials import Bench
 
 ORDERS = ("layers", "snr")
 DATA = "data:"  # before a rule that is asked in the metric of the data

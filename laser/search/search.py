@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.candidates import (
+from laser.edits import require_same_moments
+from laser.errors import NumericalError, UsageError
+from laser.evaluation.objective import Objective
+from laser.evaluation.perplexity import weighted_mean
+from laser.evaluation.streaming import LayeredModel
+from laser.moments import Moments
+from laser.plan import Plan
+from laser.search.candidates import (
     DATA,
     ORDERS,
     Candidate,
@@ -28,18 +35,11 @@ from laser.candidates import (
     plans_of,
     predict,
 )
-from laser.edits import require_same_moments
-from laser.errors import NumericalError, UsageError
-from laser.evaluation.objective import Objective
-from laser.evaluation.perplexity import weighted_mean
-from laser.evaluation.streaming import LayeredModel
-from laser.moments import Moments
-from laser.plan import Plan
-from laser.runner import Runner, SearchLog, Trial
+from laser.search.runner import Runner, SearchLog, Trial
+from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.trials import ACCEPT, Bench, change
 
 
 @dataclass(frozen=True)

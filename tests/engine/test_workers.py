@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import laser
-from laser import reduction, workers
+from laser import reduction
 from laser.checkpoint.families import Matrix, list_matrices
+from laser.engine import workers
+from laser.engine.workers import Crew, available_memory, choose_crew, dearest_first, peak_bytes, visit, worker_bytes
 from laser.errors import NumericalError, UsageError
 from laser.plan import make_plan
 from laser.reduction import by_shard, reduce
 from laser.spectra import scan
 from laser.spectral.devices import Device, choose_device
-from laser.workers import Crew, available_memory, choose_crew, dearest_first, peak_bytes, visit, worker_bytes
 
 CPU = choose_device("cpu")
 

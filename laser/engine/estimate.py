@@ -17,9 +17,9 @@ from pathlib import Path
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
+from laser.engine.workers import Crew, peak_bytes
 from laser.errors import RecordError
 from laser.spectral.probe import Probe
-from laser.workers import Crew, peak_bytes
 
 # One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
 _CORE = Probe(

@@ -21,9 +21,9 @@ import torch
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
+from laser.engine.workers import Crew, T, Visits, Work, do, quiet
 from laser.errors import LaserError, UsageError
 from laser.spectral.devices import Device
-from laser.workers import Crew, T, Visits, Work, do, quiet
 
 # A task's work, in m * n * min(m, n): about a tenth of a second on a core and on an H100.
 GROUP = {"cpu": 2e9, "cuda": 2e11}
@@ -51,7 +51,7 @@ class _Failed:
 
 
 def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
-    """As `laser.workers.visit`. Connects to the cluster that the crew's engine names, or that is there already."""
+    """As `workers.visit`. Connects to the cluster that the crew's engine names, or that is there already."""
     ray = connect(crew.engine)
     device = crew.devices[0]
     kind = device.torch_device.type
