@@ -1,8 +1,8 @@
 """calibrate: run a text through the model layer by layer and keep the second moments of what its matrices meet.
 
 In memory are one layer, its moments and the states between two layers. After each layer its moments and the states are
-on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer; the end of it joins the
-layers' files to one, byte by byte, whatever their size.
+on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer; the end of it joins those
+files to one, byte by byte, whatever their size.
 
 A product of some hundred inputs is float32, as the inputs are; the sums over the text are float64.
 """
@@ -159,7 +159,8 @@ def calibrate(
         here = [m for m in chosen if m.layer == layer]
         if here:
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
-            write_atomically(_part(partial, layer), _layer_file(sites, layer))
+            for number in range(len(sites)):  # each is written and forgotten: the layer's moments once in memory
+                write_atomically(_part(partial, layer, number), _site_file(sites.pop(0), layer))
         else:
             model.run_layer(layer, states)
         _save_states(partial, run, layer + 1, states)
@@ -167,7 +168,7 @@ def calibrate(
     whole = {"text": windows.text, "text_sha256": windows.text_sha256, "windows_sha256": windows.sha256}
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
-    _join(path, Source.of(checkpoint), whole, [_part(partial, x) for x in sorted({m.layer or 0 for m in chosen})])
+    _join(path, Source.of(checkpoint), whole, sorted(partial.glob("layer-*.safetensors")))
     shutil.rmtree(partial)
     return Moments.load(path)
 
@@ -217,17 +218,13 @@ def _run_layer(
 # --- on the disk ------------------------------------------------------------------------------------------------------
 
 
-def _part(partial: Path, layer: int) -> Path:
-    return partial / f"layer-{layer:05d}.safetensors"
+def _part(partial: Path, layer: int, number: int) -> Path:
+    return partial / f"layer-{layer:05d}-{number:05d}.safetensors"
 
 
-def _layer_file(sites: Sequence[Accumulator], layer: int) -> bytes:
-    rows, tensors = [], {}
-    for site in sites:
-        row, found = site.finish(layer)
-        rows.append(asdict(row))
-        tensors |= found
-    return save(tensors, metadata={"sites": json.dumps(rows)})
+def _site_file(site: Accumulator, layer: int) -> bytes:
+    row, tensors = site.finish(layer)
+    return save(tensors, metadata={"site": json.dumps(asdict(row))})
 
 
 def _save_states(partial: Path, run: dict[str, Any], boundary: int, states: Activations) -> None:
@@ -252,16 +249,14 @@ def _resume(partial: Path, run: dict[str, Any], states: Activations) -> int:
 
 
 def _join(path: Path, source: Source, whole: dict[str, Any], parts: Sequence[Path]) -> None:
-    """The layers' files as one safetensors file, copied without passing through memory."""
+    """The sites' files as one safetensors file, copied without passing through memory."""
     sites, entries, ranges, digest, at = [], {}, [], hashlib.sha256(), 0
     for part in parts:
         with part.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
-        sites += [
-            Site(**row | {"matrices": tuple(row["matrices"])})
-            for row in json.loads(header.pop("__metadata__")["sites"])
-        ]
+        row = json.loads(header.pop("__metadata__")["site"])
+        sites.append(Site(**row | {"matrices": tuple(row["matrices"])}))
         end = 0
         for name, entry in header.items():
             entries[name] = entry | {"data_offsets": [at + x for x in entry["data_offsets"]]}

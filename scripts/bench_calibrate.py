@@ -1,20 +1,25 @@
 """What calibration costs: time and memory of laser calibrate against laser eval --stream on the same tokens.
 
-    python scripts/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1]
+    python scripts/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1] [--as-mixtral 2x4]
 
 Each runs in a process of its own, once each way in turn. CPU seconds stand beside wall seconds, for shared machines.
-The allowed ratio is 2.5.
+The allowed ratio is 2.5. --as-mixtral LAYERSxEXPERTS: random weights in the shapes of Mixtral-8x7B, 14336 x 4096, with
+the tokenizer of MODEL.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import bench_memory
 
 
 def main() -> None:
@@ -24,14 +29,17 @@ def main() -> None:
     parser.add_argument("--windows", default="8")
     parser.add_argument("--window", default="256")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--as-mixtral")
     asked = parser.parse_args()
     cut = ["--text", asked.text, "--windows", asked.windows, "--window", asked.window]
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "moments.safetensors"
+        out, model = Path(directory) / "moments.safetensors", asked.model
+        if asked.as_mixtral:
+            model = str(write_mixtral(Path(asked.model), Path(directory) / "model", asked.as_mixtral))
         commands = {
-            "eval --stream": ["eval", asked.model, "--stream", *cut],
-            "calibrate": ["calibrate", asked.model, "-o", str(out), "--force", *cut],
-            "calibrate --diagonal": ["calibrate", asked.model, "-o", str(out), "--force", "--diagonal", *cut],
+            "eval --stream": ["eval", model, "--stream", *cut],
+            "calibrate": ["calibrate", model, "-o", str(out), "--force", *cut],
+            "calibrate --diagonal": ["calibrate", model, "-o", str(out), "--force", "--diagonal", *cut],
         }
         print("| command | wall s | CPU s | peak GB | wall, ratio | CPU, ratio | file GB |\n" + "|---" * 7 + "|")
         for _ in range(asked.repeat):
@@ -45,6 +53,16 @@ def main() -> None:
                     f"{cpu / first[1]:.2f} | {size} |",
                     flush=True,
                 )
+
+
+def write_mixtral(source: Path, path: Path, size: str) -> Path:
+    """LAYERSxEXPERTS of Mixtral's shapes at `path`, with the vocabulary and tokenizer of `source`."""
+    layers, experts = map(int, size.split("x"))
+    bench_memory.VOCABULARY = json.loads((source / "config.json").read_text())["vocab_size"]
+    bench_memory.write_synthetic_mixtral(path, layers, experts)
+    for file in [*source.glob("tokenizer*"), *source.glob("*.jinja")]:
+        shutil.copy(file, path)
+    return path
 
 
 def measured(command: list[str]) -> tuple[float, float, int]:
