@@ -37,6 +37,7 @@ def run(
     crew: Crew,
     method: str = "gram",
     null_draws: int = 0,
+    moments: Moments | None = None,
     treatment: Treatment | None = None,
     resume: bool = False,
     force: bool = False,
@@ -47,16 +48,18 @@ def run(
     """scan, choose, reduce, card. Killed and called again with `resume`, it goes on where it was.
 
     `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
-    OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask.
+    OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask, and with
+    `moments` the spectra in the metric of the data.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
-    FP8 matrices, written with scales of their own, are visited twice.
+    FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
     `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
     seconds.
     """
     prepare_output(checkpoint, out, resume=resume, force=force)
     path = records_of(out) / "spectra.safetensors"
     # Two passes for FP8: a matrix and its scales, perhaps in two shards, are written together.
-    if treatment is not None and checkpoint.fp8 is None and not is_settled(checkpoint, out):
+    once = treatment is not None and moments is None and checkpoint.fp8 is None
+    if once and treatment is not None and not is_settled(checkpoint, out):
 
         def tick(matrix: Matrix, seconds: float) -> None:
             on_scan(matrix)
@@ -67,10 +70,10 @@ def run(
         )
         write_card(out, checkpoint, commands=(command,) if command else ())
         return Result(spectra, plan, outcome)
-    spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws)
+    spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
     plan.save(records_of(out) / "plan.json")
-    outcome = reduce(checkpoint, plan, out, crew=crew, method=method, resume=True, tick=on_reduce)
+    outcome = reduce(checkpoint, plan, out, crew=crew, method=method, resume=True, tick=on_reduce, moments=moments)
     write_card(out, checkpoint, commands=(command,) if command else ())
     return Result(spectra, plan, outcome)
 

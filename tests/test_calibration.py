@@ -183,6 +183,22 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     assert code == 1 and "of the outputs' mean square is lost, expected" in told
 
 
+def test_run_goes_by_the_data_as_the_stages_one_by_one_do(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
+    moments, spectra, plan = (tmp_path / n for n in ("m.safetensors", "s", "p"))
+    picked = ("--layers", "1-2", "--roles", "q,o")
+    asked = ("--rule", "data:fraction:0.5", "--no-search", *picked)
+    assert run("calibrate", speaker, "-o", moments, "--text", text, "--window", 64, "--windows", 6, *picked)[0] == 0
+    code, _, error = run("run", speaker, "-o", tmp_path / "a", *asked)
+    assert code == 2 and "try --moments with a file of laser calibrate" in error and not (tmp_path / "a").exists()
+    code, told, error = run("run", speaker, "-o", tmp_path / "a", *asked, "--moments", moments)
+    assert code == 0 and "4 to reduce" in told, error
+    assert run("scan", speaker, "-o", spectra, *picked, "--moments", moments)[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data", *picked)[0] == 0
+    assert run("reduce", speaker, plan, "-o", tmp_path / "b", "--moments", moments)[0] == 0
+    for name in ("model.safetensors", "laser.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
     moments, spectra, plan = (tmp_path / n for n in ("m.safetensors", "s", "p"))
     code, told, _ = run("calibrate", speaker, "-o", moments, "--text", text, "--window", 50, "--windows", 1)

@@ -36,6 +36,7 @@ from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
+from laser.search.candidates import DATA
 from laser.search.search import SearchResult, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -49,6 +50,7 @@ def run(
     output: Output,
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
     rule: RuleOption = None,
+    moments: common.MomentsFile = None,
     lowest_snr: LowestSnr = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
@@ -112,19 +114,23 @@ def run(
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     where = crew.devices[0]
-    draws = max(draws_needed(part) for part in wanted.split(","))
+    draws = max(draws_needed(part.removeprefix(DATA)) for part in wanted.split(","))
     if dry_run:
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws)
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
+    if DATA in wanted and moments is None:
+        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
+    known = common.moments_of(moments)
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
-            return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
+            metric = "data" if wanted.startswith(DATA) else "plain"
+            return make_plan(spectra, wanted.removeprefix(DATA), chosen, lowest_snr=count, metric=metric, **treatment)
         result = _search(
             checkpoint, spectra, wanted, text_of(text, None, None), held_out, window, windows, held_out_windows,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
             order=order or flags.get("order", "layers"), device=where, stream=stream,
-            journal=records_of(output) / "search.jsonl",
+            journal=records_of(output) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(output / SEARCH, to_json(result_document(result)))
         if not as_json:
@@ -132,10 +138,11 @@ def run(
         return result.plan
 
     matrices = chosen_of(list_matrices(checkpoint), chosen)
-    foretold, meter = estimate(checkpoint, matrices, crew, draws=draws), Meter()
+    foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching else foretold.visit_seconds
-    if count and seconds is not None:
-        seconds = foretold.scan_seconds + foretold.reduce_seconds * min(count / max(len(matrices), 1), 1.0)
+    if (count or known) and seconds is not None:
+        share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
+        seconds = foretold.scan_seconds + foretold.reduce_seconds * share
     with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
         result = run_flow(
             checkpoint,
@@ -146,6 +153,7 @@ def run(
             method=choose_method(method or flags.get("method", "auto"), where)[0],
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
+            moments=known,
             resume=resume,
             force=force,
             command=_command(checkpoint, output),
