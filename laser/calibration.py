@@ -71,9 +71,9 @@ class Accumulator:
             return
         z = torch.cat(self._waiting).float()
         self._waiting.clear()
-        norms = z.square().sum(1, dtype=torch.float64)
-        self.fourth_ += float(norms.square().sum())
-        part = z.square().sum(0, dtype=torch.float64) if self.form == "diagonal" else z.T @ z
+        # Not every device has float64: what is added up over the text is added up on the host.
+        self.fourth_ += float(z.square().sum(1).cpu().double().square().sum())
+        part = z.square().sum(0) if self.form == "diagonal" else z.T @ z
         if not torch.isfinite(part).all():
             raise NumericalError(
                 f"what {self.met.names[0]} meets is not finite: the activations overflow or the weights hold NaN; "
@@ -84,7 +84,7 @@ class Accumulator:
 
     def _sketch(self, x: torch.Tensor) -> None:
         test = directions(x.shape[1]).to(x.device)
-        image, loudness = (x.T @ (x @ test)).cpu().double(), x.square().sum(0, dtype=torch.float64).cpu()
+        image, loudness = (x.T @ (x @ test)).cpu().double(), x.square().sum(0).cpu().double()
         self.image_ = image if self.image_ is None else self.image_.add_(image)
         self.loudness_ = loudness if self.loudness_ is None else self.loudness_.add_(loudness)
 

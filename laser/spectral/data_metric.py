@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
 from laser.spectral.devices import Device, choose_device, full_precision, host_threads
+from laser.spectral.gram import to_host
 from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
 from laser.spectral.second_moments import shrunk
 
@@ -181,7 +182,7 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
                     z = d * z
                 elif B is not None and rest is not None:
                     z = B @ (B.T @ z) + rest * z
-                return (P @ z).double().cpu().numpy()
+                return to_host(P @ z)
 
         tops[seed] = _largest(product, W.shape[0])
     return np.sqrt(np.maximum(tops, 0.0))
@@ -248,7 +249,7 @@ def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
     if device.host_blas:
         return A @ B
     where, dtype = device.torch_device, device.dtype
-    return (A.to(where, dtype) @ B.to(where, dtype)).cpu().double()
+    return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
 
 
 def _symmetric(G: torch.Tensor) -> torch.Tensor:
