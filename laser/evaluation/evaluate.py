@@ -104,6 +104,6 @@ def whole_losses(model: Any, windows: Windows, tick: Callable[[], None] = lambda
             ids = torch.from_numpy(window.tokens[:-1])[None].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored :]
             losses, _ = token_losses(logits, torch.from_numpy(window.tokens[-window.scored :]))
-            sums.append(float(losses.double().sum()))
+            sums.append(float(losses.cpu().double().sum()))
             tick()
     return sums

@@ -207,7 +207,7 @@ class LayeredModel:
             for start in range(0, window.scored, HEAD_ROWS):
                 rows = hidden[start : start + HEAD_ROWS].to(self.device)
                 losses, hits = token_losses(self._logits(rows), targets[start : start + HEAD_ROWS])
-                total += float(losses.double().sum())
+                total += float(losses.cpu().double().sum())
                 first = first and bool(hits.all())
             sums.append(total)
             greedy.append(first)
