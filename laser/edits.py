@@ -17,6 +17,8 @@ from laser.spectral.data_metric import error_in_metric, relative_error, truncate
 from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
 
+STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
+
 
 def reduced_in_data(W: torch.Tensor, line: PlanLine, device: Device, moments: Moments | None) -> Truncation:
     """W (m, n) as its plan line says. Raises NumericalError where a certificate is missed."""
@@ -94,7 +96,8 @@ def check_projection(
         # Rounding errors are independent of one another: three times their root mean square in the metric.
         random = torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=E.dtype)
         slack = 3 * math.sqrt(error_in_metric(E * random, metric, device) / total) + 1e-5
-        if abs(math.sqrt(found / total) - math.sqrt(max(1 - kept, 0.0))) > slack:
+        lost = max(1 - kept, 0.0)
+        if abs(math.sqrt(found / total) - math.sqrt(lost)) > slack and abs(found / total - lost) > STORED:
             problems.append(
                 f"{line.name}: {found / total:.4e} of the outputs' mean square is lost, expected {1 - kept:.4e}"
             )

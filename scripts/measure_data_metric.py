@@ -147,23 +147,24 @@ def report(asked: argparse.Namespace, entries: list[dict[str, Any]]) -> None:
     matrices = {m.name: m for m in spectra.matrices}
     measured = {(e["name"], e["metric"], e["rank"]): np.array(e["changes"]) for e in entries}
     texts = [slice(i * asked.windows, (i + 1) * asked.windows) for i in range(len(asked.text))]
-    print("| text | role | layer | rank by | rank | plain | data | data - plain |\n|---|---|---|---|---|---|---|---|")
+    columns = [f"{what}, {text.name}" for text in asked.text for what in ("plain", "data", "data - plain")]
+    head = ["role", "layer", "rank by", "rank", *columns]
+    print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
     pairs: list[tuple[str, str, str, float, float, float]] = []
-    for name, ranks in points(asked, spectra).items():
-        for by, rank in ranks.items():
+    order = asked.roles.split(",")
+    found = points(asked, spectra)
+    for name in sorted(found, key=lambda n: (order.index(matrices[n].role), matrices[n].layer, matrices[n].expert)):
+        m = matrices[name]
+        for by, rank in sorted(found[name].items(), key=lambda pair: -pair[1]):
             a, b = (measured.get((name, metric, rank)) for metric in ("plain", "data"))
             if a is None or b is None:
                 continue
+            cells = [m.role if m.expert is None else f"{m.role}.{m.expert}", str(m.layer), by, str(rank)]
             for text, part in zip(asked.text, texts, strict=True):
-                m = matrices[name]
-                role = m.role if m.expert is None else f"{m.role}.{m.expert}"
-                cells = [told(a[part] * 0, a[part]), told(a[part] * 0, b[part]), told(a[part], b[part])]
-                print(f"| {text.name} | {role} | {m.layer} | {by} | {rank} | {' | '.join(cells)} |")
-                ones = [1] * len(a[part])
-                pairs.append(
-                    (text.name, m.role, by, float(np.mean(a[part])), float(np.mean(b[part])),
-                     sign(*paired_difference(list(a[part]), list(b[part]), ones)))
-                )  # fmt: skip
+                cells += [told(a[part] * 0, a[part]), told(a[part] * 0, b[part]), told(a[part], b[part])]
+                verdict = sign(*paired_difference(list(a[part]), list(b[part]), [1] * len(a[part])))
+                pairs.append((text.name, m.role, by, float(np.mean(a[part])), float(np.mean(b[part])), verdict))
+            print(f"| {' | '.join(cells)} |")
     summary(pairs)
     survivors([text.name for text in asked.text], texts, measured)
 

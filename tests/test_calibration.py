@@ -266,6 +266,18 @@ def test_shrunk_moments_make_a_plan_of_few_tokens_possible(speaker: Path, tmp_pa
     assert len(windows.windows) == 1
 
 
+def test_a_plan_of_few_tokens_is_verified_as_planned(speaker: Path, tmp_path: Path) -> None:
+    """All directions that the data show are kept, so that only rounding is lost: of the moments, not of the weights."""
+    checkpoint = laser.open_checkpoint(speaker)
+    few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=20, limit=1)
+    moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(layers=(1,)), shrink=False)
+    spectra = laser.scan(checkpoint, Selection(layers=(1,)), moments=moments)
+    plan = laser.make_plan(spectra, "fraction:0.9", metric="data", fewest_tokens=1)
+    assert any("which show" in line.reason for line in plan.reductions.values())
+    laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments)
+    assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
+
+
 def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"the {i * i} brown fox jumps over {i} lazy dogs;" for i in range(99)))
