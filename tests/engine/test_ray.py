@@ -46,7 +46,9 @@ def cluster() -> Iterator[Any]:
     small = {"num_cpus": 1, "object_store_memory": 100 << 20}
     quickly = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # that a node is dead
     head = small | {"include_dashboard": False, "_system_config": quickly, "ray_client_server_port": CLIENT_PORT}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
+    with pytest.MonkeyPatch.context() as environment:  # its server's start takes a while on a machine with other work
+        environment.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "150")
+        nodes = Cluster(initialize_head=True, head_node_args=head)
     nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.WARNING)
     yield nodes
@@ -82,7 +84,7 @@ def test_from_a_machine_outside_of_the_cluster(cluster: Any, pico: Path, tmp_pat
     for number, engine in enumerate((f"ray://127.0.0.1:{CLIENT_PORT}", "threads")):
         files.append(tmp_path / f"{number}.safetensors")
         command = [sys.executable, "-m", "laser", "scan", str(pico), "-o", str(files[-1]), "--engine", engine]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert files[0].read_bytes() == files[1].read_bytes()
 
