@@ -33,7 +33,7 @@ from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
-from laser.moments import Calibration, Moments, Site, header_of, pack
+from laser.moments import VERSION, Calibration, Moments, Site, header_of, pack
 from laser.selection import Selection
 from laser.spectra import Source
 from laser.spectral.second_moments import nystrom
@@ -146,6 +146,7 @@ def calibrate(
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
+        "version": VERSION,  # of what lies there
     }
     partial = path.with_name(path.name + ".partial")
     with disk_errors(partial):

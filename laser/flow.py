@@ -58,8 +58,7 @@ def run(
     prepare_output(checkpoint, out, resume=resume, force=force)
     path = records_of(out) / "spectra.safetensors"
     # Two passes for FP8: a matrix and its scales, perhaps in two shards, are written together.
-    once = treatment is not None and moments is None and checkpoint.fp8 is None
-    if once and treatment is not None and not is_settled(checkpoint, out):
+    if treatment is not None and moments is None and checkpoint.fp8 is None and not is_settled(checkpoint, out):
 
         def tick(matrix: Matrix, seconds: float) -> None:
             on_scan(matrix)
