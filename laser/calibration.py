@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +24,24 @@ from safetensors.torch import save
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import disk_errors, write_atomically
-from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.joining import join, read_json_header
+from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
-from laser.moments import VERSION, Calibration, Moments, Site, header_of, pack
+from laser.moments import VERSION, Calibration, Moments, Site, fingerprint, header_of, pack, site_of
 from laser.selection import Selection
 from laser.spectra import Source
-from laser.spectral.second_moments import nystrom
+from laser.spectral.devices import full_precision
+from laser.spectral.second_moments import nystrom, own_directions
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
-# by their outputs' moment, and for the null by SKETCH directions and the diagonal of the rest: 60 MB beside 128.
+# by their outputs' moment, and for the null by the directions of the first SKETCH of them and the diagonal of the rest:
+# 60 MB beside 128.
 FULL_SIDE, SKETCH = 4096, 1024
-CHUNK = 8 << 20
 ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
@@ -52,15 +52,17 @@ class Accumulator:
         self.met, self.form, self.names = met, form, met.names
         self.tokens, self.fourth_ = 0, 0.0
         self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
-        self.image_: torch.Tensor | None = None  # (n, SKETCH), float64
+        self.test_: torch.Tensor | None = None  # (n, up to SKETCH), orthonormal
+        self.image_: torch.Tensor | None = None  # C times it, (n, up to SKETCH), float64
         self.loudness_: torch.Tensor | None = None  # (n,), float64: the diagonal beside that image
         self._waiting: list[torch.Tensor] = []
+        self._first: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Inputs x (T, n) and outputs y (T, m)."""
         self.tokens += len(x)
         if self.form == "outputs":
-            self._sketch(x.float())
+            self._gather(x.float())
             x = y[:, self.met.rows[0]]
         self._waiting.append(x.detach().clone())
         if sum(map(len, self._waiting)) >= ROWS:
@@ -77,20 +79,36 @@ class Accumulator:
         if not torch.isfinite(part).all():
             raise NumericalError(
                 f"what {self.met.names[0]} meets is not finite: the activations overflow or the weights hold NaN; "
-                "try --dtype float32, or laser scan to find it"
+                "try --dtype float32 and --force, or laser scan to find it"
             )
         part = part.cpu()
         self.total_ = part.double() if self.total_ is None else self.total_.add_(part)
 
-    def _sketch(self, x: torch.Tensor) -> None:
-        test = directions(x.shape[1]).to(x.device)
+    def _gather(self, x: torch.Tensor) -> None:
+        """Inputs x (T, n), once their first SKETCH have given the directions."""
+        if self.test_ is not None:
+            self._sketch(x, self.test_)
+        else:
+            self._first.append(x.clone())
+            if sum(map(len, self._first)) >= SKETCH:
+                self._start()
+
+    def _start(self) -> None:
+        x = torch.cat(self._first)
+        self._first.clear()
+        self.test_ = own_directions(x[:SKETCH].cpu().double()).float().to(x.device)
+        self._sketch(x, self.test_)
+
+    def _sketch(self, x: torch.Tensor, test: torch.Tensor) -> None:
         image, loudness = (x.T @ (x @ test)).cpu().double(), x.square().sum(0).cpu().double()
         self.image_ = image if self.image_ is None else self.image_.add_(image)
         self.loudness_ = loudness if self.loudness_ is None else self.loudness_.add_(loudness)
 
-    def finish(self, layer: int) -> tuple[Site, dict[str, torch.Tensor]]:
+    def finish(self, layer: int, weights: tuple[str, ...]) -> tuple[Site, dict[str, torch.Tensor]]:
         """The site and its tensors, means over the tokens; no tensors where there were none."""
         self.flush()
+        if self._first:
+            self._start()
         key, tensors = self.met.names[0], {}
         if self.total_ is not None:
             mean = self.total_ / self.tokens
@@ -98,18 +116,12 @@ class Accumulator:
                 tensors[f"{key}.diagonal"] = mean
             else:
                 tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = pack(mean)
-            if self.image_ is not None and self.loudness_ is not None:
+            if self.test_ is not None and self.image_ is not None and self.loudness_ is not None:
                 image, loudness = self.image_ / self.tokens, self.loudness_ / self.tokens
-                B, rest = nystrom(image, directions(len(image)).double(), loudness)
+                B, rest = nystrom(image, self.test_.cpu().double(), loudness)
                 tensors |= {f"{key}.sketch": B.float(), f"{key}.rest": rest}
         fourth = self.fourth_ / max(self.tokens, 1)
-        return Site(key, layer, self.form, self.tokens, fourth, self.names), tensors
-
-
-@cache
-def directions(n: int) -> torch.Tensor:
-    """(n, SKETCH) the random directions of every sketch of inputs of width n."""
-    return torch.randn(n, min(SKETCH, n), generator=torch.Generator().manual_seed(0))
+        return Site(key, layer, self.form, self.tokens, fourth, self.names, weights), tensors
 
 
 def calibrate(
@@ -141,8 +153,12 @@ def calibrate(
         raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
     tokens = sum(len(w.tokens) - 1 for w in windows.windows)
     _check_length(chosen, tokens, windows, shrink or diagonal)
+    checkpoint, named = by_whole_shards(checkpoint), {m.name: m for m in chosen}
+    first = min(m.layer or 0 for m in chosen)
     run = {
-        "source": checkpoint.identity,
+        **Source.of(checkpoint).told(),
+        # The headers of two models of one shape are the same.
+        "weights": [fingerprint(checkpoint.read(m.tensor, m.cut)) for m in chosen if m.layer == first],
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
@@ -155,13 +171,23 @@ def calibrate(
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
     start = _resume(partial, run, states)
+    for left in partial.glob("layer-*.safetensors"):  # of a layer that was not finished, perhaps by another command
+        if left.name >= _part(partial, start, 0).name:
+            left.unlink()
     last = max(m.layer or 0 for m in chosen)
     for layer in range(start, last + 1):
         here = [m for m in chosen if m.layer == layer]
         if here:
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
+            if layer == first and not (shrink or diagonal):
+                _check_experts(sites, named, windows)
             for number in range(len(sites)):  # each is written and forgotten: the layer's moments once in memory
-                write_atomically(_part(partial, layer, number), _site_file(sites.pop(0), layer))
+                site = sites.pop(0)
+                weights = tuple(fingerprint(checkpoint.read(named[n].tensor, named[n].cut)) for n in site.names)
+                row, tensors = site.finish(layer, weights)
+                write_atomically(
+                    _part(partial, layer, number), save(tensors, metadata={"site": json.dumps(asdict(row))})
+                )
         else:
             model.run_layer(layer, states)
         _save_states(partial, run, layer + 1, states)
@@ -183,13 +209,25 @@ def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenie
         )
 
 
+def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], windows: Windows) -> None:
+    """After the first layer, since the others get about as many: the rest may take hours."""
+    met = [(site.tokens, named[n]) for site in sites for n in site.names if named[n].expert is not None]
+    if met and all(tokens < min(matrix.shape) for tokens, matrix in met):
+        most, matrix = max(met, key=lambda pair: pair[0])
+        raise UsageError(
+            f"{windows.text} is too short: no expert of layer {matrix.layer} met as many tokens as it has dimensions, "
+            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, --shrink, "
+            "or --roles q,k,v,o"
+        )
+
+
 def _run_layer(
     model: LayeredModel, layer: int, here: Sequence[Matrix], states: Activations, diagonal: bool, full_side: int
 ) -> list[Accumulator]:
     """All windows through one layer, and what its matrices met there, matrices that met nothing included."""
     shapes = {m.name: m.shape for m in here}
     sites: list[Accumulator] = []
-    leaders: dict[tuple[str, ...], Accumulator | None] = {}  # None: somebody else's inputs, which are counted there
+    leaders: dict[tuple[str, ...], list[Accumulator]] = {}  # none: somebody else's inputs, which are counted there
     # q, k and v meet the very same tensor, one after the other. The last few inputs are kept alive, or another tensor
     # might get the memory of one that was freed.
     recent: deque[tuple[torch.Tensor, Accumulator]] = deque(maxlen=4)
@@ -199,18 +237,21 @@ def _run_layer(
             shared = [s for t, s in recent if t.data_ptr() == x.data_ptr() and t.shape == x.shape]
             if shared and shared[0].form != "outputs":
                 shared[0].names += met.names
-                leaders[met.names] = None
+                leaders[met.names] = []
             else:
                 tall = any(shapes[name][0] >= shapes[name][1] for name in met.names)
                 form = "diagonal" if diagonal else "full" if tall or x.shape[1] <= full_side else "outputs"
-                sites.append(Accumulator(met, form))
-                leaders[met.names] = sites[-1]
-        site = leaders[met.names]
-        if site is not None:
+                # Parts of a fused tensor share their inputs, and not their outputs.
+                parts = (
+                    [Met((n,), (r,)) for n, r in zip(met.names, met.rows, strict=True)] if form == "outputs" else [met]
+                )
+                leaders[met.names] = [Accumulator(part, form) for part in parts]
+                sites.extend(leaders[met.names])
+        for site in leaders[met.names]:
             site.add(x, y)
             recent.append((x, site))
 
-    with Tap(model, layer, here, listen):
+    with full_precision(), Tap(model, layer, here, listen):
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
     return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]
@@ -221,11 +262,6 @@ def _run_layer(
 
 def _part(partial: Path, layer: int, number: int) -> Path:
     return partial / f"layer-{layer:05d}-{number:05d}.safetensors"
-
-
-def _site_file(site: Accumulator, layer: int) -> bytes:
-    row, tensors = site.finish(layer)
-    return save(tensors, metadata={"site": json.dumps(asdict(row))})
 
 
 def _save_states(partial: Path, run: dict[str, Any], boundary: int, states: Activations) -> None:
@@ -250,37 +286,12 @@ def _resume(partial: Path, run: dict[str, Any], states: Activations) -> int:
 
 
 def _join(path: Path, source: Source, whole: dict[str, Any], parts: Sequence[Path]) -> None:
-    """The sites' files as one safetensors file, copied without passing through memory."""
-    sites, entries, ranges, digest, at = [], {}, [], hashlib.sha256(), 0
+    """The sites' files as one, with the record that tells of them."""
+    digest = hashlib.sha256()
     for part in parts:
-        with part.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-        row = json.loads(header.pop("__metadata__")["site"])
-        sites.append(Site(**row | {"matrices": tuple(row["matrices"])}))
-        end = 0
-        for name, entry in header.items():
-            entries[name] = entry | {"data_offsets": [at + x for x in entry["data_offsets"]]}
-            end = max(end, entry["data_offsets"][1])
-        ranges.append((part, 8 + header_size, end))
-        at += end
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     digest.update(json.dumps([source.identity, whole]).encode())
+    sites = [site_of(json.loads(read_json_header(part)[0]["__metadata__"]["site"])) for part in parts]
     record = header_of(source, Calibration(identity=digest.hexdigest(), **whole), sites)
-    text = json.dumps({"__metadata__": {"laser": json.dumps(record, allow_nan=False)}} | entries).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with temporary.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for part, start, size in ranges:
-                with part.open("rb") as file:
-                    file.seek(start)
-                    while size:
-                        chunk = file.read(min(CHUNK, size))
-                        out.write(chunk)
-                        size -= len(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
+    join(parts, path, {"laser": json.dumps(record, allow_nan=False)})

@@ -13,7 +13,7 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
 from laser.spectra import Spectra
-from laser.spectral.data_metric import error_in_metric, relative_error, truncate_in_metric
+from laser.spectral.data_metric import relative_error, rounding_error, truncate_in_metric
 from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
 
@@ -23,7 +23,7 @@ STORED = 1e-6  # share of the outputs that the float32 of stored correlations ca
 def reduced_in_data(W: torch.Tensor, line: PlanLine, device: Device, moments: Moments | None) -> Truncation:
     """W (m, n) as its plan line says. Raises NumericalError where a certificate is missed."""
     assert moments is not None  # require_moments
-    return truncate_in_metric(W, line.rank or 0, moments.metric(line.name), device)
+    return truncate_in_metric(W, line.rank or 0, moments.metric(line.name, W), device)
 
 
 def require_moments(plan: Plan, moments: Moments | None) -> None:
@@ -60,22 +60,35 @@ def require_same_moments(spectra: Spectra, moments: Moments | None) -> None:
 
 
 def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
-    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any."""
+    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any.
+
+    Where that knows outputs alone, as of inputs wider than 4096, it can tell of projections only: of no shrunk matrix.
+    """
     if fresh is None or not fresh.tokens(line.name):
         return {}
-    return {"fresh_output_error": relative_error(W, B, line.rank or 0, fresh.metric(line.name))}
+    metric = fresh.metric(line.name, W)
+    if metric.form == "outputs" and (line.shrink or line.below):
+        return {}
+    return {"fresh_output_error": relative_error(W, B, line.rank or 0, metric)}
 
 
 def check_projection(
-    W: torch.Tensor, B: torch.Tensor, line: PlanLine, kept: float | None, device: Device, moments: Moments | None
+    W: torch.Tensor,
+    B: torch.Tensor,
+    half: torch.Tensor,
+    line: PlanLine,
+    kept: float | None,
+    device: Device,
+    moments: Moments | None,
 ) -> list[str]:
-    """What is wrong with B as W (m, n) reduced in the metric of the data, up to rounding to the storage dtype.
+    """What is wrong with B as W (m, n) reduced in the metric of the data, up to rounding to the storage dtype: `half`
+    (m, n) is half a unit in the last place of each entry.
 
     Without moments: B is some projection U U^T W of rank r, which is the same as: no singular value beyond r, and
     B^T (W - B) = 0. With them also that it loses no more of the outputs than the share 1 - `kept` that was predicted.
     """
     wide, narrow = W.double(), B.double()
-    E = torch.finfo(B.dtype).eps / 2 * narrow.abs()  # rounding, entry by entry
+    E = half.double()
     rounding, norm = float(E.norm()), float(wide.norm())
     if not norm:
         return []
@@ -90,15 +103,10 @@ def check_projection(
         problems.append(
             f"{line.name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W"
         )
-    if moments is not None and kept is not None and moments.metric(line.name).form != "outputs":
-        metric = moments.metric(line.name)
-        found, total = (error_in_metric(x, metric, device) for x in (wide - narrow, wide))
-        # Rounding errors are independent of one another: three times their root mean square in the metric.
-        random = torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=E.dtype)
-        slack = 3 * math.sqrt(error_in_metric(E * random, metric, device) / total) + 1e-5
-        lost = max(1 - kept, 0.0)
-        if abs(math.sqrt(found / total) - math.sqrt(lost)) > slack and abs(found / total - lost) > STORED:
-            problems.append(
-                f"{line.name}: {found / total:.4e} of the outputs' mean square is lost, expected {1 - kept:.4e}"
-            )
+    if moments is not None and kept is not None:
+        metric = moments.metric(line.name, W)
+        found, lost = relative_error(W, B, rank, metric, device), max(1 - kept, 0.0)
+        slack = 3 * math.sqrt(rounding_error(W, B, E, rank, metric, device)) + 1e-5
+        if abs(math.sqrt(found) - math.sqrt(lost)) > slack and abs(found - lost) > STORED:
+            problems.append(f"{line.name}: {found:.4e} of the outputs' mean square is lost, expected {1 - kept:.4e}")
     return problems

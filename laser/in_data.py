@@ -11,54 +11,60 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
-from laser.spectral.data_metric import data_values, null_in_metric
+from laser.spectral.data_metric import data_values
+from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device
 from laser.spectral.rules import signal_to_noise
 
 if TYPE_CHECKING:
+    from laser.measured import Measured
     from laser.moments import Moments
     from laser.plan import PlanLine
     from laser.spectra import Spectra
 
+UNSEEN = "not seen enough"  # how a plan's reason begins for a matrix that met fewer inputs than it has dimensions
 DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
-Found = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # name -> values and null, or empty
 
 
 @dataclass(frozen=True)
 class InData:
-    """By name: singular values (p,) of W C^(1/2), descending; the largest ones (draws,) of its permutations; and how
-    many inputs the matrix met. `calibration` says on which text (moments.Calibration)."""
+    """By name: how many inputs a matrix met, for those that were calibrated; singular values (p,) of W C^(1/2),
+    descending; the largest ones (draws,) of its permutations; and why there are none. `calibration` says on which text
+    (moments.Calibration)."""
 
     calibration: Mapping[str, Any]
     seen: Mapping[str, int]
     values: Vectors = field(default_factory=dict)
     nulls: Vectors = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def vectors(self) -> dict[str, NDArray[np.float64]]:
         """Everything under the names that the file has."""
         return {DATA + n: v for n, v in self.values.items()} | {NULL + n: v for n, v in self.nulls.items()}
 
     def header(self) -> dict[str, Any]:
-        return {"calibration": dict(self.calibration), "seen": dict(self.seen)}
+        return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
 
     @staticmethod
-    def of(moments: Moments | None, names: Iterable[str], found: Found) -> InData | None:
+    def of(moments: Moments | None, names: Iterable[str], found: Mapping[str, Measured]) -> InData | None:
         """What was measured of `names`, in their order; a matrix without tokens has no values. None without moments."""
         if moments is None:
             return None
-        seen = {name: moments.tokens(name) for name in names}
-        groups = [{n: found[n][i] for n in seen if len(found[n][i])} for i in (0, 1)]
-        return InData(asdict(moments.calibration), seen, *groups)
+        seen = {name: moments.sites[name].tokens for name in names if name in moments.sites}
+        values = {n: found[n].data for n in seen if len(found[n].data)}
+        nulls = {n: found[n].data_null for n in seen if len(found[n].data_null)}
+        failed = {n: why for n in seen if (why := found[n].data_failed)}
+        return InData(asdict(moments.calibration), seen, values, nulls, failed)
 
     @staticmethod
     def from_file(header: Mapping[str, Any] | None, vectors: Vectors) -> InData | None:
         """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none."""
         if header is None:
             return None
-        groups = [{n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL)]
-        return InData(header["calibration"], header["seen"], *groups)
+        values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
+        return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
 
 
 def measure_in_data(
@@ -67,7 +73,7 @@ def measure_in_data(
     """The values of W (m, n) and the largest ones of its permutations; empty where it was not calibrated."""
     if moments is None or not moments.tokens(name):
         return np.empty(0), np.empty(0)
-    metric = moments.metric(name)
+    metric = moments.metric(name, W)
     return data_values(W, metric, device), null_in_metric(W, metric, draws, device)
 
 
@@ -85,9 +91,13 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
         name, p = matrix.name, min(matrix.shape, default=0)
         if name in data.values and data.seen[name] >= (p if fewest is None else fewest):
             values[name] = data.values[name]
+        elif name in data.failed:
+            skipped[name] = f"skipped: {data.failed[name]}"
+        elif name in data.seen:
+            met = f"met {data.seen[name]} tokens of the calibration, and it has {p} dimensions"
+            skipped[name] = f"{UNSEEN}: {met}"
         elif name in spectra.values:
-            met = f"met {data.seen.get(name, 0)} tokens of the calibration, and it has {p} dimensions"
-            skipped[name] = f"not seen enough: {met}"
+            skipped[name] = "not calibrated"
     return replace(spectra, values=values, nulls=data.nulls, skipped=skipped, kurtosis={})
 
 

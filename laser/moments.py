@@ -7,6 +7,7 @@ others, and rounding relative to the loudest would drown the rest.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +22,14 @@ from laser.errors import RecordError, UsageError
 from laser.spectra import Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 2
+KIND, VERSION = "moments", 3
+SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where inputs arrive. `matrices` are the tensors that they meet; see `Metric` for form and fourth."""
+    """Where inputs arrive. `matrices` are the tensors that they meet, `weights` their fingerprints; see `Metric` for
+    form and fourth."""
 
     key: str
     layer: int
@@ -34,6 +37,7 @@ class Site:
     tokens: int
     fourth: float
     matrices: tuple[str, ...]
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ class Moments:
         """How many inputs the matrix met; 0 for one that was not calibrated."""
         return self.sites[name].tokens if name in self.sites else 0
 
-    def metric(self, name: str) -> Metric:
-        """The metric of one matrix. Raises UsageError for one that was not calibrated or met no token."""
+    def metric(self, name: str, W: torch.Tensor) -> Metric:
+        """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or met no token,
+        RecordError for the matrix of that name of another model."""
         if name not in self.sites:
             raise UsageError(
                 f"{self.path.name} holds no moments of {name}; try laser calibrate with its layer and role"
@@ -74,6 +79,12 @@ class Moments:
         site = self.sites[name]
         if not site.tokens:
             raise UsageError(f"{name} met no token of {self.calibration.text}; calibrate on more text")
+        found, expected = fingerprint(W), site.weights[site.matrices.index(name)]
+        if found != expected:  # two models of one shape have the same headers
+            raise RecordError(
+                f"{self.path.name} was made from other weights of {name}: found {found}, expected {expected}; try "
+                f"laser calibrate with this model"
+            )
         with safe_open(self.path, framework="pt") as file:
             diagonal = file.get_tensor(f"{site.key}.diagonal")
             if site.form == "diagonal":
@@ -96,9 +107,23 @@ class Moments:
         check_header(header, path, KIND, VERSION)
         sites = {}
         for row in header["sites"]:
-            site = Site(**row | {"matrices": tuple(row["matrices"])})
+            site = site_of(row)
             sites |= dict.fromkeys(site.matrices, site)
         return Moments(path, Source(**header["source"]), Calibration(**header["calibration"]), sites)
+
+
+def site_of(row: Mapping[str, Any]) -> Site:
+    """A site from its JSON."""
+    return Site(**{**row, "matrices": tuple(row["matrices"]), "weights": tuple(row["weights"])})
+
+
+def fingerprint(W: torch.Tensor) -> str:
+    """Of a matrix W (m, n) as stored: over its dtype, shape and SAMPLED entries, evenly spaced."""
+    flat = W.reshape(-1)
+    sample = flat[:: max(1, len(flat) // SAMPLED)].contiguous().view(torch.uint8)
+    told = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
+    told.update(sample.cpu().numpy().tobytes())
+    return told.hexdigest()[:16]
 
 
 def header_of(source: Source, calibration: Calibration, sites: list[Site]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def reduce(
                 del new
                 tick(matrix, seconds)
 
-    run = run_of(checkpoint, plan, method, crew) | ({"fresh": fresh.calibration.identity} if fresh else {})
+    run = run_of(checkpoint, plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
     run |= {"dtype": dtype} if dtype else {}
 
     def done(shard: Shard) -> None:

@@ -230,8 +230,7 @@ def scan(
                     log.append(to_entry(matrix.name, measured))
                 tick(matrix)
     spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
-    groups = {name: (m.data, m.data_null) for name, m in found.items()}
-    return replace(spectra, data=InData.of(moments, spectra.values, groups))
+    return replace(spectra, data=InData.of(moments, spectra.values, found))
 
 
 def _measure(
@@ -243,7 +242,7 @@ def _measure(
     try:
         values, null = measure_in_data(W, matrix.name, moments, null_draws, device)
     except (NumericalError, UsageError) as error:
-        return replace(plain, skipped=describe_failure(W, error))
+        return replace(plain, data_failed=str(error))  # the plain spectrum stands
     return replace(plain, data=values, data_null=null)
 
 

@@ -199,7 +199,7 @@ def summarise(
 def _in_data(spectra: Spectra, name: str) -> dict[str, Any]:
     if spectra.data is None:
         return {}
-    tokens = spectra.data.seen.get(name, 0)
+    tokens = spectra.data.seen.get(name)
     if name not in spectra.data.values or not spectra.data.values[name].any():
         return {"tokens": tokens}
     numbers = describe_spectrum(spectra.data.values[name])

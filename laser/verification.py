@@ -86,7 +86,8 @@ def verify(
             line = lines[matrix.name]
             if line.metric == "data":
                 W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
-                problems += check_projection(W, B, line, line.energy_kept, device, moments)
+                half = _rounding(result, matrix, B)
+                problems += check_projection(W, B, half, line, line.energy_kept, device, moments)
             else:
                 problems += _check_truncation(source, result, matrix, line.gains, device)
         else:

@@ -107,7 +107,7 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
     for number, (name, metric, rank) in enumerate(todo, 1):
         W = checkpoint.read(name)
         if metric == "data":
-            edit = truncate_in_metric(W, rank, moments.metric(name), device).matrix
+            edit = truncate_in_metric(W, rank, moments.metric(name, W), device).matrix
         else:
             edit = laser.truncate(W, rank, device).matrix
         after = bench.measure({name: edit})

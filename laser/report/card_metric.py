@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from laser.in_data import UNSEEN
 from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def metric(outcome: Outcome) -> str | None:
     lines = [line for line in plan.reductions.values() if line.metric == "data"]
     text = [
         "## By what the outputs lose",
-        f"{len(lines)} of the reduced matrices were cut in the metric of the inputs that they met on "
+        f"{len(lines) or 'None'} of the reduced matrices were cut in the metric of the inputs that they met on "
         f"{cell(str(told['text']))} "
         f"(sha256 {code(str(told['text_sha256']))}; {told['tokens']} tokens in {told['windows']} windows of "
         f"{told['window']}, {cell(str(told['dtype']))}; moments {code(str(told['identity'])[:12])}"
@@ -34,10 +35,13 @@ def metric(outcome: Outcome) -> str | None:
     ]
     if lines:
         text.append(_table(outcome, lines))
-    unseen = [line for line in plan.lines if line.reason.startswith("not seen enough")]
+    if fresh := outcome.run.get("fresh"):
+        name, digest = cell(str(fresh["text"])), code(str(fresh["text_sha256"]))
+        text.append(f"Fresh text: {name} (sha256 {digest}; {fresh['tokens']} tokens in {fresh['windows']} windows).")
+    unseen = [line for line in plan.lines if UNSEEN in line.reason and line.action != "reduce"]
     if unseen:
         text.append(f"**Not seen enough, and kept: {len(unseen)} matrices.** Few tokens say little of a matrix.")
-        rows = [(code(line.name), cell(line.reason.partition(": ")[2])) for line in unseen]
+        rows = [(code(line.name), cell(line.reason.rpartition(f"{UNSEEN}: ")[2])) for line in unseen]
         text.append(_folded(table(("matrix", "why"), rows), len(rows), "matrices that were not seen enough"))
     return "\n\n".join(text)
 

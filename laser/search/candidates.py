@@ -96,13 +96,13 @@ def cut_of(
 ) -> dict[str, torch.Tensor]:
     """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks. With `moments` in
     the metric of the data."""
-    if moments is not None:
-        metrics = {name: moments.metric(name) for name in ranks}
-        return {
-            name: truncate_in_metric(read_matrix(checkpoint, name), rank, metrics[name], device).matrix
-            for name, rank in ranks.items()
-        }
-    return {name: truncate(read_matrix(checkpoint, name), rank, device).matrix for name, rank in ranks.items()}
+    found = {}
+    for name, rank in ranks.items():
+        W = read_matrix(checkpoint, name)
+        plain = moments is None
+        cut = truncate(W, rank, device) if plain else truncate_in_metric(W, rank, moments.metric(name, W), device)
+        found[name] = cut.matrix
+    return found
 
 
 def predict(

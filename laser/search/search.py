@@ -22,6 +22,7 @@ from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
+from laser.in_data import UNSEEN
 from laser.moments import Moments
 from laser.plan import Plan
 from laser.search.candidates import (
@@ -241,6 +242,8 @@ def _plan(
     for trial in trials:
         for name in trial.ranks:
             told.setdefault(name, []).append(trial.told())
+    data = [line for plan in plans.values() if plan.calibration for line in plan.lines]
+    unseen = {line.name: line.reason for line in data if line.reason.startswith(UNSEEN)}
     lines = []
     for line in first.lines:
         name = line.name
@@ -248,15 +251,15 @@ def _plan(
             trial = kept[name]
             chosen = plans[trial.rule].reductions[name]
             lines.append(replace(chosen, reason=f"accepted, {objective.unit} {trial.told()}"))
-        elif name in told:
-            reason = f"rejected, {objective.unit} " + "; ".join(told[name])
-            lines.append(replace(line, action="keep", reason=reason))
+            continue
+        if name in told:
+            line = replace(line, action="keep", reason=f"rejected, {objective.unit} " + "; ".join(told[name]))
         elif line.action == "reduce":
-            lines.append(replace(line, action="keep", reason="not tried: not on the shortlist"))
-        else:
-            lines.append(line)
-    told_by = next((plan.calibration for plan in plans.values() if plan.calibration), None)
-    calibration = told_by if any(line.metric == "data" for line in lines) else None
+            line = replace(line, action="keep", reason="not tried: not on the shortlist")
+        if name in unseen and unseen[name] not in line.reason:
+            line = replace(line, reason=f"{line.reason}; {unseen[name]}")
+        lines.append(line)
+    calibration = next((plan.calibration for plan in plans.values() if plan.calibration), None)
     return Plan(first.source, ",".join(plans), asked, tuple(lines), calibration)
 
 

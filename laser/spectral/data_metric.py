@@ -15,8 +15,6 @@ The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/
 W C^(1/2) V. It is solved on the host in float64 on every device: a few channels of massive activations give C a
 condition that squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen,
 count as 0.
-
-The null: W with its entries permuted meets the same inputs (permutation.py), and only its largest value is asked for.
 """
 
 from __future__ import annotations
@@ -31,12 +29,8 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
-from laser.spectral.devices import Device, choose_device, full_precision, host_threads
-from laser.spectral.gram import to_host
-from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
-from laser.spectral.second_moments import shrunk
-
-FORMS = ("full", "diagonal", "outputs")
+from laser.spectral.devices import HOST, Device, full_precision, host_threads
+from laser.spectral.second_moments import shrinkage
 
 
 @dataclass(frozen=True)
@@ -79,9 +73,9 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
 
     Raises NumericalError for NaN or Inf in W, UsageError for the metric of another matrix.
     """
-    _check(W, metric)
+    check_matrix(W, metric)
     with full_precision():
-        G = _gram(W, metric, device)[0]
+        G = gram_in_metric(W, metric, device)[0]
         with host_threads(G.shape[0]):
             values = np.linalg.eigvalsh(G.numpy())
     return _to_values(values, metric)
@@ -94,9 +88,9 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     measured and predicted root of the share that is lost. Raises UsageError for a rank over the number of directions
     that the data show, NumericalError where the certificate is missed.
     """
-    _check(W, metric)
+    check_matrix(W, metric)
     with full_precision():
-        G, half, C_half = _gram(W, metric, device)
+        G, half, C_half = gram_in_metric(W, metric, device)
         with host_threads(G.shape[0]):
             eigenvalues, V = _eigh(G)
         s = _to_values(eigenvalues, metric)
@@ -115,9 +109,12 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
             U = _orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()))
         orthogonality = float((U.T @ U - torch.eye(rank, dtype=U.dtype)).abs().max()) if rank else 0.0
         B = _product(U, _product(U.T, wide, device), device)
-        # By the root that G was made with where there is one: its negative eigenvalues, all rounding, are cut off.
-        R = wide - B
-        measured = error_in_metric(R, metric, device, U) if C_half is None else _squares(_product(R, C_half, device))
+        if metric.form == "outputs":  # C is not known, but B is a projection
+            measured = _beyond(U, G)
+        elif C_half is not None:  # the root that G was made with: negative eigenvalues, all rounding, are cut off
+            measured = _squares(_product(wide - B, C_half, device))
+        else:
+            measured = _mean_square(wide - B, metric, device)
     lost = max(float(np.sum(eigenvalues[: len(s) - rank])), 0.0) / total
     residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
     delta = 8 * len(s) * torch.finfo(device.dtype).eps
@@ -131,95 +128,82 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     return Truncation(B.to(W.dtype), s, Certificate(1 - lost, residual, orthogonality, tolerance, "data"))
 
 
-def error_in_metric(R: torch.Tensor, metric: Metric, device: Device, U: torch.Tensor | None = None) -> float:
-    """E ||R x||^2 of a difference R (m, n) of matrices, at least 0.
-
-    In the form "outputs" only R = (I - U U^T) W can be told, by U (m, r): E||y||^2 - E||U^T y||^2.
-    """
-    if metric.form == "outputs":
-        if U is None:
-            raise UsageError("these moments are of outputs and cannot measure another matrix; calibrate that one")
-        M = _outputs(metric, None)
-        return max(float(torch.trace(M) - (U * (M @ U)).sum()), 0.0)
-    R = R.double()
-    RC = R * metric.moment if metric.form == "diagonal" else _product(R, _inputs(metric), device)
-    return max(float((RC * R).sum()), 0.0)
-
-
-def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric) -> float:
+def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, device: Device = HOST) -> float:
     """E||(W - B) x||^2 / E||W x||^2 on the inputs of any metric; 0 for a W that answers nothing.
 
-    In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`.
+    In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`: C is not
+    known, and E||y||^2 - E||U^T y||^2 is.
     """
-    host, wide, U = choose_device("cpu"), W.double(), None
+    wide, narrow = W.double(), B.double()
     if metric.form == "outputs":
-        total = float(torch.trace(metric.moment))
-        narrow = B.double()
-        U = _eigh(narrow @ narrow.T)[1][:, W.shape[0] - rank :]
+        G = gram_in_metric(wide, metric, device)[0]
+        lost, total = _beyond(_leading(narrow, rank, device), G), float(torch.trace(G))
     else:
-        total = error_in_metric(wide, metric, host)
-    return error_in_metric(wide - B.double(), metric, host, U) / total if total > 0 else 0.0
+        lost, total = (_mean_square(x, metric, device) for x in (wide - narrow, wide))
+    return lost / total if total > 0 else 0.0
 
 
-def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
-    """(draws,) largest singular values of permuted W (m, n) times C^(1/2), one per seed 0, 1, ...: what noise of this
-    size would do to these inputs. Lanczos iteration on W C W^T, which is never formed."""
-    _check(W, metric)
-    tops = np.zeros(draws)
-    C = None if metric.form != "full" else _inputs(metric).float().to(device.torch_device)
-    d = None if metric.form != "diagonal" else metric.moment.float().to(device.torch_device)
-    B, rest = (None if x is None else x.float().to(device.torch_device) for x in (metric.sketch, metric.rest))
-    for seed in range(draws):
-        P = permuted(W, seed).to(device.torch_device)
+def rounding_error(
+    W: torch.Tensor, B: torch.Tensor, E: torch.Tensor, rank: int, metric: Metric, device: Device = HOST
+) -> float:
+    """By how much E||B x||^2, relative to E||W x||^2, may be off where B (m, n) was rounded with errors up to E (m, n).
 
-        def product(x: NDArray[np.float64], P: torch.Tensor = P) -> NDArray[np.float64]:
-            column = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(-1)).to(P.device)
-            with full_precision():
-                z = P.T @ column  # (n,)
-                if C is not None:
-                    z = C @ z
-                elif d is not None:
-                    z = d * z
-                elif B is not None and rest is not None:
-                    z = B @ (B.T @ z) + rest * z
-                return to_host(P @ z)
-
-        tops[seed] = _largest(product, W.shape[0])
-    return np.sqrt(np.maximum(tops, 0.0))
-
-
-def _largest(product: Product, side: int) -> float:
-    """As `largest_eigenvalue`, for zero and for tiny matrices as well, which an iteration cannot do."""
-    if side <= DENSE:
-        dense = np.stack([product(row) for row in np.eye(side)])
-        return float(np.linalg.eigvalsh((dense + dense.T) / 2)[-1])
-    return largest_eigenvalue(product, side) if np.any(product(np.ones(side))) else 0.0
+    Drawn: such errors are independent of one another. In the form "outputs" they turn the projection of rank `rank`.
+    """
+    wide, narrow = W.double(), B.double()
+    drawn = E.double() * torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if metric.form == "outputs":
+        G = gram_in_metric(wide, metric, device)[0]
+        one, other = (_leading(x, rank, device) for x in (narrow, narrow + drawn))
+        total, both = float(torch.trace(G)), float(((one.T @ G @ other) * (one.T @ other)).sum())
+        error = 2 * total - _beyond(one, G) - _beyond(other, G) - 2 * both  # tr (P - Q) G (P - Q)
+    else:
+        error, total = (_mean_square(x, metric, device) for x in (drawn, wide))
+    return max(error, 0.0) / total if total > 0 else 0.0
 
 
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
 
 
-def _check(W: torch.Tensor, metric: Metric) -> None:
+def check_matrix(W: torch.Tensor, metric: Metric) -> None:
+    """Raises as `data_values`."""
     check_storage(W.dtype)
     metric.check(W)
     if not torch.isfinite(W).all():
         raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
 
 
-def _inputs(metric: Metric) -> torch.Tensor:
-    if not metric.shrink:
+def shrinkage_in_metric(W: torch.Tensor, metric: Metric, device: Device) -> tuple[float, float]:
+    """(keep, add): the second moment of the inputs that counts is keep * C + add * I."""
+    if not metric.shrink or metric.form == "diagonal":
+        return 1.0, 0.0
+    if metric.form == "outputs":
+        wide = W.double()
+        target = _product(wide, wide.T, device)
+    else:
+        target = torch.eye(len(metric.moment), dtype=torch.float64)
+    return shrinkage(metric.moment, metric.fourth, metric.tokens, target)
+
+
+def _inputs(W: torch.Tensor, metric: Metric, device: Device) -> torch.Tensor:
+    keep, add = shrinkage_in_metric(W, metric, device)
+    if add == 0:
         return metric.moment
-    eye = torch.eye(len(metric.moment), dtype=torch.float64)
-    return shrunk(metric.moment, metric.fourth, metric.tokens, eye)[0]
+    return (keep * metric.moment).add_(torch.eye(len(metric.moment), dtype=torch.float64), alpha=add)
 
 
-def _outputs(metric: Metric, WW: torch.Tensor | None) -> torch.Tensor:
-    if not metric.shrink or WW is None:
-        return metric.moment
-    return shrunk(metric.moment, metric.fourth, metric.tokens, WW)[0]
+def _mean_square(R: torch.Tensor, metric: Metric, device: Device) -> float:
+    """E||R x||^2 of R (m, n), float64, at least 0, where the inputs are known."""
+    RC = R * metric.moment if metric.form == "diagonal" else _product(R, _inputs(R, metric, device), device)
+    return max(float((RC * R).sum()), 0.0)
 
 
-def _gram(
+def _beyond(U: torch.Tensor, M: torch.Tensor) -> float:
+    """E||y - U U^T y||^2 of outputs y of second moment M (m, m), U (m, r) orthonormal."""
+    return max(float(torch.trace(M) - (U * (M @ U)).sum()), 0.0)
+
+
+def gram_in_metric(
     W: torch.Tensor, metric: Metric, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(p, p) with the squared data values as eigenvalues, float64 on the host; where W is tall also W C^(1/2), and
@@ -227,13 +211,14 @@ def _gram(
     m, n = W.shape
     wide, C_half = W.double(), None
     if metric.form == "outputs":
-        return _outputs(metric, _product(wide, wide.T, device) if metric.shrink else None), None, None
+        keep, add = shrinkage_in_metric(wide, metric, device)
+        return metric.moment if add == 0 else keep * metric.moment + add * _product(wide, wide.T, device), None, None
     if metric.form == "diagonal":
         half = wide * metric.moment.clamp_min(0).sqrt()
     elif m <= n:
-        return _symmetric(_product(_product(wide, _inputs(metric), device), wide.T, device)), None, None
+        return _symmetric(_product(_product(wide, _inputs(wide, metric, device), device), wide.T, device)), None, None
     else:
-        C_half = root(_inputs(metric))
+        C_half = root(_inputs(wide, metric, device))
         half = _product(wide, C_half, device)
     if m <= n:
         return _symmetric(_product(half, half.T, device)), None, None
@@ -242,6 +227,11 @@ def _gram(
 
 def _squares(A: torch.Tensor) -> float:
     return float((A * A).sum())
+
+
+def _leading(B: torch.Tensor, rank: int, device: Device) -> torch.Tensor:
+    """(m, rank) the directions of a B (m, n) of that rank."""
+    return _eigh(_product(B, B.T, device))[1][:, len(B) - rank :]
 
 
 def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import laser
-from laser.calibration import calibrate, directions
+from laser.calibration import calibrate
 from laser.evaluation.evaluate import load_whole, whole_losses
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
@@ -74,7 +74,6 @@ def test_losses(guard: HostOnly, speaker: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"diagonal": True}, {"full_side": 40}])
 def test_calibration(guard: HostOnly, speaker: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)
-    guard.hosts.append(directions(checkpoint.config["intermediate_size"]))  # made there, sent from there
     with guard:
         moments = calibrate(checkpoint, windows, tmp_path / "m.safetensors", **options)
     assert moments.calibration.tokens and guard.hosts

@@ -26,6 +26,28 @@ def test_every_matrix_of_a_layer_is_met(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in CONFIGS if f not in REFUSED])
+def test_outputs_are_each_matrix_s_own(family: str, tmp_path: Path) -> None:
+    """As for inputs wider than 4096, whose whole moment is never formed; parts of a fused tensor share their inputs."""
+    build(family).save_pretrained(tmp_path / "model")
+    checkpoint = laser.open_checkpoint(tmp_path / "model")
+    windows = Windows(tuple(WINDOWS) * 8, "t", "0", 17, "windows", True, None)
+    whole, wide = (
+        calibrate(checkpoint, windows, tmp_path / f"{side}.safetensors", shrink=True, full_side=side)
+        for side in (4096, 0)
+    )
+    forms = set()
+    for matrix in laser.list_matrices(checkpoint):
+        if matrix.name in whole.sites:
+            W = checkpoint.read(matrix.tensor, matrix.cut)
+            metric, known = wide.metric(matrix.name, W), whole.metric(matrix.name, W)
+            forms.add(metric.form)
+            if metric.form == "outputs":
+                exact = W.double() @ known.moment @ W.double().T
+                assert torch.allclose(metric.moment, exact, atol=1e-5 * float(exact.max())), matrix.name
+    assert "outputs" in forms
+
+
+@pytest.mark.parametrize("family", [f for f in CONFIGS if f not in REFUSED])
 def test_what_is_met_is_the_product_with_the_stored_matrix(family: str, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path / "model")
     checkpoint = laser.open_checkpoint(tmp_path / "model")

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laser.spectral import gram, projector
-from laser.spectral.data_metric import Metric, data_values, null_in_metric
+from laser.spectral.data_metric import Metric, data_values
+from laser.spectral.data_null import null_in_metric
 from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.entries import excess_kurtosis
