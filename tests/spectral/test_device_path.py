@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import gram, projector
+from laser.spectral import gram, ladder, projector
 from laser.spectral.data_metric import Metric, data_values, null_in_metric
 from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.entries import excess_kurtosis
+from laser.spectral.ladder import Step, climb, steps
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
 
@@ -259,6 +260,30 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     exact_products.cache_clear()
     assert exact_products(device.torch_device)
     exact_products.cache_clear()
+
+
+def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W lies on a GPU that is full: whether it is finite is asked on the host, and so is the host's step."""
+    device = ACCELERATORS["cuda"]
+    monkeypatch.setattr(ladder, "free_bytes", lambda _: 1 << 30)
+    W, seen = torch.empty(80, 40, dtype=torch.bfloat16, device="cuda"), []
+
+    class Full(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            assert all(t.device.type == "cpu" for t in tree_leaves(out) if isinstance(t, torch.Tensor)), func
+            return out
+
+    def attempt(step: Step, W: torch.Tensor) -> torch.Tensor:
+        seen.append((step.name, W.device.type))
+        if step.name == "gram":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty_like(W)
+
+    with Full():
+        found, method, _ = climb(W, steps("gram", device), attempt)
+    assert (method, seen) == ("gram on the host", [("gram", "cuda"), ("gram on the host", "cpu")])
+    assert found.device.type == "cpu"
 
 
 def test_the_fake_notices_a_mixture(fake: None) -> None:
