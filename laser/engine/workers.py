@@ -29,7 +29,8 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import BITS, Checkpoint
 from laser.errors import UsageError
 from laser.spectral.decomposition import BLOCK_ROWS
-from laser.spectral.devices import Device, choose_device, full_precision
+from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host
+from laser.spectral.ladder import device_bytes
 
 T = TypeVar("T")
 # What is done with one matrix: (matrix, its weights (m, n) on the host, the device to use) -> a result.
@@ -133,8 +134,14 @@ def own_stream(device: Device) -> AbstractContextManager[object]:
 
 
 def near(W: torch.Tensor, device: Device) -> torch.Tensor:
-    """W on the device where it is CUDA's: looked at there for NaN and tails it costs nothing, and it is copied once."""
-    return W.to(device.torch_device) if device.torch_device.type == "cuda" else W
+    """W on a device with LAPACK, so CUDA's, that has room for it beside its factorisation: looked at there for NaN and
+    tails it costs nothing, and it is copied once. Else W as it is: the ladder sends it a few rows at a time."""
+    if device.host_eigensolver:
+        return W
+    free = free_bytes(device)
+    if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
+        return W
+    return on_device_or_host(lambda where: W.to(where.torch_device), device)
 
 
 class _GivenUp(Exception):

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
-from laser.spectral.devices import Device, choose_device, full_precision, host_threads
+from laser.spectral.devices import Device, choose_device, full_precision, host_threads, on_device_or_host
 from laser.spectral.gram import to_host
 from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
 from laser.spectral.second_moments import shrunk
@@ -165,6 +165,10 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
     """(draws,) largest singular values of permuted W (m, n) times C^(1/2), one per seed 0, 1, ...: what noise of this
     size would do to these inputs. Lanczos iteration on W C W^T, which is never formed."""
     _check(W, metric)
+    return on_device_or_host(lambda where: _null(W, metric, draws, where), device)
+
+
+def _null(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
     tops = np.zeros(draws)
     C = None if metric.form != "full" else _inputs(metric).float().to(device.torch_device)
     d = None if metric.form != "diagonal" else metric.moment.float().to(device.torch_device)
@@ -246,10 +250,14 @@ def _squares(A: torch.Tensor) -> float:
 
 def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
     """A @ B in the device's precision, given and returned on the host in float64."""
-    if device.host_blas:
-        return A @ B
-    where, dtype = device.torch_device, device.dtype
-    return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
+
+    def product(at: Device) -> torch.Tensor:
+        if at.host_blas:
+            return A @ B
+        where, dtype = at.torch_device, at.dtype
+        return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
+
+    return on_device_or_host(product, device)
 
 
 def _symmetric(G: torch.Tensor) -> torch.Tensor:

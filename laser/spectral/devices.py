@@ -9,24 +9,28 @@ half the speed of float32 only on the chips for data centres; on the others it i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
 from laser.errors import UsageError
 
+T = TypeVar("T")
 NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
 SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100 and H200, B200 (CUDA C++
 # Programming Guide, table of arithmetic throughput). All others have 1/32 or 1/64.
 FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+# What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
+SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
 PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 
 
@@ -147,6 +151,25 @@ def free_bytes(device: Device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def failed_there(error: RuntimeError, device: Device) -> bool:
+    """Whether the device gave this error up, by its memory or by its libraries; the host has nowhere else to go."""
+    return not device.host_blas and any(symptom in str(error).lower() for symptom in SYMPTOMS)
+
+
+def on_device_or_host(compute: Callable[[Device], T], device: Device) -> T:
+    """`compute` on `device`, or on the host where the device fails: for what is no step of the ladder, nor in a record.
+
+    The host's result, in float64 where the device had float32, may differ from the device's in its last digits.
+    """
+    try:
+        return compute(device)
+    except RuntimeError as error:
+        if not failed_there(error, device):
+            raise
+    release(device)  # outside `except`: until it is left, the traceback holds what was made on the device
+    return compute(HOST)
 
 
 def release(device: Device) -> None:

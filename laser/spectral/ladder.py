@@ -19,13 +19,10 @@ import torch
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError
-from laser.spectral.devices import HOST, Device, free_bytes, full_precision, host_threads, release
+from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
 from laser.spectral.gram import BLOCK_ROWS
 
 T = TypeVar("T")
-
-# What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
-SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,10 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
         except (LinAlgError, np.linalg.LinAlgError, MemoryError) as error:
             failures.append(f"{step.name}: {_first_line(error)}")
         except RuntimeError as error:
-            if step.device.host_blas or not any(symptom in str(error).lower() for symptom in SYMPTOMS):
+            if not failed_there(error, step.device):
                 raise
             # Without the numbers in torch's message: they differ from run to run, and records do not.
-            memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+            memory = "out of memory" in str(error).lower()
             failures.append(f"{step.name}: {'out of memory on the device' if memory else _first_line(error)}")
         release(step.device)  # outside `except`: until it is left, the traceback holds the step's tensors
     raise NumericalError(
@@ -89,15 +86,15 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
 
 
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
-    """Memory that a step needs on its device at the peak, in bytes, besides W itself; its result is where W is.
+    """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
     gram: G, V and the solver's work space of three more; projector: G, X, Y, Z, a product and a sum of two. Both: four
     blocks of rows in the precision of the arithmetic.
     """
     p, q = min(W.shape), max(W.shape)
-    result = W.nbytes if W.device.type == device.torch_device.type else 0
+    there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
     squares = 6 if method == "projector" else 2 if device.host_eigensolver else 5
-    return result + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
+    return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
 
 
 def _require_memory(W: torch.Tensor, step: Step) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.devices import Device, full_precision
+from laser.spectral.devices import Device, full_precision, on_device_or_host
 from laser.spectral.gram import to_host
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -47,6 +47,10 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
 
     Raises NumericalError where the iteration does not settle.
     """
+    return on_device_or_host(lambda where: _largest(W, where), device)
+
+
+def _largest(W: torch.Tensor, device: Device) -> float:
     A = (W if W.shape[0] >= W.shape[1] else W.T).to(device.torch_device).to(torch.float32)  # (q, p)
     p = A.shape[1]
     if not A.any():  # Lanczos would have no direction to start in
