@@ -29,7 +29,7 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import BITS, Checkpoint
 from laser.errors import UsageError
 from laser.spectral.decomposition import BLOCK_ROWS
-from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host
+from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host, shared
 from laser.spectral.ladder import device_bytes
 
 T = TypeVar("T")
@@ -111,7 +111,8 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:
-        yield from _visit_here(checkpoint, matrices, work, crew.staff(matrices))
+        staff = crew.staff(matrices)
+        yield from _visit_here(checkpoint, matrices, work, [shared(device, staff.count(device)) for device in staff])
 
 
 def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -36,12 +36,16 @@ PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its ke
 
 @dataclass(frozen=True)
 class Device:
-    """Where matrices are multiplied (`torch_device`), in which `dtype`, who solves the eigenproblem, and why."""
+    """Where matrices are multiplied (`torch_device`), in which `dtype`, who solves the eigenproblem, and why.
+
+    share: bytes of its memory that are for this one of several workers; None where there is no other
+    """
 
     name: str
     dtype: torch.dtype
     host_eigensolver: bool
     reason: str
+    share: int | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -136,6 +140,8 @@ def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> boo
 
 def free_bytes(device: Device) -> int | None:
     """Memory that a matrix could have on this device now, in bytes; None where that is not known."""
+    if device.share is not None:
+        return device.share
     where = device.torch_device
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
@@ -153,8 +159,17 @@ def free_bytes(device: Device) -> int | None:
         return None
 
 
+def shared(device: Device, workers: int) -> Device:
+    """`device` for one of `workers` on it, before they begin, with an equal part of what is free then.
+
+    What is free later depends on what the others happen to hold, and which matrix falls to the host must not.
+    """
+    free = None if device.host_blas or workers == 1 else free_bytes(device)
+    return device if free is None else replace(device, share=free // workers)
+
+
 def failed_there(error: RuntimeError, device: Device) -> bool:
-    """Whether the device gave this error up, by its memory or by its libraries; the host has nowhere else to go."""
+    """Whether it is the device that failed, its memory or its libraries; from the host there is nowhere else to go."""
     return not device.host_blas and any(symptom in str(error).lower() for symptom in SYMPTOMS)
 
 

@@ -115,6 +115,30 @@ def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyP
     assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
 
 
+def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
+    pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, lock, both = 0, threading.Lock(), threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000 - held, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(workers, "own_stream", lambda _: nullcontext())
+
+    def work(matrix: Matrix, W: torch.Tensor, device: Device) -> int | None:
+        nonlocal held
+        both.wait()
+        with lock:
+            held += 300
+            found = devices.free_bytes(device)
+        both.wait()
+        with lock:
+            held -= 300
+        return found
+
+    checkpoint, card = laser.open_checkpoint(pico), Device("cuda", torch.float64, False, "pretends")
+    assert [found for _, found, _ in visit(checkpoint, scanned(checkpoint)[:4], work, Crew((card,)))] == [500] * 4
+
+
 def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     full, W = Full("cuda", torch.float64, False, "pretends"), torch.ones(40, 24)
     monkeypatch.setattr(workers, "device_bytes", lambda *_: 1000)
