@@ -81,7 +81,8 @@ def choose_crew(
 ) -> Crew:
     """The crew of a command line. `devices`: "cuda:0,cuda:1", or "all" for every CUDA device; else `device`.
 
-    Raises UsageError for what is not there, or for devices of different kinds, whose results would differ.
+    Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
+    differ.
     """
     if engine != "threads" and engine.partition("://")[0] != "ray":
         raise UsageError(f"no engine is called {engine!r}; try --engine threads, ray or ray://HOST:PORT")
@@ -94,8 +95,11 @@ def choose_crew(
     if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) != len(names):
         raise UsageError(f"--devices {devices} must name different devices of one kind; try --devices cuda:0,cuda:1")
     chosen = tuple(choose_device(name, precision) for name in names)
+    if len({found.dtype for found in chosen}) != 1:
+        told = ", ".join(found.label for found in chosen)
+        raise UsageError(f"found {told}, expected one precision on all devices; try --precision float32")
     if workers is not None and not chosen[0].host_blas:
-        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}, which has one worker; try --devices")
+        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --devices, or without --workers")
     return Crew(chosen, workers, engine)
 
 

@@ -246,6 +246,17 @@ def test_crews_that_cannot_be(asked: dict[str, object], message: str) -> None:
         choose_crew("cpu", **asked)  # pyright: ignore[reportArgumentType]
 
 
+def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(name: str, precision: str) -> Device:
+        double = name == "cuda:0" and precision == "auto"
+        return Device(name, torch.float64 if double else torch.float32, False, "pretends")
+
+    monkeypatch.setattr(workers, "choose_device", chosen)
+    with pytest.raises(UsageError, match=r"found cuda:0 float64, cuda:1 float32, expected one.*--precision float32"):
+        choose_crew(devices="cuda:0,cuda:1")
+    assert choose_crew(precision="float32", devices="cuda:0,cuda:1").label == "cuda float32"
+
+
 def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = scanned(laser.open_checkpoint(pico))
     assert available_memory() > 1 << 28
