@@ -31,6 +31,7 @@ SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
 FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 # What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
 SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
+SHORT = "carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
 PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 
 
@@ -69,9 +70,10 @@ class Device:
 HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
 
 
-def available() -> dict[str, str]:
-    """Device name -> what it is, or why it cannot be used here. `cpu` is always usable."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "not available: no CUDA device found by torch"
+def available(cuda_name: str = "cuda") -> dict[str, str]:
+    """Device name -> what it is, or why it cannot be used here. `cpu` is always usable. cuda_name: which one to ask."""
+    there = torch.cuda.is_available()
+    cuda = torch.cuda.get_device_name(cuda_name) if there else "not available: no CUDA device found by torch"
     mps = "Apple GPU" if torch.backends.mps.is_available() else "not available: torch finds no Apple GPU here"
     return {"cuda": cuda, "mps": mps, "cpu": f"{torch.get_num_threads()} threads"}
 
@@ -81,10 +83,13 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
 
     Raises UsageError for a device that is not there or a precision that it lacks.
     """
-    base = name.partition(":")[0]
+    base, colon, index = name.partition(":")
     if base not in NAMES or precision not in PRECISIONS:
         raise UsageError(f"unknown device or precision {name!r}, {precision!r}; try --device {'|'.join(NAMES)}")
-    here = available()
+    count = torch.cuda.device_count() if base == "cuda" else 1
+    if colon and not (index.isdecimal() and int(index) < max(count, 1)):  # of none at all `available` says why
+        raise UsageError(f"there is no device {name!r}: found {count}, counted from 0; try --device {base}")
+    here = available(name if base == "cuda" else "cuda")
     if base == "auto":
         base = name = next(n for n in ("cuda", "mps", "cpu") if not here[n].startswith("not available"))
         why = f"first of cuda, mps, cpu that is there ({here[base]})"
@@ -108,6 +113,8 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     """For CUDA and the host, which have both."""
     if precision != "auto":
         asked = torch.float32 if precision == "float32" else torch.float64
+        if base == "cuda" and asked == torch.float32 and not exact_products(torch.device(name)):
+            raise UsageError(f"products in float32 on {name} {SHORT}; try --precision float64")
         return asked, f"{precision} asked for"
     if base == "cpu":
         return torch.float64, "float64, exact to the last digit of the source"
@@ -116,7 +123,7 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     if capability in FULL_RATE_FLOAT64:
         return torch.float64, f"float64, which this chip has at full rate ({chip})"
     if not exact_products(torch.device(name)):
-        return torch.float64, "float64, since its products in float32 carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
+        return torch.float64, f"float64, since its products in float32 {SHORT}"
     return torch.float32, f"float32, since float64 is 32 to 64 times slower on this chip ({chip})"
 
 
