@@ -46,7 +46,8 @@ PATIENCE = 0.1  # seconds between two looks at whether the work was given up
 class Crew:
     """PER_GPU workers per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
 
-    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster.
+    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster, which says
+    by itself on which of its devices of that kind.
     """
 
     devices: tuple[Device, ...]
@@ -94,7 +95,12 @@ def choose_crew(
     names = [name for name in (devices or device).split(",") if name]
     if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) != len(names):
         raise UsageError(f"--devices {devices} must name different devices of one kind; try --devices cuda:0,cuda:1")
-    chosen = tuple(choose_device(name, precision) for name in names)
+    if engine == "threads":
+        chosen = tuple(choose_device(name, precision) for name in names)
+    else:
+        from laser.engine.ray_engine import choose_in_cluster  # imported when met: Ray is an extra
+
+        chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
     if len({found.dtype for found in chosen}) != 1:
         told = ", ".join(found.label for found in chosen)
         raise UsageError(f"found {told}, expected one precision on all devices; try --precision float32")
