@@ -19,7 +19,7 @@ import torch
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.devices import HOST, Device, on_device_or_host
-from laser.spectral.gram import number
+from laser.spectral.gram import moved, number
 from laser.spectral.noise import Shape
 
 BLOCK = 1 << 22  # entries that are in float64 at a time: 32 MiB
@@ -45,7 +45,9 @@ def _kurtosis(W: torch.Tensor, device: Device) -> float:
     flat = W.detach().reshape(-1)
     second = fourth = 0.0
     for start in range(0, len(flat), BLOCK):
-        block = flat[start : start + BLOCK].to(device.torch_device)
+        block = flat[start : start + BLOCK]
+        narrow = min(block.dtype, device.dtype, key=lambda dtype: dtype.itemsize)
+        block = moved(block, device.torch_device, narrow)
         scale = number(block.abs().max())
         if scale == 0.0:
             continue

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision, on_device_or_host
-from laser.spectral.gram import to_host
+from laser.spectral.gram import moved, tall, to_host
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 KINDS = ("entries", "rows")
@@ -51,7 +51,7 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
 
 
 def _largest(W: torch.Tensor, device: Device) -> float:
-    A = (W if W.shape[0] >= W.shape[1] else W.T).to(device.torch_device).to(torch.float32)  # (q, p)
+    A = moved(tall(W), device.torch_device, torch.float32)  # (q, p)
     p = A.shape[1]
     if not A.any():  # Lanczos would have no direction to start in
         return 0.0
