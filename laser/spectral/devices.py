@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -212,33 +212,48 @@ def synchronise(device: Device) -> None:
 
 # --- precision and threads --------------------------------------------------------------------------------------------
 
-_precision_lock = Lock()
-_precision_users = 0
-_precision_before = "none"
+
+class _Together:
+    """A context of the whole process for threads that come and go: the first to enter opens it, the last to leave
+    closes it. Each by itself would put back what it found, which is what another one has set."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]]) -> None:
+        self._context, self._open, self._lock, self._inside = context, ExitStack(), Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._open.enter_context(self._context())
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._open.close()
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in IEEE float32 while inside: TF32 would cost three digits. Uses torch's new switch only, and puts
-    back what it found; mixing it with the older flags makes torch raise. The switch is the process's, so the last
-    thread to leave puts it back."""
-    global _precision_users, _precision_before
+def _ieee() -> Iterator[None]:
+    """Uses torch's new switch only; mixing it with the older flags makes torch raise."""
     if not torch.cuda.is_available():
         yield
         return
     matmul = torch.backends.cuda.matmul
-    with _precision_lock:
-        if _precision_users == 0:
-            _precision_before = matmul.fp32_precision
-            matmul.fp32_precision = "ieee"
-        _precision_users += 1
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
-        with _precision_lock:
-            _precision_users -= 1
-            if _precision_users == 0:
-                matmul.fp32_precision = _precision_before
+        matmul.fp32_precision = before
+
+
+_all_ieee = _Together(_ieee)
+_one_blas_thread = _Together(lambda: _pools().limit(limits=1, user_api="blas"))
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Products in IEEE float32 while inside: TF32 would cost three digits."""
+    return _all_ieee
 
 
 @lru_cache(maxsize=1)
@@ -258,7 +273,7 @@ def host_threads(p: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _pools().limit(limits=1, user_api="blas") if p <= SMALL else nullcontext():
+        with _one_blas_thread if p <= SMALL else nullcontext():
             yield
     finally:
         torch.set_num_threads(before)

@@ -1,7 +1,11 @@
 """The choice of device, and its reason."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
 from laser.errors import UsageError
 from laser.spectral import devices
@@ -95,6 +99,21 @@ def test_full_precision_is_shared_by_threads(monkeypatch: pytest.MonkeyPatch) ->
             pass
         assert Switch.fp32_precision == "ieee"
     assert Switch.fp32_precision == "tf32"
+
+
+def test_blas_threads_are_put_back_by_the_last_of_two_threads_that_come_and_go() -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"}
+
+    first, second = (contextlib.ExitStack() for _ in range(2))
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            one.submit(first.enter_context, devices.host_threads(8)).result()
+            other.submit(second.enter_context, devices.host_threads(8)).result()
+            one.submit(first.close).result()
+            assert threads() == {1}
+            other.submit(second.close).result()
+        assert threads() == {2}
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
