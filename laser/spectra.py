@@ -268,6 +268,7 @@ def assemble(
 
 def describe_failure(W: torch.Tensor, error: LaserError) -> str:
     """The plan's reason for leaving a matrix alone."""
+    W = W.cpu()  # where W lies there may be no memory left to look at it
     if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
         bad = int((~torch.isfinite(W)).sum())
         return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"

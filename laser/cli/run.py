@@ -40,7 +40,7 @@ from laser.search.candidates import DATA
 from laser.search.search import SearchResult, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
-from laser.spectral.devices import Device
+from laser.spectral.devices import Device, choose_device
 from laser.spectral.measuring import choose_method
 from laser.spectral.rules import draws_needed
 
@@ -113,7 +113,6 @@ def run(
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
-    where = crew.devices[0]
     draws = max(draws_needed(part.removeprefix(DATA)) for part in wanted.split(","))
     if dry_run:
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
@@ -122,6 +121,10 @@ def run(
     known = common.moments_of(moments)
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
+    def here() -> Device:
+        """For search and leaderboard, which run in this process, whatever the cluster lends."""
+        return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
+
     def choose(spectra: Spectra) -> Plan:
         if not searching:
             metric = "data" if wanted.startswith(DATA) else "plain"
@@ -129,7 +132,7 @@ def run(
         result = _search(
             checkpoint, spectra, wanted, text_of(text, None, None), held_out, window, windows, held_out_windows,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=order or flags.get("order", "layers"), device=where, stream=stream,
+            order=order or flags.get("order", "layers"), device=here(), stream=stream,
             journal=records_of(output) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(output / SEARCH, to_json(result_document(result)))
@@ -150,7 +153,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=choose_method(method or flags.get("method", "auto"), where)[0],
+            method=choose_method(method or flags.get("method", "auto"), crew.devices[0])[0],
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
             moments=known,
@@ -161,7 +164,7 @@ def run(
             on_reduce=reduced,
         )
     if wants_board:
-        leaderboards(checkpoint, output, where.name, data, limit)
+        leaderboards(checkpoint, output, here().name, data, limit)
         write_card(output, checkpoint, commands=(_command(checkpoint, output),))
     print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, T, Visits, Work, do, quiet
 from laser.errors import LaserError, UsageError
-from laser.spectral.devices import Device
+from laser.spectral.devices import Device, choose_device
 
 # A task's work, in m * n * min(m, n): about a tenth of a second on a core and on an H100.
 GROUP = {"cpu": 2e9, "cuda": 2e11}
@@ -52,15 +52,11 @@ class _Failed:
 
 def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
     """As `workers.visit`. Connects to the cluster that the crew's engine names, or that is there already."""
-    ray = connect(crew.engine)
     device = crew.devices[0]
     kind = device.torch_device.type
-    resource = "GPU" if kind == "cuda" else "CPU"
-    slots = int(ray.cluster_resources().get(resource, 0) / (SHARE if kind == "cuda" else 1))
-    if not slots:
-        raise UsageError(
-            f"the Ray cluster has no {resource}, expected one per worker; try --device cpu or --engine ray"
-        )
+    _require_lent(kind)
+    ray = connect(crew.engine)
+    slots = _slots(ray, kind)
     options: dict[str, Any] = {"num_gpus": SHARE, "num_cpus": 1} if kind == "cuda" else {"num_cpus": 1}
     task = ray.remote(max_retries=RETRIES, **options)(_task)
     shared = [ray.put(item) for item in (_portable(checkpoint), work)]  # once per node, not once per task
@@ -84,6 +80,41 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
     finally:
         for reference in pending:
             ray.cancel(reference)
+
+
+def choose_in_cluster(engine: str, kind: str, precision: str) -> Device:
+    """As `choose_device`, but of the cluster's GPUs, which the driver need not have; auto takes them if there are any.
+
+    Raises UsageError for a kind of device that Ray does not lend, or that the cluster lacks.
+    """
+    if kind == "cpu":  # the same everywhere
+        return choose_device("cpu", precision)
+    if kind != "auto":
+        _require_lent(kind)
+    ray = connect(engine)
+    if kind == "auto" and not ray.cluster_resources().get("GPU"):
+        return choose_device("cpu", precision)
+    _slots(ray, "cuda")
+    try:
+        return ray.get(ray.remote(num_gpus=SHARE)(choose_device).remote("cuda", precision))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as it was told on the node
+
+
+def _require_lent(kind: str) -> None:
+    if kind not in GROUP:
+        raise UsageError(f"Ray lends no device {kind!r}, expected cuda or cpu; try --device cpu, or --engine threads")
+
+
+def _slots(ray: Any, kind: str) -> int:
+    """How many tasks the cluster runs at a time. Raises UsageError for none."""
+    resource = "GPU" if kind == "cuda" else "CPU"
+    slots = int(ray.cluster_resources().get(resource, 0) / (SHARE if kind == "cuda" else 1))
+    if not slots:
+        raise UsageError(
+            f"the Ray cluster has no {resource}, expected one per worker; try --device cpu or --engine ray"
+        )
+    return slots
 
 
 def connect(engine: str) -> Any:
@@ -120,6 +151,8 @@ def groups(matrices: Sequence[Matrix], kind: str) -> Iterator[list[Matrix]]:
 def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: Device) -> list[Any]:
     """On a node: the same visits that a thread of the driver would make, with one BLAS thread as there."""
     done: list[Any] = []
+    if device.torch_device.type == "cuda":  # the one card that Ray lets a task see, whatever its number
+        device = replace(device, name="cuda", share=int(SHARE * torch.cuda.mem_get_info()[1]))
     with quiet(device):
         for matrix in group:
             try:

@@ -29,7 +29,8 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import BITS, Checkpoint
 from laser.errors import UsageError
 from laser.spectral.decomposition import BLOCK_ROWS
-from laser.spectral.devices import Device, choose_device, full_precision
+from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host, shared
+from laser.spectral.ladder import device_bytes
 
 T = TypeVar("T")
 # What is done with one matrix: (matrix, its weights (m, n) on the host, the device to use) -> a result.
@@ -45,7 +46,8 @@ PATIENCE = 0.1  # seconds between two looks at whether the work was given up
 class Crew:
     """PER_GPU workers per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
 
-    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster.
+    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster, which says
+    by itself on which of its devices of that kind.
     """
 
     devices: tuple[Device, ...]
@@ -80,7 +82,8 @@ def choose_crew(
 ) -> Crew:
     """The crew of a command line. `devices`: "cuda:0,cuda:1", or "all" for every CUDA device; else `device`.
 
-    Raises UsageError for what is not there, or for devices of different kinds, whose results would differ.
+    Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
+    differ.
     """
     if engine != "threads" and engine.partition("://")[0] != "ray":
         raise UsageError(f"no engine is called {engine!r}; try --engine threads, ray or ray://HOST:PORT")
@@ -92,9 +95,17 @@ def choose_crew(
     names = [name for name in (devices or device).split(",") if name]
     if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) != len(names):
         raise UsageError(f"--devices {devices} must name different devices of one kind; try --devices cuda:0,cuda:1")
-    chosen = tuple(choose_device(name, precision) for name in names)
+    if engine == "threads":
+        chosen = tuple(choose_device(name, precision) for name in names)
+    else:
+        from laser.engine.ray_engine import choose_in_cluster  # imported when met: Ray is an extra
+
+        chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
+    if len({found.dtype for found in chosen}) != 1:
+        told = ", ".join(found.label for found in chosen)
+        raise UsageError(f"found {told}, expected one precision on all devices; try --precision float32")
     if workers is not None and not chosen[0].host_blas:
-        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}, which has one worker; try --devices")
+        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --devices, or without --workers")
     return Crew(chosen, workers, engine)
 
 
@@ -110,7 +121,8 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:
-        yield from _visit_here(checkpoint, matrices, work, crew.staff(matrices))
+        staff = crew.staff(matrices)
+        yield from _visit_here(checkpoint, matrices, work, [shared(device, staff.count(device)) for device in staff])
 
 
 def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:
@@ -133,8 +145,14 @@ def own_stream(device: Device) -> AbstractContextManager[object]:
 
 
 def near(W: torch.Tensor, device: Device) -> torch.Tensor:
-    """W on the device where it is CUDA's: looked at there for NaN and tails it costs nothing, and it is copied once."""
-    return W.to(device.torch_device) if device.torch_device.type == "cuda" else W
+    """W on a device with LAPACK, so CUDA's, that has room for it beside its factorisation: looked at there for NaN and
+    tails it costs nothing, and it is copied once. Else W as it is: the ladder sends it a few rows at a time."""
+    if device.host_eigensolver:
+        return W
+    free = free_bytes(device)
+    if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
+        return W
+    return on_device_or_host(lambda where: W.to(where.torch_device), device)
 
 
 class _GivenUp(Exception):

@@ -42,7 +42,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Truncation:
-    matrix: torch.Tensor  # (m, n), in the dtype and on the device of the source matrix
+    matrix: torch.Tensor  # (m, n), in the dtype of the source matrix, and where that is or on the host
     singular_values: NDArray[np.float64]  # (p,), of the source matrix
     certificate: Certificate
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
-from laser.spectral.devices import HOST, Device, full_precision, host_threads
+from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
 from laser.spectral.second_moments import shrinkage
 
 
@@ -236,10 +236,14 @@ def _leading(B: torch.Tensor, rank: int, device: Device) -> torch.Tensor:
 
 def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
     """A @ B in the device's precision, given and returned on the host in float64."""
-    if device.host_blas:
-        return A @ B
-    where, dtype = device.torch_device, device.dtype
-    return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
+
+    def product(at: Device) -> torch.Tensor:
+        if at.host_blas:
+            return A @ B
+        where, dtype = at.torch_device, at.dtype
+        return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
+
+    return on_device_or_host(product, device)
 
 
 def _symmetric(G: torch.Tensor) -> torch.Tensor:

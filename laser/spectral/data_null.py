@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from laser.spectral.data_metric import Metric, check_matrix, shrinkage_in_metric
-from laser.spectral.devices import Device, full_precision
+from laser.spectral.devices import Device, full_precision, on_device_or_host
 from laser.spectral.gram import to_host
 from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
 
@@ -19,6 +19,10 @@ def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) 
     """(draws,) largest singular values of permuted W (m, n) times C^(1/2), one per seed 0, 1, ...: what noise of this
     size would do to these inputs. Lanczos iteration on W C W^T, which is never formed."""
     check_matrix(W, metric)
+    return on_device_or_host(lambda where: _null(W, metric, draws, where), device)
+
+
+def _null(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
     tops = np.zeros(draws)
     C = {"full": metric.moment, "diagonal": metric.moment, "outputs": None}[metric.form]
     C, B, rest = (None if x is None else x.float().to(device.torch_device) for x in (C, metric.sketch, metric.rest))

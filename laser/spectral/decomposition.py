@@ -84,9 +84,8 @@ def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
     Raises NumericalError for a NaN or Inf in W or when every step of the ladder fails.
     """
     check_storage(W.dtype)
-    found, step, note = climb(
-        W, steps("gram" if method == "projector" else method, device), lambda s: _VALUES[s.method](W, s.device)
-    )
+    ladder = steps("gram" if method == "projector" else method, device)
+    found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
     return Values(found, step, note)
 
 
@@ -126,7 +125,7 @@ def visit(
     """
     check_storage(W.dtype)
 
-    def attempt(step: Step) -> tuple[Spectrum, Truncation | None]:
+    def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
         factors = _FACTORS[step.method](W, step.device, values)
         gains = decide(factors.singular_values)
         if gains is None:

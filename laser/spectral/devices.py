@@ -9,35 +9,44 @@ half the speed of float32 only on the chips for data centres; on the others it i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
 from laser.errors import UsageError
 
+T = TypeVar("T")
 NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
 SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100 and H200, B200 (CUDA C++
 # Programming Guide, table of arithmetic throughput). All others have 1/32 or 1/64.
 FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+# What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
+SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
+SHORT = "carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
 PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where matrices are multiplied (`torch_device`), in which `dtype`, who solves the eigenproblem, and why."""
+    """Where matrices are multiplied (`torch_device`), in which `dtype`, who solves the eigenproblem, and why.
+
+    share: bytes of its memory that are for this one of several workers; None where there is no other
+    """
 
     name: str
     dtype: torch.dtype
     host_eigensolver: bool
     reason: str
+    share: int | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -61,9 +70,10 @@ class Device:
 HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
 
 
-def available() -> dict[str, str]:
-    """Device name -> what it is, or why it cannot be used here. `cpu` is always usable."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "not available: no CUDA device found by torch"
+def available(cuda_name: str = "cuda") -> dict[str, str]:
+    """Device name -> what it is, or why it cannot be used here. `cpu` is always usable. cuda_name: which one to ask."""
+    there = torch.cuda.is_available()
+    cuda = torch.cuda.get_device_name(cuda_name) if there else "not available: no CUDA device found by torch"
     mps = "Apple GPU" if torch.backends.mps.is_available() else "not available: torch finds no Apple GPU here"
     return {"cuda": cuda, "mps": mps, "cpu": f"{torch.get_num_threads()} threads"}
 
@@ -73,10 +83,13 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
 
     Raises UsageError for a device that is not there or a precision that it lacks.
     """
-    base = name.partition(":")[0]
+    base, colon, index = name.partition(":")
     if base not in NAMES or precision not in PRECISIONS:
         raise UsageError(f"unknown device or precision {name!r}, {precision!r}; try --device {'|'.join(NAMES)}")
-    here = available()
+    count = torch.cuda.device_count() if base == "cuda" else 1
+    if colon and not (index.isdecimal() and int(index) < max(count, 1)):  # of none at all `available` says why
+        raise UsageError(f"there is no device {name!r}: found {count}, counted from 0; try --device {base}")
+    here = available(name if base == "cuda" else "cuda")
     if base == "auto":
         base = name = next(n for n in ("cuda", "mps", "cpu") if not here[n].startswith("not available"))
         why = f"first of cuda, mps, cpu that is there ({here[base]})"
@@ -100,6 +113,8 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     """For CUDA and the host, which have both."""
     if precision != "auto":
         asked = torch.float32 if precision == "float32" else torch.float64
+        if base == "cuda" and asked == torch.float32 and not exact_products(torch.device(name)):
+            raise UsageError(f"products in float32 on {name} {SHORT}; try --precision float64")
         return asked, f"{precision} asked for"
     if base == "cpu":
         return torch.float64, "float64, exact to the last digit of the source"
@@ -108,7 +123,7 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     if capability in FULL_RATE_FLOAT64:
         return torch.float64, f"float64, which this chip has at full rate ({chip})"
     if not exact_products(torch.device(name)):
-        return torch.float64, "float64, since its products in float32 carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
+        return torch.float64, f"float64, since its products in float32 {SHORT}"
     return torch.float32, f"float32, since float64 is 32 to 64 times slower on this chip ({chip})"
 
 
@@ -132,6 +147,8 @@ def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> boo
 
 def free_bytes(device: Device) -> int | None:
     """Memory that a matrix could have on this device now, in bytes; None where that is not known."""
+    if device.share is not None:
+        return device.share
     where = device.torch_device
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
@@ -147,6 +164,34 @@ def free_bytes(device: Device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def shared(device: Device, workers: int) -> Device:
+    """`device` for one of `workers` on it, before they begin, with an equal part of what is free then.
+
+    What is free later depends on what the others happen to hold, and which matrix falls to the host must not.
+    """
+    free = None if device.host_blas or workers == 1 else free_bytes(device)
+    return device if free is None else replace(device, share=free // workers)
+
+
+def failed_there(error: RuntimeError, device: Device) -> bool:
+    """Whether it is the device that failed, its memory or its libraries; from the host there is nowhere else to go."""
+    return not device.host_blas and any(symptom in str(error).lower() for symptom in SYMPTOMS)
+
+
+def on_device_or_host(compute: Callable[[Device], T], device: Device) -> T:
+    """`compute` on `device`, or on the host where the device fails: for what is no step of the ladder, nor in a record.
+
+    The host's result, in float64 where the device had float32, may differ from the device's in its last digits.
+    """
+    try:
+        return compute(device)
+    except RuntimeError as error:
+        if not failed_there(error, device):
+            raise
+    release(device)  # outside `except`: until it is left, the traceback holds what was made on the device
+    return compute(HOST)
 
 
 def release(device: Device) -> None:

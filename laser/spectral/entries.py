@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.devices import HOST, Device
-from laser.spectral.gram import number
+from laser.spectral.devices import HOST, Device, on_device_or_host
+from laser.spectral.gram import moved, number
 from laser.spectral.noise import Shape
 
 BLOCK = 1 << 22  # entries that are in float64 at a time: 32 MiB
@@ -34,14 +34,20 @@ HEAVY = 0.1
 def excess_kurtosis(W: torch.Tensor, device: Device = HOST) -> float:
     """E x^4 / (E x^2)^2 - 3 over the entries of W, moments about zero, as the noise's law has them; 0 for no noise.
 
-    0 for Gaussian entries, 3 for Laplace's. On the host in float64; on an accelerator in its own
-    dtype, where the host alone would take longer than the eigenvalues do. Each block is scaled by its largest entry, so
-    that no fourth power underflows.
+    0 for Gaussian entries, 3 for Laplace's. On the host in float64; on an accelerator, as long as its memory lasts, in
+    its own dtype, where the host alone would take longer than the eigenvalues do. Each block is scaled by its largest
+    entry, so that no fourth power underflows.
     """
+    return on_device_or_host(lambda where: _kurtosis(W, where), device)
+
+
+def _kurtosis(W: torch.Tensor, device: Device) -> float:
     flat = W.detach().reshape(-1)
     second = fourth = 0.0
     for start in range(0, len(flat), BLOCK):
-        block = flat[start : start + BLOCK].to(device.torch_device)
+        block = flat[start : start + BLOCK]
+        narrow = min(block.dtype, device.dtype, key=lambda dtype: dtype.itemsize)
+        block = moved(block, device.torch_device, narrow)
         scale = number(block.abs().max())
         if scale == 0.0:
             continue

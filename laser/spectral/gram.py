@@ -53,11 +53,17 @@ def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains
         part = _project(block, basis, weights, device)
         result, removed = (part, block - part) if keep else (block - part, part)
         squared += number(torch.sum(removed * removed))
-        out_tall[start : start + BLOCK_ROWS] = result.to(W.dtype).to(W.device)
+        out_tall[start : start + BLOCK_ROWS] = moved(result, W.device, W.dtype)
     return Raw(out, s, gains, math.sqrt(squared), orthogonality, device.dtype)
 
 
 # --- between device and host: the only places where numbers leave the device ------------------------------------------
+
+
+def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """x on `device` and in `dtype`. The narrower of the two dtypes is what is copied: there is less of it, and float64
+    never meets a device that has none."""
+    return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
 
 
 def number(scalar: torch.Tensor) -> float:
@@ -84,9 +90,9 @@ def blocks(W: torch.Tensor, device: Device) -> Iterator[tuple[int, torch.Tensor]
         stop = start + BLOCK_ROWS
         if wide and not device.host_blas:
             # Sent as it lies in memory and turned on the device: the other way round the host would turn it.
-            yield start, W[:, start:stop].to(device.torch_device).to(device.dtype).T
+            yield start, moved(W[:, start:stop], device.torch_device, device.dtype).T
         else:
-            yield start, A[start:stop].to(device.torch_device).to(device.dtype)
+            yield start, moved(A[start:stop], device.torch_device, device.dtype)
 
 
 def gram(W: torch.Tensor, device: Device) -> torch.Tensor:

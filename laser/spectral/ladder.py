@@ -19,13 +19,10 @@ import torch
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError
-from laser.spectral.devices import HOST, Device, free_bytes, full_precision, host_threads, release
+from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
 from laser.spectral.gram import BLOCK_ROWS
 
 T = TypeVar("T")
-
-# What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
-SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
 
 
 @dataclass(frozen=True)
@@ -50,33 +47,37 @@ def steps(method: str, device: Device) -> tuple[Step, ...]:
     return (*found, Step("svd", "svd", host))
 
 
-def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step], T]) -> tuple[T, str, str]:
+def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, torch.Tensor], T]) -> tuple[T, str, str]:
     """The first result of `attempt` that holds, its step's name, and which steps failed before it and why.
 
-    Raises NumericalError for NaN or Inf in W, or with every step's reason when none is left.
+    `attempt` gets W with the step, since a step of the host's gets it on the host: what it makes beside W would else
+    be made on the device that has just run out of memory. Raises NumericalError for NaN or Inf in W, or with every
+    step's reason when none is left.
     """
     failures: list[str] = []
     residual = None
     for step in ladder:
         # Only once something has failed, or before a method that would not: on a GPU's host, reading every weight for
-        # this takes as long as the eigenproblem. NaN and Inf show in the trace of the Gram matrix.
-        if (len(failures) == 1 or (step.method == "svd" and not failures)) and not torch.isfinite(W).all():
+        # this takes as long as the eigenproblem. NaN and Inf show in the trace of the Gram matrix. And on the host: the
+        # device may be full.
+        if (len(failures) == 1 or (step.method == "svd" and not failures)) and not torch.isfinite(W.cpu()).all():
             raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
+        W = W.cpu() if step.device.host_blas else W
         on_host = step.device.host_blas and step.method != "svd"
         try:
             with full_precision(), host_threads(min(W.shape)) if on_host else nullcontext():
                 _require_memory(W, step)
-                return attempt(step), step.name, "; ".join(failures)
+                return attempt(step, W), step.name, "; ".join(failures)
         except NumericalError as error:
             failures.append(f"{step.name}: {error}")
             residual = error.residual if residual is None else residual
         except (LinAlgError, np.linalg.LinAlgError, MemoryError) as error:
             failures.append(f"{step.name}: {_first_line(error)}")
         except RuntimeError as error:
-            if step.device.host_blas or not any(symptom in str(error).lower() for symptom in SYMPTOMS):
+            if not failed_there(error, step.device):
                 raise
             # Without the numbers in torch's message: they differ from run to run, and records do not.
-            memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+            memory = "out of memory" in str(error).lower()
             failures.append(f"{step.name}: {'out of memory on the device' if memory else _first_line(error)}")
         release(step.device)  # outside `except`: until it is left, the traceback holds the step's tensors
     raise NumericalError(
@@ -84,21 +85,22 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step], T
     )
 
 
-def device_bytes(shape: tuple[int, ...], method: str, device: Device) -> int:
-    """Memory that a step needs on its device at the peak, in bytes, besides W itself where it already lies there.
+def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
+    """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
     gram: G, V and the solver's work space of three more; projector: G, X, Y, Z, a product and a sum of two. Both: four
     blocks of rows in the precision of the arithmetic.
     """
-    p, q = min(shape), max(shape)
+    p, q = min(W.shape), max(W.shape)
+    there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
     squares = 6 if method == "projector" else 2 if device.host_eigensolver else 5
-    return (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
+    return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
 
 
 def _require_memory(W: torch.Tensor, step: Step) -> None:
     """Before a matrix is sent. The host is not asked: there is nowhere else to go, and it can swap."""
     free = None if step.device.host_blas else free_bytes(step.device)
-    needed = device_bytes(tuple(W.shape), step.method, step.device)
+    needed = device_bytes(W, step.method, step.device)
     if free is not None and needed > free:
         raise NumericalError(f"needs {needed / 2**30:.2f} GiB of memory on the device, more than is free")
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.devices import Device, full_precision
-from laser.spectral.gram import to_host
+from laser.spectral.devices import Device, full_precision, on_device_or_host
+from laser.spectral.gram import moved, tall, to_host
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 KINDS = ("entries", "rows")
@@ -47,7 +47,11 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
 
     Raises NumericalError where the iteration does not settle.
     """
-    A = (W if W.shape[0] >= W.shape[1] else W.T).to(device.torch_device).to(torch.float32)  # (q, p)
+    return on_device_or_host(lambda where: _largest(W, where), device)
+
+
+def _largest(W: torch.Tensor, device: Device) -> float:
+    A = moved(tall(W), device.torch_device, torch.float32)  # (q, p)
     p = A.shape[1]
     if not A.any():  # Lanczos would have no direction to start in
         return 0.0

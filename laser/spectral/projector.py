@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError
 from laser.spectral.certificate import Factors, Raw
 from laser.spectral.devices import Device
-from laser.spectral.gram import BLOCK_ROWS, blocks, gram, number, spectrum_of, tall, to_host
+from laser.spectral.gram import BLOCK_ROWS, blocks, gram, moved, number, spectrum_of, tall, to_host
 from laser.spectral.shrinkage import Gains
 
 Quintic = tuple[float, float, float]  # a, b, c of a x + b x^3 + c x^5
@@ -181,7 +181,7 @@ def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains
             result = torch.addmm(block, block, X, beta=0.5, alpha=0.5)  # A P = (A + A X) / 2
         removed = block - result
         squared += number(torch.sum(removed * removed))
-        out_tall[start : start + BLOCK_ROWS] = result.to(W.dtype).to(W.device)
+        out_tall[start : start + BLOCK_ROWS] = moved(result, W.device, W.dtype)
     return Raw(out, s, gains, math.sqrt(squared), off, device.dtype, limit=UNRESOLVED / 4)
 
 

@@ -13,11 +13,11 @@ from laser.spectral.shrinkage import Gains
 
 
 def values_by_svd(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
-    return torch.linalg.svdvals(W.cpu().double()).numpy()
+    return torch.linalg.svdvals(W.double()).numpy()
 
 
 def factors_by_svd(W: torch.Tensor, device: Device) -> Factors:
-    full = W.cpu().double()
+    full = W.double()
     U, s, Vh = torch.linalg.svd(full, full_matrices=False)
 
     def cut(wanted: Gains) -> Raw:
@@ -27,6 +27,6 @@ def factors_by_svd(W: torch.Tensor, device: Device) -> Factors:
         eye = torch.eye(len(basis), dtype=torch.float64)
         orthogonality = float((basis @ basis.T - eye).abs().max()) if len(basis) else 0.0
         distance = float(torch.linalg.vector_norm(full - result))
-        return Raw(result.to(W.dtype).to(W.device), s.numpy(), gains, distance, orthogonality, torch.float64)
+        return Raw(result.to(W.dtype), s.numpy(), gains, distance, orthogonality, torch.float64)
 
     return Factors(s.numpy(), cut)

@@ -119,6 +119,42 @@ def test_a_device_that_the_cluster_lacks(cluster: Any, pico: Path) -> None:
         list(visit(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
 
 
+def test_the_device_is_chosen_where_the_gpus_are(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the driver, which has none: by a task to which Ray has lent one. This node's is a mere number."""
+
+    def chosen(name: str, precision: str) -> Device:
+        import os
+
+        return Device(name, getattr(torch, precision), False, f"saw {os.environ['CUDA_VISIBLE_DEVICES']}")
+
+    node = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 << 20)
+    try:
+        with pytest.raises(UsageError, match=r"^device 'cuda' is not available: no CUDA device found by torch; try"):
+            choose_crew("auto", engine="ray")
+        monkeypatch.setattr(ray_engine, "choose_device", chosen)
+        for asked in ({"device": "auto"}, {"device": "cuda"}, {"devices": "cuda:3,cuda:5"}):
+            crew = choose_crew(engine="ray", precision="float32", **asked)
+            assert crew == Crew((Device("cuda", torch.float32, False, "saw 0"),), engine="ray")
+    finally:
+        cluster.remove_node(node)
+
+
+def test_a_task_uses_the_one_card_that_it_sees(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
+    checkpoint, fifth = laser.open_checkpoint(pico), Device("cuda:5", torch.float64, False, "")
+    group = list_matrices(checkpoint)[:1]
+    done = ray_engine._task(checkpoint, lambda matrix, W, device: (device.name, device.share), group, fifth)
+    assert done[0][1] == ("cuda", 500)
+
+
+def test_apple_gpus_are_refused(pico: Path) -> None:
+    crew, checkpoint = Crew((Device("mps", torch.float32, True, ""),), engine="ray"), laser.open_checkpoint(pico)
+    with pytest.raises(UsageError, match="Ray lends no device 'mps', expected cuda or cpu; try --device cpu"):
+        list(visit(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
+    with pytest.raises(UsageError, match="Ray lends no device 'mps'"):
+        choose_crew("mps", engine="ray")
+
+
 def test_small_matrices_share_a_task() -> None:
     def matrices(count: int, side: int) -> list[Matrix]:
         return [Matrix(f"{side}.{i}", "q", i, None, (side, side), "BF16", f"{side}.{i}") for i in range(count)]

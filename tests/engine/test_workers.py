@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,39 @@ import laser
 from laser import reduction
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.engine import workers
-from laser.engine.workers import Crew, available_memory, choose_crew, dearest_first, peak_bytes, visit, worker_bytes
+from laser.engine.workers import (
+    Crew,
+    available_memory,
+    choose_crew,
+    dearest_first,
+    near,
+    peak_bytes,
+    visit,
+    worker_bytes,
+)
 from laser.errors import NumericalError, UsageError
-from laser.plan import make_plan
+from laser.flow import run
+from laser.plan import Treatment, make_plan
 from laser.reduction import by_shard, reduce
 from laser.spectra import scan
+from laser.spectral import devices, ladder
+from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
+from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device, choose_device
 
 CPU = choose_device("cpu")
+
+
+class Full(Device):
+    """A GPU that runs out of memory whenever anything is sent to it."""
+
+    @property
+    def host_blas(self) -> bool:
+        return False
+
+    @property
+    def torch_device(self) -> torch.device:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.")
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
@@ -52,6 +77,79 @@ def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> N
     for count in (1, 2):
         scan(checkpoint, crew=Crew((CPU,), count)).save(tmp_path / f"{count}.safetensors")
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flow", ["two passes", "one pass"])
+def test_a_gpu_without_memory_ends_in_what_the_host_finds(
+    pico: Path, tmp_path: Path, flow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matrix itself, its null, its tails and every step of the ladder."""
+    full = Full("cuda", torch.float64, False, "pretends")
+    for module in (workers, ladder):
+        monkeypatch.setattr(module, "free_bytes", lambda _: None)
+    monkeypatch.setattr(workers, "own_stream", lambda _: nullcontext())
+    monkeypatch.setattr(ladder, "release", lambda _: None)
+    monkeypatch.setattr(devices, "release", lambda _: None)
+    checkpoint, found = laser.open_checkpoint(pico), {}
+    for label, device in (("host", CPU), ("gpu", full)):
+        monkeypatch.setattr(Crew, "staff", lambda crew, _: crew.devices)
+        found[label] = run(
+            checkpoint, tmp_path / label, laser.Selection(), lambda spectra: make_plan(spectra, "parallel:0.5"),
+            crew=Crew((device,)), null_draws=2, treatment=Treatment("parallel:0.5") if flow == "one pass" else None,
+        )  # fmt: skip
+    host, gpu = found["host"], found["gpu"]
+    assert gpu.outcome.shards == host.outcome.shards and gpu.plan.reductions.keys() == host.plan.reductions.keys()
+    assert gpu.spectra.kurtosis == host.spectra.kurtosis and not gpu.spectra.skipped.keys() - host.spectra.skipped
+    for name, s in host.spectra.values.items():
+        assert (gpu.spectra.values[name] == s).all() and (gpu.spectra.nulls[name] == host.spectra.nulls[name]).all()
+        assert gpu.spectra.notes[name] == "by gram on the host, as gram: out of memory on the device"
+    assert {m["method"] for m in gpu.outcome.matrices.values()} == {"gram on the host"}
+
+
+def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "release", lambda _: None)
+    full, generator = Full("cuda", torch.float64, False, "pretends"), torch.Generator().manual_seed(0)
+    W, X = (torch.randn(size, 40, generator=generator) for size in (30, 300))
+    metric = Metric("full", (X.T @ X / 300).double(), 300)
+    assert (data_values(W, metric, full) == data_values(W, metric, CPU)).all()
+    assert (null_in_metric(W, metric, 2, full) == null_in_metric(W, metric, 2, CPU)).all()
+    assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
+
+
+def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
+    pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, lock, both = 0, threading.Lock(), threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000 - held, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(workers, "own_stream", lambda _: nullcontext())
+
+    def work(matrix: Matrix, W: torch.Tensor, device: Device) -> int | None:
+        nonlocal held
+        both.wait()
+        with lock:
+            held += 300
+            found = devices.free_bytes(device)
+        both.wait()
+        with lock:
+            held -= 300
+        return found
+
+    checkpoint, card = laser.open_checkpoint(pico), Device("cuda", torch.float64, False, "pretends")
+    assert [found for _, found, _ in visit(checkpoint, scanned(checkpoint)[:4], work, Crew((card,)))] == [500] * 4
+
+
+def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, W = Full("cuda", torch.float64, False, "pretends"), torch.ones(40, 24)
+    monkeypatch.setattr(workers, "device_bytes", lambda *_: 1000)
+    monkeypatch.setattr(workers, "free_bytes", lambda _: 1000 + 2 * W.nbytes - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "on_device_or_host", lambda *_: pytest.fail("sent"))
+        assert near(W, full) is W
+    monkeypatch.setattr(workers, "free_bytes", lambda _: 1000 + 2 * W.nbytes)
+    monkeypatch.setattr(workers, "on_device_or_host", lambda *_: W + 1)
+    assert torch.equal(near(W, full), W + 1)
 
 
 def test_any_order_of_completion_gives_the_same_output(
@@ -147,6 +245,17 @@ def test_a_read_that_fails_is_raised(pico: Path) -> None:
 def test_crews_that_cannot_be(asked: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose_crew("cpu", **asked)  # pyright: ignore[reportArgumentType]
+
+
+def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(name: str, precision: str) -> Device:
+        double = name == "cuda:0" and precision == "auto"
+        return Device(name, torch.float64 if double else torch.float32, False, "pretends")
+
+    monkeypatch.setattr(workers, "choose_device", chosen)
+    with pytest.raises(UsageError, match=r"found cuda:0 float64, cuda:1 float32, expected one.*--precision float32"):
+        choose_crew(devices="cuda:0,cuda:1")
+    assert choose_crew(precision="float32", devices="cuda:0,cuda:1").label == "cuda float32"
 
 
 def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:

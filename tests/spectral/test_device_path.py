@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import gram, projector
+from laser.spectral import gram, ladder, projector
 from laser.spectral.data_metric import Metric, data_values
 from laser.spectral.data_null import null_in_metric
 from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.entries import excess_kurtosis
-from laser.spectral.permutation import null_largest
+from laser.spectral.ladder import Step, climb, steps
+from laser.spectral.permutation import largest_singular_value, null_largest
 from laser.spectral.shrinkage import Gains
 
 ALLOWED = {
@@ -62,6 +63,17 @@ ALLOWED = {
     "aten::zeros",
     "aten::zeros_like",
 }
+# What the host may do with a matrix that is stored in float64: look at it, cut it up, convert it, and fill the result.
+TRANSPORT = {
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::detach",
+    "aten::empty_like",
+    "aten::lift_fresh",
+    "aten::permute",
+    "aten::slice.Tensor",
+    "aten::view",
+}
 MPS_LIKE = Device("cpu", torch.float32, True, "an accelerator without LAPACK and float64, on CPU tensors")
 shapes = pytest.mark.parametrize("shape", [(80, 40), (40, 80), (48, 48)])
 SHRUNK = Gains(5, 0, "frobenius", 0.1)
@@ -71,6 +83,7 @@ class Guard(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
+        self.float64_storage = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = func._schema
@@ -79,7 +92,8 @@ class Guard(TorchDispatchMode):
         assert name in ALLOWED, f"{name} is not on the list of the device path"
         out = func(*args, **(kwargs or {}))
         wide = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor) and t.dtype == torch.float64]
-        assert not wide, f"{name} met float64, which Apple MPS does not have"
+        if not (self.float64_storage and name in TRANSPORT):
+            assert not wide, f"{name} met float64, which Apple MPS does not have"
         return out
 
 
@@ -116,6 +130,21 @@ def test_values_and_truncation_use_native_operators_only(guard: Guard, shape: tu
         assert (result.certificate.method, result.certificate.note) == (method, "")
         assert np.abs(result.matrix.float().numpy() - truth).max() <= 2**-7 * np.abs(truth).max()
     assert "aten::addmm_" in guard.seen and "aten::mm" in guard.seen
+
+
+@shapes
+def test_a_matrix_stored_in_float64_is_converted_on_the_host(guard: Guard, shape: tuple[int, int]) -> None:
+    guard.float64_storage = True
+    exact = np.random.default_rng(0).standard_normal(shape)
+    U, s, Vh = np.linalg.svd(exact, full_matrices=False)
+    W = torch.from_numpy(exact)
+    assert singular_values(W, MPS_LIKE)[0] == pytest.approx(s, abs=1e-4 * s[0])
+    for method in ("gram", "projector"):
+        result = truncate(W, 5, MPS_LIKE, method)
+        assert result.certificate.method == method and result.matrix.dtype == torch.float64
+        assert np.abs(result.matrix.numpy() - (U[:, :5] * s[:5]) @ Vh[:5]).max() < 1e-4
+    assert excess_kurtosis(W, MPS_LIKE) == pytest.approx((exact**4).mean() / (exact**2).mean() ** 2 - 3, abs=1e-4)
+    assert null_largest(W, 1, MPS_LIKE)[0] == pytest.approx(shape[0] ** 0.5 + shape[1] ** 0.5, rel=0.2)
 
 
 @shapes
@@ -225,9 +254,14 @@ ACCELERATORS = {
 @shapes
 @pytest.mark.parametrize("name", ACCELERATORS)
 @pytest.mark.parametrize("resident", [False, True])
-def test_no_device_is_mixed_with_another(fake: None, shape: tuple[int, int], name: str, resident: bool) -> None:
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float64])
+def test_no_device_is_mixed_with_another(
+    fake: None, shape: tuple[int, int], name: str, resident: bool, storage: torch.dtype
+) -> None:
     device = ACCELERATORS[name]
-    W = torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device if resident else "cpu")
+    if resident and storage == torch.float64 and not device.has_float64:
+        pytest.skip("no such tensor can be")
+    W = torch.empty(shape, dtype=storage, device=device.torch_device if resident else "cpu")
     p = min(shape)
     assert gram.values_by_gram(W, device).shape == (p,)
     s = np.linspace(2, 1, p)
@@ -254,12 +288,37 @@ def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     device = ACCELERATORS[name]
-    for shape in ((80, 40), (12, 30)):
-        assert null_largest(torch.empty(shape, dtype=torch.bfloat16), 1, device).shape == (1,)
-        assert np.isfinite(excess_kurtosis(torch.empty(shape, dtype=torch.bfloat16), device))
+    for shape, storage in (((80, 40), torch.bfloat16), ((12, 30), torch.float64)):
+        assert null_largest(torch.empty(shape, dtype=storage), 1, device).shape == (1,)
+        assert np.isfinite(largest_singular_value(torch.empty(shape, dtype=storage), device))
+        assert np.isfinite(excess_kurtosis(torch.empty(shape, dtype=storage), device))
     exact_products.cache_clear()
     assert exact_products(device.torch_device)
     exact_products.cache_clear()
+
+
+def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W lies on a GPU that is full: whether it is finite is asked on the host, and so is the host's step."""
+    device = ACCELERATORS["cuda"]
+    monkeypatch.setattr(ladder, "free_bytes", lambda _: 1 << 30)
+    W, seen = torch.empty(80, 40, dtype=torch.bfloat16, device="cuda"), []
+
+    class Full(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            assert all(t.device.type == "cpu" for t in tree_leaves(out) if isinstance(t, torch.Tensor)), func
+            return out
+
+    def attempt(step: Step, W: torch.Tensor) -> torch.Tensor:
+        seen.append((step.name, W.device.type))
+        if step.name == "gram":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty_like(W)
+
+    with Full():
+        found, method, _ = climb(W, steps("gram", device), attempt)
+    assert (method, seen) == ("gram on the host", [("gram", "cuda"), ("gram on the host", "cpu")])
+    assert found.device.type == "cpu"
 
 
 def test_the_fake_notices_a_mixture(fake: None) -> None:

@@ -19,16 +19,13 @@ def test_auto_takes_the_first_that_is_there(
     found: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = {n: "there" if n in found else "not available: injected" for n in ("cuda", "mps")} | {"cpu": "2 threads"}
-    monkeypatch.setattr(devices, "available", lambda: here)
+    monkeypatch.setattr(devices, "available", lambda _: here)
     monkeypatch.setattr(devices, "exact_products", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = choose_device("auto")
     assert device.name == expected and "first of" in device.reason
     assert device.dtype == (torch.float32 if expected == "mps" else torch.float64)
     assert device.host_eigensolver == (expected != "cuda")  # no LAPACK on MPS
-
-
-FULL_RATE = [((6, 0), torch.float64), ((8, 0), torch.float64), ((9, 0), torch.float64), ((10, 0), torch.float64)]
 
 
 @pytest.mark.parametrize(
@@ -46,19 +43,22 @@ FULL_RATE = [((6, 0), torch.float64), ((8, 0), torch.float64), ((9, 0), torch.fl
 def test_precision_goes_by_the_rate_of_float64(
     capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "available", lambda: {"cuda": "a card", "mps": "not available", "cpu": ""})
+    monkeypatch.setattr(devices, "available", lambda name: {"cuda": f"{name}'s", "mps": "not available", "cpu": ""})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(devices, "exact_products", lambda _: True)
     device = choose_device("cuda:1")
     assert device.dtype == dtype and not device.host_eigensolver and device.name == "cuda:1"
-    assert f"compute capability {capability[0]}.{capability[1]}" in device.reason
+    assert f"compute capability {capability[0]}.{capability[1]}" in device.reason and "cuda:1's" in device.reason
     assert choose_device("cuda", "float32").dtype == torch.float32
     monkeypatch.setattr(devices, "exact_products", lambda _: False)  # as with NVIDIA_TF32_OVERRIDE=1
-    assert choose_device("cuda").dtype == torch.float64
+    assert choose_device("cuda").dtype == choose_device("cuda", "float64").dtype == torch.float64
+    with pytest.raises(UsageError, match=r"float32 on cuda carry less than 24 bits.*try --precision float64"):
+        choose_device("cuda", "float32")
 
 
 def test_an_apple_gpu_that_rounds_its_operands_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available", lambda: {"cuda": "not available", "mps": "Apple GPU", "cpu": ""})
+    monkeypatch.setattr(devices, "available", lambda _: {"cuda": "not available", "mps": "Apple GPU", "cpu": ""})
     monkeypatch.setattr(devices, "exact_products", lambda _: False)
     device = choose_device()
     assert (device.name, device.dtype) == ("cpu", torch.float64) and "less than 24 bits" in device.reason
@@ -98,9 +98,16 @@ def test_full_precision_is_shared_by_threads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available", lambda: {"cuda": "not available: x", "mps": "Apple GPU", "cpu": ""})
-    with pytest.raises(UsageError, match="'cuda' is not available: x; try --device auto"):
-        choose_device("cuda")
+    monkeypatch.setattr(devices, "available", lambda _: {"cuda": "not available: x", "mps": "Apple GPU", "cpu": ""})
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(UsageError, match=f"'{name}' is not available: x; try --device auto"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda:2", "cuda:x", "cuda:", "cpu:1"):
+        with pytest.raises(
+            UsageError, match=f"no device '{name}': found [12], counted from 0; try --device (cuda|cpu)"
+        ):
+            choose_device(name)
     with pytest.raises(UsageError, match="no float64"):
         choose_device("mps", "float64")
     with pytest.raises(UsageError, match="unknown device"):
