@@ -9,7 +9,7 @@ On a GPU, as it stands:  python scripts/bench_decomposition.py --device cuda --s
 For each shape a bf16 matrix of noise with power-law spikes, resident on the device. "values": singular values, against
 torch.linalg.svdvals; "truncation" to --rank (or a quarter of p), against torch.linalg.svd and the product
 U_r diag(s_r) V_r^T cast back to bf16. The ladder is left out: a row is one method in one precision, and a method that
-fails says so. The clock stops when the device is idle. The projector is given the values, as after a scan.
+fails says so. The clock stops when the device is idle. The projector finds the values itself, as in a reduction.
 
 Errors are against float64 on the host. Of values: the largest one relative to the value itself, among those over a
 hundredth of s_1 (below, a Gram matrix in float32 has lost them). Of a truncation: ||W_r - exact W_r||_F / ||W||_F, with
@@ -72,8 +72,7 @@ def ways_of(W: torch.Tensor, rank: int, devices: list[Device], methods: list[str
             values[f"gram {precision}"] = lambda d=device: values_by_gram(W, d)
             cuts[f"gram {precision}"] = lambda d=device: factors_by_gram(W, d).cut(Gains(rank)).matrix
         if "projector" in methods:
-            s = values_by_gram(W, device)  # as a reduction that follows a scan has them
-            cuts[f"projector {precision}"] = lambda d=device, s=s: factors_by_projector(W, d, s).cut(Gains(rank)).matrix
+            cuts[f"projector {precision}"] = lambda d=device: factors_by_projector(W, d).cut(Gains(rank)).matrix
     single = next((d for d in devices if d.dtype == torch.float32), None)
     if single and single.torch_device.type == "cuda":
         values["gram-16bit float32"] = lambda: sixteen_bit(W, single)

@@ -2,14 +2,15 @@
 """Scan and reduction of a synthetic checkpoint with true Mixtral-8x7B shapes, against the way of published scripts.
 
     python scripts/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
-                                 [--rule fraction:0.4] [--two-passes] [--plain-all] [--work DIR] [--keep]
+                                 [--rule fraction:0.4] [--plain-all] [--work DIR] [--keep]
 
 One layer is 2.9 GB. Printed, from one run on the same files, each part in a process of its own:
 
-    laser     the rule through one visit to each matrix (`laser run` without search); wall seconds, how far resident
-              memory rose above the import, and the bound that `--dry-run` states
+    laser     `laser run MODEL -o OUT --rule RULE --no-search`, the command line as it stands: one visit to each matrix;
+              seconds from its first look at the model, how far resident memory rose, and the bound that `--dry-run`
+              states. On CUDA also how busy the GPU was, sampled from the first matrix to the last, in the mean
     I/O       the same flow with nothing computed: every matrix read, written, hashed, put on the disk
-    compute   the matrices of the first layer from memory, nothing read or written, times the number of layers
+    compute   the same visits to the matrices of the first layer, from memory, nothing read or written, times the layers
     overlap   wall / max(compute, I/O): 1 is a perfect overlap; the aim is at most 1.15
     plain     the whole model in memory in bf16, then torch.linalg.svdvals of one matrix after the other in float32, and
               torch.linalg.svd and the product with the cut factors again one after the other, and the model saved.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,17 @@ from safetensors.torch import load_file, save_file
 
 import laser
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.engine.workers import Crew, peak_bytes, visit
-from laser.flow import run
-from laser.plan import Treatment, make_plan
-from laser.reduction import by_shard, reduce
-from laser.spectra import scan
-from laser.spectral.decomposition import visit as factorise
-from laser.spectral.shrinkage import Gains
+from laser.engine.estimate import resident_bytes
+from laser.engine.workers import Crew, visit
+from laser.one_pass import judge
+from laser.plan import Treatment
+from laser.reduction import by_shard
+from laser.spectra import Source
 
 
 def high_water() -> int:
-    """Bytes of resident memory at the most; not getrusage, whose maximum a child inherits from its parent."""
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # pyright: ignore
+    """Bytes of resident memory at the most, 0 where the system does not tell."""
+    return resident_bytes("VmHWM") or 0
 
 
 def selected(checkpoint: laser.Checkpoint) -> list[laser.Matrix]:
@@ -69,24 +69,35 @@ class FromMemory:
         return self.weights[self.shapes[name]]
 
 
-def ours(checkpoint: laser.Checkpoint, work: Path, crew: Crew, rule: str, two_passes: bool) -> dict[str, Any]:
-    def choose(spectra: laser.Spectra) -> laser.Plan:
-        return make_plan(spectra, rule)
-
-    busy: list[float] = []
-    if two_passes:
-        spectra = scan(checkpoint, crew=crew)
-        reduce(checkpoint, choose(spectra), work / "out", crew=crew, tick=lambda _, s: busy.append(s))
-    else:
-        run(
-            checkpoint, work / "out", laser.Selection(), choose, crew=crew, treatment=Treatment(rule),
-            on_reduce=lambda _, s: busy.append(s),
-        )  # fmt: skip
+def ours(model: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command line, and its own account of itself; how busy the GPU was while matrices were visited."""
+    command = [sys.executable, "-m", "laser", "run", str(model), "-o", str(work / "out"), "--rule", arguments.rule]
+    command += ["--no-search", "--device", arguments.device, "--json"]
+    command += ["--workers", str(arguments.workers)] if arguments.workers else []
+    journal, samples = work / "out" / "laser" / "journal.jsonl", list[float]()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while True:
+        try:
+            output = child.communicate(timeout=0.2)[0]
+            break
+        except subprocess.TimeoutExpired:
+            if arguments.device.startswith("cuda") and journal.exists():  # from the first result to the last
+                samples.append(gpu_percent())
+    if child.returncode:
+        raise SystemExit(f"laser run failed with {child.returncode}")
+    told = json.loads(output)
     return {
-        "busy": sum(busy),
-        "bound": peak_bytes(selected(checkpoint), crew),
-        "crew": len(crew.staff(selected(checkpoint))),
+        "wall": told["seconds"],
+        "peak": told["peak_bytes"],
+        "bound": told["foretold"]["peak_bytes"],
+        "gpu": samples,
     }
+
+
+def gpu_percent() -> float:
+    """How much of the last sixth of a second or so kernels ran, as the driver counts it."""
+    asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0])
 
 
 def io(checkpoint: laser.Checkpoint, work: Path, crew: Crew) -> dict[str, Any]:
@@ -109,14 +120,10 @@ def compute_alone(checkpoint: laser.Checkpoint, crew: Crew, rule: str) -> dict[s
     """The first layer, from memory, in the order in which the flow takes it."""
     matrices = by_shard(checkpoint, [m for m in selected(checkpoint) if m.layer == 0])
     memory: Any = FromMemory(checkpoint, matrices)
-    treatment = Treatment(rule)
-
-    def work(matrix: laser.Matrix, W: torch.Tensor, device: laser.Device) -> None:
-        def decide(s: Any) -> Gains:
-            return Gains(laser.apply_rule(treatment.rule, s, (W.shape[0], W.shape[1])).rank)
-
-        factorise(W, decide, device)
-
+    work = partial(
+        judge, source=Source.of(checkpoint), treatment=Treatment(rule), selection=laser.Selection(), method="gram",
+        null_draws=0,
+    )  # fmt: skip
     start = time.perf_counter()
     for _ in visit(memory, matrices, work, crew):
         pass
@@ -166,9 +173,7 @@ def child(part: str, arguments: argparse.Namespace) -> None:
     checkpoint, work = laser.open_checkpoint(arguments.work / "model"), arguments.work
     crew = laser.choose_crew(arguments.device, workers=arguments.workers)
     start = time.perf_counter()
-    if part == "ours":
-        found = ours(checkpoint, work, crew, arguments.rule, arguments.two_passes)
-    elif part == "io":
+    if part == "io":
         found = io(checkpoint, work, replace(crew, workers=1) if crew.devices[0].host_blas else crew)
     elif part == "compute":
         found = compute_alone(checkpoint, crew, arguments.rule)
@@ -188,7 +193,6 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rule", default="fraction:0.4")
     parser.add_argument("--plain-all", action="store_true")
-    parser.add_argument("--two-passes", action="store_true", help="scan and reduce one after the other")
     parser.add_argument("--work", type=Path, default=Path(".demo/pass"))
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -206,19 +210,25 @@ def main() -> None:
         for place in ("out", "io", "plain"):
             shutil.rmtree(work / place, ignore_errors=True)
         subprocess.run(["sync"], check=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
-        found[part] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        if part == "ours":
+            found[part] = ours(work / "model", work, arguments)
+        else:
+            command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+            found[part] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(
             f"{part:8s} {found[part]['wall']:8.1f} s, {found[part]['peak'] / 1e9:6.2f} GB above the import", flush=True
         )
     wall, io_seconds = found["ours"]["wall"], found["io"]["wall"]
     alone = found["compute"]["seconds"] * arguments.layers
-    print(f"\n{arguments.layers} layers, {found['ours']['crew']} workers, rule {arguments.rule}")
+    print(f"\n{arguments.layers} layers of {arguments.experts} experts, rule {arguments.rule}")
     print(
         f"laser    {wall:.1f} s = {wall / arguments.layers:.1f} s a layer; a layer alone: compute "
         f"{found['compute']['seconds']:.1f} s, read and write {io_seconds / arguments.layers:.1f} s"
     )
     print(f"overlap  {wall / max(alone, io_seconds):.3f} of max(compute {alone:.1f} s, I/O {io_seconds:.1f} s)")
+    if busy := found["ours"]["gpu"]:
+        written = sum(path.stat().st_size for path in (work / "model").glob("*.safetensors")) / wall
+        print(f"GPU      {sum(busy) / len(busy):.0f} % busy in {len(busy)} samples; {written / 1e9:.2f} GB/s written")
     print(f"memory   {found['ours']['peak'] / 1e9:.2f} GB, bound {found['ours']['bound'] / 1e9:.2f} GB")
     way = found["plain"]
     for row in way["rows"]:

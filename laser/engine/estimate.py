@@ -33,7 +33,7 @@ _CORE_32 = replace(
 )  # fmt: skip
 _H100 = Probe(
     "cuda float64", "an H100", "2.11", 1, 5.5e13, {1024: 0.011, 4096: 0.118}, {1024: 0.012, 4096: 0.127},
-    to_device=1e10, to_host=1e10,
+    to_device=1e10, to_host=1e10, null={576 * 576: 0.039, 4096 * 1024: 0.25, 14336 * 4096: 4.7},  # the host's shuffle
 )  # fmt: skip
 _H100_32 = replace(_H100, device="cuda float32", eigenvalues={1024: 0.010, 4096: 0.087}, eigenvectors={4096: 0.095})
 ELSEWHERE = {probe.device: probe for probe in (_CORE, _CORE_32, _H100, _H100_32)}
@@ -102,11 +102,12 @@ def estimate(
 
 def constants(crew: Crew) -> tuple[Probe, str]:
     """The probe to foretell by, and where it comes from."""
-    device = crew.devices[0]
-    try:
-        probe = Probe.load(device.label)
-    except RecordError:
-        probe = None  # damaged: told as missing, since a foretelling is no reason to fail
+    probe = None
+    for label in dict.fromkeys((crew.devices[0].label, crew.label)):  # "cuda:0 float64", and what was probed as "cuda"
+        try:
+            probe = probe or Probe.load(label)
+        except RecordError:
+            pass  # damaged: told as missing, since a foretelling is no reason to fail
     if probe is not None:
         return probe, f"by the probe of {probe.measured}"
     other = ELSEWHERE.get(crew.label, _CORE_32)

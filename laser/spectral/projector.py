@@ -9,7 +9,7 @@ Certificate: X approximates the sign, so p - ||X||_F^2 = sum (1 - x_i^2) counts 
 projector. The trace of P would not do: +0.35 and -0.35 cancel in it. An eigenvalue of B closer to 0 than about
 eps * ||B|| is not resolved in the precision of the product; it is seen, and the ladder goes on to eigenvectors.
 
-Memory: G, X and two or three intermediate results, all p x p, on the device; no basis.
+Memory: G, X, Y, Z, a product and a sum of two, all p x p, on the device; no basis.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     that the dtype can resolve (`finest`). A smaller gap than that is seen in `unresolved`.
     """
     p = G.shape[0]
-    eye = torch.eye(p, dtype=G.dtype, device=G.device)
-    B = torch.addmm(eye, G, eye, beta=-(tau * tau))  # G - tau^2 I by one operator
+    B = G - tau * tau * torch.eye(p, dtype=G.dtype, device=G.device)
     B = (B + B.T) / 2
     size = number(B.abs().max())
     if not 0 < size < math.inf:  # not `<=`, or NaN would pass
@@ -123,6 +122,7 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     square = B @ B
     scale = number(torch.linalg.vector_norm(square @ square)) ** 0.25
     X, products = B / scale, 2
+    del B, square
     low = finest(p, G.dtype)
     if gap is not None:
         low = min(max(gap / (size * scale), low), 0.5)

@@ -38,6 +38,9 @@ def test_by_the_probe_of_this_machine(pico: Path) -> None:
     assert one.reduce_seconds == pytest.approx(3 * (2 * product + 1.0))  # rank p / 2: as much again for the cut
     assert one.visit_seconds < one.scan_seconds + one.reduce_seconds
     assert one.basis == "by the probe of 2026-11-23"
+    second = Crew((Device("cuda:1", torch.float64, False, ""),))  # a probe of "cuda" serves each of several
+    Probe("cuda float64", "a chip", "2.13", 1, 1e6, {32: 0.5}, {32: 1.0}, measured="2026-11-22").save()
+    assert estimate(checkpoint, matrices, second).basis == "by the probe of 2026-11-22"
     two = estimate(checkpoint, matrices, Crew((CPU,), 3))
     assert two.scan_seconds == pytest.approx(one.scan_seconds / 3) and two.peak_bytes > one.peak_bytes
     known = estimate(checkpoint, matrices, Crew((CPU,), 1), {m.name: 0 for m in matrices})
@@ -90,7 +93,7 @@ def test_a_run_ends_with_foretold_and_real(run: Run, pico: Path, tmp_path: Path)
     run("plan", spectra, "-o", plan, "--rule", "mp-edge")
     _, out, _ = run("reduce", pico, plan, "-o", tmp_path / "out", "--json")
     document = json.loads(out)
-    assert document["seconds"] > 0 and document["peak_bytes"] >= 0 and document["foretold"]["seconds"] > 0
+    assert document["seconds"] > 0 and document["peak_bytes"] > 0 and document["foretold"]["seconds"] > 0
     _, out, _ = run("run", pico, "-o", tmp_path / "run", "--rule", "mp-edge", "--no-search")
     assert "foretold" in out.splitlines()[-1]
     _, out, _ = run("scan", pico, "--dry-run", "--json")
