@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.spectral.data_metric import data_values
-from laser.spectral.data_null import null_in_metric
+from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device
 from laser.spectral.rules import signal_to_noise
 
@@ -68,13 +68,11 @@ class InData:
 
 
 def measure_in_data(
-    W: torch.Tensor, name: str, moments: Moments | None, draws: int, device: Device
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The values of W (m, n) and the largest ones of its permutations; empty where it was not calibrated."""
-    if moments is None or not moments.tokens(name):
-        return np.empty(0), np.empty(0)
+    W: torch.Tensor, name: str, moments: Moments, draws: int, device: Device
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The values of W (m, n) in the data's metric; the largest ones of its permutations, plain and in that metric."""
     metric = moments.metric(name, W)
-    return data_values(W, metric, device), null_in_metric(W, metric, draws, device)
+    return data_values(W, metric, device), *both_nulls(W, metric, draws, device)
 
 
 def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:

@@ -236,14 +236,16 @@ def scan(
 def _measure(
     matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
 ) -> Measured:
-    plain = measure(near(W, device), device, method, null_draws)
-    if plain.skipped is not None or moments is None:
+    if moments is None or not moments.tokens(matrix.name):
+        return measure(near(W, device), device, method, null_draws)
+    plain = measure(near(W, device), device, method, 0)
+    if plain.skipped is not None:
         return plain
     try:
-        values, null = measure_in_data(W, matrix.name, moments, null_draws, device)
-    except (NumericalError, UsageError) as error:
-        return replace(plain, data_failed=str(error))  # the plain spectrum stands
-    return replace(plain, data=values, data_null=null)
+        data, null, data_null = measure_in_data(W, matrix.name, moments, null_draws, device)
+    except (NumericalError, UsageError) as error:  # the plain spectrum stands
+        return replace(measure(W, device, method, null_draws), data_failed=str(error))
+    return replace(plain, null=null, data=data, data_null=data_null)
 
 
 def assemble(

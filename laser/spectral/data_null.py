@@ -5,6 +5,8 @@ Only its largest value is asked for. Where inputs are so wide that C is not know
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,37 +14,70 @@ from numpy.typing import NDArray
 from laser.spectral.data_metric import Metric, check_matrix, shrinkage_in_metric
 from laser.spectral.devices import Device, full_precision, on_device_or_host
 from laser.spectral.gram import to_host
-from laser.spectral.permutation import DENSE, Product, largest_eigenvalue, permuted
+from laser.spectral.permutation import (
+    DENSE,
+    Product,
+    largest_eigenvalue,
+    largest_singular_value,
+    permuted,
+)
 
 
 def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
     """(draws,) largest singular values of permuted W (m, n) times C^(1/2), one per seed 0, 1, ...: what noise of this
-    size would do to these inputs. Lanczos iteration on W C W^T, which is never formed."""
+    size would do to these inputs."""
     check_matrix(W, metric)
-    return on_device_or_host(lambda where: _null(W, metric, draws, where), device)
+
+    def tops(where: Device) -> NDArray[np.float64]:
+        top = _top(W, metric, where)
+        return np.array([top(permuted(W, seed)) for seed in range(draws)])
+
+    return on_device_or_host(tops, device)
 
 
-def _null(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
-    tops = np.zeros(draws)
-    C = {"full": metric.moment, "diagonal": metric.moment, "outputs": None}[metric.form]
+def both_nulls(
+    W: torch.Tensor, metric: Metric, draws: int, device: Device
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`null_largest` and `null_in_metric` of the same permutations, whose shuffling takes longer than either."""
+    check_matrix(W, metric)
+
+    def tops(where: Device) -> NDArray[np.float64]:
+        top, found = _top(W, metric, where), np.empty((2, draws))
+        for seed in range(draws):
+            P = permuted(W, seed)
+            found[:, seed] = largest_singular_value(P, where), top(P)
+        return found
+
+    plain, data = on_device_or_host(tops, device)
+    return plain, data
+
+
+def _top(W: torch.Tensor, metric: Metric, device: Device) -> Callable[[torch.Tensor], float]:
+    """The largest singular value of P C^(1/2), for permutations P (m, n) of W, by Lanczos iteration on P C P^T, which
+    is never formed."""
+    C = None if metric.form == "outputs" else metric.moment
     C, B, rest = (None if x is None else x.float().to(device.torch_device) for x in (C, metric.sketch, metric.rest))
     keep, add = shrinkage_in_metric(W, metric, device)  # as the matrix itself is measured
-    for seed in range(draws):
-        P = permuted(W, seed).to(device.torch_device)
 
-        def product(x: NDArray[np.float64], P: torch.Tensor = P) -> NDArray[np.float64]:
+    def answer(z: torch.Tensor) -> torch.Tensor:
+        """C z."""
+        if C is not None:
+            return C @ z if C.ndim == 2 else C * z
+        assert B is not None and rest is not None  # the form "outputs"
+        return B @ (B.T @ z) + rest * z
+
+    def top(P: torch.Tensor) -> float:
+        P = P.to(device.torch_device)
+
+        def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
             column = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(-1)).to(P.device)
             with full_precision():
                 z = P.T @ column  # (n,)
-                if C is not None:
-                    answer = C @ z if C.ndim == 2 else C * z
-                else:
-                    assert B is not None and rest is not None  # the form "outputs"
-                    answer = B @ (B.T @ z) + rest * z
-                return to_host(P @ (keep * answer + add * z))
+                return to_host(P @ (keep * answer(z) + add * z))
 
-        tops[seed] = _largest(product, W.shape[0])
-    return np.sqrt(np.maximum(tops, 0.0))
+        return float(np.sqrt(max(_largest(product, W.shape[0]), 0.0)))
+
+    return top
 
 
 def _largest(product: Product, side: int) -> float:
