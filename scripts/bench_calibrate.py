@@ -3,9 +3,9 @@
     python scripts/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1] [--as-mixtral 2x4]
 
 Each runs in a process of its own, once each way in turn. CPU seconds stand beside wall seconds, for shared machines.
-The allowed ratio is 2.5. "with 19 nulls" is calibrate and then, for every matrix that it met, the largest singular value
-of 19 permutations on those inputs, which `laser scan --moments --null 19` measures. --as-mixtral LAYERSxEXPERTS: random
-weights in the shapes of Mixtral-8x7B, 14336 x 4096, with the tokenizer of MODEL.
+The allowed ratio is 2.5. "with 19 nulls" is calibrate and then, for every matrix that it met, the largest singular
+value of 19 permutations on those inputs, as `laser scan --moments --null 19` measures it. --as-mixtral
+LAYERSxEXPERTS: random weights in the shapes of Mixtral-8x7B, 14336 x 4096, with the tokenizer of MODEL.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import bench_memory
-import torch
-
-import laser
-from laser.engine.workers import Crew, dearest_first, visit
-from laser.moments import Moments
-from laser.spectral.data_null import null_in_metric
 
 
 def main() -> None:
@@ -72,11 +67,16 @@ def main() -> None:
 
 
 def nulls(model: str, path: Path) -> None:
-    """By as many workers as a scan has."""
+    """By as many workers as a scan has. Imported here: a process's peak counts what the one that started it held."""
+    import laser
+    from laser.engine.workers import Crew, dearest_first, visit
+    from laser.moments import Moments
+    from laser.spectral.data_null import null_in_metric
+
     checkpoint, moments = laser.open_checkpoint(model), Moments.load(path)
     matrices = [m for m in laser.list_matrices(checkpoint) if moments.tokens(m.name)]
 
-    def work(matrix: laser.Matrix, W: torch.Tensor, device: laser.Device) -> None:
+    def work(matrix: laser.Matrix, W: Any, device: laser.Device) -> None:
         null_in_metric(W, moments.metric(matrix.name, W), 19, device)
 
     for _ in visit(checkpoint, dearest_first(matrices), work, Crew((laser.choose_device("cpu"),))):
