@@ -244,10 +244,12 @@ def _visit_here(
 
 @contextmanager
 def quiet(device: Device) -> Iterator[None]:
-    """One BLAS thread per worker on the host, and IEEE products, set once around all workers: each sets and restores
-    both for itself as well, which among threads is safe only where there is nothing left to change."""
+    """One BLAS thread per worker, and IEEE products, set once around all workers: each sets and restores both for
+    itself as well, which among threads is safe only where there is nothing left to change. On CUDA, too, whose workers
+    go on on the host when a step fails there; but on MPS one worker has the host's eigensolver to itself."""
     before = torch.get_num_threads()
-    pool = ThreadpoolController().limit(limits=1, user_api="blas") if device.host_blas else nullcontext()
+    several = device.host_blas or not device.host_eigensolver
+    pool = ThreadpoolController().limit(limits=1, user_api="blas") if several else nullcontext()
     with full_precision(), pool:
         if device.host_blas:
             torch.set_num_threads(1)

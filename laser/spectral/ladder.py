@@ -88,12 +88,12 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
     """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
-    gram: G, V and the solver's work space of three more; projector: G, X, Y, Z, a product and a sum of two. Both: four
-    blocks of rows in the precision of the arithmetic.
+    With eigenvalues on the device G, V and the solver's work space of three more; else G and V, or for the projector G,
+    X and two of its powers. And four blocks of rows in the precision of the arithmetic.
     """
     p, q = min(W.shape), max(W.shape)
     there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
-    squares = 6 if method == "projector" else 2 if device.host_eigensolver else 5
+    squares = 5 if not device.host_eigensolver else 4 if method == "projector" else 2
     return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
 
 

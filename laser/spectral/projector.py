@@ -9,7 +9,7 @@ Certificate: X approximates the sign, so p - ||X||_F^2 = sum (1 - x_i^2) counts 
 projector. The trace of P would not do: +0.35 and -0.35 cancel in it. An eigenvalue of B closer to 0 than about
 eps * ||B|| is not resolved in the precision of the product; it is seen, and the ladder goes on to eigenvectors.
 
-Memory: G, X, Y, Z, a product and a sum of two, all p x p, on the device; no basis.
+Memory: G, X and two intermediate results, all p x p, on the device; no basis.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     that the dtype can resolve (`finest`). A smaller gap than that is seen in `unresolved`.
     """
     p = G.shape[0]
-    B = G - tau * tau * torch.eye(p, dtype=G.dtype, device=G.device)
-    B = (B + B.T) / 2
+    B = (G + G.T) / 2
+    B.diagonal().sub_(tau * tau)
     size = number(B.abs().max())
     if not 0 < size < math.inf:  # not `<=`, or NaN would pass
         raise NumericalError(f"the shifted Gram matrix has the largest entry {size}; no projector can be made of it")
@@ -129,7 +129,9 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     for a, b, c in sign_steps(_coarse(low)):
         Y = X @ X
         Z = torch.addmm(Y, Y, Y, beta=b, alpha=c)
+        del Y
         X = torch.addmm(X, X, Z, beta=a)
+        del Z
         X = (X + X.T) / 2  # rounding is not symmetric, and what is not symmetric grows
         products += 3
     # Row sums on the device, their sum in float64 on the host: p is subtracted from it.

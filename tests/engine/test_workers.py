@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from laser.engine.workers import (
     dearest_first,
     near,
     peak_bytes,
+    quiet,
     visit,
     worker_bytes,
 )
@@ -86,6 +88,26 @@ def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> N
             matrices = laser.list_matrices(checkpoint)
             assert [found for _, found, _ in visit(checkpoint, matrices, threads, crew)] == [{1}] * len(matrices)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name, threads", [("cpu", 1), ("cuda", 1), ("mps", 2)])
+def test_blas_has_one_thread_where_several_workers_come_and_go(name: str, threads: int) -> None:
+    """The second enters before the first leaves: had they anything to change, it would be put back to what was not."""
+
+    def now() -> set[int]:
+        return {pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"}
+
+    first, second = ExitStack(), ExitStack()
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        with quiet(Device(name, torch.float32, name != "cuda", "pretends")):
+            assert now() == {threads}
+            with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+                one.submit(first.enter_context, devices.host_threads(8)).result()
+                other.submit(second.enter_context, devices.host_threads(8)).result()
+                one.submit(first.close).result()
+                other.submit(second.close).result()
+            assert now() == {threads}
+        assert now() == {2}
 
 
 @pytest.mark.parametrize("flow", ["two passes", "one pass"])

@@ -57,6 +57,7 @@ ALLOWED = {
     "aten::permute",
     "aten::slice.Tensor",
     "aten::sub.Tensor",
+    "aten::sub_.Tensor",
     "aten::sum",
     "aten::sum.dim_IntList",
     "aten::view",

@@ -2,11 +2,14 @@
 certificate against values planted on the threshold."""
 
 import math
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from laser.errors import NumericalError
 from laser.spectral import projector
@@ -176,3 +179,23 @@ def test_a_matrix_of_zeros_or_nan_is_refused() -> None:
     for G in (torch.zeros(5, 5), torch.full((5, 5), math.nan)):
         with pytest.raises(NumericalError, match="no projector"):
             matrix_sign(G, 0.0)
+
+
+def test_memory_is_four_squares_with_the_gram_matrix() -> None:
+    """What the ladder asks the device for."""
+    p, (G, tau), most = 64, planted(64, False, 0.1, 0), 0
+    squares = [weakref.ref(whole := torch.from_numpy(G.astype(np.float64)))]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() == p * p:
+                squares.append(weakref.ref(out))
+            alive = [square() for square in squares]
+            most = max(most, len({square.data_ptr() for square in alive if square is not None}))
+            return out
+
+    with Count():
+        matrix_sign(whole, tau)
+    assert most == 4
