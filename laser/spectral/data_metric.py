@@ -32,6 +32,8 @@ from laser.spectral.decomposition import Certificate, Truncation, check_storage
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
 from laser.spectral.second_moments import shrinkage
 
+INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -240,8 +242,12 @@ def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
     def product(at: Device) -> torch.Tensor:
         if at.host_blas:
             return A @ B
-        where, dtype = at.torch_device, at.dtype
-        return (A.to(dtype).to(where) @ B.to(dtype).to(where)).cpu().double()
+        total = torch.zeros(A.shape[0], B.shape[1], dtype=at.dtype, device=at.torch_device)
+        for start in range(0, A.shape[1], INNER):
+            stop = start + INNER
+            left, right = (x.to(at.dtype).to(at.torch_device) for x in (A[:, start:stop], B[start:stop]))
+            total.addmm_(left, right)
+        return total.cpu().double()
 
     return on_device_or_host(product, device)
 
