@@ -115,9 +115,8 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     assert run("scan", speaker, "-o", spectra, "--moments", moments)[0] == 0
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data")
     lines = {line.name: line for line in Plan.load(plan).lines}
-    few = [
-        n for n, tokens in laser.Spectra.load(spectra).data.seen.items() if tokens < min(checkpoint.tensors[n].shape)
-    ]
+    data: Any = laser.Spectra.load(spectra).data
+    few = [n for n, tokens in data.seen.items() if tokens < min(checkpoint.tensors[n].shape)]
     assert few and len(few) < 36
     for name in few:
         assert lines[name].action != "reduce" and lines[name].reason.startswith("not seen enough: met"), lines[name]
