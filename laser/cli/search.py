@@ -173,8 +173,9 @@ def objectives_of(
 def _grid(text: str) -> list[str]:
     """`fraction:0.9,0.6` or `data:fraction:0.9,0.6` to its rules. Raises UsageError without arguments; rules check the
     rest."""
-    name, _, arguments = text.rpartition(":")
-    found = [f"{name}:{argument}" for argument in arguments.split(",") if argument]
+    metric = DATA if text.startswith(DATA) else ""
+    name, _, arguments = text.removeprefix(metric).partition(":")
+    found = [f"{metric}{name}:{argument}" for argument in arguments.split(",") if argument]
     if not found:
         raise UsageError(f"the grid {text!r} has no cells; try --grid fraction:0.9,0.6,0.2,0.1,0.05,0.01")
     return found
