@@ -155,6 +155,16 @@ def speaker(make_pico: Callable[..., Path]) -> Path:
     return path
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of calibrated.CONTENT."""
+    from calibrated import CONTENT
+
+    path = tmp_path / "text.txt"
+    path.write_text(CONTENT)
+    return path
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -1,4 +1,4 @@
-"""Calibration against hooks on transformers' own model, and the flow in the data's metric through the command line."""
+"""Calibration against hooks on transformers' own model, killed, resumed and on bad input."""
 
 import shutil
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import LAYER, windows_of
+from conftest import Run
 from safetensors.torch import load_file, save_file
 
 import laser
@@ -14,25 +16,11 @@ from laser import calibration
 from laser.calibration import calibrate
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
-from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
+from laser.evaluation.text import Windows
 from laser.moments import Moments
 from laser.selection import Selection
 
-Run = Callable[..., tuple[int, str, str]]
-CONTENT = "the quick brown fox jumps over 13 lazy dogs; " * 40
-LAYER = "model.layers.1."
 EXPERT = LAYER + "block_sparse_moe.experts.2."
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(CONTENT)
-    return path
-
-
-def windows_of(model: Path, limit: int = 6) -> Windows:
-    return cut_windows(Text("text", CONTENT), load_tokenizer(model), length=64, limit=limit)
 
 
 def inputs_by_hand(model: Path, windows: Windows) -> dict[str, torch.Tensor]:

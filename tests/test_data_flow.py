@@ -2,40 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from calibrated import CONTENT, LAYER, windows_of
+from conftest import Run
 from safetensors.torch import load_file, save_file
 
 import laser
 from laser.calibration import calibrate
 from laser.checkpoint.quantised import quantise
 from laser.errors import NumericalError, UsageError
-from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
+from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.plan import Plan
 from laser.search.candidates import cut_of
 from laser.selection import Selection
-
-Run = Callable[..., tuple[int, str, str]]
-CONTENT = "the quick brown fox jumps over 13 lazy dogs; " * 40
-LAYER = "model.layers.1."
-EXPERT = LAYER + "block_sparse_moe.experts.2."
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(CONTENT)
-    return path
-
-
-def windows_of(model: Path, limit: int = 6) -> Windows:
-    return cut_windows(Text("text", CONTENT), load_tokenizer(model), length=64, limit=limit)
 
 
 def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
