@@ -97,8 +97,7 @@ def scan_into(
         there = Spectra.load(path)
         wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
         done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
-        same = there.source.told() == Source.of(checkpoint).told()
-        if same and (there.method, there.device) == (method, crew.label):
+        if there.source.is_of(Source.of(checkpoint)) and (there.method, there.device) == (method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}
             known = there.data.calibration.get("identity") if there.data else None
             same = moments is None or known == moments.calibration.identity

@@ -22,7 +22,7 @@ from laser.errors import RecordError, UsageError
 from laser.spectra import Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 3
+KIND, VERSION = "moments", 4
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 

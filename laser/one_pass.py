@@ -28,7 +28,7 @@ from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
 from laser.measured import Measured, from_entry, to_entry
 from laser.plan import Plan, Treatment, line_of
-from laser.reduction import Outcome, by_shard, describe_by, record_of, run_of
+from laser.reduction import VERSION, Outcome, by_shard, describe_by, record_of, run_of
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, assemble, describe_failure, measure
 from laser.spectral.decomposition import METHODS
@@ -138,6 +138,7 @@ def reduce_in_one_pass(
 
     run = {
         "kind": "one pass journal",
+        "version": VERSION,
         **Source.of(checkpoint).told(),
         "rule": treatment.rule,
         "treatment": treatment.describe(),

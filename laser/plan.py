@@ -23,7 +23,7 @@ from laser.spectral.resolution import at_threshold, precision_of
 from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
-KIND, VERSION = "plan", 1
+KIND, VERSION = "plan", 2
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
@@ -34,6 +35,7 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
+from laser.spectra import Source
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -43,7 +45,7 @@ EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
-KIND, VERSION = "source", 1
+KIND, VERSION = "source", 2
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
@@ -79,11 +81,11 @@ def write_card(
     about = _about(out, outcome, source, hash_source)
     if base_model is not None:
         about = replace(about, hub_id=base_model)
-    source_id, result_id = outcome.plan.source.identity, open_checkpoint(out).identity
+    made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
     if losses is None and trials is None and (out / SEARCH).exists():
-        losses, trials = _searched(out / SEARCH)
-    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, source_id)
-    b = _record(Perplexity, eval_after or out / EVAL, eval_after, result_id)
+        losses, trials = _searched(out / SEARCH, made_of)
+    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
+    b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
     if a and b:
         losses = losses_of(a, b, difference(a, b), a.text)
     rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
@@ -94,8 +96,8 @@ def write_card(
         about,
         run=CardRun("; ".join(rules) or None, versions(), commands),
         losses=losses,
-        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, source_id),
-        after=_record(Leaderboard, after or out / LEADERBOARD, after, result_id),
+        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, made_of),
+        after=_record(Leaderboard, after or out / LEADERBOARD, after, made),
         trials=trials,
     )
     if base_model is not None and f"base_model: {base_model}\n" not in text:
@@ -160,7 +162,8 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        for key in ("kind", "version", "outcome", "commands"):
+        weights = fingerprint_in(document.get("weights") or {})
+        for key in ("kind", "version", "outcome", "weights", "commands"):
             document.pop(key, None)
         try:
             document["licence_files"] = tuple(document["licence_files"])
@@ -169,7 +172,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
             raise RecordError(
                 f"{out / SOURCE} is not a whole record ({error}); remove it, or name the model with --source"
             ) from error
-        if about.identity == outcome.plan.source.identity:
+        if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
             return about
     return CardSource(
         name=outcome.plan.source.name,
@@ -183,7 +186,8 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
 
 def _header(outcome: Outcome) -> dict[str, Any]:
     """Of laser/source.json: the commands in it belong to one outcome, told by the hashes of its shards."""
-    return {"kind": KIND, "version": VERSION, "outcome": dict(outcome.shards)}
+    told = {"outcome": dict(outcome.shards), "weights": outcome.plan.source.weights.told()}
+    return {"kind": KIND, "version": VERSION} | told
 
 
 def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
@@ -195,22 +199,33 @@ def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
     return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
 
 
-def _record(kind: type[Measured], path: Path, asked: Path | None, identity: str) -> Measured | None:
+def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) -> Measured | None:
     """The record at `path`; None where it is absent and was not asked for."""
     if asked is None and not path.exists():
         return None
     record = kind.load(path)
-    if record.identity != identity:
+    weights = fingerprint_in(record.weights)
+    if record.identity != of.identity or not agree(weights, of.weights):
         raise RecordError(
-            f"{path} was measured on {record.model} ({record.identity[:12]}), whose weights are not those "
-            f"that the card speaks of ({identity[:12]}); measure again, or remove the file"
+            f"{path} was measured on {record.model} ({record.identity[:12]}, {weights.short}), whose weights are not "
+            f"those that the card speaks of, {of.name} ({of.identity[:12]}, {of.weights.short}); measure again, or "
+            "remove the file"
         )
     return record
 
 
-def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:
+def _searched(path: Path, source: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
     """What a search measured on text that it did not select on, and its trials."""
-    document = read_json(path, "search", 1)
+    document = read_json(path, "search", 2)
+    try:
+        searched = Source(**document["source"])
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
+    if not searched.is_of(source):
+        raise RecordError(
+            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {source.name} "
+            f"({source.weights.short}); remove it, or search again"
+        )
 
     def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
         told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}

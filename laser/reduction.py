@@ -15,21 +15,22 @@ import torch
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
+from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.writer import New, prepare_output, write_checkpoint
+from laser.checkpoint.writer import New, OnCheck, prepare_output, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
 from laser.moments import Moments
+from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
-from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 
-KIND, VERSION = "outcome", 1
+KIND, VERSION = "outcome", 2
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def reduce(
     moments: Moments | None = None,
     fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
 
@@ -113,7 +115,8 @@ def reduce(
     the Hub's cache as soon as its output is on the disk. FP8 matrices are written as FP8 with new scales, or, with
     `dtype` "bfloat16", the whole checkpoint without FP8 and its config without quantization_config. Lines in the metric
     of the data need the `moments` that the plan was made with; with `fresh` moments of another text the outcome says
-    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation. Raises
+    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation, `on_check`
+    with how many bytes of an earlier run were read again, of how many. Raises
     RecordError for a plan or moments of another checkpoint, UsageError for moments that are needed and missing,
     OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
     certificate.
@@ -151,9 +154,11 @@ def reduce(
 
     def done(shard: Shard) -> None:
         if evict and hub is not None:
+            if shard.stamp is not None and shard.path.exists():
+                require_stamp(shard.path, shard.stamp)
             drop(hub, shard.path.name)
 
-    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done)
+    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done, on_check)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -206,7 +211,7 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": 1} | asdict(plan)}
+        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(plan)}
         return document | {"matrices": records, "shards": shards}
 
     return describe
@@ -216,7 +221,8 @@ def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
-        **Source.of(checkpoint).told(),
+        "version": VERSION,
+        **plan.source.told(),  # which `require` has compared with the checkpoint: here it may know more
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": crew.label,

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
-from laser.checkpoint.files import Journal, check_header, write_atomically
+from laser.checkpoint.files import Journal, check_header, spoiling, write_atomically
+from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
@@ -36,7 +37,7 @@ from laser.spectral.permutation import null_largest
 if TYPE_CHECKING:
     from laser.moments import Moments
 
-KIND, VERSION = "spectra", 1
+KIND, VERSION = "spectra", 2
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
@@ -45,8 +46,8 @@ class Source:
     """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
     parameters: numbers in its shards, by their headers; unindexed: how many of them lie in tensors that a shard holds
-    and the index does not name (or names elsewhere). They are copied with their shard. content: one hash over the
-    weights' own hashes, known for models from the Hub; None elsewhere.
+    and the index does not name (or names elsewhere). They are copied with their shard. content, samples: which weights
+    they are, see `Fingerprint`.
     """
 
     name: str
@@ -54,30 +55,53 @@ class Source:
     parameters: int | None = None  # None in records of laser 0.1
     unindexed: int = 0
     content: str | None = None
+    samples: str | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        content = checkpoint.hub.content if checkpoint.hub else None
-        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, content)
+        weights = checkpoint.fingerprint
+        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
+
+    @property
+    def weights(self) -> Fingerprint:
+        return Fingerprint(self.samples, self.content)
 
     def told(self) -> dict[str, str]:
-        """For a journal: what identifies the weights, as far as it is known."""
-        return {"source": self.identity} | ({"content": self.content} if self.content else {})
+        """For a journal: what identifies the weights, as far as it is known, and their name for messages."""
+        return {"source": self.identity, "model": self.name} | self.weights.told()
+
+    def is_of(self, other: Source) -> bool:
+        """Whether the two surely speak of the same weights."""
+        return self.identity == other.identity and agree(self.weights, other.weights) is True
 
     def require(self, checkpoint: Checkpoint, what: str) -> None:
-        """Raises RecordError unless `what` was made from this very checkpoint."""
+        """Raises RecordError unless `what` was made from these very weights.
+
+        A record of a model on the Hub knows the hashes of its files; a directory is then read whole and hashed.
+        """
         other = Source.of(checkpoint)
         if self.identity != other.identity:
             raise RecordError(
                 f"the {what} was made from {self.name} ({self.identity[:12]}), found {other.name} "
                 f"({other.identity[:12]}); make the {what} again from this checkpoint"
             )
-        if self.content and other.content and self.content != other.content:
+        same = agree(self.weights, other.weights)
+        if same is None and self.content:
+            same = self.content == content_by_reading(checkpoint)
+        if same is None:
+            repo = checkpoint.hub.repo if checkpoint.hub else other.name
             raise RecordError(
-                f"the {what} was made from other weights of {self.name}: found {other.content[:12]}, expected "
-                f"{self.content[:12]}; it was changed on the Hub: name its old revision, or make the {what} again"
+                f"the {what} knows sampled bytes of {self.name}, and of {other.name} on the Hub only the hashes of its "
+                f"files are known, so nobody can tell whether they are the same; try `hf download {repo}` and the same "
+                f"command, or make the {what} again from this model"
+            )
+        if not same:
+            raise RecordError(
+                f"the {what} was made from other weights of the same names and shapes: from {self.name} "
+                f"({self.weights.short}), found {other.name} ({other.weights.short}); name the model that it was made "
+                f"from (on the Hub, its old revision), or make the {what} again from this one"
             )
 
 
@@ -208,6 +232,7 @@ def scan(
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
     run = {
         "kind": "scan journal",
+        "version": VERSION,
         **Source.of(checkpoint).told(),
         "selection": selection.describe(),
         "method": method,
@@ -229,6 +254,8 @@ def scan(
                 if log:
                     log.append(to_entry(matrix.name, measured))
                 tick(matrix)
+        with spoiling(log):
+            require_unchanged(checkpoint)
     spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
     return replace(spectra, data=InData.of(moments, spectra.values, found))
 

@@ -14,6 +14,7 @@ import torch
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.headers import Shard, TensorInfo, pieces
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -95,6 +96,8 @@ def verify(
             if not _same(source, result, matrix):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
+    for checkpoint in (source, result):
+        require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))
 
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from laser.errors import OutputError, RecordError
+from laser.checkpoint.fingerprint import differences, fingerprint_in
+from laser.checkpoint.locks import replacing
+from laser.errors import CheckpointError, OutputError, RecordError
 
 # How files of weights end, in any format.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json", ".partial")
+
+SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
+# kind of record -> the command that makes one
+COMMANDS = {
+    "spectra": "laser scan MODEL -o FILE",
+    "plan": "laser plan SPECTRA -o FILE --rule RULE",
+    "moments": "laser calibrate MODEL --text TEXT -o FILE",
+    "outcome": "laser reduce MODEL PLAN -o OUT",
+    "eval": "laser eval MODEL -o FILE",
+    "leaderboard": "laser leaderboard MODEL -o FILE",
+    "search": "laser run MODEL -o OUT --search",
+    "source": "laser card OUT --source MODEL",
+}
 
 
 @contextmanager
@@ -30,19 +46,25 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`data` at `path`, or the old file untouched: a sibling temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
+    with disk_errors(path), replacing(path) as file:
+        file.write(data)
 
 
 def to_json(document: Any) -> bytes:
     """Strict JSON (NaN and Infinity raise ValueError), indented, the same bytes for the same document."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with a checksum of the rest of it, last."""
+    bare = {key: value for key, value in document.items() if key != "check"}
+    return bare | {"check": hashlib.sha256(to_json(bare)).hexdigest()}
+
+
+def is_sealed(document: Any) -> bool:
+    """Whether a document's checksum is that of the rest of it."""
+    return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
@@ -63,58 +85,103 @@ def check_header(document: Any, path: Path, kind: str, version: int) -> None:
     if found != (kind, version):
         raise RecordError(
             f"{path}: found kind {found[0]!r} version {found[1]!r}, expected {kind!r} version {version}; "
-            f"make it again with this version of laser"
+            f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
         )
+
+
+CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
 
 
 class Journal:
     """An append-only file of JSON lines; the first says which run it belongs to.
 
-    Opened again with the same `run`, it holds the entries of every line that was written whole. A torn or damaged line
-    and all that follows it are cut off: what they stood for is simply done again.
+    Every line ends with a checksum of itself and of the line before it. Opened again with the same `run`, the journal
+    holds the entries of every line that is as it was written. A torn or altered line and all that follows it are cut
+    off: what they stood for is simply done again. `anew` drops the file where it belongs to another run, or to none.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: Path, run: Mapping[str, Any], *, anew: bool = False) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
+        self._last = b""
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self._load(run) if path.exists() else 0
-            self._file = path.open("ab")
+            try:
+                whole = self._load(run) if path.exists() else 0
+            except RecordError:
+                if not anew:
+                    raise
+                self.entries, self._last, whole = [], b"", 0
+            self._file = path.open("ab", buffering=0)
             self._file.truncate(whole)
         if not whole:
             self._append(run)
 
-    def _load(self, run: dict[str, Any]) -> int:
+    def _load(self, run: Mapping[str, Any]) -> int:
         """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
         whole = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            entry = self._checked(line)
+            if entry is None:
+                if number == 0 and len(lines) > 1:
+                    raise RecordError(
+                        f"{self.path}: its first line, which says what it belongs to, is damaged or of an older laser; "
+                        "start afresh with --force"
+                    )
                 break
             if number == 0:
-                different = sorted(k for k in run.keys() | entry.keys() if run.get(k) != entry.get(k))
-                if different:
-                    raise RecordError(
-                        f"{self.path} belongs to another run: {', '.join(different)} differ; "
-                        "repeat the command that began it, or start afresh with --force"
-                    )
+                self._require(entry, run)
+            elif SPOILED in entry:
+                raise RecordError(
+                    f"{self.path} holds work on a model that changed meanwhile: {entry[SPOILED]}; start afresh with "
+                    "--force"
+                )
             else:
                 self.entries.append(entry)
             whole += len(line)
         return whole
 
+    def _checked(self, line: bytes) -> dict[str, Any] | None:
+        """The entry of a line; None for one that was not written like that, or does not follow the one before."""
+        match = CHECKED.search(line)
+        if not match or not line.endswith(b"\n"):
+            return None
+        body = line[: match.start()] + b"}"
+        if _check(self._last, body) != match[1]:
+            return None
+        self._last = match[1]
+        return json.loads(body)
+
+    def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        different = differences(found, run)
+        if {"source", "weights"} & set(different):
+            models = [f"{told.get('model')} ({fingerprint_in(told).short})" for told in (found, run)]
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
+                f"found {models[1]}; repeat the command that began it, or start afresh with --force"
+            )
+        if different:
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; "
+                "repeat the command that began it, or start afresh with --force"
+            )
+
     def append(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
         self._append(entry)
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def spoil(self, why: str) -> None:
+        """Let nobody go on with what stands here."""
+        self._append({SPOILED: why})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        body = json.dumps(dict(entry), allow_nan=False).encode()
+        self._last = _check(self._last, body)
+        line = body[:-1] + (b", " if entry else b"") + b'"check": "' + self._last + b'"}\n'
         with disk_errors(self.path):
-            self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
-            self._file.flush()  # to the kernel: survives a killed process; readers check what lines claim
+            while line:  # to the kernel: survives a killed process; readers check what lines claim
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -133,3 +200,19 @@ class Journal:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check(before: bytes, body: bytes) -> bytes:
+    """Checksum of a line: without one a flipped bit in a number would be taken for the number."""
+    return hashlib.sha256(before + body).hexdigest()[:16].encode()
+
+
+@contextmanager
+def spoiling(journal: Journal | None) -> Iterator[None]:
+    """A CheckpointError inside, that the weights changed meanwhile, makes the journal one that nobody goes on with."""
+    try:
+        yield
+    except CheckpointError as error:
+        if journal:
+            journal.spoil(str(error))
+        raise

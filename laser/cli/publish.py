@@ -82,7 +82,8 @@ def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | No
     if Outcome.load(out).plan.reductions:
         _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
     else:
-        replace(board, model=result.name, identity=result.identity).save(out / LEADERBOARD)
+        weights = result.fingerprint.told()
+        replace(board, model=result.name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
 
 
 def _measure_tasks(

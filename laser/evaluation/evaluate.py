@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError
 from laser.evaluation.activations import Store
@@ -33,14 +34,15 @@ def evaluate(
     CheckpointError for weights that are missing, NumericalError for a loss that is not finite.
     """
     check_vocabulary(checkpoint, windows)
+    weights = checkpoint.fingerprint.told()
     if stream:
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
         sums = model.losses(windows.windows, tick).sums
     else:
         sums = whole_losses(load_whole(checkpoint, dtype).to(device), windows, tick)
-    return record_of(
-        windows, sums, model=checkpoint.name, identity=checkpoint.identity, dtype=dtype, device=str(device)
-    )
+    require_unchanged(checkpoint)
+    told = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}
+    return record_of(windows, sums, **told, dtype=dtype, device=str(device))
 
 
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:

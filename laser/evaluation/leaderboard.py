@@ -11,18 +11,19 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
 from laser.evaluation.layout import require_hub_format
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
 
-KIND, VERSION = "leaderboard", 1
+KIND, VERSION = "leaderboard", 2
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
 
 
@@ -65,6 +66,7 @@ class Leaderboard:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     command: str | None
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
 
     @property
     def average(self) -> float:
@@ -166,6 +168,7 @@ def run_leaderboard(
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
     require_lm_eval()
+    weights = checkpoint.fingerprint.told()
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
@@ -179,6 +182,7 @@ def run_leaderboard(
         for task in chosen:
             scores.append(_measure(model, task, Path(folder, task.name), names[task.name], limit))
             tick(scores[-1])
+    require_unchanged(checkpoint)
     return Leaderboard(
         model=checkpoint.name,
         identity=checkpoint.identity,
@@ -196,6 +200,7 @@ def run_leaderboard(
         },
         versions={name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")},
         command=command,
+        weights=weights,
     )
 
 

@@ -8,8 +8,8 @@ tokens of one window share their context and must not be counted as independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.text import Windows
 
-KIND, VERSION = "eval", 1
+KIND, VERSION = "eval", 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Perplexity:
     bytes: int | None
     losses: tuple[float, ...]  # per window
     counts: tuple[int, ...]  # tokens scored per window
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
 
     @property
     def perplexity(self) -> float:
@@ -127,7 +128,14 @@ def paired_difference(
 
 
 def record_of(
-    windows: Windows, sums: Sequence[float], *, model: str, identity: str, dtype: str, device: str
+    windows: Windows,
+    sums: Sequence[float],
+    *,
+    model: str,
+    identity: str,
+    weights: Mapping[str, str],
+    dtype: str,
+    device: str,
 ) -> Perplexity:
     """The record from the summed loss of each window (W,), nats. Raises NumericalError naming a non-finite window."""
     counts = tuple(w.scored for w in windows.windows)
@@ -142,6 +150,7 @@ def record_of(
     return Perplexity(
         model=model,
         identity=identity,
+        weights=weights,
         text=windows.text,
         text_sha256=windows.text_sha256,
         windows_sha256=windows.sha256,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from scipy import stats
 
+from laser.checkpoint.files import spoiling
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.edits import require_same_moments
 from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
@@ -39,8 +41,10 @@ from laser.search.candidates import (
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
-from laser.spectra import Spectra
+from laser.spectra import Source, Spectra
 from laser.spectral.devices import Device, choose_device
+
+KIND, VERSION = "search", 2  # of the record search.json, and of the journal behind it
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def search(
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
     if moments is not None:
         asked["moments"] = moments.calibration.identity
-    run = {"kind": "search journal", "version": 1, "source": checkpoint.identity, "rules": list(rules)} | asked
+    told = Source.of(checkpoint).told()
+    run = {"kind": "search journal", "version": VERSION} | told | {"rules": list(rules)} | asked
     log = SearchLog(journal, run)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
@@ -151,6 +156,8 @@ def search(
         else:
             kept, values = runner.one_by_one(in_order(found, order), base)
         reports = tuple(_report(bench.model, objective, kept, log) for objective in held_out)
+        with spoiling(log.journal):
+            require_unchanged(checkpoint)
     finally:
         log.close()
     plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
@@ -274,8 +281,9 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
 def result_document(result: SearchResult) -> dict[str, Any]:
     """The result without its plan: the record search.json, and what `--json` prints."""
     return {
-        "kind": "search",
-        "version": 1,
+        "kind": KIND,
+        "version": VERSION,
+        "source": asdict(result.plan.source),
         "trials": [asdict(t) for t in result.trials],
         "calibration": asdict(result.calibration),
         "held_out": [asdict(r) for r in result.held_out],
