@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.files import is_sealed, read_json, sealed, to_json, write_atomically
 from laser.errors import RecordError, UsageError
 from laser.in_data import in_data_metric, line_in_data
 from laser.selection import Selection
@@ -78,7 +78,7 @@ class Plan:
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
     def to_json(self) -> bytes:
-        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage})
+        return to_json(sealed({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage}))
 
     @property
     def coverage(self) -> dict[str, Any]:
@@ -103,7 +103,14 @@ class Plan:
     @staticmethod
     def load(path: Path) -> Plan:
         """Raises RecordError for a plan that is missing, damaged, of another version, or that contradicts itself."""
-        return Plan.from_document(read_json(path, KIND, VERSION), path)
+        document = read_json(path, KIND, VERSION)
+        plan = Plan.from_document(document, path)
+        if "check" in document and not is_sealed(document):
+            raise RecordError(
+                f'{path} was changed or damaged since laser wrote it; if that was you, remove its last line, "check", '
+                "and the comma before it, or else plan again"
+            )
+        return plan
 
     @staticmethod
     def from_document(document: Mapping[str, Any], path: Path) -> Plan:

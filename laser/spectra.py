@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
-from laser.checkpoint.files import Journal, check_header, spoiling, write_atomically
+from laser.checkpoint.files import Journal, check_header, require_sealed, sealed, spoiling, write_atomically
 from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, dearest_first, near, visit
@@ -99,9 +100,9 @@ class Source:
             )
         if not same:
             raise RecordError(
-                f"the {what} was made from other weights of the same names and shapes: from {self.name} "
-                f"({self.weights.short}), found {other.name} ({other.weights.short}); name the model that it was made "
-                f"from (on the Hub, its old revision), or make the {what} again from this one"
+                f"the {what} was made from other weights of {self.name}: found {other.name} ({other.weights.short}), "
+                f"expected {self.name} ({self.weights.short}), of the same names and shapes; if it was changed on the "
+                f"Hub, name its old revision, else make the {what} again from this model"
             )
 
 
@@ -141,6 +142,7 @@ class Spectra:
         if self.data is not None:
             header["data"] = self.data.header()
             vectors |= self.data.vectors()
+        header = sealed(header | {"vectors": _hash(vectors)})
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     def _extra(self, name: str) -> dict[str, Any]:
@@ -159,6 +161,7 @@ class Spectra:
         except (SafetensorError, ValueError, OSError) as error:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
         check_header(header, path, KIND, VERSION)
+        require_sealed(header | {"vectors": _hash(vectors)}, path, KIND)
         rows = header["matrices"]
         skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
         matrices = tuple(_matrix(row) for row in rows)
@@ -170,6 +173,14 @@ class Spectra:
         notes = {row["name"]: row["note"] for row in rows if row.get("note")}
         made_by = (header["method"], header["device"])
         return Spectra(source, matrices, values, skipped, *made_by, nulls, kurtosis, data, notes)
+
+
+def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
+    """sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        digest.update(f"{name}\0{vector.dtype}\0{vector.shape}\0".encode("utf-8", "surrogatepass") + vector.tobytes())
+    return digest.hexdigest()
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:

@@ -67,6 +67,12 @@ def is_sealed(document: Any) -> bool:
     return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
 
 
+def require_sealed(document: Any, path: Path, kind: str) -> None:
+    """Raises RecordError for a record that is not as laser wrote it."""
+    if not is_sealed(document):
+        raise RecordError(f"{path} was changed or damaged since it was written; make it again: `{COMMANDS[kind]}`")
+
+
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`. Raises RecordError."""
     try:
