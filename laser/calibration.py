@@ -162,7 +162,9 @@ def calibrate(
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
     todo = {m.layer or 0 for m in chosen} - parts.layers
-    layer = parts.load_states(states) if not any(left < parts.boundary for left in todo) else 0
+    layer = 0
+    if parts.boundary and not any(left < parts.boundary for left in todo):
+        layer = parts.load_states(states)
     while any(layer <= left for left in todo):
         if layer in todo:
             here = [m for m in chosen if m.layer == layer]

@@ -80,7 +80,7 @@ class Parts:
         told = told | {"run": json.dumps(self.run)}
         write_atomically(path, save(tensors, metadata=told | {"check": _check(told, tensors)}))
 
-    def save_site(self, site: Site, number: int, of: int, tensors: dict[str, torch.Tensor]) -> None:
+    def save_site(self, site: Site, tensors: dict[str, torch.Tensor], number: int, of: int) -> None:
         """Site `number` of the `of` that its layer has."""
         told = {"site": json.dumps(asdict(site)), "number": str(number), "of": str(of)}
         self._write(self._file(site.layer, number), told, tensors)

@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.writer import RECORDS
@@ -103,7 +103,12 @@ def write_card(
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
     (out / RECORDS).mkdir(exist_ok=True)
-    write_atomically(out / SOURCE, to_json(_header(outcome) | {"commands": list(commands)} | asdict(about)))
+    told = (
+        _header(outcome)
+        | {"commands": list(commands), "card": hashlib.sha256(text.encode()).hexdigest()}
+        | asdict(about)
+    )
+    write_atomically(out / SOURCE, to_json(sealed(told)))
     write_atomically(target, text.encode())
     return target
 
@@ -163,7 +168,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
         weights = fingerprint_in(document.get("weights") or {})
-        for key in ("kind", "version", "outcome", "weights", "commands"):
+        for key in ("kind", "version", "outcome", "weights", "commands", "card", "check"):
             document.pop(key, None)
         try:
             document["licence_files"] = tuple(document["licence_files"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laser.at_rest import damage_at_rest
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
@@ -96,6 +97,8 @@ def verify(
             if not _same(source, result, matrix):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
+    if not problems:  # else what is wrong has been said
+        problems = damage_at_rest(out, outcome.plan)
     for checkpoint in (source, result):
         require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))

@@ -208,6 +208,17 @@ class Journal:
         self.close()
 
 
+def journal_is_whole(path: Path) -> bool:
+    """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
+    last = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        match = CHECKED.search(line)
+        if not match or not line.endswith(b"\n") or _check(last, line[: match.start()] + b"}") != match[1]:
+            return False
+        last = match[1]
+    return bool(last)
+
+
 def _check(before: bytes, body: bytes) -> bytes:
     """Checksum of a line: without one a flipped bit in a number would be taken for the number."""
     return hashlib.sha256(before + body).hexdigest()[:16].encode()

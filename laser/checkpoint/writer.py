@@ -17,7 +17,6 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.at_rest import damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import (
     WEIGHTS,
@@ -135,7 +135,8 @@ def write_checkpoint(
         ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
         document = {**document, "run": document.get("run", run)}
-        document = sealed(document | {"records": records_in(out / RECORDS)})
+        files = sums_of(out, {s.name for s in source.shards}, RECORDS)
+        document = sealed(document | {"files": files})
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
             if partial_of(out, shard.name).exists():
@@ -189,6 +190,8 @@ def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], o
             )
     if source.index_bytes is not None and (out / INDEX).read_bytes() != source.index_bytes:
         raise OutputError(f"{out / INDEX} is not the source's index: it was changed or damaged since; try --force")
+    for problem in damage(out, document):
+        raise OutputError(f"{out}: {problem}; try --force to make the output again")
 
 
 def read_outcome(out: Path) -> dict[str, Any]:
@@ -200,17 +203,6 @@ def read_outcome(out: Path) -> dict[str, Any]:
     if not is_sealed(document):
         raise OutputError(f"{out / OUTCOME} was changed or damaged since it was written; try --force to make it again")
     return document
-
-
-def records_in(folder: Path) -> dict[str, str | None]:
-    """sha256 by name of the records that a run left beside the weights; None for those of a search, which hold times
-    and their own checksums: an outcome is the same however often it was interrupted."""
-    found: dict[str, str | None] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != Path(JOURNAL).name and not path.name.startswith("."):
-            timed = path.name.startswith("search.")
-            found[path.name] = None if timed else hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
 
 
 def _parts(source: Checkpoint, touched: Sequence[Matrix]) -> dict[str, list[Matrix]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.checkpoint.files import spoiling
+from laser.checkpoint.files import sealed, spoiling
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.edits import require_same_moments
 from laser.errors import NumericalError, UsageError
@@ -280,7 +280,7 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
 
 def result_document(result: SearchResult) -> dict[str, Any]:
     """The result without its plan: the record search.json, and what `--json` prints."""
-    return {
+    document = {
         "kind": KIND,
         "version": VERSION,
         "source": asdict(result.plan.source),
@@ -290,3 +290,4 @@ def result_document(result: SearchResult) -> dict[str, Any]:
         "rank_correlation": result.rank_correlation,
         "families": result.families(),
     }
+    return sealed(document)

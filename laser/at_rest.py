@@ -1,0 +1,56 @@
+"""What `verify` looks at last: the files of an output beside its weights, and the records of how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from laser.checkpoint.at_rest import CARD, damage, sha256_of
+from laser.checkpoint.files import is_sealed, journal_is_whole
+from laser.checkpoint.writer import RECORDS
+from laser.errors import RecordError
+from laser.plan import Plan
+from laser.spectra import Spectra
+
+SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
+
+
+def damage_at_rest(out: Path, plan: Plan) -> list[str]:
+    """What is not as laser left it: side files, laser.json, and each record in OUT/laser; `plan` is laser.json's."""
+    problems, folder = damage(out), out / RECORDS
+
+    def check(name: str, is_right: Callable[[Path], bool]) -> None:
+        try:
+            right = is_right(folder / name)
+        except (RecordError, OSError, ValueError) as error:
+            problems.append(f"{RECORDS}/{name}: {error}")
+            return
+        if not right:
+            problems.append(f"{RECORDS}/{name} is not as it was written; it was changed or damaged since")
+
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if {SPECTRA, PLAN} & there:  # of a whole run, which leaves both
+        check(SPECTRA, lambda path: Spectra.load(path).source == plan.source)
+        check(PLAN, lambda path: Plan.load(path).to_json() == plan.to_json())
+        if "accept" in plan.selection:  # chosen by a search
+            there |= {SEARCH, TRIALS}
+    if SEARCH in there:
+        check(SEARCH, lambda path: is_sealed(json.loads(path.read_bytes())))
+    if TRIALS in there:
+        check(TRIALS, journal_is_whole)
+    if SOURCE in there or (out / CARD).exists():
+        check(SOURCE, lambda path: is_sealed(json.loads(path.read_bytes())))
+        problems += _card(out, folder / SOURCE)
+    return problems
+
+
+def _card(out: Path, source: Path) -> list[str]:
+    try:
+        expected = json.loads(source.read_bytes()).get("card")
+        found = sha256_of(out / CARD)
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{CARD}: {error}; try laser card {out}"]
+    if found != expected:
+        return [f"{CARD} is not the card that laser wrote; leave it if you changed it, or try laser card {out}"]
+    return []
