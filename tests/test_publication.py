@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ def reduced(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
     return checkpoint, tmp_path / "out"
 
 
-def board(identity: str) -> Leaderboard:
+def board(of: Checkpoint) -> Leaderboard:
     score = TaskScore("winogrande", "acc", 0.5, 0.5, 2, 5, (1.0, 0.0))
-    return Leaderboard("pico", identity, (score,), 2, {}, {}, {}, None)
+    return Leaderboard("pico", of.identity, (score,), 2, {}, {}, {}, None, of.fingerprint.told())
 
 
-def loss(identity: str, *sums: float) -> Perplexity:
+def loss(of: Checkpoint, *sums: float) -> Perplexity:
     windows = Windows((Window(np.array([1, 2]), 1),) * len(sums), "wiki", "0", 2, "windows", True, None)
-    return record_of(windows, sums, model="pico", identity=identity, dtype="float32", device="cpu")
+    return record_of(
+        windows, sums, model="pico", identity=of.identity, weights=of.fingerprint.told(), dtype="float32", device="cpu"
+    )
 
 
 def metadata(path: Path) -> dict[str, object]:
@@ -61,8 +64,8 @@ def metadata(path: Path) -> dict[str, object]:
 
 def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
-    board(source.identity).save(out / LEADERBOARD_SOURCE)
-    board(open_checkpoint(out).identity).save(out / LEADERBOARD)
+    board(source).save(out / LEADERBOARD_SOURCE)
+    board(open_checkpoint(out)).save(out / LEADERBOARD)
     path = write_card(out, source, hash_source=True)
     text = path.read_text()
     assert path == out / "README.md" and text.startswith("---\n") and "\n# out\n" in text
@@ -78,8 +81,8 @@ def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> No
 
 def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]) -> None:
     source, out = reduced
-    loss(source.identity, 2.0, 2.5, 1.5).save(out / "before.json")
-    loss(open_checkpoint(out).identity, 2.25, 2.75, 1.5).save(out / "after.json")
+    loss(source, 2.0, 2.5, 1.5).save(out / "before.json")
+    loss(open_checkpoint(out), 2.25, 2.75, 1.5).save(out / "after.json")
     assert main(["card", str(out), "--eval-before", f"{out}/before.json", "--eval-after", f"{out}/after.json"]) == 0
     text = (out / "README.md").read_text()
     assert "wiki" in text and "2.0000 ± 0.2887" in text and "+0.1667 ± 0.0833" in text and "worse" in text
@@ -125,13 +128,16 @@ def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path
 def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     # A reduction shares the headers of its source: only laser.json tells their records apart.
-    result = open_checkpoint(out).identity
-    assert result != source.identity
+    result = open_checkpoint(out)
+    assert result.identity != source.identity
+    other = {"weights": {"samples": "0" * 64}}  # of a fine-tune with the same headers
     for file, record in (
-        (LEADERBOARD, board(source.identity)),
-        (LEADERBOARD, board("0" * 64)),
+        (LEADERBOARD, board(source)),
+        (LEADERBOARD, replace(board(source), identity="0" * 64)),
+        (LEADERBOARD_SOURCE, replace(board(source), **other)),
+        (EVAL_SOURCE, replace(loss(source, 2.0), weights={})),
         (LEADERBOARD_SOURCE, board(result)),
-        (EVAL, loss(source.identity, 2.0)),
+        (EVAL, loss(source, 2.0)),
         (EVAL_SOURCE, loss(result, 2.0)),
     ):
         record.save(out / file)
@@ -152,7 +158,7 @@ def test_a_card_needs_an_output_and_its_own_source(
     with pytest.raises(RecordError, match="made from pico"):
         write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
     (out / SOURCE).parent.mkdir()
-    (out / SOURCE).write_text('{"kind": "source", "version": 1, "name": "x"}')
+    (out / SOURCE).write_text('{"kind": "source", "version": 2, "name": "x"}')
     with pytest.raises(RecordError, match="not a whole record"):
         write_card(out)
 
@@ -258,7 +264,7 @@ def test_run_measures_source_and_result_and_equal_weights_once(
 
     def run_leaderboard(checkpoint: Checkpoint, **_: Any) -> Leaderboard:
         seen.append(checkpoint.name)
-        return board(checkpoint.identity)
+        return board(checkpoint)
 
     monkeypatch.setattr("laser.cli.publish.run_leaderboard", run_leaderboard)
     out = tmp_path / "out"

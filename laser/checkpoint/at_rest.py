@@ -15,7 +15,7 @@ CARD = "README.md"  # ours, and made again at will
 
 
 def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
-    """sha256 by name of every file of an output but its shards (`aside`), what laser keeps in `folder`, and the card."""
+    """sha256 by name of every file of an output but its shards (`aside`), laser's records in `folder`, and the card."""
     sums = {}
     for path in sorted(out.rglob("*")):
         relative = path.relative_to(out)
