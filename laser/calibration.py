@@ -129,13 +129,15 @@ def calibrate(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     full_side: int = FULL_SIDE,
+    anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
-    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `tick` is called with each
-    layer. Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
+    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
+    of another calibration. `tick` is called with each layer.
+    Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix that meets NaN or Inf, RecordError for a partial run of another kind.
     """
     selection = selection or Selection()
@@ -157,7 +159,7 @@ def calibrate(
         "options": [diagonal, shrink, dtype, full_side],
         "version": VERSION,  # of what lies there
     }
-    parts = Parts(path.with_name(path.name + ".partial"), run)
+    parts = Parts(path.with_name(path.name + ".partial"), run, anew)
     model = LayeredModel(checkpoint, dtype=dtype, device=device)
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)

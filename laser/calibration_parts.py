@@ -36,13 +36,15 @@ class Parts:
     first layer are removed.
     """
 
-    def __init__(self, partial: Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, partial: Path, run: Mapping[str, Any], anew: bool = False) -> None:
         self.partial, self.run = partial, dict(run)
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
         told = self._told(partial / STATES)
         if told and differences(json.loads(told["run"]), run):
-            raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
+            if not anew:
+                raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
+            told = None
         self.boundary = int(told["boundary"]) if told else 0  # the layer that the states there enter
         self.layers = self._whole_layers()
 

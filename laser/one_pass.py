@@ -23,7 +23,7 @@ import torch
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.writer import RECORDS, New, write_checkpoint
+from laser.checkpoint.writer import RECORDS, New, OnCheck, write_checkpoint
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
 from laser.measured import Measured, from_entry, to_entry
@@ -91,6 +91,7 @@ def reduce_in_one_pass(
     method: str,
     null_draws: int,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> tuple[Spectra, Plan, Outcome]:
     """Reduce every selected matrix by `treatment` as it is visited, and make the records of scan and plan as well.
 
@@ -147,5 +148,5 @@ def reduce_in_one_pass(
         "device": crew.label,
         "null_draws": null_draws,
     }
-    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run)
+    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -20,7 +20,8 @@ from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.writer import New, OnCheck, prepare_output, write_checkpoint
+from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import New, OnCheck, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
@@ -133,7 +134,6 @@ def reduce(
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
-    prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
         work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
@@ -158,7 +158,8 @@ def reduce(
                 require_stamp(shard.path, shard.stamp)
             drop(hub, shard.path.name)
 
-    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done, on_check)
+    with writing(checkpoint, out, resume=resume, force=force) as place:
+        document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
     return Outcome.from_document(document, out / OUTCOME)
 
 

@@ -216,13 +216,14 @@ def scan(
     null_draws: int = 0,
     moments: Moments | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
+    anew: bool = False,
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
     each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
+    the spectra are saved; with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
     value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
     where a matrix was calibrated.
@@ -251,7 +252,7 @@ def scan(
         "null_draws": null_draws,
     } | ({"moments": moments.calibration.identity} if moments else {})
     found: dict[str, Measured] = {}
-    with Journal(journal, run) if journal else nullcontext() as log:
+    with Journal(journal, run, anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
             found[entry["name"]] = from_entry(entry)
         for matrix in matrices:

@@ -107,7 +107,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], *, anew: bool = False) -> None:
-        self.path = path
+        self.path, self._run = path, run
         self.entries: list[dict[str, Any]] = []
         self._last = b""
         with disk_errors(path):
@@ -176,6 +176,16 @@ class Journal:
     def append(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
         self._append(entry)
+
+    def forget(self, from_: dict[str, Any]) -> None:
+        """Cut off an entry and all that follow it."""
+        kept = self.entries[: next(i for i, entry in enumerate(self.entries) if entry is from_)]
+        self.entries, self._last = [], b""
+        with disk_errors(self.path):
+            self._file.truncate(0)
+        self._append(self._run)
+        for entry in kept:
+            self.append(entry)
 
     def spoil(self, why: str) -> None:
         """Let nobody go on with what stands here."""

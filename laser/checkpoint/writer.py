@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.at_rest import damage, sums_of
+from laser.checkpoint.at_rest import CARD, damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import (
     WEIGHTS,
@@ -59,18 +59,60 @@ Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str
 OnCheck = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
+def require_apart(source: Checkpoint, out: Path) -> None:
+    """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
     target = out.resolve()
     if target == source.path or source.path in target.parents or target in source.path.parents:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
-    ours = (out / JOURNAL).exists() or (out / OUTCOME).exists()
+
+
+MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a directory holds an output of laser, whole or not, by what its files say."""
+    try:
+        if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
+            with (out / JOURNAL).open("rb") as file:
+                first = file.read(1 << 16)
+            if b' journal"' in first or not first.strip(b"\0"):
+                return True
+        data = (out / OUTCOME).read_bytes()
+    except OSError:
+        return False
+    return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
+
+
+def require_ours(out: Path) -> None:
+    """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
+    if not is_ours(out):
+        if not any(out.iterdir()):
+            return
+        raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
+    try:
+        document = json.loads((out / OUTCOME).read_bytes())
+        known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return  # unfinished, or of an older laser: it does not say what it wrote
+    known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
+    ends = (".partial", ".tmp", ".lock")
+    if foreign := sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(ends)):
+        raise OutputError(
+            f"{out} holds {foreign[0]}, which laser did not write, and --force would remove it; move it away first"
+        )
+
+
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be.
+
+    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
+    """
+    require_apart(source, out)
+    ours = is_ours(out)
     if force and ours:
+        require_ours(out)
         with disk_errors(out):
             shutil.rmtree(out)
     elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):

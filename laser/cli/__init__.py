@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from laser.checkpoint.families import DoubtWarning
-from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
+from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
 
 app = typer.Typer(
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", DoubtWarning)
             warnings.showwarning = _tell(warnings.showwarning)
-            app([a for a in arguments if a != "--debug"], prog_name="laser")
+            with common.one_verb():
+                app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:
         if debug:
             raise

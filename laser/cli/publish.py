@@ -55,7 +55,7 @@ def leaderboard(
             )
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
-    common.refuse_to_overwrite(output, force)
+    common.refuse_to_overwrite(output, force, "leaderboard")
     where = choose_device(device).name
     board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
     if as_json:

@@ -44,8 +44,9 @@ class Trial:
 class SearchLog:
     """The journal, read from the front while it lasts and written behind that. Without a path nothing is kept."""
 
-    def __init__(self, path: Path | None, run: dict[str, Any]) -> None:
-        self.journal = Journal(path, run) if path else None
+    def __init__(self, path: Path | None, run: dict[str, Any], anew: bool = False) -> None:
+        self.anew = anew
+        self.journal = Journal(path, run, anew=anew) if path else None
         self._old = iter(tuple(self.journal.entries)) if self.journal else iter(())
 
     def entry(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -53,6 +54,10 @@ class SearchLog:
         old = next(self._old, None)
         if old is not None:
             different = [key for key, value in what.items() if old.get(key) != value]
+            if different and self.anew and self.journal:
+                self._old = iter(())
+                self.journal.forget(from_=old)
+                return self.entry(what, measure)
             if different:
                 path = self.journal.path if self.journal else ""
                 raise RecordError(

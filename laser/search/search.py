@@ -107,6 +107,7 @@ def search(
     journal: Path | None = None,
     cache: bool = True,
     moments: Moments | None = None,
+    anew: bool = False,
     tick: Callable[[Trial, int], None] = lambda *_: None,
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
@@ -114,7 +115,8 @@ def search(
     Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them, or with `shortlist` K those
     with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
-    then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none.
+    then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none;
+    `anew` drops the trials of another search.
     A rule `data:NAME` is asked in the metric of the data and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
@@ -138,7 +140,7 @@ def search(
         asked["moments"] = moments.calibration.identity
     told = Source.of(checkpoint).told()
     run = {"kind": "search journal", "version": VERSION} | told | {"rules": list(rules)} | asked
-    log = SearchLog(journal, run)
+    log = SearchLog(journal, run, anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
         base = log.values("baseline", bench.measure)
