@@ -54,10 +54,8 @@ def _kind(document: Any) -> str | None:
 def _torn(path: Path) -> str | None:
     """The kind of a record that is damaged: it has to be possible to make it again."""
     with path.open("rb") as file:
-        start = file.read(1 << 16).replace(b"\\", b"").replace(b" ", b"")
-    return next(
-        (kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start.replace(b"\n", b"")), None
-    )
+        start = file.read(1 << 16).translate(None, b"\\ \n")
+    return next((kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start), None)
 
 
 def require_outside_models(path: Path) -> None:

@@ -27,8 +27,8 @@ EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iterator[Path]:
     """The directory in which to write the output `out`, which is there when the body ends without an error.
 
-    With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises OutputError
-    where `out` may not be written or replaced, or somebody is at work on it.
+    With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises
+    OutputError where `out` may not be written or replaced, or somebody is at work on it.
     """
     require_apart(source, out)
     target = out.resolve()
