@@ -219,17 +219,17 @@ def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) ->
     return record
 
 
-def _searched(path: Path, source: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
+def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
     """What a search measured on text that it did not select on, and its trials."""
     document = read_json(path, "search", 2)
     try:
         searched = Source(**document["source"])
     except (KeyError, TypeError) as error:
         raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
-    if not searched.is_of(source):
+    if not searched.is_of(of):
         raise RecordError(
-            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {source.name} "
-            f"({source.weights.short}); remove it, or search again"
+            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
+            f"({of.weights.short}); remove it, or search again"
         )
 
     def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:

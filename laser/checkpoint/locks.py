@@ -31,7 +31,7 @@ _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Nobody else writes the output `path`, a file or a directory, meanwhile. Its directory has to be there.
+    """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.
 
     Raises OutputError at once where another process, or another thread, is at work on it, saying which.
     """
@@ -56,6 +56,7 @@ def _take(lock: Path, path: Path) -> int:
     """The locked file, open."""
     while True:
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise OutputError(

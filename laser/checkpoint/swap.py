@@ -33,8 +33,6 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     require_apart(source, out)
     target = out.resolve()
     new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
-    with disk_errors(out):
-        target.parent.mkdir(parents=True, exist_ok=True)
     with claimed(out):
         with disk_errors(out):
             if old.exists() and not target.exists():  # killed between two renames

@@ -76,9 +76,8 @@ def is_ours(out: Path) -> bool:
     try:
         if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
             with (out / JOURNAL).open("rb") as file:
-                first = file.read(1 << 16)
-            if b' journal"' in first or not first.strip(b"\0"):
-                return True
+                if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
+                    return True
         data = (out / OUTCOME).read_bytes()
     except OSError:
         return False
