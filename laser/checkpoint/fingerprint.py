@@ -165,7 +165,7 @@ def require_unchanged(checkpoint: Checkpoint, gone: Iterable[str] = ()) -> None:
         raise _changed(checkpoint.path)
 
 
-def require_stamp(path: Path, stamp: Stamp) -> None:
+def require_stamp(path: Path, stamp: Stamp | None) -> None:
     """Raises CheckpointError for a file that is not what it was."""
     if stamp_of(path) != stamp:
         raise _changed(path)

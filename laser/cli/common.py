@@ -69,6 +69,12 @@ def one_verb() -> Iterator[None]:
             _verb.reset(token)
 
 
+def keep(path: Path) -> None:
+    """Nobody else writes `path` until this verb ends. Raises OutputError where somebody is at work on it."""
+    if (stack := _verb.get()) is not None:
+        stack.enter_context(claimed(path))
+
+
 def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
     """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
 
@@ -78,8 +84,7 @@ def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> Non
     if not path.resolve().parent.is_dir():
         raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
     require_outside_models(path)
-    if (stack := _verb.get()) is not None:
-        stack.enter_context(claimed(path))
+    keep(path)
     if path.exists() and not force:
         raise OutputError(f"{path} exists; try another -o, or --force to replace it")
     if path.exists():

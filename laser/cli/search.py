@@ -85,6 +85,7 @@ def search(
     """
     common.refuse_to_overwrite(output, force, "plan")
     journal = journal or output.with_name("search.jsonl")
+    common.keep(journal)
     checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
     where = choose_device(device, precision)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
