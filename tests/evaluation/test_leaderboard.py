@@ -300,7 +300,7 @@ def test_average_and_its_error() -> None:
         lambda d: d["scores"][0].pop("n"),
         lambda d: d.update(average=0.1),
         lambda d: d.update(scores=[]),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=1),
         lambda d: d.update(surplus=1),
     ],
 )
