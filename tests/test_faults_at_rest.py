@@ -349,7 +349,9 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
 # --- --force ----------------------------------------------------------------------------------------------------------
 
 
-def test_force_leaves_the_old_output_until_the_new_one_is_whole(small: Path, tmp_path: Path) -> None:
+def test_force_leaves_the_old_output_until_the_new_one_is_whole(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, out = laser.open_checkpoint(small), tmp_path / "out"
     spectra = laser.scan(checkpoint)
     first, second = make_plan(spectra, "rank:4"), make_plan(spectra, "rank:8")
@@ -359,6 +361,15 @@ def test_force_leaves_the_old_output_until_the_new_one_is_whole(small: Path, tmp
     def stop(*_: object) -> None:
         raise Killed
 
+    with pytest.raises(LaserError, match="no method"):
+        laser.reduce(checkpoint, second, out, force=True, method="none")
+    with pytest.raises(LaserError, match="no layer 9"):
+        run_flow(checkpoint, out, Selection(layers=(9,)), chosen, crew=CREW, force=True)
+    with monkeypatch.context() as full, pytest.raises(OutputError, match="not enough disk"):
+        usage = shutil.disk_usage(tmp_path)
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        laser.reduce(checkpoint, second, out, force=True)
+    assert snapshot(out) == old and sorted(p.name for p in tmp_path.iterdir()) == ["out", "small"]
     for _ in range(2):
         with pytest.raises(Killed):
             laser.reduce(checkpoint, second, out, force=True, tick=stop)

@@ -18,7 +18,7 @@ from pathlib import Path
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import is_settled, prepare_output, require_apart, require_ours
+from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
@@ -47,7 +47,12 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
             if not resume or is_settled(source, new):
                 _remove(new)
         prepare_output(source, new, resume=True, force=False)
-        yield new
+        try:
+            yield new
+        except BaseException:
+            if not any(p.is_file() and p.name != Path(JOURNAL).name for p in new.rglob("*")):
+                shutil.rmtree(new, ignore_errors=True)  # refused before there was any work to keep
+            raise
         with disk_errors(out):
             _exchange(new, target, old)
             _remove(old)
