@@ -140,7 +140,7 @@ def equal_ranges(shard: Shard, file: Path, ranges: Iterable[tuple[int, int]], ti
             copy_.seek(start)
             at = start
             for piece in pieces(shard, start, end):
-                if copy_.read(len(piece)) != piece:
+                if copy_.read(len(piece)) != bytes(piece):  # memcmp; memoryviews compare number by number
                     return False
                 at += len(piece)
                 tick(len(piece))
