@@ -19,12 +19,14 @@ from laser.calibration import calibrate
 from laser.checkpoint import fingerprint
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.fingerprint import Fingerprint, agree, places_of, samples_of
-from laser.checkpoint.headers import TensorInfo
+from laser.checkpoint.headers import TensorInfo, read_header
 from laser.engine.workers import Crew
 from laser.errors import CheckpointError, LaserError, OutputError, RecordError
 from laser.flow import run as run_flow
 from laser.flow import scan_into
+from laser.moments import Moments
 from laser.plan import Plan, make_plan
+from laser.reduction import Outcome
 from laser.selection import Selection
 from laser.spectra import Spectra
 
@@ -151,7 +153,7 @@ def test_of_a_large_model_every_tensor_is_looked_at(tmp_path: Path, monkeypatch:
             name, row, column = change
             changed[name][(row, column) if column is not None else row] = 1.0
         save_file(changed, file)
-        shard = laser.checkpoint.headers.read_header(file)
+        shard = read_header(file)
         seen.add(samples_of([shard]))
     assert len(seen) == 5 and shard is not None
     info = next(t for t in shard.tensors if t.name == "a")
@@ -239,7 +241,7 @@ def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) 
     checkpoint, template, out = laser.open_checkpoint(small), tmp_path / "run", tmp_path / "out"
     run_flow(checkpoint, template, Selection(roles=("q", "w2")), chosen, crew=CREW)
     assert laser.verify(checkpoint, template).problems == ()
-    plan = laser.reduction.Outcome.load(template).plan
+    plan = Outcome.load(template).plan
     cases = 0
     for file, fault in faults(template):
         shutil.rmtree(out, ignore_errors=True)
@@ -339,7 +341,7 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
         assert ran == lost and path.read_bytes() == (tmp_path / "whole").read_bytes(), (file, fault)
         path.unlink()
     flipped(tmp_path / "whole")
-    moments = laser.moments.Moments.load(tmp_path / "whole")
+    moments = Moments.load(tmp_path / "whole")
     with pytest.raises(RecordError, match="was changed or damaged"):
         for matrix in list_matrices(checkpoint):
             if matrix.name in moments.sites:
