@@ -15,6 +15,7 @@ from laser.errors import UsageError
 from laser.null import TESTED, null_test
 from laser.portrait import portrait
 from laser.report import page, plots
+from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.summary import SPECTRUM_RULE, Summary, summarise
@@ -62,7 +63,7 @@ def null(
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
     for name, why in test.skipped.items():
-        print(f"{name}: {why}")
+        print(visible(f"{name}: {why}"))
     print(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
@@ -173,5 +174,5 @@ def _print_summary(summary: Summary) -> None:
         ],
     )
     for name, why in summary.skipped:
-        print(f"{name}: {why}")
-    print(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")
+        print(visible(f"{name}: {why}"))
+    print(visible(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}"))
