@@ -87,7 +87,7 @@ def card(
     run = run or CardRun()
     own = read_source_card(source.readme)
     base = base_model(source, own.entries)
-    inherited = {key: value for key, value in own.entries.items() if key in INHERITED}
+    inherited: dict[str, Any] = {key: value for key, value in own.entries.items() if key in INHERITED}
     in_files = sorted(set((source.licences or {}).values()))
     if not any(key in inherited for key in LICENCE) and len(in_files) == 1:
         inherited["license"] = in_files[0]

@@ -549,7 +549,11 @@ def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: Car
     assert next(
         ast.literal_eval(node.value) for node in ast.parse(block).body if isinstance(node, ast.Assign)
     ) == name.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
-    assert ModelCard(text).data.model_name == metadata(text)["model-index"][0]["name"] == visible(name)
+    assert (
+        ModelCard(text).data.to_dict()["model-index"][0]["name"]
+        == metadata(text)["model-index"][0]["name"]
+        == visible(name)
+    )
 
 
 def test_markdown_pieces() -> None:
