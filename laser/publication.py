@@ -267,6 +267,6 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: a card can do without."""
     try:
         found = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -180,7 +180,7 @@ def reproduce(
         ("source", code(source.hub_id or source.name)),
         ("source revision", code(source.revision) if source.revision else "not known: a local directory"),
         ("source identity", code(source.identity)),
-        ("method, device", cell(f"{outcome.run.get('method', '?')}, {outcome.run.get('device', '?')}")),
+        ("method, device", cell(f"{outcome.run.get('method') or '?'}, {outcome.run.get('device') or '?'}")),
     ]
     facts += [(cell(k), cell(v)) for k, v in (run.versions or {}).items()]
     if after:
