@@ -43,6 +43,7 @@ FUSED_EXPERTS = (
     "# it trains rows e to f - 1, which is expert e, its gate and its up together. Scripts that read line by line know",
     "# no ranges. They train by the lines without, or nothing where the model has no parameter of that name.",
 )
+FUSED_PARTS = ("# A parameter that holds other matrices than experts is trained whole where one of them is chosen.",)
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,17 @@ class Summary:
         if not 0 < top_percent <= 100:
             raise UsageError(f"--top-percent {top_percent:g} is no share of the matrices; try 50")
         lines = [f"- {_pattern(name)}" for name in ALWAYS_UNFROZEN]
+        told: list[str] = []
         for kind in dict.fromkeys(_type(row) for row in self.rows):
             scored = [r for r in self.rows if _type(r) == kind and r.snr_over_largest is not None]
             scored.sort(key=lambda r: -(r.snr_over_largest or 0.0))
             lines.append(f"# {visible(kind).encode('ascii', 'backslashreplace').decode()} layers")
             for row in scored[: int(len(scored) * top_percent / 100)]:
-                lines.append(f"- {_pattern(re.sub(CUT, '', row.name))}")
-                lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in _slices(row.name)]
-        told = FUSED_EXPERTS if any(line.endswith("]") for line in lines) else ()
-        return "\n".join([*told, "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
+                tensor, slices = re.sub(CUT, "", row.name), _slices(row.name)
+                lines.append(f"- {_pattern(tensor)}")
+                lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in slices]
+                told += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
+        return "\n".join([*dict.fromkeys(told), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
 
 
 def _csv_line(values: Iterable[Any]) -> str:

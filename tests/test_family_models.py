@@ -187,6 +187,10 @@ def test_what_is_chosen_is_what_is_trained(family: str, tmp_path: Path) -> None:
     assert trained.keys() == (changed | always).keys()
     for name, places in trained.items():  # parts of one dimension are trained with their parameter, experts alone
         assert places == (changed[name] if old[name].dim() == 3 else set(range(sizes[name])))
+    assert ("# A parameter that holds" in text) == any(
+        row.name != matrices[row.name].tensor and old.get(matrices[row.name].tensor, torch.empty(0)).dim() == 2
+        for row in rows
+    )
     # Scripts train by the names on disk, where the model has them: experts are one there, or not named.
     assert by_scripts(text, sizes) == trained.keys() & (checkpoint.tensors.keys() | set(ALWAYS_UNFROZEN))
     # Under transformers 4 the parameters were the tensors, and both train what was chosen.
