@@ -13,7 +13,8 @@ BLOCK = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$", re.DOTALL | re.MUL
 LARGEST = 1 << 20  # characters; the largest on the Hub, full of results, have about a third of it
 NOTHING = ("none", "null", "~")  # what programs write that have no value
 # Texts without a change: what they begin with or hold, on one line in small letters, and how long they can be.
-APACHE = re.compile(r"apache license version 2\.0, january 2004 .{8000,10500}")
+OWNER = r"(?:copyright [^.]{,100}\.?(?: all rights reserved\.)? )?"
+APACHE = re.compile(OWNER + r"apache license version 2\.0, january 2004 .{8000,10500}")
 MIT = re.compile(
     r"(?!.*\bmodified\b).{,300}permission is hereby granted, free of charge, to any person obtaining a copy of this "
     r"software and associated documentation files .{700,1000}"

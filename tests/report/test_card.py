@@ -433,6 +433,8 @@ of this software and associated documentation files {"(the Software) to deal " *
     ("text", "licence"),
     [
         (APACHE, "apache-2.0"),
+        ("Copyright 2018- The Team. All rights reserved.\n\n" + APACHE, "apache-2.0"),
+        ("Copyright Somebody. For research only.\n" + APACHE, None),
         (MIT, "mit"),
         ("Modified " + MIT, None),
         ("Not for commercial use.\n" + APACHE, None),
