@@ -34,6 +34,7 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
+from laser.report.source_card import licence_of
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -118,7 +119,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
             shards[shard.name] = blob
         elif hash_source:
             shards[shard.name] = _sha256(shard.path)
-    licences = sorted(p.name for p in path.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
+    files, licences = _licences(path)
     # Each tensor of the headers once: tied weights are stored once and counted once.
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     return CardSource(
@@ -132,7 +133,8 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         chat_template=_text(path / "chat_template.jinja"),
         parameters=parameters,
         shards=shards,
-        licence_files=tuple(licences),
+        licence_files=files,
+        licences=licences,
     )
 
 
@@ -171,14 +173,24 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
             ) from error
         if about.identity == outcome.plan.source.identity:
             return about
+    files, licences = _licences(out)
     return CardSource(
         name=outcome.plan.source.name,
         identity=outcome.plan.source.identity,
         config=_object(out / "config.json") or dict(open_checkpoint(out).config),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text(out / "chat_template.jinja"),
-        licence_files=tuple(sorted(p.name for p in out.iterdir() if re.match(r"(?i)licen[cs]e", p.name))),
+        licence_files=files,
+        licences=licences,
     )
+
+
+def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(names of the files about a licence, those of them that are the whole text of one -> its name)."""
+    files = sorted(p.name for p in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
+    small = [name for name in files if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 20]
+    told = {name: licence_of(_text(folder / name) or "") for name in small}
+    return tuple(files), {name: licence for name, licence in told.items() if licence is not None}
 
 
 def _header(outcome: Outcome) -> dict[str, Any]:
@@ -235,7 +247,7 @@ def _is_ours(path: Path) -> bool:
     match = REGEX_YAML_BLOCK.search(_text(path) or "")
     try:
         found = yaml.safe_load(match.group(2)) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):  # a foreign file may hold anything
         return False
     tags = found.get("tags") if isinstance(found, dict) else None
     return isinstance(tags, list) and TAGS[0] in tags
@@ -255,6 +267,6 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: a card can do without."""
     try:
         found = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -111,6 +111,47 @@ def test_without_the_source_ever_the_licence_is_not_invented(reduced: tuple[Chec
     assert "names no licence; see `LICENSE`" in (out / "README.md").read_text()
 
 
+MIT = (
+    """MIT License
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files """
+    + "(the Software) to deal " * 36
+)
+
+
+@pytest.mark.parametrize("readme", ["---\nlicense: mit\n: [\n---\n", "---\nlanguage: en\n---\n", "", None])
+def test_a_licence_that_no_card_names_is_looked_for_beside_it(
+    reduced: tuple[Checkpoint, Path], readme: str | None
+) -> None:
+    source, out = reduced
+    (source.path / "README.md").unlink()
+    if readme is not None:
+        (source.path / "README.md").write_text(readme)
+    (source.path / "LICENSE").write_text(MIT)
+    (source.path / "NOTICE").write_text("of no licence\n")
+    path = write_card(out, source)
+    assert metadata(path)["license"] == "mit" and "`LICENSE` (mit), `NOTICE`" in path.read_text()
+    assert ("has metadata that are not valid YAML" in path.read_text()) == (readme is not None and "[" in readme)
+    assert write_card(out).read_text() == path.read_text()  # what an earlier card found is kept
+
+
+@pytest.mark.parametrize("wild", ["date: 2024-13-45", "x: !!int y", "x: !!timestamp y", "x: " + "[" * 5000, "\tx"])
+def test_a_readme_of_somebody_else_may_hold_anything(reduced: tuple[Checkpoint, Path], wild: str) -> None:
+    source, out = reduced
+    (out / "README.md").write_text(f"---\n{wild}\ntags: [laser-rmt]\n---\n")
+    with pytest.raises(OutputError, match=r"not written by laser; try --force"):
+        write_card(out, source)
+
+
+def test_a_card_is_written_for_a_name_of_any_bytes(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    named = out.rename(out.parent / "a\n---\nb$ \udcff")
+    text = write_card(named, source).read_text()
+    assert "# a --- b\\$ \\\\udcff\n" in text and yaml.safe_load(text.split("---\n")[1])["license"] == "apache-2.0"
+    assert write_card(named).read_text() == text
+
+
 def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     (out / "README.md").write_text("---\ntags: [mine]\n---\n# By hand\n")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
+from laser.report.visible import visible
 
 app = typer.Typer(
     name="laser",
@@ -42,7 +44,7 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, DoubtWarning):
-            print(f"laser: warning: {message}", file=sys.stderr)
+            print(visible(f"laser: warning: {message}"), file=sys.stderr)
         else:
             otherwise(message, category, *rest)
 
@@ -53,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", DoubtWarning)
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except LaserError as error:
         if debug:
             raise
-        print(f"laser: {error}", file=sys.stderr)
+        print(visible(f"laser: {error}"), file=sys.stderr)
         return error.exit_code
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:

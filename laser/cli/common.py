@@ -14,6 +14,7 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
 from laser.errors import OutputError
 from laser.moments import Moments
+from laser.report.visible import visible
 from laser.selection import Selection, parse_layers, parse_roles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
@@ -81,7 +82,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(value)
 
 
 def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
@@ -98,7 +99,7 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
     skipped = [line for line in lines if line.action == "skip"]
     print(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     for line in skipped[:limit]:
-        print(f"  {line.name}: {line.reason}")
+        print(visible(f"  {line.name}: {line.reason}"))
 
 
 def _percent(share: float) -> str:
@@ -113,7 +114,7 @@ class Progress:
         self._bar = tqdm(total=sum(m.cost for m in matrices), desc=what, bar_format=shape, disable=None, leave=False)
 
     def __call__(self, matrix: Matrix, *_: object) -> None:
-        self._bar.set_postfix_str(matrix.name, refresh=False)
+        self._bar.set_postfix_str(visible(matrix.name), refresh=False)
         self._bar.update(matrix.cost)
 
     def __enter__(self) -> Progress:

@@ -19,6 +19,7 @@ from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, make_plan
 from laser.reduction import reduce as reduce_checkpoint
+from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.measuring import choose_method
@@ -203,7 +204,7 @@ def verify(
         common.print_json(asdict(found))
     else:
         for problem in found.problems:
-            print(problem)
+            print(visible(problem))
         print(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
@@ -222,4 +223,4 @@ def _print_spectra(spectra: Spectra) -> None:
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
     for name, why in spectra.skipped.items():
         if why.startswith("skipped"):
-            print(f"{name}: {why}")
+            print(visible(f"{name}: {why}"))

@@ -38,7 +38,7 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
     )
     text.append(_roles(outcome, reduced, plan))
     rows = [
-        (code(x.name), str(x.full_rank), str(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
+        (code(x.name), cell(x.full_rank), cell(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
         for x, e in zip(reduced, removed, strict=True)
     ]
     full = table(("matrix", "rank before", "after", "energy removed", "SNR"), rows, right=(1, 2, 3, 4))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
@@ -12,10 +12,12 @@ from laser.report import chat
 from laser.report.card_edits import count
 from laser.report.comparison import Losses, Row
 from laser.report.markdown import cell, code, fence, table
+from laser.report.source_card import LICENCE
 
 if TYPE_CHECKING:
     from laser.reduction import Outcome
     from laser.report.card import CardRun, CardSource
+    from laser.report.source_card import SourceCard
 
 
 def plain(text: str) -> str:
@@ -113,7 +115,7 @@ def instruction_format(source: CardSource) -> str:
 def limits(
     outcome: Outcome,
     source: CardSource,
-    inherited: Mapping[str, Any],
+    own: SourceCard,
     losses: Losses | None,
     after: Leaderboard | None,
 ) -> str:
@@ -146,14 +148,20 @@ def limits(
         "source's own limits and biases are still there."
     )
     points.append("Nothing was measured in 8 or 4 bits, whose rounding is an error of its own.")
-    if "license" not in inherited:
-        files = ", ".join(code(x) for x in source.licence_files)
-        points.append(
-            f"The source's card names no licence{f'; see {files}' if files else ''}. Ask its authors before you use it."
-        )
-    else:
-        points.append("The licence is the source's.")
+    if own.complaint:
+        points.append(f"The source's README.md {own.complaint}.")
+    points.append(_licence(source, own))
     return "## Limits\n\n" + "\n".join(f"- {p}" for p in points)
+
+
+def _licence(source: CardSource, own: SourceCard) -> str:
+    if any(key in own.entries for key in LICENCE):
+        return "The licence is the source's."
+    told = source.licences or {}
+    files = ", ".join(code(x) + (f" ({told[x]})" if x in told else "") for x in source.licence_files)
+    if len(set(told.values())) == 1:
+        return f"The source's card names no licence; the one above is that whose text it carries: {files}."
+    return f"The source's card names no licence{f'; see {files}' if files else ''}. Ask its authors before you use it."
 
 
 def reproduce(
@@ -172,7 +180,7 @@ def reproduce(
         ("source", code(source.hub_id or source.name)),
         ("source revision", code(source.revision) if source.revision else "not known: a local directory"),
         ("source identity", code(source.identity)),
-        ("method, device", cell(f"{outcome.run.get('method', '?')}, {outcome.run.get('device', '?')}")),
+        ("method, device", cell(f"{outcome.run.get('method') or '?'}, {outcome.run.get('device') or '?'}")),
     ]
     facts += [(cell(k), cell(v)) for k, v in (run.versions or {}).items()]
     if after:

@@ -22,6 +22,8 @@ from laser.reduction import Outcome
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
+from laser.report.source_card import licence_of
+from laser.report.visible import visible
 from laser.spectra import Source
 
 README = """---
@@ -298,6 +300,13 @@ def test_a_template_cannot_close_its_fence(source: CardSource) -> None:
         ({"hub_id": None, "config": {"_name_or_path": "org/model"}}, "org/model", "config.json"),
         ({"hub_id": None, "config": {"_name_or_path": "/home/me/model"}, "readme": None}, None, ""),
         ({"hub_id": "not an id", "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "models/llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "Outputs/llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "llama-sft/checkpoint-500"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "./llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "C:\\models\\llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": ["org/model"]}, "readme": None}, None, ""),
+        ({"hub_id": None, "readme": "---\nbase_model: [./a, /b/c, models/d, org/e, null]\n---\n"}, "org/e", "card"),
         ({"hub_id": "gpt2", "readme": None}, None, ""),
         ({"hub_id": "a/b--c", "readme": None}, None, ""),
     ],
@@ -318,6 +327,137 @@ def test_a_source_without_usable_metadata_still_gets_a_card(readme: str | None, 
     text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
     assert not {"license", "language"} & metadata(text).keys()
     assert "names no licence; see `LICENSE`" in text
+
+
+HEAD = "---\nlicense: mit\nlanguage: [en, no]\n"
+READ = {"license": "mit", "language": ["en", "no"]}
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        HEAD + "---\n",
+        HEAD + "---",
+        (HEAD + "---\n# A title\n").replace("\n", "\r\n"),
+        (HEAD + "---\n# A title\n").replace("\n", "\r"),
+        "\n\n" + HEAD + "---\n",
+        HEAD + "---  \n---\nlicense: other\n---\n",  # what follows is text
+        HEAD + "date: 2024-13-45\n---\n",
+        HEAD + "x: !!int foo\n---\n",
+        HEAD + "x: !!timestamp foo\n---\n",
+        HEAD + "x: !!python/object/apply:os.abort []\n---\n",
+        HEAD + "x: !unknown {a: b}\n---\n",
+        HEAD + "base_model: ./here\n---\n",
+        HEAD + "base_model: null\n? [a, b]\n: c\n---\n",
+        HEAD + "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n---\n",
+        HEAD + "a: &a [*a]\n---\n",
+        HEAD + "license: mit\n---\n",  # twice, and the same
+        HEAD + "license_name: !!null x\nlicense_link: ~\n---\n",
+    ],
+)
+def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource) -> None:
+    about = dataclasses.replace(source, readme=readme, hub_id=None)
+    assert read_metadata(readme).items() >= READ.items()
+    text = card("m", outcome_of(), about)
+    found = metadata(text)
+    assert {key: found.get(key) for key in READ} == READ and "base_model" not in found
+    assert "The source's README.md" not in text and "The licence is the source's." in text
+
+
+@pytest.mark.parametrize(
+    ("readme", "why"),
+    [
+        ("\ufeff" + HEAD + "---\n", "begins with a byte order mark"),
+        (HEAD + ": [\n---\n", "are not valid YAML (line "),
+        ("\n" + HEAD + "\tx: y\n---\n", "are not valid YAML (line 5)"),
+        (HEAD + "x: " + "[" * 5000 + "]" * 5000 + "\n---\n", "are not valid YAML"),
+        (HEAD + "x: *nowhere\n---\n", "are not valid YAML (line 4)"),
+        (HEAD + "x: \x07\n---\n", "are not valid YAML"),
+        ("---\nlicense: mit\n# a title\n", "without a second line of dashes"),
+        ("---\n- license: mit\n---\n", "are no list of keys and values"),
+        ("---\nmit\n---\n", "are no list of keys and values"),
+        (HEAD + "license: apache-2.0\n---\n", "gives two values for license"),
+        (HEAD + "x: " + "y" * (1 << 20) + "\n---\n", "has more than 1048576 characters of metadata"),
+        ((HEAD + "---\n").encode("utf-16").decode("utf-8", "replace"), "is not UTF-8 text"),
+    ],
+)
+def test_metadata_that_cannot_be_trusted_are_complained_of(readme: str, why: str, source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
+    assert f"The source's README.md {why}" in re.sub(r"has metadata (that )?", "", text)
+    if readme.startswith("\ufeff"):
+        assert metadata(text).items() >= READ.items()
+    else:
+        assert not {"license", "language"} & metadata(text).keys() and "names no licence; see `LICENSE`" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "languages"),
+    [
+        ("no", ["no"]),
+        ("'no'", ["no"]),
+        ("NO", ["NO"]),
+        ("[en, no]", ["en", "no"]),
+        ("off", ["off"]),  # not Norwegian
+        ("[en, false]", ["en"]),
+        ("[True, 'true']", ["true"]),
+        ("~", None),
+        ("null", None),
+        ("None", None),
+        ("[~, 'None', '', ' ', 3, 1.5, 2024-01-01, [en], {en: fr}]", None),
+        (r'["e\u202en", "f\er", "d\ne", it]', ["it"]),
+    ],
+)
+def test_languages_are_the_words_that_were_written(
+    written: str, languages: list[str] | None, source: CardSource
+) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, readme=f"---\nlanguage: {written}\n---\n"))
+    assert metadata(text).get("language") == languages
+    assert not re.search(r"\b(None|null)\b", text)
+
+
+APACHE = f"""
+                                 Apache License
+                           Version 2.0, January 2004
+                        http://www.apache.org/licenses/
+
+{"terms and conditions " * 440}"""
+MIT = f"""MIT License
+
+Copyright (c) 2024 Somebody
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files {"(the Software) to deal " * 36}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        (APACHE, "apache-2.0"),
+        ("Copyright 2018- The Team. All rights reserved.\n\n" + APACHE, "apache-2.0"),
+        ("Copyright Somebody. For research only.\n" + APACHE, None),
+        (MIT, "mit"),
+        ("Modified " + MIT, None),
+        ("Not for commercial use.\n" + APACHE, None),
+        (APACHE + "terms and conditions " * 200, None),
+        (MIT + "and one more condition " * 50, None),
+        ("as the source says\n", None),
+        ("", None),
+    ],
+)
+def test_a_licence_is_told_by_its_whole_text_only(text: str, licence: str | None) -> None:
+    assert licence_of(text) == licence and licence_of(text.upper().replace("\n", "\r\n")) == licence
+
+
+def test_the_licence_is_looked_for_in_the_files_where_the_card_names_none(source: CardSource) -> None:
+    silent = dataclasses.replace(source, readme=None, licences={"LICENSE": "apache-2.0"})
+    text = card("m", outcome_of(), silent)
+    assert metadata(text)["license"] == "apache-2.0"
+    assert "names no licence; the one above is that whose text it carries: `LICENSE` (apache-2.0)." in text
+    named = card("m", outcome_of(), dataclasses.replace(silent, readme="---\nlicense: cc-by-nc-4.0\n---\n"))
+    assert metadata(named)["license"] == "cc-by-nc-4.0" and "The licence is the source's." in named
+    both = dataclasses.replace(silent, licence_files=("A", "B"), licences={"A": "mit", "B": "apache-2.0"})
+    text = card("m", outcome_of(), both)
+    assert "license" not in metadata(text) and "see `A` (mit), `B` (apache-2.0). Ask its authors" in text
 
 
 def test_a_licence_of_its_own_keeps_its_name_and_link(source: CardSource) -> None:
@@ -356,20 +496,74 @@ def test_it_is_pure(source: CardSource) -> None:
     assert card("m", outcome_of(), source, **arguments) == card("m", outcome_of(), source, **arguments)
 
 
-@pytest.mark.parametrize("name", ["a|b.weight", "a`b", "<script>", "a\n# heading", "a\\|b"])
+STRANGE = (
+    *("a|b.weight", "a`b", "<script>", "a\n# heading", "a\\|b", "a\\", "a\\\\|", "|", "``", "a\r\n| b |", "\u2028|"),
+    *("$x$", "_x_", "__x__", "*x*", "~~x~~", "[x](http://e)", "![x](y)", "&lt;", "&#124;", "# x", "x #", "- x", "<!--"),
+    *(
+        "a\x1b[31mb",
+        "a\u202eb",
+        "a\x00b",
+        "\udcff",
+        "é",
+        "模型",
+        "😀",
+        "--x",
+        "a b",
+        "@a",
+        ":a:",
+        "a\u200bb",
+        "\ufeffa",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", STRANGE)
 def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> None:
     text = card("m", outcome_of(line(name), line("plain.weight")), source)
     tables = [part for part in text.split("\n\n") if part.startswith("| matrix")]
     assert len(tables) == 1
     for row in tables[0].splitlines():
         assert len(re.findall(r"(?<!\\)\|", row)) == 6, row
+        # GitHub reads a backslash with what follows it: a bar ends a cell unless an odd number of them stands before.
+        assert len([m for m in re.findall(r"(\\*)\|", row) if len(m) % 2 == 0]) == 6, row
     assert "\n# heading" not in text
+    assert text.encode() and text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: CardSource) -> None:
+    """Markdown is read by a parser of its own, Python by Python, the metadata by the Hub's library."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("js-default", {"linkify": False, "html": True})
+
+    def shown(text: str) -> str:
+        (inline,) = [token for token in parser.parse(text) if token.type == "inline"]
+        assert {child.type for child in inline.children} <= {"text", "text_special", "code_inline", "softbreak"}
+        return "".join(child.content for child in inline.children)
+
+    plain = visible(" ".join(name.split())).replace("`", "'")
+    assert shown(f"# {cell(name)}") == plain and shown(f"x {cell(name)}") == f"x {plain}"
+    if "|" not in name:
+        assert shown(f"x {code(name)}") == "x " + visible(name).strip().replace("`", "'")
+    rows = parser.parse(f"| a | b |\n| --- | --- |\n| {cell(name)} | {code(name)} |")
+    assert sum(token.type == "td_open" for token in rows) == 2
+    text = card(name, outcome_of(), source, after=board_of(0.5))
+    (block, *_) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert next(
+        ast.literal_eval(node.value) for node in ast.parse(block).body if isinstance(node, ast.Assign)
+    ) == name.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
+    assert (
+        ModelCard(text).data.to_dict()["model-index"][0]["name"]
+        == metadata(text)["model-index"][0]["name"]
+        == visible(name)
+    )
 
 
 def test_markdown_pieces() -> None:
     assert cell("a|b\nc <i> `d`") == "a\\|b c &lt;i> 'd'"
     assert code("a`b|c") == "`a'b\\|c`" and code("") == ""
     assert fence("x") == "```\nx\n```" and fence("````").startswith("`````\n")
+    assert cell(None) == code(None) == "" and cell(0) == "0"
+    assert fence("a\r\n\tb\x1b\u202e\n\n", "sh") == "```sh\na\n\tb\\x1b\\u202e\n```"
 
 
 @pytest.mark.parametrize(
