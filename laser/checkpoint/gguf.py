@@ -18,7 +18,7 @@ import torch
 from laser.checkpoint.convert import assemble
 from laser.checkpoint.mistral import TORCH_NAMES, expected, halves_from_pairs
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import CheckpointError, UsageError, first_line
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 AROUND = {
@@ -81,7 +81,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
             tokenizer.save_pretrained(folder)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
     except Exception as error:  # whatever the metadata lack; the weights are there all the same
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _reader(path: Path) -> Any:
@@ -97,8 +97,7 @@ def _reader(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # hostile bytes can fail in any way
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path.name} cannot be read as GGUF ({told[:160]}); download it again") from error
+        raise CheckpointError(f"{path.name} cannot be read as GGUF ({first_line(error)}); download it again") from error
 
 
 def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:

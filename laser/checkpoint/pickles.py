@@ -19,7 +19,7 @@ import torch
 
 from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, first_line
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -91,7 +91,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
             f"and nothing in it was run; {RESAVE}"
         ) from error
     except Exception as error:  # hostile bytes can fail in any way
-        raise CheckpointError(f"{path.name} cannot be read ({str(error).splitlines()[0][:160]}); {RESAVE}") from error
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE}")
     for key, value in state.items():
