@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from laser.checkpoint.files import WEIGHTS
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.errors import CheckpointError
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -140,7 +140,10 @@ def side_files(hub: Hub) -> None:
         return
     try:
         with hub_errors(hub.repo, hub.revision):
-            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS])
+            weights = [f"*{suffix}{more}" for suffix in (*WEIGHTS, ".index.json") for more in ("", ".gz")]
+            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=weights)
+            if modules := [f"{module}/*" for module in modules_of(hub.folder)]:
+                snapshot_download(hub.repo, revision=hub.commit, allow_patterns=modules)
     except CheckpointError as error:
         if not _is_whole(hub.folder):
             raise

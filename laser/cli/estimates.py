@@ -16,6 +16,8 @@ from laser.engine.workers import Crew
 from laser.reduction import Outcome
 from laser.selection import Selection
 
+NAMED = 8  # files that a line names before it only counts
+
 
 def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
     return [m for m in matrices if chosen.why_not(m) is None]
@@ -84,6 +86,9 @@ def print_outcome(
         name, first = next(iter(fallen.items()))
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
         print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
+    if outcome.left_out:
+        more = f" and {len(outcome.left_out) - NAMED} more" if len(outcome.left_out) > NAMED else ""
+        print(f"left out, as other copies of weights or parts of them: {', '.join(outcome.left_out[:NAMED])}{more}")
     if seconds is not None:
         print(meter.against(seconds, foretold))
 
