@@ -12,7 +12,6 @@ A message names the file or tensor, shows found and expected, and ends with what
 
 from __future__ import annotations
 
-
 LONGEST = 200  # characters of another library's message that one of ours repeats
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.formats import NO_MODEL, pointer
 from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
 from laser.errors import CheckpointError, first_line
@@ -24,14 +25,12 @@ from laser.errors import CheckpointError, first_line
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth")
-# What a trainer leaves beside the weights: not a model.
-NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
 
 
 def find_pickles(path: Path) -> list[str]:
     """Names of the pickles in a directory that may hold weights; PICKLE alone where it is among them."""
-    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(p.name))
+    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NO_MODEL.fullmatch(p.name))
     return [PICKLE] if PICKLE in names else names
 
 
@@ -58,6 +57,8 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error
+    if told := pointer(path):
+        raise CheckpointError(told)
     if magic != b"PK\x03\x04":
         raise CheckpointError(
             f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "

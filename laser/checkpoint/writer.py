@@ -31,7 +31,6 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
 from laser.checkpoint.hub import side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
-from laser.checkpoint.pickles import PICKLE_INDEX
 from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
 from laser.checkpoint.side_files import modules_of, stays_behind
 from laser.errors import OutputError
@@ -244,7 +243,7 @@ def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]
 def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
     """Everything that may travel (side_files.py), byte for byte; returns what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
-    read = {s.path.name for s in source.shards} | {PICKLE_INDEX}  # pickles, written as safetensors
+    read = {s.path.name for s in source.shards} | {"pytorch_model.bin.index.json"}  # pickles, written as safetensors
     modules, left_out = modules_of(source.path), []
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)

@@ -135,7 +135,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot build it ({first_line(error)})") from error
+        raise CheckpointError(
+            f"{checkpoint.name}/config.json: transformers cannot build it ({first_line(error)})"
+        ) from error
     inner = getattr(model, "model", None)
     missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
     if missing or inner is None:

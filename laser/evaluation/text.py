@@ -142,7 +142,9 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
         rows: Any = load_dataset(name, config, split=split)
         found = list(rows.column_names)
     except Exception as error:  # the library raises its own, huggingface_hub's, pyarrow's and the network's errors
-        raise UsageError(f"dataset {name!r} ({config}, {split}) cannot be loaded: {first_line(error)}; try --text FILE") from error
+        raise UsageError(
+            f"dataset {name!r} ({config}, {split}) cannot be loaded: {first_line(error)}; try --text FILE"
+        ) from error
     if field not in found:
         raise UsageError(f"dataset {name!r} has no field {field!r}, found {', '.join(found)}; try --field")
     label = " ".join(part for part in (name, config, split) if part)
