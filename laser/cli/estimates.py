@@ -30,7 +30,8 @@ def print_dry_run(
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data)
+    skipped = chosen.skipped(matrices)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
 
 
 def print_estimate(
@@ -41,11 +42,14 @@ def print_estimate(
     ranks: Mapping[str, int] | None = None,
     draws: int = 0,
     in_data: bool = False,
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
     """A row per kind of matrix, and what scanning and reducing them would take."""
     foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
-        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
+        return common.print_json(
+            asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
+        )
     groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
         groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
@@ -56,6 +60,10 @@ def print_estimate(
             for (role, shape, dtype), ms in groups.items()
         ],
     )
+    for name, why in list((skipped or {}).items())[:NAMED]:
+        print(f"{name}: {why}")
+    if skipped and len(skipped) > NAMED:
+        print(f"and {len(skipped) - NAMED} more are skipped")
     print(
         f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "

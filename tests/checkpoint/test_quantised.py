@@ -228,7 +228,12 @@ PACKED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
             "model.layers.0.mlp.experts.down_proj_scales": torch.zeros(2, 4, 1, dtype=torch.uint8),
         },
     ),
-    "hqq": ({"quant_method": "hqq"}, {}),
+    "hqq": ({"quant_method": "hqq"}, {f"{Q}.W_q": torch.zeros(16, 32, dtype=torch.uint8)}),
+    "eetq": ({"quant_method": "eetq"}, {f"{Q}.weight": torch.zeros(32, 32, dtype=torch.int8)}),
+    "MLX": (
+        {"group_size": 32, "bits": 4},
+        {f"{Q}.weight": torch.zeros(32, 4, dtype=torch.uint32), f"{Q}.scales": torch.ones(32, 1)},
+    ),
 }
 
 
