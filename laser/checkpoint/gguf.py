@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
     twice = len(tensors) - len({t.name for t in tensors})
     if count != len(tensors) or twice:
         raise CheckpointError(
-            f"{path.name}: found {len(tensors)} tensors in {len(files)} parts, {twice} of them twice, expected {count}; "
+            f"{path.name}: found {len(tensors)} tensors in {len(files)} parts, {twice} twice, expected {count}; "
             "download all parts again"
         )
     return metas[0], tensors
