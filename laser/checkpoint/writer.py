@@ -243,7 +243,8 @@ def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]
 def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
     """Everything that may travel (side_files.py), byte for byte; returns what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
-    read = {s.path.name for s in source.shards} | {"pytorch_model.bin.index.json"}  # pickles, written as safetensors
+    read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
+    read |= {"pytorch_model.bin.index.json"} if read else set()
     modules, left_out = modules_of(source.path), []
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
