@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,13 +216,23 @@ ROWS = tuple((row, re.compile(row.pattern)) for row in FORMATS)
 
 def what_lies_in(folder: Path) -> str | None:
     """What a folder without config.json or without weights is, and what to do; None where nothing is recognised."""
-    names = _names(folder)
+    return _recognise(folder, _names(folder), lambda name: (folder / name).read_bytes())
+
+
+def what_lies_on_hub(repo: str, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
+    """The same for a repository of these files, as it would lie in a local folder of its name."""
+    folder = repo.rpartition("/")[2]
+    told = _recognise(Path(folder), names, read)
+    return told and f"{repo} on the Hub, after `hf download {repo} --local-dir {folder}`: {told}"
+
+
+def _recognise(folder: Path, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
     top = {name for name in names if "/" not in name}
     if ADAPTER in top and not {"adapters.safetensors", "adapters.npz"} & top:
-        return _adapter(folder)
+        return _adapter(folder, "", read)
     if any(WHOLE.fullmatch(name) for name in top):
         return None  # weights by their right names: what is wrong is in the files
-    return _inside(folder, names) or _pieces(folder, top) or _by_table(folder, names) or _misnamed(folder, top)
+    return _inside(folder, names, read) or _pieces(folder, top) or _by_table(folder, names) or _misnamed(folder, top)
 
 
 def what_is(file: Path) -> str:
@@ -263,12 +273,13 @@ def _names(folder: Path) -> list[str]:
     return names
 
 
-def _adapter(folder: Path) -> str:
-    """An adapter: its kind, its base, and how to merge the two."""
+def _adapter(folder: Path, place: str, read: Callable[[str], bytes]) -> str:
+    """An adapter in the subfolder `place`: its kind, its base, and how to merge the two."""
     try:
-        config = json.loads((folder / ADAPTER).read_bytes())
+        config = json.loads(read(f"{place}/{ADAPTER}" if place else ADAPTER))
     except (OSError, ValueError, RecursionError):
         config = None
+    folder = folder / place
     config = config if isinstance(config, dict) else {}
     kind, base = _word(config.get("peft_type")), _word(config.get("base_model_name_or_path"))
     what = f"{folder} is a PEFT adapter{f' ({kind})' if kind else ''} of {base or 'a base that it does not name'}"
@@ -293,7 +304,7 @@ def _quoted(code: str) -> str:
     return shlex.quote(code) if re.search(r'["$`\\!]', code) else f'"{code}"'
 
 
-def _inside(folder: Path, names: Sequence[str]) -> str | None:
+def _inside(folder: Path, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
     """Checkpoints in subfolders: a trainer's last one, a Hub cache's snapshot, one of several models."""
     places = {name.rpartition("/")[0] for name in names if name.endswith(("/config.json", f"/{ADAPTER}"))}
     held = {
@@ -307,7 +318,7 @@ def _inside(folder: Path, names: Sequence[str]) -> str | None:
     first = steps[max(steps)] if steps else sorted(held)[0]
     what = "the output of a trainer" if steps else "no checkpoint itself"
     if f"{first}/config.json" not in names:  # an adapter, as checkpoint-500/
-        return _adapter(folder / first)
+        return _adapter(folder, first, read)
     several = f"; there are {len(held) - 1} more" if len(held) > 1 else ""
     return f"{folder} is {what}: found {first}/config.json, expected {HERE} at its top; try {folder / first}{several}"
 

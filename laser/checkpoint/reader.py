@@ -19,7 +19,7 @@ import torch
 from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.formats import SHARD, what_is, what_lies_in
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
-from laser.checkpoint.hub import Hub, download, find, first_of, headers, side_files
+from laser.checkpoint.hub import Hub, download, find, first_of, headers, recognised, side_files
 from laser.checkpoint.pickles import (
     PICKLE,
     PICKLE_INDEX,
@@ -180,8 +180,10 @@ def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict
     layout = first_of(hub, layouts) if hub else next((name for name in layouts if (path / name).exists()), None)
     index_bytes = weight_map = None
     names = [layout] if layout in (SINGLE, PICKLE) else find_pickles(path)
-    if hub is None and layout is None and (not names or SHARD.fullmatch(names[0])) and (told := what_lies_in(path)):
-        raise CheckpointError(told)
+    if layout is None and (not names or SHARD.fullmatch(names[0])):
+        told = recognised(hub.repo, hub.commit) if hub else what_lies_in(path)
+        if told:
+            raise CheckpointError(told)
     if layout in (INDEX, PICKLE_INDEX):
         index_bytes = _bytes(path / layout, "")
         weight_map = _weight_map(index_bytes, path / layout, hub)

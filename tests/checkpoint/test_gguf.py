@@ -329,6 +329,7 @@ def test_rotary_scaling_turns_as_llama_cpp_does(tmp_path: Path, what: str) -> No
 
     from laser.checkpoint.convert import write_directory
 
+    meta: Any
     meta, factors, kind = SCALED[what]
     base = meta.get("rope__freq_base", 10000.0)
     tensors = dense_tensors()
@@ -336,7 +337,8 @@ def test_rotary_scaling_turns_as_llama_cpp_does(tmp_path: Path, what: str) -> No
     seen = open_gguf(file)
     assert (seen.config.get("rope_scaling") or {}).get("rope_type") == kind
     write_directory(seen, tmp_path / "out")
-    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "out"))
+    config: Any = AutoConfig.from_pretrained(tmp_path / "out")
+    rotary = LlamaRotaryEmbedding(config)
     freqs = factors.get("rope_freqs") or factors.get("rope_factors_short") or [1.0] * (WIDTH_OF_HEAD // 2)
     cos, sin = as_llama_cpp_turns(meta, freqs, 128, base)
     for found, wanted in zip(rotary(torch.ones(1), torch.arange(128)[None]), (cos, sin), strict=True):
@@ -352,12 +354,13 @@ def test_longrope_changes_with_the_length(tmp_path: Path) -> None:
 
     from laser.checkpoint.convert import write_directory
 
-    meta, factors, _ = SCALED["longrope"]
-    meta = meta | {"rope__scaling__original_context_length": 64.0}
+    factors = SCALED["longrope"][1]
+    meta: Any = SCALED["longrope"][0] | {"rope__scaling__original_context_length": 64.0}
     write_directory(
         open_gguf(write_gguf(tmp_path / "x.gguf", dense_tensors(), experts=0, factors=factors, **meta)), tmp_path / "o"
     )
-    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path / "o"))
+    config: Any = AutoConfig.from_pretrained(tmp_path / "o")
+    rotary = LlamaRotaryEmbedding(config)
     for length, name in ((64, "rope_factors_short"), (65, "rope_factors_long")):
         found = rotary(torch.ones(1), torch.arange(length)[None])[0][0, :, :4].numpy()
         assert np.allclose(found, as_llama_cpp_turns(meta, factors[name], length)[0], atol=2e-4)

@@ -180,7 +180,7 @@ def test_what_lies_beside_the_weights_travels_or_is_named(pico: Path, tmp_path: 
 def load_as_transformers_does(path: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     return not loaded[1]["missing_keys"] and not loaded[1]["mismatched_keys"]
 
 
