@@ -20,6 +20,7 @@ from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
 from laser.checkpoint.headers import TORCH, TensorInfo
 from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes whose numbers are the weights themselves
@@ -125,6 +126,13 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
     """What a user should look at before trusting the list: guesses for an unknown family, or tensors without a row."""
     if told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors):
         warnings.warn(told, DoubtWarning, stacklevel=2)
+    if (checkpoint.path / ADAPTER).is_file():
+        warnings.warn(
+            f"{checkpoint.name}: {ADAPTER} lies beside the weights, so transformers with peft would load its base and "
+            "not these; laser reads the weights that are here, and its output has no adapter",
+            DoubtWarning,
+            stacklevel=2,
+        )
     family = family_of(checkpoint)
     if family in FAMILIES:
         unknown = [m.name for m in matrices if m.role == "other" and len(m.shape) > 1]
