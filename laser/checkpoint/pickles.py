@@ -17,21 +17,20 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.formats import NO_MODEL, pointer
 from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, first_line
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth")
-# What a trainer leaves beside the weights: not a model.
-NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
 
 
 def find_pickles(path: Path) -> list[str]:
     """Names of the pickles in a directory that may hold weights; PICKLE alone where it is among them."""
-    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(p.name))
+    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NO_MODEL.fullmatch(p.name))
     return [PICKLE] if PICKLE in names else names
 
 
@@ -58,6 +57,8 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error
+    if told := pointer(path):
+        raise CheckpointError(told)
     if magic != b"PK\x03\x04":
         raise CheckpointError(
             f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "
@@ -91,7 +92,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
             f"and nothing in it was run; {RESAVE}"
         ) from error
     except Exception as error:  # hostile bytes can fail in any way
-        raise CheckpointError(f"{path.name} cannot be read ({str(error).splitlines()[0][:160]}); {RESAVE}") from error
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE}")
     for key, value in state.items():

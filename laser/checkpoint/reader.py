@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from laser.checkpoint.cuts import Cut, read_cut
+from laser.checkpoint.formats import SHARD, what_is, what_lies_in
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
-from laser.checkpoint.hub import Hub, download, find, first_of, headers, side_files
+from laser.checkpoint.hub import Hub, download, find, first_of, headers, recognised, side_files
 from laser.checkpoint.pickles import (
     PICKLE,
     PICKLE_INDEX,
@@ -120,7 +121,7 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     if path.is_dir():
         path = path.resolve()
     elif path.exists():
-        raise CheckpointError(f"{path} is a file, expected a checkpoint directory; try {path.parent}")
+        raise CheckpointError(what_is(path))
     else:
         hub = find(str(model))
         if hub is None:
@@ -131,6 +132,8 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     # Mistral's own format, which the Hub's cache holds only beside the Hub's.
     release = hub is None and (path / "params.json").exists() and not (path / "config.json").exists()
     about = path / ("params.json" if release else "config.json")
+    if hub is None and not about.exists() and (told := what_lies_in(path)):
+        raise CheckpointError(told)
     config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
@@ -177,6 +180,10 @@ def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict
     layout = first_of(hub, layouts) if hub else next((name for name in layouts if (path / name).exists()), None)
     index_bytes = weight_map = None
     names = [layout] if layout in (SINGLE, PICKLE) else find_pickles(path)
+    if layout is None and (not names or SHARD.fullmatch(names[0])):
+        told = recognised(hub.repo, hub.commit) if hub else what_lies_in(path)
+        if told:
+            raise CheckpointError(told)
     if layout in (INDEX, PICKLE_INDEX):
         index_bytes = _bytes(path / layout, "")
         weight_map = _weight_map(index_bytes, path / layout, hub)
