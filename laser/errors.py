@@ -13,6 +13,10 @@ A message names the file or tensor, shows found and expected, and ends with what
 from __future__ import annotations
 
 
+class DoubtWarning(UserWarning):
+    """What a checkpoint holds had to be guessed or chosen; the message says what was taken for what."""
+
+
 class LaserError(Exception):
     """Base of all expected failures; `str(error)` is what the user reads."""
 

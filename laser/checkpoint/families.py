@@ -19,14 +19,11 @@ from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
 from laser.checkpoint.headers import TORCH, TensorInfo
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError
+from laser.errors import DoubtWarning as DoubtWarning
 
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
 PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
-
-
-class DoubtWarning(UserWarning):
-    """What a checkpoint's tensors are had to be guessed; the message lists what was taken for what."""
 
 
 @dataclass(frozen=True)
