@@ -7,11 +7,13 @@ byte range, or as whole shards into the Hub's own cache, one ahead of the work.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -19,7 +21,7 @@ from typing import TypeVar
 from laser.checkpoint.files import WEIGHTS
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
-from laser.checkpoint.weights import ORDER, files_in, indexed_files
+from laser.checkpoint.weights import files_in, indexed_files, order
 from laser.errors import CheckpointError
 
 T = TypeVar("T")
@@ -64,37 +66,42 @@ def find(model: str) -> Hub | None:
     return Hub(repo, revision, path.parent.name, path.parent)
 
 
+def _order(folder: Path) -> tuple[str, ...]:
+    """The files for which transformers looks, by a snapshot's config; whoever opens it says how that is damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = None
+    return order(config if isinstance(config, dict) else {})
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether a snapshot in the cache has all the weights that would be loaded if the repository had no other files."""
-    start = next((name for name in ORDER if (folder / name).exists()), None)
+    start = next((name for name in _order(folder) if (folder / name).exists()), None)
     if start is None or not start.endswith(".json"):
         return start is not None
     return all((folder / name).exists() for name in indexed_files(folder / start))  # damaged: whoever opens it says how
 
 
 def listing(hub: Hub) -> frozenset[str]:
-    """Names of the repository's files; those in the cache where it is known to have all that would be loaded.
+    """Names of the repository's files; those in the cache where it has all that would be loaded, and nobody answers.
 
-    A file that would be loaded before those in the cache counts, wherever it lies: that there is none is remembered
-    as the Hub's own client does, in the cache's folder .no_exist. Nobody is asked twice, or where nobody answers.
+    Not those in the cache without asking: the repository may have a file that is loaded before them. Where the Hub's
+    own client was told that it has none, which it remembers in the cache's folder .no_exist, nobody is asked.
     """
     here, whole = files_in(hub.folder), _is_whole(hub.folder)
-    start = next((i for i, name in enumerate(ORDER) if name in here), len(ORDER))
-    absent = hub.folder.parents[1] / ".no_exist" / hub.commit
-    if whole and all((absent / name).exists() for name in ORDER[:start]):
-        return here
+    if whole:
+        absent = hub.folder.parents[1] / ".no_exist" / hub.commit
+        before = takewhile(lambda name: name not in here, _order(hub.folder))
+        if all((absent / name).exists() for name in before):
+            return here
     try:
         with hub_errors(hub.repo, hub.revision):
-            names = frozenset(_patiently(lambda: _names(hub), hub.repo))
+            return frozenset(_names(hub) if whole else _patiently(lambda: _names(hub), hub.repo))
     except CheckpointError:
-        if whole:
-            return here
-        raise
-    if whole:
-        for name in set(ORDER[:start]) - names:
-            absent.mkdir(parents=True, exist_ok=True)
-            (absent / name).touch()
-    return names
+        if not whole:
+            raise
+        return here
 
 
 def _names(hub: Hub) -> list[str]:

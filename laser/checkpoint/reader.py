@@ -25,10 +25,11 @@ from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.checkpoint.weights import (
     INDEX,
     SINGLE,
-    doubts,
+    disagreements,
     files_in,
     index_of,
     indexed_files,
+    indexes,
     merge,
     nothing_found,
     read_by_vllm,
@@ -191,11 +192,11 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
         raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
     if hub is not None:  # indices are small; vLLM's counts for a doubt though it is not ours
         download(hub, [name for name in {start, INDEX} & names if name.endswith(".json")])
-    index = weight_map = None
-    files = [start]
+    files, index_bytes, index, weight_map = [start], None, {}, None
     if start in (INDEX, PICKLE_INDEX):
-        data = _bytes(path / start, "")
-        index, weight_map = parse_json(data, path / start), _weight_map(data, path / start, hub)
+        index_bytes = _bytes(path / start, "")
+        index = parse_json(index_bytes, path / start)
+        weight_map = _weight_map(index, path / start, hub)
         files = sorted(set(weight_map.values()))
     pickled = not files[0].endswith(".safetensors")
     if not pickled:
@@ -204,22 +205,22 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
             hub, shards = headers(hub, files)
     else:
         hub = download(hub, files) if hub is not None else None  # a range of a pickle says nothing
-        shards = _pickles(path, files, alone=index is None)
+        shards = _pickles(path, files, alone=weight_map is None)
         weight_map = weight_map and {tensor: safetensors_name(file) for tensor, file in weight_map.items()}
     if hub is not None and need == "weights":
         hub = download(hub, files)
     merged = merge(shards)
-    for tensor, shard in (weight_map or {}).items():
+    for tensor, file in index.get("weight_map", {}).items():
         if tensor not in merged.tensors:
             raise CheckpointError(
-                f"{start} says that {tensor} is in {shard}, which does not hold it; download both again"
+                f"{start} says that {tensor} is in {file}, which does not hold it, nor does another; download all again"
             )
-    found = {name: info.shard for name, info in merged.tensors.items()}
-    if index is not None and (pickled or found != weight_map):
-        data = index_of(index, merged.tensors)
+    if weight_map is not None and (pickled or not indexes(index, weight_map, merged)):
+        index_bytes = index_of(index, merged)
     vllm = read_by_vllm(names, indexed_files(path / INDEX) if INDEX in names else None)
-    told = doubts(path.name if hub is None else hub.repo, start, files, vllm, merged, weight_map)
-    return Weights(hub, None if index is None else data, merged.shards, merged.left_out, told)
+    told = disagreements(start, files, vllm, merged, index, weight_map)
+    told = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in told)
+    return Weights(hub, index_bytes, merged.shards, merged.left_out, told)
 
 
 def _pickles(path: Path, files: Sequence[str], alone: bool) -> tuple[Shard, ...]:
@@ -252,8 +253,8 @@ def _release(path: Path) -> tuple[Shard, ...]:
     )
 
 
-def _weight_map(data: bytes, path: Path, hub: Hub | None) -> dict[str, str]:
-    index, suffix = parse_json(data, path), ".safetensors" if path.name == INDEX else ".bin"
+def _weight_map(index: Any, path: Path, hub: Hub | None) -> dict[str, str]:
+    suffix = ".safetensors" if path.name == INDEX else ".bin"
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")

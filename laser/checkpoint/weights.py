@@ -31,6 +31,12 @@ def files_in(folder: Path, pattern: str = "*") -> frozenset[str]:
     return frozenset(p.relative_to(folder).as_posix() for p in folder.glob(pattern) if p.is_file())
 
 
+def order(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files for which transformers looks, one after the other: those of any model, or the one that config names."""
+    named = config.get("transformers_weights")
+    return ORDER if named is None else (str(named),)
+
+
 def start_of(names: Collection[str], config: Mapping[str, Any], place: object) -> str | None:
     """The file from which the weights of a model with these files are loaded: an index, or the one file that holds all.
 
@@ -50,9 +56,8 @@ def start_of(names: Collection[str], config: Mapping[str, Any], place: object) -
                 f"{place}: config.json names {named!r} as the weights (transformers_weights), expected a .safetensors "
                 f"file beside it; call an index {INDEX} and take that entry out of config.json"
             )
-    if named is not None:
-        return named if named in names else None
-    return next((name for name in ORDER if name in names), None) or lone_pickle(names)
+    start = next((name for name in order(config) if name in names), None)
+    return start or (lone_pickle(names) if named is None else None)
 
 
 def lone_pickle(names: Collection[str]) -> str | None:
@@ -75,13 +80,6 @@ def read_by_vllm(names: Collection[str], indexed: Collection[str] | None) -> fro
     return frozenset()
 
 
-def index_of(index: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bytes:
-    """The index with these tensors and their files, those that it names already in its own order."""
-    files = {name: info.shard for name, info in tensors.items()}
-    weight_map = {name: files[name] for name in index["weight_map"]} | files
-    return (json.dumps(dict(index) | {"weight_map": weight_map}, indent=2) + "\n").encode()
-
-
 def indexed_files(path: Path) -> frozenset[str]:
     """The files that an index names; none where it is damaged: whoever needs it says how."""
     try:
@@ -99,7 +97,8 @@ def nothing_found(place: Path | str, names: Collection[str]) -> CheckpointError:
     get = "" if isinstance(place, Path) else f"fetch it with `hf download {place} --local-dir DIR`, "
     for plain in ORDER:
         stem, _, end = plain.rpartition(".")
-        if found := sorted(name for name in names if re.fullmatch(rf"{re.escape(stem)}\.[^./]+\.{end}", name)):
+        variant = re.compile(rf"{re.escape(stem)}\.(?!.*-\d+-of-\d+)[^./]+\.{end}")  # not one of a variant's shards
+        if found := sorted(filter(variant.fullmatch, names)):
             return CheckpointError(
                 f"{missing}, but the variant {found[0]}, which transformers loads only where it is asked for; "
                 f"{get}rename it to {plain}, and try again"
@@ -196,29 +195,46 @@ def _equal(a: Shard, x: TensorInfo, b: Shard, y: TensorInfo) -> bool:
     return all(part(a, x, at) == part(b, y, at) for at in range(0, x.end - x.start, CHUNK))
 
 
-def doubts(
-    place: str,
+def indexes(index: Mapping[str, Any], weight_map: Mapping[str, str], merged: Merged) -> bool:
+    """Whether an index says where every tensor is, and has the metadata without which transformers does not load it."""
+    found = {name: info.shard for name, info in merged.tensors.items()}
+    return found == weight_map and isinstance(index.get("metadata"), dict)
+
+
+def index_of(index: Mapping[str, Any], merged: Merged) -> bytes:
+    """The index that says where every tensor is, those that `index` names in its own order, the rest as it was."""
+    files = {name: info.shard for name, info in merged.tensors.items()}
+    total = sum(info.end - info.start for info in merged.tensors.values())
+    metadata = index.get("metadata") if isinstance(index.get("metadata"), dict) else {"total_size": total}
+    weight_map = {name: files[name] for name in index["weight_map"]} | files
+    return (json.dumps(dict(index) | {"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def disagreements(
     start: str,
     read: Collection[str],
     vllm: Collection[str],
     merged: Merged,
+    index: Mapping[str, Any],
     weight_map: Mapping[str, str] | None,
-) -> tuple[str, ...]:
+) -> Iterator[str]:
     """A sentence for each way in which files disagree about the weights, or another program could read others.
 
-    start: as `start_of` found it; read: the files that are read; vllm: those that vLLM would read; weight_map: the
-    index, None where there is none
+    start: as `start_of` found it; read: the files that are read; vllm: those that vLLM would read; index and
+    weight_map (tensor -> shard): its content, {} and None where there is none
     """
-    told = []
     if start.endswith(SUFFIXES) and start != PICKLE:
-        told.append(f"{place}: {start} is read as the model; transformers loads it only under the name {PICKLE}")
+        yield f"{start} is read as the model; transformers loads it only under the name {PICKLE}"
     elif set(read) != set(vllm):
-        told.append(
-            f"{place}: {_few(read)} {'is' if len(read) == 1 else 'are'} read, as transformers does; vLLM would read "
+        yield (
+            f"{_few(read)} {'is' if len(read) == 1 else 'are'} read, as transformers does; vLLM would read "
             f"{_other_files(read, vllm)}; an output holds only what is read here"
         )
-    told += [f"{place}: {sentence}" for sentence in (*_copies(merged), *_index(merged, weight_map or {}))]
-    return tuple(told)
+    yield from _copies(merged)
+    if weight_map is not None:
+        yield from _index(merged, weight_map)
+        if not isinstance(index.get("metadata"), dict):
+            yield f"{start} has no metadata, without which transformers does not load it; an output's index has some"
 
 
 def _copies(merged: Merged) -> Iterator[str]:
@@ -238,8 +254,6 @@ def _copies(merged: Merged) -> Iterator[str]:
 
 def _index(merged: Merged, weight_map: Mapping[str, str]) -> Iterator[str]:
     """Sentences on tensors that an index does not name, or names elsewhere."""
-    if not weight_map:
-        return
     if names := [name for name in merged.tensors if name not in weight_map]:
         where = merged.tensors[names[0]].shard
         yield (
@@ -268,4 +282,4 @@ def _few(names: Collection[str]) -> str:
 
 
 def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more tensors like it)" if len(names) > 1 else ""
+    return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
