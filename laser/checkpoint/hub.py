@@ -21,7 +21,7 @@ from typing import TypeVar
 from laser.checkpoint.files import WEIGHTS
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
-from laser.checkpoint.weights import files_in, indexed_files, order
+from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError
 
 T = TypeVar("T")
@@ -80,7 +80,9 @@ def _is_whole(folder: Path) -> bool:
     start = next((name for name in _order(folder) if (folder / name).exists()), None)
     if start is None or not start.endswith(".json"):
         return start is not None
-    return all((folder / name).exists() for name in indexed_files(folder / start))  # damaged: whoever opens it says how
+    return all(
+        (folder / name).exists() for name in index_at(folder / start).values()
+    )  # damaged: whoever opens it says how
 
 
 def listing(hub: Hub) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,14 @@ from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.checkpoint.weights import (
     INDEX,
+    INDEXED,
+    ORDER,
     SINGLE,
+    check,
     disagreements,
     files_in,
+    index_at,
     index_of,
-    indexed_files,
     indexes,
     merge,
     nothing_found,
@@ -190,36 +193,30 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     start = start_of(names, config, place)
     if start is None:
         raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
-    if hub is not None:  # indices are small; vLLM's counts for a doubt though it is not ours
-        download(hub, [name for name in {start, INDEX} & names if name.endswith(".json")])
-    files, index_bytes, index, weight_map = [start], None, {}, None
-    if start in (INDEX, PICKLE_INDEX):
-        index_bytes = _bytes(path / start, "")
-        index = parse_json(index_bytes, path / start)
-        weight_map = _weight_map(index, path / start, hub)
-        files = sorted(set(weight_map.values()))
+    if hub is not None:  # they are small; one that is not ours tells what others would read
+        download(hub, sorted({INDEX, PICKLE_INDEX} & names))
+    index = _index(path / start, hub, names) if start in (INDEX, PICKLE_INDEX) else None
+    files = [start] if index is None else sorted(set(index["weight_map"].values()))
     pickled = not files[0].endswith(".safetensors")
-    if not pickled:
-        shards = tuple(read_header(path / file) for file in files) if hub is None else ()
-        if hub is not None:
-            hub, shards = headers(hub, files)
-    else:
+    if pickled:
         hub = download(hub, files) if hub is not None else None  # a range of a pickle says nothing
-        shards = _pickles(path, files, alone=weight_map is None)
-        weight_map = weight_map and {tensor: safetensors_name(file) for tensor, file in weight_map.items()}
-    if hub is not None and need == "weights":
-        hub = download(hub, files)
+        shards = _pickles(path, files, alone=index is None)
+    elif hub is None:
+        shards = tuple(read_header(path / file) for file in files)
+    else:
+        hub, shards = headers(hub, files)
+        hub = download(hub, files) if need == "weights" else hub  # after their ETags are known, so that it is checked
     merged = merge(shards)
-    for tensor, file in index.get("weight_map", {}).items():
-        if tensor not in merged.tensors:
-            raise CheckpointError(
-                f"{start} says that {tensor} is in {file}, which does not hold it, nor does another; download all again"
-            )
-    if weight_map is not None and (pickled or not indexes(index, weight_map, merged)):
-        index_bytes = index_of(index, merged)
-    vllm = read_by_vllm(names, indexed_files(path / INDEX) if INDEX in names else None)
-    told = disagreements(start, files, vllm, merged, index, weight_map)
+    check(place, start, names, merged, index, index_at(path / INDEXED[start]) if start in INDEXED else {})
+    vllm = read_by_vllm(names, index_at(path / INDEX).values() if INDEX in names else None)
+    if index is not None and pickled:
+        index["weight_map"] = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
+    told = disagreements(start, files, vllm, merged, index)
     told = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in told)
+    index_bytes = None
+    if index is not None:
+        tidy = not pickled and indexes(index, merged)
+        index_bytes = _bytes(path / start, "") if tidy else index_of(index, merged)
     return Weights(hub, index_bytes, merged.shards, merged.left_out, told)
 
 
@@ -253,8 +250,9 @@ def _release(path: Path) -> tuple[Shard, ...]:
     )
 
 
-def _weight_map(index: Any, path: Path, hub: Hub | None) -> dict[str, str]:
-    suffix = ".safetensors" if path.name == INDEX else ".bin"
+def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any]:
+    """An index whose weight_map can be followed. names: what lies beside it."""
+    index, suffix = parse_json(_bytes(path, ""), path), ".safetensors" if path.name == INDEX else ".bin"
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
@@ -267,11 +265,13 @@ def _weight_map(index: Any, path: Path, hub: Hub | None) -> dict[str, str]:
             )
         if not shard.endswith(suffix):
             raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffix} file")
-        if hub is None and not (path.parent / shard).is_file():
+        if hub is None and shard not in names:
+            other = next((f", or remove the index, and {name} is read" for name in ORDER[2:] if name in names), "")
             raise CheckpointError(
                 f"{path.name} names {shard}, which is missing from {path.parent}; finish the download and try again"
+                f"{other if path.name == INDEX else ''}"
             )
-    return weight_map
+    return index
 
 
 def _bytes(path: Path, why: str) -> bytes:

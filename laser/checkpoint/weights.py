@@ -22,6 +22,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ORDER = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)  # transformers starts from the first that is there
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+INDEXED = {SINGLE: INDEX, PICKLE: PICKLE_INDEX}  # one file -> the index that may lie beside it
+# Before the name of a tensor: transformers loads it under its name with and without, where a class calls its base so.
+BASES = ("model", "transformer", "gpt_neox", "backbone", "bert", "roberta")
 SHOWN = 3  # names in a sentence
 COMPARED = 4 << 30  # bytes of copies that are looked at when a model is opened
 
@@ -80,12 +83,12 @@ def read_by_vllm(names: Collection[str], indexed: Collection[str] | None) -> fro
     return frozenset()
 
 
-def indexed_files(path: Path) -> frozenset[str]:
-    """The files that an index names; none where it is damaged: whoever needs it says how."""
+def index_at(path: Path) -> dict[str, str]:
+    """tensor -> file by an index; empty where it is damaged: whoever needs it says how."""
     try:
-        return frozenset(map(str, json.loads(path.read_bytes())["weight_map"].values()))
+        return {str(tensor): str(file) for tensor, file in json.loads(path.read_bytes())["weight_map"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return frozenset()
+        return {}
 
 
 def nothing_found(place: Path | str, names: Collection[str]) -> CheckpointError:
@@ -195,10 +198,43 @@ def _equal(a: Shard, x: TensorInfo, b: Shard, y: TensorInfo) -> bool:
     return all(part(a, x, at) == part(b, y, at) for at in range(0, x.end - x.start, CHUNK))
 
 
-def indexes(index: Mapping[str, Any], weight_map: Mapping[str, str], merged: Merged) -> bool:
+def check(
+    place: object,
+    start: str,
+    names: Collection[str],
+    merged: Merged,
+    index: Mapping[str, Any] | None,
+    beside: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError where what is loaded cannot be all of the model, or one parameter would be loaded twice.
+
+    names: the files that are there; index: the one that is followed; beside: the weight_map of one that is not, for
+    one file goes before it
+    """
+    for tensor, file in (index or {}).get("weight_map", {}).items():
+        if tensor not in merged.tensors:
+            raise CheckpointError(
+                f"{start} says that {tensor} is in {file}, which does not hold it, nor does another; download all again"
+            )
+    lacking = [name for name in beside if name not in merged.tensors and re.search(r"\.\d+\.", name)]
+    if lacking and set(beside.values()) <= set(names):
+        raise CheckpointError(
+            f"{place}: {start} goes before {INDEXED[start]}, and lacks {lacking[0]}{_more(lacking)}, which the index "
+            f"says is in {beside[lacking[0]]}: transformers would make it up; remove {start}, or the index if it is old"
+        )
+    for name, info in merged.tensors.items():
+        for twin in (f"{base}.{name}" for base in BASES):
+            if twin in merged.tensors:
+                raise CheckpointError(
+                    f"{place}: {name} is in {info.shard}, and {twin} in {merged.tensors[twin].shard}: transformers "
+                    "would load both into one parameter; remove the one that is not meant"
+                )
+
+
+def indexes(index: Mapping[str, Any], merged: Merged) -> bool:
     """Whether an index says where every tensor is, and has the metadata without which transformers does not load it."""
     found = {name: info.shard for name, info in merged.tensors.items()}
-    return found == weight_map and isinstance(index.get("metadata"), dict)
+    return found == index["weight_map"] and isinstance(index.get("metadata"), dict)
 
 
 def index_of(index: Mapping[str, Any], merged: Merged) -> bytes:
@@ -215,13 +251,12 @@ def disagreements(
     read: Collection[str],
     vllm: Collection[str],
     merged: Merged,
-    index: Mapping[str, Any],
-    weight_map: Mapping[str, str] | None,
+    index: Mapping[str, Any] | None,
 ) -> Iterator[str]:
     """A sentence for each way in which files disagree about the weights, or another program could read others.
 
-    start: as `start_of` found it; read: the files that are read; vllm: those that vLLM would read; index and
-    weight_map (tensor -> shard): its content, {} and None where there is none
+    start: as `start_of` found it; read: the files that are read; vllm: those that vLLM would read; index: the one that
+    is followed, with the names of merged's shards
     """
     if start.endswith(SUFFIXES) and start != PICKLE:
         yield f"{start} is read as the model; transformers loads it only under the name {PICKLE}"
@@ -231,8 +266,8 @@ def disagreements(
             f"{_other_files(read, vllm)}; an output holds only what is read here"
         )
     yield from _copies(merged)
-    if weight_map is not None:
-        yield from _index(merged, weight_map)
+    if index is not None:
+        yield from _index(merged, index["weight_map"])
         if not isinstance(index.get("metadata"), dict):
             yield f"{start} has no metadata, without which transformers does not load it; an output's index has some"
 
@@ -241,7 +276,7 @@ def _copies(merged: Merged) -> Iterator[str]:
     """Sentences on tensors that lie in more than one shard."""
     stored = sum(info.end - info.start for found in merged.copies.values() for _, info in found)
     equal = {name: same_bytes(found) if stored <= COMPARED else None for name, found in merged.copies.items()}
-    last = "the last is read, as transformers does, and an output holds no other"
+    last = "the last file's copy is read, as transformers does, and an output holds no other"
     for verdict, how in (
         (True, f"with the same values: {last}"),
         (False, f"with other values: {last}; vLLM, and programs that go by the index, may take another"),
@@ -270,7 +305,7 @@ def _index(merged: Merged, weight_map: Mapping[str, str]) -> Iterator[str]:
 
 def _other_files(read: Collection[str], vllm: Collection[str]) -> str:
     if not vllm:
-        return "nothing, for it goes by the index, whose files are missing"
+        return "nothing, for the index names no file that is there"
     if set(vllm) > set(read):
         return f"{_few(set(vllm) - set(read))} as well"
     return f"{_few(vllm)} instead"

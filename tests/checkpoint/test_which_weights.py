@@ -199,6 +199,21 @@ def file_beside_a_stale_index(f: Path) -> None:
         (f / shard).unlink()
 
 
+def file_beside_an_old_index_of_more_layers(f: Path) -> None:
+    """As a pruned model that was saved over the one that it was made of."""
+    file_beside_a_stale_index(f)
+    document = json.loads((f / INDEX).read_text())
+    document["weight_map"]["model.layers.7.mlp.up_proj.weight"] = THIRD
+    (f / INDEX).write_text(json.dumps(document))
+
+
+def file_without_a_tied_head(f: Path) -> None:
+    """The index of an earlier save names a head, which the file has as the embedding."""
+    file_beside_its_own_index(f)
+    remove(f / SINGLE, "lm_head.weight")
+    (f / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+
+
 def file_beside_its_own_index(f: Path) -> None:
     put(f / SINGLE, llama())
     write_index(f, dict.fromkeys(llama(), SINGLE))
@@ -311,7 +326,7 @@ def pickle_beside_shards_without_index(f: Path) -> None:
 
 LAYOUTS: dict[Callable[[Path], None], str | None] = {
     tidy: None,
-    copies_differ: rf"{Q} is in {FIRST} and in {THIRD}, with other values: the last is read, as transformers does",
+    copies_differ: rf"{Q} is in {FIRST} and in {THIRD}, with other values: the last file's copy is read, as",
     copies_differ_and_the_index_names_the_last: rf"{Q} is in {FIRST} and in {THIRD}, with other values",
     copies_are_equal: rf"{K} is in {FIRST} and in {SECOND} \(and 1 more .*, with the same values",
     three_copies: rf"{Q} is in {FIRST} and in {SECOND} and in {THIRD}, with other values",
@@ -324,7 +339,9 @@ LAYOUTS: dict[Callable[[Path], None], str | None] = {
     shards_that_nothing_names: None,
     index_without_metadata: rf"{INDEX} has no metadata, without which transformers does not load it",
     file_beside_shards: rf"{SINGLE} is read, as transformers does; vLLM would read {FIRST}, .*{THIRD} instead",
-    file_beside_a_stale_index: rf"{SINGLE} is read, .*vLLM would read nothing, .*whose files are missing",
+    file_beside_a_stale_index: rf"{SINGLE} is read, .*vLLM would read nothing, for the index names no file",
+    file_beside_an_old_index_of_more_layers: rf"{SINGLE} is read, .*vLLM would read nothing",
+    file_without_a_tied_head: None,
     file_beside_its_own_index: None,
     file_beside_a_broken_index: rf"{SINGLE} is read, .*vLLM would read nothing",
     file_beside_shards_without_index: rf"{SINGLE} is read, .*vLLM would read {FIRST}.* as well",
@@ -497,6 +514,26 @@ def file_outside(f: Path) -> None:
     (f / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": "../these.safetensors"}))
 
 
+def part_of_the_shards(f: Path) -> None:
+    """One of the shards has the name of the file that transformers would load alone."""
+    sharded(f, 0, (FIRST, SINGLE))
+
+
+def file_that_lacks_what_the_index_has(f: Path) -> None:
+    sharded(f)
+    put(f / SINGLE, {"lm_head.weight": llama(5)["lm_head.weight"]})
+
+
+def pickle_that_lacks_what_the_index_has(f: Path) -> None:
+    pickled(f)
+    put(f / PICKLE, {"lm_head.weight": llama(5)["lm_head.weight"]})
+
+
+def two_names_of_one_parameter(f: Path) -> None:
+    sharded(f)
+    add(f / THIRD, {Q.removeprefix("model."): llama(9)[Q]})
+
+
 def shards_without_index(f: Path) -> None:
     sharded(f)
     (f / INDEX).unlink()
@@ -517,12 +554,16 @@ REFUSED: dict[Callable[[Path], None], str] = {
     variant_of_a_pickled_index: rf"pytorch_model.bin.index.fp16.json, .* rename it to {PICKLE_INDEX}, and try again",
     variant_beside_a_pickle_of_it: r"the variant model.fp16.safetensors, .* rename it to model.safetensors",
     only_in_a_subfolder: r"its folder language_model holds weights: try .*source/language_model$",
-    index_whose_shards_are_missing: rf"{INDEX} names {SECOND}, which is missing from .*source; finish the download",
+    index_whose_shards_are_missing: rf"{INDEX} names {SECOND}, which is missing .*, or remove the index, and {PICKLE} is",
     in_no_shard: rf"{INDEX} says that {Q} is in {FIRST}, which does not hold it, nor does another",
     pickle_in_no_shard: rf"{PICKLE_INDEX} says that {Q} is in {BINS[0]}, which does not hold it, nor does another",
     distributed_beside_the_file: r"holds shard-00001-model-00001-of-00001.safetensors, .* before any other file",
     index_of_another_name: rf"names 'these.safetensors.index.json' .* call an index {INDEX}",
     file_outside: r"config.json names '../these.safetensors' as the weights",
+    part_of_the_shards: rf"{SINGLE} goes before {INDEX}, and lacks .*says is in {FIRST}: .* remove {SINGLE}, or",
+    file_that_lacks_what_the_index_has: rf"{SINGLE} goes before {INDEX}, and lacks .*remove {SINGLE}, or the index",
+    pickle_that_lacks_what_the_index_has: rf"{PICKLE} goes before {PICKLE_INDEX}, and lacks",
+    two_names_of_one_parameter: rf"{Q.removeprefix('model.')} is in {THIRD}, and {Q} in {FIRST}: transformers",
     shards_without_index: rf"holds neither {INDEX} nor {SINGLE}",
     shards_without_index_beside_a_lone_pickle: rf"holds neither {INDEX} nor {SINGLE}",
     pickles_that_would_become_one: r"names model-1.bin and pytorch_model-1.bin, which would become one file",
