@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 ORDER = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)  # transformers starts from the first that is there
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 INDEXED = {SINGLE: INDEX, PICKLE: PICKLE_INDEX}  # one file -> the index that may lie beside it
-# Before the name of a tensor: transformers loads it under its name with and without, where a class calls its base so.
+# What classes of transformers call their base: a tensor is loaded by its name with it, or without.
 BASES = ("model", "transformer", "gpt_neox", "backbone", "bert", "roberta")
 SHOWN = 3  # names in a sentence
 COMPARED = 4 << 30  # bytes of copies that are looked at when a model is opened
@@ -208,8 +208,8 @@ def check(
 ) -> None:
     """Raises CheckpointError where what is loaded cannot be all of the model, or one parameter would be loaded twice.
 
-    names: the files that are there; index: the one that is followed; beside: the weight_map of one that is not, for
-    one file goes before it
+    names: the files that are there; index: the one that is followed; beside: the weight_map of one that is not, since
+    one file is loaded before it
     """
     for tensor, file in (index or {}).get("weight_map", {}).items():
         if tensor not in merged.tensors:
@@ -219,8 +219,8 @@ def check(
     lacking = [name for name in beside if name not in merged.tensors and re.search(r"\.\d+\.", name)]
     if lacking and set(beside.values()) <= set(names):
         raise CheckpointError(
-            f"{place}: {start} goes before {INDEXED[start]}, and lacks {lacking[0]}{_more(lacking)}, which the index "
-            f"says is in {beside[lacking[0]]}: transformers would make it up; remove {start}, or the index if it is old"
+            f"{place}: transformers loads {start} and not what {INDEXED[start]} names, but it lacks {lacking[0]}"
+            f"{_more(lacking)}, which the index says is in {beside[lacking[0]]}; remove {start}, or an old index"
         )
     for name, info in merged.tensors.items():
         for twin in (f"{base}.{name}" for base in BASES):
