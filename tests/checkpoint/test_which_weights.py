@@ -557,7 +557,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     index_whose_shards_are_missing: rf"{INDEX} names {SECOND}, which is missing .* the index, and {PICKLE} is read",
     in_no_shard: rf"{INDEX} says that {Q} is in {FIRST}, which does not hold it, nor does another",
     pickle_in_no_shard: rf"{PICKLE_INDEX} says that {Q} is in {BINS[0]}, which does not hold it, nor does another",
-    distributed_beside_the_file: r"holds shard-00001-model-00001-of-00001.safetensors, .* before any other file",
+    distributed_beside_the_file: r"holds shard-00001-model-00001-of-00001.safetensors, .* which transformers joins and",
     index_of_another_name: rf"names 'these.safetensors.index.json' .* call an index {INDEX}",
     file_outside: r"config.json names '../these.safetensors' as the weights",
     part_of_the_shards: rf"loads {SINGLE} and not .*, but it lacks .*says is in {FIRST}; remove {SINGLE}, or",
