@@ -49,8 +49,8 @@ def start_of(names: Collection[str], config: Mapping[str, Any], place: object) -
     distributed = next((name for name in sorted(names) if DISTRIBUTED.fullmatch(name)), None)
     if distributed:
         raise CheckpointError(
-            f"{place} holds {distributed}, a part of a distributed checkpoint, which transformers joins and laser does not; "
-            "load it with transformers, save it with save_pretrained, and try that"
+            f"{place} holds {distributed}, a part of a distributed checkpoint, which transformers joins and laser "
+            "does not; load it with transformers, save it with save_pretrained, and try that"
         )
     named = config.get("transformers_weights")
     if named is not None and named not in ORDER[:2]:
