@@ -64,10 +64,11 @@ def start_of(names: Collection[str], config: Mapping[str, Any], place: object) -
 
 
 def lone_pickle(names: Collection[str]) -> str | None:
-    """The pickle that is all that a directory has of weights, whatever its name."""
+    """The pickle that is all that a directory has of weights, whatever its name, unless that says that it is a part."""
     top = [name for name in names if "/" not in name and name.endswith((".safetensors", *SUFFIXES))]
     found = [name for name in top if not NOT_WEIGHTS.fullmatch(name)]
-    return found[0] if len(found) == 1 and found[0].endswith(SUFFIXES) else None
+    alone = len(found) == 1 and found[0].endswith(SUFFIXES) and not re.search(r"-\d+-of-\d+", found[0])
+    return found[0] if alone else None
 
 
 def read_by_vllm(names: Collection[str], indexed: Collection[str] | None) -> frozenset[str]:

@@ -544,6 +544,10 @@ def shards_without_index_beside_a_lone_pickle(f: Path) -> None:
     put(f / "weights.pt", llama())
 
 
+def a_lone_part(f: Path) -> None:
+    put(f / BINS[0], llama())
+
+
 def pickles_that_would_become_one(f: Path) -> None:
     sharded(f, 0, ("model-1.bin", "pytorch_model-1.bin"), PICKLE_INDEX)
 
@@ -566,6 +570,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     two_names_of_one_parameter: rf"{Q.removeprefix('model.')} is in {THIRD}, and {Q} in {FIRST}: transformers",
     shards_without_index: rf"holds neither {INDEX} nor {SINGLE}",
     shards_without_index_beside_a_lone_pickle: rf"holds neither {INDEX} nor {SINGLE}",
+    a_lone_part: rf"holds neither {INDEX} nor {SINGLE}",
     pickles_that_would_become_one: r"names model-1.bin and pytorch_model-1.bin, which would become one file",
 }
 
