@@ -25,6 +25,7 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 INDEXED = {SINGLE: INDEX, PICKLE: PICKLE_INDEX}  # one file -> the index that may lie beside it
 # What classes of transformers call their base: a tensor is loaded by its name with it, or without.
 BASES = ("model", "transformer", "gpt_neox", "backbone", "bert", "roberta")
+VLLM_SKIPS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"}
 SHOWN = 3  # names in a sentence
 COMPARED = 4 << 30  # bytes of copies that are looked at when a model is opened
 
@@ -79,8 +80,8 @@ def read_by_vllm(names: Collection[str], indexed: Collection[str] | None) -> fro
     if found := [name for name in top if name.endswith(".safetensors")]:
         return frozenset(found if indexed is None else set(found) & set(indexed))
     for suffix in SUFFIXES[:2]:
-        if found := [name for name in top if name.endswith(suffix) and not NOT_WEIGHTS.fullmatch(name)]:
-            return frozenset(found)
+        if found := {name for name in top if name.endswith(suffix)}:
+            return frozenset(found - VLLM_SKIPS)
     return frozenset()
 
 
