@@ -96,7 +96,8 @@ def scan_into(
     if path.exists():
         there = Spectra.load(path)
         wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-        done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
+        tried = {m.name for m in there.matrices if m.no_spectrum is None}
+        done = there.values.keys() | {n for n, why in there.skipped.items() if why.startswith("skipped") and n in tried}
         same = there.source.told() == Source.of(checkpoint).told()
         if same and (there.method, there.device) == (method, crew.label):
             drawn = {len(there.nulls.get(name, ())) for name in there.values}

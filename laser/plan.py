@@ -198,6 +198,12 @@ def make_plan(
                 "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
                 "--fewest-tokens with moments that were made with --shrink"
             )
+        for line in lines:
+            if line.action == "skip":
+                raise UsageError(
+                    f"no selected matrix has a spectrum: {line.name} is {line.reason}; try other layers or roles, or "
+                    "a release of the model without this"
+                )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
@@ -219,10 +225,10 @@ def empty_plan(spectra: Spectra) -> Plan:
 def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     """What `treatment` does to one matrix of the spectra, by its own values alone."""
     line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
-    if why := selection.why_not(matrix):
-        return replace(line, reason=why)
-    if matrix.name not in spectra.values:
+    why = selection.why_not(matrix)
+    if why is None and matrix.name not in spectra.values:
         why = spectra.skipped.get(matrix.name, "not scanned")
+    if why is not None:
         return replace(line, action="skip" if why.startswith("skipped") else "keep", reason=why)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))

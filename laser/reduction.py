@@ -44,7 +44,7 @@ class Outcome:
     matrices: Mapping[str, Mapping[str, Any]]
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
-    left_out: tuple[str, ...]  # files of the source that hold weights in another format, not copied
+    left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
 
     @staticmethod
     def load(out: Path) -> Outcome:

@@ -28,7 +28,16 @@ class Selection:
         }
 
     def why_not(self, matrix: Matrix) -> str | None:
-        """None if the matrix is selected, else the reason why it is not."""
+        """None if the matrix is selected and has a spectrum, else the reason why it is left alone."""
+        why = self._not_asked(matrix)
+        return f"skipped: {matrix.no_spectrum}" if why is None and matrix.no_spectrum else why
+
+    def skipped(self, matrices: Sequence[Matrix]) -> dict[str, str]:
+        """What is selected and has no spectrum for how it is stored: name -> why."""
+        asked = (m for m in matrices if m.no_spectrum and self._not_asked(m) is None)
+        return {m.name: self.why_not(m) or "" for m in asked}
+
+    def _not_asked(self, matrix: Matrix) -> str | None:
         roles = {r for role in self.roles for r in (role, ALIASES.get(role, role))}
         if not matrix.is_matrix:
             return f"not a matrix: shape {list(matrix.shape)}"
@@ -63,6 +72,8 @@ class Selection:
                     f"{text!r} is not a regular expression ({error}); try to quote or escape it"
                 ) from error
         if all(self.why_not(m) for m in matrices):
+            for name, why in self.skipped(matrices).items():
+                raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
             raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
 
 

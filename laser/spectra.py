@@ -149,15 +149,15 @@ class Spectra:
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
-    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew.
-    return {key: value for key, value in asdict(matrix).items() if key != "cut"}
+    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew. Only FP8 has scales.
+    without = ("cut",) if matrix.dtype.startswith("F8") else ("cut", "scaled")
+    return {key: value for key, value in asdict(matrix).items() if key not in without}
 
 
 def _matrix(row: dict[str, Any]) -> Matrix:
-    shape = tuple(row["shape"])
-    return Matrix(
-        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
-    )
+    shape, scaled = tuple(row["shape"]), row.get("scaled", row["dtype"].startswith("F8"))  # laser 0.1 did not say
+    place = (row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"]))
+    return Matrix(row["name"], row["role"], *place, scaled=scaled)
 
 
 def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from laser.checkpoint.cuts import Cut
 from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
 from laser.checkpoint.headers import TORCH, TensorInfo
+from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError
 from laser.errors import DoubtWarning as DoubtWarning
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes whose numbers are the weights themselves
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
 PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
@@ -38,6 +41,16 @@ class Matrix:
     dtype: str
     tensor: str  # that holds it
     cut: Cut | None = None  # its place in the tensor; None: it is the tensor
+    scaled: bool = False  # FP8, and its scales are known
+
+    @property
+    def no_spectrum(self) -> str | None:
+        """Why the numbers that are stored are not the weights, so that nothing can be cut; None where they are."""
+        if self.dtype in FLOATS or self.scaled:
+            return None
+        if self.dtype.startswith("F8"):
+            return f"stored as {self.dtype}, found no scales for it, and without them its values are not the weights"
+        return f"stored as {self.dtype}, expected one of {', '.join(FLOATS)}, or FP8 with its scales"
 
     @property
     def is_matrix(self) -> bool:
@@ -63,6 +76,8 @@ def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
     matrices = [matrix for info in checkpoint.tensors.values() for matrix in _matrices(info, rows, checkpoint.config)]
     scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else ()
     matrices = [replace(m, role="scale") if m.tensor in scales else m for m in matrices]
+    weights = set(checkpoint.fp8.scales) if checkpoint.fp8 else ()
+    matrices = [replace(m, scaled=True) if m.tensor in weights else m for m in matrices]
     seen: set[str] = set()
     for matrix in matrices:
         if matrix.name in seen:
@@ -105,6 +120,8 @@ def family_of(checkpoint: Checkpoint) -> str:
 
 def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
     """What a user should look at before trusting the list: guesses for an unknown family, or tensors without a row."""
+    if told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors):
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     family = family_of(checkpoint)
     if family in FAMILIES:
         unknown = [m.name for m in matrices if m.role == "other" and len(m.shape) > 1]

@@ -13,9 +13,6 @@ from typing import Any
 
 from laser.errors import OutputError, RecordError
 
-# How files of weights end, in any format.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
-
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:

@@ -18,9 +18,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
-from laser.checkpoint.files import WEIGHTS
+from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError
 
@@ -61,8 +62,17 @@ def find(model: str) -> Hub | None:
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(Path(cached).parent):
         return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     with hub_errors(repo, revision):
-        path = _to_cache(repo, "config.json", revision)
+        try:
+            path = _to_cache(repo, "config.json", revision)
+        except LocalEntryNotFoundError:
+            raise  # the Hub cannot be reached
+        except EntryNotFoundError as error:
+            if told := recognised(repo, revision):
+                raise CheckpointError(told) from error
+            raise
     return Hub(repo, revision, path.parent.name, path.parent)
 
 
@@ -83,6 +93,18 @@ def _is_whole(folder: Path) -> bool:
     return all(
         (folder / name).exists() for name in index_at(folder / start).values()
     )  # damaged: whoever opens it says how
+
+
+def recognised(repo: str, revision: str | None) -> str | None:
+    """What a repository without config.json or without weights is, by the names of its files; None where that is not
+    known, or where the Hub is off line."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    with hub_errors(repo, revision):
+        names = sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ())
+        return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
 
 
 def listing(hub: Hub) -> frozenset[str]:
@@ -158,7 +180,10 @@ def side_files(hub: Hub) -> None:
         return
     try:
         with hub_errors(hub.repo, hub.revision):
-            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS])
+            weights = [f"*{suffix}{more}" for suffix in (*WEIGHTS, ".index.json") for more in ("", ".gz")]
+            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=weights)
+            if modules := [f"{module}/*" for module in modules_of(hub.folder)]:
+                snapshot_download(hub.repo, revision=hub.commit, allow_patterns=modules)
     except CheckpointError as error:
         if not _is_whole(hub.folder):
             raise

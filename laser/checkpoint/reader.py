@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from laser.checkpoint.cuts import Cut, read_cut
+from laser.checkpoint.formats import what_is, what_lies_in
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
-from laser.checkpoint.hub import Hub, download, find, headers, listing, side_files
+from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
 from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.checkpoint.weights import (
@@ -130,7 +131,7 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     if path.is_dir():
         path = path.resolve()
     elif path.exists():
-        raise CheckpointError(f"{path} is a file, expected a checkpoint directory; try {path.parent}")
+        raise CheckpointError(what_is(path))
     else:
         hub = find(str(model))
         if hub is None:
@@ -141,6 +142,8 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     # Mistral's own format, which the Hub's cache holds only beside the Hub's.
     release = hub is None and (path / "params.json").exists() and not (path / "config.json").exists()
     about = path / ("params.json" if release else "config.json")
+    if hub is None and not about.exists() and (told := what_lies_in(path)):
+        raise CheckpointError(told)
     config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
@@ -192,6 +195,8 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     names = files_in(path) if hub is None else listing(hub)
     start = start_of(names, config, place)
     if start is None:
+        if told := recognised(hub.repo, hub.commit) if hub else what_lies_in(path):
+            raise CheckpointError(told)
         raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
     if hub is not None:  # they are small; one that is not ours tells what others would read
         download(hub, sorted({INDEX, PICKLE_INDEX} & names))

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.formats import NO_MODEL
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, parse_header, pieces
-from laser.checkpoint.pickles import NOT_WEIGHTS, PICKLE, PICKLE_INDEX, SUFFIXES
+from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
 from laser.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -67,7 +68,7 @@ def start_of(names: Collection[str], config: Mapping[str, Any], place: object) -
 def lone_pickle(names: Collection[str]) -> str | None:
     """The pickle that is all that a directory has of weights, whatever its name, unless that says that it is a part."""
     top = [name for name in names if "/" not in name and name.endswith((".safetensors", *SUFFIXES))]
-    found = [name for name in top if not NOT_WEIGHTS.fullmatch(name)]
+    found = [name for name in top if not NO_MODEL.fullmatch(name)]
     alone = len(found) == 1 and found[0].endswith(SUFFIXES) and not re.search(r"-\d+-of-\d+", found[0])
     return found[0] if alone else None
 
@@ -108,7 +109,7 @@ def nothing_found(place: Path | str, names: Collection[str]) -> CheckpointError:
                 f"{missing}, but the variant {found[0]}, which transformers loads only where it is asked for; "
                 f"{get}rename it to {plain}, and try again"
             )
-    pickles = sorted(n for n in names if "/" not in n and n.endswith(SUFFIXES) and not NOT_WEIGHTS.fullmatch(n))
+    pickles = sorted(n for n in names if "/" not in n and n.endswith(SUFFIXES) and not NO_MODEL.fullmatch(n))
     if len(pickles) > 1:
         return CheckpointError(
             f"{place} holds {', '.join(pickles[:4])} and no {PICKLE_INDEX}; try a directory with one model"

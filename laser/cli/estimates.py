@@ -16,6 +16,8 @@ from laser.engine.workers import Crew
 from laser.reduction import Outcome
 from laser.selection import Selection
 
+NAMED = 8  # files that a line names before it only counts
+
 
 def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
     return [m for m in matrices if chosen.why_not(m) is None]
@@ -28,7 +30,8 @@ def print_dry_run(
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data)
+    skipped = chosen.skipped(matrices)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
 
 
 def print_estimate(
@@ -39,11 +42,14 @@ def print_estimate(
     ranks: Mapping[str, int] | None = None,
     draws: int = 0,
     in_data: bool = False,
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
     """A row per kind of matrix, and what scanning and reducing them would take."""
     foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
-        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
+        return common.print_json(
+            asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
+        )
     groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
         groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
@@ -54,6 +60,10 @@ def print_estimate(
             for (role, shape, dtype), ms in groups.items()
         ],
     )
+    for name, why in list((skipped or {}).items())[:NAMED]:
+        print(f"{name}: {why}")
+    if skipped and len(skipped) > NAMED:
+        print(f"and {len(skipped) - NAMED} more are skipped")
     print(
         f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
@@ -84,6 +94,9 @@ def print_outcome(
         name, first = next(iter(fallen.items()))
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
         print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
+    if outcome.left_out:
+        more = f" and {len(outcome.left_out) - NAMED} more" if len(outcome.left_out) > NAMED else ""
+        print(f"left out, as other copies of weights or parts of them: {', '.join(outcome.left_out[:NAMED])}{more}")
     if seconds is not None:
         print(meter.against(seconds, foretold))
 

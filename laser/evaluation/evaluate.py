@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
 from laser.evaluation.perplexity import Perplexity, record_of
 from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
@@ -74,9 +74,9 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise CheckpointError(
-            f"{checkpoint.name}: transformers cannot load it ({str(error).splitlines()[0]}); try laser scan --dry-run"
+            f"{checkpoint.name}: transformers cannot load it ({first_line(error)}); try laser scan --dry-run"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

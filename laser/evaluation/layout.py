@@ -18,7 +18,7 @@ import torch
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import CheckpointError, UsageError, first_line
 
 BLOCK = r"(?P<block>model\.layers\.\d+\.(?:mlp|feed_forward|block_sparse_moe)\.)"
 FUSED = re.compile(BLOCK + r"(?P<what>experts\.gate_up_proj|experts\.down_proj)")
@@ -135,7 +135,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot build it ({error})") from error
+        raise CheckpointError(
+            f"{checkpoint.name}/config.json: transformers cannot build it ({first_line(error)})"
+        ) from error
     inner = getattr(model, "model", None)
     missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
     if missing or inner is None:

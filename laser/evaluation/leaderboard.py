@@ -18,7 +18,7 @@ from typing import Any
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
 from laser.evaluation.layout import require_hub_format
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
 
@@ -233,8 +233,8 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         model, info = loaded
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first = first_line(error)
         raise UsageError(
             f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
         ) from error

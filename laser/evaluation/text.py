@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laser.errors import LaserError, RecordError, UsageError
+from laser.errors import LaserError, RecordError, UsageError, first_line
 from laser.evaluation.layout import require_hub_format
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
@@ -142,7 +142,9 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
         rows: Any = load_dataset(name, config, split=split)
         found = list(rows.column_names)
     except Exception as error:  # the library raises its own, huggingface_hub's, pyarrow's and the network's errors
-        raise UsageError(f"dataset {name!r} ({config}, {split}) cannot be loaded: {error}; try --text FILE") from error
+        raise UsageError(
+            f"dataset {name!r} ({config}, {split}) cannot be loaded: {first_line(error)}; try --text FILE"
+        ) from error
     if field not in found:
         raise UsageError(f"dataset {name!r} has no field {field!r}, found {', '.join(found)}; try --field")
     label = " ".join(part for part in (name, config, split) if part)
@@ -164,7 +166,7 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type
         raise LaserError(
-            f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights"
         ) from error
 

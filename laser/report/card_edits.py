@@ -28,6 +28,8 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
         + (f", among them {len(skipped)} that could not be read as numbers." if skipped else "."),
     ]
+    if outcome.left_out:
+        text.append(_left_out(outcome.left_out))
     if not reduced:
         return "\n\n".join(text)
     removed = [_removed(outcome, line) for line in reduced]
@@ -50,6 +52,16 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         "The reason for every tensor, reduced or kept, and the residual of every factorisation are in `laser.json`."
     )
     return "\n\n".join(text)
+
+
+def _left_out(files: Sequence[str]) -> str:
+    """Which files of the source the output does not have."""
+    more = f" and {len(files) - UNFOLDED} more (all are in `laser.json`)" if len(files) > UNFOLDED else ""
+    named = ", ".join(code(file) for file in files[:UNFOLDED])
+    return (
+        "Not copied from the source, because they hold its weights unreduced, an adapter for them, or a trainer's "
+        f"state: {named}{more}."
+    )
 
 
 def count(plan: Plan) -> tuple[int, int]:
