@@ -23,7 +23,7 @@ _ENDS = "|".join(map(re.escape, WEIGHTS))
 _WEIGHTS = re.compile(
     rf".*(?:{_ENDS}|\.onnx[._]data){_FURTHER}"  # model.safetensors.gz, model.onnx_data_1, model.gguf-split-a
     r"|.*\.ckpt[.-].*|.*\.data-\d+-of-\d+|.*\.(?:tar|zip)\.\w+"  # TensorFlow's checkpoints; packed archives
-    r"|.*\.index(?:\.[\w-]+)?\.json|variables\.index"  # says which of those files holds what
+    r"|.*\.index(?:\.[\w-]+)?\.json|variables\.index|openvino_.*\.xml"  # says which of those files holds what
     r"|consolidated.*|q?model.*\.ggmlv\d.*"
 )
 # What only a trainer's state needs.

@@ -11,6 +11,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
 from laser.evaluation.perplexity import Perplexity, record_of
+from laser.evaluation.plain_config import plain_config
 from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
 from laser.evaluation.text import Windows
 
@@ -72,6 +73,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **plain_config(checkpoint),
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:

@@ -21,6 +21,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
 from laser.evaluation.layout import require_hub_format
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
+from laser.evaluation.plain_config import plain_config
 
 KIND, VERSION = "leaderboard", 1
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
@@ -230,7 +231,7 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **plain_config(checkpoint)
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -353,3 +353,18 @@ def test_scales_without_a_config_can_be_written_as_bfloat16(fp8: Path, tmp_path:
     assert source.fp8 is not None
     reduce(source, make_plan(scan(source, SELECTED), "rank:4"), tmp_path / "out", dtype="bfloat16")
     assert open_checkpoint(tmp_path / "out").fp8 is None
+
+
+@pytest.mark.parametrize("config", [{"quant_method": "awq", "bits": 4}, {"load_in_4bit": True}], ids=["awq", "bnb"])
+def test_a_leftover_config_leaves_the_measured_losses_alone(
+    make_pico: Callable[..., Path], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from laser.evaluation.evaluate import load_whole
+
+    tokens = torch.arange(3, 40)[None]
+    plain, left = (
+        load_whole(open_checkpoint(make_pico(name, shards=1, **more)), "float32")
+        for name, more in (("plain", {}), ("left", {"quantization_config": config}))
+    )
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, left(tokens).logits)

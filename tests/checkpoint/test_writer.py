@@ -142,6 +142,7 @@ STAYS = """
     consolidated.safetensors original/consolidated.00.pth onnx/model_q4.onnx adapter_config.json
     adapter_model.safetensors adapter_model.bin ggml-model-q4_0.bin checkpoint-500/config.json
     checkpoint-500/model.safetensors checkpoint-500/trainer_state.json global_step7/mp_rank_00_model_states.pt
+    openvino/openvino_model.xml
     latest zero_to_fp32.py ema/model.safetensors saved_model.pb variables/variables.index model.llamafile
     lora/optimizer.bin lora/extra.safetensors 0_Transformer/model.safetensors
 """.split()
