@@ -101,14 +101,6 @@ def nothing_found(place: Path | str, names: Collection[str]) -> CheckpointError:
     """
     missing = f"{place} holds neither {INDEX} nor {SINGLE}"
     get = "" if isinstance(place, Path) else f"fetch it with `hf download {place} --local-dir DIR`, "
-    for plain in ORDER:
-        stem, _, end = plain.rpartition(".")
-        variant = re.compile(rf"{re.escape(stem)}\.(?!.*-\d+-of-\d+)[^./]+\.{end}")  # not one of a variant's shards
-        if found := sorted(filter(variant.fullmatch, names)):
-            return CheckpointError(
-                f"{missing}, but the variant {found[0]}, which transformers loads only where it is asked for; "
-                f"{get}rename it to {plain}, and try again"
-            )
     pickles = sorted(n for n in names if "/" not in n and n.endswith(SUFFIXES) and not NO_MODEL.fullmatch(n))
     if len(pickles) > 1:
         return CheckpointError(
