@@ -24,6 +24,10 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= LONGEST else line[:LONGEST].rsplit(" ", 1)[0] + " ..."
 
 
+class DoubtWarning(UserWarning):
+    """What a checkpoint holds had to be guessed or chosen; the message says what was taken for what."""
+
+
 class LaserError(Exception):
     """Base of all expected failures; `str(error)` is what the user reads."""
 

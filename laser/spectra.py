@@ -44,9 +44,9 @@ NULL = "laser.null."  # before a tensor's name in the file: its permuted matrice
 class Source:
     """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
-    parameters: numbers in its shards, by their headers; unindexed: how many of them lie in tensors that a shard holds
-    and the index does not name (or names elsewhere). They are copied with their shard. content: one hash over the
-    weights' own hashes, known for models from the Hub; None elsewhere.
+    parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
+    reads every tensor of a shard, in records of earlier versions those that the index does not name. content: one hash
+    over the weights' own hashes, known for models from the Hub; None elsewhere.
     """
 
     name: str

@@ -36,6 +36,7 @@ def as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
         {name: tensors[name] for name in checkpoint.tensors if name in tensors},
         checkpoint.hub,
         origin=checkpoint,
+        left_out=checkpoint.left_out,
     )
 
 

@@ -22,15 +22,12 @@ from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
+from laser.errors import DoubtWarning as DoubtWarning
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes whose numbers are the weights themselves
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
 PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
-
-
-class DoubtWarning(UserWarning):
-    """What a checkpoint's tensors are had to be guessed; the message lists what was taken for what."""
 
 
 @dataclass(frozen=True)

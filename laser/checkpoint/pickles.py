@@ -7,17 +7,15 @@ be, so a reduction of pickles writes safetensors.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from laser.checkpoint.formats import NO_MODEL, pointer
+from laser.checkpoint.formats import pointer
 from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
 from laser.errors import CheckpointError, first_line
@@ -28,21 +26,9 @@ SUFFIXES = (".bin", ".pt", ".pth")
 RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
 
 
-def find_pickles(path: Path) -> list[str]:
-    """Names of the pickles in a directory that may hold weights; PICKLE alone where it is among them."""
-    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NO_MODEL.fullmatch(p.name))
-    return [PICKLE] if PICKLE in names else names
-
-
 def safetensors_name(name: str) -> str:
     """The name of the safetensors file made from a pickle: pytorch_model-00001-of-00002.bin to model-...safetensors."""
     return re.sub(r"^pytorch_model", "model", Path(name).stem) + ".safetensors"
-
-
-def safetensors_index(index: Mapping[str, Any]) -> bytes:
-    """The index of the safetensors files made from the pickles that `index` lists: same tensors, other file names."""
-    weight_map = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
-    return (json.dumps(dict(index) | {"weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def read_pickle(path: Path, name: str | None = None) -> Shard:

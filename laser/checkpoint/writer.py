@@ -109,7 +109,9 @@ def write_checkpoint(
         jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
         _write_shards(source, out, jobs, compute, journal, records, hashes, done)
         ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
-        document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
+        document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {
+            "left_out": [*left_out, *source.left_out]
+        }
         document = {**document, "run": document.get("run", run)}
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between

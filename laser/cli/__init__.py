@@ -40,11 +40,14 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Doubts as a line for people; every other warning as it was."""
+    """Doubts as a line for people, each once; every other warning as it was."""
+    told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, DoubtWarning):
-            print(visible(f"laser: warning: {message}"), file=sys.stderr)
+            if str(message) not in told:
+                print(visible(f"laser: warning: {message}"), file=sys.stderr)
+            told.add(str(message))
         else:
             otherwise(message, category, *rest)
 

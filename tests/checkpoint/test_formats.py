@@ -170,6 +170,7 @@ def test_a_pointer_of_git_lfs_is_no_damaged_download(make_pico: Callable[..., Pa
         open_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore::laser.errors.DoubtWarning")  # vLLM would read others, or the name is unusual
 def test_weights_by_their_right_names_win_over_what_lies_beside_them(make_pico: Callable[..., Path]) -> None:
     path = make_pico(shards=1)
     for name in ("x.gguf", "tf_model.h5", "adapter_config.json", "model.fp16.safetensors", "model.onnx"):
@@ -181,6 +182,7 @@ def test_weights_by_their_right_names_win_over_what_lies_beside_them(make_pico: 
         open_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore::laser.errors.DoubtWarning")  # vLLM would read others, or the name is unusual
 @pytest.mark.parametrize(
     "name",
     [

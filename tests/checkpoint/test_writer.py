@@ -165,6 +165,7 @@ MODULES = json.dumps(
 )
 
 
+@pytest.mark.filterwarnings("ignore::laser.errors.DoubtWarning")  # vLLM would read others, or the name is unusual
 def test_what_lies_beside_the_weights_travels_or_is_named(pico: Path, tmp_path: Path) -> None:
     for name in BESIDE:
         (pico / name).parent.mkdir(parents=True, exist_ok=True)
