@@ -90,9 +90,8 @@ def _is_whole(folder: Path) -> bool:
     start = next((name for name in _order(folder) if (folder / name).exists()), None)
     if start is None or not start.endswith(".json"):
         return start is not None
-    return all(
-        (folder / name).exists() for name in index_at(folder / start).values()
-    )  # damaged: whoever opens it says how
+    files = set(index_at(folder / start).values())  # none where it is damaged: whoever opens it says how
+    return all((folder / name).exists() for name in files)
 
 
 def recognised(repo: str, revision: str | None) -> str | None:
