@@ -39,7 +39,10 @@ def leaderboard(
     force: common.Force = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval."""
+    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
+
+    Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
+    """
     checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
     choose_tasks(names)
@@ -56,6 +59,8 @@ def leaderboard(
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force)
+    if force:
+        _journal(output).unlink(missing_ok=True)
     where = choose_device(device).name
     board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
     if as_json:
@@ -108,10 +113,16 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words),
+        command=shlex.join(words), journal=_journal(output),
     )  # fmt: skip
     board.save(output)
+    _journal(output).unlink(missing_ok=True)
     return board
+
+
+def _journal(output: Path) -> Path:
+    """Where the tasks that are finished are kept until all are."""
+    return output.with_name(output.name + ".partial")
 
 
 def push(

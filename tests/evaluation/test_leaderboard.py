@@ -277,7 +277,7 @@ def test_difference_is_paired() -> None:
     # By hand: steps 0, 1, 0, 0 have mean 1/4 and variance (3/16 + 9/16) / 3 = 1/4.
     assert (step.mean, step.stderr, step.n) == (0.25, 0.25, 4)
     same = difference(a, a)
-    assert same is not None and (same.mean, same.stderr) == (0, None)  # alike: no spread, and so no error
+    assert same is not None and (same.mean, same.stderr) == (0, 0)  # no row changed
     one = difference(score(1), score(0))
     assert one is not None and (one.mean, one.stderr) == (-1, None)
     assert difference(a, score(1, 0, 1)) is None
@@ -300,7 +300,8 @@ def test_average_and_its_error() -> None:
         lambda d: d["scores"][0].pop("n"),
         lambda d: d.update(average=0.1),
         lambda d: d.update(scores=[]),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=1),
+        lambda d: d.update(version=3),
         lambda d: d.update(surplus=1),
     ],
 )
