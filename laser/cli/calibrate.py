@@ -86,6 +86,7 @@ def calibrate(
                 "output": str(output),
                 "source": asdict(moments.source),
                 "calibration": asdict(moments.calibration),
+                "windows_asked": cut.asked,
                 "tokens": {name: site.tokens for name, site in moments.sites.items()},
                 "unseen": unseen,
                 "seconds": seconds,

@@ -64,7 +64,7 @@ def eval(
     where = choose_device(device).torch_device
 
     def measure(name: str) -> Perplexity:
-        if Path(name).suffix == ".json":
+        if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
         checkpoint = open_checkpoint(name, "weights")
         cut = cut_windows(
@@ -143,11 +143,11 @@ def texts_of(
     return text_of(path, None if used else field, dataset), reported
 
 
-def fewer(text: str, windows: int, asked: int | None) -> str | None:
-    """A line for people where a text gave fewer windows than were asked for."""
-    if asked is None or windows >= asked:
+def fewer(text: str, found: int, asked: int | None, what: str = "windows") -> str | None:
+    """A line for people where a text gave fewer windows than were asked for, or a task fewer questions."""
+    if asked is None or found >= asked:
         return None
-    return f"{text} gives {windows} windows, fewer than the {asked} asked for: that is all of it"
+    return f"only {found} of the {asked} {what} that were asked for: {text} has no more"
 
 
 def _document(record: Perplexity) -> dict[str, Any]:

@@ -71,6 +71,9 @@ def leaderboard(
         [(s.task, s.metric, s.shots, s.n, s.value, s.stderr) for s in board.scores]
         + [("average", "", "", "", board.average, board.average_stderr)],
     )
+    for s in board.scores:
+        if s.undefined:
+            print(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
     if limit is not None:
         print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
     print(f"written to {output}")
@@ -175,7 +178,7 @@ def card(
 def _document(board: Leaderboard) -> dict[str, object]:
     """The record without its rows, which are for pairing and not for reading."""
     scores = [
-        {"task": s.task, "metric": s.metric, "value": s.value, "stderr": s.stderr, "n": s.n, "shots": s.shots}
+        {key: getattr(s, key) for key in ("task", "metric", "value", "stderr", "n", "shots", "undefined")}
         for s in board.scores
     ]
     return {"model": board.model, "average": board.average, "average_stderr": board.average_stderr, "scores": scores}

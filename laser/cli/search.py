@@ -214,8 +214,10 @@ def print_search(result: SearchResult) -> None:
         rows.append((t.label, t.rule, rank, change, digits(t.se), decision, f"{t.seconds:.1f}"))
     common.print_table(("candidate", "rule", "rank", "change", "±", "decision", "s"), rows)
     for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):
-        print(f"{what}: {_told(report)}")
-        if short := fewer(report.text, report.units, report.asked):
+        # What was selected on a text is no news of that text.
+        verdict = f": {report.verdict}" if what == "held out" and report.verdict else ""
+        print(f"{what}: {_told(report)}{verdict}")
+        if short := fewer(report.text, report.units, report.asked, report.unit_name):
             print(short)
     if result.rank_correlation is not None:
         print(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
@@ -228,9 +230,8 @@ def print_search(result: SearchResult) -> None:
 
 
 def _told(report: Report) -> str:
-    verdict = "" if report.verdict is None else f": {report.verdict}"
     before, after, d = (digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
     return (
         f"{report.objective} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} before, "
-        f"{after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}{verdict}"
+        f"{after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
     )

@@ -119,7 +119,8 @@ class Leaderboard:
             record = Leaderboard(scores=tuple(map(_score_of, document.pop("scores"))), **document)
             # A value that is not the mean of its rows was edited by hand.
             agrees = all(_agrees(score) for score in record.scores) and abs(record.average - averages["average"]) < 1e-9
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            circumstances(record, record)  # settings and versions are what they are compared as
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise RecordError(f"{path} is not a whole record ({error}); run `laser leaderboard` again") from error
         if not agrees:
             raise RecordError(f"{path}: a value is not the mean of its rows; run `laser leaderboard` again")

@@ -82,7 +82,9 @@ class Perplexity:
             mean, _ = weighted_mean(losses, counts)
             whole = len(losses) == record.windows and sum(counts) == record.tokens and math.isfinite(mean)
             agrees = whole and math.isclose(mean, record.nll, rel_tol=1e-9, abs_tol=1e-12)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+            if not all(isinstance(x, str) for x in (record.dtype, record.device, *record.versions.values())):
+                raise TypeError("dtype, device and versions are texts")
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise RecordError(f"{path} is not a whole evaluation ({error}); make it again with `laser eval`") from error
         if not agrees:
             raise RecordError(

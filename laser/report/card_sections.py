@@ -81,6 +81,13 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
             "Changes are paired, window by window or row by row; a verdict is given where the change is larger than "
             "its standard error."
         )
+    for who, board in (("source", before), ("this model", after)):
+        for score in board.scores if board else ():
+            if score.undefined:
+                notes.append(
+                    f"{score.undefined} of {score.n} rows of {TASKS[score.task].title} count 0 for {who}: no answer "
+                    "has any probability (0/0)."
+                )
     if any(board and (board.limit is not None) for board in (before, after)):
         limits = sorted({str(b.limit) for b in (before, after) if b and b.limit is not None})
         notes.append(

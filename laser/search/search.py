@@ -65,7 +65,12 @@ class Report:
     @property
     def verdict(self) -> str | None:
         """What the change says, in the words of every other comparison; None where it is not finite."""
-        return None if self.d is None else judge(self.d, self.se, lower_is_better=True, units="windows or questions")
+        return None if self.d is None else judge(self.d, self.se, lower_is_better=True, units=self.unit_name)
+
+    @property
+    def unit_name(self) -> str:
+        """What a value stands for."""
+        return "windows" if self.objective == "loss" else "questions"
 
 
 @dataclass(frozen=True)
