@@ -255,6 +255,12 @@ def test_measure_both_and_publish(
     assert main(["leaderboard", "out", *common]) == 0
     printed = capsys.readouterr().out
     assert "winogrande" in printed and f"written to {tmp_path / 'out' / LEADERBOARD}" in printed
+    assert "Winogrande (5-shot), acc, 7 rows" in printed and not list(Path("out/laser").glob("*.partial"))
+    assert main(["leaderboard", "out", *common, "--dtype", "bfloat16", "--force", "--json"]) == 0
+    odd = json.loads(capsys.readouterr().out)["against_source"]
+    assert [row["verdict"] for row in odd] == ["not like with like: dtype float32 against bfloat16"]
+    assert odd[0]["unlike"] == [{"what": "dtype", "before": "float32", "after": "bfloat16"}]
+    assert main(["leaderboard", "out", *common, "--force"]) == 0
     assert main(["leaderboard", "out", *common]) == 1  # there already
     assert main(["card", "out", "--source", "speaker"]) == 0
     text = Path("out/README.md").read_text()

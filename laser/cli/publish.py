@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
 from laser.reduction import Outcome
+from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
 
 
@@ -63,8 +64,10 @@ def leaderboard(
         _journal(output).unlink(missing_ok=True)
     where = choose_device(device).name
     board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
+    compared = _against_source(checkpoint, output, board)
     if as_json:
-        common.print_json(_document(board) | {"output": str(output)})
+        against = {"against_source": [asdict(row) for row in compared]} if compared else {}
+        common.print_json(_document(board) | against | {"output": str(output)})
         return
     common.print_table(
         ("task", "metric", "shots", "rows", "value", "standard error"),
@@ -76,7 +79,23 @@ def leaderboard(
             print(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
     if limit is not None:
         print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+    if compared:
+        common.print_table(
+            ("", "source", "this model", "change", "verdict"),
+            [(row.what, row.before, row.after, row.change, row.verdict) for row in compared],
+        )
     print(f"written to {output}")
+
+
+def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[Row]:
+    """The lines that the card will have, where the record of an output's source lies beside that of the output."""
+    source = checkpoint.path / LEADERBOARD_SOURCE
+    if output.resolve() != (checkpoint.path / LEADERBOARD).resolve() or not source.is_file():
+        return []
+    before = Leaderboard.load(source)
+    if before.identity != Outcome.load(checkpoint.path).plan.source.identity:
+        return []  # the card refuses it, and says so
+    return leaderboard_rows(before, board)
 
 
 def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:

@@ -255,7 +255,7 @@ def run_leaderboard(
         }
         kept = Journal(journal, run) if journal else None
         try:
-            finished = {entry["task"]: _score_of(entry) for entry in (kept.entries if kept else ())}
+            finished = _finished(kept) if kept else {}
             model = _load(checkpoint, device, dtype, batch_size)
             for task in chosen:
                 score = finished.get(task.name)
@@ -286,6 +286,18 @@ def run_leaderboard(
         versions=versions,
         command=command,
     )
+
+
+def _finished(journal: Journal) -> dict[str, TaskScore]:
+    """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
+    try:
+        scores = [_score_of(entry) for entry in journal.entries]
+        whole = all(_agrees(score) for score in scores)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        whole = False
+    if not whole:
+        raise RecordError(f"{journal.path} holds a task that is not whole; start afresh with --force")
+    return {score.task: score for score in scores}
 
 
 NEEDED = ("lm_eval", "accelerate")
@@ -373,8 +385,8 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     undefined = sum(map(math.isnan, rows))
     if undefined and task.metric != "mc2":
         raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32, and `laser verify`")
-    # mc2 is the share of the right answers in the sum of all answers' probabilities. A broken model's all underflow,
-    # and what is then 0/0 counted as 0 on the leaderboard.
+    # mc2 is the share of the right answers in the sum of all answers' probabilities. Where all of them underflow it is
+    # 0/0. The leaderboard gave a model with such a row 0 for the task; here the row counts 0, and all rows if all are.
     rows = [0.0 if math.isnan(x) else x for x in rows]
     parts = tuple(subjects) if task.subjects else ()
     mean, error = mean_and_error(rows, [count for _, count in subjects])
