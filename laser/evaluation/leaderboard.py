@@ -384,7 +384,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
         subjects.append((subject_of(task, name), len(samples)))
     undefined = sum(map(math.isnan, rows))
     if undefined and task.metric != "mc2":
-        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32, and `laser verify`")
+        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32 and --force")
     # mc2 is the share of the right answers in the sum of all answers' probabilities. Where all of them underflow it is
     # 0/0. The leaderboard gave a model with such a row 0 for the task; here the row counts 0, and all rows if all are.
     rows = [0.0 if math.isnan(x) else x for x in rows]
@@ -404,5 +404,5 @@ def _check_finite(sample: Mapping[str, Any], name: str) -> None:
         if isinstance(response, (tuple, list)) and math.isnan(float(response[0])):
             raise NumericalError(
                 f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; "
-                "try --dtype float32, and `laser verify` on the model"
+                "try --dtype float32 and --force, and `laser verify` on the model"
             )
