@@ -259,8 +259,8 @@ def test_boards_that_were_measured_otherwise_are_not_judged(
 
 
 def test_losses_that_were_measured_otherwise_are_not_judged(source: CardSource) -> None:
-    unlike = (Unlike("dtype", "float32", "bfloat16|<b>"),)
-    losses = losses_of_change(-0.2) | {"unlike": unlike}
+    losses = losses_of_change(-0.2)
+    losses["unlike"] = (Unlike("dtype", "float32", "bfloat16|<b>"),)
     text = card("m", outcome_of(), source, losses=losses)
     table = first_table(text)
     assert table.count("not like with like: dtype float32 against bfloat16\\|&lt;b>") == 2

@@ -218,7 +218,8 @@ def test_another_held_out_text_repeats_no_trial(
     assert len(trials) == count and len(passes) == 4
     assert decisions(other) == decisions(first) and other.plan == first.plan and other.held_out != first.held_out
     assert other.held_out == report_on(TEXT[7::-1] * 30, journal=None).held_out  # as if measured undisturbed
-    passes.clear(), trials.clear()
+    passes.clear()
+    trials.clear()
     assert report_on(TEXT[::-1]) == first and report_on(TEXT[7::-1] * 30) == other
     assert not passes and not trials
 
