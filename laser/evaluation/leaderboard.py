@@ -360,13 +360,25 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
 
 def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
     """Run the task's files in `folder` and pool their rows."""
-    # Without the packaged index: reading its thousands of files takes longer than a small task.
-    loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+    try:
+        # Without the packaged index: reading its thousands of files takes longer than a small task.
+        loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+    except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
+        raise UsageError(
+            f"the rows of {task.name} cannot be loaded ({_first(error)}); try --data FOLDER, or leave the task "
+            "out with --tasks"
+        ) from error
     for each in loaded["tasks"].values():
         each.set_fewshot_seed(seed=SEED)
-    # Without NumPy's word on 0/0, which is dealt with below.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
+    try:
+        # Without NumPy's word on 0/0, which is dealt with below.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"lm-eval cannot score the rows of {task.name} ({type(error).__name__}: {_first(error)}); compare them "
+            f"with those of {task.dataset[0]}, or leave the task out with --tasks"
+        ) from error
     if result is None:
         raise UsageError("lm-eval returned nothing: this is not its first process; run without a launcher")
     metric, _, picked = task.key.partition(",")
@@ -396,6 +408,11 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     return TaskScore(
         task.name, task.metric, mean, error, len(rows), task.shots, tuple(rows), parts, asked.hexdigest(), undefined
     )
+
+
+def _first(error: Exception) -> str:
+    """The first line of a message that may have many, or none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_finite(sample: Mapping[str, Any], name: str) -> None:

@@ -17,6 +17,7 @@ folder of JSON lines. There the examples must not be rows that are scored:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Task:
     metric: str  # as the leaderboard calls it
     key: str  # lm-eval's "metric,filter"
     file: str  # local rows
+    fields: tuple[str, ...]  # that each of them has
     title: str
     dataset: tuple[str, str | None, str]  # Hub name, configuration, split that is scored
     examples: str | None = None  # local file of the few-shot examples; None: held out from `file`
@@ -54,6 +56,7 @@ TASKS: dict[str, Task] = {
             "acc_norm",
             "acc_norm,none",
             "arc_challenge.jsonl",
+            ("question", "choices", "answerKey"),
             "AI2 Reasoning Challenge (25-Shot)",
             ("ai2_arc", "ARC-Challenge", "test"),
         ),
@@ -64,6 +67,7 @@ TASKS: dict[str, Task] = {
             "acc_norm",
             "acc_norm,none",
             "hellaswag.jsonl",
+            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
             "HellaSwag (10-Shot)",
             ("hellaswag", None, "validation"),
         ),
@@ -74,6 +78,7 @@ TASKS: dict[str, Task] = {
             "acc",
             "acc,none",
             "mmlu_20_per_subject.jsonl",
+            ("subject", "question", "choices", "answer"),
             "MMLU (5-Shot)",
             ("cais/mmlu", "all", "test"),
             hub_examples=None,  # the packaged file says dev
@@ -86,6 +91,7 @@ TASKS: dict[str, Task] = {
             "mc2",
             "acc,none",
             "truthfulqa_mc.jsonl",
+            ("question", "mc2_targets"),
             "TruthfulQA (0-shot)",
             ("truthful_qa", "multiple_choice", "validation"),
             hub_examples=None,
@@ -97,6 +103,7 @@ TASKS: dict[str, Task] = {
             "acc",
             "acc,none",
             "winogrande.jsonl",
+            ("sentence", "option1", "option2", "answer"),
             "Winogrande (5-shot)",
             ("winogrande", "winogrande_xl", "validation"),
         ),
@@ -107,6 +114,7 @@ TASKS: dict[str, Task] = {
             "exact_match",
             "exact_match,strict-match",  # "#### number", as the leaderboard's version of the harness asked
             "gsm8k_test.jsonl",
+            ("question", "answer"),
             "GSM8k (5-shot)",
             ("gsm8k", "main", "test"),
             examples="gsm8k_train_300.jsonl",
@@ -138,9 +146,12 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
     pool: list[dict[str, Any]] | None = None
     if task.examples:
         examples, more = _read(data / task.examples, task)
+        _require_fields(task, examples)
         pool, hashes = [row.entries for row in examples], hashes | more
     if not task.subjects:
-        return [_write_local(task, packaged, folder, "", rows, pool, data)], hashes
+        names = [_write_local(task, packaged, folder, "", rows, pool, data)]
+        _require_fields(task, found)
+        return names, hashes
     known = _subjects(packaged)
     by_subject: dict[str, list[dict[str, Any]]] = {}
     for row in found:
@@ -151,9 +162,21 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
                 f"{known[0]!r}"
             )
         by_subject.setdefault(subject, []).append(row.entries)
-    return [
+    names = [
         _write_local(task, packaged, folder, subject, by_subject[subject], pool, data) for subject in sorted(by_subject)
-    ], hashes
+    ]
+    _require_fields(task, found)
+    return names, hashes
+
+
+def _require_fields(task: Task, rows: Sequence[Row]) -> None:
+    """Raises RecordError for a row without something to ask: lm-eval would ask the text "None"."""
+    for row in rows:
+        if absent := [field for field in task.fields if row.entries.get(field) is None]:
+            raise RecordError(
+                f"{row.where}: {absent[0]} is absent or null; a row of {task.name} has "
+                f"{', '.join(task.fields)}: mend or remove it"
+            )
 
 
 def _subjects(packaged: Path) -> list[str]:

@@ -378,6 +378,34 @@ def test_bad_rows(
         write_tasks(TASKS[task], packaged, tmp_path / "tasks", data)
 
 
+@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("value", [None, ...])
+def test_a_row_without_something_to_ask_is_named(
+    name: str, value: Any, data: Path, packaged: Path, tmp_path: Path
+) -> None:
+    """lm-eval would ask about "None". The last row of each file, so that all others are whole."""
+    task = TASKS[name]
+    for field in task.fields:
+        rows = rows_of(name, COUNTS[name])
+        rows[-1] = {k: v for k, v in rows[-1].items() if k != field} | ({} if value is ... else {field: value})
+        write_rows(data / task.file, rows)
+        with pytest.raises(RecordError, match=f"line {len(rows)}: .*{field}"):
+            write_tasks(task, packaged, tmp_path / "tasks", data)
+    write_rows(data / task.file, rows_of(name, COUNTS[name]))
+    write_tasks(task, packaged, tmp_path / "tasks", data)
+
+
+@needs_lm_eval
+def test_rows_that_lm_eval_cannot_score_or_load_are_told(speaker: Path, data: Path) -> None:
+    rows = rows_of("arc_challenge", COUNTS["arc_challenge"])
+    rows[27]["answerKey"] = "E"  # of four choices
+    write_rows(data / TASKS["arc_challenge"].file, rows)
+    with pytest.raises(RecordError, match="lm-eval cannot score the rows of arc_challenge"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=("arc_challenge",))
+    with pytest.raises(UsageError, match=r"the rows of winogrande cannot be loaded .*; try --data FOLDER"):
+        run_leaderboard(open_checkpoint(speaker), tasks=("winogrande",))  # no network here
+
+
 def test_tasks_come_in_the_order_of_the_table() -> None:
     assert [t.name for t in choose_tasks(("gsm8k", "mmlu"))] == ["mmlu", "gsm8k"]
     assert [t.name for t in choose_tasks(None)] == list(TASKS)
