@@ -292,11 +292,12 @@ def _finished(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     try:
         scores = [_score_of(entry) for entry in journal.entries]
-        whole = all(_agrees(score) for score in scores)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        whole = False
-    if not whole:
-        raise RecordError(f"{journal.path} holds a task that is not whole; start afresh with --force")
+        if not all(_agrees(score) for score in scores):
+            raise ValueError("a value is not the mean of its rows")
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise RecordError(
+            f"{journal.path} holds a task that is not whole ({error}); start afresh with --force"
+        ) from error
     return {score.task: score for score in scores}
 
 

@@ -268,7 +268,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
     whole_lines = path.read_text()
     for broken in ('{"task": "mmlu"}', whole_lines.splitlines()[1].replace('"n": ', '"n": 1')):
         path.write_text(whole_lines.splitlines()[0] + "\n" + broken + "\n")
-        with pytest.raises(RecordError, match="holds a task that is not whole; start afresh with --force"):
+        with pytest.raises(RecordError, match=r"holds a task that is not whole .*; start afresh with --force"):
             run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     path.write_text(whole_lines)
     # another measurement does not go on from there: other options, other rows, other weights under the same headers
