@@ -85,8 +85,11 @@ def write_card(
         losses, trials = _searched(out / SEARCH)
     a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, source_id)
     b = _record(Perplexity, eval_after or out / EVAL, eval_after, result_id)
+    if (eval_before or eval_after) and not (a and b):
+        raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
     if a and b:
-        losses = losses_of(a, b, difference(a, b), a.text)
+        change = difference(a, b)
+        losses = losses_of(a, b, change, a.text, change.unlike)
     rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
     commands = commands or _commands(out, outcome)
     text = card(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,23 @@ def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: 
     (out / "before.json").rename(out / EVAL_SOURCE)
     (out / "after.json").rename(out / EVAL)
     assert write_card(out).read_text() == text  # where the card looks for them
+
+
+def test_evaluations_of_two_precisions_are_not_judged(
+    reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = reduced
+    after = replace(loss(open_checkpoint(out).identity, 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
+    (out / EVAL).parent.mkdir()
+    loss(source.identity, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
+    after.save(out / EVAL)
+    text = write_card(out).read_text()
+    assert text.count("not like with like: dtype float32 against bfloat16, device cpu against cuda") == 2
+    assert "Worse than the source" not in text and "**worse**" not in text
+    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 0  # the other lies in its place
+    (out / EVAL).unlink()
+    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 2
+    assert "give both --eval-before and --eval-after" in capsys.readouterr().err
 
 
 def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
@@ -278,6 +296,12 @@ def test_measure_both_and_publish(
     assert main(["leaderboard", "out", *common]) == 0
     printed = capsys.readouterr().out
     assert "winogrande" in printed and f"written to {tmp_path / 'out' / LEADERBOARD}" in printed
+    assert "Winogrande (5-shot), acc, 7 rows" in printed and not list(Path("out/laser").glob("*.partial"))
+    assert main(["leaderboard", "out", *common, "--dtype", "bfloat16", "--force", "--json"]) == 0
+    odd = json.loads(capsys.readouterr().out)["against_source"]
+    assert [row["verdict"] for row in odd] == ["not like with like: dtype float32 against bfloat16"]
+    assert odd[0]["unlike"] == [{"what": "dtype", "before": "float32", "after": "bfloat16"}]
+    assert main(["leaderboard", "out", *common, "--force"]) == 0
     assert main(["leaderboard", "out", *common]) == 1  # there already
     assert main(["card", "out", "--source", "speaker"]) == 0
     text = Path("out/README.md").read_text()

@@ -48,7 +48,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; try `laser {kind} --help` for how to make a {kind}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
     check_header(document, path, kind, version)
     return document
@@ -88,7 +88,7 @@ class Journal:
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not line.endswith(b"\n") or not isinstance(entry, dict):
                 break

@@ -22,7 +22,7 @@ from laser.cli.flow import (
     Shrink,
     TwoSided,
 )
-from laser.cli.measure import Stream, TextFile, WindowLength, text_of
+from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
@@ -30,7 +30,7 @@ from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, load_tokenizer
+from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan
@@ -65,10 +65,11 @@ def run(
     accept: Annotated[str | None, typer.Option("--accept", help=f"In a search: {', '.join(ACCEPT)}.")] = None,
     order: Annotated[str | None, typer.Option("--order", help="In a search: layers or snr.")] = None,
     text: TextFile = None,
+    field: Field = None,
     held_out: Annotated[Path | None, typer.Option("--held-out", help="Text that a search reports on.")] = None,
     window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search.")] = 16,
-    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on.")] = 16,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search; 0: all.")] = 16,
+    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
     stream: Stream = False,
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
@@ -119,6 +120,7 @@ def run(
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     known = common.moments_of(moments)
+    texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def here() -> Device:
@@ -130,7 +132,7 @@ def run(
             metric = "data" if wanted.startswith(DATA) else "plain"
             return make_plan(spectra, wanted.removeprefix(DATA), chosen, lowest_snr=count, metric=metric, **treatment)
         result = _search(
-            checkpoint, spectra, wanted, text_of(text, None, None), held_out, window, windows, held_out_windows,
+            checkpoint, spectra, wanted, *texts, window, windows, held_out_windows,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
             order=order or flags.get("order", "layers"), device=here(), stream=stream,
             journal=records_of(output) / "search.jsonl", moments=known,
@@ -173,8 +175,8 @@ def _search(
     checkpoint: Checkpoint,
     spectra: Spectra,
     rules: str,
-    text: Any,
-    held_out: Path | None,
+    text: Text,
+    held_out: Text | None,
     window: int,
     windows: int,
     held_out_windows: int,
@@ -185,7 +187,7 @@ def _search(
 ) -> SearchResult:
     tokenizer = load_tokenizer(checkpoint.path)
     calibration, reported = objectives_of(
-        checkpoint, tokenizer, "loss", None, text, held_out, None, window, windows, held_out_windows
+        checkpoint, tokenizer, "loss", None, text, held_out, window, windows, held_out_windows
     )
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
     wanted = [rule for rule in rules.split(",") if rule]

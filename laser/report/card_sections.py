@@ -52,8 +52,16 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
         return "\n\n".join(parts)
     worse = [row.what for row in rows if row.worse]
     better = [row.what for row in rows if row.better]
+    odd = list(dict.fromkeys(str(difference) for row in rows for difference in row.unlike))
+    if odd:
+        parts.append(
+            f"**Not like with like**: source and this model were measured with {cell('; '.join(odd))}. Such lines do "
+            "not tell which of the two is better; measure both again in the same way."
+        )
     if worse:
         parts.append(f"**Worse than the source** on: {cell('; '.join(worse))}.")
+    elif odd and not any(row.compared for row in rows):
+        pass  # what there is to say stands above
     elif not any(row.compared for row in rows):
         parts.append("**Nothing was measured on both models**, so whether this one is worse is not known.")
     elif not better:
@@ -64,17 +72,24 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
             cell(r.before),
             cell(r.after),
             cell(r.change),
-            f"**{cell(r.verdict)}**" if r.worse else r.verdict,
+            f"**{cell(r.verdict)}**" if r.worse else cell(r.verdict),
         )
         for r in rows
     ]
     parts.append(table(("", "source", "this model", "change", "verdict"), cells, right=(1, 2, 3)))
-    notes = ["± is one standard error; a figure without it has too few rows, or rows all alike, to tell its error."]
+    notes = ["± is one standard error: 0 where all rows are alike, and left out where a single one was measured."]
     if losses or (before and after):
         notes.append(
             "Changes are paired, window by window or row by row; a verdict is given where the change is larger than "
             "its standard error."
         )
+    for who, board in (("source", before), ("this model", after)):
+        for score in board.scores if board else ():
+            if score.undefined:
+                notes.append(
+                    f"{score.undefined} of {score.n} rows of {TASKS[score.task].title} count 0 for {who}: no answer "
+                    "has any probability (0/0)."
+                )
     if any(board and (board.limit is not None) for board in (before, after)):
         limits = sorted({str(b.limit) for b in (before, after) if b and b.limit is not None})
         notes.append(

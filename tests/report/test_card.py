@@ -17,6 +17,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.verdict import Unlike
 from laser.plan import Plan, PlanLine
 from laser.reduction import Outcome
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
@@ -194,6 +195,89 @@ def test_boards_of_other_rows_are_not_subtracted(source: CardSource) -> None:
     assert "**Nothing was measured on both models**" in alone
     partly = compare(None, board_of(0.5), board_of(0.5, names=("mmlu",)))
     assert len(partly) == 6 and sum(r.after == "not measured" for r in partly) == 5  # and no average of unlike sets
+
+
+def test_an_average_has_its_error_where_a_task_did_not_change() -> None:
+    """One task -0.05 ± 0.0615 and one that changed on none of its 40 rows: -0.025 ± 0.031, which decides nothing."""
+
+    def board(*rows: float) -> Leaderboard:
+        values = [(1.0,) * 20 + (0.0,) * 20, rows]
+        scores = [
+            TaskScore(name, TASKS[name].metric, sum(r) / 40, 0.08, 40, 5, tuple(r))
+            for name, r in zip(("hellaswag", "winogrande"), values, strict=True)
+        ]
+        return Leaderboard("m", "i", tuple(scores), None, {}, {}, {}, None)
+
+    before, after = [1.0] * 4 + [0.0] * 36, [0.0] * 4 + [1.0] * 2 + [0.0] * 34
+    still, moved, average = compare(None, board(*before), board(*after))
+    assert (still.change, still.verdict) == ("+0.00 ± 0.00 %", UNDECIDED)
+    assert (moved.change, moved.verdict) == ("-5.00 ± 6.15 %", UNDECIDED)
+    assert (average.change, average.verdict) == ("-2.50 ± 3.07 %", UNDECIDED)
+    # Two of 40 rows worse and the other task untouched: the average's error is half of the task's.
+    _, moved, average = compare(None, board(*[1.0] * 40), board(*[0.0] * 2 + [1.0] * 38))
+    assert (moved.change, average.change) == ("-5.00 ± 3.49 %", "-2.50 ± 1.74 %")
+    assert moved.verdict == average.verdict == "worse"
+
+
+def test_too_few_rows_are_said_only_of_one_row() -> None:
+    names = ("hellaswag", "winogrande")
+    few = compare(None, board_of(1, rows=1, names=names), board_of(0, rows=1, names=names))
+    assert {row.verdict for row in few} == {"worse, by an unknown error (too few rows)"}
+    all_alike = compare(None, board_of(1, rows=2, names=names), board_of(0, rows=2, names=names))
+    assert {row.verdict for row in all_alike} == {"worse"}
+    for rows in (1, 2, 40):
+        same = compare(None, board_of(1, rows=rows, names=names), board_of(1, rows=rows, names=names))
+        assert {row.verdict for row in same} == {UNDECIDED}
+        assert [row.change for row in same] == ["+0.00 ± 0.00 %"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"settings": {"device": "cuda:0", "dtype": "bfloat16", "batch_size": 1}},
+            ("device cpu against cuda, dtype float32 against bfloat16",),
+        ),
+        ({"settings": {"device": "cpu", "dtype": "float32", "batch_size": 8}}, ("batch_size 1 against 8",)),
+        ({"versions": {"lm-eval": "0.4.12"}}, ("lm-eval 0.4.13 against 0.4.12",)),
+        ({"versions": {"lm-eval": "0.4.13", "transformers": "6"}}, ("transformers unknown against 6",)),
+    ],
+)
+def test_boards_that_were_measured_otherwise_are_not_judged(
+    change: dict[str, Any], told: tuple[str, ...], source: CardSource
+) -> None:
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+    before = dataclasses.replace(board_of(1, rows=16), settings=settings)
+    after = dataclasses.replace(board_of(0.5, rows=16), settings=settings)
+    assert {r.verdict for r in compare(None, before, after)} == {"worse"}
+    after = dataclasses.replace(after, **change)
+    rows = compare(None, before, after)
+    assert len(rows) == 7 and not any(r.worse or r.better or r.compared for r in rows)
+    assert all(r.verdict.startswith("not like with like: ") and all(t in r.verdict for t in told) for r in rows)
+    text = card("m", outcome_of(), source, before=before, after=after)
+    assert "**Not like with like**: source and this model were measured with" in text
+    assert "Worse than the source" not in text and "no gain was measured" not in text
+    assert "Nothing was measured on both models" not in text
+
+
+def test_losses_that_were_measured_otherwise_are_not_judged(source: CardSource) -> None:
+    losses = losses_of_change(-0.2)
+    losses["unlike"] = (Unlike("dtype", "float32", "bfloat16|<b>"),)
+    text = card("m", outcome_of(), source, losses=losses)
+    table = first_table(text)
+    assert table.count("not like with like: dtype float32 against bfloat16\\|&lt;b>") == 2
+    assert "better |" not in table and "**Not like with like**" in text
+    # Beside lines that are comparable, those are still judged.
+    both = card("m", outcome_of(), source, losses=losses, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
+    assert "**Worse than the source** on: AI2" in both and "**Not like with like**" in both
+
+
+def test_rows_that_count_0_are_said(source: CardSource) -> None:
+    board = board_of(0, names=("truthfulqa_mc2",))
+    broken = dataclasses.replace(board, scores=(dataclasses.replace(board.scores[0], undefined=3),))
+    text = card("m", outcome_of(), source, before=board, after=broken)
+    assert "3 of 4 rows of TruthfulQA (0-shot) count 0 for this model: no answer has any probability (0/0)." in text
+    assert "for source" not in text
 
 
 def test_a_cut_run_on_local_rows_is_called_a_smoke_test(source: CardSource) -> None:
