@@ -14,7 +14,7 @@ from laser.errors import UsageError
 from laser.spectral.data_metric import data_values
 from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device
-from laser.spectral.rules import signal_to_noise
+from laser.spectral.rules import energy_share, signal_to_noise
 
 if TYPE_CHECKING:
     from laser.measured import Measured
@@ -113,6 +113,5 @@ def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int)
     reason = f"{line.reason}; in the metric of {tokens} tokens"
     if rank == shown:
         reason += f", which show {shown} directions"
-    energy = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
-    snr = signal_to_noise(s, rank)
+    snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
     return replace(line, action="reduce", snr=snr, energy_kept=energy, reason=reason)

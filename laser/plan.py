@@ -20,7 +20,7 @@ from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.resolution import at_threshold, precision_of
-from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
+from laser.spectral.rules import RULES, apply_rule, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import Gains, check_shrinker
 
 KIND, VERSION = "plan", 1
@@ -229,8 +229,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
     near = f"; {near}" if near else ""
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason + near)
-    total = float(np.sum(s**2))
-    if not total:
+    if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
     if treatment.metric == "data" and spectra.data is not None:
         return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
@@ -249,7 +248,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         action="reduce",
         rank=kept + below,
         snr=signal_to_noise(s, cut.rank),
-        energy_kept=float(np.sum((g * s) ** 2)) / total,
+        energy_kept=energy_share(s, g),
         fit=fit.distance,
         fit_level=fit.level,
         edge_shift=shift,
@@ -270,6 +269,9 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         line = replace(line, reason=f"{line.reason}; {heavy}")
     if np.all(g == 1):
         return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values{near}")
+    if np.all(g[s > 0] == 1):
+        why = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
+        return replace(line, action="keep", reason=why)
     if treatment.require_fit is not None and fit.level < treatment.require_fit:
         why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
         return replace(line, action="keep", reason=why)
@@ -278,6 +280,10 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
 
 def _describe(fit: NoiseFit) -> str:
     return f"distance {fit.distance:.3g}, level {fit.level:.3g}"
+
+
+def _snr(line: PlanLine) -> str:
+    return "no SNR: what it removes is 0, and it" if line.snr is None else f"SNR {line.snr:.4g}"
 
 
 def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
@@ -289,8 +295,8 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
     return [
         replace(line, reason=f"{line.reason}; SNR {line.snr:.4g} is number {lowest[line.name]} from below")
         if line.name in lowest
-        else replace(line, action="keep", reason=f"SNR {line.snr:.4g} is not among the {count} lowest")
-        if line.action == "reduce"
         else line
+        if line.action != "reduce"
+        else replace(line, action="keep", reason=f"{_snr(line)} is not among the {count} lowest")
         for line in lines
     ]

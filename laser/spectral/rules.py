@@ -21,6 +21,7 @@ from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.fit import standard_error
 from laser.spectral.noise import Shape, Spectrum
+from laser.spectral.unit import unit_of
 
 BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
 
@@ -227,13 +228,25 @@ def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = Non
     rule, argument = parse_rule(spec)
     if len(s) == 0 or s[0] == 0:
         return Cut(0, 0.0, 0.0, "zero matrix")
-    if not rule.needs_null:
-        return rule.cut(s, shape, argument)
-    cut = rule.cut(np.empty(0) if null is None else null, shape, argument)
-    return _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
+    u = unit_of(s)  # squares of what follows stay in range
+    s = s / u
+    if rule.needs_null:
+        cut = rule.cut(np.empty(0) if null is None else null / u, shape, argument)
+        cut = _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
+    else:
+        cut = rule.cut(s, shape, argument)
+    threshold, sigma = (None if x is None else x * u for x in (cut.threshold, cut.sigma))
+    return replace(cut, threshold=threshold, sigma=sigma)
+
+
+def energy_share(s: Spectrum, gains: Spectrum) -> float:
+    """sum((g s)^2) / sum(s^2) for singular values `s` (p,), not all 0, and what becomes of each, `gains` (p,)."""
+    s = s / unit_of(s)
+    return float(np.sum((gains * s) ** 2)) / float(np.sum(s**2))
 
 
 def signal_to_noise(s: Spectrum, rank: int) -> float | None:
     """sum(s > t) / sum(s <= t) (LaserRMT). None, not infinite, where nothing is at or below the threshold."""
+    s = s / unit_of(s)  # a sum may leave the range, too
     noise_sum = float(s[rank:].sum())
     return float(s[:rank].sum()) / noise_sum if noise_sum > 0 else None
