@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
+from laser.records import require_keys, value_of
 from laser.spectral.data_metric import data_values
 from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device
@@ -59,10 +60,18 @@ class InData:
         return InData(asdict(moments.calibration), seen, values, nulls, failed)
 
     @staticmethod
-    def from_file(header: Mapping[str, Any] | None, vectors: Vectors) -> InData | None:
-        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none."""
+    def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
+        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none.
+
+        Raises RecordError, which begins with `where` and ends with `remedy`.
+        """
         if header is None:
             return None
+        header = value_of(Mapping[str, Any], header, "data", where, remedy)
+        require_keys(header, ("calibration", "seen"), ("failed",), where, remedy)
+        kinds = {"calibration": Mapping[str, Any], "seen": Mapping[str, int], "failed": Mapping[str, str]}
+        for key in header:
+            value_of(kinds[key], header[key], key, where, remedy)
         values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
         return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
 

@@ -38,8 +38,8 @@ def largest_entry(W: torch.Tensor) -> float:
     """The largest absolute value in W; NaN where one is in it. One pass and no copy: 3 ms for 4096 x 4096."""
     if not W.numel():
         return 0.0
-    low, high = torch.aminmax(W.detach())
-    return max(abs(float(low)), abs(float(high))) if low == low else math.nan
+    low, high = (float(x) for x in torch.aminmax(W.detach()))
+    return math.nan if math.isnan(low) else max(abs(low), abs(high))
 
 
 def in_unit(W: torch.Tensor) -> tuple[torch.Tensor, float]:
