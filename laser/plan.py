@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.resolution import at_threshold, precision_of
-from laser.spectral.rules import RULES, apply_rule, energy_share, parse_rule, signal_to_noise
+from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 
 KIND, VERSION = "plan", 1
@@ -183,7 +184,7 @@ class Plan:
         self.source.require(checkpoint, "plan")
         if wrong := self.unlike(list_matrices(checkpoint)):
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise RecordError(f"the plan is not of {checkpoint.name}: {wrong[0]}{more}; mend the line or plan again")
+            raise RecordError(f"the plan does not fit {checkpoint.name}: {wrong[0]}{more}; mend the line or plan again")
         now = Source.of(checkpoint)
         for key in ("parameters", "unindexed"):
             told, there = getattr(self.source, key), getattr(now, key)
@@ -310,12 +311,37 @@ def make_plan(
                 "--fewest-tokens with moments that were made with --shrink"
             )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
+    warn_of_crowds(spectra, rule, [line.name for line in lines if line.rank is not None])
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
     calibration = spectra.data.calibration if spectra.data and metric == "data" else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
+
+
+class CrowdWarning(UserWarning):
+    """Spikes are so many that a rule takes them for noise; the message lists the matrices."""
+
+
+def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
+    """Warns (CrowdWarning) where some of these matrices have more spikes than `rule` can bear, see `crowd`."""
+    if parse_rule(rule)[0].reads is None:
+        return
+    wanted, found = set(names), []
+    for matrix in spectra.matrices:
+        if matrix.name in wanted and matrix.name in spectra.values:
+            s = spectra.values[matrix.name]
+            if (spikes := crowd(rule, s, (matrix.shape[0], matrix.shape[1]))) is not None:
+                found.append(f"{matrix.name} ({spikes} of {len(s)})")
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"rule {rule} takes spikes for noise where they are many, as in {', '.join(found[:3])}{more}; "
+            "try --rule mp-edge",
+            CrowdWarning,
+            stacklevel=3,
+        )
 
 
 def empty_plan(spectra: Spectra) -> Plan:
@@ -339,6 +365,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
     near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
     near = f"; {near}" if near else ""
+    if (spikes := crowd(treatment.rule, s, shape)) is not None:
+        near += f"; {spikes} of {len(s)} values stand out, more than this rule can tell from noise"
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason + near)
     if not s.any():
         return replace(line, rank=0, energy_kept=1.0)

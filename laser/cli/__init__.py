@@ -13,6 +13,7 @@ import typer
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
+from laser.plan import CrowdWarning
 
 app = typer.Typer(
     name="laser",
@@ -41,7 +42,7 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     """Doubts as a line for people; every other warning as it was."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, DoubtWarning):
+        if issubclass(category, DoubtWarning | CrowdWarning):
             print(f"laser: warning: {message}", file=sys.stderr)
         else:
             otherwise(message, category, *rest)
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", DoubtWarning)
+            for kind in (DoubtWarning, CrowdWarning):
+                warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:

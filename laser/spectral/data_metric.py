@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
-from laser.spectral.unit import in_unit, largest_entry
 from laser.spectral.second_moments import shrinkage
+from laser.spectral.unit import in_unit, largest_entry
 
 INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from laser.spectral.data_metric import Metric, check_matrix, shrinkage_in_metric
 from laser.spectral.devices import Device, full_precision, on_device_or_host
 from laser.spectral.gram import to_host
-from laser.spectral.unit import in_unit
 from laser.spectral.permutation import (
     DENSE,
     Product,
@@ -22,6 +21,7 @@ from laser.spectral.permutation import (
     largest_singular_value,
     permuted,
 )
+from laser.spectral.unit import in_unit
 
 
 def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
