@@ -20,10 +20,11 @@ import numpy as np
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.fit import standard_error
+from laser.spectral.fit import fit_noise, standard_error
 from laser.spectral.noise import Shape, Spectrum
 from laser.spectral.unit import unit_of
 
+UNFIT = 0.01  # level of a fit under which a law of noise is not believed
 BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
 
 
@@ -252,16 +253,21 @@ def crowd(spec: str, s: Spectrum, shape: Shape) -> int | None:
 
     The estimates of `mp-iqr` and `bema` read the spectrum up to its 0.75 and 0.8 quantile. With more spikes than the
     rest of it they read spikes as noise, and the threshold leaps over most of them. Spikes are counted by the trimmed
-    median, which bears half of the spectrum. On pure noise it counts 1 at the most in 100 matrices, so that no such
-    matrix of p >= 8 is ever told to be crowded (LOG.md). Rows of very unequal variance look crowded as well.
+    median, which bears half of the spectrum. Rows of very unequal variance stand out like spikes, and such noise is
+    what `bema` is for: of it no more is said than where its own law does not fit. Fewer than BEMA_FEWEST values are not
+    asked. Alarms on pure noise and hits on planted spikes are in LOG.md.
     """
     rule, _ = parse_rule(spec)
-    if rule.reads is None or len(s) == 0 or s[0] == 0:
+    if rule.reads is None or rule.estimator is None or len(s) < noise.BEMA_FEWEST or s[0] == 0:
         return None
     if rule.estimator == "iqr" and not _iqr_tells(shape):  # then it is the median's
         return None
     spikes = noise.estimate(s, shape, "trimmed").signals
-    return spikes if spikes > (1 - rule.reads) * len(s) + 1e-9 else None
+    if spikes <= (1 - rule.reads) * len(s) + 1e-9:
+        return None
+    if rule.estimator == "bema" and fit_noise(s, shape, "bema").level > UNFIT:
+        return None
+    return spikes
 
 
 def _iqr_tells(shape: Shape) -> bool:
