@@ -89,7 +89,7 @@ def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
     W, u = in_unit(W)
     ladder = steps("gram" if method == "projector" else method, device)
     found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
-    return Values(_in_range(found * u), step, note)
+    return Values(_scaled(found, u), step, note)
 
 
 def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
@@ -132,7 +132,7 @@ def visit(
 
     def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
         factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
-        s = _in_range(factors.singular_values * u)
+        s = _scaled(factors.singular_values, u)
         gains = decide(s)
         if gains is None:
             return s, None
@@ -148,7 +148,10 @@ def visit(
     return Visit(Values(s, step, note), found)
 
 
-def _in_range(s: Spectrum) -> Spectrum:
+def _scaled(s: Spectrum, u: float) -> Spectrum:
+    """s * u. Raises NumericalError where that is no number."""
+    with np.errstate(over="ignore"):
+        s = s * u
     if not np.isfinite(s).all():
         raise NumericalError("the largest singular value leaves the range of float64; try --exclude this matrix")
     return s
