@@ -1,4 +1,4 @@
-"""Spectra files that were changed: refused with a sentence, whatever was changed; and matrices at the edges, end to end."""
+"""Spectra files that were changed: refused with a sentence. And matrices at the edges of arithmetic, end to end."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ def test_one_huge_entry_does_not_end_the_scan(make_pico: Callable[..., Path], tm
         assert len(laser.scan(checkpoint, null_draws=2).values) == 3
         plan = laser.make_plan(laser.scan(checkpoint), "mp-edge", lowest_snr=2)
         assert plan.lines[1].action == "keep"  # the rest is 0 beside it, and no SNR is to be had
-        assert run("run", checkpoint.path, "-o", tmp_path / f"{size:g}-out", "--recipe", "laser-rmt")[0] == 0
+        assert (
+            run("run", checkpoint.path, "-o", tmp_path / f"{size:g}-out", "--rule", "laser-rmt", "--no-search")[0] == 0
+        )
 
 
 def test_what_was_cut_once_is_kept_by_the_next_cut(make_pico: Callable[..., Path], tmp_path: Path, run: Any) -> None:
@@ -175,7 +177,7 @@ def test_what_was_cut_once_is_kept_by_the_next_cut(make_pico: Callable[..., Path
             assert all(line.snr is not None for line in plan.reductions.values())
     assert "are 0" in laser.make_plan(spectra, "rank:20").lines[0].reason
     assert set(laser.make_plan(spectra, "rank:11").reductions) == set(spectra.values)  # what is there can be cut
-    code, said, _ = run("run", again.path, "-o", tmp_path / "twice", "--recipe", "laser-rmt")
+    code, said, _ = run("run", again.path, "-o", tmp_path / "twice", "--rule", "laser-rmt", "--no-search")
     assert code == 0 and "2 to keep" in said
 
 

@@ -27,7 +27,7 @@ TOLERANCE = 1e-6  # relative, of the squared value; the null's own spread is p^(
 
 
 def permuted(W: torch.Tensor, seed: int, kind: str = "entries") -> torch.Tensor:
-    """W (m, n) with its entries in random order, over the matrix or within each row (`rows`); float32, of a float64 W 64.
+    """W (m, n) with its entries in random order, over the matrix or within each row (`rows`); float32, as float64 W.
 
     `rows` keeps each row's variance and is the null of noise whose rows differ. The same seed gives the same order.
     Raises UsageError for another kind.

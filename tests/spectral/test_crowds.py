@@ -29,7 +29,7 @@ def planted(count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_sixty_spikes_of_192_are_seen_and_said() -> None:
-    for seed in range(5):
+    for seed in range(2):
         s = planted(60, seed)
         for rule in RULES:
             assert apply_rule(rule, s, SHAPE).rank < 40  # wrong,
@@ -48,12 +48,12 @@ def test_few_spikes_are_found_without_a_word() -> None:
 @pytest.mark.parametrize("shape", [(8, 16), (32, 48), (64, 64), SHAPE])
 def test_pure_noise_is_never_crowded(shape: tuple[int, int]) -> None:
     random = np.random.default_rng(2)
-    assert not any(crowd(rule, gaussian_spectrum(*shape, random), shape) for _ in range(250) for rule in RULES)
+    assert not any(crowd(rule, gaussian_spectrum(*shape, random), shape) for _ in range(100) for rule in RULES)
 
 
 def test_noise_of_unequal_variances_is_left_to_bema() -> None:
     random = np.random.default_rng(3)
-    alarms = sum(crowd("bema", gamma_spectrum(96, 288, 2.0, random), (96, 288)) is not None for _ in range(20))
+    alarms = sum(crowd("bema", gamma_spectrum(40, 80, 2.0, random), (40, 80)) is not None for _ in range(20))
     assert alarms <= 2  # a fit under the level of 1 in 100
 
 
@@ -72,7 +72,7 @@ def test_plan_and_table_say_so(rule: str, tmp_path: Path, run: object) -> None:
     record(planted(60)).save(tmp_path / "s")
     for words in (
         ("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", rule),
-        ("report", tmp_path / "s", "--rule", rule),
+        ("spectra", tmp_path / "s", "--rule", rule),
     ):
         code, _, error = run(*words)  # pyright: ignore[reportCallIssue]
         assert code == 0 and f"laser: warning: rule {rule} takes spikes for noise" in error
