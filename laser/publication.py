@@ -74,6 +74,8 @@ def write_card(
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser.
     """
     outcome = Outcome.load(out)
+    if wrong := outcome.unlike_plan():
+        raise RecordError(f"{out}: {wrong[0]}; a card would claim what was not done: run laser reduce again")
     target = out / CARD
     if target.exists() and not force and not _is_ours(target):
         raise OutputError(f"{target} was not written by laser; try --force to replace it")

@@ -11,7 +11,7 @@ from typing import Any
 
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
-from laser.plan import DEFAULT_ESTIMATOR
+from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
@@ -243,6 +243,7 @@ def summarise(
                 **_in_data(spectra, matrix.name),
             )
         )
+    warn_of_crowds(spectra, rule, [row.name for row in rows])
     if not rows:
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     skipped = tuple((name, why) for name, why in spectra.skipped.items() if why.startswith("skipped"))

@@ -14,6 +14,7 @@ import typer
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
+from laser.plan import CrowdWarning
 from laser.report.visible import visible
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, DoubtWarning):
+        if issubclass(category, DoubtWarning | CrowdWarning):
             if str(message) not in told:
                 print(visible(f"laser: warning: {message}"), file=sys.stderr)
             told.add(str(message))
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", DoubtWarning)
+            for kind in (DoubtWarning, CrowdWarning):
+                warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:

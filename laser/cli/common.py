@@ -86,15 +86,18 @@ def _text(value: Any) -> str:
 
 
 def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
-    """One row per reduced matrix (the first `limit`), then how many of each role were reduced and kept."""
+    """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept."""
     reduced = [line for line in lines if line.action == "reduce"]
     if reduced:
         print_table(
             ("matrix", "rank", "of", "SNR", "energy removed"),
-            [(x.name, x.rank, x.full_rank, x.snr, _percent(1 - x.energy_kept)) for x in reduced[:limit]],
+            [(x.name, x.rank, x.full_rank, x.snr, _removed(x.energy_kept)) for x in reduced[:limit]],
         )
     if len(reduced) > limit:
         print(f"... and {len(reduced) - limit} more")
+    if zeroed := [line.name for line in reduced if line.rank == 0]:
+        more = f" and {len(zeroed) - 3} more" if len(zeroed) > 3 else ""
+        print(f"RANK 0: {len(zeroed)} of them become ZERO, nothing of them is left: {', '.join(zeroed[:3])}{more}")
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
     print(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
@@ -102,8 +105,8 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
         print(visible(f"  {line.name}: {line.reason}"))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _removed(kept: float | None) -> str:
+    return "-" if kept is None else f"{100 * (1 - kept):.2f} %"
 
 
 class Progress:

@@ -164,7 +164,7 @@ def reduce(
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     if dry_run:
-        wanted.source.require(checkpoint, "plan")
+        wanted.require(checkpoint)
         return print_estimate(checkpoint, touched, crew, as_json, ranks)
     method, _ = choose_method(method, crew.devices[0])
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)

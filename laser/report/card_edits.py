@@ -26,7 +26,7 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         "## What was done",
         f"Rule {code(plan.rule)}{origin}; selection: {_selection(plan.selection)}. Of {tensors} tensors, {matrices} "
         f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
-        + (f", among them {len(skipped)} that could not be read as numbers." if skipped else "."),
+        + (f", among them {len(skipped)} that the plan skips." if skipped else "."),
     ]
     if outcome.left_out:
         text.append(_left_out(outcome.left_out))

@@ -51,17 +51,12 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
     """The first result of `attempt` that holds, its step's name, and which steps failed before it and why.
 
     `attempt` gets W with the step, since a step of the host's gets it on the host: what it makes beside W would else
-    be made on the device that has just run out of memory. Raises NumericalError for NaN or Inf in W, or with every
-    step's reason when none is left.
+    be made on the device that has just run out of memory. Raises NumericalError with every step's reason when none is
+    left.
     """
     failures: list[str] = []
     residual = None
     for step in ladder:
-        # Only once something has failed, or before a method that would not: on a GPU's host, reading every weight for
-        # this takes as long as the eigenproblem. NaN and Inf show in the trace of the Gram matrix. And on the host: the
-        # device may be full.
-        if (len(failures) == 1 or (step.method == "svd" and not failures)) and not torch.isfinite(W.cpu()).all():
-            raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
         W = W.cpu() if step.device.host_blas else W
         on_host = step.device.host_blas and step.method != "svd"
         try:
