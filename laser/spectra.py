@@ -155,9 +155,8 @@ def _row(matrix: Matrix) -> dict[str, Any]:
 
 def _matrix(row: dict[str, Any]) -> Matrix:
     shape = tuple(row["shape"])
-    return Matrix(
-        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
-    )
+    place = (row["name"], row["role"], row["layer"], row["expert"])
+    return Matrix(*place, shape, row["dtype"], row.get("tensor", row["name"]), stack=row.get("stack", ""))
 
 
 def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
