@@ -16,7 +16,7 @@ MAIN = "decoder"  # what the language model's own layers may be called; they nee
 class Selection:
     """Empty fields select everything that is not protected; a protected role or stack is selected only by its name.
 
-    layers: numbers of the language model's own layers; "mtp:3" is layer 3 of the stack mtp, "mtp" all of them.
+    layers: numbers of the language model's own layers; "mtp:3" is layer 3 of the stack mtp, "mtp:all" all of them.
     """
 
     layers: tuple[int | str, ...] = ()
@@ -44,7 +44,7 @@ class Selection:
             return f"role {matrix.role} is kept unless asked for"
         if matrix.stack in KEPT_STACKS and matrix.stack not in stacks | roles:
             return f"stack {matrix.stack} is kept unless asked for"
-        if self.layers and not {matrix.place, matrix.stack or MAIN} & set(self.layers):
+        if self.layers and not {matrix.place, f"{matrix.stack or MAIN}:all"} & set(self.layers):
             return f"layer {matrix.place} not selected"
         if self.include is not None and not re.search(self.include, matrix.name):
             return "not included by the expression"
@@ -61,7 +61,7 @@ class Selection:
         stacks: dict[str, list[int]] = {}
         for layer, stack in sorted({(m.layer, m.stack) for m in matrices if m.layer is not None}):
             stacks.setdefault(stack, []).append(layer)
-        there = {m.place for m in matrices} | {stack or MAIN for stack in stacks}
+        there = {m.place for m in matrices} | {f"{stack or MAIN}:all" for stack in stacks}
         for entry in self.layers:
             if entry not in there:
                 spans = [f"{stack}:{ns[0]}-{ns[-1]}" if stack else f"{ns[0]}-{ns[-1]}" for stack, ns in stacks.items()]
@@ -80,18 +80,18 @@ class Selection:
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...]:
-    """`0,4,20-31,mtp:0-1,encoder` to layers, each stack's sorted. Raises UsageError for anything else."""
+    """`0,4,20-31,mtp:0-1,encoder:all` to layers, each stack's sorted. Raises UsageError for anything else."""
     layers: set[tuple[str, int]] = set()
     for part in (text or "").replace(" ", "").split(",") if text else ():
-        match = re.fullmatch(r"(?:(?P<stack>[A-Za-z_]+)(?::(?=\d)|$))?(?:(?P<first>\d+)(?:-(?P<last>\d+))?)?", part)
-        if not match or not part:
+        match = re.fullmatch(r"(?:(?P<stack>[a-z]+):)?(?:(?P<first>\d+)(?:-(?P<last>\d+))?|(?P<all>all))", part)
+        if not match or (match["all"] and not match["stack"]):
             raise UsageError(
                 f"layers {text!r} are not numbers and ranges, perhaps of a named stack; "
                 "try --layers 0,4,20-31 or --layers mtp:0"
             )
         stack = match["stack"] or MAIN
-        if match["first"] is None:
-            layers.add((stack, -1))  # all of them
+        if match["all"]:
+            layers.add((stack, -1))
             continue
         first, last = int(match["first"]), int(match["last"] or match["first"])
         if last < first or last > 100_000:

@@ -182,6 +182,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "MPT": ("mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2}),
     "OPT": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "Persimmon": ("persimmon", SIZES),
+    "Phi-4-multimodal": (
+        "phi4_multimodal",
+        SIZES
+        | {
+            "vision_config": VISION | {"num_hidden_layers": 2, "crop_size": 28, "image_token_id": 60},
+            "audio_config": {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 1, "num_attention_heads": 2}
+            | {"nemo_conv_channels": 8, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16}
+            | {"audio_token_id": 61, "bias_max_distance": 8},
+        },
+    ),
 }
 # The same for models that are no causal language models, or hold one beside other towers -> their class as well
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -303,7 +313,7 @@ def parts_of(kind: str, leaf: str, rows: int) -> list[list[int]]:
         return turns(rows, 1, 64, 64)
     if leaf == "qkv_proj" and kind in ("minimax", "codegen"):  # head by head; on four cores
         return turns(rows, 4, 8, 8, 8)
-    if leaf in ("qkv_proj", "Wqkv") and kind in ("phi3", "dbrx"):
+    if leaf in ("qkv_proj", "Wqkv") and kind in ("phi3", "phi4_multimodal", "dbrx"):
         return turns(rows, 1, 32, 16, 16)
     if leaf == "Wqkv":
         return turns(rows, 1, 32, 32, 32)

@@ -23,7 +23,6 @@ from laser.checkpoint.family_table import (
     GUESSES,
     KEPT,
     MTP,
-    MTP_JOINT,
     NUMBER,
     TOWERS,
     WRAPPERS,
@@ -231,8 +230,8 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
         if wrapped:
             found = _compiled(prefix).search(wrapped[0])
             lines.append(
-                f"{checkpoint.name}: {len(set(wrapped))} names hold {found[0] if found else ''} as in {wrapped[0]}, and "
-                f"transformers loads no such names; {cure}, and scan that"
+                f"{checkpoint.name}: {len(set(wrapped))} names hold {found[0] if found else ''} as in {wrapped[0]}, "
+                f"which transformers does not load; {cure}, and scan that"
             )
     unknown = [m for m in matrices if m.role == "other" and len(m.shape) > 1]
     if family in FAMILIES:

@@ -3,8 +3,9 @@
 Roles: q, k, v, o (attention), q_a, q_b, kv_a, kv_b (DeepSeek's compressed attention); w1, w2, w3 (Mixtral's experts)
 and gate, down, up (the same three matrices under Llama's names, experts and dense MLPs alike); x, z and out (what goes
 into a state space or a convolution, the gate of what comes out, and what that goes through; out also behind linear
-attention), b and c (gates of LFM2's convolutions); linear (any other matrix of a layer); router, embedding, position, head, norm, bias, ssm (parameters of a state space), adapter,
-vision, audio (towers of other modalities and what connects them), mtp (what joins a block of multi-token prediction).
+attention), b and c (gates of LFM2's convolutions); linear (any other matrix of a layer). Kept unless asked for: router,
+embedding, position, head, norm, bias, sinks, buffer, ssm (parameters of a state space), adapter, vision and audio
+(towers of other modalities and what connects them), mtp (what joins a block of multi-token prediction).
 
 `axes` says how a tensor is stored that is not one matrix (out, in), first axis first:
 
@@ -39,8 +40,8 @@ WRAPPERS = {
     r"_orig_mod\.": "it was saved through torch.compile: save `model._orig_mod` instead",
     r"^module\.": "it was saved through DataParallel or DistributedDataParallel: save `model.module` instead",
     r"^base_model\.model\.": "it was saved through PEFT: save what `model.merge_and_unload()` returns instead",
-    r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.": "it was saved through FSDP or a trainer's wrapper: gather "
-    "the full state dict and save the unwrapped model instead",
+    r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.": "it was saved through FSDP or a trainer: gather the full "
+    "state dict and save the unwrapped model instead",
 }
 
 # Parts of a name that say whose layers these are. A tower's tensors have its role, whatever they are called inside.
