@@ -57,7 +57,8 @@ class Selection:
         roles = {m.role for m in matrices}
         for role in self.roles:
             if not {role, ALIASES.get(role, role)} & roles:
-                raise UsageError(f"no matrix has role {role!r}; try --roles {','.join(sorted(roles))}")
+                usual = roles - set(PROTECTED) or roles
+                raise UsageError(f"no matrix has role {role!r}; try --roles {','.join(sorted(usual))}")
         stacks: dict[str, list[int]] = {}
         for layer, stack in sorted({(m.layer, m.stack) for m in matrices if m.layer is not None}):
             stacks.setdefault(stack, []).append(layer)
@@ -75,6 +76,12 @@ class Selection:
                 raise UsageError(
                     f"{text!r} is not a regular expression ({error}); try to quote or escape it"
                 ) from error
+        if self == Selection() and all(self.why_not(m) for m in matrices):
+            kept = sorted({m.role for m in matrices if m.is_matrix})
+            raise UsageError(
+                f"no matrix here is cut unless asked for: their roles are {', '.join(kept) or '(no matrix at all)'}; "
+                "check that this is the checkpoint you mean, and its config.json"
+            )
         if all(self.why_not(m) for m in matrices):
             raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
 
@@ -98,7 +105,8 @@ def parse_layers(text: str | None) -> tuple[int | str, ...]:
             raise UsageError(f"layers {part!r} do not rise; try --layers {last}-{first}")
         layers |= {(stack, number) for number in range(first, last + 1)}
     ordered = sorted(layers, key=lambda layer: (layer[0] != MAIN, layer))
-    return tuple(stack if number < 0 else number if stack == MAIN else f"{stack}:{number}" for stack, number in ordered)
+    spelled = {-1: "all"}
+    return tuple(n if stack == MAIN and n >= 0 else f"{stack}:{spelled.get(n, n)}" for stack, n in ordered)
 
 
 def parse_roles(text: str | None) -> tuple[str, ...]:

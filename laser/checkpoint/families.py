@@ -23,6 +23,7 @@ from laser.checkpoint.family_table import (
     GUESSES,
     KEPT,
     MTP,
+    MTP_JOINT,
     NUMBER,
     TOWERS,
     WRAPPERS,
@@ -194,6 +195,8 @@ class _Names:
         if stack == "mtp":
             name = _compiled(MTP).sub("", name, count=1)
             name = f"layers.{name}" if name[:1].isdigit() else name
+            if _compiled(MTP_JOINT).fullmatch(name):
+                return [replace(whole, role="mtp")]
         for row, pattern in self.rows:
             if pattern.fullmatch(name):
                 if row.axes and info.dtype in TORCH:
@@ -218,7 +221,7 @@ def _tower(name: str) -> str | None:
 
 
 def _in_encoder(name: str) -> bool:
-    return _compiled(r"(?:\w+\.)*?encoder\.").match(name) is not None
+    return _compiled(r"(?:(?!\w*decoder\.)\w+\.)*?encoder\.").match(name) is not None
 
 
 def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:

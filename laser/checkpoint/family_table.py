@@ -46,10 +46,11 @@ WRAPPERS = {
 
 # Parts of a name that say whose layers these are. A tower's tensors have its role, whatever they are called inside.
 VISION = (
-    r"(?:vision|visual|image|img|vit|vpm|vqmodel)\w*|embed_vision|mlp1|"
-    r"(?:multi_?modal|mm|modality)_proj\w*|\w*projector|connector|\w*resampler|perceiver\w*|aligner|merger|patch_merger"
+    r"\w*(?:vision|visual|image|video)\w*|(?:img|vit|vpm|vqmodel|sam|qformer)(?:_\w+)?|embed_vision|mlp1|query_tokens|"
+    r"(?:multi_?modal|mm|modality)_proj\w*|language_projection|\w*projector|connector|\w*resampler|perceiver\w*|"
+    r"aligner|merger|patch_merger|\w+_tower|(?!text_)\w+_encoder"
 )
-AUDIO = r"(?:audio|speech|sound|acoustic|talker|code2wav|token2wav|codec)\w*|embed_audio|apm|tts"
+AUDIO = r"\w*(?:audio|speech)\w*|(?:sound|acoustic|talker|code2wav|token2wav|codec)\w*|apm|tts"
 TOWERS = {"audio": rf"(?:.*\.)?(?:{AUDIO})(?:\..*)?", "vision": rf"(?:.*\.)?(?:{VISION})(?:\..*)?"}
 # Of an encoder and a decoder, which kinds of model have a tower for an encoder.
 ENCODER_TOWERS = {
@@ -65,7 +66,7 @@ KEPT = (
     Row("adapter", rf"{_AT}lora_\w+(?:\..*)?|{_AT}modules_to_save\..*"),
     Row(
         "router",
-        rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|shared_expert_gate|shared_experts_gate)(?:\.\w+)*|"
+        rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|indexer|shared_expert_gate|shared_experts_gate)(?:\.\w+)*|"
         rf"{_AT}(?:\w*moe|mlp|feed_forward|ffn|mixer)\.gate(?:\.wg)?\.(?:weight|bias)|"
         rf"{_AT}(?:e_score_correction_bias|expert_bias|experts_bias|text_moe\.gate\.weight|vision_moe\.gate\.weight)",
     ),
@@ -430,6 +431,7 @@ GUESSES = (
     *_roles(IN_EXPERT, "gate up down w1 w2 w3", r"(?:_proj)?\.weight"),
     *_roles(ANY, "q k v o", r"(?:_proj)?\.weight"),
     *_roles(ANY, "q_a q_b kv_b gate up down"),
+    Row("kv_a", rf"{ANY}kv_a_proj_with_mqa\.weight"),
     *_roles(ANY, "w1 w2 w3", r"\.weight"),
     Row("q", rf"{ANY}query\.weight"),
     Row("k", rf"{ANY}key\.weight"),
