@@ -60,7 +60,7 @@ class Selection:
                 usual = roles - set(PROTECTED) or roles
                 raise UsageError(f"no matrix has role {role!r}; try --roles {','.join(sorted(usual))}")
         stacks: dict[str, list[int]] = {}
-        for layer, stack in sorted({(m.layer, m.stack) for m in matrices if m.layer is not None}):
+        for stack, layer in sorted({(m.stack, m.layer) for m in matrices if m.layer is not None}):
             stacks.setdefault(stack, []).append(layer)
         there = {m.place for m in matrices} | {f"{stack or MAIN}:all" for stack in stacks}
         for entry in self.layers:

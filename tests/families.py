@@ -86,7 +86,10 @@ GEMMA3N = {
     "activation_sparsity_pattern": [0.0, 0.0],
     "layer_types": ["sliding_attention", "full_attention"],
 }
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
@@ -186,7 +189,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi4_multimodal",
         SIZES
         | {
-            "vision_config": VISION | {"num_hidden_layers": 2, "crop_size": 28, "image_token_id": 60},
+            "vision_config": VISION | {"crop_size": 28, "image_token_id": 60},
             "audio_config": {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 1, "num_attention_heads": 2}
             | {"nemo_conv_channels": 8, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16}
             | {"audio_token_id": 61, "bias_max_distance": 8},

@@ -150,7 +150,7 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
 
 def grid_of(
     rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
-) -> tuple[list[str], list[int | None], np.ndarray]:
+) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     roles = list(dict.fromkeys(row.role for row in rows))
     columns = {row.name: (row.role, row.expert if experts else None) for row in rows}

@@ -61,7 +61,11 @@ def test_an_unknown_family_is_guessed_and_the_guesses_are_told(make_pico: Callab
     assert told is not None
     assert "model_type 'mixtral_of_tomorrow' is not in the table" in told
     assert told.count("\n") < 6
-    for kind in ("model.embed_tokens.weight (1)", "model.layers.N.block_sparse_moe.gate.weight (3)", "lm_head.weight (1)"):
+    for kind in (
+        "model.embed_tokens.weight (1)",
+        "model.layers.N.block_sparse_moe.gate.weight (3)",
+        "lm_head.weight (1)",
+    ):
         assert kind in told.partition("kept: ")[2]
 
 
