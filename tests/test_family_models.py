@@ -33,7 +33,9 @@ def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> No
 # Families whose rows are those of another, and that transformers builds only as that one, or not here.
 TWINS = {
     "kimi_k2": "deepseek_v3",  # its own name for DeepSeek's model, in a config that needs remote code
-    "phi4mm": "phi4_multimodal",  # the same, before transformers had it
+    "minimax_m1": "minimax",  # the same, before transformers had it
+    "minimax_text_01": "minimax",
+    "phi4mm": "phi4_multimodal",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "gemma3n": "gemma3n_text",  # its vision tower needs timm
     "ministral": "ministral3",

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ PROTECTED = (
     *("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale"),
     *("ssm", "adapter", "vision", "audio", "mtp", "other"),
 )
+LIKELY = 4096  # different names, numbers aside; a model has fewer than a hundred
 KEPT_STACKS = ("mtp",)  # whose layers are never reduced unless asked for, although they have the roles of any layer
 
 
@@ -148,7 +149,6 @@ class _Names:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.family = family_of(checkpoint)
-        self.rows = _rows_of(self.family)
 
     @cached_property
     def depth(self) -> int | None:
@@ -158,7 +158,7 @@ class _Names:
     @cached_property
     def encoder(self) -> str:
         """The stack of layers in an encoder: the model's own if there are no others."""
-        names = map(unwrapped, self.checkpoint.tensors)
+        names = {unwrapped(_alike(name)) for name in self.checkpoint.tensors}
         if not any(_compiled(NUMBER).search(n) and not _in_encoder(n) and not _tower(n) for n in names):
             return ""
         towers = (role for role, kinds in ENCODER_TOWERS.items() if _compiled(kinds).fullmatch(self.family))
@@ -174,11 +174,11 @@ class _Names:
         return "mtp" if layer is not None and self.depth is not None and layer >= self.depth else ""
 
     def matrices(self, info: TensorInfo) -> list[Matrix]:
-        name = unwrapped(info.name)
-        found = _compiled(NUMBER).search(name)
+        found = _compiled(NUMBER).search(info.name)
         layer = int(found[1]) if found else None
+        name = unwrapped(_alike(info.name))
         stack = self.stack(name, layer)
-        expert = _compiled(r"\.experts\.(\d+)\.").search(name)
+        expert = _compiled(r"\.experts\.(\d+)\.").search(info.name)
         whole = Matrix(
             info.name,
             "other",
@@ -197,18 +197,29 @@ class _Names:
             name = f"layers.{name}" if name[:1].isdigit() else name
             if _compiled(MTP_JOINT).fullmatch(name):
                 return [replace(whole, role="mtp")]
-        for row, pattern in self.rows:
-            if pattern.fullmatch(name):
-                if row.axes and info.dtype in TORCH:
-                    return [
-                        replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
-                        for label, role, e, cut in cuts_of(info, row, self.config)
-                    ]
-                # Packed numbers cannot be cut by their shape.
-                return [replace(whole, role="other" if row.axes else row.role)]
-        return [replace(whole, role="mtp" if stack == "mtp" else "other")]
+        row = _row_of(self.family, name)
+        if row is None:
+            return [replace(whole, role="mtp" if stack == "mtp" else "other")]
+        if row.axes and info.dtype in TORCH:
+            return [
+                replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
+                for label, role, e, cut in cuts_of(info, row, self.config)
+            ]
+        # Packed numbers cannot be cut by their shape.
+        return [replace(whole, role="other" if row.axes else row.role)]
 
 
+def _alike(name: str) -> str:
+    """The name with 0 for every layer and expert: what is found out for one of them holds for all, and is kept."""
+    return _compiled(r"(?<![^.])\d+(?![^.])").sub("0", name)
+
+
+@lru_cache(LIKELY)
+def _row_of(family: str, name: str) -> Row | None:
+    return next((row for row, pattern in _rows_of(family) if pattern.fullmatch(name)), None)
+
+
+@lru_cache(LIKELY)
 def unwrapped(name: str) -> str:
     """A tensor's name without what wrappers put into it."""
     for prefix in WRAPPERS:
@@ -216,10 +227,12 @@ def unwrapped(name: str) -> str:
     return name
 
 
+@lru_cache(LIKELY)
 def _tower(name: str) -> str | None:
     return next((role for role, pattern in TOWERS.items() if _compiled(pattern).fullmatch(name)), None)
 
 
+@lru_cache(LIKELY)
 def _in_encoder(name: str) -> bool:
     return _compiled(r"(?:(?!\w*decoder\.)\w+\.)*?encoder\.").match(name) is not None
 
@@ -263,7 +276,7 @@ def _folded(matrices: Sequence[Matrix], most: int = 6) -> str:
     """Names with N for their numbers, and how many each stands for."""
     kinds: dict[str, int] = {}
     for matrix in matrices:
-        kind = re.sub(r"\d+", "N", matrix.name)
+        kind = _compiled(r"\d+").sub("N", matrix.name)
         kinds[kind] = kinds.get(kind, 0) + 1
     shown = [f"{kind} ({count})" for kind, count in list(kinds.items())[:most]]
     left = sum(list(kinds.values())[most:])

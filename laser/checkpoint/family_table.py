@@ -316,7 +316,7 @@ _QWEN35 = (*GATED_ATTENTION, *DELTA, *DENSE, *MOE)
 FAMILIES: dict[str, tuple[Row, ...]] = {
     "mixtral": (*ATTENTION, *SPARSE),
     "phimoe": (*ATTENTION, *SPARSE),
-    "minimax": MINIMAX,
+    **dict.fromkeys("minimax minimax_m1 minimax_text_01".split(), MINIMAX),
     "minimax_m2": (*ATTENTION, *SPARSE),
     **dict.fromkeys(
         "mistral ministral ministral3 llama qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo olmo2 olmo3 granite "
@@ -440,6 +440,4 @@ GUESSES = (
     Row("linear", rf"{ANY}[^.]+\.weight"),
 )
 # Names that hold several matrices in most families that use them.
-FUSED_NAMES = (
-    r".*(?:qkv|query_key_value|key_value|kv_proj|c_attn|gate_up|gate_and_up|in_proj|W_pack|Wi|wi|fused|packed).*"
-)
+FUSED_NAMES = r".*(?:qkv|query_key_value|kv_proj|c_attn|gate_up|gate_and_up|in_proj|W_pack|fused|packed).*|Wi"
