@@ -148,7 +148,7 @@ def calibrate(
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)
-    chosen = [m for m in matrices if selection.why_not(m) is None and m.layer is not None]
+    chosen = [m for m in matrices if selection.why_not(m) is None and m.layer is not None and not m.stack]
     if not chosen:
         raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
     tokens = sum(len(w.tokens) - 1 for w in windows.windows)

@@ -73,6 +73,7 @@ class PlanLine:
     metric: str = "plain"
     tokens: int | None = None
     parameters: int = 0  # numbers in it
+    stack: str = ""  # whose layers are counted: "" the language model's own
 
     @property
     def gains(self) -> Gains:
@@ -353,7 +354,7 @@ def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
 def empty_plan(spectra: Spectra) -> Plan:
     """The plan that reduces nothing: its output is the source, byte for byte."""
     lines = tuple(
-        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters)
+        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters, stack=m.stack)
         for m in spectra.matrices
     )
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
@@ -362,6 +363,7 @@ def empty_plan(spectra: Spectra) -> Plan:
 def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     """What `treatment` does to one matrix of the spectra, by its own values alone."""
     line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
+    line = replace(line, stack=matrix.stack)
     why = selection.why_not(matrix)
     if why is None and matrix.name not in spectra.values:
         why = spectra.skipped.get(matrix.name, "not scanned")

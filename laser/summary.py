@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from laser.checkpoint.families import place_of
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
@@ -83,6 +84,11 @@ class Row:
     tokens: int | None = None  # inputs that the matrix met
     data_effective_rank: float | None = None
     data_rank_99: int | None = None  # directions that hold 99 % of the outputs' mean square
+    stack: str = ""  # whose layers are counted: "" the language model's own
+
+    @property
+    def place(self) -> int | str | None:
+        return place_of(self.layer, self.stack)
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,7 @@ def summarise(
                 name=matrix.name,
                 role=matrix.role,
                 layer=matrix.layer,
+                stack=matrix.stack,
                 expert=matrix.expert,
                 rows=shape[0],
                 columns=shape[1],

@@ -210,7 +210,7 @@ def test_an_unknown_family_is_warned_of_in_one_line(run: Run, make_pico: Callabl
         code, out, err = run("scan", path, *options)
         assert code == 0 and "w1" in out
         assert err.count("laser: warning: ") == 1
-        assert "took model.embed_tokens.weight (1) for embedding; " in err
+        assert "kept: model.embed_tokens.weight (1), " in err
 
 
 def test_every_parameter_is_in_the_coverage_of_the_plan(run: Run, pico: Path, tmp_path: Path) -> None:

@@ -115,7 +115,11 @@ def llama2() -> dict[str, Any]:
 
 def llama3() -> dict[str, Any]:
     config, t = made("llama", **SIZES)
-    original = {"original/params.json": {"dim": 32}, "original/consolidated.00.pth": OTHER, "original/tokenizer.model": b"t"}
+    original = {
+        "original/params.json": {"dim": 32},
+        "original/consolidated.00.pth": OTHER,
+        "original/tokenizer.model": b"t",
+    }
     return {"config.json": config, **sharded(t), **original}
 
 
@@ -135,9 +139,16 @@ def gpt2() -> dict[str, Any]:
 
 def bert() -> dict[str, Any]:
     config, t = made("bert", "AutoModelForMaskedLM", **BERT)
-    renamed = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x for n, x in t.items()}
+    renamed = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+        for n, x in t.items()
+    }
     renamed["cls.seq_relationship.weight"] = M(2, 32)
-    return {"config.json": config, "model.safetensors": renamed, "coreml/fill-mask/float32_model.mlpackage/Data/weight.bin": OTHER}
+    return {
+        "config.json": config,
+        "model.safetensors": renamed,
+        "coreml/fill-mask/float32_model.mlpackage/Data/weight.bin": OTHER,
+    }
 
 
 def minilm() -> dict[str, Any]:
@@ -245,8 +256,16 @@ def phi4_multimodal() -> dict[str, Any]:
         for name, shape in {"self_attn.o_proj": (32, 32), "mlp.down_proj": (32, 48)}.items():
             t[f"{at}{name}.base_layer.weight"] = M(*shape)
             for modality in ("vision", "speech"):
-                t[f"{at}{name}.lora_A.{modality}.weight"], t[f"{at}{name}.lora_B.{modality}.weight"] = M(4, shape[1]), M(shape[0], 4)
-    return {"config.json": config, **sharded(t), "vision-lora/adapter_config.json": {}, "vision-lora/adapter_model.safetensors": {"x": M(2, 2)}}
+                t[f"{at}{name}.lora_A.{modality}.weight"], t[f"{at}{name}.lora_B.{modality}.weight"] = (
+                    M(4, shape[1]),
+                    M(shape[0], 4),
+                )
+    return {
+        "config.json": config,
+        **sharded(t),
+        "vision-lora/adapter_config.json": {},
+        "vision-lora/adapter_model.safetensors": {"x": M(2, 2)},
+    }
 
 
 def mamba_original() -> dict[str, Any]:
@@ -293,7 +312,12 @@ def deepseek_v3() -> dict[str, Any]:
     extra |= {at + "eh_proj.weight": M(32, 64), at + "enorm.weight": M(32), at + "hnorm.weight": M(32),
               at + "shared_head.norm.weight": M(32), at + "shared_head.head.weight": M(64, 32), at + "embed_tokens.weight": M(64, 32)}  # fmt: skip
     config |= {"num_nextn_predict_layers": 1, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-    return {"config.json": config, **sharded(t | extra), "inference/model.py": "x = 1\n", "configuration_deepseek.py": "x = 1\n"}
+    return {
+        "config.json": config,
+        **sharded(t | extra),
+        "inference/model.py": "x = 1\n",
+        "configuration_deepseek.py": "x = 1\n",
+    }
 
 
 def olmo_original() -> dict[str, Any]:
@@ -318,7 +342,13 @@ def falcon() -> dict[str, Any]:
     config, t = made("falcon", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
                      parallel_attn=True, new_decoder_architecture=False, bos_token_id=1, eos_token_id=2)  # fmt: skip
     code = {"modeling_falcon.py": "raise SystemExit('never run')", "handler.py": "x = 1\n"}
-    return {"config.json": config, **sharded(t), **sharded(t, "pytorch_model", "bin"), **code, "coreml/text.mlpackage/weight.bin": OTHER}
+    return {
+        "config.json": config,
+        **sharded(t),
+        **sharded(t, "pytorch_model", "bin"),
+        **code,
+        "coreml/text.mlpackage/weight.bin": OTHER,
+    }
 
 
 ENCODER_LAYER = 6  # q, k, v, o and two of the MLP
@@ -393,7 +423,9 @@ def test_public_layout(layout: Layout, tmp_path: Path) -> None:
 def compare(auto: str, source: Path, out: Path, checkpoint: laser.Checkpoint, plan: laser.Plan) -> None:
     """transformers sees every cut, and nothing else is changed: each parameter of the output's model has the rank
     that the plan says wherever the parameter is one matrix, and as many parameters differ as tensors were cut."""
-    before, after = (getattr(transformers, auto).from_pretrained(p, dtype=torch.float32).state_dict() for p in (source, out))
+    before, after = (
+        getattr(transformers, auto).from_pretrained(p, dtype=torch.float32).state_dict() for p in (source, out)
+    )
     tensors = {m.tensor for m in laser.list_matrices(checkpoint) if m.name in plan.reductions}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     loaded = [n for n in after if any(n.endswith(t) or t.endswith(n) for t in tensors)]

@@ -18,7 +18,9 @@ from laser.report.visible import visible
 from laser.selection import Selection, parse_layers, parse_roles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
-Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
+]
 Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
 from laser.engine.estimate import Estimate, Meter, estimate
 from laser.engine.workers import Crew
 from laser.reduction import Outcome
-from laser.selection import Selection
+from laser.selection import MAIN, Selection
 
 NAMED = 8  # files that a line names before it only counts
 
@@ -32,6 +33,12 @@ def print_dry_run(
     chosen.check(matrices)
     skipped = chosen.skipped(matrices)
     print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
+    kept = Counter(
+        (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
+    )
+    if kept and not as_json:
+        told = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
+        print(f"left as they are, matrices by role: {told}")
 
 
 def print_estimate(
@@ -50,14 +57,15 @@ def print_estimate(
         return common.print_json(
             asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
         )
-    groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
+    groups: dict[tuple[str, str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
-        groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
+        groups.setdefault((m.stack, m.role, m.shape, m.dtype), []).append(m)
+    several = len({m.stack for m in matrices}) > 1
     common.print_table(
-        ("role", "matrices", "shape", "dtype", "layers"),
+        ("role", "matrices", "shape", "dtype", *(["stack"] if several else []), "layers"),
         [
-            (role, len(ms), "x".join(map(str, shape)), dtype, _span([m.layer for m in ms if m.layer is not None]))
-            for (role, shape, dtype), ms in groups.items()
+            (role, len(ms), "x".join(map(str, shape)), dtype, *([stack or MAIN] if several else []), _span(ms))
+            for (stack, role, shape, dtype), ms in groups.items()
         ],
     )
     for name, why in list((skipped or {}).items())[:NAMED]:
@@ -72,7 +80,8 @@ def print_estimate(
     )
 
 
-def _span(layers: list[int]) -> str:
+def _span(matrices: list[Matrix]) -> str:
+    layers = [m.layer for m in matrices if m.layer is not None]
     return f"{min(layers)}-{max(layers)}" if layers else "-"
 
 

@@ -412,7 +412,6 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     )
 
 
-
 def _check_finite(sample: Mapping[str, Any], name: str) -> None:
     """NaN likelihoods would be scored like any others: the first choice would simply win."""
     for response in sample["filtered_resps"]:

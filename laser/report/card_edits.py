@@ -76,16 +76,16 @@ def _removed(outcome: Outcome, line: PlanLine) -> float:
 
 def _roles(outcome: Outcome, reduced: Sequence[PlanLine], plan: Plan) -> str:
     rows = []
-    for role in dict.fromkeys(line.role for line in reduced):
-        these = [line for line in reduced if line.role == role]
+    for stack, role in dict.fromkeys((line.stack, line.role) for line in reduced):
+        these = [line for line in reduced if (line.stack, line.role) == (stack, role)]
         energy = [_removed(outcome, line) for line in these]
         ranks = sorted(line.rank or 0 for line in these)
         full = sorted({line.full_rank or 0 for line in these})
         layers = sorted({line.layer for line in these if line.layer is not None})
         rows.append(
             (
-                cell(role),
-                f"{len(these)} of {sum(line.role == role for line in plan.lines)}",
+                cell(f"{stack}: {role}" if stack else role),
+                f"{len(these)} of {sum((line.stack, line.role) == (stack, role) for line in plan.lines)}",
                 _span(layers),
                 _span(full),
                 _span(ranks),

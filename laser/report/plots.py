@@ -166,16 +166,19 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
 
 def grid_of(
     rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
-) -> tuple[list[str], list[int | None], np.ndarray]:
+) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     roles = list(dict.fromkeys(row.role for row in rows))
     columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
     keys = sorted(set(columns.values()), key=lambda k: (roles.index(k[0]), k[1] or 0))
-    layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
+    layers = [
+        place
+        for _, _, place in sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
+    ]
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (found := value(row)) is not None:
-            cells.setdefault((layers.index(row.layer), keys.index(columns[row.name])), []).append(found)
+            cells.setdefault((layers.index(row.place), keys.index(columns[row.name])), []).append(found)
     grid = np.full((len(layers), len(keys)), np.nan)
     for at, values in cells.items():
         grid[at] = np.mean(values)
