@@ -15,7 +15,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from laser.checkpoint.families import Matrix
-from laser.evaluation.layout import parts_of
 from laser.evaluation.streaming import LayeredModel
 
 
@@ -54,8 +53,8 @@ class Tap(TorchFunctionMode):
 
     def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()
-        self.checkpoint, self.listen = model.checkpoint, listen
-        self.prefix, self.block = f"model.layers.{layer}.", model.inner.layers[layer]
+        self.listen, self.block = listen, model.blocks[layer]
+        self.parts, self.prefix = model.parts(layer), f"{model.stack}.{layer}."
         self.matrices = matrices
         self._places: list[tuple[Matrix, torch.Tensor]] | None = None
         self._met: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Met] = {}
@@ -109,7 +108,7 @@ class Tap(TorchFunctionMode):
             by_tensor.setdefault(matrix.tensor, []).append(matrix)
         found = []
         for short, parameter in self.block.named_parameters():
-            for part in parts_of(self.checkpoint, self.prefix + short, tuple(parameter.shape)):
+            for part in self.parts[self.prefix + short]:
                 for matrix in by_tensor.get(part.tensor, ()):
                     place, cut = parameter.data[part.where], matrix.cut
                     if cut is not None:
