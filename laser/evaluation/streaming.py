@@ -7,7 +7,7 @@ the same `forward` again, its last layer giving back the states that are to be s
 is one piece, in `dtype`, and the activations (see `activations`).
 
 Piece 0 is the embedding, piece i + 1 is layer i, the last piece is the head. `boundary p` means the hidden states that
-enter piece p. The few parameters outside of these, such as the final norm, stay in memory.
+enter piece p. The few parameters outside of these, such as the final norm, are loaded with the first and the last.
 
 That a model is its layers one after the other is not believed but tried, once, before the first number: see `prove`.
 """
@@ -134,7 +134,7 @@ class LayeredModel:
 
     @property
     def _rest(self) -> int:
-        """The piece behind the last: what is neither embedding, layer nor head. Loaded once, not freed."""
+        """The piece behind the last: what is neither embedding, layer nor head."""
         return self.layers + 2
 
     def _where_used(self) -> dict[str, int]:
@@ -205,7 +205,7 @@ class LayeredModel:
         if piece in self._loaded:
             return
         kinds = {name: self._kind(name) for name in self._pieces[piece]}
-        if piece != self._rest:
+        if piece != self._rest:  # which comes beside another piece
             self._spare = {kind: tensors for kind, tensors in self._spare.items() if kind in kinds.values()}
         for name, parts in self._pieces[piece].items():
             shape, dtype = kinds[name]
@@ -221,7 +221,7 @@ class LayeredModel:
         return value.shape, value.dtype
 
     def _free(self, piece: int) -> None:
-        if self.resident:
+        if self.resident or piece not in self._loaded:
             return
         for name in self._pieces[piece]:
             value = self._value(name)
@@ -262,6 +262,7 @@ class LayeredModel:
             for number, window in enumerate(windows):
                 activations.window(number).copy_(self._record(self._ids(window.tokens)))
         self._free(0)
+        self._free(self._rest)
         return activations
 
     def _ids(self, tokens: Any) -> torch.Tensor:
@@ -369,6 +370,7 @@ class LayeredModel:
             sums.append(total)
             greedy.append(first)
         self._free(self.layers + 1)
+        self._free(self._rest)
         return Scores(tuple(sums), tuple(greedy))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -440,6 +442,7 @@ class LayeredModel:
             raise not_by_layers(self.checkpoint, f"its forward calls the layers {visited[:9]}, expected each in order")
         layered, after = (torch.cat([self._logits(rows) for rows in s.split(PROBE_ROWS)]) for s in states[1:])
         self._free(self.layers + 1)
+        self._free(self._rest)
         self._calls.clear()
         targets = torch.from_numpy(second[1:].copy())
         found, expected = token_losses(layered, targets)[0], token_losses(logits, targets)[0]
@@ -483,6 +486,8 @@ class LayeredModel:
         for piece in range(self.layers + 1, first - 1, -1):
             names = [name for name, place in wanted.items() if place[0] == piece]
             self._load(piece)
+            if piece > self.layers:
+                self._load(self._rest)
             parameters = {wanted[name][1]: self._value(wanted[name][1]) for name in names}
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -503,6 +508,7 @@ class LayeredModel:
                 parameter.grad = None
                 parameter.requires_grad_(False)
             self._free(piece)
+            self._free(self._rest)
         self.store.free(upstream)
 
     def _backward(self, piece: int, entering: torch.Tensor, window: Window, upstream: torch.Tensor, total: int) -> None:
