@@ -17,7 +17,7 @@ import torch
 from laser.checkpoint.families import DoubtWarning
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, LaserError, UsageError
-from laser.evaluation.layout import first_line, require_hub_format
+from laser.evaluation.layout import decoder_of, first_line, require_hub_format
 from laser.evaluation.text import Window
 
 # Architectures that score a text, or fill gaps in it, and do not continue it.
@@ -132,11 +132,11 @@ def learned_positions(model: Any) -> int | None:
     found = []
     embedding = model.get_input_embeddings()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.get_decoder().named_modules():
+    for name, module in decoder_of(model).named_modules():
         if isinstance(module, torch.nn.Embedding) and module is not embedding and re.search(r"pos|wpe", name):
             first = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
             found.append(module.num_embeddings - first)
-    for name, buffer in model.get_decoder().named_buffers():
+    for name, buffer in decoder_of(model).named_buffers():
         if re.search(r"pos", name.rpartition(".")[2]) and buffer.dim() == 2 and buffer.shape[0] == limit:
             found.append(limit)
     return min(found, default=None)

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.headers import read_bytes
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, LaserError, UsageError
+
+WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,48 @@ def compute_buffers(checkpoint: Checkpoint, model: Any) -> None:
             raise not_by_layers(checkpoint, f"{type(model).__name__} computes {name} only when it is built")
 
 
+def check_embedding(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises UsageError where transformers writes over a row of the embedding after it was loaded (Youtu's padding)."""
+    embedding = model.get_input_embeddings()
+    padding = getattr(embedding, "padding_idx", None)
+    if not isinstance(embedding, torch.nn.Embedding) or padding is None:
+        return
+    small = torch.nn.Embedding(padding + 1, 1, padding, device="cpu")
+    torch.nn.init.ones_(small.weight)
+    small.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # how transformers marks what was loaded
+    model._init_weights(small)
+    if not bool((small.weight == 1).all()):
+        raise not_by_layers(checkpoint, f"transformers writes over row {padding} of its embedding when it loads it")
+
+
+def keep_dtypes(model: Any, dtype: torch.dtype) -> None:
+    """Parameters that `from_pretrained` keeps in float32 whatever `dtype` is."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    kept, names, _ = build_glob_alternation(list(plan))
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        if (match := kept.search(name)) and match.lastgroup is not None:
+            value.data = value.data.to(plan[names[match.lastgroup]])
+
+
 def owner_of(model: Any, name: str) -> tuple[Any, str]:
     """The module that holds a parameter or buffer, and what it is called there."""
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of the model that holds its decoder layers. In ModernBERT's decoder that name is the head's."""
+    decoder = model.get_decoder()
+    return decoder if any(isinstance(m, torch.nn.ModuleList) for m in decoder.modules()) else model.base_model
+
+
 def stack_of(checkpoint: Checkpoint, model: Any) -> tuple[str, Any]:
     """The decoder layers: where they lie in the model, and the list of them. Raises UsageError where none is found."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     depth = min((name.count(".") for name, _ in lists), default=0)
@@ -252,6 +288,10 @@ def edited(
     inside = [matrices[name] for name in edits if matrices[name].tensor == tensor]
     if inside and inside[0].cut is None:
         return edits[inside[0].name]
+    info = checkpoint.tensors[tensor]
+    if info.dtype in WHOLE_NUMBERS:  # a table that routes tokens, which no cut is ever made of
+        data = read_bytes(checkpoint.shard_of(tensor), info.start, info.end)
+        return data.view(WHOLE_NUMBERS[info.dtype]).reshape(info.shape)
     W = checkpoint.read(tensor)
     for matrix in inside:
         assert matrix.cut is not None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,12 @@ from laser.evaluation.causal import build_causal, check_causal, check_windows, p
 from laser.evaluation.layout import (
     Part,
     by_layers,
+    check_embedding,
     compute_buffers,
+    decoder_of,
     edited,
     fill,
+    keep_dtypes,
     not_by_layers,
     owner_of,
     stack_of,
@@ -107,6 +111,8 @@ class LayeredModel:
         self.model = build_causal(checkpoint, self.dtype)
         with by_layers(checkpoint):
             compute_buffers(checkpoint, self.model)
+            check_embedding(checkpoint, self.model)
+            keep_dtypes(self.model, self.dtype)
             self.stack, self.blocks = stack_of(checkpoint, self.model)
             self._filling = fill(checkpoint, self.model)
         self.layers = len(self.blocks)
@@ -116,7 +122,9 @@ class LayeredModel:
         self._spare: dict[tuple[Any, ...], list[torch.Tensor]] = {}  # memory of pieces that were freed
         self._calls: dict[int, list[Call]] = {}  # window length -> per layer
         self._returns: int | None = None  # see TUPLES
-        self._proved = 0  # the longest window so far
+        # Of one token's state; some models hand on several streams, (n, H).
+        self._state: tuple[int, ...] = (int(self.model.config.get_text_config().hidden_size),)
+        self._checked, self._proved = 0, False  # the longest window that was looked at
         self._pieces: list[dict[str, tuple[Part, ...]]] = [{} for _ in range(self.layers + 3)]
         for name, piece in self._where_used().items():
             self._pieces[piece][name] = self._filling.parts[name]
@@ -130,7 +138,8 @@ class LayeredModel:
             for name, parts in parameters.items():
                 for part in parts:
                     self._places.setdefault(part.tensor, []).append((piece, name, part))
-        say_unused(checkpoint, self._filling.unused)
+        parts = (part.tensor for parts in self._filling.parts.values() for part in parts)
+        say_unused(checkpoint, {*self._filling.unused, *(name for name in parts if name not in self._places)})
 
     @property
     def _rest(self) -> int:
@@ -140,7 +149,7 @@ class LayeredModel:
     def _where_used(self) -> dict[str, int]:
         """Parameter -> piece. Towers of other modalities, which a text does not reach, are in none."""
         names = {id(module): name for name, module in self.model.named_modules()}
-        base, decoder = self.model.base_model, names[id(self.model.get_decoder())]
+        base, decoder = self.model.base_model, names[id(decoder_of(self.model))]
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         within = "" if base is self.model else names[id(base)] + "."
         found = {}
@@ -158,8 +167,8 @@ class LayeredModel:
 
     @property
     def width(self) -> int:
-        """H, the size of a hidden state."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """H, the size of a hidden state: of all of its streams where layers hand on more than one."""
+        return math.prod(self._state)
 
     def runs(self, name: str) -> bool:
         """Whether a matrix is used at all: MTP layers, leftover heads and towers of other modalities are not."""
@@ -315,10 +324,12 @@ class LayeredModel:
             self.model(input_ids=ids, use_cache=False)
         if len(calls) != self.layers:
             raise not_by_layers(self.checkpoint, f"{len(calls)} of its {self.layers} layers are called")
-        if entered[0].shape != (1, ids.shape[1], self.width):
-            found, expected = list(entered[0].shape), [1, ids.shape[1], self.width]
-            raise not_by_layers(self.checkpoint, f"its layers take states of shape {found}, expected {expected}")
-        return entered[0], calls
+        shape, expected = tuple(entered[0].shape), (1, ids.shape[1], *self._state)
+        if not self._proved and len(shape) > 2 and shape[:2] == expected[:2]:
+            self._state = shape[2:]
+        elif shape != expected:
+            raise not_by_layers(self.checkpoint, f"its layers take states of shape {shape}, expected {expected}")
+        return entered[0].flatten(2), calls
 
     @staticmethod
     def _answer(hidden: torch.Tensor, returns: int) -> Any:
@@ -338,9 +349,9 @@ class LayeredModel:
 
     def _layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """(T, H) -> (T, H) through one decoder layer."""
-        out = self._calls[len(hidden)][layer].of(self.blocks[layer], hidden[None])
+        out = self._calls[len(hidden)][layer].of(self.blocks[layer], hidden.unflatten(1, self._state)[None])
         self.layer_forwards += 1
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        return (out[0] if isinstance(out, tuple | list) else out)[0].flatten(1)
 
     @torch.no_grad()
     def run_layer(self, layer: int, activations: Activations) -> None:
@@ -379,7 +390,7 @@ class LayeredModel:
         empty = hidden.new_zeros(1, len(hidden), embedding.weight.shape[1])
 
         def pass_on(layer: int, *args: Any, **kwargs: Any) -> Any:
-            states = hidden[None] if layer == self.layers - 1 else Call.split(args, kwargs)[1]
+            states = hidden.unflatten(1, self._state)[None] if layer == self.layers - 1 else Call.split(args, kwargs)[1]
             return self._answer(states, self._returns or 0)
 
         embedding.forward = lambda *_, **__: empty
@@ -392,6 +403,13 @@ class LayeredModel:
 
     # --- whether the pieces are the model --------------------------------------------------------------------------
 
+    def check(self, windows: Sequence[Window]) -> None:
+        """Raises UsageError for windows that the model has no positions or no embedding for; reads no weight."""
+        longest = max(len(w.tokens) for w in windows)
+        if longest > self._checked:
+            check_windows(self.checkpoint, self.model, windows)
+        self._checked = max(self._checked, longest)
+
     @torch.no_grad()
     def prove(self, windows: Sequence[Window]) -> None:
         """Hold the pieces against the model's own forward, once, on a few tokens of `windows`.
@@ -403,15 +421,13 @@ class LayeredModel:
         is one more walk through the layers.
         Raises UsageError where the losses differ, with both, and for windows that the model has no positions for.
         """
-        longest = max(len(w.tokens) for w in windows)
-        if longest > self._proved:
-            check_windows(self.checkpoint, self.model, windows)
-        if not self._proved:
-            forwards = self.layer_forwards
-            with by_layers(self.checkpoint):
-                self._prove(windows)
-            self.layer_forwards = forwards
-        self._proved = max(self._proved, longest)
+        self.check(windows)
+        if self._proved:
+            return
+        forwards = self.layer_forwards
+        with by_layers(self.checkpoint):
+            self._prove(windows)
+        self.layer_forwards, self._proved = forwards, True
 
     def _prove(self, windows: Sequence[Window]) -> None:
         first, second, changed = probes(windows)
@@ -428,7 +444,7 @@ class LayeredModel:
                 self._free(0)
             self._load(layer + 1)
             out = self.blocks[layer].forward(*args, **kwargs)
-            self._returns = len(out) if isinstance(out, tuple) else 0
+            self._returns = len(out) if isinstance(out, tuple | list) else 0
             for text in (1, 2, 0):
                 states[text] = self._layer(layer, states[text])
             self._free(layer + 1)
