@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
@@ -258,7 +259,15 @@ def _run_layer(
     with full_precision(), Tap(model, layer, here, listen):
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
-    return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]
+    unseen = [m for m in here if m.name not in seen]
+    if unheard := [m.name for m in unseen if m.expert is None]:  # an expert may really have met nothing
+        warnings.warn(
+            f"{len(unheard)} matrices of layer {layer}, such as {unheard[0]}, are multiplied in a way that cannot be "
+            "followed, so their inputs are not in the moments",
+            DoubtWarning,
+            stacklevel=2,
+        )
+    return sites + [Accumulator(Met((m.name,), ()), "full") for m in unseen if m.expert is not None]
 
 
 # --- on the disk ------------------------------------------------------------------------------------------------------
