@@ -414,11 +414,10 @@ class LayeredModel:
     def prove(self, windows: Sequence[Window]) -> None:
         """Hold the pieces against the model's own forward, once, on a few tokens of `windows`.
 
-        The forward runs untouched, but that each layer is loaded when it is called and freed behind. While it is there,
-        three short texts go through it as they do in a pass: one that is compared with the forward; the same with
-        another last token, which must change no earlier prediction; and one whose call was recorded, before which and
-        after which the others go. So states that layers hand on to one another by other ways are caught too. The cost
-        is one more walk through the layers.
+        The forward runs two texts at once, untouched but that each layer is loaded when it is called and freed behind.
+        Before each of these calls the texts go through the layer one by one, as in a pass, and so does a third, the
+        second with another last token, which must change no earlier prediction. What layers hand on by other ways than
+        their states is then another text's, and shows. The cost is one more walk through the layers.
         Raises UsageError where the losses differ, with both, and for windows that the model has no positions for.
         """
         self.check(windows)
@@ -430,11 +429,10 @@ class LayeredModel:
         self.layer_forwards, self._proved = forwards, True
 
     def _prove(self, windows: Sequence[Window]) -> None:
-        first, second, changed = probes(windows)
+        texts = probes(windows)
         self._load(0)
         self._load(self._rest)
-        # The layers are called as for the first; they come to it last, behind the two that are looked at.
-        states = [self._record(self._ids(tokens)) for tokens in (first, second, changed)]
+        states = [self._record(self._ids(tokens)) for tokens in texts]
         visited: list[int] = []
 
         def visit(layer: int, *args: Any, **kwargs: Any) -> Any:
@@ -443,32 +441,34 @@ class LayeredModel:
             if layer == 0:
                 self._free(0)
             self._load(layer + 1)
-            out = self.blocks[layer].forward(*args, **kwargs)
-            self._returns = len(out) if isinstance(out, tuple | list) else 0
+            # The layers are called as for the first text; it comes to them last, behind the others.
             for text in (1, 2, 0):
                 states[text] = self._layer(layer, states[text])
+            out = self.blocks[layer].forward(*args, **kwargs)
+            self._returns = len(out) if isinstance(out, tuple | list) else 0
             self._free(layer + 1)
             if layer == self.layers - 1:
                 self._load(self.layers + 1)
             return out
 
         with self._layers_as(visit):
-            logits = self.model(input_ids=self._ids(second), use_cache=False).logits[0]
-        if visited != list(range(self.layers)) or logits.device.type == "meta":
+            whole = self.model(input_ids=torch.cat([self._ids(t) for t in texts[:2]]), use_cache=False).logits
+        if visited != list(range(self.layers)) or whole.device.type == "meta":
             raise not_by_layers(self.checkpoint, f"its forward calls the layers {visited[:9]}, expected each in order")
-        layered, after = (torch.cat([self._logits(rows) for rows in s.split(PROBE_ROWS)]) for s in states[1:])
+        layered = [torch.cat([self._logits(rows) for rows in s.split(PROBE_ROWS)]) for s in states]
         self._free(self.layers + 1)
         self._free(self._rest)
         self._calls.clear()
-        targets = torch.from_numpy(second[1:].copy())
-        found, expected = token_losses(layered, targets)[0], token_losses(logits, targets)[0]
-        if not same(found, expected, self.dtype):
-            raise not_by_layers(
-                self.checkpoint,
-                f"on {len(targets)} tokens its layers one after the other give {float(found.mean()):.5f} nats per "
-                f"token, its own forward {float(expected.mean()):.5f}",
-            )
-        check_causal(self.checkpoint, layered, after, self.dtype)
+        targets = [torch.from_numpy(tokens[1:].copy()) for tokens in texts]
+        for text in (0, 1):
+            found, expected = (token_losses(x[text], targets[text])[0] for x in (layered, whole))
+            if not same(found, expected, self.dtype):
+                raise not_by_layers(
+                    self.checkpoint,
+                    f"on {len(found)} tokens its layers one after the other give {float(found.mean()):.5f} nats per "
+                    f"token, its own forward {float(expected.mean()):.5f}",
+                )
+        check_causal(self.checkpoint, layered[1], layered[2], self.dtype)
 
     def losses(self, windows: Sequence[Window], tick: Callable[[], None] = lambda: None) -> Scores:
         """A whole pass. `tick` is called after each piece."""
