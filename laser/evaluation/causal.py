@@ -164,8 +164,9 @@ def probes(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
     The last token is only predicted. T is at most PROBE.
     """
-    length = min(PROBE + 1, *(len(w.tokens) for w in windows))
-    first, second = windows[0].tokens[:length].copy(), windows[-1].tokens[:length].copy()
+    longest = sorted(windows, key=lambda w: -len(w.tokens))[:2]
+    length = min(PROBE + 1, len(longest[-1].tokens))
+    first, second = longest[0].tokens[:length].copy(), longest[-1].tokens[:length].copy()
     if np.array_equal(first, second):
         first = first[::-1].copy()
     changed = second.copy()

@@ -19,7 +19,7 @@ from typing import Any
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
-from laser.evaluation.layout import require_hub_format
+from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
 
 KIND, VERSION = "leaderboard", 1
@@ -157,7 +157,7 @@ def run_leaderboard(
     checkpoint's own. No chat template is applied, as on the leaderboard. `tick` is called after each task.
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite.
     """
-    require_hub_format(checkpoint.path)
+    build_causal(checkpoint)
     chosen = choose_tasks(tasks)
     if not chosen:
         raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")

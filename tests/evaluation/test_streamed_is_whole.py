@@ -111,7 +111,7 @@ def test_text_inside_a_composite_config(tmp_path: Path) -> None:
         assert np.allclose(streamed, losses(tmp_path, stream=False), atol=1e-5)
 
 
-# --- models whose forward is not their layers one after the other ------------------------------------------------------
+# --- models whose forward is not their layers one after the other ---------------------------------------------------
 
 SEEN: dict[str, torch.Tensor] = {}
 
@@ -293,7 +293,7 @@ def test_the_proof_costs_one_walk_and_is_not_counted(three_layers: Path, monkeyp
     assert model.layer_forwards == 2 * 2 * 3
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def idle(tensors: dict[str, torch.Tensor]) -> None:
@@ -314,16 +314,23 @@ def test_what_the_model_does_not_run_is_left_out(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoubtWarning)
         model = LayeredModel(checkpoint, resident=True)
-        selection = laser.Selection(include="q_proj|fc|value_head", roles=("q", "other"))
         spectra = laser.scan(checkpoint)
         moments = calibrate(checkpoint, WINDOWS, tmp_path / "moments", shrink=True)
     names = {m.name for m in laser.list_matrices(checkpoint)}
     foreign = {name for name in names if not model.runs(name)}
     assert foreign == {n for n in names if "layers.2" in n or "mtp" in n or "value_head" in n}
     assert moments.sites.keys() == {n for n in names - foreign if n.endswith("proj.weight")}
-    for options in ({}, {"shortlist": 2}, {"grid": True}):
-        chosen = selection if options == {} else laser.Selection(roles=("q",))
-        result = search(model, spectra, ["fraction:0.5"], Loss(WINDOWS), [Loss(OTHERS)], selection=chosen, **options)
+    for shortlist, grid in ((None, False), (2, False), (None, True)):
+        result = search(
+            model,
+            spectra,
+            ["fraction:0.5"],
+            Loss(WINDOWS),
+            [Loss(OTHERS)],
+            selection=laser.Selection(roles=("q", "other")),
+            shortlist=shortlist,
+            grid=grid,
+        )
         tried = {name for trial in result.trials for name in trial.ranks}
         assert tried == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
         lines = {line.name: line for line in result.plan.lines}
@@ -354,11 +361,11 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
     save(tmp_path, "mixtral", **SIZES | {"num_local_experts": 4})
     lost = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
     assert lost in load_file(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="of the .* numbers of model.layers.1.mlp.experts|has shape"):
+    with pytest.raises(CheckpointError, match=r"of the .* numbers of model.layers.1.mlp.experts|has shape"):
         losses(change(tmp_path, lambda t: t.pop(lost)), stream=True)
 
 
-# --- what has no perplexity --------------------------------------------------------------------------------------------
+# --- what has no perplexity -----------------------------------------------------------------------------------------
 
 BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads",)}
 NO_PERPLEXITY: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -383,7 +390,7 @@ def test_what_is_no_causal_language_model(what: str, stream: bool, tmp_path: Pat
 def test_a_type_without_a_causal_class(tmp_path: Path) -> None:
     change(save(tmp_path, "llama", **SIZES), model_type="t5", architectures=["T5ForConditionalGeneration"])
     for stream in (False, True):
-        with pytest.raises(UsageError, match="is no causal language model .*; try laser scan, plan and reduce"):
+        with pytest.raises(UsageError, match=r"is no causal language model .*; try laser scan, plan and reduce"):
             losses(tmp_path, stream=stream)
     with pytest.raises(UsageError, match="is no causal language model"):
         calibrate(laser.open_checkpoint(tmp_path), WINDOWS, tmp_path / "moments")
@@ -396,7 +403,7 @@ def test_decoders_that_say_so_or_need_not(kind: str, tmp_path: Path) -> None:
     assert np.allclose(losses(tmp_path, stream=True), losses(tmp_path, stream=False), atol=1e-5)
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
@@ -407,7 +414,7 @@ def test_windows_longer_than_learned_positions(kind: str, stream: bool, tmp_path
     save(tmp_path, kind, **(opt if kind == "opt" else sizes))
     fitting = Windows(tuple(Window(t[:17], 16) for t in TEXT[:2]), "t", "0", 17, "windows", True, None)
     assert np.isfinite(losses(tmp_path, stream=stream, windows=fitting)).all()
-    with pytest.raises(UsageError, match="24 tokens .* 16 positions; try --window 16"):
+    with pytest.raises(UsageError, match=r"24 tokens .* 16 positions; try --window 16"):
         losses(tmp_path, stream=stream)
 
 
