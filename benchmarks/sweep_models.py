@@ -109,7 +109,9 @@ def small(cls: Any) -> Any:
     for key, nested in (getattr(cls, "sub_configs", None) or {}).items():
         if key in known:
             automatic = nested.__name__ == "AutoConfig"  # any text model will do
-            entries[key] = small(CONFIG_MAPPING["llama"]) if automatic and "text" in key else {} if automatic else small(nested)
+            entries[key] = (
+                small(CONFIG_MAPPING["llama"]) if automatic and "text" in key else {} if automatic else small(nested)
+            )
             if automatic and "text" not in key:
                 del entries[key]
     more = MORE.get(cls.model_type, {})
@@ -202,7 +204,9 @@ def flow(source: Path, folder: Path) -> dict[str, Any]:
     row["warning"] = [str(w.message) for w in told]
     laser.reduce(checkpoint, plan, folder / "out")
     row["problems"] = list(laser.verify(checkpoint, folder / "out").problems)
-    before, after = (transformers.AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (source, folder / "out"))
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (source, folder / "out")
+    )
     after.save_pretrained(folder / "again")
     written = {k: v for f in (folder / "out").glob("*.safetensors") for k, v in load_file(f).items()}
     again = {k: v for f in (folder / "again").glob("*.safetensors") for k, v in load_file(f).items()}
@@ -210,7 +214,9 @@ def flow(source: Path, folder: Path) -> dict[str, Any]:
     cut = {k for k, v in written.items() if not torch.equal(stored[k], v)}
     row["lost"] = sorted(k for k in cut & again.keys() if not torch.equal(again[k], written[k]))[:3]
     state = before.state_dict()
-    row["changed"] = sum(not torch.equal(state[k], v) for k, v in after.state_dict().items() if state[k].dtype == v.dtype)
+    row["changed"] = sum(
+        not torch.equal(state[k], v) for k, v in after.state_dict().items() if state[k].dtype == v.dtype
+    )
     return row
 
 
@@ -278,7 +284,12 @@ def main() -> int:
         states = summarise(row)
         for name, state in states.items():
             counts[name][state] += 1
-        print(f"{kind:26s}", *(f"{name} {state:10s}" for name, state in states.items()), f"{time.perf_counter() - start:5.1f} s", flush=True)
+        print(
+            f"{kind:26s}",
+            *(f"{name} {state:10s}" for name, state in states.items()),
+            f"{time.perf_counter() - start:5.1f} s",
+            flush=True,
+        )
         detail = [row.get("unbuilt")]
         for name in ("flow", "whole", "streamed"):
             found = row.get(name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
@@ -148,17 +149,22 @@ def calibrate(
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)
-    chosen = [m for m in matrices if selection.why_not(m) is None and m.layer is not None and not m.stack]
+    checkpoint = by_whole_shards(checkpoint)
+    model = LayeredModel(checkpoint, dtype=dtype, device=device)
+    model.check(windows.windows)
+    # What the model does not run meets nothing: MTP layers, leftover heads, towers of other modalities.
+    layers = {m.name: model.layer_of(m.name) for m in matrices if selection.why_not(m) is None}
+    chosen = [m for m in matrices if layers.get(m.name) is not None]
     if not chosen:
         raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
     tokens = sum(len(w.tokens) - 1 for w in windows.windows)
     _check_length(chosen, tokens, windows, shrink or diagonal)
-    checkpoint, named = by_whole_shards(checkpoint), {m.name: m for m in chosen}
-    first = min(m.layer or 0 for m in chosen)
+    named = {m.name: m for m in chosen}
+    first = min(layers[m.name] or 0 for m in chosen)
     run = {
         **Source.of(checkpoint).told(),
         # The headers of two models of one shape are the same.
-        "weights": [fingerprint(checkpoint.read(m.tensor, m.cut)) for m in chosen if m.layer == first],
+        "weights": [fingerprint(checkpoint.read(m.tensor, m.cut)) for m in chosen if layers[m.name] == first],
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
@@ -167,16 +173,15 @@ def calibrate(
     partial = path.with_name(path.name + ".partial")
     with disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
-    model = LayeredModel(checkpoint, dtype=dtype, device=device)
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
     start = _resume(partial, run, states)
     for left in partial.glob("layer-*.safetensors"):  # of a layer that was not finished, perhaps by another command
         if left.name >= _part(partial, start, 0).name:
             left.unlink()
-    last = max(m.layer or 0 for m in chosen)
+    last = max(layers[m.name] or 0 for m in chosen)
     for layer in range(start, last + 1):
-        here = [m for m in chosen if m.layer == layer]
+        here = [m for m in chosen if layers[m.name] == layer]
         if here:
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
             if layer == first and not (shrink or diagonal):
@@ -254,7 +259,15 @@ def _run_layer(
     with full_precision(), Tap(model, layer, here, listen):
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
-    return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]
+    unseen = [m for m in here if m.name not in seen]
+    if unheard := [m.name for m in unseen if m.expert is None]:  # an expert may really have met nothing
+        warnings.warn(
+            f"{len(unheard)} matrices of layer {layer}, such as {unheard[0]}, are multiplied in a way that cannot be "
+            "followed, so their inputs are not in the moments",
+            DoubtWarning,
+            stacklevel=2,
+        )
+    return sites + [Accumulator(Met((m.name,), ()), "full") for m in unseen if m.expert is not None]
 
 
 # --- on the disk ------------------------------------------------------------------------------------------------------

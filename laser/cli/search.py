@@ -99,6 +99,10 @@ def search(
         checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
         held_out_windows,
     )  # fmt: skip
+    # Before the scan: what cannot be measured is not worth one.
+    layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
+    for each in (calibration, *reported):
+        layered.check(each.windows)
     known = common.moments_of(moments)
     spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
@@ -111,7 +115,7 @@ def search(
                 spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
             )
     result = search_with_bar(
-        LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
+        layered,
         measured,
         wanted,
         calibration,

@@ -27,7 +27,7 @@ import numpy as np
 from laser.checkpoint.files import Journal, read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
-from laser.evaluation.layout import require_hub_format
+from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
 from laser.evaluation.plain_config import plain_config
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
@@ -224,7 +224,7 @@ def run_leaderboard(
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
     """
-    require_hub_format(checkpoint.path)
+    build_causal(checkpoint)
     chosen = choose_tasks(tasks)
     if not chosen:
         raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")

@@ -37,6 +37,7 @@ from laser.search.candidates import (
     matrix_candidates,
     plans_of,
     predict,
+    without_idle,
 )
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
@@ -136,7 +137,7 @@ def search(
     _check(calibration, held_out, accept, order, shortlist, grid)
     if any(rule.startswith(DATA) for rule in rules):
         require_same_moments(spectra, moments)
-    plans = plans_of(spectra, rules, selection, lowest_snr)
+    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
     found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
         raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
