@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from laser.errors import RecordError
 
 T = TypeVar("T")
+LARGEST = sys.float_info.max
 WORDS = {
     list: "a list",
     str: "a text",
@@ -70,7 +71,7 @@ def _as(hint: Any, found: Any) -> Any:
         return tuple(_as(inside[0], x) for x in found)
     if origin is not None and isinstance(found, dict) and issubclass(origin, Mapping):
         return {_as(inside[0], key): _as(inside[1], x) for key, x in found.items()}
-    if hint is float and type(found) in (int, float) and abs(found) <= sys.float_info.max:
+    if hint is float and isinstance(found, int | float) and type(found) is not bool and abs(found) <= LARGEST:
         return found
     if isinstance(hint, type) and type(found) is hint and hint is not float:
         return found

@@ -135,7 +135,7 @@ def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
 def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
     """The line of a matrix that was cut. Where it foretold something else, as after an edit by hand, what was measured:
     the figures of another rank are not left standing."""
-    record = {"snr": line.snr, "over_threshold": None} | record  # journals of before had neither
+    record = {"snr": line.snr, "over_threshold": None} | dict(record)  # journals of before had neither
     above, over = line.gains.above, record["over_threshold"]
     held = over is None or over == above or (line.shrink is not None and over > above)
     same = line.rank == record["rank"] and (line.snr is None) == (record["snr"] is None)

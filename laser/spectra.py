@@ -141,7 +141,7 @@ class Spectra:
         needed = ("source", "method", "device", "matrices")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)
-        made_by = tuple(value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
+        method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
         rows = value_of(list, header["matrices"], "matrices", f"{path}: its header", AGAIN)
         decoded = [_decoded(row, number, path) for number, row in enumerate(rows, 1)]
         skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
@@ -152,7 +152,7 @@ class Spectra:
         kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
         data = InData.from_file(header.get("data"), vectors, f"{path}: its data", AGAIN)
         notes = {matrix.name: extra.note for matrix, extra in decoded if extra.note}
-        spectra = Spectra(source, matrices, values, skipped, *made_by, nulls, kurtosis, data, notes)
+        spectra = Spectra(source, matrices, values, skipped, method, device, nulls, kurtosis, data, notes)
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {AGAIN}")
         return spectra

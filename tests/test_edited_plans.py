@@ -237,6 +237,17 @@ def test_what_a_refusal_says(
     assert message in edited(source, tmp_path, change)
 
 
+def test_a_key_that_is_twice_in_a_line_is_refused(source: tuple[Path, dict[str, Document]], tmp_path: Path) -> None:
+    path, plans = source
+    text = json.dumps(plans["fraction:0.5"]).replace('"rank": 8,', '"rank": 8, "rank": 2,')
+    (tmp_path / "plan.json").write_text(text)
+    code, told = called("reduce", path, tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert code == 1 and f"the key 'rank' is twice in the entry of {PREFIX}self_attn.k_proj.weight" in told
+    (tmp_path / "plan.json").write_text("[" * 100_000)
+    code, told = called("reduce", path, tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert code == 1 and "not a readable plan file" in told
+
+
 def test_claims_that_were_not_carried_out_are_problems(
     source: tuple[Path, dict[str, Document]], tmp_path: Path
 ) -> None:

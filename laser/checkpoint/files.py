@@ -45,13 +45,23 @@ def to_json(document: Any) -> bytes:
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`. Raises RecordError."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; try `laser {kind} --help` for how to make a {kind}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
     check_header(document, path, kind, version)
     return document
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is twice in the entry of {found.get('name', 'no name')}")
+    return found
 
 
 def check_header(document: Any, path: Path, kind: str, version: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
@@ -242,7 +243,7 @@ def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = Non
     return replace(cut, threshold=threshold, sigma=sigma)
 
 
-def energy_share(s: Spectrum, gains: Spectrum) -> float:
+def energy_share(s: Spectrum, gains: Spectrum | NDArray[np.bool_]) -> float:
     """sum((g s)^2) / sum(s^2) for singular values `s` (p,), not all 0, and what becomes of each, `gains` (p,)."""
     s = s / unit_of(s)
     return float(np.sum((gains * s) ** 2)) / float(np.sum(s**2))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ STATED = {1e-4: 0.100, 0.01: 0.015, 0.1: -0.004, 0.5: 0.0, 0.9: 0.003, 0.99: -0.
 def test_tracy_widom_is_off_by_what_its_docstring_states() -> None:
     told = " ".join((mp.tracy_widom_quantile.__doc__ or "").split())
     for u, error in STATED.items():
-        exact = optimize.brentq(lambda s, u=u: tracy_widom(s) - u, -9, 12, xtol=1e-10)
+        exact: Any = optimize.brentq(lambda s, u=u: tracy_widom(s) - u, -9, 12, xtol=1e-10)
         assert mp.tracy_widom_quantile(u) - exact == pytest.approx(error, abs=6e-4)
         assert abs(error) < 1e-3 or f"{error:+.3f} at {u:.4f}".rstrip("0") in told
         assert mp.tracy_widom_upper(1 - u) == pytest.approx(mp.tracy_widom_quantile(u), abs=1e-9)

@@ -31,7 +31,7 @@ def synthetic(seed: int) -> Case:
     noise = random.standard_normal((m, n))
     spikes = random.standard_normal((m, 8)) @ random.standard_normal((8, n))
     W = (noise + 0.5 * spikes, random.standard_t(3, (m, n)), noise @ random.standard_normal((n, n)) / n**0.5)[seed % 3]
-    return np.linalg.svd(W, compute_uv=False), (m, n)
+    return np.linalg.svd(W, compute_uv=False).astype(np.float64), (m, n)
 
 
 def of_demo() -> list[Case]:
