@@ -275,10 +275,14 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
             )
         return "\n".join(lines) or None
     lines.append(f"{checkpoint.name}: model_type {family!r} is not in the table of families; roles are guessed by name")
-    cut = [m for m in matrices if m.is_matrix and m.role not in PROTECTED and m.stack not in KEPT_STACKS]
-    fused = [m for m in cut if _looks_fused(m, checkpoint.config)]
+    fused, kept = [], []
+    sums = _sums(checkpoint.config)
+    for m in matrices:
+        if m.is_matrix and (m.role in PROTECTED or m.stack in KEPT_STACKS):
+            kept.append(m)
+        elif m.is_matrix and _looks_fused(m, sums):
+            fused.append(m)
     unreached = [m for m in unknown if not m.is_matrix]
-    kept = [m for m in matrices if m.is_matrix and m not in cut]
     for what, these in (
         ("cut as one though probably fused (--exclude leaves them out)", fused),
         ("not reached", unreached),
@@ -300,13 +304,16 @@ def _folded(matrices: Sequence[Matrix], most: int = 6) -> str:
     return ", ".join(shown) + (f" and {left} more" if left else "")
 
 
-def _looks_fused(matrix: Matrix, config: Mapping[str, Any]) -> bool:
-    """By its name, or because its rows are as many as q, k and v or gate and up have together."""
-    if _compiled(FUSED_NAMES).fullmatch(matrix.name.removesuffix(".weight").rpartition(".")[2]):
-        return True
+def _sums(config: Mapping[str, Any]) -> set[int]:
+    """How many rows q, k and v, or gate and up, have together, as far as config.json says."""
     head, key_value, width, wide = (
         number_or_none(config, what) for what in ("head", "key_value", "width", "intermediate_size")
     )
     sums = {(head + 2 * key_value) * width} if head and key_value and width else set()
-    sums |= {2 * wide} if wide else set()
-    return matrix.role == "linear" and matrix.shape[0] in sums
+    return sums | ({2 * wide} if wide else set())
+
+
+def _looks_fused(matrix: Matrix, sums: set[int]) -> bool:
+    """By its name, or because it has as many rows as several matrices together."""
+    leaf = matrix.name.removesuffix(".weight").rpartition(".")[2]
+    return _compiled(FUSED_NAMES).fullmatch(leaf) is not None or (matrix.role == "linear" and matrix.shape[0] in sums)
