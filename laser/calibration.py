@@ -10,6 +10,7 @@ A product of some hundred inputs is float32, as the inputs are; the sums over th
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from laser.calibration_parts import Parts
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.errors import NumericalError, UsageError
@@ -144,13 +145,18 @@ def calibrate(
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)
-    chosen = [m for m in matrices if selection.why_not(m) is None and m.layer is not None]
+    checkpoint = by_whole_shards(checkpoint)
+    model = LayeredModel(checkpoint, dtype=dtype, device=device)
+    model.check(windows.windows)
+    # What the model does not run meets nothing: MTP layers, leftover heads, towers of other modalities.
+    layers = {m.name: model.layer_of(m.name) for m in matrices if selection.why_not(m) is None}
+    chosen = [m for m in matrices if layers.get(m.name) is not None]
     if not chosen:
         raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
     tokens = sum(len(w.tokens) - 1 for w in windows.windows)
     _check_length(chosen, tokens, windows, shrink or diagonal)
-    checkpoint, named = by_whole_shards(checkpoint), {m.name: m for m in chosen}
-    first = min(m.layer or 0 for m in chosen)
+    named = {m.name: m for m in chosen}
+    first = min(layers[m.name] or 0 for m in chosen)
     source = Source.of(checkpoint)
     run = {
         **source.told(),
@@ -160,16 +166,15 @@ def calibrate(
         "version": VERSION,  # of what lies there
     }
     parts = Parts(path.with_name(path.name + ".partial"), run, anew)
-    model = LayeredModel(checkpoint, dtype=dtype, device=device)
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
-    todo = {m.layer or 0 for m in chosen} - parts.layers
+    todo = {layers[m.name] or 0 for m in chosen} - parts.layers
     layer = 0
     if parts.boundary and not any(left < parts.boundary for left in todo):
         layer = parts.load_states(states)
     while any(layer <= left for left in todo):
         if layer in todo:
-            here = [m for m in chosen if m.layer == layer]
+            here = [m for m in chosen if layers[m.name] == layer]
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
             if layer == first and not (shrink or diagonal):
                 _check_experts(sites, named, windows)
@@ -249,4 +254,12 @@ def _run_layer(
     with full_precision(), Tap(model, layer, here, listen):
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
-    return sites + [Accumulator(Met((m.name,), ()), "full") for m in here if m.name not in seen]
+    unseen = [m for m in here if m.name not in seen]
+    if unheard := [m.name for m in unseen if m.expert is None]:  # an expert may really have met nothing
+        warnings.warn(
+            f"{len(unheard)} matrices of layer {layer}, such as {unheard[0]}, are multiplied in a way that cannot be "
+            "followed, so their inputs are not in the moments",
+            DoubtWarning,
+            stacklevel=2,
+        )
+    return sites + [Accumulator(Met((m.name,), ()), "full") for m in unseen if m.expert is not None]

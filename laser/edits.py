@@ -13,9 +13,11 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
 from laser.spectra import Spectra
-from laser.spectral.data_metric import relative_error, rounding_error, truncate_in_metric
+from laser.spectral.data_metric import data_values, relative_error, rounding_error, truncate_in_metric
 from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
+from laser.spectral.rules import energy_share
+from laser.spectral.unit import in_unit
 
 STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
 
@@ -77,7 +79,6 @@ def check_projection(
     B: torch.Tensor,
     half: torch.Tensor,
     line: PlanLine,
-    kept: float | None,
     device: Device,
     moments: Moments | None,
 ) -> list[str]:
@@ -85,28 +86,32 @@ def check_projection(
     (m, n) is half a unit in the last place of each entry.
 
     Without moments: B is some projection U U^T W of rank r, which is the same as: no singular value beyond r, and
-    B^T (W - B) = 0. With them also that it loses no more of the outputs than the share 1 - `kept` that was predicted.
+    B^T (W - B) = 0. With them also that it loses no more of the outputs than W itself says that rank r must.
     """
-    wide, narrow = W.double(), B.double()
-    E = half.double()
+    source, (W, u) = W, in_unit(W)
+    B, half = B.double() / u, half.double() / u
+    wide, narrow = W.double(), B
+    E = half
     rounding, norm = float(E.norm()), float(wide.norm())
     if not norm:
-        return []
+        return [] if not narrow.any() else [f"{line.name}: found values, expected zero, as the source's matrix is"]
     problems, rank = [], line.rank or 0
     beyond = float(np.linalg.norm(singular_values(B, device)[0][rank:]))
-    if beyond > rounding + 1e-5 * norm:
+    if not beyond <= rounding + 1e-5 * norm:
         problems.append(f"{line.name}: {beyond / norm:.3e} of the norm lies beyond rank {rank}")
     # With B = U U^T W + E the product is at most ||E|| (||B|| + ||W - B|| + ||E||).
     left = float((narrow.T @ (wide - narrow)).norm())
     most = (rounding + 1e-5 * norm) * (float(narrow.norm()) + float((wide - narrow).norm()) + rounding)
-    if left > most:
+    if not left <= most:
         problems.append(
             f"{line.name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W"
         )
-    if moments is not None and kept is not None:
-        metric = moments.metric(line.name, W)
-        found, lost = relative_error(W, B, rank, metric, device), max(1 - kept, 0.0)
-        slack = 3 * math.sqrt(rounding_error(W, B, E, rank, metric, device)) + 1e-5
-        if abs(math.sqrt(found) - math.sqrt(lost)) > slack and abs(found - lost) > STORED:
-            problems.append(f"{line.name}: {found:.4e} of the outputs' mean square is lost, expected {1 - kept:.4e}")
+    if moments is not None:
+        metric = moments.metric(line.name, source)
+        s, B, E = data_values(source, metric, device), B * u, E * u
+        lost = energy_share(s, np.arange(len(s)) >= rank) if s.any() else 0.0
+        found = relative_error(source, B, rank, metric, device)
+        slack = 3 * math.sqrt(rounding_error(source, B, E, rank, metric, device)) + 1e-5
+        if not (abs(math.sqrt(found) - math.sqrt(lost)) <= slack or abs(found - lost) <= STORED):
+            problems.append(f"{line.name}: {found:.4e} of the outputs' mean square is lost, expected {lost:.4e}")
     return problems

@@ -12,6 +12,21 @@ A message names the file or tensor, shows found and expected, and ends with what
 
 from __future__ import annotations
 
+LONGEST = 200  # characters of another library's message that one of ours repeats
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, cut at a word: some of them list every model there is.
+
+    The name of its type where it says nothing.
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= LONGEST else line[:LONGEST].rsplit(" ", 1)[0] + " ..."
+
+
+class DoubtWarning(UserWarning):
+    """What a checkpoint holds had to be guessed or chosen; the message says what was taken for what."""
+
 
 class LaserError(Exception):
     """Base of all expected failures; `str(error)` is what the user reads."""

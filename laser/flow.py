@@ -130,7 +130,9 @@ def scan_into(
         if path.exists() and not anew:
             there = Spectra.load(path)
             wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-            done = there.values.keys() | {name for name, why in there.skipped.items() if why.startswith("skipped")}
+            tried = {m.name for m in there.matrices if m.no_spectrum is None}
+            reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
+            done = there.values.keys() | {name for name, why in reasons if why.startswith("skipped")}
             if there.source.is_of(Source.of(checkpoint)) and (there.method, there.device) == (method, crew.label):
                 drawn = {len(there.nulls.get(name, ())) for name in there.values}
                 known = there.data.calibration.get("identity") if there.data else None

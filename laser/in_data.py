@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
+from laser.records import require_keys, value_of
 from laser.spectral.data_metric import data_values
 from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device
-from laser.spectral.rules import signal_to_noise
+from laser.spectral.rules import energy_share, signal_to_noise
 
 if TYPE_CHECKING:
     from laser.measured import Measured
@@ -59,10 +60,18 @@ class InData:
         return InData(asdict(moments.calibration), seen, values, nulls, failed)
 
     @staticmethod
-    def from_file(header: Mapping[str, Any] | None, vectors: Vectors) -> InData | None:
-        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none."""
+    def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
+        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none.
+
+        Raises RecordError, which begins with `where` and ends with `remedy`.
+        """
         if header is None:
             return None
+        header = value_of(Mapping[str, Any], header, "data", where, remedy)
+        require_keys(header, ("calibration", "seen"), ("failed",), where, remedy)
+        kinds = {"calibration": Mapping[str, Any], "seen": Mapping[str, int], "failed": Mapping[str, str]}
+        for key in header:
+            value_of(kinds[key], header[key], key, where, remedy)
         values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
         return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
 
@@ -113,6 +122,5 @@ def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int)
     reason = f"{line.reason}; in the metric of {tokens} tokens"
     if rank == shown:
         reason += f", which show {shown} directions"
-    energy = float(np.sum(s[:rank] ** 2) / np.sum(s**2))
-    snr = signal_to_noise(s, rank)
+    snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
     return replace(line, action="reduce", snr=snr, energy_kept=energy, reason=reason)

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import is_sealed, read_json, sealed, to_json, write_atomically
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomically
+from laser.checkpoint.reader import Checkpoint
 from laser.errors import RecordError, UsageError
 from laser.in_data import in_data_metric, line_in_data
+from laser.moments import Calibration
+from laser.records import decode, require_finite, require_keys, shown, value_of
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import SOURCE_OPTIONAL, Source, Spectra
 from laser.spectral.entries import HEAVY, edge_shift
 from laser.spectral.fit import NoiseFit, fit_noise
 from laser.spectral.noise import estimate
 from laser.spectral.resolution import at_threshold, precision_of
-from laser.spectral.rules import RULES, apply_rule, parse_rule, signal_to_noise
-from laser.spectral.shrinkage import Gains, check_shrinker
+from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
+from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 
-KIND, VERSION = "plan", 2
+KIND, VERSION, EARLIER = "plan", 2, 1  # the earlier one is like it, but of a model on the Hub alone knows the weights
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
 COVERAGE = ("action", "reason", "matrices", "parameters")
+AGAIN = "mend it or plan again"
+HEADER = ("kind", "version", "calibration", "coverage")
+SELECTION: dict[str, Any] = {
+    "layers": tuple[int, ...],
+    "roles": tuple[str, ...],
+    "include": str | None,
+    "exclude": str | None,
+    "lowest_snr": int | None,
+    "accept": str,
+}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -58,6 +73,7 @@ class PlanLine:
     metric: str = "plain"
     tokens: int | None = None
     parameters: int = 0  # numbers in it
+    stack: str = ""  # whose layers are counted: "" the language model's own
 
     @property
     def gains(self) -> Gains:
@@ -78,7 +94,7 @@ class Plan:
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
     def to_json(self) -> bytes:
-        return to_json(sealed({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage}))
+        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage})
 
     @property
     def coverage(self) -> dict[str, Any]:
@@ -103,33 +119,125 @@ class Plan:
     @staticmethod
     def load(path: Path) -> Plan:
         """Raises RecordError for a plan that is missing, damaged, of another version, or that contradicts itself."""
-        document = read_json(path, KIND, VERSION)
-        plan = Plan.from_document(document, path)
-        if "check" in document and not is_sealed(document):
-            raise RecordError(
-                f'{path} was changed or damaged since laser wrote it; if that was you, remove its last line, "check", '
-                "and the comma before it, or else plan again"
-            )
-        return plan
+        return Plan.from_document(read_json(path, KIND, VERSION, EARLIER), path)
 
     @staticmethod
-    def from_document(document: Mapping[str, Any], path: Path) -> Plan:
+    def from_document(document: Any, path: Path) -> Plan:
+        """Raises RecordError as `load`, naming the line, what was found there and what was expected."""
+        whole = f"{path} is not a whole plan"
+        if not isinstance(document, dict):
+            raise RecordError(f"{whole}: found {shown(document)}, expected an object; {AGAIN}")
+        require_keys(document, ("source", "rule", "selection", "lines"), HEADER, f"{whole}: it", AGAIN)
+        outer = {key: document[key] for key in document if key not in ("lines", "coverage")}
+        require_finite(outer, whole, AGAIN)
+        source = decode(Source, document["source"], f"{whole}: its source", AGAIN, SOURCE_OPTIONAL)
+        if not source.weights.told():
+            raise RecordError(f"{path} does not say which weights it was made from; make it again: `{COMMANDS[KIND]}`")
+        rule = value_of(str, document["rule"], "rule", whole, AGAIN)
         try:
-            lines = tuple(PlanLine(**line) for line in document["lines"])
-            plan = Plan(Source(**document["source"]), document["rule"], document["selection"], lines)
-            plan = replace(plan, calibration=document.get("calibration"))
-        except (KeyError, TypeError) as error:
-            raise RecordError(f"{path} is not a whole plan ({error}); make it again with `laser plan`") from error
-        for line in lines:
-            whole = type(line.rank) is int and type(line.full_rank) is int and 0 <= line.below <= line.rank
-            whole = whole and (line.rank or 0) < (line.full_rank or 0) + (line.shrink is not None)
-            whole = whole and line.metric in METRICS and (line.metric == "plain" or plan.calibration is not None)
-            if line.action not in ACTIONS or (line.action == "reduce" and not whole):
+            for part in rule.split(",") if rule != "none" else ():
+                parse_rule(part.removeprefix("data:"))
+        except UsageError as error:
+            raise RecordError(f"{whole}: {error}") from error
+        selection = value_of(Mapping[str, Any], document["selection"], "selection", whole, AGAIN)
+        for key, hint in SELECTION.items():
+            if key in selection:
+                value_of(hint, selection[key], f"selection.{key}", whole, AGAIN)
+        calibration = value_of(Mapping[str, Any] | None, document.get("calibration"), "calibration", whole, AGAIN)
+        if calibration is not None:
+            decode(Calibration, calibration, f"{whole}: its calibration", AGAIN)
+        if not isinstance(document["lines"], (list, tuple)):  # a tuple where it was never on the disk
+            raise RecordError(f"{whole}: lines is {shown(document['lines'])}, expected a list; {AGAIN}")
+        lines = tuple(_line(number, found, whole) for number, found in enumerate(document["lines"], 1))
+        first: dict[str, int] = {}
+        for number, line in enumerate(lines, 1):
+            if why := _contradiction(line, calibration is not None):
+                raise RecordError(f"{path}: line {number} ({line.name}) has {why}; mend the line or plan again")
+            if first.setdefault(line.name, number) != number:
                 raise RecordError(
-                    f"{path}: {line.name} has action {line.action!r} and rank {line.rank} of {line.full_rank}, "
-                    "expected one of reduce, keep, skip and a rank under the full one; mend the line or plan again"
+                    f"{path}: line {number} ({line.name}) repeats line {first[line.name]}, expected each tensor once; "
+                    "take one of the two out"
                 )
-        return plan
+        return Plan(source, rule, selection, lines, calibration)
+
+    def unlike(self, matrices: Sequence[Matrix]) -> list[str]:
+        """Where the lines are not those of a checkpoint that holds these matrices, each with its line."""
+        known = {m.name: m for m in matrices}
+        found = []
+        for number, line in enumerate(self.lines, 1):
+            if line.name not in known:
+                near = difflib.get_close_matches(line.name, known, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                found.append(f"line {number} ({line.name}): the checkpoint has no such tensor{meant}")
+                continue
+            matrix = known[line.name]
+            p = min(matrix.shape) if matrix.is_matrix else None
+            for key in ("role", "layer", "expert", "parameters"):
+                if getattr(line, key) != getattr(matrix, key):
+                    wrong = f"{key} is {shown(getattr(line, key))}, expected {shown(getattr(matrix, key))}"
+                    found.append(f"line {number} ({line.name}): {wrong}")
+            if line.full_rank is not None and line.full_rank != p:
+                expected = f"expected {p}, its smaller side" if p else "but it is no matrix"
+                found.append(f"line {number} ({line.name}): full_rank is {line.full_rank}, {expected}")
+        named = {line.name for line in self.lines}
+        return found + [f"no line is about {name}" for name in known if name not in named]
+
+    def require(self, checkpoint: Checkpoint) -> None:
+        """Raises RecordError unless every line is about this checkpoint, and every tensor of it has its line."""
+        self.source.require(checkpoint, "plan")
+        if wrong := self.unlike(list_matrices(checkpoint)):
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise RecordError(f"the plan does not fit {checkpoint.name}: {wrong[0]}{more}; mend the line or plan again")
+        now = Source.of(checkpoint)
+        for key in ("parameters", "unindexed"):
+            told, there = getattr(self.source, key), getattr(now, key)
+            if told is not None and told != there:
+                raise RecordError(f"the plan's source has {key} {told}, found {there}; plan again")
+
+
+def _line(number: int, found: Any, whole: str) -> PlanLine:
+    name = f" ({found['name']})" if isinstance(found, dict) and isinstance(found.get("name"), str) else ""
+    return decode(PlanLine, found, f"{whole}: line {number}{name}", "mend the line or plan again")
+
+
+def _contradiction(line: PlanLine, calibrated: bool) -> str | None:
+    """What in a plan's line cannot be carried out, or contradicts the rest of it."""
+    if line.action not in ACTIONS:
+        return f"action {line.action!r}, expected one of {', '.join(ACTIONS)}"
+    if line.metric not in METRICS:
+        return f"metric {line.metric!r}, expected one of {', '.join(METRICS)}"
+    for key in ("threshold", "sigma", "snr", "noise", "parameters", "below", "full_rank", "tokens", "layer", "expert"):
+        if (value := getattr(line, key)) is not None and value < 0:
+            return f"{key} {value}, expected 0 or more"
+    for key in ("energy_kept", "fit", "fit_level"):
+        if (value := getattr(line, key)) is not None and not 0 <= value <= 1 + 1e-9:
+            return f"{key} {value}, expected a share between 0 and 1"
+    told = f"action {line.action!r} and rank {line.rank} of {line.full_rank}"
+    if line.rank is not None and not (line.full_rank is not None and 0 <= line.rank <= line.full_rank):
+        return f"{told}, expected a rank from 0 to the full one"
+    if line.action == "skip" and line.rank is not None:
+        return f"{told}, expected none: skip is for what could not be measured, try keep"
+    if line.below > (line.rank or 0):
+        return f"{told}, of these {line.below} below, expected no more than the rank"
+    if line.shrink is not None and line.shrink not in SHRINKERS:
+        return f"shrink {line.shrink!r}, expected one of {', '.join(SHRINKERS)} or null"
+    if line.shrink is not None and line.noise is None:
+        return f"shrink {line.shrink!r} and no noise, expected the level to shrink by"
+    if line.noise is not None and line.shrink is None and not line.below:
+        return f"noise {line.noise:.4g} and neither shrink nor below, expected null"
+    if (line.tokens is None) != (line.metric == "plain"):
+        return f"metric {line.metric!r} and tokens {line.tokens}, expected tokens in the metric data and null in plain"
+    if line.metric == "data" and (line.shrink or line.below):
+        return "metric 'data' with shrink or below, which are for the plain one"
+    if line.action != "reduce":
+        return None
+    if line.metric == "data" and not calibrated:
+        return "metric 'data' in a plan without calibration"
+    if line.rank is None or line.full_rank is None:
+        return f"{told}, expected a rank under the full one"
+    if line.rank == line.full_rank and line.shrink is None:
+        return f"{told}, which removes nothing, expected a rank under the full one, or action 'keep'"
+    return None
 
 
 @dataclass(frozen=True)
@@ -205,7 +313,14 @@ def make_plan(
                 "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
                 "--fewest-tokens with moments that were made with --shrink"
             )
+        for line in lines:
+            if line.action == "skip":
+                raise UsageError(
+                    f"no selected matrix has a spectrum: {line.name} is {line.reason}; try other layers or roles, or "
+                    "a release of the model without this"
+                )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
+    warn_of_crowds(spectra, rule, [line.name for line in lines if line.rank is not None])
     if lowest_snr is not None:
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
@@ -214,10 +329,34 @@ def make_plan(
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
+class CrowdWarning(UserWarning):
+    """Spikes are so many that a rule takes them for noise; the message lists the matrices."""
+
+
+def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
+    """Warns (CrowdWarning) where some of these matrices have more spikes than `rule` can bear, see `crowd`."""
+    if parse_rule(rule)[0].reads is None:
+        return
+    wanted, found = set(names), []
+    for matrix in spectra.matrices:
+        if matrix.name in wanted and matrix.name in spectra.values:
+            s = spectra.values[matrix.name]
+            if (spikes := crowd(rule, s, (matrix.shape[0], matrix.shape[1]))) is not None:
+                found.append(f"{matrix.name} ({spikes} of {len(s)})")
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"rule {rule} takes spikes for noise where they are many, as in {', '.join(found[:3])}{more}; "
+            "try --rule mp-edge",
+            CrowdWarning,
+            stacklevel=3,
+        )
+
+
 def empty_plan(spectra: Spectra) -> Plan:
     """The plan that reduces nothing: its output is the source, byte for byte."""
     lines = tuple(
-        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters)
+        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters, stack=m.stack)
         for m in spectra.matrices
     )
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
@@ -226,18 +365,20 @@ def empty_plan(spectra: Spectra) -> Plan:
 def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     """What `treatment` does to one matrix of the spectra, by its own values alone."""
     line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
-    if why := selection.why_not(matrix):
-        return replace(line, reason=why)
-    if matrix.name not in spectra.values:
+    line = replace(line, stack=matrix.stack)
+    why = selection.why_not(matrix)
+    if why is None and matrix.name not in spectra.values:
         why = spectra.skipped.get(matrix.name, "not scanned")
+    if why is not None:
         return replace(line, action="skip" if why.startswith("skipped") else "keep", reason=why)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
     near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
     near = f"; {near}" if near else ""
+    if (spikes := crowd(treatment.rule, s, shape)) is not None:
+        near += f"; {spikes} of {len(s)} values stand out, more than this rule can tell from noise"
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason + near)
-    total = float(np.sum(s**2))
-    if not total:
+    if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
     if treatment.metric == "data" and spectra.data is not None:
         return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
@@ -256,7 +397,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         action="reduce",
         rank=kept + below,
         snr=signal_to_noise(s, cut.rank),
-        energy_kept=float(np.sum((g * s) ** 2)) / total,
+        energy_kept=energy_share(s, g),
         fit=fit.distance,
         fit_level=fit.level,
         edge_shift=shift,
@@ -277,6 +418,9 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         line = replace(line, reason=f"{line.reason}; {heavy}")
     if np.all(g == 1):
         return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values{near}")
+    if np.all(g[s > 0] == 1):
+        why = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
+        return replace(line, action="keep", reason=why)
     if treatment.require_fit is not None and fit.level < treatment.require_fit:
         why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
         return replace(line, action="keep", reason=why)
@@ -285,6 +429,10 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
 
 def _describe(fit: NoiseFit) -> str:
     return f"distance {fit.distance:.3g}, level {fit.level:.3g}"
+
+
+def _snr(line: PlanLine) -> str:
+    return "no SNR: what it removes is 0, and it" if line.snr is None else f"SNR {line.snr:.4g}"
 
 
 def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
@@ -296,8 +444,8 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
     return [
         replace(line, reason=f"{line.reason}; SNR {line.snr:.4g} is number {lowest[line.name]} from below")
         if line.name in lowest
-        else replace(line, action="keep", reason=f"SNR {line.snr:.4g} is not among the {count} lowest")
-        if line.action == "reduce"
         else line
+        if line.action != "reduce"
+        else replace(line, action="keep", reason=f"{_snr(line)} is not among the {count} lowest")
         for line in lines
     ]

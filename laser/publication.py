@@ -32,10 +32,12 @@ from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity, difference
+from laser.records import decode
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
-from laser.spectra import Source
+from laser.report.source_card import licence_of
+from laser.spectra import SOURCE_OPTIONAL, Source
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -75,6 +77,8 @@ def write_card(
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser.
     """
     outcome = Outcome.load(out)
+    if wrong := outcome.unlike_plan():
+        raise RecordError(f"{out}: {wrong[0]}; a card would claim what was not done: run laser reduce again")
     target = out / CARD
     if target.exists() and not force and not _is_ours(target):
         raise OutputError(f"{target} was not written by laser; try --force to replace it")
@@ -86,8 +90,11 @@ def write_card(
         losses, trials = _searched(out / SEARCH, made_of)
     a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
     b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
+    if (eval_before or eval_after) and not (a and b):
+        raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
     if a and b:
-        losses = losses_of(a, b, difference(a, b), a.text)
+        change = difference(a, b)
+        losses = losses_of(a, b, change, a.text, change.unlike)
     rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
     commands = commands or _commands(out, outcome)
     text = card(
@@ -103,11 +110,7 @@ def write_card(
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
     (out / RECORDS).mkdir(exist_ok=True)
-    told = (
-        _header(outcome)
-        | {"commands": list(commands), "card": hashlib.sha256(text.encode()).hexdigest()}
-        | asdict(about)
-    )
+    told = _header(outcome) | {"commands": list(commands)} | asdict(about)
     write_atomically(out / SOURCE, to_json(sealed(told)))
     write_atomically(target, text.encode())
     return target
@@ -125,7 +128,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
             shards[shard.name] = blob
         elif hash_source:
             shards[shard.name] = _sha256(shard.path)
-    licences = sorted(p.name for p in path.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
+    files, licences = _licences(path)
     # Each tensor of the headers once: tied weights are stored once and counted once.
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     return CardSource(
@@ -139,7 +142,8 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         chat_template=_text(path / "chat_template.jinja"),
         parameters=parameters,
         shards=shards,
-        licence_files=tuple(licences),
+        licence_files=files,
+        licences=licences,
     )
 
 
@@ -168,7 +172,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
         weights = fingerprint_in(document.get("weights") or {})
-        for key in ("kind", "version", "outcome", "weights", "commands", "card", "check"):
+        for key in ("kind", "version", "outcome", "weights", "commands", "check"):
             document.pop(key, None)
         try:
             document["licence_files"] = tuple(document["licence_files"])
@@ -179,14 +183,24 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
             ) from error
         if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
             return about
+    files, licences = _licences(out)
     return CardSource(
         name=outcome.plan.source.name,
         identity=outcome.plan.source.identity,
         config=_object(out / "config.json") or dict(open_checkpoint(out).config),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text(out / "chat_template.jinja"),
-        licence_files=tuple(sorted(p.name for p in out.iterdir() if re.match(r"(?i)licen[cs]e", p.name))),
+        licence_files=files,
+        licences=licences,
     )
+
+
+def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(names of the files about a licence, those of them that are the whole text of one -> its name)."""
+    files = sorted(p.name for p in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
+    small = [name for name in files if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 20]
+    told = {name: licence_of(_text(folder / name) or "") for name in small}
+    return tuple(files), {name: licence for name, licence in told.items() if licence is not None}
 
 
 def _header(outcome: Outcome) -> dict[str, Any]:
@@ -222,10 +236,9 @@ def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) ->
 def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
     """What a search measured on text that it did not select on, and its trials."""
     document = read_json(path, "search", 2)
-    try:
-        searched = Source(**document["source"])
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
+    searched = decode(
+        Source, document.get("source"), f"{path}: its source", "remove it, or search again", SOURCE_OPTIONAL
+    )
     if not searched.is_of(of):
         raise RecordError(
             f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
@@ -255,7 +268,7 @@ def _is_ours(path: Path) -> bool:
     match = REGEX_YAML_BLOCK.search(_text(path) or "")
     try:
         found = yaml.safe_load(match.group(2)) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):  # a foreign file may hold anything
         return False
     tags = found.get("tags") if isinstance(found, dict) else None
     return isinstance(tags, list) and TAGS[0] in tags
@@ -275,6 +288,6 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: a card can do without."""
     try:
         found = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

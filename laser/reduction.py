@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from laser.checkpoint.dequantised import as_bfloat16
@@ -24,21 +25,38 @@ from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import New, OnCheck, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.engine.workers import Crew, near, visit
-from laser.errors import NumericalError, UsageError
+from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
+from laser.records import require_keys, value_of
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.rules import signal_to_noise
 
 KIND, VERSION = "outcome", 2
+CLOSE = 1e-4  # of a foretold figure: a scan in float32 is nearer, and one rank of 4096 is further
+AGAIN = "it is damaged: run laser reduce again"
+MEASURED: dict[str, Any] = {
+    "rank": int,
+    "full_rank": int,
+    "snr": float | None,
+    "over_threshold": int | None,
+    "energy_kept": float,
+    "residual": float,
+    "method": str,
+    "note": str | None,
+}
+HEADER = ("kind", "version", "files", "check")  # files: sha256 by name, see checkpoint/at_rest.py
+LATER = ("snr", "over_threshold", "note")  # not yet in outcomes of laser 0.1
 
 
 @dataclass(frozen=True)
 class Outcome:
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
-    matrices: matrix name -> rank, full_rank, energy_kept, residual, tolerance, orthogonality, method
+    matrices: matrix name -> rank, full_rank, snr, over_threshold (values over the plan's threshold), energy_kept,
+        residual, tolerance, orthogonality, method, note: all as measured when it was cut
     shards: file name -> sha256, or None where the file is a byte-for-byte copy of the source's
     """
 
@@ -46,7 +64,7 @@ class Outcome:
     matrices: Mapping[str, Mapping[str, Any]]
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
-    left_out: tuple[str, ...]  # files of the source that hold weights in another format, not copied
+    left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
 
     @staticmethod
     def load(out: Path) -> Outcome:
@@ -56,8 +74,31 @@ class Outcome:
 
     @staticmethod
     def from_document(document: Mapping[str, Any], path: Path) -> Outcome:
-        plan = Plan.from_document(document["plan"], path)
-        return Outcome(plan, document["matrices"], document["shards"], document["run"], tuple(document["left_out"]))
+        """Raises RecordError for a document that is damaged or of another version."""
+        require_keys(document, ("plan", "matrices", "shards", "run", "left_out"), HEADER, str(path), AGAIN)
+        records = value_of(Mapping[str, dict], document["matrices"], "matrices", str(path), AGAIN)
+        for name, record in records.items():
+            for key, hint in MEASURED.items():
+                if key not in record and key not in LATER:
+                    raise RecordError(f"{path}: {name} has no key {key!r} in matrices; {AGAIN}")
+                value_of(hint, record.get(key), f"matrices.{name}.{key}", str(path), AGAIN)
+        shards = value_of(Mapping[str, str | None], document["shards"], "shards", str(path), AGAIN)
+        run = value_of(Mapping[str, Any], document["run"], "run", str(path), AGAIN)
+        left_out = value_of(tuple[str, ...], document["left_out"], "left_out", str(path), AGAIN)
+        return Outcome(Plan.from_document(document["plan"], path), records, shards, run, left_out)
+
+    def unlike_plan(self) -> list[str]:
+        """Where what was written is not what the plan's lines say."""
+        lines, found = self.plan.reductions, []
+        for name in lines.keys() | self.matrices.keys():
+            if name not in self.matrices:
+                found.append(f"{name}: the plan's line reduces it, but no record says that it was written")
+            elif name not in lines:
+                found.append(f"{name}: a record says that it was reduced, but no line of the plan does")
+            elif self.matrices[name]["rank"] != lines[name].rank:
+                ranks = f"found rank {self.matrices[name]['rank']}, expected {lines[name].rank}"
+                found.append(f"{name}: {ranks} by the plan's line")
+        return sorted(found)
 
 
 def cut(
@@ -86,8 +127,28 @@ def cut(
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
-    """A matrix's entry in laser.json."""
-    return {"rank": line.rank, "full_rank": line.full_rank} | asdict(result.certificate)
+    """A matrix's entry in laser.json: what was measured, whatever the line foretells."""
+    s, shape = result.singular_values, (result.matrix.shape[0], result.matrix.shape[1])
+    rank = int(np.count_nonzero(line.gains.of(s, shape)))  # a shrinker may take more values to 0 than the line says
+    over = None if line.threshold is None else int(np.count_nonzero(s > line.threshold))
+    found = {"rank": rank, "full_rank": len(s), "snr": signal_to_noise(s, line.gains.above), "over_threshold": over}
+    return found | asdict(result.certificate)
+
+
+def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
+    """The line of a matrix that was cut. Where it foretold something else, as after an edit by hand, what was measured:
+    the figures of another rank are not left standing."""
+    record = {"snr": line.snr, "over_threshold": None} | dict(record)  # journals of before had neither
+    above, over = line.gains.above, record["over_threshold"]
+    held = over is None or over == above or (line.shrink is not None and over > above)
+    same = line.rank == record["rank"] and (line.snr is None) == (record["snr"] is None)
+    for told, found in ((line.energy_kept, record["energy_kept"]), (line.snr, record["snr"])):
+        same = same and (told is None) == (found is None) and (told is None or abs(told - found) <= CLOSE * (1 + found))
+    if held and same:
+        return line
+    found = {"rank": record["rank"], "energy_kept": record["energy_kept"], "snr": record["snr"]}
+    why = f"rank {record['rank']} by its line and not by the rule; figures as measured"
+    return replace(line, threshold=line.threshold if held else None, reason=why, **found)
 
 
 def reduce(
@@ -125,7 +186,7 @@ def reduce(
     crew = crew or Crew((device or choose_device(),))
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
-    plan.source.require(checkpoint, "plan")
+    plan.require(checkpoint)
     require_moments(plan, moments)
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
@@ -212,7 +273,9 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(plan)}
+        lines = (as_measured(x, records[x.name]) if x.name in records else x for x in plan.lines)
+        done = replace(plan, lines=tuple(lines))
+        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(done)}
         return document | {"matrices": records, "shards": shards}
 
     return describe

@@ -6,15 +6,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laser.checkpoint.families import ALIASES, PROTECTED, Matrix
+from laser.checkpoint.families import ALIASES, KEPT_STACKS, PROTECTED, Matrix
 from laser.errors import UsageError
+
+MAIN = "decoder"  # what the language model's own layers may be called; they need no name
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Empty fields select everything that is not protected; a protected role is selected only by its name."""
+    """Empty fields select everything that is not protected; a protected role or stack is selected only by its name.
 
-    layers: tuple[int, ...] = ()
+    layers: numbers of the language model's own layers; "mtp:3" is layer 3 of the stack mtp, "mtp:all" all of them.
+    """
+
+    layers: tuple[int | str, ...] = ()
     roles: tuple[str, ...] = ()
     include: str | None = None
     exclude: str | None = None
@@ -28,16 +33,28 @@ class Selection:
         }
 
     def why_not(self, matrix: Matrix) -> str | None:
-        """None if the matrix is selected, else the reason why it is not."""
+        """None if the matrix is selected and has a spectrum, else the reason why it is left alone."""
+        why = self._not_asked(matrix)
+        return f"skipped: {matrix.no_spectrum}" if why is None and matrix.no_spectrum else why
+
+    def skipped(self, matrices: Sequence[Matrix]) -> dict[str, str]:
+        """What is selected and has no spectrum for how it is stored: name -> why."""
+        asked = (m for m in matrices if m.no_spectrum and self._not_asked(m) is None)
+        return {m.name: self.why_not(m) or "" for m in asked}
+
+    def _not_asked(self, matrix: Matrix) -> str | None:
         roles = {r for role in self.roles for r in (role, ALIASES.get(role, role))}
+        stacks = {str(entry).partition(":")[0] for entry in self.layers}
         if not matrix.is_matrix:
             return f"not a matrix: shape {list(matrix.shape)}"
         if roles and matrix.role not in roles:
             return f"role {matrix.role} not selected"
-        if not roles and matrix.role in PROTECTED:
+        if not roles and matrix.role in PROTECTED and matrix.role not in stacks:
             return f"role {matrix.role} is kept unless asked for"
-        if self.layers and matrix.layer not in self.layers:
-            return f"layer {matrix.layer} not selected"
+        if matrix.stack in KEPT_STACKS and matrix.stack not in stacks | roles:
+            return f"stack {matrix.stack} is kept unless asked for"
+        if self.layers and not {matrix.place, f"{matrix.stack or MAIN}:all"} & set(self.layers):
+            return f"layer {matrix.place} not selected"
         if self.include is not None and not re.search(self.include, matrix.name):
             return "not included by the expression"
         if self.exclude is not None and re.search(self.exclude, matrix.name):
@@ -49,12 +66,18 @@ class Selection:
         roles = {m.role for m in matrices}
         for role in self.roles:
             if not {role, ALIASES.get(role, role)} & roles:
-                raise UsageError(f"no matrix has role {role!r}; try --roles {','.join(sorted(roles))}")
-        layers = sorted({m.layer for m in matrices if m.layer is not None})
-        for layer in self.layers:
-            if layer not in layers:
-                span = f"{layers[0]}-{layers[-1]}" if layers else "(this model has no layers)"
-                raise UsageError(f"the model has no layer {layer}; try --layers {span}")
+                usual = roles - set(PROTECTED) or roles
+                raise UsageError(f"no matrix has role {role!r}; try --roles {','.join(sorted(usual))}")
+        stacks: dict[str, list[int]] = {}
+        for stack, layer in sorted({(m.stack, m.layer) for m in matrices if m.layer is not None}):
+            stacks.setdefault(stack, []).append(layer)
+        there = {m.place for m in matrices} | {f"{stack or MAIN}:all" for stack in stacks}
+        for entry in self.layers:
+            if entry not in there:
+                spans = [f"{stack}:{ns[0]}-{ns[-1]}" if stack else f"{ns[0]}-{ns[-1]}" for stack, ns in stacks.items()]
+                raise UsageError(
+                    f"the model has no layer {entry}; try --layers {' or '.join(spans) or '(this model has no layers)'}"
+                )
         for text in (self.include, self.exclude):
             try:
                 re.compile(text or "")
@@ -62,22 +85,39 @@ class Selection:
                 raise UsageError(
                     f"{text!r} is not a regular expression ({error}); try to quote or escape it"
                 ) from error
+        if self == Selection() and all(self.why_not(m) for m in matrices):
+            kept = sorted({m.role for m in matrices if m.is_matrix})
+            raise UsageError(
+                f"no matrix here is cut unless asked for: their roles are {', '.join(kept) or '(no matrix at all)'}; "
+                "check that this is the checkpoint you mean, and its config.json"
+            )
         if all(self.why_not(m) for m in matrices):
+            for name, why in self.skipped(matrices).items():
+                raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
             raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
 
 
-def parse_layers(text: str | None) -> tuple[int, ...]:
-    """`0,4,20-31` to layer numbers, sorted. Raises UsageError for anything else."""
-    layers: set[int] = set()
+def parse_layers(text: str | None) -> tuple[int | str, ...]:
+    """`0,4,20-31,mtp:0-1,encoder:all` to layers, each stack's sorted. Raises UsageError for anything else."""
+    layers: set[tuple[str, int]] = set()
     for part in (text or "").replace(" ", "").split(",") if text else ():
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UsageError(f"layers {text!r} are not numbers and ranges; try --layers 0,4,20-31")
-        first, last = int(match[1]), int(match[2] or match[1])
+        match = re.fullmatch(r"(?:(?P<stack>[a-z]+):)?(?:(?P<first>\d+)(?:-(?P<last>\d+))?|(?P<all>all))", part)
+        if not match or (match["all"] and not match["stack"]):
+            raise UsageError(
+                f"layers {text!r} are not numbers and ranges, perhaps of a named stack; "
+                "try --layers 0,4,20-31 or --layers mtp:0"
+            )
+        stack = match["stack"] or MAIN
+        if match["all"]:
+            layers.add((stack, -1))
+            continue
+        first, last = int(match["first"]), int(match["last"] or match["first"])
         if last < first or last > 100_000:
             raise UsageError(f"layers {part!r} do not rise; try --layers {last}-{first}")
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
+        layers |= {(stack, number) for number in range(first, last + 1)}
+    ordered = sorted(layers, key=lambda layer: (layer[0] != MAIN, layer))
+    spelled = {-1: "all"}
+    return tuple(n if stack == MAIN and n >= 0 else f"{stack}:{spelled.get(n, n)}" for stack, n in ordered)
 
 
 def parse_roles(text: str | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
 from laser.measured import Measured, from_entry, to_entry
+from laser.records import decode, require_finite, require_keys, shown, value_of
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS
 from laser.spectral.decomposition import measure as measure_values
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from laser.moments import Moments
 
 KIND, VERSION = "spectra", 2
+AGAIN = "try laser scan again with this version of laser"
+SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
@@ -46,9 +49,8 @@ NULL = "laser.null."  # before a tensor's name in the file: its permuted matrice
 class Source:
     """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
-    parameters: numbers in its shards, by their headers; unindexed: how many of them lie in tensors that a shard holds
-    and the index does not name (or names elsewhere). They are copied with their shard. content, samples: which weights
-    they are, see `Fingerprint`.
+    parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
+    reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`.
     """
 
     name: str
@@ -162,17 +164,24 @@ class Spectra:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
         check_header(header, path, KIND, VERSION)
         require_sealed(header | {"vectors": _hash(vectors)}, path, KIND)
-        rows = header["matrices"]
-        skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"] is not None}
-        matrices = tuple(_matrix(row) for row in rows)
+        needed = ("source", "method", "device", "matrices", "check")
+        require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
+        require_finite(header, f"{path}: its header", AGAIN)
+        method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
+        rows = value_of(list, header["matrices"], "matrices", f"{path}: its header", AGAIN)
+        decoded = [_decoded(row, number, path) for number, row in enumerate(rows, 1)]
+        skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
+        matrices = tuple(matrix for matrix, _ in decoded)
         values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
-        source = Source(**header["source"])
-        kurtosis = {row["name"]: row["kurtosis"] for row in rows if row.get("kurtosis") is not None}
-        data = InData.from_file(header.get("data"), vectors)
-        notes = {row["name"]: row["note"] for row in rows if row.get("note")}
-        made_by = (header["method"], header["device"])
-        return Spectra(source, matrices, values, skipped, *made_by, nulls, kurtosis, data, notes)
+        source = decode(Source, header["source"], f"{path}: its source", AGAIN, SOURCE_OPTIONAL)
+        kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
+        data = InData.from_file(header.get("data"), vectors, f"{path}: its data", AGAIN)
+        notes = {matrix.name: extra.note for matrix, extra in decoded if extra.note}
+        spectra = Spectra(source, matrices, values, skipped, method, device, nulls, kurtosis, data, notes)
+        if wrong := _wrong(spectra):
+            raise RecordError(f"{path}: {wrong}; {AGAIN}")
+        return spectra
 
 
 def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
@@ -184,15 +193,53 @@ def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
-    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew.
-    return {key: value for key, value in asdict(matrix).items() if key != "cut"}
+    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew. Only FP8 has scales.
+    without = ("cut",) if matrix.dtype.startswith("F8") else ("cut", "scaled")
+    return {key: value for key, value in asdict(matrix).items() if key not in without}
 
 
-def _matrix(row: dict[str, Any]) -> Matrix:
-    shape = tuple(row["shape"])
-    return Matrix(
-        row["name"], row["role"], row["layer"], row["expert"], shape, row["dtype"], row.get("tensor", row["name"])
-    )
+@dataclass(frozen=True)
+class _Extra:
+    """What a row of the file says besides the matrix itself."""
+
+    skipped: str | None
+    kurtosis: float | None = None
+    note: str = ""
+
+
+def _decoded(row: Any, number: int, path: Path) -> tuple[Matrix, _Extra]:
+    """A row of the file. Raises RecordError naming it."""
+    where = f"{path}: matrix {number}"
+    if isinstance(row, dict):
+        where += f" ({row['name']})" if isinstance(row.get("name"), str) else ""
+        own = {f.name for f in fields(_Extra)}
+        # Files of laser 0.1 knew no other tensor, and FP8 only with scales.
+        row = {"tensor": row.get("name"), "scaled": str(row.get("dtype")).startswith("F8")} | row
+        extra = decode(_Extra, {k: x for k, x in row.items() if k in own}, where, AGAIN, ("kurtosis", "note"))
+        later = [f.name for f in fields(Matrix) if f.default is not MISSING]
+        return decode(Matrix, {k: x for k, x in row.items() if k not in own}, where, AGAIN, later), extra
+    raise RecordError(f"{where} is {shown(row)}, expected an object; {AGAIN}")
+
+
+def _wrong(spectra: Spectra) -> str | None:
+    """What of the vectors does not belong to the matrices, or is no spectrum."""
+    sides = {m.name: min(m.shape) if m.is_matrix else 0 for m in spectra.matrices}
+    if len(sides) < len(spectra.matrices):
+        return "a matrix is in it twice"
+    data = spectra.data
+    for vectors in (spectra.values, data.values if data else {}):
+        for name, s in vectors.items():
+            if not sides.get(name):
+                return f"{name} has singular values and is no matrix of it"
+            if s.dtype != np.float64 or s.shape != (sides[name],):
+                return f"{name} has {s.dtype} values of shape {list(s.shape)}, expected float64 {[sides[name]]}"
+            if not np.isfinite(s).all() or (s < 0).any() or (np.diff(s) > 0).any():
+                return f"{name} has values that are not falling, finite and 0 or more, as singular values are"
+    for nulls in (spectra.nulls, data.nulls if data else {}):
+        for name, null in nulls.items():
+            if not sides.get(name) or null.dtype != np.float64 or null.ndim != 1 or not np.isfinite(null).all():
+                return f"{name} has permutations that are not a list of finite float64 values"
+    return None
 
 
 def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:

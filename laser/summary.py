@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from laser.checkpoint.families import place_of
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
-from laser.plan import DEFAULT_ESTIMATOR
+from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
+from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
 from laser.spectral.entries import edge_shift
@@ -24,6 +26,25 @@ from laser.spectral.statistics import ENERGIES, describe_spectrum
 CUT = r"\[[\w,]+\]$"
 # Beside the chosen matrices, Spectrum and axolotl always train these two.
 ALWAYS_UNFROZEN = ("lm_head.weight", "model.embed_tokens.weight")
+# Spectrum's own scores are by this rule; by another the lists below can name nearly the complement of its choice.
+SPECTRUM_RULE = "laser-rmt"
+# A checkpoint of the model without its head lacks this, which transformers puts before every name when it loads it.
+PREFIXES = {"h": "transformer.", "layers": "model."}
+# transformers 5 holds all experts of a layer in one parameter, expert first, whether the checkpoint has one tensor an
+# expert (the first row) or fused ones (the others; Granite's have another name in memory).
+ONE_EXPERT = re.compile(r"(?P<block>.*\.)experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
+IN_MEMORY = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+IN_MEMORY |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+ALL_EXPERTS = re.compile(
+    r"(?P<tensor>.*\.(?:experts\.(?:gate_up|down)_proj|(?:in|out)put_linear\.weight))\[(?P<expert>\d+)"
+)
+GRANITE = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+FUSED_EXPERTS = (
+    "# Lines that end in [e:f] are axolotl's, for experts that are one parameter in memory, as under transformers 5:",
+    "# it trains rows e to f - 1, which is expert e, its gate and its up together. Scripts that read line by line know",
+    "# no ranges. They train by the lines without, or nothing where the model has no parameter of that name.",
+)
+FUSED_PARTS = ("# A parameter that holds other matrices than experts is trained whole where one of them is chosen.",)
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,11 @@ class Row:
     tokens: int | None = None  # inputs that the matrix met
     data_effective_rank: float | None = None
     data_rank_99: int | None = None  # directions that hold 99 % of the outputs' mean square
+    stack: str = ""  # whose layers are counted: "" the language model's own
+
+    @property
+    def place(self) -> int | str | None:
+        return place_of(self.layer, self.stack)
 
 
 @dataclass(frozen=True)
@@ -83,11 +109,8 @@ class Summary:
 
     def to_csv(self) -> str:
         """A header line and a line per matrix; an undefined number is an empty field."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        return out.getvalue()
+        names = [f.name for f in fields(Row)]
+        return "".join(_csv_line(line) for line in (names, *(asdict(row).values() for row in self.rows)))
 
     def snr_json(self) -> bytes:
         """Spectrum's file of scores: module name -> {"snr": SNR / s_1, "type": role}.
@@ -102,19 +125,30 @@ class Summary:
     def unfrozen_yaml(self, top_percent: float) -> str:
         """Spectrum's and axolotl's list of parameters to train: the `top_percent` of each type by SNR / s_1.
 
-        Anchored and escaped: unescaped, `layers.1` also matches `layers.10`, and the dot any character. Raises
-        UsageError for a share outside (0, 100].
+        Two programs read it. axolotl reads YAML, takes a dot for a dot and a range behind the pattern for rows of the
+        parameter. Training scripts take what stands behind "- " in each line as a regular expression. Raises UsageError
+        for a share outside (0, 100].
         """
         if not 0 < top_percent <= 100:
             raise UsageError(f"--top-percent {top_percent:g} is no share of the matrices; try 50")
-        lines = ["unfrozen_parameters:"] + [f"- {_anchored(name)}" for name in ALWAYS_UNFROZEN]
+        lines = [f"- {_pattern(name)}" for name in ALWAYS_UNFROZEN]
+        told: list[str] = []
         for kind in dict.fromkeys(_type(row) for row in self.rows):
             scored = [r for r in self.rows if _type(r) == kind and r.snr_over_largest is not None]
             scored.sort(key=lambda r: -(r.snr_over_largest or 0.0))
-            lines.append(f"# {kind} layers")
-            best = scored[: int(len(scored) * top_percent / 100)]
-            lines += [f"- {_anchored(re.sub(CUT, '', r.name))}" for r in best]
-        return "\n".join(dict.fromkeys(lines)) + "\n"
+            lines.append(f"# {visible(kind).encode('ascii', 'backslashreplace').decode()} layers")
+            for row in scored[: int(len(scored) * top_percent / 100)]:
+                tensor, slices = re.sub(CUT, "", row.name), _slices(row.name)
+                lines.append(f"- {_pattern(tensor)}")
+                lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in slices]
+                told += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
+        return "\n".join([*dict.fromkeys(told), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
+
+
+def _csv_line(values: Iterable[Any]) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out).writerow(values)  # with its own line end, or a carriage return in a name would not be quoted
+    return out.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _module(name: str) -> str:
@@ -128,9 +162,35 @@ def _type(row: Row) -> str:
     return re.sub(r"\bexperts\.\d+\.|(?<=\[)\d+,|\[\d+\]", lambda m: "experts." if m[0][0] == "e" else "", inside)
 
 
-def _anchored(name: str) -> str:
-    # Single quotes: YAML takes the backslashes as they are.
-    return f"'^{re.escape(name)}$'"
+def _pattern(name: str) -> str:
+    """A regular expression in ASCII and without spaces that matches `name`, for both readers of the list.
+
+    Unanchored, `layers.1` also matches `layers.10`. A dot is left alone, for axolotl escapes dots itself; to a script
+    it is any character, and no model has two names that differ only there.
+    """
+    escaped = "".join(c if re.fullmatch(r"[\w.-]", c, re.ASCII) else _escaped(c) for c in name)
+    first = name.partition(".")[0]
+    return f"^({PREFIXES[first]})?{escaped}$" if first in PREFIXES else f"^{escaped}$"
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if character.isascii() and character.isprintable() and character != " ":
+        return "\\" + character
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _slices(name: str) -> list[tuple[str, int]]:
+    """(parameter in memory, index of its first dimension) of an expert's matrix, under every name that it may have."""
+    if (one := ONE_EXPERT.fullmatch(name)) and one["part"] in IN_MEMORY:
+        # Mixtral's block has another name in memory; Granite's, which is fused on disk too, has not.
+        block = one["block"].replace(".block_sparse_moe.", ".mlp.")
+        return [(f"{block}experts.{IN_MEMORY[one['part']]}", int(one["expert"]))]
+    if every := ALL_EXPERTS.match(name):
+        tensor, expert = every["tensor"], int(every["expert"])
+        other = re.sub("|".join(map(re.escape, GRANITE)), lambda m: GRANITE[m[0]], tensor)
+        return [(parameter, expert) for parameter in dict.fromkeys((tensor, other))]
+    return []
 
 
 def summarise(
@@ -160,6 +220,7 @@ def summarise(
                 name=matrix.name,
                 role=matrix.role,
                 layer=matrix.layer,
+                stack=matrix.stack,
                 expert=matrix.expert,
                 rows=shape[0],
                 columns=shape[1],
@@ -189,6 +250,7 @@ def summarise(
                 **_in_data(spectra, matrix.name),
             )
         )
+    warn_of_crowds(spectra, rule, [row.name for row in rows])
     if not rows:
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
     skipped = tuple((name, why) for name, why in spectra.skipped.items() if why.startswith("skipped"))

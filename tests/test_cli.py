@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run, mixtral_tensors
 from hostile import HOSTILE
 
 from laser.checkpoint.reader import INDEX
 from laser.cli import app
+from laser.report.visible import visible
 
 
 def strict(text: str) -> Any:
@@ -208,7 +210,7 @@ def test_an_unknown_family_is_warned_of_in_one_line(run: Run, make_pico: Callabl
         code, out, err = run("scan", path, *options)
         assert code == 0 and "w1" in out
         assert err.count("laser: warning: ") == 1
-        assert "took model.embed_tokens.weight (1) for embedding; " in err
+        assert "kept: model.embed_tokens.weight (1), " in err
 
 
 def test_every_parameter_is_in_the_coverage_of_the_plan(run: Run, pico: Path, tmp_path: Path) -> None:
@@ -224,3 +226,29 @@ def test_every_parameter_is_in_the_coverage_of_the_plan(run: Run, pico: Path, tm
     assert reasons["keep", "not a matrix"] == (7, 7 * 32)
     assert reasons["keep", "layer N not selected"] == (5, 32 * 32 + 4 * 32 * 48)
     assert reasons["keep", "role router not selected"] == (3, 3 * 4 * 32)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "a\u202eb", "\ta", "a\u2028b", "é 模型 😀"])
+def test_a_tensor_cannot_command_the_terminal(
+    run: Run, make_pico: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """A name is shown on one line, with escapes for what cannot be seen, by every verb that lists or complains."""
+    tensors = {
+        f"model.layers.0.{name}.weight": torch.arange(64.0).reshape(8, 8).sin(),
+        "x": torch.full((4, 4), torch.nan),
+    }
+    model = make_pico("m", tensors=tensors, shards=1, model_type="unknown")
+    shown = f"model.layers.0.{visible(name)}.weight"
+    for words in (
+        ("scan", model, "-o", tmp_path / "s", "--roles", "linear,other"),
+        ("spectra", tmp_path / "s"),
+        ("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:2", "--roles", "linear"),
+        ("reduce", model, tmp_path / "p", "-o", tmp_path / "out"),
+        ("verify", model, tmp_path / "out"),
+        ("null", model, "--roles", "linear"),
+        ("plot", tmp_path / "s", "-o", tmp_path / "x.png", "--matrix", "nowhere"),
+    ):
+        code, text, err = run(*words)
+        assert code == (2 if words[0] == "plot" else 0), (words, err)
+        assert all(line.isprintable() for line in [*text.split("\n"), *err.split("\n")]), (words, text, err)
+        assert words[0] not in ("spectra", "plan", "plot") or shown in text + err, (words, text, err)

@@ -62,6 +62,108 @@ def test_eval_says_what_is_wrong(model: str, tmp_path: Path, capsys: pytest.Capt
     assert "embeds only 64" in capsys.readouterr().err
 
 
+def test_two_precisions_are_no_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same weights twice: whatever the numbers say, neither is better."""
+    text = ["--text", tmp_path / "text.txt", "--window", 32, "--windows", 4]
+    files = [tmp_path / f"{dtype}.json" for dtype in ("float32", "bfloat16")]
+    for file in files:
+        assert run("eval", model, *text, "--dtype", file.stem, "-o", file) == 0
+    capsys.readouterr()
+    for a, b in (files, files[::-1]):
+        assert run("eval", a, b) == 0
+        told = capsys.readouterr().out
+        assert f": not like with like: dtype {a.stem} against {b.stem}\n" in told
+        assert "better" not in told and "worse" not in told
+    assert run("eval", files[1], model, *text, "--json") == 0
+    difference = json.loads(capsys.readouterr().out)["difference"]
+    assert difference["unlike"] == [{"what": "dtype", "before": "bfloat16", "after": "float32"}]
+    document = json.loads(files[0].read_text())
+    files[1].write_text(json.dumps(document | {"device": "cuda:0", "versions": document["versions"] | {"torch": "0"}}))
+    assert run("eval", *files) == 0
+    told = capsys.readouterr().out
+    assert f"not like with like: device cpu against cuda, torch {document['versions']['torch']} against 0" in told
+    for change in ({"versions": []}, {"versions": {"torch": 1}}, {"dtype": None}, {"device": 3}):
+        files[1].write_text(json.dumps(document | change))
+        assert run("eval", *files) == 1
+        assert "is not a whole evaluation" in capsys.readouterr().err
+
+
+def test_a_text_shorter_than_asked_for_is_said(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text(TEXT[:80])
+    text = ["--text", tmp_path / "short.txt", "--window", 24]
+    assert run("eval", model, *text, "-o", tmp_path / "e.json") == 0
+    assert "only 4 of the 32 windows that were asked for: short.txt has no more" in capsys.readouterr().out
+    record = Perplexity.load(tmp_path / "e.json")
+    assert (record.windows, record.asked) == (4, 32)
+    for count in (0, 4, 3):
+        assert run("eval", model, *text, "--windows", count, "--json") == 0
+        found = json.loads(capsys.readouterr().out)["evaluations"][0]
+        assert (found["windows"], found["asked"]) == (count or 4, count or None)
+        assert run("eval", model, *text, "--windows", count) == 0
+        assert "asked for" not in capsys.readouterr().out
+    options = ["--rules", "fraction:0.5", "--layers", "2", "--roles", "q", "--held-out-windows", 9]
+    assert run("search", model, "-o", tmp_path / "p.json", *text, *options, "--windows", 3) == 0
+    assert "only 1 of the 9 windows that were asked for: short.txt has no more" in capsys.readouterr().out
+    assert run("calibrate", model, *text, "-o", tmp_path / "moments", "--roles", "q", "--shrink", "--windows", 7) == 0
+    assert "only 4 of the 7 windows that were asked for" in capsys.readouterr().out
+
+
+def test_0_windows_are_all_of_them_everywhere(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", tmp_path / "text.txt", "--window", 64]
+    whole = -(-len(TEXT) // 63)
+    assert run("eval", model, *text, "--windows", 0, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"][0]["windows"] == whole
+    few = ["--layers", "2", "--roles", "q"]
+    assert run("calibrate", model, *text, "-o", tmp_path / "moments", *few, "--windows", 0, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["calibration"]["windows"] == whole
+    options = [*few, "--rules", "fraction:0.5", "-o", tmp_path / "plan.json", "--json", "--windows", 0]
+    assert run("search", model, *text, *options) == 2
+    assert "nothing of it to report on; try --held-out FILE" in capsys.readouterr().err
+    assert not (tmp_path / "spectra.safetensors").exists()  # refused before the scan
+    assert run("search", model, *text, *options, "--held-out", tmp_path / "other.txt", "--held-out-windows", 0) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found["calibration"]["units"], found["held_out"][0]["units"]] == [whole, whole]
+    rows = [{"question": a, "answer": "b"} for a in TEXT[:40].split()]
+    (tmp_path / "task.json").write_text(json.dumps(rows))
+    task = ["--objective", "accuracy", "--task", tmp_path / "task.json", "--force"]
+    assert run("search", model, *text, *options, *task, "--held-out-windows", 5) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["calibration"]["units"] == len(rows) and [r["units"] for r in found["held_out"]] == [5]
+    for count in ("--windows", "--held-out-windows"):
+        assert run("search", model, *text, "-o", tmp_path / "q.json", count, -1) == 2
+        assert "limit of 1 or more" in capsys.readouterr().err
+
+
+def test_texts_as_they_come(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in capitals, a rolling score without BOS, what was read otherwise, and rows beside a plain text."""
+    rows = [{"text": TEXT[:200]}, {"text": TEXT[200:400]}]
+    (tmp_path / "ROWS.JSONL").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "rows.Json").write_text(json.dumps(rows))
+    records = []
+    for file in ("ROWS.JSONL", "rows.Json"):
+        assert run("eval", model, "--text", tmp_path / file, "--field", "text", "--window", 32, "--json") == 0
+        records.append(json.loads(capsys.readouterr().out)["evaluations"][0])
+        assert run("eval", model, "--text", tmp_path / file) == 2
+        assert "try --field text" in capsys.readouterr().err
+    assert records[0]["windows_sha256"] == records[1]["windows_sha256"]
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace(",", "\r\n").encode())
+    assert run("eval", model, "--text", tmp_path / "dos.txt", "--mode", "rolling", "--no-bos", "--window", 64) == 0
+    told = capsys.readouterr()
+    assert "rolling of 64 tokens without BOS" in told.out
+    assert told.err.count("laser: ") == 2 and "byte-order mark" in told.err and "read as LF" in told.err
+    assert run("eval", model, "--field", "text") == 2
+    assert "--field text is for files of rows" in capsys.readouterr().err
+    options = ["--rules", "fraction:0.5", "--layers", "2", "--roles", "q", "--window", 24, "--field", "text", "--json"]
+    (tmp_path / "ROWS.JSONL").write_text(json.dumps({"text": TEXT[::-1]}))
+    for text, held_out in (("text.txt", "ROWS.JSONL"), ("rows.Json", "other.txt"), ("rows.Json", "ROWS.JSONL")):
+        files = ["--text", tmp_path / text, "--held-out", tmp_path / held_out, "--windows", 4]
+        assert run("search", model, "-o", tmp_path / "plan.json", *options, *files, "--force") == 0
+        assert json.loads(capsys.readouterr().out)["held_out"][0]["text"] == held_out
+    files = ["--text", tmp_path / "text.txt", "--held-out", tmp_path / "other.txt"]
+    assert run("search", model, "-o", tmp_path / "plan.json", *options, *files, "--force") == 2
+    assert "--field text is for .jsonl" in capsys.readouterr().err
+
+
 def test_search_writes_a_plan_and_goes_on_from_its_journal(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +182,13 @@ def test_search_writes_a_plan_and_goes_on_from_its_journal(
     assert Plan.load(plan).reductions == kept and len(document["trials"]) == 6
     assert (tmp_path / "search.jsonl").read_text() == journal  # nothing was measured again
     assert run("search", model, "-o", plan, *options) == 1
+    plan.unlink()
+    # Another text to report on changes no trial.
+    other = ["--held-out", tmp_path / "other.txt", "--json"]
+    assert run("search", model, "-o", plan, *options, *other) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["trials"] == document["trials"] and again["held_out"][0]["text"] == "other.txt"
+    assert (tmp_path / "search.jsonl").read_text().startswith(journal)
     plan.unlink()
     assert run("search", model, "-o", plan, *options, "--order", "snr") == 1
     assert "belongs to another run: order differ" in capsys.readouterr().err

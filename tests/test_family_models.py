@@ -2,26 +2,28 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import CONFIGS, END, RANK, START, build, examine, line_of, truncated
+from families import CONFIGS, END, OTHERS, RANK, START, build, examine, line_of, truncated
 from safetensors.torch import load_file, save_file
+from trainers import by_axolotl, by_scripts
 
 import laser
 from laser.checkpoint.cuts import Cut
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.family_table import FAMILIES
-from laser.summary import summarise
+from laser.summary import ALWAYS_UNFROZEN, summarise
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TABLE = README[README.find(START) : README.find(END)]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | OTHERS)
 def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> None:
     row = examine(family, tmp_path)
     assert row.unaccounted == 0
@@ -30,10 +32,26 @@ def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> No
         assert line_of(row) in TABLE, "run python scripts/render_families.py"
 
 
+# Families whose rows are those of another, and that transformers builds only as that one, or not here.
+TWINS = {
+    "kimi_k2": "deepseek_v3",  # its own name for DeepSeek's model, in a config that needs remote code
+    "minimax_m1": "minimax",  # the same, before transformers had it
+    "minimax_text_01": "minimax",
+    "phi4mm": "phi4_multimodal",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "gemma3n": "gemma3n_text",  # its vision tower needs timm
+    "ministral": "ministral3",
+    "xlm-roberta": "roberta",
+    "whisper": "bart",
+}
+
+
 def test_every_family_is_examined() -> None:
-    multimodal_twins = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
-    examined = {kind for kind, _ in CONFIGS.values()} | {"mistral_release"}
-    assert {multimodal_twins.get(family, family) for family in FAMILIES} == examined
+    examined = {kind for kind, *_ in (OTHERS | CONFIGS).values()} | {"mistral_release"}
+    assert {TWINS.get(family, family) for family in FAMILIES} == examined
+    assert all(
+        FAMILIES[family] is FAMILIES[twin] or FAMILIES[family] == FAMILIES[twin] for family, twin in TWINS.items()
+    )
 
 
 @pytest.mark.parametrize("stored", ["once", "twice"])
@@ -151,6 +169,60 @@ def test_other_tools_are_given_names_that_they_know(tmp_path: Path) -> None:
     build("GPT-OSS").save_pretrained(tmp_path)
     checkpoint = laser.open_checkpoint(tmp_path)
     text = summarise(laser.scan(checkpoint)).unfrozen_yaml(100)
-    named = [re.sub(r"\\(.)", r"\1", line[4:-2]) for line in text.splitlines() if line.startswith("- '")]
+    named = [line[3:-1] for line in text.splitlines() if line.startswith("- ^") and line.endswith("$")]
     assert len(named) == len(set(named)) and set(named) <= checkpoint.tensors.keys()
     assert "model.layers.1.mlp.experts.gate_up_proj" in named
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_chosen_is_what_is_trained(family: str, tmp_path: Path) -> None:
+    """Every second matrix is chosen and zeroed on disk. What is then zero in transformers' own model, and nothing else,
+    is what the two readers of the list would train."""
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    checkpoint = laser.open_checkpoint(tmp_path)
+    summary = summarise(laser.scan(checkpoint), "laser-rmt")
+    rows = tuple(r for r in summary.rows if r.snr_over_largest is not None)[::2]
+    text = replace(summary, rows=rows).unfrozen_yaml(100)
+    tensors = load_file(tmp_path / "model.safetensors")
+    matrices = {m.name: m for m in list_matrices(checkpoint)}
+    for matrix in (matrices[row.name] for row in rows):
+        if matrix.cut is None:
+            tensors[matrix.tensor].zero_()
+        else:
+            matrix.cut.put(tensors[matrix.tensor], torch.zeros(matrix.shape))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    old, changed = dict(model.named_parameters()), {}
+    for name, new in loaded.named_parameters():
+        if places := {i for i, (a, b) in enumerate(zip(old[name], new, strict=True)) if not torch.equal(a, b)}:
+            changed[name] = places
+    sizes = {name: len(parameter) for name, parameter in old.items()}
+    trained = by_axolotl(text, sizes)
+    always = {name: set(range(sizes[name])) for name in ALWAYS_UNFROZEN if name in sizes}
+    assert trained.keys() == (changed | always).keys()
+    for name, places in trained.items():  # parts of one dimension are trained with their parameter, experts alone
+        assert places == (changed[name] if old[name].dim() == 3 else set(range(sizes[name])))
+    assert ("# A parameter that holds" in text) == any(
+        row.name != matrices[row.name].tensor and old.get(matrices[row.name].tensor, torch.empty(0)).dim() == 2
+        for row in rows
+    )
+    # Scripts train by the names on disk, where the model has them: experts are one there, or not named.
+    assert by_scripts(text, sizes) == trained.keys() & (checkpoint.tensors.keys() | set(ALWAYS_UNFROZEN))
+    # Under transformers 4 the parameters were the tensors, and both train what was chosen.
+    stored = {name: info.shape[0] for name, info in checkpoint.tensors.items() if info.shape}
+    named = {matrices[row.name].tensor for row in rows} | (stored.keys() & set(ALWAYS_UNFROZEN))
+    assert by_scripts(text, stored) == by_axolotl(text, stored).keys() == named
+
+
+def test_a_model_without_its_head_is_trained_under_the_names_that_it_gets(tmp_path: Path) -> None:
+    """GPT-2 lies on the Hub as its own class saved it: transformers puts `transformer.` before every name."""
+    model = build("GPT-2")
+    model.transformer.save_pretrained(tmp_path)
+    checkpoint = laser.open_checkpoint(tmp_path)
+    assert "h.1.attn.c_attn.weight" in checkpoint.tensors
+    summary = summarise(laser.scan(checkpoint), "fraction:0.5")
+    text = summary.unfrozen_yaml(100)
+    sizes = {name: len(parameter) for name, parameter in model.named_parameters()}
+    expected = {name for name in sizes if re.fullmatch(r"transformer\.h\.\d\.\w+\.c_\w+\.weight", name)}
+    assert len(expected) == 8 and by_scripts(text, sizes) == expected == by_axolotl(text, sizes).keys()

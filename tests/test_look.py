@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 from conftest import Run
 
+from laser.spectra import Spectra
+from laser.spectral.rules import apply_rule
+from laser.summary import summarise
+
 
 @pytest.fixture
 def spectra(run: Run, pico: Path, tmp_path: Path) -> Path:
@@ -32,10 +36,38 @@ def test_spectra_lists_and_writes_what_others_read(run: Run, spectra: Path, tmp_
     code, text, _ = run("spectra", spectra, "--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
     assert code == 0 and "16 matrices of pico, cut by mp-edge" in text
     assert len(json.loads((tmp_path / "j").read_text())) == 16
-    assert (tmp_path / "y").read_text().startswith("unfrozen_parameters:\n- '^lm_head")
+    assert "\nunfrozen_parameters:\n- ^lm_head.weight$\n" in (tmp_path / "y").read_text()
     assert len(list(csv.DictReader(run("spectra", spectra, "--csv", "--roles", "q")[1].splitlines()))) == 1
     assert len(json.loads(run("spectra", spectra, "--json", "--rule", "bema")[1])["rows"]) == 16
     assert run("spectra", spectra, "--snr-json", tmp_path / "j")[0] == 1  # not without --force
+
+
+def test_what_others_read_has_the_scores_of_spectrum_unless_told_otherwise(
+    run: Run, spectra: Path, tmp_path: Path
+) -> None:
+    record = Spectra.load(spectra)
+    for asked, rule in (((), "laser-rmt"), (("--rule", "mp-edge"), "mp-edge"), (("--rule", "rank:3"), "rank:3")):
+        files = ("--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y", "--force")
+        code, text, _ = run("spectra", spectra, *files, *asked)
+        assert code == 0 and f"written to {tmp_path / 'j'}, by the scores of {rule}\n" in text
+        assert f"cut by {rule if asked else 'mp-edge'}\n" in text
+        of_rule = summarise(record, rule)
+        assert (tmp_path / "j").read_bytes() == of_rule.snr_json()
+        assert (tmp_path / "y").read_text() == of_rule.unfrozen_yaml(50)
+    # Each score is that of the definition: s over the threshold of laser-rmt, by s under it, by s_1.
+    run("spectra", spectra, "--snr-json", tmp_path / "j", "--force")
+    for name, entry in json.loads((tmp_path / "j").read_text()).items():
+        s = record.values[name + ".weight"]
+        shape = next(m.shape for m in record.matrices if m.name == name + ".weight")
+        kept = apply_rule("laser-rmt", s, (shape[0], shape[1])).rank
+        assert entry["snr"] == pytest.approx(s[:kept].sum() / s[kept:].sum() / s[0])
+
+
+def test_nothing_is_written_when_a_part_is_refused(run: Run, spectra: Path, tmp_path: Path) -> None:
+    files = ("--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
+    assert run("spectra", spectra, *files, "--top-percent", 0)[0] == 2
+    assert run("spectra", spectra, "--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "j")[0] == 2
+    assert not (tmp_path / "j").exists() and not (tmp_path / "y").exists()
 
 
 def test_plot_and_report_write_files(run: Run, spectra: Path, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainers import by_axolotl, by_scripts
 
 import laser
 from laser.errors import RecordError, UsageError
@@ -136,7 +137,7 @@ def test_undefined_scores_are_left_out_and_never_infinite(spectra: Spectra) -> N
     whole = summarise(spectra, "fraction:1")  # everything kept: no value at or below a threshold, no ratio
     assert all(row.snr is None for row in whole.rows)
     assert strict(whole.snr_json()) == {}
-    assert whole.unfrozen_yaml(50).count("- '") == 2
+    assert whole.unfrozen_yaml(50).count("- ^") == 2
 
 
 def test_snr_file_is_the_one_that_spectrum_reads(spectra: Spectra) -> None:
@@ -150,19 +151,76 @@ def test_snr_file_is_the_one_that_spectrum_reads(spectra: Spectra) -> None:
 def test_unfrozen_list_matches_what_it_names_and_nothing_else(spectra: Spectra) -> None:
     summary = summarise(spectra, "laser-rmt")
     text = summary.unfrozen_yaml(50)
-    lines = text.splitlines()
-    assert lines[:3] == ["unfrozen_parameters:", r"- '^lm_head\.weight$'", r"- '^model\.embed_tokens\.weight$'"]
-    patterns = [line.removeprefix("- '").removesuffix("'") for line in lines if line.startswith("- ")]
-    names = [m.name for m in spectra.matrices] + [
-        name.replace("layers.1.", "layers.10.") for name in spectra.values if "layers.1." in name
-    ]
-    matched = [name for name in names for pattern in patterns if re.match(pattern, name)]
-    # The pico model has both of the first two. Unescaped and open at the end, the others would match twice.
-    assert len(matched) == len(patterns) == len(set(matched)) and not any("layers.10" in name for name in matched)
-    # Half of each type: 4 of the 8 w1, 1 of the 2 q. The best of each type is among them.
+    written = [line for line in text.splitlines() if not line.startswith("#")]
+    assert written[:3] == ["unfrozen_parameters:", "- ^lm_head.weight$", "- ^model.embed_tokens.weight$"]
+    names = [m.name for m in spectra.matrices]
+    # Open at the end, a pattern would match these, or layer 10 as well as layer 1.
+    strangers = [name + end for name in names for end in ("x", ".bias")]
+    strangers += [name.replace("layers.1.", "layers.10.") for name in names]
+    sizes = dict.fromkeys([*names, *strangers], 4)
+    matched = by_scripts(text, sizes)
+    assert by_axolotl(text, sizes) == {name: {0, 1, 2, 3} for name in matched}
+    assert matched <= set(names)
+    # Half of each type: 4 of the 8 w1, 1 of the 2 q, and the head and the embedding. The best of each is among them.
     assert sum("w1" in name for name in matched) == 4 and sum("q_proj" in name for name in matched) == 1
+    assert len(matched) == 2 + 3 * 4 + 4 * 1
     best = max((r for r in summary.rows if r.role == "w1"), key=lambda r: r.snr_over_largest or 0.0)
     assert best.name in matched
+
+
+STRANGE = (
+    *("$a", "_a", "a|b", "a`b", "a'b", 'a"b', "a\\b", "a\\", "(a", "a)+", "a.+b", "a*", "a?", "[a", "a[1:2]", "{a}"),
+    *(
+        "a b",
+        " a ",
+        "a - b",
+        "- a",
+        "# a",
+        "a #b",
+        "a: b",
+        "a:",
+        "&a",
+        "*a",
+        "!a",
+        "%a",
+        "@a",
+        "~",
+        "null",
+        "no",
+        "1e3",
+    ),
+    *(
+        "a\nb",
+        "a\r\n- b",
+        "a\tb",
+        "a\x00b",
+        "a\x1b[31m",
+        "a\x85b",
+        "a\u2028b",
+        "a\u202eb",
+        "\ufeffa",
+        "é",
+        "模型",
+        "😀",
+    ),
+    *("a,b", "=a()", "h.0.a", "layers.0.a", "-", "---", "...", "<<", "^a$", "a$", "a.b.", ".a"),
+)
+
+
+def test_any_name_is_matched_by_both_readers_and_is_one_line(spectra: Spectra) -> None:
+    summary = summarise(spectra, "laser-rmt")
+    row = next(r for r in summary.rows if r.snr_over_largest is not None)
+    for name in STRANGE:
+        only = replace(summary, rows=(replace(row, name=name),))
+        text = only.unfrozen_yaml(100)
+        assert text.isascii() and text.replace("\n", "").isprintable()
+        sizes = dict.fromkeys([name, name + "y", "y" + name, name[:-1], name.swapcase() + "y"], 2)
+        assert by_scripts(text, sizes) == {name}, name
+        assert by_axolotl(text, sizes) == {name: {0, 1}}, name
+        assert list(strict(only.snr_json())) == [name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        (line,) = csv.DictReader(io.StringIO(only.to_csv(), newline=""))
+        assert line["name"] == name
+        assert strict(only.to_json())["rows"][0]["name"] == name  # pyright: ignore[reportIndexIssue]
 
 
 @pytest.mark.parametrize("percent", [0.0, -1.0, 101.0, math.nan])

@@ -91,6 +91,23 @@ def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: 
     assert write_card(out).read_text() == text  # where the card looks for them
 
 
+def test_evaluations_of_two_precisions_are_not_judged(
+    reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = reduced
+    after = replace(loss(open_checkpoint(out).identity, 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
+    (out / EVAL).parent.mkdir()
+    loss(source.identity, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
+    after.save(out / EVAL)
+    text = write_card(out).read_text()
+    assert text.count("not like with like: dtype float32 against bfloat16, device cpu against cuda") == 2
+    assert "Worse than the source" not in text and "**worse**" not in text
+    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 0  # the other lies in its place
+    (out / EVAL).unlink()
+    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 2
+    assert "give both --eval-before and --eval-after" in capsys.readouterr().err
+
+
 def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     first = write_card(out, source).read_bytes()
@@ -112,6 +129,47 @@ def test_without_the_source_ever_the_licence_is_not_invented(reduced: tuple[Chec
     found = metadata(write_card(out))
     assert "license" not in found and "base_model" not in found
     assert "names no licence; see `LICENSE`" in (out / "README.md").read_text()
+
+
+MIT = (
+    """MIT License
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files """
+    + "(the Software) to deal " * 36
+)
+
+
+@pytest.mark.parametrize("readme", ["---\nlicense: mit\n: [\n---\n", "---\nlanguage: en\n---\n", "", None])
+def test_a_licence_that_no_card_names_is_looked_for_beside_it(
+    reduced: tuple[Checkpoint, Path], readme: str | None
+) -> None:
+    source, out = reduced
+    (source.path / "README.md").unlink()
+    if readme is not None:
+        (source.path / "README.md").write_text(readme)
+    (source.path / "LICENSE").write_text(MIT)
+    (source.path / "NOTICE").write_text("of no licence\n")
+    path = write_card(out, source)
+    assert metadata(path)["license"] == "mit" and "`LICENSE` (mit), `NOTICE`" in path.read_text()
+    assert ("has metadata that are not valid YAML" in path.read_text()) == (readme is not None and "[" in readme)
+    assert write_card(out).read_text() == path.read_text()  # what an earlier card found is kept
+
+
+@pytest.mark.parametrize("wild", ["date: 2024-13-45", "x: !!int y", "x: !!timestamp y", "x: " + "[" * 5000, "\tx"])
+def test_a_readme_of_somebody_else_may_hold_anything(reduced: tuple[Checkpoint, Path], wild: str) -> None:
+    source, out = reduced
+    (out / "README.md").write_text(f"---\n{wild}\ntags: [laser-rmt]\n---\n")
+    with pytest.raises(OutputError, match=r"not written by laser; try --force"):
+        write_card(out, source)
+
+
+def test_a_card_is_written_for_a_name_of_any_bytes(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    named = out.rename(out.parent / "a\n---\nb$ \udcff")
+    text = write_card(named, source).read_text()
+    assert "# a --- b\\$ \\\\udcff\n" in text and yaml.safe_load(text.split("---\n")[1])["license"] == "apache-2.0"
+    assert write_card(named).read_text() == text
 
 
 def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path]) -> None:
@@ -243,6 +301,12 @@ def test_measure_both_and_publish(
     assert main(["leaderboard", "out", *common]) == 0
     printed = capsys.readouterr().out
     assert "winogrande" in printed and f"written to {tmp_path / 'out' / LEADERBOARD}" in printed
+    assert "Winogrande (5-shot), acc, 7 rows" in printed and not list(Path("out/laser").glob("*.partial"))
+    assert main(["leaderboard", "out", *common, "--dtype", "bfloat16", "--force", "--json"]) == 0
+    odd = json.loads(capsys.readouterr().out)["against_source"]
+    assert [row["verdict"] for row in odd] == ["not like with like: dtype float32 against bfloat16"]
+    assert odd[0]["unlike"] == [{"what": "dtype", "before": "float32", "after": "bfloat16"}]
+    assert main(["leaderboard", "out", *common, "--force"]) == 0
     assert main(["leaderboard", "out", *common]) == 1  # there already
     assert main(["card", "out", "--source", "speaker"]) == 0
     text = Path("out/README.md").read_text()

@@ -25,7 +25,7 @@ def as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
     shards = tuple(_shard(checkpoint, shard) for shard in checkpoint.shards)
     tensors = {t.name: t for shard in shards for t in shard.tensors if t.name in checkpoint.tensors}
     config: dict[str, Any] = dict(checkpoint.config)
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
     return Checkpoint(
         checkpoint.path,
@@ -36,6 +36,7 @@ def as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
         {name: tensors[name] for name in checkpoint.tensors if name in tensors},
         checkpoint.hub,
         origin=checkpoint,
+        left_out=checkpoint.left_out,
     )
 
 

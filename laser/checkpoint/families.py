@@ -1,4 +1,4 @@
-"""From tensors to logical matrices: layer, role and expert by the family's rows, fused tensors cut into what they hold.
+"""From tensors to logical matrices: stack, layer, role and expert by the family's rows, fused tensors cut into theirs.
 
 A tensor that is one matrix keeps its name; a matrix inside a tensor is called TENSOR[3,gate], TENSOR[3] or TENSOR[q]:
 expert, role, or both. The matrices of a tensor cover it exactly, so every parameter of a checkpoint is in one of them.
@@ -8,25 +8,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from laser.checkpoint.cuts import Cut
-from laser.checkpoint.family_table import FAMILIES, GUESSES, Row
+from laser.checkpoint.family_table import (
+    ENCODER_TOWERS,
+    FAMILIES,
+    FUSED_NAMES,
+    GUESSES,
+    KEPT,
+    MTP,
+    MTP_JOINT,
+    NUMBER,
+    TOWERS,
+    WRAPPERS,
+    Row,
+)
+from laser.checkpoint.fused import cuts_of, number_or_none, text_configs
 from laser.checkpoint.headers import TORCH, TensorInfo
+from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
+from laser.errors import DoubtWarning as DoubtWarning
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes whose numbers are the weights themselves
 ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
 # Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
-PROTECTED = ("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale", "vision", "other")
-
-
-class DoubtWarning(UserWarning):
-    """What a checkpoint's tensors are had to be guessed; the message lists what was taken for what."""
+PROTECTED = (
+    *("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale"),
+    *("ssm", "adapter", "vision", "audio", "mtp", "other"),
+)
+LIKELY = 4096  # different names, numbers aside; a model has fewer than a hundred
+KEPT_STACKS = ("mtp",)  # whose layers are never reduced unless asked for, although they have the roles of any layer
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,21 @@ class Matrix:
     dtype: str
     tensor: str  # that holds it
     cut: Cut | None = None  # its place in the tensor; None: it is the tensor
+    scaled: bool = False  # FP8, and its scales are known
+    stack: str = ""  # whose layers are counted: "" the language model's own, else "mtp", "encoder", "vision", "audio"
+
+    @property
+    def no_spectrum(self) -> str | None:
+        """Why the numbers that are stored are not the weights, so that nothing can be cut; None where they are."""
+        if self.dtype in FLOATS or self.scaled:
+            return None
+        if self.dtype.startswith("F8"):
+            return f"stored as {self.dtype}, found no scales for it, and without them its values are not the weights"
+        return f"stored as {self.dtype}, expected one of {', '.join(FLOATS)}, or FP8 with its scales"
+
+    @property
+    def place(self) -> int | str | None:
+        return place_of(self.layer, self.stack)
 
     @property
     def is_matrix(self) -> bool:
@@ -57,15 +91,22 @@ class Matrix:
         return 0 if not self.is_matrix else self.shape[0] * self.shape[1] * min(self.shape)
 
 
+def place_of(layer: int | None, stack: str) -> int | str | None:
+    """A layer as --layers spells it: 3, or mtp:3; None for what lies in no layer."""
+    return layer if layer is None or not stack else f"{stack}:{layer}"
+
+
 def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
     """Everything that the checkpoint's tensors hold, in file order; see `doubts` for what had to be guessed.
 
     Raises CheckpointError where a fused tensor does not have the shape that config.json implies.
     """
-    rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
-    matrices = [matrix for info in checkpoint.tensors.values() for matrix in _matrices(info, rows, checkpoint.config)]
+    names = _Names(checkpoint)
+    matrices = [matrix for info in checkpoint.tensors.values() for matrix in names.matrices(info)]
     scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else ()
     matrices = [replace(m, role="scale") if m.tensor in scales else m for m in matrices]
+    weights = set(checkpoint.fp8.scales) if checkpoint.fp8 else ()
+    matrices = [replace(m, scaled=True) if m.tensor in weights else m for m in matrices]
     seen: set[str] = set()
     for matrix in matrices:
         if matrix.name in seen:
@@ -77,8 +118,7 @@ def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
 def matrix_called(checkpoint: Checkpoint, name: str) -> Matrix:
     """One of `list_matrices`, found without listing them all. Raises CheckpointError where none has that name."""
     info = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.rpartition("[")[0])
-    rows = [(row, re.compile(row.pattern)) for row in FAMILIES.get(family_of(checkpoint), GUESSES)]
-    for matrix in _matrices(info, rows, checkpoint.config) if info else ():
+    for matrix in _Names(checkpoint).matrices(info) if info else ():
         if matrix.name == name:
             return matrix
     raise CheckpointError(f"{checkpoint.name} holds no matrix {name}; try laser scan --dry-run")
@@ -93,9 +133,7 @@ def read_matrix(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def _tied(matrices: list[Matrix], config: Mapping[str, Any]) -> list[Matrix]:
     """Where config.json ties the head to the embedding, a head that is stored as well is a copy of it: what is done to
     one has to be done to the other, or transformers would untie them. So both are selected by the role embedding."""
-    text = config.get("text_config")
-    places = (config, text) if isinstance(text, dict) else (config,)
-    if not any(place.get("tie_word_embeddings") is True for place in places):
+    if not any(place.get("tie_word_embeddings") is True for place in (config, *text_configs(config))):
         return matrices
     embeddings = {(m.shape, m.dtype) for m in matrices if m.role == "embedding"}
     copies = {m.name for m in matrices if m.role == "head" and (m.shape, m.dtype) in embeddings}
@@ -106,115 +144,176 @@ def family_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.config.get("model_type"))
 
 
-def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
-    """What a user should look at before trusting the list: guesses for an unknown family, or tensors without a row."""
-    family = family_of(checkpoint)
-    if family in FAMILIES:
-        unknown = [m.name for m in matrices if m.role == "other" and len(m.shape) > 1]
-        if not unknown:
-            return None
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        return (
-            f"{checkpoint.name}: family {family} has no such tensors, so they are kept as they are: "
-            f"{', '.join(unknown[:3])}{more}; check the checkpoint, or ask for them with --roles other"
+@cache
+def _rows_of(family: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
+    """The rows to try for a family, in order: what is kept in all families, then its own or guesses."""
+    return tuple((row, re.compile(row.pattern)) for row in (*KEPT, *FAMILIES.get(family, GUESSES)))
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+class _Names:
+    """What a checkpoint's names say: stack, layer, expert and role of each tensor."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.family = family_of(checkpoint)
+
+    @cached_property
+    def depth(self) -> int | None:
+        """How many layers the language model runs, where config.json says; layers behind them predict more tokens."""
+        return None if self.config.get("is_encoder_decoder") is True else number_or_none(self.config, "depth")
+
+    @cached_property
+    def encoder(self) -> str:
+        """The stack of layers in an encoder: the model's own if there are no others."""
+        names = {unwrapped(_alike(name)) for name in self.checkpoint.tensors}
+        if not any(_compiled(NUMBER).search(n) and not _in_encoder(n) and not _tower(n) for n in names):
+            return ""
+        towers = (role for role, kinds in ENCODER_TOWERS.items() if _compiled(kinds).fullmatch(self.family))
+        return next(towers, "encoder")
+
+    def stack(self, name: str, layer: int | None) -> str:
+        if tower := _tower(name):
+            return tower
+        if _compiled(MTP).match(name):
+            return "mtp"
+        if _in_encoder(name):
+            return self.encoder
+        return "mtp" if layer is not None and self.depth is not None and layer >= self.depth else ""
+
+    def matrices(self, info: TensorInfo) -> list[Matrix]:
+        found = _compiled(NUMBER).search(info.name)
+        layer = int(found[1]) if found else None
+        name = unwrapped(_alike(info.name))
+        stack = self.stack(name, layer)
+        expert = _compiled(r"\.experts\.(\d+)\.").search(info.name)
+        whole = Matrix(
+            info.name,
+            "other",
+            layer,
+            int(expert[1]) if expert else None,
+            info.shape,
+            info.dtype,
+            info.name,
+            stack=stack,
         )
-    kinds: dict[tuple[str, str], int] = {}
+        if stack in TOWERS:
+            return [replace(whole, role=stack)]
+        if stack == "mtp":
+            name = _compiled(MTP).sub("", name, count=1)
+            name = f"layers.{name}" if name[:1].isdigit() else name
+            if _compiled(MTP_JOINT).fullmatch(name):
+                return [replace(whole, role="mtp")]
+        row = _row_of(self.family, name)
+        if row is None:
+            return [replace(whole, role="mtp" if stack == "mtp" else "other")]
+        if row.axes and info.dtype in TORCH:
+            return [
+                replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
+                for label, role, e, cut in cuts_of(info, row, self.config)
+            ]
+        # Packed numbers cannot be cut by their shape.
+        return [replace(whole, role="other" if row.axes else row.role)]
+
+
+def _alike(name: str) -> str:
+    """The name with 0 for every layer and expert: what is found out for one of them holds for all, and is kept."""
+    return _compiled(r"(?<![^.])\d+(?![^.])").sub("0", name)
+
+
+@lru_cache(LIKELY)
+def _row_of(family: str, name: str) -> Row | None:
+    return next((row for row, pattern in _rows_of(family) if pattern.fullmatch(name)), None)
+
+
+@lru_cache(LIKELY)
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers put into it."""
+    for prefix in WRAPPERS:
+        name = _compiled(prefix).sub("", name)
+    return name
+
+
+@lru_cache(LIKELY)
+def _tower(name: str) -> str | None:
+    return next((role for role, pattern in TOWERS.items() if _compiled(pattern).fullmatch(name)), None)
+
+
+@lru_cache(LIKELY)
+def _in_encoder(name: str) -> bool:
+    return _compiled(r"(?:(?!\w*decoder\.)\w+\.)*?encoder\.").match(name) is not None
+
+
+def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
+    """What a user should look at before trusting the list: guesses for an unknown family, tensors without a row, or
+    names that transformers does not load. At most six lines."""
+    family = family_of(checkpoint)
+    lines = [told] if (told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors)) else []
+    if (checkpoint.path / ADAPTER).is_file():
+        lines.append(
+            f"{checkpoint.name}: {ADAPTER} lies beside the weights, so transformers with peft would load its base and "
+            "not these; laser reads the weights that are here, and its output has no adapter"
+        )
+    for prefix, cure in WRAPPERS.items():
+        wrapped = [m.tensor for m in matrices if _compiled(prefix).search(m.tensor)]
+        if wrapped:
+            found = _compiled(prefix).search(wrapped[0])
+            lines.append(
+                f"{checkpoint.name}: {len(set(wrapped))} names hold {found[0] if found else ''} as in {wrapped[0]}, "
+                f"which transformers does not load; {cure}, and scan that"
+            )
+    unknown = [m for m in matrices if m.role == "other" and len(m.shape) > 1]
+    if family in FAMILIES:
+        if unknown:
+            lines.append(
+                f"{checkpoint.name}: family {family} has no such tensors, so they are kept as they are: "
+                f"{_folded(unknown)}; check the checkpoint, or ask for them with --roles other"
+            )
+        return "\n".join(lines) or None
+    lines.append(f"{checkpoint.name}: model_type {family!r} is not in the table of families; roles are guessed by name")
+    fused, kept = [], []
+    sums = _sums(checkpoint.config)
+    for m in matrices:
+        if m.is_matrix and (m.role in PROTECTED or m.stack in KEPT_STACKS):
+            kept.append(m)
+        elif m.is_matrix and _looks_fused(m, sums):
+            fused.append(m)
+    unreached = [m for m in unknown if not m.is_matrix]
+    for what, these in (
+        ("cut as one though probably fused (--exclude leaves them out)", fused),
+        ("not reached", unreached),
+        ("kept", kept),
+    ):
+        if these:
+            lines.append(f"  {what}: {_folded(these)}")
+    return "\n".join(lines)
+
+
+def _folded(matrices: Sequence[Matrix], most: int = 6) -> str:
+    """Names with N for their numbers, and how many each stands for."""
+    kinds: dict[str, int] = {}
     for matrix in matrices:
-        place = (re.sub(r"\d+", "N", matrix.name), matrix.role if matrix.is_matrix else "kept, no matrix")
-        kinds[place] = kinds.get(place, 0) + 1
-    took = "; ".join(f"{name} ({count}) for {role}" for (name, role), count in kinds.items())
-    return f"{checkpoint.name}: model_type {family!r} is not in the table of families; by name and shape took {took}"
+        kind = _compiled(r"\d+").sub("N", matrix.name)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    shown = [f"{kind} ({count})" for kind, count in list(kinds.items())[:most]]
+    left = sum(list(kinds.values())[most:])
+    return ", ".join(shown) + (f" and {left} more" if left else "")
 
 
-def _matrices(info: TensorInfo, rows: list[tuple[Row, re.Pattern[str]]], config: Mapping[str, Any]) -> list[Matrix]:
-    for row, pattern in rows:
-        if match := pattern.fullmatch(info.name):
-            found = match.groupdict()
-            layer, expert = (int(found[k]) if found.get(k) else None for k in ("layer", "expert"))
-            if row.axes and info.dtype in TORCH:
-                return [
-                    Matrix(f"{info.name}{label}", role, layer, e, cut.shape, info.dtype, info.name, cut)
-                    for label, role, e, cut in _cuts(info, row, config)
-                ]
-            role = row.role if not row.axes else "other"  # packed numbers cannot be cut by their shape
-            return [Matrix(info.name, role, layer, expert, info.shape, info.dtype, info.name)]
-    return [Matrix(info.name, "other", None, None, info.shape, info.dtype, info.name)]
-
-
-def _cuts(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, Cut]]:
-    """(label, role, expert, cut) of each matrix in a fused tensor, in stored order of the experts."""
-    dimensions, view = row.axes.split(), info.shape
-    if len(dimensions) != len(view) or not math.prod(view):
-        raise _unlike(info, f"{len(dimensions)} dimensions ({row.axes}), none of them empty")
-    axes = row.axes.replace("*", " ").split()
-    if len(axes) > len(view):
-        count = _number(config, axes[0])
-        if view[0] % count:
-            raise _unlike(info, f"rows in {count} equal parts, one per {axes[0]}")
-        view = (count, view[0] // count, *view[1:])
-    # The rows of a matrix come before its columns, or it is stored transposed.
-    transposed = axes.index("column") < len(axes) - 1
-    fused = next((axis for axis, name in enumerate(axes) if name in ("blocks", "comb")), None)
-    ranges = {row.role: None} if fused is None else _ranges(info, row, axes, view[fused], config)
-    experts = range(view[0]) if axes[0] == "expert" else (None,)
-    for expert in experts:
-        for role, part in ranges.items():
-            index = [(0, size, 1) for size in view]
-            if expert is not None:
-                index[0] = (expert, expert + 1, 1)
-            if fused is not None and part is not None:
-                index[fused] = part
-            words = [str(expert)] if expert is not None else []
-            words += [role] if part is not None else []
-            yield f"[{','.join(words)}]" if words else "", role, expert, Cut(view, tuple(index), transposed)
-
-
-def _ranges(
-    info: TensorInfo, row: Row, axes: Sequence[str], size: int, config: Mapping[str, Any]
-) -> dict[str, tuple[int, int, int]]:
-    """role -> (start, stop, step) on the axis of `size` that the parts share."""
-    count = len(row.parts)
-    if "comb" in axes or "head" in axes or row.parts[0] != "q":
-        if size % count:
-            raise _unlike(info, f"a dimension that {count} parts share equally ({', '.join(row.parts)})")
-        if "comb" in axes:
-            return {role: (i, size, count) for i, role in enumerate(row.parts)}
-        sizes = [size // count] * count
-    else:
-        width = _number(config, "width")
-        sizes = [_number(config, heads) * width for heads in ("head", "key_value", "key_value")]
-        if sum(sizes) != size:
-            raise _unlike(info, f"{' + '.join(map(str, sizes))} rows for {', '.join(row.parts)}")
-    starts = [sum(sizes[:i]) for i in range(count)]
-    return {role: (start, start + n, 1) for role, start, n in zip(row.parts, starts, sizes, strict=True)}
-
-
-def _unlike(info: TensorInfo, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{info.shard}: {info.name} has shape {list(info.shape)}, expected {expected} by config.json; "
-        "use the config that belongs to these weights"
+def _sums(config: Mapping[str, Any]) -> set[int]:
+    """How many rows q, k and v, or gate and up, have together, as far as config.json says."""
+    head, key_value, width, wide = (
+        number_or_none(config, what) for what in ("head", "key_value", "width", "intermediate_size")
     )
+    sums = {(head + 2 * key_value) * width} if head and key_value and width else set()
+    return sums | ({2 * wide} if wide else set())
 
 
-NUMBERS = {
-    "expert": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "head": ("num_attention_heads", "n_head", "n_heads"),
-    "key_value": ("num_key_value_heads", "n_kv_heads", "kv_n_heads", "num_attention_heads", "n_head", "n_heads"),
-    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
-}
-
-
-def _number(config: Mapping[str, Any], what: str) -> int:
-    """A count from config.json, wherever the family puts it. Raises CheckpointError where it is missing or absurd."""
-    nested = [config[k] for k in ("text_config", "attn_config", "ffn_config", "moe") if isinstance(config.get(k), dict)]
-    if what == "width":
-        given = [c["head_dim"] for c in (config, *nested) if type(c.get("head_dim")) is int and c["head_dim"] > 0]
-        return given[0] if given else _number(config, "hidden") // _number(config, "head")
-    for key in NUMBERS[what]:
-        for place in (config, *nested):
-            if type(place.get(key)) is int and place[key] > 0:
-                return place[key]
-    raise CheckpointError(
-        f"config.json holds none of {', '.join(NUMBERS[what])}, which this family's fused tensors are cut by; "
-        "use the config that belongs to these weights"
-    )
+def _looks_fused(matrix: Matrix, sums: set[int]) -> bool:
+    """By its name, or because it has as many rows as several matrices together."""
+    leaf = matrix.name.removesuffix(".weight").rpartition(".")[2]
+    return _compiled(FUSED_NAMES).fullmatch(leaf) is not None or (matrix.role == "linear" and matrix.shape[0] in sums)

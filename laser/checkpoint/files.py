@@ -16,9 +16,6 @@ from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.locks import replacing
 from laser.errors import CheckpointError, OutputError, RecordError
 
-# How files of weights end, in any format.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json", ".partial")
-
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
 # kind of record -> the command that makes one
 COMMANDS = {
@@ -73,22 +70,32 @@ def require_sealed(document: Any, path: Path, kind: str) -> None:
         raise RecordError(f"{path} was changed or damaged since it was written; make it again: `{COMMANDS[kind]}`")
 
 
-def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The record at `path`, checked to be a `kind` of this `version`. Raises RecordError."""
+def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
+    """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; try `laser {kind} --help` for how to make a {kind}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
-    check_header(document, path, kind, version)
+    check_header(document, path, kind, version, *earlier)
     return document
 
 
-def check_header(document: Any, path: Path, kind: str, version: int) -> None:
-    """Raises RecordError unless the document says that it is a `kind` of `version`."""
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is twice in the entry of {found.get('name', 'no name')}")
+    return found
+
+
+def check_header(document: Any, path: Path, kind: str, version: int, *earlier: int) -> None:
+    """Raises RecordError unless the document says that it is a `kind` of `version`, or of an `earlier` one."""
     found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found != (kind, version):
+    if found[0] != kind or found[1] not in (version, *earlier) or type(found[1]) is not int:
         raise RecordError(
             f"{path}: found kind {found[0]!r} version {found[1]!r}, expected {kind!r} version {version}; "
             f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"

@@ -51,7 +51,7 @@ class Fingerprint:
 def fingerprint_of(checkpoint: Checkpoint) -> Fingerprint:
     """Of the weights as they are now."""
     content = checkpoint.hub.content if checkpoint.hub else None
-    remote = any(shard.whole is not None and not shard.path.exists() for shard in checkpoint.shards)
+    remote = checkpoint.hub is not None and not all(shard.path.exists() for shard in checkpoint.shards)
     # A server that tells no hashes is asked for ranges: slow, but not wrong.
     return Fingerprint(None if remote and content else samples_of(checkpoint.shards), content)
 

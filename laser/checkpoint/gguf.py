@@ -1,6 +1,7 @@
 """GGUF files of the llama architecture (Llama, Mistral, Mixtral) seen as the Hub's checkpoint, dequantised.
 
-Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file. Names and metadata as llama.cpp
+Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file, or files where llama.cpp's
+gguf-split has cut it. Names and metadata as llama.cpp
 writes them: its converter turns the rotary halves of q and k into pairs, which is undone here.
 """
 
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 
 from laser.checkpoint.convert import assemble
+from laser.checkpoint.formats import GGUF, SHARD, pointer
+from laser.checkpoint.gguf_rope import FACTORS, rope_scaling
 from laser.checkpoint.mistral import TORCH_NAMES, expected, halves_from_pairs
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import CheckpointError, UsageError, first_line
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 AROUND = {
@@ -48,8 +51,7 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(DTYPES)}")
-    reader = _reader(path)
-    meta = {name: field.contents() for name, field in reader.fields.items()}
+    meta, tensors = _read(path)
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
@@ -57,8 +59,11 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
             "the model on the Hub"
         )
     config = _config(path, meta)
-    places = _places(path, reader.tensors, config)
-    kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1}
+    factors = {t.name: [float(f) for f in t.data.reshape(-1)] for t in tensors if t.name in FACTORS}
+    if scaling := rope_scaling(path.name, lambda key, default: meta.get(f"llama.{key}", default), factors, config):
+        config["rope_scaling"] = scaling
+    places = _places(path, [t for t in tensors if t.name not in FACTORS], config)
+    kinds = {t.tensor_type.name for t in tensors if len(t.shape) > 1}
     stored = kinds.pop() if len(kinds) == 1 else ""
     chosen = DTYPES[dtype] if dtype else stored if stored in TORCH_NAMES else "BF16"
     config |= {
@@ -76,12 +81,54 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        first = parts_of(path)[0]
+        tokenizer = AutoTokenizer.from_pretrained(str(first.parent), gguf_file=first.name, local_files_only=True)
         with TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
     except Exception as error:  # whatever the metadata lack; the weights are there all the same
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model that gguf-split has cut, in order, by any one of them; the file alone where it is whole.
+
+    Raises CheckpointError where one is missing.
+    """
+    match = SHARD.fullmatch(path.name)
+    if match is None or match["end"] != ".gguf":
+        return [path]
+    names = [f"{match['stem']}-{n:05d}-of-{match['count']}.gguf" for n in range(1, int(match["count"]) + 1)]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.name} is one of {len(names)} parts, and {missing[0]} is missing from {path.parent} "
+            f"({len(missing)} in all); finish the download and try again"
+        )
+    return [path.parent / name for name in names]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The metadata, which only the first part has, and the tensors of all parts."""
+    files = parts_of(path)
+    readers = [_reader(file) for file in files]
+    metas = [{name: field.contents() for name, field in reader.fields.items()} for reader in readers]
+    for number, (file, meta) in enumerate(zip(files, metas, strict=True)):
+        told = (meta.get("split.no", 0), meta.get("split.count", 0) or 1)
+        if told != (number, len(files)):
+            raise CheckpointError(
+                f"{file.name} is part {told[0] + 1} of {told[1]} by its metadata, expected {number + 1} of "
+                f"{len(files)}; give every part the name that gguf-split gave it, NAME-00001-of-00003.gguf"
+            )
+    tensors = [t for reader in readers for t in reader.tensors]
+    count = metas[0].get("split.tensors.count", len(tensors)) if len(files) > 1 else len(tensors)
+    twice = len(tensors) - len({t.name for t in tensors})
+    if count != len(tensors) or twice:
+        raise CheckpointError(
+            f"{path.name}: found {len(tensors)} tensors in {len(files)} parts, {twice} twice, expected {count}; "
+            "download all parts again"
+        )
+    return metas[0], tensors
 
 
 def _reader(path: Path) -> Any:
@@ -91,14 +138,15 @@ def _reader(path: Path) -> Any:
         raise UsageError("reading GGUF needs the gguf package; try pip install 'laser-rmt[gguf]'") from error
     try:
         with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
+            if told := pointer(path):
+                raise CheckpointError(told)
+            if file.read(4) != GGUF:
                 raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; download it again")
         return GGUFReader(path)
     except CheckpointError:
         raise
     except Exception as error:  # hostile bytes can fail in any way
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path.name} cannot be read as GGUF ({told[:160]}); download it again") from error
+        raise CheckpointError(f"{path.name} cannot be read as GGUF ({first_line(error)}); download it again") from error
 
 
 def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,9 +156,6 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{path.name}: metadata lack llama.{key}; download it again")
         return found
 
-    scaling = get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise CheckpointError(f"{path.name}: rope scaling {scaling!r} has no translation; start from the Hub's model")
     heads, hidden, experts = get("attention.head_count"), get("embedding_length"), get("expert_count", 0)
     config: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
@@ -137,6 +182,12 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             config[f"{token}_token_id"] = meta[f"tokenizer.ggml.{token}_token_id"]
     whole = [key for key, value in config.items() if key.startswith(("num", "hidden_s", "inter", "head", "max"))
              and (type(value) is not int or value < 1)]  # fmt: skip
+    turned = get("rope.dimension_count", config["head_dim"])
+    if turned != config["head_dim"]:
+        raise CheckpointError(
+            f"{path.name}: {turned} of {config['head_dim']} dimensions of a head are turned, which has no translation; "
+            "start from the model on the Hub"
+        )
     if whole:
         raise CheckpointError(f"{path.name}: {whole[0]} is {config[whole[0]]!r}, expected a number; download it again")
     return config

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.formats import pointer
 from laser.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -109,6 +110,8 @@ def pieces(shard: Shard, start: int, end: int) -> Iterator[memoryview]:
 def read_header(path: Path) -> Shard:
     """Parse and check the header of one safetensors file. Raises CheckpointError naming the file and the tensor."""
     name = path.name
+    if told := pointer(path):
+        raise CheckpointError(told)
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())

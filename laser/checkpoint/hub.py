@@ -9,17 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
-from laser.checkpoint.files import WEIGHTS
+from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.side_files import WEIGHTS, modules_of
+from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError
+
+T = TypeVar("T")
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -56,42 +62,75 @@ def find(model: str) -> Hub | None:
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(Path(cached).parent):
         return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     with hub_errors(repo, revision):
-        path = _to_cache(repo, "config.json", revision)
+        try:
+            path = _to_cache(repo, "config.json", revision)
+        except LocalEntryNotFoundError:
+            raise  # the Hub cannot be reached
+        except EntryNotFoundError as error:
+            if told := recognised(repo, revision):
+                raise CheckpointError(told) from error
+            raise
     return Hub(repo, revision, path.parent.name, path.parent)
 
 
+def _order(folder: Path) -> tuple[str, ...]:
+    """The files for which transformers looks, by a snapshot's config; whoever opens it says how that is damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = None
+    return order(config if isinstance(config, dict) else {})
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot in the cache has all its weights, so that nobody needs to be asked."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists():
-            try:
-                names = set(json.loads((folder / index).read_bytes())["weight_map"].values())
-                return all((folder / str(name)).exists() for name in names)
-            except (OSError, ValueError, KeyError, AttributeError, TypeError):
-                return True  # damaged: whoever opens it says how
-    return any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+    """Whether a snapshot in the cache has all the weights that would be loaded if the repository had no other files."""
+    start = next((name for name in _order(folder) if (folder / name).exists()), None)
+    if start is None or not start.endswith(".json"):
+        return start is not None
+    files = set(index_at(folder / start).values())  # none where it is damaged: whoever opens it says how
+    return all((folder / name).exists() for name in files)
 
 
-def first_of(hub: Hub, names: Sequence[str]) -> str | None:
-    """The first of these files that the repository has; fetched if it is small (an index)."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def recognised(repo: str, revision: str | None) -> str | None:
+    """What a repository without config.json or without weights is, by the names of its files; None where that is not
+    known, or where the Hub is off line."""
+    from huggingface_hub import HfApi, constants
 
-    for name in names:
-        if (hub.folder / name).exists():
-            return name
+    if constants.HF_HUB_OFFLINE:
+        return None
+    with hub_errors(repo, revision):
+        names = sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ())
+        return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
+
+
+def listing(hub: Hub) -> frozenset[str]:
+    """Names of the repository's files; those in the cache where it has all that would be loaded, and nobody answers.
+
+    Not those in the cache without asking: the repository may have a file that is loaded before them. Where the Hub's
+    own client was told that it has none, which it remembers in the cache's folder .no_exist, nobody is asked.
+    """
+    here, whole = files_in(hub.folder), _is_whole(hub.folder)
+    if whole:
+        absent = hub.folder.parents[1] / ".no_exist" / hub.commit
+        before = takewhile(lambda name: name not in here, _order(hub.folder))
+        if all((absent / name).exists() for name in before):
+            return here
+    try:
         with hub_errors(hub.repo, hub.revision):
-            try:
-                if name.endswith(".json"):
-                    _to_cache(hub.repo, name, hub.commit)
-                else:
-                    look_at(RemoteFile(hub.repo, name, hub.commit), 1)
-                return name
-            except LocalEntryNotFoundError:
-                raise  # the Hub cannot be reached
-            except EntryNotFoundError:
-                continue
-    return None
+            return frozenset(_names(hub) if whole else _patiently(lambda: _names(hub), hub.repo))
+    except CheckpointError:
+        if not whole:
+            raise
+        return here
+
+
+def _names(hub: Hub) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return [file.rfilename for file in HfApi().model_info(hub.repo, revision=hub.commit).siblings or ()]
 
 
 def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
@@ -140,7 +179,10 @@ def side_files(hub: Hub) -> None:
         return
     try:
         with hub_errors(hub.repo, hub.revision):
-            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS])
+            weights = [f"*{suffix}{more}" for suffix in (*WEIGHTS, ".index.json") for more in ("", ".gz")]
+            snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=weights)
+            if modules := [f"{module}/*" for module in modules_of(hub.folder)]:
+                snapshot_download(hub.repo, revision=hub.commit, allow_patterns=modules)
     except CheckpointError as error:
         if not _is_whole(hub.folder):
             raise
@@ -175,18 +217,23 @@ def _download(hub: Hub, name: str) -> Path:
 
 
 def _to_cache(repo: str, name: str, revision: str | None) -> Path:
-    """A file by the Hub's own client, which waits where it is told to and resumes what was cut off, but gives up at the
-    first answer that the server is out of order."""
+    """A file by the Hub's own client, which waits where it is told to and resumes what was cut off."""
     from huggingface_hub import hf_hub_download
+
+    return Path(_patiently(lambda: hf_hub_download(repo, name, revision=revision), f"{repo}/{name}"))
+
+
+def _patiently(ask: Callable[[], T], what: str) -> T:
+    """The Hub's answer; its client gives up at the first one that says that the server is out of order."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for failures in range(TRIES):
         try:
-            return Path(hf_hub_download(repo, name, revision=revision))
+            return ask()
         except HfHubHTTPError as error:
             if error.response.status_code < 500 or failures == TRIES - 1:
                 raise
-            pause(failures, f"{repo}/{name}: status {error.response.status_code}")
+            pause(failures, f"{what}: status {error.response.status_code}")
     raise AssertionError("unreachable")
 
 

@@ -7,44 +7,29 @@ be, so a reduction of pickles writes safetensors.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from laser.checkpoint.formats import pointer
 from laser.checkpoint.headers import Shard
 from laser.checkpoint.virtual import DTYPES, virtual_shard
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, first_line
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth")
-# What a trainer leaves beside the weights: not a model.
-NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
-
-
-def find_pickles(path: Path) -> list[str]:
-    """Names of the pickles in a directory that may hold weights; PICKLE alone where it is among them."""
-    names = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES and not NOT_WEIGHTS.fullmatch(p.name))
-    return [PICKLE] if PICKLE in names else names
 
 
 def safetensors_name(name: str) -> str:
     """The name of the safetensors file made from a pickle: pytorch_model-00001-of-00002.bin to model-...safetensors."""
     return re.sub(r"^pytorch_model", "model", Path(name).stem) + ".safetensors"
-
-
-def safetensors_index(index: Mapping[str, Any]) -> bytes:
-    """The index of the safetensors files made from the pickles that `index` lists: same tensors, other file names."""
-    weight_map = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
-    return (json.dumps(dict(index) | {"weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def read_pickle(path: Path, name: str | None = None) -> Shard:
@@ -59,6 +44,8 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error
+    if told := pointer(path):
+        raise CheckpointError(told)
     if magic != b"PK\x03\x04":
         raise CheckpointError(
             f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "
@@ -92,7 +79,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
             f"and nothing in it was run; {RESAVE}"
         ) from error
     except Exception as error:  # hostile bytes can fail in any way
-        raise CheckpointError(f"{path.name} cannot be read ({str(error).splitlines()[0][:160]}); {RESAVE}") from error
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE}")
     for key, value in state.items():

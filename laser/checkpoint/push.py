@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import hub_errors
 from laser.checkpoint.reader import OUTCOME, open_checkpoint
 from laser.errors import OutputError
@@ -22,7 +23,16 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     unfinished = (out / JOURNAL).exists() or any(out.glob("*.partial"))
     if unfinished or not (out / OUTCOME).is_file():
         raise OutputError(f"{out} is not a finished output of laser; finish it with laser reduce --resume first")
-    open_checkpoint(out)
+    outcome, read = (
+        parse_json((out / OUTCOME).read_bytes(), out / OUTCOME),
+        {s.name for s in open_checkpoint(out).shards},
+    )
+    made = set(outcome.get("shards") or ()) if isinstance(outcome, dict) else set()
+    if made != read:
+        raise OutputError(
+            f"{out} was written as {', '.join(sorted(made)[:3])}, but {', '.join(sorted(read)[:3])} would be loaded; "
+            "remove what was put there since, and check it with laser verify"
+        )
     api = HfApi()
     with hub_errors(repo, revision):
         address = api.create_repo(repo, private=private, exist_ok=True)

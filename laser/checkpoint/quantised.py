@@ -28,8 +28,13 @@ PACKED = {
     ".SCB": "bitsandbytes",
     "_blocks": "MXFP4",
     ".weight_packed": "compressed-tensors",
+    ".W_q": "hqq",
+    ".codebooks": "AQLM",
+    ".Qidxs": "QuIP",
 }
-METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
+# What no packed format keeps its numbers in: the weights' own dtypes, and those of positions and masks.
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "mlx": "MLX"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,14 @@ class Fp8:
 
 
 def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Fp8 | None:
-    """How the weights are quantised; None where they are not. where: the checkpoint's name, for messages.
+    """How the weights are quantised, by the tensors that are there; None where they are not, whatever config.json says
+    (`leftover`). where: the checkpoint's name, for messages.
 
     Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
     """
-    told = config.get("quantization_config")
-    told = told if isinstance(told, dict) else {}
-    method = str(told.get("quant_method") or ("bitsandbytes" if told.get("load_in_4bit") else "")).lower()
-    packed = next((kind for name in tensors for end, kind in PACKED.items() if _is_packed(name, end, tensors)), None)
+    told, method, packed = _told(config), _method(config), _packed(tensors)
+    if not packed and is_plain(tensors):
+        return None
     if packed or method not in ("", "fp8"):
         kind = METHODS.get(method, method) or packed
         raise CheckpointError(
@@ -80,6 +85,48 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
                 f"{list(m_n)} in blocks of {size[0]} x {size[1]}; start from the unquantised model"
             )
     return Fp8(scales, (size[0], size[1]), told.get("scale_fmt") == "ue8m0")
+
+
+def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What to say where config.json tells of a quantisation that the weights do not have; None where it does not."""
+    method = _method(config)
+    if not method or _packed(tensors) or not is_plain(tensors):
+        return None
+    return (
+        f"{where}: config.json says that the weights are quantised ({METHODS.get(method, method)}), and they are plain "
+        "numbers, so they are read as such; other loaders go by config.json: remove its quantization_config from a "
+        "copy of the model"
+    )
+
+
+def is_plain(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether no matrix is stored in a dtype that a quantised one may have."""
+    return all(info.dtype in PLAIN for info in tensors.values() if len(info.shape) > 1)
+
+
+def _told(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config's section on quantisation; MLX calls it by another name."""
+    found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
+    return found if isinstance(found, dict) else {}
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """By which method config.json says that the weights are quantised; "" where it does not."""
+    told = _told(config)
+    named = told.get("quant_method") or told.get("quant_algo")
+    named = named or ("bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else "")
+    return str(named or ("MLX" if "bits" in told and "group_size" in told else "")).lower()
+
+
+def _packed(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The packed format that the tensors' names and dtypes show, if any."""
+    for name, info in tensors.items():
+        for end, kind in PACKED.items():
+            if _is_packed(name, end, tensors):
+                return kind
+        if info.dtype == "U32" and name.endswith(".weight") and f"{name.removesuffix('weight')}scales" in tensors:
+            return "MLX"
+    return None
 
 
 def _is_packed(name: str, end: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,23 +19,31 @@ import torch
 
 from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.fingerprint import Fingerprint, fingerprint_of
+from laser.checkpoint.formats import what_is, what_lies_in
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
-from laser.checkpoint.hub import Hub, download, find, first_of, headers, side_files
-from laser.checkpoint.pickles import (
-    PICKLE,
-    PICKLE_INDEX,
-    find_pickles,
-    read_pickle,
-    safetensors_index,
-    safetensors_name,
-)
+from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
+from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
-from laser.errors import CheckpointError
+from laser.checkpoint.weights import (
+    INDEX,
+    INDEXED,
+    ORDER,
+    SINGLE,
+    check,
+    disagreements,
+    files_in,
+    index_at,
+    index_of,
+    indexes,
+    merge,
+    nothing_found,
+    read_by_vllm,
+    start_of,
+)
+from laser.errors import CheckpointError, DoubtWarning
 
 __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 OUTCOME = "laser.json"  # in a checkpoint that laser wrote
 RELEASE = "mistral_release"  # stands for the model_type that Mistral's params.json does not name
 
@@ -52,6 +61,7 @@ class Checkpoint:
     hub: Hub | None = None  # where it comes from, if it was opened by its Hub id; `path` is then in the Hub's cache
     fp8: Fp8 | None = None  # which of its tensors are FP8 with scales
     origin: Checkpoint | None = None  # the one that this is a view of, in another dtype: its values and its identity
+    left_out: tuple[str, ...] = ()  # copies of tensors that are not loaded, and so not among its shards' tensors
 
     @property
     def name(self) -> str:
@@ -120,13 +130,14 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     A Hub id whose files are in the Hub's cache is used from there; otherwise its headers are fetched, and weights come
     by byte range when they are read. `need` fetches more at once: "files", everything but the weights, or "weights",
     everything. Symlinked shards (the cache's own layout) are followed. Raises CheckpointError for anything that is
-    missing, damaged or inconsistent; no weight is read.
+    missing, damaged or inconsistent; no weight is read. Warns (DoubtWarning) where files disagree about the weights,
+    and reads those that transformers would load.
     """
     path, hub = Path(model), None
     if path.is_dir():
         path = path.resolve()
     elif path.exists():
-        raise CheckpointError(f"{path} is a file, expected a checkpoint directory; try {path.parent}")
+        raise CheckpointError(what_is(path))
     else:
         hub = find(str(model))
         if hub is None:
@@ -137,34 +148,30 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     # Mistral's own format, which the Hub's cache holds only beside the Hub's.
     release = hub is None and (path / "params.json").exists() and not (path / "config.json").exists()
     about = path / ("params.json" if release else "config.json")
+    if hub is None and not about.exists() and (told := what_lies_in(path)):
+        raise CheckpointError(told)
     config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
         raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
     if release:
         config = config | {"model_type": RELEASE}
-    hub, index_bytes, weight_map, shards = (None, None, None, _release(path)) if release else _shards(path, hub)
-    if hub is not None and need == "weights":
-        hub = download(hub, [shard.path.name for shard in shards])
-    found = {(t.shard, t.name): t for shard in shards for t in shard.tensors}
-    if weight_map is None:
-        tensors = {name: info for (_, name), info in found.items()}
-        if len(tensors) < len(found):
-            twice = next(name for shard, name in found if tensors[name].shard != shard)
-            raise CheckpointError(
-                f"{path.name}: {twice} is in more than one file: weights that are split among GPUs cannot be joined "
-                "here; try the Hub's version of this model"
-            )
-    else:
-        for name, shard in weight_map.items():
-            if (shard, name) not in found:
-                raise CheckpointError(
-                    f"{INDEX} says that {name} is in {shard}, which does not hold it; download both again"
-                )
-        # In file order, so that work walks each shard once from front to back.
-        tensors = {name: info for (shard, name), info in found.items() if weight_map.get(name) == shard}
+    weights = Weights(None, None, _release(path)) if release else _weights(path, hub, config, need)
+    tensors = {info.name: info for shard in weights.shards for info in shard.tensors}
+    for told in weights.doubts:
+        warnings.warn(told, DoubtWarning, stacklevel=2)
     fp8 = recognise(path.name if hub is None else hub.repo, config, tensors)
-    return Checkpoint(path, config, config_bytes, index_bytes, shards, tensors, hub, fp8)
+    return Checkpoint(
+        path,
+        config,
+        config_bytes,
+        weights.index_bytes,
+        weights.shards,
+        tensors,
+        weights.hub,
+        fp8,
+        left_out=weights.left_out,
+    )
 
 
 def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:
@@ -179,31 +186,58 @@ def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, shards=tuple(wait_for(shard) for shard in checkpoint.shards))
 
 
-def _shards(path: Path, hub: Hub | None) -> tuple[Hub | None, bytes | None, dict[str, str] | None, tuple[Shard, ...]]:
-    """(the model with its ETags, index or None, tensor -> shard or None, shards) of the first layout that is there."""
-    layouts = (INDEX, SINGLE, PICKLE_INDEX, PICKLE)
-    layout = first_of(hub, layouts) if hub else next((name for name in layouts if (path / name).exists()), None)
-    index_bytes = weight_map = None
-    names = [layout] if layout in (SINGLE, PICKLE) else find_pickles(path)
-    if layout in (INDEX, PICKLE_INDEX):
-        index_bytes = _bytes(path / layout, "")
-        weight_map = _weight_map(index_bytes, path / layout, hub)
-        names = sorted(set(weight_map.values()))
-    elif not names:
-        raise CheckpointError(f"{path} holds neither {INDEX} nor {SINGLE}; try the directory that holds the weights")
-    elif len(names) > 1:
-        raise CheckpointError(
-            f"{path} holds {', '.join(names[:4])} and no {PICKLE_INDEX}; try a directory with one model"
-        )
-    if layout in (INDEX, SINGLE):
-        hub, shards = headers(hub, names) if hub else (None, tuple(read_header(path / name) for name in names))
-        return hub, index_bytes, weight_map, shards
-    hub = download(hub, names) if hub else None  # a range of a pickle says nothing
-    shards = tuple(read_pickle(path / name, None if weight_map else SINGLE) for name in names)
-    if weight_map is not None and index_bytes is not None:
-        index_bytes = safetensors_index(parse_json(index_bytes, path / PICKLE_INDEX))
-        weight_map = {tensor: safetensors_name(file) for tensor, file in weight_map.items()}
-    return hub, index_bytes, weight_map, shards
+@dataclass(frozen=True)
+class Weights:
+    """What is loaded of a model's files: each tensor in one shard, and an index that names them all."""
+
+    hub: Hub | None  # with ETags
+    index_bytes: bytes | None
+    shards: tuple[Shard, ...]
+    left_out: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+
+def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) -> Weights:
+    """The weights that transformers would load, as laser/checkpoint/weights.py has it."""
+    place = path if hub is None else hub.repo
+    names = files_in(path) if hub is None else listing(hub)
+    start = start_of(names, config, place)
+    if start is None:
+        if told := recognised(hub.repo, hub.commit) if hub else what_lies_in(path):
+            raise CheckpointError(told)
+        raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
+    if hub is not None:  # they are small; one that is not ours tells what others would read
+        download(hub, sorted({INDEX, PICKLE_INDEX} & names))
+    index = _index(path / start, hub, names) if start in (INDEX, PICKLE_INDEX) else None
+    files = [start] if index is None else sorted(set(index["weight_map"].values()))
+    pickled = not files[0].endswith(".safetensors")
+    if pickled:
+        hub = download(hub, files) if hub is not None else None  # a range of a pickle says nothing
+        shards = _pickles(path, files, alone=index is None)
+    elif hub is None:
+        shards = tuple(read_header(path / file) for file in files)
+    else:
+        hub, shards = headers(hub, files)
+        hub = download(hub, files) if need == "weights" else hub  # after their ETags are known, so that it is checked
+    merged = merge(shards)
+    check(place, start, names, merged, index, index_at(path / INDEXED[start]) if start in INDEXED else {})
+    vllm = read_by_vllm(names, index_at(path / INDEX).values() if INDEX in names else None)
+    if index is not None and pickled:
+        index["weight_map"] = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
+    told = disagreements(start, files, vllm, merged, index)
+    told = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in told)
+    index_bytes = None
+    if index is not None:
+        tidy = not pickled and indexes(index, merged)
+        index_bytes = _bytes(path / start, "") if tidy else index_of(index, merged)
+    return Weights(hub, index_bytes, merged.shards, merged.left_out, told)
+
+
+def _pickles(path: Path, files: Sequence[str], alone: bool) -> tuple[Shard, ...]:
+    names = [SINGLE] if alone else [safetensors_name(file) for file in files]
+    if twice := [file for file, name in zip(files, names, strict=True) if names.count(name) > 1]:
+        raise CheckpointError(f"{PICKLE_INDEX} names {' and '.join(twice)}, which would become one file; rename one")
+    return tuple(read_pickle(path / file, name) for file, name in zip(files, names, strict=True))
 
 
 def _release(path: Path) -> tuple[Shard, ...]:
@@ -217,14 +251,21 @@ def _release(path: Path) -> tuple[Shard, ...]:
         if len(files) == 1 and read is read_pickle:  # Mistral's own loader knows no other name for one file
             return (read_pickle(files[0], "consolidated.safetensors"),)
         if files:
-            return tuple(read(file) for file in files)
+            shards = tuple(read(file) for file in files)
+            if twice := merge(shards).copies:
+                raise CheckpointError(
+                    f"{path.name}: {next(iter(twice))} is in more than one file: weights that are split among GPUs "
+                    "cannot be joined here; try the Hub's version of this model"
+                )
+            return shards
     raise CheckpointError(
         f"{path} holds params.json and no consolidated*.safetensors or .pt; finish the download and try again"
     )
 
 
-def _weight_map(data: bytes, path: Path, hub: Hub | None) -> dict[str, str]:
-    index, suffix = parse_json(data, path), ".safetensors" if path.name == INDEX else ".bin"
+def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any]:
+    """An index whose weight_map can be followed. names: what lies beside it."""
+    index, suffix = parse_json(_bytes(path, ""), path), ".safetensors" if path.name == INDEX else ".bin"
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
@@ -237,11 +278,13 @@ def _weight_map(data: bytes, path: Path, hub: Hub | None) -> dict[str, str]:
             )
         if not shard.endswith(suffix):
             raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffix} file")
-        if hub is None and not (path.parent / shard).exists():
+        if hub is None and shard not in names:
+            other = next((f", or remove the index, and {name} is read" for name in ORDER[2:] if name in names), "")
             raise CheckpointError(
                 f"{path.name} names {shard}, which is missing from {path.parent}; finish the download and try again"
+                f"{other if path.name == INDEX else ''}"
             )
-    return weight_map
+    return index
 
 
 def _bytes(path: Path, why: str) -> bytes:

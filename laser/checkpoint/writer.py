@@ -30,20 +30,12 @@ import torch
 
 from laser.checkpoint.at_rest import CARD, damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import (
-    WEIGHTS,
-    Journal,
-    disk_errors,
-    is_sealed,
-    sealed,
-    spoiling,
-    to_json,
-    write_atomically,
-)
+from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.hub import side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
+from laser.checkpoint.side_files import modules_of, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -174,7 +166,9 @@ def write_checkpoint(
             # Of a model on the Hub, shards that are no more needed may have left the cache.
             require_unchanged(source, [s.name for s in source.shards if source.hub and not s.path.exists()])
         ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
-        document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {"left_out": left_out}
+        document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {
+            "left_out": [*left_out, *source.left_out]
+        }
         document = {**document, "run": document.get("run", run)}
         files = sums_of(out, {s.name for s in source.shards}, RECORDS)
         document = sealed(document | {"files": files})
@@ -374,16 +368,18 @@ def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]
 
 
 def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
-    """Everything that is not weights, byte for byte; returns what was left out on purpose."""
+    """Everything that may travel (side_files.py), byte for byte; returns what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
-    left_out = []
+    read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
+    read |= {"pytorch_model.bin.index.json"} if read else set()
+    modules, left_out = modules_of(source.path), []
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
         if not path.is_file() or hidden or str(relative) in ours:
             continue
-        if path.name.endswith(WEIGHTS):  # the same weights in another format would be unreduced copies
-            left_out.append(str(relative))
+        if stays_behind(source.path, relative, modules):
+            left_out += [] if str(relative) in read else [str(relative)]
             continue
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -13,6 +14,8 @@ import typer
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
+from laser.plan import CrowdWarning
+from laser.report.visible import visible
 
 app = typer.Typer(
     name="laser",
@@ -38,11 +41,14 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Doubts as a line for people; every other warning as it was."""
+    """Doubts as a line for people, each once; every other warning as it was."""
+    told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        if issubclass(category, DoubtWarning):
-            print(f"laser: warning: {message}", file=sys.stderr)
+        if issubclass(category, DoubtWarning | CrowdWarning):
+            if str(message) not in told:
+                print(visible(f"laser: warning: {message}"), file=sys.stderr)
+            told.add(str(message))
         else:
             otherwise(message, category, *rest)
 
@@ -53,16 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", DoubtWarning)
+            for kind in (DoubtWarning, CrowdWarning):
+                warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb():
                 app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:
         if debug:
             raise
-        print(f"laser: {error}", file=sys.stderr)
+        print(visible(f"laser: {error}"), file=sys.stderr)
         return error.exit_code
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:

@@ -14,7 +14,18 @@ from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
-from laser.cli.measure import Dataset, Dtype, Field, TextFile, WindowCount, WindowLength, WindowSkip, advance, text_of
+from laser.cli.measure import (
+    Dataset,
+    Dtype,
+    Field,
+    TextFile,
+    WindowCount,
+    WindowLength,
+    WindowSkip,
+    advance,
+    fewer,
+    text_of,
+)
 from laser.evaluation.text import WINDOW, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.spectral.devices import choose_device
@@ -73,6 +84,7 @@ def calibrate(
                 "output": str(output),
                 "source": asdict(moments.source),
                 "calibration": asdict(moments.calibration),
+                "windows_asked": cut.asked,
                 "tokens": {name: site.tokens for name, site in moments.sites.items()},
                 "unseen": unseen,
                 "seconds": seconds,
@@ -86,6 +98,8 @@ def calibrate(
     if len(unseen) > 20:
         print(f"... and {len(unseen) - 20} more")
     told = moments.calibration
+    if short := fewer(cut.text, len(cut.windows), cut.asked):
+        print(short)
     print(
         f"{told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]}) in {seconds:.1f} s, written to {output}"
     )

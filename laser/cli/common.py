@@ -18,10 +18,13 @@ from laser.checkpoint.locks import claimed
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.errors import OutputError
 from laser.moments import Moments
+from laser.report.visible import visible
 from laser.selection import Selection, parse_layers, parse_roles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
-Layers = Annotated[str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
+]
 Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
@@ -113,28 +116,31 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(value)
 
 
 def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
-    """One row per reduced matrix (the first `limit`), then how many of each role were reduced and kept."""
+    """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept."""
     reduced = [line for line in lines if line.action == "reduce"]
     if reduced:
         print_table(
             ("matrix", "rank", "of", "SNR", "energy removed"),
-            [(x.name, x.rank, x.full_rank, x.snr, _percent(1 - x.energy_kept)) for x in reduced[:limit]],
+            [(x.name, x.rank, x.full_rank, x.snr, _removed(x.energy_kept)) for x in reduced[:limit]],
         )
     if len(reduced) > limit:
         print(f"... and {len(reduced) - limit} more")
+    if zeroed := [line.name for line in reduced if line.rank == 0]:
+        more = f" and {len(zeroed) - 3} more" if len(zeroed) > 3 else ""
+        print(f"RANK 0: {len(zeroed)} of them become ZERO, nothing of them is left: {', '.join(zeroed[:3])}{more}")
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
     print(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     for line in skipped[:limit]:
-        print(f"  {line.name}: {line.reason}")
+        print(visible(f"  {line.name}: {line.reason}"))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _removed(kept: float | None) -> str:
+    return "-" if kept is None else f"{100 * (1 - kept):.2f} %"
 
 
 class Checking:
@@ -168,7 +174,7 @@ class Progress:
         self._bar = tqdm(total=sum(m.cost for m in matrices), desc=what, bar_format=shape, disable=None, leave=False)
 
     def __call__(self, matrix: Matrix, *_: object) -> None:
-        self._bar.set_postfix_str(matrix.name, refresh=False)
+        self._bar.set_postfix_str(visible(matrix.name), refresh=False)
         self._bar.update(matrix.cost)
 
     def __enter__(self) -> Progress:

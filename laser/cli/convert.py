@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.convert import write_directory
 from laser.checkpoint.fingerprint import require_stamp, require_unchanged, stamp_of
+from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -43,7 +44,7 @@ def convert(
     consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
     the tokenizer that transformers makes of its metadata."""
     start = time.perf_counter()
-    if model.suffix == ".gguf" and model.is_file():
+    if is_gguf(model):
         stamp = stamp_of(model)
         seen, side = open_gguf(model, dtype), tokenizer_files(model)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
 from laser.engine.estimate import Estimate, Meter, estimate
 from laser.engine.workers import Crew
 from laser.reduction import Outcome
-from laser.selection import Selection
+from laser.selection import MAIN, Selection
+
+NAMED = 8  # files that a line names before it only counts
 
 
 def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
@@ -28,7 +31,14 @@ def print_dry_run(
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data)
+    skipped = chosen.skipped(matrices)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
+    kept = Counter(
+        (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
+    )
+    if kept and not as_json:
+        told = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
+        print(f"left as they are, matrices by role: {told}")
 
 
 def print_estimate(
@@ -39,21 +49,29 @@ def print_estimate(
     ranks: Mapping[str, int] | None = None,
     draws: int = 0,
     in_data: bool = False,
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
     """A row per kind of matrix, and what scanning and reducing them would take."""
     foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
-        return common.print_json(asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]})
-    groups: dict[tuple[str, tuple[int, ...], str], list[Matrix]] = {}
+        return common.print_json(
+            asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
+        )
+    groups: dict[tuple[str, str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
-        groups.setdefault((m.role, m.shape, m.dtype), []).append(m)
+        groups.setdefault((m.stack, m.role, m.shape, m.dtype), []).append(m)
+    several = len({m.stack for m in matrices}) > 1
     common.print_table(
-        ("role", "matrices", "shape", "dtype", "layers"),
+        ("role", "matrices", "shape", "dtype", *(["stack"] if several else []), "layers"),
         [
-            (role, len(ms), "x".join(map(str, shape)), dtype, _span([m.layer for m in ms if m.layer is not None]))
-            for (role, shape, dtype), ms in groups.items()
+            (role, len(ms), "x".join(map(str, shape)), dtype, *([stack or MAIN] if several else []), _span(ms))
+            for (stack, role, shape, dtype), ms in groups.items()
         ],
     )
+    for name, why in list((skipped or {}).items())[:NAMED]:
+        print(f"{name}: {why}")
+    if skipped and len(skipped) > NAMED:
+        print(f"and {len(skipped) - NAMED} more are skipped")
     print(
         f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
@@ -62,7 +80,8 @@ def print_estimate(
     )
 
 
-def _span(layers: list[int]) -> str:
+def _span(matrices: list[Matrix]) -> str:
+    layers = [m.layer for m in matrices if m.layer is not None]
     return f"{min(layers)}-{max(layers)}" if layers else "-"
 
 
@@ -84,6 +103,9 @@ def print_outcome(
         name, first = next(iter(fallen.items()))
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
         print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
+    if outcome.left_out:
+        more = f" and {len(outcome.left_out) - NAMED} more" if len(outcome.left_out) > NAMED else ""
+        print(f"left out, as other copies of weights or parts of them: {', '.join(outcome.left_out[:NAMED])}{more}")
     if seconds is not None:
         print(meter.against(seconds, foretold))
 

@@ -19,6 +19,7 @@ from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, make_plan
 from laser.reduction import reduce as reduce_checkpoint
+from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.measuring import choose_method
@@ -160,7 +161,7 @@ def reduce(
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     if dry_run:
-        wanted.source.require(checkpoint, "plan")
+        wanted.require(checkpoint)
         return print_estimate(checkpoint, touched, crew, as_json, ranks)
     method, _ = choose_method(method, crew.devices[0])
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
@@ -201,7 +202,7 @@ def verify(
         common.print_json(asdict(found))
     else:
         for problem in found.problems:
-            print(problem)
+            print(visible(problem))
         print(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
@@ -220,4 +221,4 @@ def _print_spectra(spectra: Spectra) -> None:
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
     for name, why in spectra.skipped.items():
         if why.startswith("skipped"):
-            print(f"{name}: {why}")
+            print(visible(f"{name}: {why}"))

@@ -15,9 +15,10 @@ from laser.errors import UsageError
 from laser.null import TESTED, null_test
 from laser.portrait import portrait
 from laser.report import page, plots
+from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
-from laser.summary import Summary, summarise
+from laser.summary import SPECTRUM_RULE, Summary, summarise
 
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Rule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
@@ -62,17 +63,20 @@ def null(
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
     for name, why in test.skipped.items():
-        print(f"{name}: {why}")
+        print(visible(f"{name}: {why}"))
     print(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
 def spectra(
     spectra: SpectraFile,
-    rule: Rule = "mp-edge",
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read."),
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
     snr_json: Annotated[Path | None, typer.Option("--snr-json", help="Write Spectrum's file of scores.")] = None,
     unfrozen: Annotated[
-        Path | None, typer.Option("--unfrozen-yaml", help="Write axolotl's list of parameters to train.")
+        Path | None, typer.Option("--unfrozen-yaml", help="Write the list of parameters to train, as axolotl reads it.")
     ] = None,
     top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
     layers: common.Layers = None,
@@ -84,21 +88,27 @@ def spectra(
 ) -> None:
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
     chosen = common.selection(layers, roles, include, exclude)
-    summary = summarise(Spectra.load(spectra), rule, chosen)
-    written = [path for path in (snr_json, unfrozen) if path]
+    record = Spectra.load(spectra)
+    summary = summarise(record, rule or "mp-edge", chosen)
+    if snr_json and snr_json == unfrozen:
+        raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
+    written: dict[Path, bytes] = {}
+    scored = summarise(record, rule or SPECTRUM_RULE, chosen) if snr_json or unfrozen else summary
+    if snr_json:
+        written[snr_json] = scored.snr_json()
+    if unfrozen:
+        written[unfrozen] = scored.unfrozen_yaml(top_percent).encode()
     for path in written:
         common.refuse_to_overwrite(path, force)
-    if snr_json:
-        write_atomically(snr_json, summary.snr_json())
-    if unfrozen:
-        write_atomically(unfrozen, summary.unfrozen_yaml(top_percent).encode())
+    for path, content in written.items():
+        write_atomically(path, content)
     if as_json:
         return common.print_raw(summary.to_json())
     if as_csv:
         return common.print_raw(summary.to_csv().encode())
     _print_summary(summary)
     for path in written:
-        print(f"written to {path}")
+        print(f"written to {path}, by the scores of {scored.rule}")
 
 
 def plot(
@@ -164,5 +174,5 @@ def _print_summary(summary: Summary) -> None:
         ],
     )
     for name, why in summary.skipped:
-        print(f"{name}: {why}")
-    print(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")
+        print(visible(f"{name}: {why}"))
+    print(visible(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}"))

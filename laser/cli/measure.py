@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,14 @@ from laser.cli import common
 from laser.errors import UsageError
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import Perplexity, difference
+from laser.evaluation.rows import holds_rows
 from laser.evaluation.text import WINDOW, Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
 from laser.spectral.devices import choose_device
 
-TextFile = Annotated[Path | None, typer.Option("--text", help="A .txt or .jsonl file; default: Python's pydoc topics.")]
-Field = Annotated[str | None, typer.Option("--field", help="The field of a .jsonl file, or of a dataset.")]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A .txt, .jsonl or .json file; default: Python's pydoc topics.")
+]
+Field = Annotated[str | None, typer.Option("--field", help="The field of a .jsonl or .json file, or of a dataset.")]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
 ]
@@ -40,7 +44,9 @@ def eval(
     windows: WindowCount = 32,
     skip: WindowSkip = 0,
     mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
-    no_bos: Annotated[bool, typer.Option("--no-bos", help="No BOS at the start of a window.")] = False,
+    no_bos: Annotated[
+        bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
+    ] = False,
     stream: Stream = False,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
@@ -58,7 +64,7 @@ def eval(
     where = choose_device(device).torch_device
 
     def measure(name: str) -> Perplexity:
-        if Path(name).suffix == ".json":
+        if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
         checkpoint = open_checkpoint(name, "weights")
         cut = cut_windows(
@@ -104,18 +110,44 @@ def eval(
     first = records[0]
     bos = "with BOS" if first.bos else "without BOS"
     print(f"{first.text} (sha256 {first.text_sha256[:12]}), {first.mode} of {first.window} tokens {bos}, {first.dtype}")
+    if told := fewer(first.text, first.windows, first.asked):
+        print(told)
     if output is not None:
         print(f"written to {output}")
 
 
 def text_of(path: Path | None, field: str | None, dataset: str | None) -> Text:
+    """The text that was asked for; what was read otherwise than it stands in its file is said on stderr."""
     if path is not None and dataset is not None:
         raise UsageError("found both --text and --dataset; try one of them")
     if dataset is not None:
         name, *rest = dataset.split(",")
         config = rest[0] if rest and rest[0] else None
         return dataset_text(name, config, rest[1] if len(rest) > 1 else "test", field or "text")
-    return default_text() if path is None else read_text(path, field)
+    if path is None:
+        if field is not None:
+            raise UsageError(f"--field {field} is for files of rows; try it with --text FILE.jsonl, or leave it out")
+        return default_text()
+    text = read_text(path, field)
+    for note in text.notes:
+        print(f"laser: {note}", file=sys.stderr)
+    return text
+
+
+def texts_of(
+    path: Path | None, field: str | None, dataset: str | None, held_out: Path | None
+) -> tuple[Text, Text | None]:
+    """The text of a search and the one that it reports on, if that is another; --field is for those that hold rows."""
+    reported = None if held_out is None else text_of(held_out, field if holds_rows(held_out) else None, None)
+    used = held_out is not None and holds_rows(held_out) and dataset is None and not (path and holds_rows(path))
+    return text_of(path, None if used else field, dataset), reported
+
+
+def fewer(text: str, found: int, asked: int | None, what: str = "windows") -> str | None:
+    """A line for people where a text gave fewer windows than were asked for, or a task fewer questions."""
+    if asked is None or found >= asked:
+        return None
+    return f"only {found} of the {asked} {what} that were asked for: {text} has no more"
 
 
 def _document(record: Perplexity) -> dict[str, Any]:

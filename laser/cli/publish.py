@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
 from laser.reduction import Outcome
+from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
 
 
@@ -39,7 +40,10 @@ def leaderboard(
     force: common.Force = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval."""
+    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
+
+    Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
+    """
     checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
     choose_tasks(names)
@@ -56,19 +60,42 @@ def leaderboard(
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force, "leaderboard")
+    if force:
+        _journal(output).unlink(missing_ok=True)
     where = choose_device(device).name
     board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
+    compared = _against_source(checkpoint, output, board)
     if as_json:
-        common.print_json(_document(board) | {"output": str(output)})
+        against = {"against_source": [asdict(row) for row in compared]} if compared else {}
+        common.print_json(_document(board) | against | {"output": str(output)})
         return
     common.print_table(
         ("task", "metric", "shots", "rows", "value", "standard error"),
         [(s.task, s.metric, s.shots, s.n, s.value, s.stderr) for s in board.scores]
         + [("average", "", "", "", board.average, board.average_stderr)],
     )
+    for s in board.scores:
+        if s.undefined:
+            print(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
     if limit is not None:
         print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+    if compared:
+        common.print_table(
+            ("", "source", "this model", "change", "verdict"),
+            [(row.what, row.before, row.after, row.change, row.verdict) for row in compared],
+        )
     print(f"written to {output}")
+
+
+def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[Row]:
+    """The lines that the card will have, where the record of an output's source lies beside that of the output."""
+    source = checkpoint.path / LEADERBOARD_SOURCE
+    if output.resolve() != (checkpoint.path / LEADERBOARD).resolve() or not source.is_file():
+        return []
+    before = Leaderboard.load(source)
+    if before.identity != Outcome.load(checkpoint.path).plan.source.identity:
+        return []  # the card refuses it, and says so
+    return leaderboard_rows(before, board)
 
 
 def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
@@ -109,10 +136,16 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words),
+        command=shlex.join(words), journal=_journal(output),
     )  # fmt: skip
     board.save(output)
+    _journal(output).unlink(missing_ok=True)
     return board
+
+
+def _journal(output: Path) -> Path:
+    """Where the tasks that are finished are kept until all are."""
+    return output.with_name(output.name + ".partial")
 
 
 def push(
@@ -165,7 +198,7 @@ def card(
 def _document(board: Leaderboard) -> dict[str, object]:
     """The record without its rows, which are for pairing and not for reading."""
     scores = [
-        {"task": s.task, "metric": s.metric, "value": s.value, "stderr": s.stderr, "n": s.n, "shots": s.shots}
+        {key: getattr(s, key) for key in ("task", "metric", "value", "stderr", "n", "shots", "undefined")}
         for s in board.scores
     ]
     return {"model": board.model, "average": board.average, "average_stderr": board.average_stderr, "scores": scores}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,22 +25,23 @@ from laser.cli.flow import (
     Shrink,
     TwoSided,
 )
-from laser.cli.measure import Stream, TextFile, WindowLength, text_of
+from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here
+from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, load_tokenizer
+from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA
-from laser.search.search import SearchResult, result_document
+from laser.search.search import result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -66,10 +69,11 @@ def run(
     accept: Annotated[str | None, typer.Option("--accept", help=f"In a search: {', '.join(ACCEPT)}.")] = None,
     order: Annotated[str | None, typer.Option("--order", help="In a search: layers or snr.")] = None,
     text: TextFile = None,
+    field: Field = None,
     held_out: Annotated[Path | None, typer.Option("--held-out", help="Text that a search reports on.")] = None,
     window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search.")] = 16,
-    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on.")] = 16,
+    windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search; 0: all.")] = 16,
+    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
     stream: Stream = False,
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
@@ -120,20 +124,26 @@ def run(
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     known = common.moments_of(moments)
+    texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
+    measure = None
+    if searching:
+        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
+
     def choose(spectra: Spectra) -> Plan:
         if not searching:
             metric = "data" if wanted.startswith(DATA) else "plain"
             return make_plan(spectra, wanted.removeprefix(DATA), chosen, lowest_snr=count, metric=metric, **treatment)
-        result = _search(
-            checkpoint, spectra, wanted, text_of(text, None, None), held_out, window, windows, held_out_windows,
+        assert measure is not None
+        result = search_with_bar(
+            measure.model, spectra, [rule for rule in wanted.split(",") if rule], measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=order or flags.get("order", "layers"), device=here(), stream=stream,
+            order=order or flags.get("order", "layers"), device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))
@@ -176,27 +186,40 @@ def run(
     print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 
 
-def _search(
+@dataclass(frozen=True)
+class _Measure:
+    """What a search measures with; known before the scan, so that what cannot be measured is not scanned."""
+
+    model: LayeredModel
+    calibration: Objective
+    reported: Sequence[Objective]
+
+
+def _measure(
     checkpoint: Checkpoint,
-    spectra: Spectra,
-    rules: str,
-    text: Any,
-    held_out: Path | None,
+    text: Text,
+    held_out: Text | None,
     window: int,
     windows: int,
     held_out_windows: int,
-    *,
     device: Device,
     stream: bool,
-    **options: Any,
-) -> SearchResult:
-    tokenizer = load_tokenizer(checkpoint.path)
+) -> _Measure:
     calibration, reported = objectives_of(
-        checkpoint, tokenizer, "loss", None, text, held_out, None, window, windows, held_out_windows
+        checkpoint,
+        load_tokenizer(checkpoint.path),
+        "loss",
+        None,
+        text,
+        held_out,
+        window,
+        windows,
+        held_out_windows,
     )
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
-    wanted = [rule for rule in rules.split(",") if rule]
-    return search_with_bar(layered, spectra, wanted, calibration, reported, device=device, **options)
+    for each in (calibration, *reported):
+        layered.check(each.windows)
+    return _Measure(layered, calibration, reported)
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:

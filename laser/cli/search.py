@@ -11,13 +11,13 @@ from tqdm import tqdm
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
-from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, text_of
+from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer, read_text
+from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.search.candidates import DATA
 from laser.search.search import Report, SearchResult, Trial, result_document
@@ -54,7 +54,9 @@ def search(
     accept: Annotated[str, typer.Option("--accept", help=f"Which edits to keep: {', '.join(ACCEPT)}.")] = "better",
     order: Annotated[str, typer.Option("--order", help="layers (last first, fast) or snr (as published).")] = "layers",
     objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
-    task: Annotated[Path | None, typer.Option("--task", help=".jsonl: question, answer[, alternatives].")] = None,
+    task: Annotated[
+        Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
+    ] = None,
     text: TextFile = None,
     field: Field = None,
     dataset: Dataset = None,
@@ -62,8 +64,10 @@ def search(
         Path | None, typer.Option("--held-out", help="Text to report on; default: what follows the calibration.")
     ] = None,
     window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="Calibration windows, or questions of the task.")] = 16,
-    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on.")] = 16,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Calibration windows, or questions of the task; 0: all.")
+    ] = 16,
+    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
     layers: common.Layers = None,
     roles: common.Roles = None,
     include: common.Include = None,
@@ -91,9 +95,13 @@ def search(
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     tokenizer = load_tokenizer(checkpoint.path)
     calibration, reported = objectives_of(
-        checkpoint, tokenizer, objective, task, text_of(text, field, dataset), held_out, field, window, windows,
+        checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
         held_out_windows,
     )  # fmt: skip
+    # Before the scan: what cannot be measured is not worth one.
+    layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
+    for each in (calibration, *reported):
+        layered.check(each.windows)
     known = common.moments_of(moments)
     spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
@@ -106,7 +114,7 @@ def search(
                 spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
             )
     result = search_with_bar(
-        LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream),
+        layered,
         measured,
         wanted,
         calibration,
@@ -147,27 +155,34 @@ def objectives_of(
     objective: str,
     task: Path | None,
     text: Text,
-    held_out: Path | None,
-    field: str | None,
+    held_out: Text | None,
     window: int,
     windows: int,
     held_out_windows: int,
 ) -> tuple[Objective, list[Objective]]:
-    """What is minimised, and what is reported: other text, and for a task its later questions too."""
+    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
+    windows is all that there are."""
     if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
         raise UsageError(
             f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
         )
-    calibration = cut_windows(text, tokenizer, length=window, limit=windows)
+    if windows == 0 and held_out is None and task is None:
+        raise UsageError(
+            "--windows 0 calibrates on the whole text and leaves nothing of it to report on; try --held-out FILE, or a "
+            "count of --windows"
+        )
+    calibration = cut_windows(text, tokenizer, length=window, limit=windows or None)
     check_vocabulary(checkpoint, calibration)
-    other = text if held_out is None else read_text(held_out, field if held_out.suffix == ".jsonl" else None)
+    other = text if held_out is None else held_out
     skip = windows if held_out is None else 0
-    cut = cut_windows(other, tokenizer, length=window, limit=held_out_windows, skip=skip)
+    cut = cut_windows(other, tokenizer, length=window, limit=held_out_windows or None, skip=skip)
     check_vocabulary(checkpoint, cut)
     if task is None:
         return Loss(calibration), [Loss(cut)]
-    later = read_task(task, tokenizer, limit=held_out_windows, skip=windows)
-    return read_task(task, tokenizer, limit=windows), [later, Loss(cut)]
+    minimised = read_task(task, tokenizer, limit=windows or None)
+    if windows == 0:  # every question is calibrated on, and none is left
+        return minimised, [Loss(cut)]
+    return minimised, [read_task(task, tokenizer, limit=held_out_windows or None, skip=windows), Loss(cut)]
 
 
 def _grid(text: str) -> list[str]:
@@ -203,7 +218,11 @@ def print_search(result: SearchResult) -> None:
         rows.append((t.label, t.rule, rank, change, digits(t.se), decision, f"{t.seconds:.1f}"))
     common.print_table(("candidate", "rule", "rank", "change", "±", "decision", "s"), rows)
     for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):
-        print(f"{what}: {_told(report)}")
+        # What was selected on a text is no news of that text.
+        verdict = f": {report.verdict}" if what == "held out" and report.verdict else ""
+        print(f"{what}: {_told(report)}{verdict}")
+        if short := fewer(report.text, report.units, report.asked, report.unit_name):
+            print(short)
     if result.rank_correlation is not None:
         print(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
     families = result.families()

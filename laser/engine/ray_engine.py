@@ -167,7 +167,9 @@ def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: De
 def _portable(checkpoint: Checkpoint) -> Checkpoint:
     """Raises UsageError for a checkpoint that a task cannot open by its path."""
     if any(shard.data is not None for shard in checkpoint.shards):
-        raise UsageError(f"{checkpoint.name} is not a directory of safetensors that every node can read; convert it")
+        raise UsageError(
+            f"{checkpoint.name} is not a directory of tidy safetensors that every node can read; try --engine threads"
+        )
     return checkpoint
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError
+from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
+from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
+from laser.evaluation.layout import no_weights_for, running
 from laser.evaluation.perplexity import Perplexity, record_of
+from laser.evaluation.plain_config import plain_config
 from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
-from laser.evaluation.text import Windows
+from laser.evaluation.text import Window, Windows
 
 
 def evaluate(
@@ -30,8 +33,9 @@ def evaluate(
 
     In memory the model is transformers' own `from_pretrained`, called window by window. With `stream` one layer's
     weights are in memory at a time and every window passes through it; the result is equal to 1e-6 in float32. `tick`
-    is called per window, or per piece when streaming. Raises UsageError for a token beyond the embedding,
-    CheckpointError for weights that are missing, NumericalError for a loss that is not finite.
+    is called per window, or per piece when streaming. Raises UsageError for what is no causal language model, a token
+    beyond the embedding, windows beyond learned positions or a model that cannot be streamed, CheckpointError for
+    weights that are missing, NumericalError for a loss that is not finite.
     """
     check_vocabulary(checkpoint, windows)
     weights = checkpoint.fingerprint.told()
@@ -39,7 +43,10 @@ def evaluate(
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
         sums = model.losses(windows.windows, tick).sums
     else:
-        sums = whole_losses(load_whole(checkpoint, dtype).to(device), windows, tick)
+        whole = load_whole(checkpoint, dtype).to(device)
+        check_whole(checkpoint, whole, windows.windows, dtype)
+        with running(checkpoint, "try another --window, or --dtype"):
+            sums = whole_losses(whole, windows, tick)
     require_unchanged(checkpoint)
     told = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}
     return record_of(windows, sums, **told, dtype=dtype, device=str(device))
@@ -47,8 +54,9 @@ def evaluate(
 
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
     """Raises UsageError for a token id that the embedding has no row for, before any weight is read."""
-    embedding = checkpoint.tensors.get("model.embed_tokens.weight")
-    rows = embedding.shape[0] if embedding else checkpoint.config.get("vocab_size")
+    embedding, text = checkpoint.tensors.get("model.embed_tokens.weight"), checkpoint.config.get("text_config")
+    told = text if isinstance(text, dict) and "vocab_size" not in checkpoint.config else checkpoint.config
+    rows = embedding.shape[0] if embedding else told.get("vocab_size")
     highest = max(int(w.tokens.max()) for w in windows.windows)
     if isinstance(rows, int) and highest >= rows:
         raise UsageError(
@@ -58,12 +66,14 @@ def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
 
 
 def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
-    """transformers' own model in memory. Raises CheckpointError where it would fill a gap with random weights."""
+    """transformers' own model in memory. Raises UsageError for what is no causal language model, CheckpointError where
+    transformers would fill a gap with random weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if dtype not in DTYPES:
         raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+    build_causal(checkpoint)
     showing, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -74,11 +84,16 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **plain_config(checkpoint),
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "alloc" in str(error):
+            raise
         raise CheckpointError(
-            f"{checkpoint.name}: transformers cannot load it ({str(error).splitlines()[0]}); try laser scan --dry-run"
+            f"{checkpoint.name}: transformers cannot load it ({first_line(error)}); try laser scan --dry-run"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -86,16 +101,23 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             logging.enable_progress_bar()
     model, info = loaded
     if gaps := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{checkpoint.name} has no weights for {gaps[0]} ({len(gaps)} in all), which would be random; "
-            "finish the download"
-        )
+        raise no_weights_for(checkpoint, gaps)
     for name, found, expected in info["mismatched_keys"]:
         raise CheckpointError(
             f"{checkpoint.name}: {name} has shape {list(found)}, expected {list(expected)} by config.json; "
             "use the config that belongs to these weights"
         )
+    say_unused(checkpoint, info["unexpected_keys"])
     return model.eval()
+
+
+def check_whole(checkpoint: Checkpoint, model: Any, windows: Sequence[Window], dtype: str) -> None:
+    """What can be refused before the first window: see `check_windows` and `check_causal`."""
+    check_windows(checkpoint, model, windows)
+    _, second, changed = probes(windows)
+    with running(checkpoint, "try another --dtype"), torch.inference_mode():
+        before, after = (_logits(model, tokens) for tokens in (second, changed))
+    check_causal(checkpoint, before, after, DTYPES[dtype])
 
 
 def whole_losses(model: Any, windows: Windows, tick: Callable[[], None] = lambda: None) -> list[float]:
@@ -103,9 +125,14 @@ def whole_losses(model: Any, windows: Windows, tick: Callable[[], None] = lambda
     sums = []
     with torch.inference_mode():
         for window in windows.windows:
-            ids = torch.from_numpy(window.tokens[:-1])[None].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, -window.scored :]
+            logits = _logits(model, window.tokens)[-window.scored :]
             losses, _ = token_losses(logits, torch.from_numpy(window.tokens[-window.scored :]))
             sums.append(float(losses.cpu().double().sum()))
             tick()
     return sums
+
+
+def _logits(model: Any, tokens: Any) -> torch.Tensor:
+    """What predicts each of tokens[1:], (T, V)."""
+    ids = torch.from_numpy(tokens[:-1].copy())[None].to(model.device)
+    return model(input_ids=ids, use_cache=False).logits[0]

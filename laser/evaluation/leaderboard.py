@@ -2,13 +2,19 @@
 
 The same function measures a source and its reduction. Values are in [0, 1]. Every row's own score is kept, so that two
 records of the same rows can be compared row by row, which is far sharper than comparing two averages.
+
+As on the leaderboard, MMLU is the mean of its subjects with equal weight, however many questions each has, and the
+average that of the six tasks. Tasks and subjects are independent, so their errors add in squares.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,14 +22,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.files import read_json, to_json, write_atomically
+import numpy as np
+
+from laser.checkpoint.files import Journal, read_json, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError
-from laser.evaluation.layout import require_hub_format
-from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, write_tasks
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.evaluation.causal import build_causal
+from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
+from laser.evaluation.plain_config import plain_config
+from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
+LM_EVAL = "0.4.12"  # earlier ones fail on local rows
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
 
 
@@ -31,9 +42,8 @@ SEED = 1234  # lm-eval's own default for drawing few-shot examples
 class TaskScore:
     """One task. value and stderr in [0, 1]; value is the mean of `rows`, one score per row in file order.
 
-    MMLU's subjects count by their size, as in lm-eval's group. stderr is the sample's, over all rows at once. It is
-    None for one row, and for rows all alike, where lm-eval says 0: no spread was seen, which does not say that there
-    is none.
+    With `subjects`, pairs of a name and how many of the rows are its own, value is the mean of their means. stderr is
+    0 for rows that are all alike, as in lm-eval, and None for a single row.
     """
 
     task: str
@@ -43,15 +53,27 @@ class TaskScore:
     n: int  # rows scored
     shots: int
     rows: tuple[float, ...]
+    subjects: tuple[tuple[str, int], ...] = ()
+    rows_sha256: str | None = None  # of every prompt, choice and answer: equal if the very same was asked
+    undefined: int = 0  # rows whose score is 0/0 and counts as 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many rows each group of equal weight has."""
+        return tuple(count for _, count in self.subjects) or (len(self.rows),)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of b - a over the same rows, and its standard error (None where the rows show no spread)."""
+    """Mean of b - a over the same rows, and its standard error: 0 where no row changed, None for a single row that did.
+
+    unlike: what was not the same in the two measurements and moves their numbers.
+    """
 
     mean: float
     stderr: float | None
     n: int
+    unlike: tuple[Unlike, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,14 +93,12 @@ class Leaderboard:
     @property
     def average(self) -> float:
         """Unweighted mean over the tasks in `scores`: the leaderboard's own figure when all six are there."""
-        return sum(score.value for score in self.scores) / len(self.scores)
+        return average([(score.value, score.stderr) for score in self.scores])[0]
 
     @property
     def average_stderr(self) -> float | None:
-        """Standard error of `average`; the tasks' errors are independent. None where a task has none."""
-        errors = [score.stderr for score in self.scores]
-        known = [e for e in errors if e is not None]
-        return math.hypot(*known) / len(known) if len(known) == len(errors) else None
+        """Standard error of `average`. None where a task has none."""
+        return average([(score.value, score.stderr) for score in self.scores])[1]
 
     @property
     def by_task(self) -> dict[str, TaskScore]:
@@ -99,45 +119,88 @@ class Leaderboard:
         averages = {key: document.pop(key, None) for key in ("average", "average_stderr")}
         del document["kind"], document["version"]
         try:
-            rows = [score | {"rows": tuple(score["rows"])} for score in document.pop("scores")]
-            record = Leaderboard(scores=tuple(TaskScore(**row) for row in rows), **document)
+            record = Leaderboard(scores=tuple(map(_score_of, document.pop("scores"))), **document)
             # A value that is not the mean of its rows was edited by hand.
             agrees = all(_agrees(score) for score in record.scores) and abs(record.average - averages["average"]) < 1e-9
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            circumstances(record, record)  # settings and versions are what they are compared as
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise RecordError(f"{path} is not a whole record ({error}); run `laser leaderboard` again") from error
         if not agrees:
             raise RecordError(f"{path}: a value is not the mean of its rows; run `laser leaderboard` again")
         return record
 
 
+def _score_of(entry: Mapping[str, Any]) -> TaskScore:
+    """A score as JSON gives it back, with lists for tuples."""
+    subjects = tuple((str(name), int(count)) for name, count in entry["subjects"])
+    return TaskScore(**{**entry, "rows": tuple(entry["rows"]), "subjects": subjects})
+
+
 def _agrees(score: TaskScore) -> bool:
     finite = all(math.isfinite(x) for x in score.rows)
-    return finite and score.task in TASKS and len(score.rows) == score.n and abs(_mean(score.rows) - score.value) < 1e-6
+    if not finite or score.task not in TASKS or not len(score.rows) == score.n == sum(score.sizes):
+        return False
+    return abs(mean_and_error(score.rows, score.sizes)[0] - score.value) < 1e-6
 
 
-def _mean(rows: Sequence[float]) -> float:
-    return math.fsum(rows) / len(rows)
+def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Mean of independent figures, each with its standard error, and the error of the mean; None where one has none."""
+    mean = math.fsum(value for value, _ in parts) / len(parts)
+    known = [error for _, error in parts if error is not None]
+    return mean, math.hypot(*known) / len(parts) if len(known) == len(parts) else None
 
 
-def _stderr(rows: Sequence[float]) -> float | None:
-    """Standard error of the mean of `rows`, with the sample's own variance; None where they are one or all alike."""
-    if min(rows) == max(rows):
-        return None
-    mean = _mean(rows)
-    return math.sqrt(math.fsum((x - mean) ** 2 for x in rows) / (len(rows) - 1) / len(rows))
+def mean_and_error(rows: Sequence[float], sizes: Sequence[int]) -> tuple[float, float | None]:
+    """Mean over groups of equal weight (`sizes` rows each, in order) of their means, and its standard error.
+
+    A group's variance is that of its own rows. A group of one row has none to show; for it stands its distance from
+    the mean of all groups, which counts what groups differ by as error and so is too large rather than too small
+    (collapsed strata, Cochran 1977, section 5A.12). None for a single row.
+    """
+    ends = np.cumsum(sizes).tolist()
+    groups = [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    means = [math.fsum(group) / len(group) for group in groups]
+    mean = math.fsum(means) / len(means)
+    if len(rows) < 2:
+        return mean, None
+    variances = [
+        math.fsum((x - m) ** 2 for x in group) / (len(group) - 1) / len(group)
+        if len(group) > 1
+        else (m - mean) ** 2 * len(groups) / (len(groups) - 1)
+        for group, m in zip(groups, means, strict=True)
+    ]
+    return mean, math.sqrt(math.fsum(variances)) / len(groups)
 
 
-def difference(a: TaskScore, b: TaskScore) -> Difference | None:
-    """b minus a, paired by row. None where the two were not measured on equally many rows with the same shots."""
-    if (a.task, a.n, a.shots) != (b.task, b.n, b.shots):
+def difference(a: TaskScore, b: TaskScore, differences: tuple[Unlike, ...] = ()) -> Difference | None:
+    """b minus a, paired by row. None where the two were not asked the very same rows with the same shots.
+
+    differences: what else was not the same, see `circumstances`; it is kept in the record.
+    """
+    if any(getattr(a, key) != getattr(b, key) for key in ("task", "metric", "n", "shots", "subjects", "rows_sha256")):
         return None
     steps = [y - x for x, y in zip(a.rows, b.rows, strict=True)]
-    return Difference(_mean(steps), _stderr(steps), len(steps))
+    mean, error = mean_and_error(steps, a.sizes)
+    return Difference(mean, error if any(steps) else 0.0, len(steps), differences)
 
 
 def comparable(a: Leaderboard, b: Leaderboard) -> bool:
-    """Whether the two were measured on the same rows: the same local files, or both from the Hub; the same limit."""
-    return a.data == b.data and a.limit == b.limit
+    """Whether the two were measured on the same rows: both on local files or both from the Hub, files of one name the
+    same, and the same limit."""
+    shared = a.data.keys() & b.data.keys()
+    return bool(a.data) == bool(b.data) and a.limit == b.limit and all(a.data[f] == b.data[f] for f in shared)
+
+
+def circumstances(a: Leaderboard, b: Leaderboard) -> tuple[Unlike, ...]:
+    """What moves the scores of two boards without changing their rows, and is not the same."""
+
+    def told(board: Leaderboard) -> dict[str, Any]:
+        settings = {key: value for key, value in board.settings.items() if key != "tasks"}
+        if "device" in settings:
+            settings["device"] = device_class(settings["device"])
+        return settings | {name: board.versions.get(name) for name in ("lm-eval", *LIBRARIES)}
+
+    return unlike(told(a), told(b))
 
 
 def run_leaderboard(
@@ -150,16 +213,20 @@ def run_leaderboard(
     dtype: str = "auto",
     batch_size: int = 1,
     command: str | None = None,
+    journal: Path | None = None,
     tick: Callable[[TaskScore], None] = lambda _: None,
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
 
     data: folder of local rows (see lm_tasks); None takes them from the Hub. limit: the first rows of each task only
     (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
-    checkpoint's own. No chat template is applied, as on the leaderboard. `tick` is called after each task.
-    Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite.
+    checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
+    that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
+    `tick` is called after each task.
+    Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
+    RecordError for the journal of another measurement.
     """
-    require_hub_format(checkpoint.path)
+    build_causal(checkpoint)
     chosen = choose_tasks(tasks)
     if not chosen:
         raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
@@ -178,11 +245,35 @@ def run_leaderboard(
         for task in chosen:
             names[task.name], used = write_tasks(task, packaged, Path(folder, task.name), data)
             hashes |= used
-        model = _load(checkpoint, device, dtype, batch_size)
-        for task in chosen:
-            scores.append(_measure(model, task, Path(folder, task.name), names[task.name], limit))
-            tick(scores[-1])
-    require_unchanged(checkpoint)
+        versions = {name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")}
+        run = {
+            "kind": "leaderboard journal",
+            "version": VERSION,
+            "source": checkpoint.identity,
+            "model": checkpoint.name,
+            **weights,
+            "tasks": [task.name for task in chosen],
+            "data": hashes,
+            "options": {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size},
+            "versions": versions,
+        }
+        kept = Journal(journal, run) if journal else None
+        try:
+            finished = _finished(kept) if kept else {}
+            model = _load(checkpoint, device, dtype, batch_size)
+            for task in chosen:
+                score = finished.get(task.name)
+                if score is None:
+                    score = _measure(model, task, Path(folder, task.name), names[task.name], limit)
+                    if kept:
+                        kept.append(asdict(score))
+                scores.append(score)
+                tick(score)
+            with spoiling(kept):
+                require_unchanged(checkpoint)
+        finally:
+            if kept:
+                kept.close()
     return Leaderboard(
         model=checkpoint.name,
         identity=checkpoint.identity,
@@ -198,10 +289,23 @@ def run_leaderboard(
             "fewshot_seed": SEED,
             "chat_template": False,
         },
-        versions={name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")},
+        versions=versions,
         command=command,
         weights=weights,
     )
+
+
+def _finished(journal: Journal) -> dict[str, TaskScore]:
+    """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
+    try:
+        scores = [_score_of(entry) for entry in journal.entries]
+        if not all(_agrees(score) for score in scores):
+            raise ValueError("a value is not the mean of its rows")
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise RecordError(
+            f"{journal.path} holds a task that is not whole ({error}); start afresh with --force"
+        ) from error
+    return {score.task: score for score in scores}
 
 
 NEEDED = ("lm_eval", "accelerate")
@@ -213,9 +317,18 @@ def lm_eval_is_here() -> bool:
 
 
 def require_lm_eval() -> None:
-    """Raises UsageError unless lm-eval and its model backend are installed."""
+    """Raises UsageError unless lm-eval and its model backend are installed, and recent enough."""
     if not lm_eval_is_here():
         raise UsageError(f"the leaderboard needs {' and '.join(NEEDED)}; try pip install 'laser-rmt[eval]'")
+    found = version("lm-eval")
+    if _numbers(found) < _numbers(LM_EVAL):
+        raise UsageError(
+            f"the leaderboard needs lm-eval {LM_EVAL} or later, found {found}; try pip install -U 'laser-rmt[eval]'"
+        )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:3])
 
 
 def _lm_eval(module: str) -> Any:
@@ -235,11 +348,11 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **plain_config(checkpoint)
         )
         model, info = loaded
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first = first_line(error)
         raise UsageError(
             f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
         ) from error
@@ -255,25 +368,54 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
 
 def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
     """Run the task's files in `folder` and pool their rows."""
-    # Without the packaged index: reading its thousands of files takes longer than a small task.
-    loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+    try:
+        # Without the packaged index: reading its thousands of files takes longer than a small task.
+        loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+    except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
+        raise UsageError(
+            f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
+            "out with --tasks"
+        ) from error
     for each in loaded["tasks"].values():
         each.set_fewshot_seed(seed=SEED)
-    result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
+    try:
+        # Without NumPy's word on 0/0, which is dealt with below.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"lm-eval cannot score the rows of {task.name} ({type(error).__name__}: {first_line(error)}); compare them "
+            f"with those of {task.dataset[0]}, or leave the task out with --tasks"
+        ) from error
     if result is None:
         raise UsageError("lm-eval returned nothing: this is not its first process; run without a launcher")
     metric, _, picked = task.key.partition(",")
     rows: list[float] = []
+    subjects: list[tuple[str, int]] = []
+    asked = hashlib.sha256()
     for name in names:
         samples = [s for s in result["samples"][name] if s["filter"] == picked]
         for sample in samples:
             _check_finite(sample, name)
+            # The row beside the prompts that were made of it: mc2 reads the right answers from the row alone.
+            told = [sample["doc_hash"], sample["arguments"], sample["target"]]
+            asked.update(json.dumps(told, sort_keys=True, default=str).encode())
         rows += [float(sample[metric]) for sample in samples]
-    mean = _mean(rows)
-    if len(names) == 1:
+        subjects.append((subject_of(task, name), len(samples)))
+    undefined = sum(map(math.isnan, rows))
+    if undefined and task.metric != "mc2":
+        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32 and --force")
+    # mc2 is the share of the right answers in the sum of all answers' probabilities. Where all of them underflow it is
+    # 0/0. The leaderboard gave a model with such a row 0 for the task; here the row counts 0, and all rows if all are.
+    rows = [0.0 if math.isnan(x) else x for x in rows]
+    parts = tuple(subjects) if task.subjects else ()
+    mean, error = mean_and_error(rows, [count for _, count in subjects])
+    if len(names) == 1 and not undefined:
         expected = float(result["results"][names[0]][task.key])
         assert abs(expected - mean) < 1e-9, f"{task.name}: the rows average to {mean}, lm-eval says {expected}"
-    return TaskScore(task.name, task.metric, mean, _stderr(rows), len(rows), task.shots, tuple(rows))
+    return TaskScore(
+        task.name, task.metric, mean, error, len(rows), task.shots, tuple(rows), parts, asked.hexdigest(), undefined
+    )
 
 
 def _check_finite(sample: Mapping[str, Any], name: str) -> None:
@@ -282,5 +424,5 @@ def _check_finite(sample: Mapping[str, Any], name: str) -> None:
         if isinstance(response, (tuple, list)) and math.isnan(float(response[0])):
             raise NumericalError(
                 f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; "
-                "try --dtype float32, and `laser verify` on the model"
+                "try --dtype float32 and --force, and `laser verify` on the model"
             )

@@ -16,13 +16,14 @@ folder of JSON lines. There the examples must not be rows that are scored:
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laser.errors import RecordError, UsageError
+from laser.evaluation.rows import Row, decode, rows_of
 
 PREFIX = "laser_"  # so that a task of ours never shadows lm-eval's own
 
@@ -37,6 +38,7 @@ class Task:
     metric: str  # as the leaderboard calls it
     key: str  # lm-eval's "metric,filter"
     file: str  # local rows
+    fields: tuple[str, ...]  # that each of them has
     title: str
     dataset: tuple[str, str | None, str]  # Hub name, configuration, split that is scored
     examples: str | None = None  # local file of the few-shot examples; None: held out from `file`
@@ -54,6 +56,7 @@ TASKS: dict[str, Task] = {
             "acc_norm",
             "acc_norm,none",
             "arc_challenge.jsonl",
+            ("question", "choices", "answerKey"),
             "AI2 Reasoning Challenge (25-Shot)",
             ("ai2_arc", "ARC-Challenge", "test"),
         ),
@@ -64,6 +67,7 @@ TASKS: dict[str, Task] = {
             "acc_norm",
             "acc_norm,none",
             "hellaswag.jsonl",
+            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
             "HellaSwag (10-Shot)",
             ("hellaswag", None, "validation"),
         ),
@@ -74,6 +78,7 @@ TASKS: dict[str, Task] = {
             "acc",
             "acc,none",
             "mmlu_20_per_subject.jsonl",
+            ("subject", "question", "choices", "answer"),
             "MMLU (5-Shot)",
             ("cais/mmlu", "all", "test"),
             hub_examples=None,  # the packaged file says dev
@@ -86,6 +91,7 @@ TASKS: dict[str, Task] = {
             "mc2",
             "acc,none",
             "truthfulqa_mc.jsonl",
+            ("question", "mc2_targets"),
             "TruthfulQA (0-shot)",
             ("truthful_qa", "multiple_choice", "validation"),
             hub_examples=None,
@@ -97,6 +103,7 @@ TASKS: dict[str, Task] = {
             "acc",
             "acc,none",
             "winogrande.jsonl",
+            ("sentence", "option1", "option2", "answer"),
             "Winogrande (5-shot)",
             ("winogrande", "winogrande_xl", "validation"),
         ),
@@ -107,6 +114,7 @@ TASKS: dict[str, Task] = {
             "exact_match",
             "exact_match,strict-match",  # "#### number", as the leaderboard's version of the harness asked
             "gsm8k_test.jsonl",
+            ("question", "answer"),
             "GSM8k (5-shot)",
             ("gsm8k", "main", "test"),
             examples="gsm8k_train_300.jsonl",
@@ -133,25 +141,42 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
     if data is None:
         names = _subjects(packaged) if task.subjects else [""]
         return [_write_hub(task, packaged, folder, name) for name in names], {}
-    rows, hashes = _read(data / task.file, task)
+    found, hashes = _read(data / task.file, task)
+    rows = [row.entries for row in found]
     pool: list[dict[str, Any]] | None = None
     if task.examples:
-        pool, more = _read(data / task.examples, task)
-        hashes |= more
+        examples, more = _read(data / task.examples, task)
+        _require_fields(task, examples)
+        pool, hashes = [row.entries for row in examples], hashes | more
     if not task.subjects:
-        return [_write_local(task, packaged, folder, "", rows, pool, data)], hashes
+        names = [_write_local(task, packaged, folder, "", rows, pool, data)]
+        _require_fields(task, found)
+        return names, hashes
     known = _subjects(packaged)
     by_subject: dict[str, list[dict[str, Any]]] = {}
-    for number, row in enumerate(rows, 1):
-        if row.get("subject") not in known:
+    for row in found:
+        subject = row.entries.get("subject")
+        if subject not in known:
             raise RecordError(
-                f"{data / task.file}, line {number}: subject {row.get('subject')!r} is not one of MMLU's "
-                f"{len(known)}; expected a name such as {known[0]!r}"
+                f"{row.where}: subject {subject!r} is not one of MMLU's {len(known)}; expected a name such as "
+                f"{known[0]!r}"
             )
-        by_subject.setdefault(row["subject"], []).append(row)
-    return [
+        by_subject.setdefault(subject, []).append(row.entries)
+    names = [
         _write_local(task, packaged, folder, subject, by_subject[subject], pool, data) for subject in sorted(by_subject)
-    ], hashes
+    ]
+    _require_fields(task, found)
+    return names, hashes
+
+
+def _require_fields(task: Task, rows: Sequence[Row]) -> None:
+    """Raises RecordError for a row without something to ask: lm-eval would ask the text "None"."""
+    for row in rows:
+        if absent := [field for field in task.fields if row.entries.get(field) is None]:
+            raise RecordError(
+                f"{row.where}: {absent[0]} is absent or null; a row of {task.name} has "
+                f"{', '.join(task.fields)}: mend or remove it"
+            )
 
 
 def _subjects(packaged: Path) -> list[str]:
@@ -160,6 +185,11 @@ def _subjects(packaged: Path) -> list[str]:
 
 def _name(task: Task, subject: str) -> str:
     return PREFIX + task.name + (f"_{subject}" if subject else "")
+
+
+def subject_of(task: Task, name: str) -> str:
+    """The subject that a task file of this name asks about; "" for a task without subjects."""
+    return name.removeprefix(PREFIX + task.name).removeprefix("_")
 
 
 def _write_hub(task: Task, packaged: Path, folder: Path, subject: str) -> str:
@@ -217,22 +247,14 @@ def _write(task: Task, packaged: Path, folder: Path, subject: str, changes: dict
     return name
 
 
-def _read(path: Path, task: Task) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _read(path: Path, task: Task) -> tuple[list[Row], dict[str, str]]:
     """Rows of a JSON-lines file, and {file name: sha256}."""
     try:
-        content = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(
             f"cannot read {path}, the rows of {task.name} ({error.strerror}); "
             f"try another --data, or leave the task out with --tasks"
         ) from error
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"{path}, line {number} is not JSON ({error}); mend or remove the line") from error
-        if not isinstance(row, dict):
-            raise RecordError(f"{path}, line {number}: found {type(row).__name__}, expected an object")
-        rows.append(row)
-    return rows, {path.name: hashlib.sha256(content).hexdigest()}
+    content = decode(path.name, data)
+    return rows_of(path, content.text), {path.name: content.sha256}

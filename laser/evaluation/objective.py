@@ -1,16 +1,15 @@
 """What a search minimises: the loss on a text, or one minus the accuracy on a task. Both give a value per unit.
 
-A unit is a window (weight: its scored tokens) or a question (weight 1); lower is better for both. A task file has JSON
-lines with `question`, `answer` and, if it is multiple choice, `alternatives` (the wrong answers). With alternatives a
-question counts as right when its answer's log-likelihood (summed over its tokens, not divided by their number, as in
-LASER, arXiv 2312.13558) is above every alternative's; without, when each token of the answer is the model's first
-choice. The answer follows the question after one space, unless either brings its own.
+A unit is a window (weight: its scored tokens) or a question (weight 1); lower is better for both. A task file (.jsonl,
+or .json with a list) has rows with `question`, `answer` and, if it is multiple choice, `alternatives` (the wrong
+answers). With alternatives a question counts as right when its answer's log-likelihood (summed over its tokens, not
+divided by their number, as in LASER, arXiv 2312.13558) is above every alternative's; without, when each token of the
+answer is the model's first choice. The answer follows the question after one space, unless either brings its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from laser.errors import RecordError, UsageError
+from laser.evaluation.rows import Row, read_content, require_rows, rows_of
 from laser.evaluation.streaming import Scores
 from laser.evaluation.text import Window, Windows
 
@@ -38,6 +38,8 @@ class Objective(Protocol):
     def text(self) -> str: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def asked(self) -> int | None: ...
     def values(self, scores: Scores) -> list[float]: ...
 
 
@@ -65,6 +67,10 @@ class Loss:
     def sha256(self) -> str:
         return self.cut.sha256
 
+    @property
+    def asked(self) -> int | None:
+        return self.cut.asked
+
     def values(self, scores: Scores) -> list[float]:
         return [s / n for s, n in zip(scores.sums, self.weights, strict=True)]
 
@@ -78,6 +84,7 @@ class Accuracy:
     text: str
     name: str = "accuracy"
     unit: str = "share of wrong answers"
+    asked: int | None = None  # questions that were asked for; None: all
 
     @property
     def weights(self) -> tuple[int, ...]:
@@ -105,44 +112,39 @@ class Accuracy:
 
 
 def read_task(path: str | Path, tokenizer: Any, *, limit: int | None = None, skip: int = 0) -> Accuracy:
-    """Questions of a .jsonl file as windows: BOS where there is one, question, answer; only the answer is scored.
+    """Questions of a file of JSON rows as windows: BOS where there is one, question, answer; only the answer is scored.
 
-    Raises RecordError for a file or row that is not as the module's docstring says, naming the line.
+    At most `limit` of them, after the first `skip`; None: all. Raises RecordError for a file or row that is not as the
+    module's docstring says, naming the line, and UsageError for another kind of file or where nothing is left.
     """
     path = Path(path)
-    try:
-        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"cannot read the task {path} ({error}); try --task with a .jsonl file") from error
-    chosen = lines[skip : None if limit is None else skip + limit]
+    if skip < 0 or (limit is not None and limit < 1):
+        raise UsageError(f"found skip {skip} and limit {limit}; try a limit of 1 or more, and a skip of 0 or more")
+    require_rows(path, "--task")
+    rows = rows_of(path, read_content(path, "task", "try --task with a .jsonl file").text)
+    chosen = rows[skip : None if limit is None else skip + limit]
     if not chosen:
-        raise UsageError(f"{path.name} has {len(lines)} questions; nothing is left after {skip}")
+        raise UsageError(f"{path.name} has {len(rows)} questions; nothing is left after {skip}")
     windows: list[Window] = []
     groups = []
-    for number, line in chosen:
-        question, answers = _row(path, number, line)
-        windows += [_window(question, answer, tokenizer, f"{path.name} line {number}") for answer in answers]
+    for row in chosen:
+        question, answers = _question(row)
+        windows += [_window(question, answer, tokenizer, row.where) for answer in answers]
         groups.append(len(answers))
-    return Accuracy(tuple(windows), tuple(groups), path.name)
+    return Accuracy(tuple(windows), tuple(groups), path.name, asked=limit)
 
 
-def _row(path: Path, number: int, line: str) -> tuple[str, list[str]]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RecordError(f"{path.name} line {number} is not JSON ({error}); mend or remove it") from error
-    found = row if isinstance(row, dict) else {}
+def _question(row: Row) -> tuple[str, list[str]]:
+    found = row.entries
     question, answer, others = found.get("question"), found.get("answer"), found.get("alternatives", [])
     texts = isinstance(others, list) and all(isinstance(t, str) and t for t in (question, answer, *others))
     if not texts:
         raise RecordError(
-            f"{path.name} line {number}: found {', '.join(found) or type(row).__name__}, expected texts `question` and "
-            "`answer` and, for multiple choice, a list of texts `alternatives`; mend the line"
+            f"{row.where}: found {', '.join(found) or 'no field'}, expected texts `question` and `answer` and, for "
+            "multiple choice, a list of texts `alternatives`, none of them empty; mend the line"
         )
     if answer in others:
-        raise RecordError(
-            f"{path.name} line {number}: the answer {answer!r} is among the alternatives; remove it there"
-        )
+        raise RecordError(f"{row.where}: the answer {answer!r} is among the alternatives; remove it there")
     return str(question), [str(answer), *others]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.text import Windows
+from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
 
 KIND, VERSION = "eval", 2
 
@@ -43,6 +45,8 @@ class Perplexity:
     bytes: int | None
     losses: tuple[float, ...]  # per window
     counts: tuple[int, ...]  # tokens scored per window
+    asked: int | None  # windows that were asked for, None for all; a shorter text gave fewer
+    versions: Mapping[str, str]  # of the libraries that computed
     weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
 
     @property
@@ -79,7 +83,9 @@ class Perplexity:
             mean, _ = weighted_mean(losses, counts)
             whole = len(losses) == record.windows and sum(counts) == record.tokens and math.isfinite(mean)
             agrees = whole and math.isclose(mean, record.nll, rel_tol=1e-9, abs_tol=1e-12)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+            if not all(isinstance(x, str) for x in (record.dtype, record.device, *record.versions.values())):
+                raise TypeError("dtype, device and versions are texts")
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise RecordError(f"{path} is not a whole evaluation ({error}); make it again with `laser eval`") from error
         if not agrees:
             raise RecordError(
@@ -91,21 +97,21 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of B minus loss of A on the same tokens, nats per token; negative means that B predicts better."""
+    """Loss of B minus loss of A on the same tokens, nats per token; negative means that B predicts better.
+
+    unlike: what was not the same in the two evaluations and moves their numbers, as dtype and kind of device do.
+    """
 
     nll: float
     standard_error: float | None
     tokens: int
     windows: int
+    unlike: tuple[Unlike, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """better, worse, or no difference beyond one standard error."""
-        if self.standard_error is None:
-            return "one window: no standard error"
-        if abs(self.nll) <= self.standard_error:
-            return "no difference beyond one standard error"
-        return "better" if self.nll < 0 else "worse"
+        """better, worse, no difference beyond one standard error, or what was not like with like."""
+        return judge(self.nll, self.standard_error, lower_is_better=True, units="windows", differences=self.unlike)
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
@@ -166,6 +172,8 @@ def record_of(
         bytes=windows.bytes,
         losses=losses,
         counts=counts,
+        asked=windows.asked,
+        versions={name: version(name) for name in LIBRARIES},
     )
 
 
@@ -178,4 +186,9 @@ def difference(a: Perplexity, b: Perplexity) -> Difference:
                 f"{expected}; evaluate both with the same text, window and tokenizer"
             )
     nll, error = paired_difference(a.losses, b.losses, a.counts)
-    return Difference(nll, error, a.tokens, a.windows)
+    return Difference(nll, error, a.tokens, a.windows, unlike(_circumstances(a), _circumstances(b)))
+
+
+def _circumstances(of: Perplexity) -> dict[str, Any]:
+    """What moves a loss without changing what is scored."""
+    return {"dtype": of.dtype, "device": device_class(of.device), **of.versions}

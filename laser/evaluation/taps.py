@@ -15,7 +15,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from laser.checkpoint.families import Matrix
-from laser.evaluation.layout import parts_of
 from laser.evaluation.streaming import LayeredModel
 
 
@@ -24,7 +23,7 @@ class Met:
     """Matrices that are multiplied in one call: their names, and which of the output's columns are whose."""
 
     names: tuple[str, ...]
-    rows: tuple[slice, ...]
+    rows: tuple[slice | torch.Tensor, ...]
 
 
 # x @ w: weights that are stored transposed (GPT-OSS), or those of all experts in one call (Llama 4).
@@ -54,10 +53,10 @@ class Tap(TorchFunctionMode):
 
     def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()
-        self.checkpoint, self.listen = model.checkpoint, listen
-        self.prefix, self.block = f"model.layers.{layer}.", model.inner.layers[layer]
+        self.listen, self.block = listen, model.blocks[layer]
+        self.parts, self.prefix = model.parts(layer), f"{model.stack}.{layer}."
         self.matrices = matrices
-        self._places: list[tuple[Matrix, torch.Tensor]] | None = None
+        self._places: list[Place] | None = None
         self._met: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Met] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,6 +65,8 @@ class Tap(TorchFunctionMode):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             weight, bias = given["weight"], given.get("bias")
             self._hear(weight, given["input"], out if bias is None else out - bias)
+        elif func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2 stores its weights transposed
+            self._hear(args[2].T, args[1], out - args[0])
         elif func in MATMULS and len(args) == 2 and args[1].ndim == 2:
             self._hear(args[1].T, args[0], out)
         elif func in MATMULS and len(args) == 2 and args[0].ndim == args[1].ndim == 3:
@@ -87,34 +88,65 @@ class Tap(TorchFunctionMode):
             self.listen(self._met[key], x, y)
 
     def _inside(self, weight: torch.Tensor) -> Met:
-        """The matrices that are rows of `weight` (m, n), all or every k-th, by where they lie in memory."""
+        """The matrices that are rows of `weight` (m, n), all or some, by where they lie in memory."""
         if self._places is None:  # the layer is loaded when its first product is made
             self._places = self._find()
         names, rows = [], []
         stride, across = weight.stride()
-        for matrix, place in self._places:
-            first, off = divmod((place.data_ptr() - weight.data_ptr()) // weight.element_size(), stride)
-            step, uneven = divmod(place.stride(0), stride)
-            last = first + step * (len(place) - 1)
-            whole = place.shape[1] == weight.shape[1] and place.stride(1) == across
-            if whole and not off and not uneven and 0 <= first <= last < len(weight):
+        for matrix, start, offsets, between in self._places:
+            at = offsets + (start - weight.data_ptr()) // weight.element_size()
+            first, last = divmod(int(at[0]), stride), divmod(int(at[-1]), stride)
+            inside = not first[1] and not last[1] and 0 <= first[0] <= last[0] < len(weight)
+            if inside and matrix.shape[1] == weight.shape[1] and between in (across, None) and not (at % stride).any():
                 names.append(matrix.name)
-                rows.append(slice(first, last + 1, step))
+                rows.append(_as_slice(at // stride))
         return Met(tuple(names), tuple(rows))
 
-    def _find(self) -> list[tuple[Matrix, torch.Tensor]]:
+    def _find(self) -> list[Place]:
         """Each matrix (m, n) as it lies in the layer's parameters."""
         by_tensor: dict[str, list[Matrix]] = {}
         for matrix in self.matrices:
             by_tensor.setdefault(matrix.tensor, []).append(matrix)
         found = []
         for short, parameter in self.block.named_parameters():
-            for part in parts_of(self.checkpoint, self.prefix + short, tuple(parameter.shape)):
+            for part in self.parts.get(self.prefix + short, ()):
                 for matrix in by_tensor.get(part.tensor, ()):
-                    place, cut = parameter.data[part.where], matrix.cut
-                    if cut is not None:
-                        place = place.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
-                        place = place.view(-1, place.shape[-1])  # no copy: a matrix in pieces would not be one product
-                        place = place.T if cut.transposed else place
-                    found.append((matrix, place))
+                    if place := _place(matrix, parameter.data[part.where]):
+                        found.append(place)
         return found
+
+
+# A matrix (m, n), the address of its first element, where its rows begin behind that (m,), and between two columns;
+# both in elements, None for a single column.
+Place = tuple[Matrix, int, torch.Tensor, int | None]
+
+
+def _place(matrix: Matrix, stored: torch.Tensor) -> Place | None:
+    """None where its columns are not evenly apart: no single product has them."""
+    cut, place = matrix.cut, stored
+    if cut is not None:
+        place = stored.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
+    if place.ndim < 2 or matrix.shape != (cut.shape if cut else tuple(place.shape)):
+        return None
+    joined, last = _offsets(place.shape[:-1], place.stride()[:-1]), _offsets(place.shape[-1:], place.stride()[-1:])
+    rows, columns = (last, joined) if cut is not None and cut.transposed else (joined, last)
+    steps = columns.diff().unique()
+    if len(steps) > 1:
+        return None
+    return matrix, place.data_ptr(), rows, int(steps[0]) if len(steps) else None
+
+
+def _offsets(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """Of every element of these axes from the first, the last axis running fastest."""
+    offsets = torch.zeros(1, dtype=torch.long)
+    for size, stride in zip(shape, strides, strict=True):
+        offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
+    return offsets
+
+
+def _as_slice(rows: torch.Tensor) -> slice | torch.Tensor:
+    steps = rows.diff().unique()
+    if len(steps) > 1:
+        return rows
+    step = int(steps[0]) if len(steps) else 1
+    return slice(int(rows[0]), int(rows[-1]) + 1, step)

@@ -9,14 +9,14 @@ Two ways to cut a text:
   of a long text may be short: the loss is weighted by tokens, so nothing is lost or padded.
 - `rolling`: as lm-eval's `loglikelihood_rolling`: one prefix token (BOS, or EOS where there is none) before the text
   and none later, the model sees `length` tokens, and the last window is filled up with context to its left. Every
-  token is scored exactly once.
+  token is scored exactly once. Without BOS there is no prefix token: the text's first token is only context, and every
+  later one is scored once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laser.errors import LaserError, RecordError, UsageError
+from laser.errors import LaserError, UsageError, first_line
 from laser.evaluation.layout import require_hub_format
+from laser.evaluation.rows import Row, holds_rows, read_content, require_characters, rows_of
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
 # 384, 128 and 32 tokens in turn and pooled them; here the length is one and is written down.
@@ -35,14 +36,17 @@ MODES = ("windows", "rolling")
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it in records."""
+    """A text and what to call it in records. `notes`: what was read otherwise than it stands in its file."""
 
     name: str
     content: str
+    file_sha256: str | None = None  # None: not from a file
+    notes: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()
+        """Of the file's own bytes, as `sha256sum` gives it; of any other text, of its content in UTF-8."""
+        return self.file_sha256 or hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Windows:
-    """A text cut into windows for one tokenizer. `bytes` is the UTF-8 length of what is scored, where known."""
+    """A text cut into windows for one tokenizer. `bytes` is the UTF-8 length of what is scored, where known; `asked`
+    how many windows were asked for, None for all: a shorter text gives fewer."""
 
     windows: tuple[Window, ...]
     text: str
@@ -64,6 +69,7 @@ class Windows:
     mode: str
     bos: bool
     bytes: int | None
+    asked: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -80,43 +86,21 @@ class Windows:
 
 
 def read_text(path: str | Path, field: str | None = None) -> Text:
-    """A .txt file, or a .jsonl file of which `field` holds the text (rows joined by blank lines).
+    """A file of plain text, or of rows of JSON (.jsonl, .json) of which `field` holds the text, joined by blank lines.
 
-    Raises RecordError for a file that is missing, not UTF-8, or whose row lacks the field; LaserError for an empty one.
+    Raises RecordError for a file that is missing, not UTF-8, packed, or whose row lacks the field; LaserError for an
+    empty one; UsageError where `field` is missing or makes no sense.
     """
     path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecordError(f"no such text: {path}; try --text with a .txt or .jsonl file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"cannot read {path} as UTF-8 text ({error}); convert it and try again") from error
-    if path.suffix == ".jsonl":
-        content = "\n\n".join(_rows(path, content, field))
+    found = read_content(path, "text", "try --text with a .txt, .jsonl or .json file")
+    content = found.text
+    if holds_rows(path):
+        if field is None:
+            raise UsageError(f"{path.name} holds rows of JSON: say which field is the text; try --field text")
+        content = "\n\n".join(row.text(field) for row in rows_of(path, content))
     elif field is not None:
-        raise UsageError(f"--field {field} is for .jsonl files, found {path.name}; leave it out")
-    return _checked(Text(path.name, content))
-
-
-def _rows(path: Path, content: str, field: str | None) -> list[str]:
-    if field is None:
-        raise UsageError(f"{path.name} holds JSON lines: say which field is the text; try --field text")
-    rows = []
-    # Not str.splitlines, which also breaks a row at U+2028 and its like, all allowed inside a JSON string.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"{path.name} line {number} is not JSON ({error}); mend or remove it") from error
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise RecordError(
-                f"{path.name} line {number}: expected a text in field {field!r}, found {found}; try --field"
-            )
-        rows.append(row[field])
-    return rows
+        raise UsageError(f"--field {field} is for .jsonl and .json files, found {path.name}; leave it out")
+    return _checked(Text(path.name, content, found.sha256, found.notes))
 
 
 def default_text() -> Text:
@@ -132,7 +116,8 @@ def default_text() -> Text:
 def dataset_text(name: str, config: str | None = None, split: str = "test", field: str = "text") -> Text:
     """A split of a Hub dataset through the `datasets` library, rows joined by blank lines.
 
-    Raises UsageError where the library is not installed or the dataset cannot be loaded.
+    Raises UsageError where the library is not installed or the dataset cannot be loaded, RecordError naming a row
+    without a text.
     """
     if importlib.util.find_spec("datasets") is None:
         raise UsageError("--dataset needs the library `datasets`; try `pip install datasets`, or --text FILE")
@@ -142,16 +127,20 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
         rows: Any = load_dataset(name, config, split=split)
         found = list(rows.column_names)
     except Exception as error:  # the library raises its own, huggingface_hub's, pyarrow's and the network's errors
-        raise UsageError(f"dataset {name!r} ({config}, {split}) cannot be loaded: {error}; try --text FILE") from error
+        raise UsageError(
+            f"dataset {name!r} ({config}, {split}) cannot be loaded: {first_line(error)}; try --text FILE"
+        ) from error
     if field not in found:
         raise UsageError(f"dataset {name!r} has no field {field!r}, found {', '.join(found)}; try --field")
     label = " ".join(part for part in (name, config, split) if part)
-    return _checked(Text(label, "\n\n".join(str(row) for row in rows[field])))
+    texts = [Row(f"{label}, row {n}", {field: value}).text(field) for n, value in enumerate(rows[field], 1)]
+    return _checked(Text(label, "\n\n".join(texts)))
 
 
 def _checked(text: Text) -> Text:
     if not text.content.strip():
         raise LaserError(f"{text.name} is empty: there is nothing to score; try another --text")
+    require_characters(text.content, text.name)
     return text
 
 
@@ -164,7 +153,7 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type
         raise LaserError(
-            f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights"
         ) from error
 
@@ -194,10 +183,11 @@ def cut_windows(
     ids, sizes = _tokenise(_checked(text), tokenizer)
     prefix = tokenizer.bos_token_id if bos is not False else None
     if mode == "rolling":
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if prefix is None:
-            raise UsageError("a rolling score needs a BOS or EOS token and this tokenizer has neither; try windows")
-        spans = _rolling(len(ids), length)
+        if prefix is None and bos is not False:
+            prefix = tokenizer.eos_token_id
+            if prefix is None:
+                raise UsageError("a rolling score needs BOS or EOS and this tokenizer has neither; try --no-bos")
+        spans = _rolling(len(ids), length, prefix is not None)
     else:
         spans = _disjoint(len(ids), length, prefix is not None)
     if not spans:
@@ -217,7 +207,7 @@ def cut_windows(
         scored_bytes += int(sizes[end - scored : end].sum()) if sizes is not None else 0
     has_bos = prefix is not None and prefix == tokenizer.bos_token_id
     counted = scored_bytes if sizes is not None else None
-    return Windows(tuple(windows), text.name, text.sha256, length, mode, has_bos, counted)
+    return Windows(tuple(windows), text.name, text.sha256, length, mode, has_bos, counted, limit)
 
 
 def _disjoint(total: int, length: int, prefixed: bool) -> list[tuple[int, int, int]]:
@@ -228,16 +218,18 @@ def _disjoint(total: int, length: int, prefixed: bool) -> list[tuple[int, int, i
     return [span for span in found if span[2] > 0]
 
 
-def _rolling(total: int, length: int) -> list[tuple[int, int, int]]:
-    """lm-eval 0.4's get_rolling_token_windows(context_len=1) made disjoint; start -1 is the prefix token.
+def _rolling(total: int, length: int, prefixed: bool) -> list[tuple[int, int, int]]:
+    """lm-eval 0.4's get_rolling_token_windows(context_len=1) made disjoint; start -1 is the prefix token. Without one
+    the first token of the text takes its place.
 
     The model sees `length` tokens, so a whole window is length + 1 long: one of context and `length` scored ones. The
     last window reaches back to the left for as much context as fits.
     """
-    spans, done = [], 0
+    first = -1 if prefixed else 0
+    spans, done = [], first + 1
     while done < total:
         end = min(done + length, total)
-        start = -1 if done == 0 else max(end - length - 1, -1)
+        start = max(end - length - 1, first)
         spans.append((start, end, end - done))
         done = end
     return spans

@@ -21,6 +21,8 @@ from laser.report import card_sections as sections
 from laser.report.card_loading import is_release, loading
 from laser.report.card_metric import metric
 from laser.report.comparison import Losses, compare
+from laser.report.source_card import LICENCE, read_source_card
+from laser.report.visible import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -28,7 +30,12 @@ if TYPE_CHECKING:
     from laser.reduction import Outcome
 
 TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
-INHERITED = ("license", "license_name", "license_link", "language")
+INHERITED = (*LICENCE, "language")
+# What looks like org/name and is a path: transformers writes into config.json and cards whatever a model was loaded by.
+LOCAL = re.compile(
+    r"(?i)(?:models?|outputs?|out|checkpoints?|ckpts?|results?|runs?|data|weights|tmp|temp|home|users|root|mnt|content|"
+    r"workspace|downloads|local|cache)/.*|.*/checkpoint-\d+|.*\.(?:safetensors|bin|pth?|gguf)"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class CardSource:
     parameters: int | None = None
     shards: Mapping[str, str] | None = None  # file -> sha256 of the source's weights
     licence_files: tuple[str, ...] = ()
+    licences: Mapping[str, str] | None = None  # licence file -> the Hub's name of the licence whose text it is
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,12 @@ def card(
     from huggingface_hub import ModelCard, ModelCardData
 
     run = run or CardRun()
-    inherited = read_metadata(source.readme)
-    base = base_model(source, inherited)
+    own = read_source_card(source.readme)
+    base = base_model(source, own.entries)
+    inherited: dict[str, Any] = {key: value for key, value in own.entries.items() if key in INHERITED}
+    in_files = sorted(set((source.licences or {}).values()))
+    if not any(key in inherited for key in LICENCE) and len(in_files) == 1:
+        inherited["license"] = in_files[0]
     results = eval_results(after) if after else None
     # Not the keyword arguments only: what the source leaves out stays out.
     data = ModelCardData(
@@ -87,7 +99,7 @@ def card(
         pipeline_tag="text-generation",
         tags=list(TAGS),
         eval_results=results,
-        model_name=name if results else None,
+        model_name=visible(name) if results else None,
         **{key: inherited[key] for key in INHERITED if key in inherited},
         inference=False,
     )
@@ -102,53 +114,24 @@ def card(
             *([edits.search(trials)] if trials else []),
             loading(name, source),
             sections.instruction_format(source),
-            sections.limits(outcome, source, inherited, losses, after),
+            sections.limits(outcome, source, own, losses, after),
             sections.reproduce(name, outcome, source, run, before, after),
         ]
     )
+    # A directory's name may hold bytes that are no UTF-8; they are shown as escapes.
+    body = body.encode("utf-8", "backslashreplace").decode()
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
     check_metadata(text, data.to_dict())
     return text
 
 
-def read_metadata(readme: str | None) -> dict[str, Any]:
-    """The YAML block of a README; empty where there is none or where it is not valid."""
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    match = REGEX_YAML_BLOCK.search(readme or "")
-    if not match:
-        return {}
-    try:
-        found = yaml.safe_load(match.group(2))
-    except yaml.YAMLError:
-        return {}
-    return _clean(found) if isinstance(found, dict) else {}
-
-
-def _clean(found: dict[str, Any]) -> dict[str, Any]:
-    """Only entries of the type that the Hub expects. YAML reads the language `no`, Norwegian, as false."""
-
-    def text(value: Any) -> str | None:
-        if value is False:
-            return "no"
-        return value if isinstance(value, str) and value.strip() else None
-
-    clean = {}
-    for key, value in found.items():
-        if key == "language":
-            listed = [t for v in (value if isinstance(value, list) else [value]) if (t := text(v))]
-            if listed:
-                clean[key] = listed
-        elif key in (*INHERITED, "base_model"):
-            listed = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.strip()]
-            if listed:
-                clean[key] = listed if isinstance(value, list) and len(listed) > 1 else listed[0]
-    return clean
+def read_metadata(readme: str | None) -> Mapping[str, Any]:
+    """What a card inherits from the source's README; empty where there is nothing or it is not valid."""
+    return read_source_card(readme).entries
 
 
 def base_model(source: CardSource, inherited: Mapping[str, Any]) -> tuple[str | list[str] | None, str]:
-    """(what the metadata's base_model says, where that comes from). Only valid Hub ids, or nothing.
+    """(what the metadata's base_model says, where that comes from). Only valid Hub ids, or nothing: no local path.
 
     The source's own id where it is known. Failing that an ancestor: the id that its config or its card names, which is
     what the source itself was made from; the summary says that this is so.
@@ -156,10 +139,11 @@ def base_model(source: CardSource, inherited: Mapping[str, Any]) -> tuple[str | 
     if source.hub_id and _is_hub_id(source.hub_id):
         return source.hub_id, "source"
     named = (source.config or {}).get("_name_or_path")
-    if isinstance(named, str) and _is_hub_id(named):
+    if isinstance(named, str) and _is_hub_id(named) and not LOCAL.fullmatch(named):
         return named, "config.json"
     above = inherited.get("base_model")
-    listed = [x for x in (above if isinstance(above, list) else [above]) if isinstance(x, str) and _is_hub_id(x)]
+    listed = [x for x in (above if isinstance(above, list) else [above]) if isinstance(x, str)]
+    listed = [x for x in listed if _is_hub_id(x) and not LOCAL.fullmatch(x)]
     if listed:
         return listed if len(listed) > 1 else listed[0], "card"
     return None, ""
@@ -169,7 +153,7 @@ def _is_hub_id(text: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):  # a bare name might be any directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII):  # a bare name might be any directory
         return False
     try:
         validate_repo_id(text)
@@ -214,11 +198,12 @@ def check_metadata(text: str, expected: Mapping[str, Any]) -> None:
     """Read the card back and raise RecordError unless its metadata is whole and says what `expected` says."""
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard_data import model_index_to_eval_results
+    from yaml import YAMLError
 
     try:
         back = ModelCard(text).data.to_dict()
         results = model_index_to_eval_results(back["model-index"])[1] if "model-index" in back else []
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, YAMLError) as error:
         raise RecordError(f"the card's metadata cannot be read back ({error}); please report this") from error
     wrong = sorted(key for key in back.keys() | expected.keys() if back.get(key) != expected.get(key))
     named = back.get("base_model") or []

@@ -26,8 +26,10 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         "## What was done",
         f"Rule {code(plan.rule)}{origin}; selection: {_selection(plan.selection)}. Of {tensors} tensors, {matrices} "
         f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
-        + (f", among them {len(skipped)} that could not be read as numbers." if skipped else "."),
+        + (f", among them {len(skipped)} that the plan skips." if skipped else "."),
     ]
+    if outcome.left_out:
+        text.append(_left_out(outcome.left_out))
     if not reduced:
         return "\n\n".join(text)
     removed = [_removed(outcome, line) for line in reduced]
@@ -38,7 +40,7 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
     )
     text.append(_roles(outcome, reduced, plan))
     rows = [
-        (code(x.name), str(x.full_rank), str(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
+        (code(x.name), cell(x.full_rank), cell(x.rank), f"{100 * e:.2f} %", "" if x.snr is None else f"{x.snr:.3g}")
         for x, e in zip(reduced, removed, strict=True)
     ]
     full = table(("matrix", "rank before", "after", "energy removed", "SNR"), rows, right=(1, 2, 3, 4))
@@ -50,6 +52,16 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         "The reason for every tensor, reduced or kept, and the residual of every factorisation are in `laser.json`."
     )
     return "\n\n".join(text)
+
+
+def _left_out(files: Sequence[str]) -> str:
+    """Which files of the source the output does not have."""
+    more = f" and {len(files) - UNFOLDED} more (all are in `laser.json`)" if len(files) > UNFOLDED else ""
+    named = ", ".join(code(file) for file in files[:UNFOLDED])
+    return (
+        "Not copied from the source, because they hold its weights unreduced, an adapter for them, or a trainer's "
+        f"state: {named}{more}."
+    )
 
 
 def count(plan: Plan) -> tuple[int, int]:
@@ -64,16 +76,16 @@ def _removed(outcome: Outcome, line: PlanLine) -> float:
 
 def _roles(outcome: Outcome, reduced: Sequence[PlanLine], plan: Plan) -> str:
     rows = []
-    for role in dict.fromkeys(line.role for line in reduced):
-        these = [line for line in reduced if line.role == role]
+    for stack, role in dict.fromkeys((line.stack, line.role) for line in reduced):
+        these = [line for line in reduced if (line.stack, line.role) == (stack, role)]
         energy = [_removed(outcome, line) for line in these]
         ranks = sorted(line.rank or 0 for line in these)
         full = sorted({line.full_rank or 0 for line in these})
         layers = sorted({line.layer for line in these if line.layer is not None})
         rows.append(
             (
-                cell(role),
-                f"{len(these)} of {sum(line.role == role for line in plan.lines)}",
+                cell(f"{stack}: {role}" if stack else role),
+                f"{len(these)} of {sum((line.stack, line.role) == (stack, role) for line in plan.lines)}",
                 _span(layers),
                 _span(full),
                 _span(ranks),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from laser.report import chat
 from laser.report.markdown import fence
+from laser.report.visible import visible
 
 if TYPE_CHECKING:
     from laser.report.card import CardSource
@@ -62,7 +63,7 @@ def loading(name: str, source: CardSource) -> str:
     config = source.config or {}
     stored = config.get("dtype") or config.get("torch_dtype")
     half = stored if stored in ("float16", "bfloat16") else "bfloat16"
-    where = json.dumps(name)
+    where = visible(json.dumps(name, ensure_ascii=False))  # a literal of Python as well
     if is_release(source):
         translate = fence(f"laser convert {shlex.quote(name)} -o {shlex.quote(name + '-hub')}", "sh")
         return (

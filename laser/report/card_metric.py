@@ -55,7 +55,7 @@ def _table(outcome: Outcome, lines: Sequence[PlanLine]) -> str:
         fresh = fresh or elsewhere is not None
         found = "" if elsewhere is None else f"{100 * elsewhere:.2f} %"
         expert = "" if line.expert is None else str(line.expert)
-        rows.append((code(line.name), expert, str(line.tokens), f"{100 * lost:.2f} %", found))
+        rows.append((code(line.name), expert, cell(line.tokens), f"{100 * lost:.2f} %", found))
     headings, width = ("matrix", "expert", "tokens met", "outputs lost", "on fresh text"), 5 if fresh else 4
     full = table(headings[:width], [row[:width] for row in rows], right=(2, 3, 4))
     return _folded(full, len(rows), "matrices cut in that metric")

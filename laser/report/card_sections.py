@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
@@ -12,10 +12,12 @@ from laser.report import chat
 from laser.report.card_edits import count
 from laser.report.comparison import Losses, Row
 from laser.report.markdown import cell, code, fence, table
+from laser.report.source_card import LICENCE
 
 if TYPE_CHECKING:
     from laser.reduction import Outcome
     from laser.report.card import CardRun, CardSource
+    from laser.report.source_card import SourceCard
 
 
 def plain(text: str) -> str:
@@ -50,8 +52,16 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
         return "\n\n".join(parts)
     worse = [row.what for row in rows if row.worse]
     better = [row.what for row in rows if row.better]
+    odd = list(dict.fromkeys(str(difference) for row in rows for difference in row.unlike))
+    if odd:
+        parts.append(
+            f"**Not like with like**: source and this model were measured with {cell('; '.join(odd))}. Such lines do "
+            "not tell which of the two is better; measure both again in the same way."
+        )
     if worse:
         parts.append(f"**Worse than the source** on: {cell('; '.join(worse))}.")
+    elif odd and not any(row.compared for row in rows):
+        pass  # what there is to say stands above
     elif not any(row.compared for row in rows):
         parts.append("**Nothing was measured on both models**, so whether this one is worse is not known.")
     elif not better:
@@ -62,17 +72,24 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
             cell(r.before),
             cell(r.after),
             cell(r.change),
-            f"**{cell(r.verdict)}**" if r.worse else r.verdict,
+            f"**{cell(r.verdict)}**" if r.worse else cell(r.verdict),
         )
         for r in rows
     ]
     parts.append(table(("", "source", "this model", "change", "verdict"), cells, right=(1, 2, 3)))
-    notes = ["± is one standard error; a figure without it has too few rows, or rows all alike, to tell its error."]
+    notes = ["± is one standard error: 0 where all rows are alike, and left out where a single one was measured."]
     if losses or (before and after):
         notes.append(
             "Changes are paired, window by window or row by row; a verdict is given where the change is larger than "
             "its standard error."
         )
+    for who, board in (("source", before), ("this model", after)):
+        for score in board.scores if board else ():
+            if score.undefined:
+                notes.append(
+                    f"{score.undefined} of {score.n} rows of {TASKS[score.task].title} count 0 for {who}: no answer "
+                    "has any probability (0/0)."
+                )
     if any(board and (board.limit is not None) for board in (before, after)):
         limits = sorted({str(b.limit) for b in (before, after) if b and b.limit is not None})
         notes.append(
@@ -113,7 +130,7 @@ def instruction_format(source: CardSource) -> str:
 def limits(
     outcome: Outcome,
     source: CardSource,
-    inherited: Mapping[str, Any],
+    own: SourceCard,
     losses: Losses | None,
     after: Leaderboard | None,
 ) -> str:
@@ -146,14 +163,20 @@ def limits(
         "source's own limits and biases are still there."
     )
     points.append("Nothing was measured in 8 or 4 bits, whose rounding is an error of its own.")
-    if "license" not in inherited:
-        files = ", ".join(code(x) for x in source.licence_files)
-        points.append(
-            f"The source's card names no licence{f'; see {files}' if files else ''}. Ask its authors before you use it."
-        )
-    else:
-        points.append("The licence is the source's.")
+    if own.complaint:
+        points.append(f"The source's README.md {own.complaint}.")
+    points.append(_licence(source, own))
     return "## Limits\n\n" + "\n".join(f"- {p}" for p in points)
+
+
+def _licence(source: CardSource, own: SourceCard) -> str:
+    if any(key in own.entries for key in LICENCE):
+        return "The licence is the source's."
+    told = source.licences or {}
+    files = ", ".join(code(x) + (f" ({told[x]})" if x in told else "") for x in source.licence_files)
+    if len(set(told.values())) == 1:
+        return f"The source's card names no licence; the one above is that whose text it carries: {files}."
+    return f"The source's card names no licence{f'; see {files}' if files else ''}. Ask its authors before you use it."
 
 
 def reproduce(
@@ -172,7 +195,7 @@ def reproduce(
         ("source", code(source.hub_id or source.name)),
         ("source revision", code(source.revision) if source.revision else "not known: a local directory"),
         ("source identity", code(source.identity)),
-        ("method, device", cell(f"{outcome.run.get('method', '?')}, {outcome.run.get('device', '?')}")),
+        ("method, device", cell(f"{outcome.run.get('method') or '?'}, {outcome.run.get('device') or '?'}")),
     ]
     facts += [(cell(k), cell(v)) for k, v in (run.versions or {}).items()]
     if after:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from laser.errors import first_line
+
 CONVERSATION = (
     {"role": "user", "content": "{first question}"},
     {"role": "assistant", "content": "{first answer}"},
@@ -44,5 +46,5 @@ def render(template: str, tokenizer_config: Mapping[str, Any]) -> tuple[str | No
             **tokens,
         )
     except Exception as error:  # whatever a foreign template may raise: the card must be written all the same
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {first_line(error)}"
     return str(texts[0]), ""

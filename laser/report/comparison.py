@@ -1,7 +1,5 @@
-"""Before and after, side by side with their errors, and a plain word for each line: better, worse, or not known.
-
-A difference counts when it is larger than one standard error, paired over the same windows or rows; the evaluation uses
-the same measure. One standard error is a low bar: it is meant to bring harm to light, not to prove a gain.
+"""Before and after, side by side with their errors, and a verdict on each line: better, worse, not known, or not like
+with like. The words are those of `laser.evaluation.verdict`, as everywhere.
 """
 
 from __future__ import annotations
@@ -9,12 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
-from laser.evaluation.leaderboard import Leaderboard, TaskScore, comparable, difference
+from laser.evaluation.leaderboard import Leaderboard, TaskScore, average, circumstances, comparable, difference
 from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.verdict import UNDECIDED, Unlike, judge
 
-UNDECIDED = "no difference beyond one standard error"
+__all__ = ["UNDECIDED", "Loss", "Losses", "Row", "compare", "judge", "leaderboard_rows", "loss_rows", "losses_of"]
+
 NOT_PAIRED = "not measured on the same rows"
 ALONE = "measured on one model only"
 
@@ -30,11 +30,13 @@ class Loss(TypedDict):
 
 
 class Losses(TypedDict):
-    """The same text under both models; difference = result - source, paired by window."""
+    """The same text under both models; difference = result - source, paired by window. unlike: what was not the same
+    in the two evaluations."""
 
     source: Loss
     result: Loss
     difference: Loss
+    unlike: NotRequired[tuple[Unlike, ...]]
 
 
 class Measured(Protocol):
@@ -50,13 +52,18 @@ class Measured(Protocol):
     def windows(self) -> int: ...
 
 
-def losses_of(source: Measured, result: Measured, difference: Measured, text: str) -> Losses:
+def losses_of(
+    source: Measured, result: Measured, difference: Measured, text: str, unlike: tuple[Unlike, ...] = ()
+) -> Losses:
     """The evaluation's records of two models on `text`, and their paired difference, as the card takes them."""
 
     def loss(of: Measured) -> Loss:
         return {"nll": of.nll, "se": of.standard_error, "tokens": of.tokens, "windows": of.windows, "text": text}
 
-    return {"source": loss(source), "result": loss(result), "difference": loss(difference)}
+    losses: Losses = {"source": loss(source), "result": loss(result), "difference": loss(difference)}
+    if unlike:
+        losses["unlike"] = unlike
+    return losses
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Row:
     after: str
     change: str
     verdict: str
+    unlike: tuple[Unlike, ...] = ()
 
     @property
     def worse(self) -> bool:
@@ -79,25 +87,15 @@ class Row:
 
     @property
     def compared(self) -> bool:
-        return self.verdict not in (NOT_PAIRED, ALONE)
-
-
-def judge(change: float, se: float | None, *, lower_is_better: bool) -> str:
-    """better, worse or undecided; where no error is known, the direction and that it proves nothing."""
-    gain = -change if lower_is_better else change
-    if change == 0:
-        return "no difference"
-    if se is None:
-        return ("better" if gain > 0 else "worse") + ", by an unknown error (too few rows)"
-    if abs(change) <= se:
-        return UNDECIDED
-    return "better" if gain > 0 else "worse"
+        """Whether the line says which model is better, or that neither is."""
+        return not self.unlike and self.verdict not in (NOT_PAIRED, ALONE)
 
 
 def loss_rows(losses: Losses) -> list[Row]:
     """The loss, and the perplexity that follows from it."""
     before, after, change = losses["source"], losses["result"], losses["difference"]
-    verdict = judge(change["nll"], change["se"], lower_is_better=True)
+    unlike = losses.get("unlike", ())
+    verdict = judge(change["nll"], change["se"], lower_is_better=True, units="windows", differences=unlike)
     of = f"{before['text']} ({before['tokens']} tokens in {before['windows']} windows)"
     loss = Row(
         f"loss on {of}, nats per token",
@@ -105,14 +103,17 @@ def loss_rows(losses: Losses) -> list[Row]:
         _value(after["nll"], after["se"], 4),
         _value(change["nll"], change["se"], 4, sign=True),
         verdict,
+        unlike,
     )
-    return [loss, Row(f"perplexity on {before['text']}", _perplexity(before), _perplexity(after), "", verdict)]
+    return [loss, Row(f"perplexity on {before['text']}", _perplexity(before), _perplexity(after), "", verdict, unlike)]
 
 
 def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:
     """A row per task that either was measured on, in percent, and their averages where the tasks are the same."""
     old = before.by_task if before else {}
     new = after.by_task if after else {}
+    unlike = circumstances(before, after) if before and after else ()
+    paired = before is not None and after is not None and comparable(before, after)
     rows, steps = [], []
     for name, task in TASKS.items():
         a, b = old.get(name), new.get(name)
@@ -120,26 +121,26 @@ def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> l
             continue
         n = a.n if a and b is None else b.n if b else 0
         what = f"{task.title}, {task.metric}, {n} rows"
-        change, verdict = "", ALONE
-        if a and b and before and after:
-            step = difference(a, b) if comparable(before, after) else None
-            change, verdict = "", NOT_PAIRED
-            if step:
-                steps.append(step)
-                change = _percent(step.mean, step.stderr, sign=True)
-                verdict = judge(step.mean, step.stderr, lower_is_better=False)
-        rows.append(Row(what, _score(a), _score(b), change, verdict))
+        step = difference(a, b, unlike) if a and b and paired else None
+        if step:
+            steps.append((step.mean, step.stderr))
+            rows.append(_judged(what, _score(a), _score(b), step.mean, step.stderr, unlike))
+        else:
+            rows.append(Row(what, _score(a), _score(b), "", NOT_PAIRED if a and b else ALONE))
     if before and after and old.keys() == new.keys() and len(old) > 1:
-        change, verdict = "", NOT_PAIRED
-        if len(steps) == len(old):
-            errors = [s.stderr for s in steps if s.stderr is not None]
-            mean = sum(s.mean for s in steps) / len(steps)
-            se = math.hypot(*errors) / len(steps) if len(errors) == len(steps) else None
-            change, verdict = _percent(mean, se, sign=True), judge(mean, se, lower_is_better=False)
+        what = f"average of the {len(old)} tasks"
         first = _percent(before.average, before.average_stderr)
         second = _percent(after.average, after.average_stderr)
-        rows.append(Row(f"average of the {len(old)} tasks", first, second, change, verdict))
+        if len(steps) == len(old):
+            rows.append(_judged(what, first, second, *average(steps), unlike))
+        else:
+            rows.append(Row(what, first, second, "", NOT_PAIRED))
     return rows
+
+
+def _judged(what: str, a: str, b: str, change: float, se: float | None, unlike: tuple[Unlike, ...]) -> Row:
+    verdict = judge(change, se, lower_is_better=False, differences=unlike)
+    return Row(what, a, b, _percent(change, se, sign=True), verdict, unlike)
 
 
 def compare(losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from laser.report.visible import visible
+
 
 def cell(text: object) -> str:
-    """Plain text for a table cell: one line, no column breaks, no HTML."""
-    line = " ".join(str(text).split())
-    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    """Plain text for a table cell or a heading: one line that shows what it says; nothing for None."""
+    line = visible(" ".join("" if text is None else str(text).split()))
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace("`", "'")
+    line = re.sub(r"[\\|*~$#]|\[(?=.*\])", r"\\\g<0>", line)
+    # An underscore inside a word is plain: acc_norm.
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
 
 
 def code(text: object) -> str:
-    """Inline code, also inside a table."""
-    line = " ".join(str(text).split())
-    return "`" + line.replace("`", "'").replace("|", "\\|") + "`" if line else ""
+    """Inline code, also inside a table; nothing for None."""
+    line = visible("" if text is None else text).strip().replace("`", "'")
+    # GitHub takes backslashes before a bar in pairs, and after an even number of them the bar ends the cell.
+    line = re.sub(r"(\\*)\|", lambda m: m[1] + "\\" * (1 + len(m[1]) % 2) + "|", line)
+    return f"`{line}`" if line else ""
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -26,6 +33,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 
 def fence(text: str, language: str = "") -> str:
     """A code block whose fence is longer than any run of backticks in it."""
+    text = "".join(c if c in "\n\t" else visible(c) for c in text.replace("\r\n", "\n").rstrip("\n"))
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
-    return f"{ticks}{language}\n{text.rstrip(chr(10))}\n{ticks}"
+    return f"{ticks}{language}\n{text}\n{ticks}"

@@ -22,7 +22,7 @@ COLUMNS = {
     # field of Row -> heading
     "name": "matrix",
     "role": "role",
-    "layer": "layer",
+    "place": "layer",
     "expert": "expert",
     "rank": "rank kept",
     "full_rank": "of",
@@ -71,7 +71,7 @@ def render(summary: Summary, portraits: Iterable[Portrait]) -> str:
     places: dict[str, str] = {}
     for row in summary.rows:
         column = across.index(row.role if row.expert is None else f"{row.role}.{row.expert}")
-        places[f"{layers.index(row.layer)},{column}"] = row.name
+        places[f"{layers.index(row.place)},{column}"] = row.name
     data = {
         "model": summary.source.name,
         "identity": summary.source.identity,

@@ -10,6 +10,7 @@ import numpy as np
 
 from laser.errors import OutputError, UsageError
 from laser.portrait import Portrait
+from laser.report.visible import visible
 from laser.summary import Row, Summary
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 BINS = 70
+WIDEST = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
@@ -27,6 +29,18 @@ QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "alpha": ("exponent of the tail", "alpha", lambda r: r.alpha),
     "stable-rank": ("stable rank", "||W||_F^2 / s_1^2", lambda r: r.stable_rank),
 }
+
+
+def label(text: str) -> str:
+    """Text as matplotlib draws it as it is: dollar signs are no formula, a first underscore does not hide it from the
+    legend, what the font lacks or nobody can see is shown as its escape, and what is too long for its middle."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    drawn = "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in visible(text))
+    if len(drawn) > WIDEST:
+        drawn = f"{drawn[: WIDEST // 2]}...{drawn[-WIDEST // 2 + 3 :]}"
+    return (" " if drawn.startswith("_") else "") + drawn.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -63,10 +77,10 @@ def histogram(portrait: Portrait) -> Figure:
     axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
     width = edges[1] - edges[0]
     axes.plot(portrait.curve_x, portrait.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
-    for x, label in ((portrait.lower_edge, "edges of the law"), (portrait.upper_edge, None)):
-        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=label)
+    for x, told in ((portrait.lower_edge, "edges of the law"), (portrait.upper_edge, None)):
+        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=told)
     if portrait.threshold is not None:
-        axes.axvline(portrait.threshold, color="black", linestyle="--", label=f"cut by {portrait.rule}")
+        axes.axvline(portrait.threshold, color="black", linestyle="--", label=f"cut by {label(portrait.rule)}")
     axes.set_title(_title([portrait], edges), fontsize=10)
     axes.set_xlabel(
         f"singular value, unit of the weights   (sigma {portrait.sigma:.3g}, distance from the law "
@@ -93,7 +107,7 @@ def overlay(portraits: Sequence[Portrait]) -> Figure:
             histtype="stepfilled",
             linestyle=line,
             linewidth=1.3,
-            label=portrait.model,
+            label=label(portrait.model),
             **fill,
         )
     axes.set_title(_title(portraits, edges), fontsize=10)
@@ -114,7 +128,7 @@ def _bins(portraits: Sequence[Portrait]) -> list[float]:
 def _title(portraits: Sequence[Portrait], edges: list[float]) -> str:
     first, top = portraits[0], max(float(p.values[0]) for p in portraits)
     beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
-    return f"{first.name}  ({first.rows} x {first.columns}){beyond}"
+    return f"{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
 
 
 def _count_axis(axes: Axes, edges: list[float]) -> None:
@@ -138,28 +152,33 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
     axes.set_facecolor("white")
     for at in np.argwhere(np.isnan(grid)):
         axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
-    axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 12 else 0, fontsize=8)
+    axes.set_xticks(
+        range(len(columns)), [label(c) for c in columns], rotation=90 if len(columns) > 12 else 0, fontsize=8
+    )
     step = max(1, len(layers) // 20)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
     axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
     axes.set_ylabel("layer")
-    axes.set_title(f"{summary.source.name}: {title}, rule {summary.rule}", fontsize=10)
+    axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
     figure.colorbar(image, ax=axes, label=unit)
     return figure
 
 
 def grid_of(
     rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
-) -> tuple[list[str], list[int | None], np.ndarray]:
+) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     roles = list(dict.fromkeys(row.role for row in rows))
     columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
     keys = sorted(set(columns.values()), key=lambda k: (roles.index(k[0]), k[1] or 0))
-    layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
+    layers = [
+        place
+        for _, _, place in sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
+    ]
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (found := value(row)) is not None:
-            cells.setdefault((layers.index(row.layer), keys.index(columns[row.name])), []).append(found)
+            cells.setdefault((layers.index(row.place), keys.index(columns[row.name])), []).append(found)
     grid = np.full((len(layers), len(keys)), np.nan)
     for at, values in cells.items():
         grid[at] = np.mean(values)

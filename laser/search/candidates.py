@@ -53,6 +53,14 @@ def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowes
     return plans
 
 
+def without_idle(spectra: Spectra, model: LayeredModel) -> Spectra:
+    """The spectra of what the model runs. A matrix that it does not run (of an MTP layer, a leftover head, a tower of
+    another modality) changes no loss, so it is kept, with that reason, and says nothing about the rest."""
+    idle = {name for name in spectra.values if not model.runs(name)}
+    skipped = {**spectra.skipped, **dict.fromkeys(idle, "the model that transformers runs does not use it")}
+    return replace(spectra, values={n: v for n, v in spectra.values.items() if n not in idle}, skipped=skipped)
+
+
 def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
     """Each matrix that the first rule's plan reduces, at the rank of every rule that reduces it."""
     first = next(iter(plans.values()))

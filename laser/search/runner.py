@@ -42,12 +42,18 @@ class Trial:
 
 
 class SearchLog:
-    """The journal, read from the front while it lasts and written behind that. Without a path nothing is kept."""
+    """The journal, read from the front while it lasts and written behind that. Without a path nothing is kept.
+
+    Trials build on one another and come in their order. What is reported at the end, on one held-out text or another,
+    changes none of them and is found by its name.
+    """
 
     def __init__(self, path: Path | None, run: dict[str, Any], anew: bool = False) -> None:
         self.anew = anew
         self.journal = Journal(path, run, anew=anew) if path else None
-        self._old = iter(tuple(self.journal.entries)) if self.journal else iter(())
+        entries = tuple(self.journal.entries) if self.journal else ()
+        self._old = iter([entry for entry in entries if "report" not in entry])
+        self._reports = {entry["report"]: entry["values"] for entry in entries if "report" in entry}
 
     def entry(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The finished entry that `what` identifies, or the one that `measure` gives now."""
@@ -72,6 +78,14 @@ class SearchLog:
 
     def values(self, entry: str, measure: Callable[[], list[float]]) -> list[float]:
         return from_numbers(self.entry({"entry": entry}, lambda: {"values": to_numbers(measure())})["values"])
+
+    def report(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+        """The values reported under this name, measured now if they never were."""
+        if name not in self._reports:
+            self._reports[name] = to_numbers(measure())
+            if self.journal:
+                self.journal.append({"report": name, "values": self._reports[name]})
+        return from_numbers(self._reports[name])
 
     def close(self) -> None:
         if self.journal:

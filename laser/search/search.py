@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.verdict import LIBRARIES, judge
 from laser.in_data import UNSEEN
 from laser.moments import Moments
 from laser.plan import Plan
@@ -37,6 +39,7 @@ from laser.search.candidates import (
     matrix_candidates,
     plans_of,
     predict,
+    without_idle,
 )
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
@@ -62,6 +65,17 @@ class Report:
     after_se: float | None
     d: float | None
     se: float | None
+    asked: int | None = None  # units that were asked for, None for all; a shorter text gave fewer
+
+    @property
+    def verdict(self) -> str | None:
+        """What the change says, in the words of every other comparison; None where it is not finite."""
+        return None if self.d is None else judge(self.d, self.se, lower_is_better=True, units=self.unit_name)
+
+    @property
+    def unit_name(self) -> str:
+        """What a value stands for."""
+        return "windows" if self.objective == "loss" else "questions"
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ def search(
     _check(calibration, held_out, accept, order, shortlist, grid)
     if any(rule.startswith(DATA) for rule in rules):
         require_same_moments(spectra, moments)
-    plans = plans_of(spectra, rules, selection, lowest_snr)
+    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
     found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
         raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
@@ -138,8 +152,10 @@ def search(
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
     if moments is not None:
         asked["moments"] = moments.calibration.identity
+    # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
+    alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
     told = Source.of(checkpoint).told()
-    run = {"kind": "search journal", "version": VERSION} | told | {"rules": list(rules)} | asked
+    run = {"kind": "search journal", "version": VERSION} | told | {"rules": list(rules)} | asked | alike
     log = SearchLog(journal, run, anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
@@ -214,7 +230,7 @@ def _shortlisted(
 
 def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
     """Before and after on text that the search never saw."""
-    after = log.values(f"after {objective.sha256[:16]}", lambda: objective.values(model.losses(objective.windows)))
+    after = log.report(f"after {objective.sha256[:16]}", lambda: objective.values(model.losses(objective.windows)))
     edits: dict[str, torch.Tensor] = dict(model.edits)
 
     def untouched() -> list[float]:
@@ -226,7 +242,7 @@ def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial]
             for name, W in edits.items():
                 model.edit(name, W)
 
-    before = log.values(f"before {objective.sha256[:16]}", untouched) if kept else after
+    before = log.report(f"before {objective.sha256[:16]}", untouched) if kept else after
     return _summary(objective, before, after)
 
 
@@ -235,7 +251,8 @@ def _summary(objective: Objective, before: list[float], after: list[float]) -> R
     numbers += change(objective, before, after)
     finite = [x if x is not None and math.isfinite(x) else None for x in numbers]
     tokens = sum(w.scored for w in objective.windows)
-    return Report(objective.name, objective.unit, objective.text, len(objective.weights), tokens, *finite)
+    units = len(objective.weights)
+    return Report(objective.name, objective.unit, objective.text, units, tokens, *finite, asked=objective.asked)
 
 
 def _plan(

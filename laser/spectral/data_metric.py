@@ -20,7 +20,7 @@ count as 0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -31,6 +31,7 @@ from laser.errors import NumericalError, UsageError
 from laser.spectral.decomposition import Certificate, Truncation, check_storage
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
 from laser.spectral.second_moments import shrinkage
+from laser.spectral.unit import in_unit, largest_entry
 
 INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
 
@@ -75,12 +76,12 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
 
     Raises NumericalError for NaN or Inf in W, UsageError for the metric of another matrix.
     """
-    check_matrix(W, metric)
+    W, metric, u = check_matrix(W, metric)
     with full_precision():
         G = gram_in_metric(W, metric, device)[0]
         with host_threads(G.shape[0]):
             values = np.linalg.eigvalsh(G.numpy())
-    return _to_values(values, metric)
+    return _to_values(values, metric) * u
 
 
 def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Device) -> Truncation:
@@ -90,7 +91,8 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     measured and predicted root of the share that is lost. Raises UsageError for a rank over the number of directions
     that the data show, NumericalError where the certificate is missed.
     """
-    check_matrix(W, metric)
+    storage = W.dtype
+    W, metric, u = check_matrix(W, metric)
     with full_precision():
         G, half, C_half = gram_in_metric(W, metric, device)
         with host_threads(G.shape[0]):
@@ -104,7 +106,7 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
             )
         total = float(np.sum(eigenvalues))
         if total <= 0:  # a zero matrix, or inputs that are all zero
-            return Truncation(W.clone(), s, Certificate(1.0, 0.0, 0.0, 0.0, "data"))
+            return Truncation((W * u).to(storage), s * u, Certificate(1.0, 0.0, 0.0, 0.0, "data"))
         wide = W.double()
         U = V[:, len(s) - rank :]
         if half is not None:
@@ -127,7 +129,10 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
             f"orthogonality {orthogonality:.2e} (allowed {delta:.2e}); try --precision float64",
             residual,
         )
-    return Truncation(B.to(W.dtype), s, Certificate(1 - lost, residual, orthogonality, tolerance, "data"))
+    result = (B * u).to(storage)
+    if not math.isfinite(largest_entry(result)):
+        raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
+    return Truncation(result, s * u, Certificate(1 - lost, residual, orthogonality, tolerance, "data"))
 
 
 def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, device: Device = HOST) -> float:
@@ -136,7 +141,8 @@ def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, 
     In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`: C is not
     known, and E||y||^2 - E||U^T y||^2 is.
     """
-    wide, narrow = W.double(), B.double()
+    W, metric, u = check_matrix(W, metric)
+    wide, narrow = W.double(), B.double() / u
     if metric.form == "outputs":
         G = gram_in_metric(wide, metric, device)[0]
         lost, total = _beyond(_leading(narrow, rank, device), G), float(torch.trace(G))
@@ -152,8 +158,9 @@ def rounding_error(
 
     Drawn: such errors are independent of one another. In the form "outputs" they turn the projection of rank `rank`.
     """
-    wide, narrow = W.double(), B.double()
-    drawn = E.double() * torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    W, metric, u = check_matrix(W, metric)
+    wide, narrow, E = W.double(), B.double() / u, E.double() / u
+    drawn = E * torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if metric.form == "outputs":
         G = gram_in_metric(wide, metric, device)[0]
         one, other = (_leading(x, rank, device) for x in (narrow, narrow + drawn))
@@ -167,12 +174,14 @@ def rounding_error(
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
 
 
-def check_matrix(W: torch.Tensor, metric: Metric) -> None:
-    """Raises as `data_values`."""
+def check_matrix(W: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, Metric, float]:
+    """W in its unit (unit.py), the metric of that, and the unit. Raises as `data_values`."""
     check_storage(W.dtype)
     metric.check(W)
-    if not torch.isfinite(W).all():
-        raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
+    W, u = in_unit(W)
+    if metric.form == "outputs" and u != 1.0:  # its moment is of W's own outputs
+        metric = replace(metric, moment=metric.moment / u / u, fourth=metric.fourth / u / u / u / u)
+    return W, metric, u
 
 
 def shrinkage_in_metric(W: torch.Tensor, metric: Metric, device: Device) -> tuple[float, float]:
@@ -243,11 +252,11 @@ def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
         if at.host_blas:
             return A @ B
         total = torch.zeros(A.shape[0], B.shape[1], dtype=at.dtype, device=at.torch_device)
+        (left, a), (right, b) = in_unit(A), in_unit(B)
         for start in range(0, A.shape[1], INNER):
             stop = start + INNER
-            left, right = (x.to(at.dtype).to(at.torch_device) for x in (A[:, start:stop], B[start:stop]))
-            total.addmm_(left, right)
-        return total.cpu().double()
+            total.addmm_(*(x.to(at.dtype).to(at.torch_device) for x in (left[:, start:stop], right[start:stop])))
+        return total.cpu().double() * a * b
 
     return on_device_or_host(product, device)
 

@@ -21,16 +21,17 @@ from laser.spectral.permutation import (
     largest_singular_value,
     permuted,
 )
+from laser.spectral.unit import in_unit
 
 
 def null_in_metric(W: torch.Tensor, metric: Metric, draws: int, device: Device) -> NDArray[np.float64]:
     """(draws,) largest singular values of permuted W (m, n) times C^(1/2), one per seed 0, 1, ...: what noise of this
     size would do to these inputs."""
-    check_matrix(W, metric)
+    W, metric, u = check_matrix(W, metric)
 
     def tops(where: Device) -> NDArray[np.float64]:
         top = _top(W, metric, where)
-        return np.array([top(permuted(W, seed)) for seed in range(draws)])
+        return u * np.array([top(permuted(W, seed)) for seed in range(draws)])
 
     return on_device_or_host(tops, device)
 
@@ -39,14 +40,14 @@ def both_nulls(
     W: torch.Tensor, metric: Metric, draws: int, device: Device
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`null_largest` and `null_in_metric` of the same permutations, whose shuffling takes longer than either."""
-    check_matrix(W, metric)
+    W, metric, u = check_matrix(W, metric)
 
     def tops(where: Device) -> NDArray[np.float64]:
         top, found = _top(W, metric, where), np.empty((2, draws))
         for seed in range(draws):
             P = permuted(W, seed)
             found[:, seed] = largest_singular_value(P, where), top(P)
-        return found
+        return u * found
 
     plain, data = on_device_or_host(tops, device)
     return plain, data
@@ -55,9 +56,10 @@ def both_nulls(
 def _top(W: torch.Tensor, metric: Metric, device: Device) -> Callable[[torch.Tensor], float]:
     """The largest singular value of P C^(1/2), for permutations P (m, n) of W, by Lanczos iteration on P C P^T, which
     is never formed."""
-    C = None if metric.form == "outputs" else metric.moment
+    C, c = (None, 1.0) if metric.form == "outputs" else in_unit(metric.moment)  # and so are the inputs' squares
     C, B, rest = (None if x is None else x.float().to(device.torch_device) for x in (C, metric.sketch, metric.rest))
     keep, add = shrinkage_in_metric(W, metric, device)  # as the matrix itself is measured
+    add /= c
 
     def answer(z: torch.Tensor) -> torch.Tensor:
         """C z."""
@@ -67,7 +69,7 @@ def _top(W: torch.Tensor, metric: Metric, device: Device) -> Callable[[torch.Ten
         return B @ (B.T @ z) + rest * z
 
     def top(P: torch.Tensor) -> float:
-        P = P.to(device.torch_device)
+        P = P.float().to(device.torch_device)
 
         def product(x: NDArray[np.float64]) -> NDArray[np.float64]:
             column = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(-1)).to(P.device)
@@ -75,7 +77,7 @@ def _top(W: torch.Tensor, metric: Metric, device: Device) -> Callable[[torch.Ten
                 z = P.T @ column  # (n,)
                 return to_host(P @ (keep * answer(z) + add * z))
 
-        return float(np.sqrt(max(_largest(product, W.shape[0]), 0.0)))
+        return float(np.sqrt(max(_largest(product, W.shape[0]), 0.0) * c))
 
     return top
 

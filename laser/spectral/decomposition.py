@@ -6,6 +6,7 @@ Methods: `gram` (gram.py, the default), `projector` (projector.py, products alon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from laser.errors import UsageError
+from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import Certificate, Factors, Truncation, certified
 from laser.spectral.devices import Device
 from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
@@ -21,6 +22,7 @@ from laser.spectral.ladder import Step, climb, steps
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
 from laser.spectral.svd import factors_by_svd, values_by_svd
+from laser.spectral.unit import in_unit, largest_entry
 
 __all__ = [
     "BLOCK_ROWS",
@@ -84,9 +86,10 @@ def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
     Raises NumericalError for a NaN or Inf in W or when every step of the ladder fails.
     """
     check_storage(W.dtype)
+    W, u = in_unit(W)
     ladder = steps("gram" if method == "projector" else method, device)
     found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
-    return Values(found, step, note)
+    return Values(_scaled(found, u), step, note)
 
 
 def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
@@ -124,19 +127,34 @@ def visit(
     asked again by each step of the ladder. Raises as `truncate`.
     """
     check_storage(W.dtype)
+    storage = W.dtype
+    W, u = in_unit(W)
 
     def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
-        factors = _FACTORS[step.method](W, step.device, values)
-        gains = decide(factors.singular_values)
+        factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
+        s = _scaled(factors.singular_values, u)
+        gains = decide(s)
         if gains is None:
-            return factors.singular_values, None
+            return s, None
         _check(W, gains)
-        return factors.singular_values, certified(factors.cut(gains), step.name)
+        return s, certified(factors.cut(gains.in_unit(u)), step.name)
 
     (s, found), step, note = climb(W, steps(method, device), attempt)
     if found:
-        found = replace(found, certificate=replace(found.certificate, note=note))
+        result = found.matrix if u == 1.0 else (found.matrix * u).to(storage)
+        if not math.isfinite(largest_entry(result)):
+            raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
+        found = Truncation(result, s, replace(found.certificate, note=note))
     return Visit(Values(s, step, note), found)
+
+
+def _scaled(s: Spectrum, u: float) -> Spectrum:
+    """s * u. Raises NumericalError where that is no number."""
+    with np.errstate(over="ignore"):
+        s = s * u
+    if not np.isfinite(s).all():
+        raise NumericalError("the largest singular value leaves the range of float64; try --exclude this matrix")
+    return s
 
 
 def _check(W: torch.Tensor, gains: Gains) -> None:

@@ -70,6 +70,13 @@ class Device:
 HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
 
 
+def in_float64(device: Device) -> Device:
+    """`device` in float64, or the host where it has none."""
+    if device.dtype == torch.float64:
+        return device
+    return replace(device, dtype=torch.float64) if device.has_float64 else HOST
+
+
 def available(cuda_name: str = "cuda") -> dict[str, str]:
     """Device name -> what it is, or why it cannot be used here. `cpu` is always usable. cuda_name: which one to ask."""
     there = torch.cuda.is_available()

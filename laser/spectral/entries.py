@@ -21,6 +21,7 @@ from laser.spectral import marchenko_pastur as mp
 from laser.spectral.devices import HOST, Device, on_device_or_host
 from laser.spectral.gram import moved, number
 from laser.spectral.noise import Shape
+from laser.spectral.unit import in_unit
 
 BLOCK = 1 << 22  # entries that are in float64 at a time: 32 MiB
 
@@ -38,6 +39,7 @@ def excess_kurtosis(W: torch.Tensor, device: Device = HOST) -> float:
     its own dtype, where the host alone would take longer than the eigenvalues do. Each block is scaled by its largest
     entry, so that no fourth power underflows.
     """
+    W, _ = in_unit(W)  # it has no unit itself
     return on_device_or_host(lambda where: _kurtosis(W, where), device)
 
 

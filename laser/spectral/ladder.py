@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
-from laser.errors import NumericalError
+from laser.errors import NumericalError, first_line
 from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
 from laser.spectral.gram import BLOCK_ROWS
 
@@ -51,17 +51,12 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
     """The first result of `attempt` that holds, its step's name, and which steps failed before it and why.
 
     `attempt` gets W with the step, since a step of the host's gets it on the host: what it makes beside W would else
-    be made on the device that has just run out of memory. Raises NumericalError for NaN or Inf in W, or with every
-    step's reason when none is left.
+    be made on the device that has just run out of memory. Raises NumericalError with every step's reason when none is
+    left.
     """
     failures: list[str] = []
     residual = None
     for step in ladder:
-        # Only once something has failed, or before a method that would not: on a GPU's host, reading every weight for
-        # this takes as long as the eigenproblem. NaN and Inf show in the trace of the Gram matrix. And on the host: the
-        # device may be full.
-        if (len(failures) == 1 or (step.method == "svd" and not failures)) and not torch.isfinite(W.cpu()).all():
-            raise NumericalError("the matrix holds NaN or Inf; nothing can be said of its spectrum")
         W = W.cpu() if step.device.host_blas else W
         on_host = step.device.host_blas and step.method != "svd"
         try:
@@ -72,13 +67,13 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
             failures.append(f"{step.name}: {error}")
             residual = error.residual if residual is None else residual
         except (LinAlgError, np.linalg.LinAlgError, MemoryError) as error:
-            failures.append(f"{step.name}: {_first_line(error)}")
+            failures.append(f"{step.name}: {first_line(error)}")
         except RuntimeError as error:
             if not failed_there(error, step.device):
                 raise
             # Without the numbers in torch's message: they differ from run to run, and records do not.
             memory = "out of memory" in str(error).lower()
-            failures.append(f"{step.name}: {'out of memory on the device' if memory else _first_line(error)}")
+            failures.append(f"{step.name}: {'out of memory on the device' if memory else first_line(error)}")
         release(step.device)  # outside `except`: until it is left, the traceback holds the step's tensors
     raise NumericalError(
         f"no method gave a certified result ({'; '.join(failures)}); try --exclude this matrix", residual
@@ -103,7 +98,3 @@ def _require_memory(W: torch.Tensor, step: Step) -> None:
     needed = device_bytes(W, step.method, step.device)
     if free is not None and needed > free:
         raise NumericalError(f"needs {needed / 2**30:.2f} GiB of memory on the device, more than is free")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -96,8 +96,19 @@ def interquartile_range(beta: float) -> float:
 
 
 def tracy_widom_quantile(u: float) -> float:
-    """u-quantile of the Tracy-Widom law of order 1, by Chiani's gamma approximation (within 0.01 from 0.01 to 0.99)."""
+    """u-quantile of the Tracy-Widom law of order 1, by Chiani's gamma approximation.
+
+    Against the law itself (a Fredholm determinant, tests/spectral/test_marchenko_pastur.py) it is off by +0.100 at
+    0.0001, +0.015 at 0.01, -0.004 at 0.1, less than 0.001 at 0.5, +0.003 at 0.9, -0.010 at 0.99 and -0.038 at 0.9999.
+    One unit is 0.8 standard deviations.
+    """
     return float(stats.gamma.ppf(u, _TW1_SHAPE) * _TW1_SCALE - _TW1_SHIFT)
+
+
+def tracy_widom_upper(alpha: float) -> float:
+    """What the Tracy-Widom law exceeds with probability alpha. Not the quantile of 1 - alpha, which is 1 and infinite
+    for an alpha under 1e-16. Its error is that of `tracy_widom_quantile`, and under 1e-4 not known."""
+    return float(stats.gamma.isf(alpha, _TW1_SHAPE) * _TW1_SCALE - _TW1_SHIFT)
 
 
 def tracy_widom_scale(shape: tuple[int, int]) -> tuple[float, float]:
@@ -118,4 +129,4 @@ def tracy_widom_edge(sigma: float, shape: tuple[int, int], alpha: float) -> floa
     Centre and scale as in `tracy_widom_scale`; the quantile of TW1 is Chiani's (2014) gamma approximation.
     """
     mu, c = tracy_widom_scale(shape)
-    return sigma * max(mu + c * tracy_widom_quantile(1 - alpha), 0.0) ** 0.5
+    return sigma * max(mu + c * tracy_widom_upper(alpha), 0.0) ** 0.5

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from laser.errors import UsageError
 from laser.spectral import gamma_law
 from laser.spectral import marchenko_pastur as mp
+from laser.spectral.unit import unit_of
 
 Spectrum = NDArray[np.float64]  # (p,), descending
 Shape = tuple[int, int]
@@ -192,4 +193,6 @@ def estimate(s: Spectrum, shape: Shape, estimator: str) -> Noise:
         raise UsageError(f"no estimator is called {estimator!r}; try one of {', '.join(ESTIMATORS)}")
     if len(s) == 0 or s[0] == 0:
         return Noise(0.0)
-    return ESTIMATORS[estimator](s, shape)
+    u = unit_of(s)
+    found = ESTIMATORS[estimator](s / u, shape)
+    return replace(found, sigma=found.sigma * u)

@@ -17,6 +17,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import Device, full_precision, on_device_or_host
 from laser.spectral.gram import moved, tall, to_host
+from laser.spectral.unit import in_unit
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 KINDS = ("entries", "rows")
@@ -26,7 +27,7 @@ TOLERANCE = 1e-6  # relative, of the squared value; the null's own spread is p^(
 
 
 def permuted(W: torch.Tensor, seed: int, kind: str = "entries") -> torch.Tensor:
-    """W (m, n) with its entries in random order, float32: over the matrix, or within each row (`rows`).
+    """W (m, n) with its entries in random order, over the matrix or within each row (`rows`); float32, as float64 W.
 
     `rows` keeps each row's variance and is the null of noise whose rows differ. The same seed gives the same order.
     Raises UsageError for another kind.
@@ -35,7 +36,8 @@ def permuted(W: torch.Tensor, seed: int, kind: str = "entries") -> torch.Tensor:
         raise UsageError(f"no permutation is called {kind!r}; try one of {', '.join(KINDS)}")
     random = np.random.default_rng(seed)
     # NumPy's shuffle: seeded the same on every platform, and in place. float32 holds bf16, fp16 and fp32 exactly.
-    values = np.array(W.detach().cpu().to(torch.float32).numpy(), order="C")
+    wide = torch.float64 if W.dtype == torch.float64 else torch.float32
+    values = np.array(W.detach().cpu().to(wide).numpy(), order="C")
     if kind == "entries":
         random.shuffle(values.reshape(-1))
     else:
@@ -48,7 +50,8 @@ def largest_singular_value(W: torch.Tensor, device: Device) -> float:
 
     Raises NumericalError where the iteration does not settle.
     """
-    return on_device_or_host(lambda where: _largest(W, where), device)
+    W, u = in_unit(W)
+    return on_device_or_host(lambda where: _largest(W, where), device) * u
 
 
 def _largest(W: torch.Tensor, device: Device) -> float:

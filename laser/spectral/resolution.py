@@ -17,6 +17,7 @@ import torch
 from laser.spectral.noise import Spectrum
 from laser.spectral.permutation import TOLERANCE
 from laser.spectral.rules import Cut, parse_rule
+from laser.spectral.unit import unit_of
 
 GROWTH = 2.0  # times sqrt(p) eps s_1^2, half of it reserve
 
@@ -45,10 +46,12 @@ def at_threshold(spec: str, s: Spectrum, cut: Cut, eps: float) -> str:
     A threshold that was estimated from the spectrum is off too, as much as the median is; one of `parallel` as much as
     its Lanczos iteration. A share of the energy is a sum: independent errors of p squares. Fixed ranks are never near.
     """
+    u = unit_of(s)
+    s, threshold = s / u, None if cut.threshold is None else cut.threshold / u
     E, p, name = squared_error(s, eps), len(s), spec.partition(":")[0]
     if not E:
         return ""
-    if cut.threshold is None:
+    if threshold is None:
         if name != "energy" or not 0 < cut.rank <= p:
             return ""
         energy, error = np.cumsum(s**2), math.sqrt(p) * E
@@ -60,9 +63,9 @@ def at_threshold(spec: str, s: Spectrum, cut: Cut, eps: float) -> str:
     relative = (
         2 * TOLERANCE if name == "parallel" else E / (2 * max(middle, math.sqrt(E) / 2) * max(middle, math.sqrt(E)))
     )
-    reach = errors + relative * cut.threshold
-    close = np.flatnonzero(np.abs(s - cut.threshold) <= reach)
+    reach = errors + relative * threshold
+    close = np.flatnonzero(np.abs(s - threshold) <= reach)
     if not len(close):
         return ""
     values = "1 value lies" if len(close) == 1 else f"{len(close)} values lie"
-    return f"at the threshold: {values} within its error, {float(reach[close[0]]):.1e}"
+    return f"at the threshold: {values} within its error, {float(reach[close[0]]) * u:.1e}"

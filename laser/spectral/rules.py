@@ -11,17 +11,21 @@ scan measures beside the spectrum when told to (permutation.py). Planning itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.fit import standard_error
+from laser.spectral.fit import fit_noise, standard_error
 from laser.spectral.noise import Shape, Spectrum
+from laser.spectral.unit import unit_of
 
+UNFIT = 0.01  # level of a fit under which a law of noise is not believed
 BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
 
 
@@ -46,6 +50,8 @@ class Rule:
     any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
+    # Up to which quantile its estimate reads the spectrum: spikes beyond that many are taken for noise (`crowd`).
+    reads: float | None = None
     valid: Callable[[float], bool] = lambda _: True
     expected: str = ""
 
@@ -75,9 +81,8 @@ def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
     """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
     Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
-    _, _, beta = mp.aspect(shape)
     error = standard_error(shape, "iqr")
-    if error > beta**0.5:
+    if not _iqr_tells(shape):
         cut = _mp_median(s, shape, 0.0)
         return replace(cut, reason=f"{cut.reason}: an IQR of {min(shape)} values is {error:.0%} off")
     sigma = noise.sigma_iqr(s, shape)
@@ -153,18 +158,18 @@ RULES: dict[str, Rule] = {
     "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
     "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; trimming as in Kritchman and Nadler 2009", "trimmed"),
     "mp-median": Rule(_mp_median, "the same edge; median matching as in Gavish and Donoho 2014", "median"),
-    "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr"),
+    "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr", reads=0.75),
     "tracy-widom": Rule(
         _tracy_widom,
         "Johnstone 2001; Tracy-Widom quantile by Chiani 2014",
         "median",
         argument="ALPHA",
         default=0.05,  # Johnstone 2001, section 1.2, tests at this level
-        valid=lambda x: 0 < x < 1,
-        expected="a level between 0 and 1",
+        valid=lambda x: 0 < x < 1 and math.isfinite(mp.tracy_widom_upper(x)),
+        expected="a level between 0 and 1 that some value exceeds",
     ),
     "gavish-donoho": Rule(_gavish_donoho, "Gavish and Donoho 2014, equation 11", "median"),
-    "bema": Rule(_bema, "Ke, Ma and Lin 2021, algorithm 2; noise of unequal variances", "bema"),
+    "bema": Rule(_bema, "Ke, Ma and Lin 2021, algorithm 2; noise of unequal variances", "bema", reads=0.8),
     "parallel": Rule(
         _parallel,
         "Horn 1965, Dobriban 2020: the matrix against its own permutations",
@@ -227,13 +232,52 @@ def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = Non
     rule, argument = parse_rule(spec)
     if len(s) == 0 or s[0] == 0:
         return Cut(0, 0.0, 0.0, "zero matrix")
-    if not rule.needs_null:
-        return rule.cut(s, shape, argument)
-    cut = rule.cut(np.empty(0) if null is None else null, shape, argument)
-    return _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
+    u = unit_of(s)  # squares of what follows stay in range
+    s = s / u
+    if rule.needs_null:
+        cut = rule.cut(np.empty(0) if null is None else null / u, shape, argument)
+        cut = _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
+    else:
+        cut = rule.cut(s, shape, argument)
+    threshold, sigma = (None if x is None else x * u for x in (cut.threshold, cut.sigma))
+    return replace(cut, threshold=threshold, sigma=sigma)
+
+
+def energy_share(s: Spectrum, gains: Spectrum | NDArray[np.bool_]) -> float:
+    """sum((g s)^2) / sum(s^2) for singular values `s` (p,), not all 0, and what becomes of each, `gains` (p,)."""
+    s = s / unit_of(s)
+    return float(np.sum((gains * s) ** 2)) / float(np.sum(s**2))
+
+
+def crowd(spec: str, s: Spectrum, shape: Shape) -> int | None:
+    """How many values of `s` (p,) stand out as spikes, where they are more than rule `spec` can bear; else None.
+
+    The estimates of `mp-iqr` and `bema` read the spectrum up to its 0.75 and 0.8 quantile. With more spikes than the
+    rest of it they read spikes as noise, and the threshold leaps over most of them. Spikes are counted by the trimmed
+    median, which bears half of the spectrum. Rows of very unequal variance stand out like spikes, and such noise is
+    what `bema` is for: of it no more is said than where its own law does not fit. Fewer than BEMA_FEWEST values are not
+    asked. Alarms on pure noise and hits on planted spikes are in LOG.md.
+    """
+    rule, _ = parse_rule(spec)
+    if rule.reads is None or rule.estimator is None or len(s) < noise.BEMA_FEWEST or s[0] == 0:
+        return None
+    if rule.estimator == "iqr" and not _iqr_tells(shape):  # then it is the median's
+        return None
+    spikes = noise.estimate(s, shape, "trimmed").signals
+    if spikes <= (1 - rule.reads) * len(s) + 1e-9:
+        return None
+    if rule.estimator == "bema" and fit_noise(s, shape, "bema").level > UNFIT:
+        return None
+    return spikes
+
+
+def _iqr_tells(shape: Shape) -> bool:
+    """Whether the error of an IQR is within the bulk's relative half-width, sqrt(beta)."""
+    return standard_error(shape, "iqr") <= mp.aspect(shape)[2] ** 0.5
 
 
 def signal_to_noise(s: Spectrum, rank: int) -> float | None:
     """sum(s > t) / sum(s <= t) (LaserRMT). None, not infinite, where nothing is at or below the threshold."""
+    s = s / unit_of(s)  # a sum may leave the range, too
     noise_sum = float(s[rank:].sum())
     return float(s[:rank].sum()) / noise_sum if noise_sum > 0 else None

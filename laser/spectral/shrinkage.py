@@ -7,7 +7,7 @@ has inflated them: a signal of size x shows, in units of sigma * sqrt(q), as y w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,10 @@ class Gains:
     @property
     def plain(self) -> bool:
         return self.below == 0 and self.shrink is None
+
+    def in_unit(self, u: float) -> Gains:
+        """The same gains for the matrix divided by u."""
+        return replace(self, sigma=None if self.sigma is None else self.sigma / u)
 
     def of(self, s: Spectrum, shape: Shape) -> Array:
         """(p,) gains for singular values `s` (p,), descending. Raises UsageError for an unknown shrinker."""

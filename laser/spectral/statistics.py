@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laser.spectral.noise import Spectrum
+from laser.spectral.unit import unit_of
 
 ENERGIES = (0.5, 0.9, 0.95, 0.99)  # points of the energy curve
 FEWEST = 3  # distinct values that a tail must have
@@ -45,19 +46,21 @@ class Description:
 
 def describe_spectrum(s: Spectrum) -> Description:
     """The numbers of singular values `s` (p,), descending. A zero matrix has ranks 0 and no tail."""
+    u = unit_of(s)
+    s = s / u
     energy = np.cumsum(s**2)
     if len(s) == 0 or energy[-1] == 0:
         return Description(0.0, 0.0, 0.0, 0.0, (0,) * len(ENERGIES), None)
-    share = s[s > 0] / s.sum()
+    share, tail = s[s > 0] / s.sum(), fit_tail(s)
     # As in rules.py: not the bare product, or share 1 would miss the last value by rounding.
     ranks = np.searchsorted(energy, np.array(ENERGIES) * energy[-1] * (1 - 1e-15)) + 1
     return Description(
-        largest=float(s[0]),
-        norm=float(energy[-1] ** 0.5),
+        largest=float(s[0]) * u,
+        norm=float(energy[-1] ** 0.5) * u,
         stable_rank=float(energy[-1] / s[0] ** 2),
         effective_rank=float(np.exp(-np.sum(share * np.log(share)))),
         energy_ranks=tuple(int(r) for r in ranks),
-        tail=fit_tail(s),
+        tail=tail and replace(tail, start=tail.start * u * u),
     )
 
 

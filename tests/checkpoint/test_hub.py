@@ -265,9 +265,10 @@ def test_damaged_on_its_way(hub: Hub, tmp_path: Path, cache: Path) -> None:
             return right
 
     hub.repos[ID].files[SECOND] = Damaged(content.read(0, content.size - 2) + b"??")
-    with pytest.raises(CheckpointError, match=rf"{SECOND}: found sha256 \w+, expected {right}: damaged on its way"):
-        reduce(checkpoint, plan, tmp_path / "out")
-    assert not list(cache.rglob(SECOND)) and not list(cache.rglob(right))
+    for attempt in (lambda: reduce(checkpoint, plan, tmp_path / "out"), lambda: open_checkpoint(ID, "weights")):
+        with pytest.raises(CheckpointError, match=rf"{SECOND}: found sha256 \w+, expected {right}: damaged on its way"):
+            attempt()
+        assert not list(cache.rglob(SECOND)) and not list(cache.rglob(right))
     hub.repos[ID].files[SECOND] = content
     reduce(checkpoint, plan, tmp_path / "out", resume=True)
     assert (tmp_path / "out" / INDEX).exists()
@@ -295,6 +296,44 @@ HOSTILE: dict[str, tuple[Callable[[Hub], object], str]] = {
     ),
     "no config": (lambda h: h.repos[ID].files.pop("config.json"), "maker/pico lacks a file"),
 }  # fmt: skip
+
+
+OTHERS: dict[str, tuple[dict[str, str], str]] = {
+    "an adapter": (
+        {
+            "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}',
+            "adapter_model.bin": "",
+        },
+        r"on the Hub, after `hf download maker/pico --local-dir pico`: pico is a PEFT adapter \(LORA\) of org/base",
+    ),
+    "GGUF": ({"pico-Q8_0.gguf": "GGUF"}, r"--local-dir pico`: pico holds a GGUF file: .*`laser convert pico/pico-Q8_0"),
+    "GGUF beside a config": ({"x.gguf": "GGUF", "config.json": "{}"}, "`laser convert pico/x.gguf -o pico-hub`"),
+    "Flax": ({"config.json": "{}", "flax_model.msgpack": ""}, "pico holds weights of Flax"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_repositories_of_other_formats_are_named(hub: Hub, what: str) -> None:
+    files, message = OTHERS[what]
+    hub.repos[ID].files.clear()
+    hub.repos[ID].files.update({name: Bytes(text.encode()) for name, text in files.items()})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(ID)
+
+
+def test_modules_of_subfolders_come_with_the_side_files(hub: Hub, tmp_path: Path) -> None:
+    more = {
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": b"small",
+        "x.gguf": b"large",
+        "a/b.onnx": b"large",
+    }
+    hub.repos[ID].files.update({name: Bytes(data) for name, data in more.items()})
+    remote = open_checkpoint(ID)
+    plan = make_plan(scan(remote, SELECTED), "rank:4")
+    reduce(remote, plan, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes() == b"small"
+    assert hub.sent(r"gguf$|onnx$") == 0 and not list((tmp_path / "out").rglob("*.gguf"))
 
 
 @pytest.mark.parametrize("what", HOSTILE)

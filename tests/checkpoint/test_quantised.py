@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,12 @@ PACKED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
             "model.layers.0.mlp.experts.down_proj_scales": torch.zeros(2, 4, 1, dtype=torch.uint8),
         },
     ),
-    "hqq": ({"quant_method": "hqq"}, {}),
+    "hqq": ({"quant_method": "hqq"}, {f"{Q}.W_q": torch.zeros(16, 32, dtype=torch.uint8)}),
+    "eetq": ({"quant_method": "eetq"}, {f"{Q}.weight": torch.zeros(32, 32, dtype=torch.int8)}),
+    "MLX": (
+        {"group_size": 32, "bits": 4},
+        {f"{Q}.weight": torch.zeros(32, 4, dtype=torch.uint32), f"{Q}.scales": torch.ones(32, 1)},
+    ),
 }
 
 
@@ -258,3 +264,107 @@ def test_fp8_whose_scales_do_not_fit_is_refused(fp8: Path) -> None:
     (fp8 / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is F8_E4M3 without a scale per block"):
         open_checkpoint(fp8)
+
+
+ONE = f"{Q}.weight"
+STORED = {"int8": torch.int8, "int32": torch.int32, "fp8": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_one_matrix_without_a_spectrum_is_skipped_in_every_verb(
+    make_pico: Callable[..., Path], tmp_path: Path, run: Callable[..., Any], dtype: str
+) -> None:
+    tensors = mixtral_tensors()
+    tensors[ONE] = torch.ones(tensors[ONE].shape).to(STORED[dtype])
+    path = make_pico(shards=1, tensors=tensors)
+    told = f"{ONE}: skipped: stored as "
+    code, out, err = run("scan", path, "--roles", "q", "--dry-run")
+    assert code == 0 and told in out and "2 matrices on" in out, err
+    document = json.loads(run("scan", path, "--roles", "q", "--dry-run", "--json")[1])
+    assert ONE in document["skipped"] and ONE not in document["names"]
+    for _ in range(2):  # the second finds the spectra of the first
+        code, out, err = run("scan", path, "-o", tmp_path / "s", "--roles", "q", "--force")
+        assert code == 0 and told in out and "2 matrices in" in out, err
+    code, out, err = run("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:4")
+    assert code == 0 and told in out and "2 to reduce" in out and "1 skipped" in out, err
+    assert run("reduce", path, tmp_path / "p", "-o", tmp_path / "out")[0] == 0
+    code, out, err = run("run", path, "-o", tmp_path / "run", "--no-search", "--rule", "rank:4", "--roles", "q")
+    assert code == 0 and told in out, err
+    for made in ("out", "run"):
+        assert run("verify", path, tmp_path / made)[0] == 0
+        after = load_file(tmp_path / made / "model.safetensors")
+        assert torch.equal(after[ONE].view(torch.uint8), tensors[ONE].view(torch.uint8))
+    # Alone, it is what stops each of them, and not a matter of layers and roles.
+    only = ("--include", r"layers\.0\.self_attn\.q_proj")
+    for words in (("scan", path, "--dry-run"), ("plan", tmp_path / "s", "-o", tmp_path / "p2", "--rule", "rank:4")):
+        code, _, err = run(*words, *only)
+        assert code == 2 and f"no selected matrix has a spectrum: {told[:-12]}" in err.replace(
+            " is skipped", ": skipped"
+        )
+
+
+def test_a_plan_of_skipped_matrices_says_why(make_pico: Callable[..., Path], tmp_path: Path) -> None:
+    tensors = mixtral_tensors()
+    tensors[ONE][0, 0] = math.nan
+    spectra = scan(open_checkpoint(make_pico(shards=1, tensors=tensors)), Selection(layers=(0,), roles=("q",)))
+    with pytest.raises(UsageError, match=r"no selected matrix has a spectrum: .*q_proj.weight is skipped: not finite"):
+        make_plan(spectra, "rank:4", Selection(layers=(0,), roles=("q",)))
+
+
+def test_spectra_know_which_fp8_has_scales(fp8: Path, tmp_path: Path) -> None:
+    spectra = scan(open_checkpoint(fp8), SELECTED)
+    spectra.save(tmp_path / "s")
+    loaded = spectra.load(tmp_path / "s")
+    assert loaded.matrices == tuple(replace(m, cut=None) for m in spectra.matrices)
+    assert any(m.dtype == "F8_E4M3" and m.scaled for m in loaded.matrices)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"load_in_8bit": True},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "mxfp4", "modules_to_not_convert": []},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    ],
+    ids=lambda c: str(next(iter(c.values()))),
+)
+def test_a_leftover_quantization_config_is_said_and_passed_by(
+    make_pico: Callable[..., Path], tmp_path: Path, run: Callable[..., Any], config: dict[str, Any]
+) -> None:
+    path = make_pico(shards=1, tensors=mixtral_tensors(), quantization_config=config)
+    assert open_checkpoint(path).fp8 is None
+    code, out, err = run("run", path, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--roles", "q")
+    assert code == 0 and "3 to reduce" in out
+    assert err.count("config.json says that the weights are quantised") == 1 and "remove its quantization_config" in err
+    assert run("verify", path, tmp_path / "out")[0] == 0
+
+
+def test_scales_without_a_config_can_be_written_as_bfloat16(fp8: Path, tmp_path: Path) -> None:
+    config = {k: v for k, v in json.loads((fp8 / "config.json").read_text()).items() if k != "quantization_config"}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    sizes = {n: t for f in sorted(fp8.glob("*.safetensors")) for n, t in load_file(f).items()}
+    whole = {n: torch.ones(1, 1) if n.endswith("_scale_inv") else t for n, t in sizes.items()}  # blocks of 128
+    for file in sorted(fp8.glob("*.safetensors")):
+        save_file({n: whole[n] for n in load_file(file)}, file, {"format": "pt"})
+    source = open_checkpoint(fp8)
+    assert source.fp8 is not None
+    reduce(source, make_plan(scan(source, SELECTED), "rank:4"), tmp_path / "out", dtype="bfloat16")
+    assert open_checkpoint(tmp_path / "out").fp8 is None
+
+
+@pytest.mark.parametrize("config", [{"quant_method": "awq", "bits": 4}, {"load_in_4bit": True}], ids=["awq", "bnb"])
+def test_a_leftover_config_leaves_the_measured_losses_alone(
+    make_pico: Callable[..., Path], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from laser.evaluation.evaluate import load_whole
+
+    tokens = torch.arange(3, 40)[None]
+    plain, left = (
+        load_whole(open_checkpoint(make_pico(name, shards=1, **more)), "float32")
+        for name, more in (("plain", {}), ("left", {"quantization_config": config}))
+    )
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, left(tokens).logits)

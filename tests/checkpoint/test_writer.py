@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from laser.checkpoint import writer
 from laser.checkpoint.families import Matrix, list_matrices
@@ -127,6 +128,93 @@ def test_weights_in_other_formats_are_left_out_and_named(pico: Path, tmp_path: P
     document = write(pico, tmp_path / "out", [])
     assert document["left_out"] == ["consolidated.00.pth", "original/consolidated.safetensors"]
     assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == b"t"
+
+
+# Files beside the weights. 0_Transformer is a model itself by MODULES, and no small part of one.
+STAYS = """
+    last.ckpt __0_0.distcp .metadata model.onnx model.onnx_data model.onnx_data_1 model.onnx.data model.npz
+    rope.npy llama.nemo model.pkl model.tflite q8.gguf q8.gguf-split-a Q8.GGUF q8.gguf.part1of2
+    pytorch_model.bin.gz model.safetensors.gz old.safetensors.bak model.safetensors.partial
+    model.safetensors.incomplete model.tar.gz model.zip pytorch_model-00001-of-00002.bin
+    pytorch_model.bin.index.json model.safetensors.index.fp16.json model.fp16.safetensors tf_model.h5
+    tf_model.h5.index.json flax_model.msgpack rust_model.ot optimizer.pt rng_state_0.pth training_args.bin
+    bert_model.ckpt.index bert_model.ckpt.data-00000-of-00001 consolidated.00.pth consolidated.00
+    consolidated.safetensors original/consolidated.00.pth onnx/model_q4.onnx adapter_config.json
+    adapter_model.safetensors adapter_model.bin ggml-model-q4_0.bin checkpoint-500/config.json
+    checkpoint-500/model.safetensors checkpoint-500/trainer_state.json global_step7/mp_rank_00_model_states.pt
+    openvino/openvino_model.xml
+    latest zero_to_fp32.py ema/model.safetensors saved_model.pb variables/variables.index model.llamafile
+    lora/optimizer.bin lora/extra.safetensors 0_Transformer/model.safetensors
+""".split()
+TRAVELS = """
+    tokenizer.json tokenizer.model merges.txt chat_template.jinja modeling_x.py special_tokens_map.json
+    original/params.json original/tokenizer.model 1_Pooling/config.json 2_Dense/config.json
+    2_Dense/model.safetensors 2_Dense/pytorch_model.bin heads/score/model.safetensors modules.json
+    lora/adapter_config.json lora/adapter_model.safetensors README.pt.txt images/a.png data.index.txt
+    preprocessor_config.json notice.ai 0_Transformer/config.json
+""".split()
+BESIDE = dict.fromkeys(STAYS, False) | dict.fromkeys(TRAVELS, True)
+MODULES = json.dumps(
+    [
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 2, "path": "heads/score", "type": "sentence_transformers.models.Dense"},
+        {"idx": 3, "path": 7},
+        "hostile",
+    ]
+)
+
+
+@pytest.mark.filterwarnings("ignore::laser.errors.DoubtWarning")  # vLLM would read others, or the name is unusual
+def test_what_lies_beside_the_weights_travels_or_is_named(pico: Path, tmp_path: Path) -> None:
+    for name in BESIDE:
+        (pico / name).parent.mkdir(parents=True, exist_ok=True)
+        (pico / name).write_bytes(name.encode())
+    (pico / "modules.json").write_text(MODULES)
+    document = write(pico, tmp_path / "out", [])
+    assert set(document["left_out"]) == {name for name, travels in BESIDE.items() if not travels}
+    for name, travels in BESIDE.items():
+        assert (tmp_path / "out" / name).exists() == travels, name
+        assert not travels or (tmp_path / "out" / name).read_bytes() == (pico / name).read_bytes()
+    assert load_as_transformers_does(tmp_path / "out")
+
+
+def load_as_transformers_does(path: Path) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    return not loaded[1]["missing_keys"] and not loaded[1]["mismatched_keys"]
+
+
+@pytest.mark.parametrize("text", ["[", "{}", "[1]", '[{"path": "../../etc", "type": "x"}]', '[{"path": null}]', "null"])
+def test_a_hostile_modules_json_lets_nothing_travel(pico: Path, tmp_path: Path, text: str) -> None:
+    (pico / "modules.json").write_text(text)
+    (pico / "copy.safetensors").write_bytes(b"x")
+    assert write(pico, tmp_path / "out", [])["left_out"] == ["copy.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"pico", "out"}
+
+
+def test_what_is_left_out_is_printed_and_in_the_card(pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    for name in ("pytorch_model.bin.gz", "adapter_config.json", *(f"model-{n}.gguf" for n in range(20))):
+        (pico / name).write_bytes(b"{}")
+    code, out, err = run("run", pico, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--layers", "0")
+    assert code == 0, err
+    assert "left out, as other copies of weights or parts of them: adapter_config.json, model-0.gguf" in out
+    assert "and 14 more" in out and err.count("adapter_config.json lies beside the weights") == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not copied from the source" in card and "`pytorch_model.bin.gz`" in card and "`model-19.gguf`" in card
+    assert len(json.loads((tmp_path / "out" / "laser.json").read_text())["left_out"]) == 22
+
+
+def test_pickles_that_were_written_as_safetensors_are_not_called_left_out(
+    pico: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    tensors = {k: v for file in sorted(pico.glob("*.safetensors")) for k, v in load_file(file).items()}
+    for file in pico.glob("model*"):
+        file.unlink()
+    torch.save(tensors, pico / "pytorch_model.bin")
+    assert write(pico, tmp_path / "out", [])["left_out"] == []
+    assert load_as_transformers_does(tmp_path / "out")
 
 
 def test_too_little_disk_is_said_before_anything_is_written(

@@ -150,8 +150,12 @@ def test_the_record_is_saved_and_strictly_loaded(tmp_path: Path) -> None:
     record.save(tmp_path / "eval.json")
     assert Perplexity.load(tmp_path / "eval.json") == record
     document = json.loads((tmp_path / "eval.json").read_text())
+    (tmp_path / "deep.json").write_text('{"kind": ' + "[" * 50_000)
+    with pytest.raises(RecordError, match=r"deep\.json is not a readable eval file"):
+        Perplexity.load(tmp_path / "deep.json")
     for change, message in (
         ({"version": 1}, "version 1, expected .eval. version 2; .*laser eval MODEL"),
+        ({"version": 3}, "version 3"),
         ({"nll": 0.5}, "changed by hand"),
         ({"losses": document["losses"][:-1]}, "not a whole evaluation"),
         ({"more": 1}, "not a whole evaluation"),

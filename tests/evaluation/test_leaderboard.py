@@ -6,17 +6,28 @@ import dataclasses
 import importlib.util
 import json
 import math
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, RecordError, UsageError
-from laser.evaluation.leaderboard import Leaderboard, TaskScore, comparable, difference, run_leaderboard
+from laser.evaluation.leaderboard import (
+    LM_EVAL,
+    Leaderboard,
+    TaskScore,
+    circumstances,
+    comparable,
+    difference,
+    mean_and_error,
+    run_leaderboard,
+)
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
 
 needs_lm_eval = pytest.mark.skipif(
@@ -199,6 +210,98 @@ def test_nan_likelihoods_are_an_error_and_not_a_score(speaker: Path, data: Path)
 
 
 @needs_lm_eval
+def test_an_mc2_of_nothing_by_nothing_counts_0(speaker: Path, data: Path) -> None:
+    """A model so sure of itself that the probability of every answer underflows."""
+    tensors = load_file(speaker / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, speaker / "model.safetensors", metadata={"format": "pt"})
+    board = run_leaderboard(open_checkpoint(speaker), data=data, tasks=("truthfulqa_mc2",))
+    assert board.scores[0].rows == (0.0,) * 3 and board.scores[0].value == 0 and board.scores[0].undefined == 3
+
+
+@needs_lm_eval
+def test_mmlu_is_the_mean_of_its_subjects(speaker: Path, data: Path) -> None:
+    """Unlike lm-eval's group, which counts a subject by its size: 12 rows of one and 2 of the other."""
+    rows = rows_of("mmlu", 17)[:17] + rows_of("mmlu", 7)[7:]
+    write_rows(data / TASKS["mmlu"].file, rows)
+    score = run_leaderboard(open_checkpoint(speaker), data=data, tasks=("mmlu",)).scores[0]
+    assert score.subjects == (("anatomy", 12), ("virology", 2))
+    parts = score.rows[:12], score.rows[12:]
+    means = [sum(part) / len(part) for part in parts]
+    assert score.value == pytest.approx(sum(means) / 2)
+    errors = [torch.tensor(part).std().item() / len(part) ** 0.5 for part in parts]
+    assert score.stderr == pytest.approx(math.hypot(*errors) / 2, rel=1e-6)
+
+
+class Killed(Exception):
+    pass
+
+
+@needs_lm_eval
+def test_a_leaderboard_that_was_killed_goes_on(
+    speaker: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import laser.evaluation.leaderboard as module
+
+    tasks, path = ("mmlu", "truthfulqa_mc2", "winogrande"), tmp_path / "board.json.partial"
+    whole = run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks)
+    measured: list[str] = []
+    measure = module._measure
+
+    def counted(model: Any, task: Any, *rest: Any) -> TaskScore:
+        measured.append(task.name)
+        if measured == ["mmlu", "truthfulqa_mc2"]:
+            raise Killed
+        return measure(model, task, *rest)
+
+    monkeypatch.setattr(module, "_measure", counted)
+    with pytest.raises(Killed):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
+    with path.open("a") as file:
+        file.write('{"task": "truthfulqa_mc2", "met')  # torn
+    seen: list[str] = []
+    again = run_leaderboard(
+        open_checkpoint(speaker), data=data, tasks=tasks, journal=path, tick=lambda score: seen.append(score.task)
+    )
+    assert measured == ["mmlu", "truthfulqa_mc2", "truthfulqa_mc2", "winogrande"] and seen == list(tasks)
+    assert again.scores == whole.scores
+    whole_lines = path.read_text()
+    for broken in ('{"task": "mmlu"}', whole_lines.splitlines()[1].replace('"n": ', '"n": 1')):
+        path.write_text(whole_lines.splitlines()[0] + "\n" + broken + "\n")
+        with pytest.raises(RecordError, match=r"holds a task that is not whole .*; start afresh with --force"):
+            run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
+    path.write_text(whole_lines)
+    # another measurement does not go on from there: other options, other rows, other weights under the same headers
+    with pytest.raises(RecordError, match="belongs to another run: options differ"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path, limit=1)
+    tensors = load_file(speaker / "model.safetensors")
+    save_file({n: t + 1 for n, t in tensors.items()}, speaker / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecordError, match="belongs to another run: files differ"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
+    write_rows(data / TASKS["truthfulqa_mc2"].file, rows_of("truthfulqa_mc2", 4))
+    with pytest.raises(RecordError, match="belongs to another run: data, files differ"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
+
+
+@needs_lm_eval
+def test_what_was_asked_is_hashed(speaker: Path, data: Path) -> None:
+    """Equal for the same rows, and another where a row, its right answer, or an example differs."""
+
+    def asked(task: str = "truthfulqa_mc2") -> str | None:
+        return run_leaderboard(open_checkpoint(speaker), data=data, tasks=(task,)).scores[0].rows_sha256
+
+    rows, first = rows_of("truthfulqa_mc2", 3), asked()
+    assert first == asked() and first is not None
+    rows[1]["mc2_targets"] = rows[1]["mc2_targets"] | {"labels": [0, 1, 0]}
+    write_rows(data / TASKS["truthfulqa_mc2"].file, rows)
+    assert asked() != first
+    before, rows = asked("winogrande"), rows_of("winogrande", 9)
+    rows[0]["answer"] = "2"  # of an example, which is not scored
+    write_rows(data / TASKS["winogrande"].file, rows)
+    assert asked("winogrande") != before
+
+
+@needs_lm_eval
 def test_a_missing_tensor_is_not_scored_as_random_numbers(speaker: Path, data: Path) -> None:
     tensors = load_file(speaker / "model.safetensors")
     del tensors["model.layers.1.self_attn.q_proj.weight"]
@@ -217,6 +320,21 @@ def test_without_lm_eval_the_extra_is_named(pico: Path, data: Path, monkeypatch:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'laser-rmt\[eval\]'"):
         run_leaderboard(open_checkpoint(pico), data=data)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("found", ["0.4.11", "0.4.9.2", "0.3.0"])
+def test_an_lm_eval_that_fails_on_local_rows_is_refused(
+    found: str, pico: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laser.evaluation.leaderboard.version", lambda name: found)
+    with pytest.raises(UsageError, match=rf"needs lm-eval {LM_EVAL} or later, found {found}; try pip install -U"):
+        run_leaderboard(open_checkpoint(pico), data=data)
+
+
+def test_the_lower_bound_of_lm_eval_is_the_one_in_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert f"lm-eval>={LM_EVAL}" in project["project"]["optional-dependencies"]["eval"]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +359,10 @@ def test_bad_arguments(pico: Path, arguments: dict[str, Any], message: str) -> N
         ("winogrande", '{"a": 1}\n{"a":\n', RecordError, "winogrande.jsonl, line 2 is not JSON"),
         ("winogrande", "[1]\n", RecordError, "line 1: found list, expected an object"),
         ("mmlu", '{"subject": "alchemy"}\n', RecordError, "line 1: subject 'alchemy' is not one of MMLU's 2"),
+        ("winogrande", '{"a": "\\ud800"}\n', RecordError, r"line 1 holds \\ud800 alone, half a character"),
+        ("winogrande", '{"a": [{"b\\udfff": 1}]}\n', RecordError, r"line 1 holds \\udfff alone"),
+        ("winogrande", '{"a": ' + "[" * 20_000 + "\n", RecordError, "line 1 is nested too deep"),
+        ("winogrande", '{"a": 1}\n\0', RecordError, "winogrande.jsonl is not plain text: byte 9 is NUL"),
         ("mmlu", '{"subject": "anatomy"}\n', UsageError, "found 1 rows of anatomy, expected 5"),
         ("truthfulqa_mc2", "", UsageError, "found 0 rows"),
     ],
@@ -254,6 +376,34 @@ def test_bad_rows(
         file.write_text(content)
     with pytest.raises(error, match=message):
         write_tasks(TASKS[task], packaged, tmp_path / "tasks", data)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("value", [None, ...])
+def test_a_row_without_something_to_ask_is_named(
+    name: str, value: Any, data: Path, packaged: Path, tmp_path: Path
+) -> None:
+    """lm-eval would ask about "None". The last row of each file, so that all others are whole."""
+    task = TASKS[name]
+    for field in task.fields:
+        rows = rows_of(name, COUNTS[name])
+        rows[-1] = {k: v for k, v in rows[-1].items() if k != field} | ({} if value is ... else {field: value})
+        write_rows(data / task.file, rows)
+        with pytest.raises(RecordError, match=f"line {len(rows)}: .*{field}"):
+            write_tasks(task, packaged, tmp_path / "tasks", data)
+    write_rows(data / task.file, rows_of(name, COUNTS[name]))
+    write_tasks(task, packaged, tmp_path / "tasks", data)
+
+
+@needs_lm_eval
+def test_rows_that_lm_eval_cannot_score_or_load_are_told(speaker: Path, data: Path) -> None:
+    rows = rows_of("arc_challenge", COUNTS["arc_challenge"])
+    rows[27]["answerKey"] = "E"  # of four choices
+    write_rows(data / TASKS["arc_challenge"].file, rows)
+    with pytest.raises(RecordError, match="lm-eval cannot score the rows of arc_challenge"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=("arc_challenge",))
+    with pytest.raises(UsageError, match=r"the rows of winogrande cannot be loaded .*; try --data FOLDER"):
+        run_leaderboard(open_checkpoint(speaker), tasks=("winogrande",))  # no network here
 
 
 def test_tasks_come_in_the_order_of_the_table() -> None:
@@ -277,11 +427,76 @@ def test_difference_is_paired() -> None:
     # By hand: steps 0, 1, 0, 0 have mean 1/4 and variance (3/16 + 9/16) / 3 = 1/4.
     assert (step.mean, step.stderr, step.n) == (0.25, 0.25, 4)
     same = difference(a, a)
-    assert same is not None and (same.mean, same.stderr) == (0, None)  # alike: no spread, and so no error
+    assert same is not None and (same.mean, same.stderr) == (0, 0)  # no row changed
     one = difference(score(1), score(0))
     assert one is not None and (one.mean, one.stderr) == (-1, None)
     assert difference(a, score(1, 0, 1)) is None
     assert difference(a, dataclasses.replace(b, shots=0)) is None
+
+
+def test_a_difference_needs_the_very_same_questions() -> None:
+    a = dataclasses.replace(score(1, 0, 1, 0), rows_sha256="a")
+    for change in (
+        {"rows_sha256": "b"},
+        {"rows_sha256": None},
+        {"metric": "acc_norm"},
+        {"subjects": (("x", 2), ("y", 2))},
+    ):
+        assert difference(a, dataclasses.replace(a, **change)) is None
+    assert difference(a, a) is not None
+
+
+def test_errors_of_steps_that_are_all_alike() -> None:
+    """40 rows that did not change have no error; 40 that all got worse are no lack of rows; one row is."""
+    still, right, wrong = score(*[1.0] * 40), score(*[1.0] * 40), score(*[0.0] * 40)
+    for a, b, expected in ((still, still, (0, 0)), (right, wrong, (-1, 0)), (score(1), score(1), (0, 0))):
+        step = difference(a, b)
+        assert step is not None and (step.mean, step.stderr) == expected
+    step = difference(score(1), score(0))
+    assert step is not None and step.stderr is None
+
+
+def test_the_error_of_groups_is_that_of_repeated_draws() -> None:
+    """Draw the rows of unequal groups many times over: the error must be the spread of the means."""
+    generator = np.random.default_rng(0)
+    levels, sizes = generator.uniform(0.2, 0.8, 6), (4, 40, 9, 4, 25, 100)
+    means, errors = [], []
+    for _ in range(1500):
+        rows = np.concatenate([generator.random(n) < p for p, n in zip(levels, sizes, strict=True)]).astype(float)
+        mean, error = mean_and_error(rows.tolist(), sizes)
+        means.append(mean)
+        errors.append((error or 0) ** 2)
+    assert np.mean(means) == pytest.approx(levels.mean(), abs=0.005)
+    assert np.sqrt(np.mean(errors)) == pytest.approx(np.std(means), rel=0.06)
+    # One row each, as --limit 1 leaves of MMLU: the plain error of the sample. And a single row has none.
+    assert mean_and_error([1, 0, 1, 1], [1] * 4) == mean_and_error([1, 0, 1, 1], [4]) == (0.75, 0.25)
+    assert mean_and_error([1], [1]) == (1, None)
+    # Equal groups weigh like one.
+    assert mean_and_error([1, 0, 1, 1], [2, 2])[0] == 0.75
+
+
+SETTINGS = {"device": "cpu", "dtype": "float32", "batch_size": 1, "max_length": 2048, "chat_template": False}
+VERSIONS = {"lm-eval": "0.4.13", "transformers": "5.23.0", "torch": "2.13"}
+
+
+def test_what_moves_a_board_and_differs_is_named() -> None:
+    a = Leaderboard("m", "i", (score(1, 0),), None, {}, SETTINGS | {"tasks": ["x"]}, VERSIONS, None)
+    assert circumstances(a, dataclasses.replace(a, model="other", settings=SETTINGS | {"tasks": ["y"]})) == ()
+    for key, value in (("dtype", "bfloat16"), ("batch_size", 8), ("device", "cuda:0"), ("max_length", 512)):
+        found = circumstances(a, dataclasses.replace(a, settings=SETTINGS | {key: value}))
+        assert [str(x) for x in found] == [f"{key} {SETTINGS[key]} against {str(value).partition(':')[0]}"]
+    for name in VERSIONS:
+        found = circumstances(a, dataclasses.replace(a, versions=VERSIONS | {name: "9"}))
+        assert [(x.what, x.before, x.after) for x in found] == [(name, VERSIONS[name], "9")]
+    cards = [dataclasses.replace(a, settings=SETTINGS | {"device": f"cuda:{i}"}) for i in range(2)]
+    assert circumstances(*cards) == ()  # the same kind of card
+
+
+def test_boards_of_other_rows_are_not_comparable() -> None:
+    a = Leaderboard("m", "i", (score(1, 0),), None, {"a.jsonl": "1", "b.jsonl": "2"}, {}, {}, None)
+    assert comparable(a, a) and comparable(a, dataclasses.replace(a, data={"a.jsonl": "1"}))  # fewer tasks
+    for change in ({"data": {"a.jsonl": "3"}}, {"data": {}}, {"limit": 1}):
+        assert not comparable(a, dataclasses.replace(a, **change))
 
 
 def test_average_and_its_error() -> None:
@@ -301,7 +516,14 @@ def test_average_and_its_error() -> None:
         lambda d: d.update(average=0.1),
         lambda d: d.update(scores=[]),
         lambda d: d.update(version=1),
+        lambda d: d.update(version=3),
         lambda d: d.update(surplus=1),
+        lambda d: d["scores"][0].pop("subjects"),
+        lambda d: d["scores"][0].update(subjects=[["x", 1], ["y", 1]]),
+        lambda d: d["scores"][0].update(subjects=3),
+        lambda d: d.update(settings=[]),
+        lambda d: d.update(settings={"device": 0}),
+        lambda d: d.update(versions=None),
     ],
 )
 def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:

@@ -17,11 +17,14 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.verdict import Unlike
 from laser.plan import Plan, PlanLine
 from laser.reduction import Outcome
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
+from laser.report.source_card import licence_of
+from laser.report.visible import visible
 from laser.spectra import Source
 
 README = """---
@@ -194,6 +197,89 @@ def test_boards_of_other_rows_are_not_subtracted(source: CardSource) -> None:
     assert len(partly) == 6 and sum(r.after == "not measured" for r in partly) == 5  # and no average of unlike sets
 
 
+def test_an_average_has_its_error_where_a_task_did_not_change() -> None:
+    """One task -0.05 ± 0.0615 and one that changed on none of its 40 rows: -0.025 ± 0.031, which decides nothing."""
+
+    def board(*rows: float) -> Leaderboard:
+        values = [(1.0,) * 20 + (0.0,) * 20, rows]
+        scores = [
+            TaskScore(name, TASKS[name].metric, sum(r) / 40, 0.08, 40, 5, tuple(r))
+            for name, r in zip(("hellaswag", "winogrande"), values, strict=True)
+        ]
+        return Leaderboard("m", "i", tuple(scores), None, {}, {}, {}, None)
+
+    before, after = [1.0] * 4 + [0.0] * 36, [0.0] * 4 + [1.0] * 2 + [0.0] * 34
+    still, moved, average = compare(None, board(*before), board(*after))
+    assert (still.change, still.verdict) == ("+0.00 ± 0.00 %", UNDECIDED)
+    assert (moved.change, moved.verdict) == ("-5.00 ± 6.15 %", UNDECIDED)
+    assert (average.change, average.verdict) == ("-2.50 ± 3.07 %", UNDECIDED)
+    # Two of 40 rows worse and the other task untouched: the average's error is half of the task's.
+    _, moved, average = compare(None, board(*[1.0] * 40), board(*[0.0] * 2 + [1.0] * 38))
+    assert (moved.change, average.change) == ("-5.00 ± 3.49 %", "-2.50 ± 1.74 %")
+    assert moved.verdict == average.verdict == "worse"
+
+
+def test_too_few_rows_are_said_only_of_one_row() -> None:
+    names = ("hellaswag", "winogrande")
+    few = compare(None, board_of(1, rows=1, names=names), board_of(0, rows=1, names=names))
+    assert {row.verdict for row in few} == {"worse, by an unknown error (too few rows)"}
+    all_alike = compare(None, board_of(1, rows=2, names=names), board_of(0, rows=2, names=names))
+    assert {row.verdict for row in all_alike} == {"worse"}
+    for rows in (1, 2, 40):
+        same = compare(None, board_of(1, rows=rows, names=names), board_of(1, rows=rows, names=names))
+        assert {row.verdict for row in same} == {UNDECIDED}
+        assert [row.change for row in same] == ["+0.00 ± 0.00 %"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"settings": {"device": "cuda:0", "dtype": "bfloat16", "batch_size": 1}},
+            ("device cpu against cuda, dtype float32 against bfloat16",),
+        ),
+        ({"settings": {"device": "cpu", "dtype": "float32", "batch_size": 8}}, ("batch_size 1 against 8",)),
+        ({"versions": {"lm-eval": "0.4.12"}}, ("lm-eval 0.4.13 against 0.4.12",)),
+        ({"versions": {"lm-eval": "0.4.13", "transformers": "6"}}, ("transformers unknown against 6",)),
+    ],
+)
+def test_boards_that_were_measured_otherwise_are_not_judged(
+    change: dict[str, Any], told: tuple[str, ...], source: CardSource
+) -> None:
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+    before = dataclasses.replace(board_of(1, rows=16), settings=settings)
+    after = dataclasses.replace(board_of(0.5, rows=16), settings=settings)
+    assert {r.verdict for r in compare(None, before, after)} == {"worse"}
+    after = dataclasses.replace(after, **change)
+    rows = compare(None, before, after)
+    assert len(rows) == 7 and not any(r.worse or r.better or r.compared for r in rows)
+    assert all(r.verdict.startswith("not like with like: ") and all(t in r.verdict for t in told) for r in rows)
+    text = card("m", outcome_of(), source, before=before, after=after)
+    assert "**Not like with like**: source and this model were measured with" in text
+    assert "Worse than the source" not in text and "no gain was measured" not in text
+    assert "Nothing was measured on both models" not in text
+
+
+def test_losses_that_were_measured_otherwise_are_not_judged(source: CardSource) -> None:
+    losses = losses_of_change(-0.2)
+    losses["unlike"] = (Unlike("dtype", "float32", "bfloat16|<b>"),)
+    text = card("m", outcome_of(), source, losses=losses)
+    table = first_table(text)
+    assert table.count("not like with like: dtype float32 against bfloat16\\|&lt;b>") == 2
+    assert "better |" not in table and "**Not like with like**" in text
+    # Beside lines that are comparable, those are still judged.
+    both = card("m", outcome_of(), source, losses=losses, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
+    assert "**Worse than the source** on: AI2" in both and "**Not like with like**" in both
+
+
+def test_rows_that_count_0_are_said(source: CardSource) -> None:
+    board = board_of(0, names=("truthfulqa_mc2",))
+    broken = dataclasses.replace(board, scores=(dataclasses.replace(board.scores[0], undefined=3),))
+    text = card("m", outcome_of(), source, before=board, after=broken)
+    assert "3 of 4 rows of TruthfulQA (0-shot) count 0 for this model: no answer has any probability (0/0)." in text
+    assert "for source" not in text
+
+
 def test_a_cut_run_on_local_rows_is_called_a_smoke_test(source: CardSource) -> None:
     board = dataclasses.replace(board_of(0.5, limit=2), data={"arc_challenge.jsonl": "4" * 64})
     text = card("m", outcome_of(), source, before=board, after=board)
@@ -298,6 +384,13 @@ def test_a_template_cannot_close_its_fence(source: CardSource) -> None:
         ({"hub_id": None, "config": {"_name_or_path": "org/model"}}, "org/model", "config.json"),
         ({"hub_id": None, "config": {"_name_or_path": "/home/me/model"}, "readme": None}, None, ""),
         ({"hub_id": "not an id", "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "models/llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "Outputs/llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "llama-sft/checkpoint-500"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "./llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": "C:\\models\\llama"}, "readme": None}, None, ""),
+        ({"hub_id": None, "config": {"_name_or_path": ["org/model"]}, "readme": None}, None, ""),
+        ({"hub_id": None, "readme": "---\nbase_model: [./a, /b/c, models/d, org/e, null]\n---\n"}, "org/e", "card"),
         ({"hub_id": "gpt2", "readme": None}, None, ""),
         ({"hub_id": "a/b--c", "readme": None}, None, ""),
     ],
@@ -318,6 +411,137 @@ def test_a_source_without_usable_metadata_still_gets_a_card(readme: str | None, 
     text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
     assert not {"license", "language"} & metadata(text).keys()
     assert "names no licence; see `LICENSE`" in text
+
+
+HEAD = "---\nlicense: mit\nlanguage: [en, no]\n"
+READ = {"license": "mit", "language": ["en", "no"]}
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        HEAD + "---\n",
+        HEAD + "---",
+        (HEAD + "---\n# A title\n").replace("\n", "\r\n"),
+        (HEAD + "---\n# A title\n").replace("\n", "\r"),
+        "\n\n" + HEAD + "---\n",
+        HEAD + "---  \n---\nlicense: other\n---\n",  # what follows is text
+        HEAD + "date: 2024-13-45\n---\n",
+        HEAD + "x: !!int foo\n---\n",
+        HEAD + "x: !!timestamp foo\n---\n",
+        HEAD + "x: !!python/object/apply:os.abort []\n---\n",
+        HEAD + "x: !unknown {a: b}\n---\n",
+        HEAD + "base_model: ./here\n---\n",
+        HEAD + "base_model: null\n? [a, b]\n: c\n---\n",
+        HEAD + "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n---\n",
+        HEAD + "a: &a [*a]\n---\n",
+        HEAD + "license: mit\n---\n",  # twice, and the same
+        HEAD + "license_name: !!null x\nlicense_link: ~\n---\n",
+    ],
+)
+def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource) -> None:
+    about = dataclasses.replace(source, readme=readme, hub_id=None)
+    assert read_metadata(readme).items() >= READ.items()
+    text = card("m", outcome_of(), about)
+    found = metadata(text)
+    assert {key: found.get(key) for key in READ} == READ and "base_model" not in found
+    assert "The source's README.md" not in text and "The licence is the source's." in text
+
+
+@pytest.mark.parametrize(
+    ("readme", "why"),
+    [
+        ("\ufeff" + HEAD + "---\n", "begins with a byte order mark"),
+        (HEAD + ": [\n---\n", "are not valid YAML (line "),
+        ("\n" + HEAD + "\tx: y\n---\n", "are not valid YAML (line 5)"),
+        (HEAD + "x: " + "[" * 5000 + "]" * 5000 + "\n---\n", "are not valid YAML"),
+        (HEAD + "x: *nowhere\n---\n", "are not valid YAML (line 4)"),
+        (HEAD + "x: \x07\n---\n", "are not valid YAML"),
+        ("---\nlicense: mit\n# a title\n", "without a second line of dashes"),
+        ("---\n- license: mit\n---\n", "are no list of keys and values"),
+        ("---\nmit\n---\n", "are no list of keys and values"),
+        (HEAD + "license: apache-2.0\n---\n", "gives two values for license"),
+        (HEAD + "x: " + "y" * (1 << 20) + "\n---\n", "has more than 1048576 characters of metadata"),
+        ((HEAD + "---\n").encode("utf-16").decode("utf-8", "replace"), "is not UTF-8 text"),
+    ],
+)
+def test_metadata_that_cannot_be_trusted_are_complained_of(readme: str, why: str, source: CardSource) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
+    assert f"The source's README.md {why}" in re.sub(r"has metadata (that )?", "", text)
+    if readme.startswith("\ufeff"):
+        assert metadata(text).items() >= READ.items()
+    else:
+        assert not {"license", "language"} & metadata(text).keys() and "names no licence; see `LICENSE`" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "languages"),
+    [
+        ("no", ["no"]),
+        ("'no'", ["no"]),
+        ("NO", ["NO"]),
+        ("[en, no]", ["en", "no"]),
+        ("off", ["off"]),  # not Norwegian
+        ("[en, false]", ["en"]),
+        ("[True, 'true']", ["true"]),
+        ("~", None),
+        ("null", None),
+        ("None", None),
+        ("[~, 'None', '', ' ', 3, 1.5, 2024-01-01, [en], {en: fr}]", None),
+        (r'["e\u202en", "f\er", "d\ne", it]', ["it"]),
+    ],
+)
+def test_languages_are_the_words_that_were_written(
+    written: str, languages: list[str] | None, source: CardSource
+) -> None:
+    text = card("m", outcome_of(), dataclasses.replace(source, readme=f"---\nlanguage: {written}\n---\n"))
+    assert metadata(text).get("language") == languages
+    assert not re.search(r"\b(None|null)\b", text)
+
+
+APACHE = f"""
+                                 Apache License
+                           Version 2.0, January 2004
+                        http://www.apache.org/licenses/
+
+{"terms and conditions " * 440}"""
+MIT = f"""MIT License
+
+Copyright (c) 2024 Somebody
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files {"(the Software) to deal " * 36}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        (APACHE, "apache-2.0"),
+        ("Copyright 2018- The Team. All rights reserved.\n\n" + APACHE, "apache-2.0"),
+        ("Copyright Somebody. For research only.\n" + APACHE, None),
+        (MIT, "mit"),
+        ("Modified " + MIT, None),
+        ("Not for commercial use.\n" + APACHE, None),
+        (APACHE + "terms and conditions " * 200, None),
+        (MIT + "and one more condition " * 50, None),
+        ("as the source says\n", None),
+        ("", None),
+    ],
+)
+def test_a_licence_is_told_by_its_whole_text_only(text: str, licence: str | None) -> None:
+    assert licence_of(text) == licence and licence_of(text.upper().replace("\n", "\r\n")) == licence
+
+
+def test_the_licence_is_looked_for_in_the_files_where_the_card_names_none(source: CardSource) -> None:
+    silent = dataclasses.replace(source, readme=None, licences={"LICENSE": "apache-2.0"})
+    text = card("m", outcome_of(), silent)
+    assert metadata(text)["license"] == "apache-2.0"
+    assert "names no licence; the one above is that whose text it carries: `LICENSE` (apache-2.0)." in text
+    named = card("m", outcome_of(), dataclasses.replace(silent, readme="---\nlicense: cc-by-nc-4.0\n---\n"))
+    assert metadata(named)["license"] == "cc-by-nc-4.0" and "The licence is the source's." in named
+    both = dataclasses.replace(silent, licence_files=("A", "B"), licences={"A": "mit", "B": "apache-2.0"})
+    text = card("m", outcome_of(), both)
+    assert "license" not in metadata(text) and "see `A` (mit), `B` (apache-2.0). Ask its authors" in text
 
 
 def test_a_licence_of_its_own_keeps_its_name_and_link(source: CardSource) -> None:
@@ -356,20 +580,74 @@ def test_it_is_pure(source: CardSource) -> None:
     assert card("m", outcome_of(), source, **arguments) == card("m", outcome_of(), source, **arguments)
 
 
-@pytest.mark.parametrize("name", ["a|b.weight", "a`b", "<script>", "a\n# heading", "a\\|b"])
+STRANGE = (
+    *("a|b.weight", "a`b", "<script>", "a\n# heading", "a\\|b", "a\\", "a\\\\|", "|", "``", "a\r\n| b |", "\u2028|"),
+    *("$x$", "_x_", "__x__", "*x*", "~~x~~", "[x](http://e)", "![x](y)", "&lt;", "&#124;", "# x", "x #", "- x", "<!--"),
+    *(
+        "a\x1b[31mb",
+        "a\u202eb",
+        "a\x00b",
+        "\udcff",
+        "é",
+        "模型",
+        "😀",
+        "--x",
+        "a b",
+        "@a",
+        ":a:",
+        "a\u200bb",
+        "\ufeffa",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", STRANGE)
 def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> None:
     text = card("m", outcome_of(line(name), line("plain.weight")), source)
     tables = [part for part in text.split("\n\n") if part.startswith("| matrix")]
     assert len(tables) == 1
     for row in tables[0].splitlines():
         assert len(re.findall(r"(?<!\\)\|", row)) == 6, row
+        # GitHub reads a backslash with what follows it: a bar ends a cell unless an odd number of them stands before.
+        assert len([m for m in re.findall(r"(\\*)\|", row) if len(m) % 2 == 0]) == 6, row
     assert "\n# heading" not in text
+    assert text.encode() and text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: CardSource) -> None:
+    """Markdown is read by a parser of its own, Python by Python, the metadata by the Hub's library."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("js-default", {"linkify": False, "html": True})
+
+    def shown(text: str) -> str:
+        (inline,) = [token for token in parser.parse(text) if token.type == "inline"]
+        assert {child.type for child in inline.children} <= {"text", "text_special", "code_inline", "softbreak"}
+        return "".join(child.content for child in inline.children)
+
+    plain = visible(" ".join(name.split())).replace("`", "'")
+    assert shown(f"# {cell(name)}") == plain and shown(f"x {cell(name)}") == f"x {plain}"
+    if "|" not in name:
+        assert shown(f"x {code(name)}") == "x " + visible(name).strip().replace("`", "'")
+    rows = parser.parse(f"| a | b |\n| --- | --- |\n| {cell(name)} | {code(name)} |")
+    assert sum(token.type == "td_open" for token in rows) == 2
+    text = card(name, outcome_of(), source, after=board_of(0.5))
+    (block, *_) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert next(
+        ast.literal_eval(node.value) for node in ast.parse(block).body if isinstance(node, ast.Assign)
+    ) == name.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
+    assert (
+        ModelCard(text).data.to_dict()["model-index"][0]["name"]
+        == metadata(text)["model-index"][0]["name"]
+        == visible(name)
+    )
 
 
 def test_markdown_pieces() -> None:
     assert cell("a|b\nc <i> `d`") == "a\\|b c &lt;i> 'd'"
     assert code("a`b|c") == "`a'b\\|c`" and code("") == ""
     assert fence("x") == "```\nx\n```" and fence("````").startswith("`````\n")
+    assert cell(None) == code(None) == "" and cell(0) == "0"
+    assert fence("a\r\n\tb\x1b\u202e\n\n", "sh") == "```sh\na\n\tb\\x1b\\u202e\n```"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +17,7 @@ from report.browser import CHROMIUM, Browser
 import laser
 from laser.portrait import portrait
 from laser.report.page import render
+from laser.report.visible import visible
 from laser.spectra import scan
 from laser.summary import summarise
 
@@ -74,6 +79,51 @@ def test_page_is_whole_and_a_name_cannot_break_it(pico: Path) -> None:
     page = render(replace(summary, rows=rows), drawn)
     assert page.count("</script>") == 1 and "/*DATA*/" not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # a namespace, never fetched
+
+
+STRANGE = (
+    "a\x1b[31mb",
+    "a\u202eb",
+    "a\nb",
+    "\udcff",
+    "$x$",
+    "_x",
+    "é",
+    "模型",
+    "😀",
+    "a\u2028b",
+    "<!--",
+    "__proto__",
+    "a b",
+)
+NODE = shutil.which("node")
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node: apt-get install nodejs")
+def test_the_page_shows_names_as_a_terminal_does_and_keeps_its_data(pico: Path) -> None:
+    """The script's own function, and its data as script reads them, by node."""
+    assert NODE is not None
+    spectra = scan(laser.open_checkpoint(pico))
+    summary = summarise(spectra)
+    rows = tuple(replace(row, name=name) for row, name in zip(summary.rows, STRANGE, strict=False))
+    drawn = [replace(portrait(spectra, summary.rows[0].name), name=name) for name in STRANGE]
+    script = render(replace(summary, rows=rows), drawn).partition("<script>")[2].partition("</script>")[0]
+    lines = [line for line in script.splitlines() if line.startswith(("const data =", "const visible ="))]
+    lines.append("const names = data.rows.map(row => row[0]);")
+    lines.append("const drawn = names.map(name => data.drawings[name].shape.join());")
+    lines.append("process.stdout.write(JSON.stringify([names, names.map(visible), drawn]));")
+    done = subprocess.run([NODE, "-e", "\n".join(lines)], capture_output=True, check=True, timeout=60)
+    names, shown, shapes = json.loads(done.stdout)
+    assert names == list(STRANGE) and shapes == ["48,32"] * len(STRANGE)
+    escaped = ["".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in name) for name in names]
+    assert shown == escaped and [a == b for a, b in zip(shown, names, strict=True)] == [visible(n) == n for n in names]
+
+
+def test_every_text_of_the_page_goes_through_what_makes_it_visible() -> None:
+    page = (Path(laser.__file__).parent / "report" / "page.html").read_text()
+    texts = re.findall(r"(?:textContent|\.title) = (.*)", page)
+    assert len(texts) >= 5
+    assert all(text.startswith(("visible(", "shown + ")) for text in texts), texts
 
 
 def test_same_records_same_bytes(pico: Path) -> None:

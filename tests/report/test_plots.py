@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import pytest
 import laser
 from laser.errors import UsageError
 from laser.portrait import Portrait, portrait
+from laser.report.visible import visible
 from laser.spectra import Spectra, scan
 from laser.summary import Summary, summarise
 
 pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from laser.report import plots
 
@@ -95,6 +98,38 @@ def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suf
         plots.save(plots.overlay([portrait(spectra, NAME), other]), (tmp_path / name).with_suffix(suffix))
     one, two = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
     assert one == two and one[:4] in (b"\x89PNG", b"<?xm")
+
+
+STRANGE = ("$x$", "$\\frac{$", "a$b", "\\$a\\$", "\\alpha", "_hidden", "__", "a\nb", "a\x1b[31mb", "a\u202eb", "a\x00b")
+STRANGE += ("\udcff", "<b>&amp;", "模型", "é", "😀", "%s {} {0}", "\ufffe", "'\"`|")
+
+
+LONG = "a" * 300
+
+
+def texts_of(figure: Figure, path: Path) -> list[str]:
+    """The texts of the picture as a reader of its SVG finds them."""
+    plots.save(figure, path)
+    nodes = ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")
+    return [" ".join((node.text or "").split()) for node in nodes]
+
+
+def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path: Path) -> None:
+    """All that can be seen of a name, and the escapes of what cannot or has no glyph in the font."""
+    shown = {name: visible(name) for name in STRANGE} | {"模型": r"\u6a21\u578b", LONG: "a" * 40 + "..." + "a" * 37}
+    names, one = list(shown), portrait(spectra, NAME)
+    for start in range(0, len(names), 4):  # an overlay has four kinds of strokes
+        models = names[start : start + 4]
+        drawn = [replace(one, name=model, model=model) for model in models]
+        found = texts_of(plots.overlay(drawn), tmp_path / "x.svg")
+        assert {shown[model] for model in models} | {f"{shown[models[0]]} (32 x 32)"} <= set(found)
+    for name in ("$\\frac{$", "_a\x00"):
+        found = texts_of(plots.histogram(replace(one, name=name, rule=name)), tmp_path / "x.svg")
+        assert {f"{visible(name)} (32 x 32)", f"cut by {visible(name)}"} <= set(found)
+        told = replace(summary, source=replace(summary.source, name=name), rule=name)
+        found = texts_of(plots.heat_map(told, experts=False), tmp_path / "x.svg")
+        assert f"{visible(name)}: singular values kept, rule {visible(name)}" in found
+        plots.save(plots.heat_map(told, experts=False), tmp_path / "x.png")
 
 
 def test_what_cannot_be_drawn(

@@ -200,6 +200,62 @@ def test_a_journal_of_another_search_is_refused(model_path: Path, tmp_path: Path
     assert decisions(run(model_path, journal=path)) == decisions(run(model_path))
 
 
+def test_another_held_out_text_repeats_no_trial(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials are of the calibration text. Reported on one text, then another, then the first again."""
+    tokenizer, path = load_tokenizer(model_path), tmp_path / "search.jsonl"
+    calibration, _ = losses_for(model_path)
+    checkpoint = open_checkpoint(model_path)
+    spectra, trials, passes = scan(checkpoint, device=CPU), [], []
+    measure, losses = Bench.measure, LayeredModel.losses
+    monkeypatch.setattr(Bench, "measure", lambda *a: trials.append(1) or measure(*a))
+    monkeypatch.setattr(LayeredModel, "losses", lambda *a, **k: passes.append(1) or losses(*a, **k))
+
+    def report_on(text: str, journal: Path | None = path) -> SearchResult:
+        held_out = Loss(cut_windows(Text("h", text), tokenizer, length=24, limit=4))
+        return search(
+            LayeredModel(checkpoint, resident=True), spectra, RULES, calibration, [held_out], device=CPU,
+            selection=Selection(include=r"q_proj|experts\.[01]\.w2"), accept="any-drop", journal=journal,
+        )  # fmt: skip
+
+    first = report_on(TEXT[::-1])
+    assert first.plan.reductions and len(passes) == 2
+    count = len(trials)
+    other = report_on(TEXT[7::-1] * 30)
+    assert len(trials) == count and len(passes) == 4
+    assert decisions(other) == decisions(first) and other.plan == first.plan and other.held_out != first.held_out
+    assert other.held_out == report_on(TEXT[7::-1] * 30, journal=None).held_out  # as if measured undisturbed
+    passes.clear()
+    trials.clear()
+    assert report_on(TEXT[::-1]) == first and report_on(TEXT[7::-1] * 30) == other
+    assert not passes and not trials
+
+
+def test_a_search_goes_on_only_where_it_is_measured_alike(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after in one report may come from two runs: of another library or dtype they are not like."""
+    import laser.search.search as module
+
+    run(model_path, journal=tmp_path / "search.jsonl")
+    monkeypatch.setattr(module, "version", lambda name: "0")
+    with pytest.raises(RecordError, match="belongs to another run: libraries differ"):
+        run(model_path, journal=tmp_path / "search.jsonl")
+
+
+def test_fewer_windows_than_were_asked_for_are_in_the_report(model_path: Path) -> None:
+    tokenizer, (calibration, _) = load_tokenizer(model_path), losses_for(model_path)
+    held_out = Loss(cut_windows(Text("h", TEXT[::-1][:60]), tokenizer, length=24, limit=9))
+    checkpoint = open_checkpoint(model_path)
+    result = search(
+        LayeredModel(checkpoint), scan(checkpoint, device=CPU), RULES, calibration, [held_out],
+        selection=Selection(include="layers.2.*q_proj"), device=CPU,
+    )  # fmt: skip
+    assert (result.held_out[0].units, result.held_out[0].asked) == (3, 9)
+    assert (result.calibration.units, result.calibration.asked) == (6, 6)
+
+
 def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
     good = run(model_path, accept="any-drop")
@@ -305,6 +361,26 @@ def test_accuracy_of_a_task(model_path: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(RecordError, match=message):
             read_task(write_task(tmp_path / "bad.jsonl", [bad]), tokenizer)
+    (tmp_path / "list.JSON").write_text(json.dumps(rows))
+    assert read_task(tmp_path / "list.JSON", tokenizer).sha256 == task.sha256
+    for file, content, message in (
+        ("a.jsonl", '{"question": "a", "answer": "\\ud800"}', r"line 1 holds \\ud800 alone"),
+        ("a.jsonl", '{"question": "a", "answer": "b", "alternatives": ["\\udfff"]}', r"line 1 holds \\udfff alone"),
+        ("a.jsonl", '{"question": "a", "answer": null}', "line 1: found question, answer, expected texts"),
+        ("a.jsonl", "[" * 50_000, "line 1 is nested too deep"),
+        ("a.json", "[3]", "row 1: found a number, expected an object"),
+        ("none.jsonl", None, "no such task"),
+    ):
+        if content is not None:
+            (tmp_path / file).write_text(content)
+        with pytest.raises(RecordError, match=message):
+            read_task(tmp_path / file, tokenizer)
+    (tmp_path / "task.txt").write_text(json.dumps(rows[0]))
+    with pytest.raises(UsageError, match=r"--task needs rows of JSON, found task\.txt"):
+        read_task(tmp_path / "task.txt", tokenizer)
+    for bounds in ({"limit": 0}, {"limit": -1}, {"skip": -1}, {"skip": 2}):
+        with pytest.raises(UsageError):
+            read_task(tmp_path / "list.JSON", tokenizer, **bounds)
 
 
 def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:

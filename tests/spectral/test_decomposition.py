@@ -110,12 +110,10 @@ def test_not_finite_is_noticed_at_any_rank_and_with_known_values(method: str, ra
         truncate(W, rank, CPU, method, np.linspace(2, 1, 9))
 
 
-def test_squares_that_leave_float32_go_to_float64() -> None:
+def test_squares_that_would_leave_float32_stay_in_it() -> None:
     W = weights(30, 20, torch.float32) * 1e25
     found = truncate(W, 5, choose_device("cpu", "float32"))
-    assert (
-        found.certificate.method == "gram float64" and found.certificate.note == "gram: the Gram matrix is not finite"
-    )
+    assert found.certificate.method == "gram" and not found.certificate.note
     assert torch.allclose(found.matrix, truncate(W, 5, CPU, "svd").matrix, rtol=1e-4, atol=1e18)
 
 

@@ -34,6 +34,7 @@ ALLOWED = {
     "aten::add.Tensor",
     "aten::addmm",
     "aten::addmm_",
+    "aten::aminmax",
     "aten::all",
     "aten::any",
     "aten::bitwise_not",
@@ -66,7 +67,9 @@ ALLOWED = {
 }
 # What the host may do with a matrix that is stored in float64: look at it, cut it up, convert it, and fill the result.
 TRANSPORT = {
+    "aten::_local_scalar_dense",  # its largest entry
     "aten::_to_copy",
+    "aten::aminmax",
     "aten::copy_",
     "aten::detach",
     "aten::empty_like",

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import integrate
+from scipy import integrate, optimize, special
 
 from laser.spectral import marchenko_pastur as mp
 
@@ -69,3 +70,29 @@ def test_noise_follows_the_law() -> None:
         u = mp.cdf(s, m / n)
         # Eigenvalues of noise repel each other, so the distance is of order 1/p, far under that of independent draws.
         assert np.abs(np.sort(u) - (np.arange(m) + 0.5) / m).max() < 4 / m
+
+
+def tracy_widom(s: float, nodes: int = 80) -> float:
+    """F_1(s) = det(1 - K) on (s, infinity), K(x, y) = Ai((x + y) / 2) / 2: Ferrari and Spohn (2005)."""
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    x, w = s + (x + 1) * 12, np.sqrt(w * 12)
+    K = special.airy((x[:, None] + x) / 2)[0] / 2
+    return float(np.linalg.det(np.eye(nodes) - w[:, None] * K * w))
+
+
+STATED = {1e-4: 0.100, 0.01: 0.015, 0.1: -0.004, 0.5: 0.0, 0.9: 0.003, 0.99: -0.010, 0.9999: -0.038}
+
+
+def test_tracy_widom_is_off_by_what_its_docstring_states() -> None:
+    told = " ".join((mp.tracy_widom_quantile.__doc__ or "").split())
+    for u, error in STATED.items():
+        exact: Any = optimize.brentq(lambda s, u=u: tracy_widom(s) - u, -9, 12, xtol=1e-10)
+        assert mp.tracy_widom_quantile(u) - exact == pytest.approx(error, abs=6e-4)
+        assert abs(error) < 1e-3 or f"{error:+.3f} at {u:.4f}".rstrip("0") in told
+        assert mp.tracy_widom_upper(1 - u) == pytest.approx(mp.tracy_widom_quantile(u), abs=1e-9)
+
+
+def test_small_levels_have_their_own_edges() -> None:
+    """1 - alpha is 1 for each of these, and its quantile was infinite."""
+    edges = [mp.tracy_widom_edge(1.0, (300, 200), alpha) for alpha in (1e-3, 1e-15, 1e-17, 1e-30, 1e-300, 5e-324)]
+    assert np.all(np.diff(edges) > 0) and np.isfinite(edges).all()

@@ -1,0 +1,68 @@
+"""What lies beside the weights in a model's folder: which files go with an output, and which stay behind.
+
+A copy of the weights in another format, or of another moment of the training, would be an unreduced model inside a
+reduced one: whoever loads it measures nothing that laser did. So they stay behind, and the outcome names them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+# How files of weights end, in any format.
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".pkl", ".pickle", ".joblib", ".nemo", ".torchscript"),
+    *(".gguf", ".ggml", ".llamafile", ".onnx", ".onnx_data", ".ort", ".tflite", ".mlmodel", ".pte", ".engine", ".trt"),
+    *(".h5", ".hdf5", ".keras", ".pb", ".msgpack", ".npz", ".npy", ".ot", ".pdparams", ".pdopt", ".tensors", ".mar"),
+    *(".partial", ".incomplete", ".part", ".tmp", ".crdownload", ".aria2", ".tar", ".tgz", ".zip", ".7z", ".rar"),
+)
+# What may follow: packed, cut into pieces, put aside, numbered.
+_FURTHER = r"(?:[._-](?:gz|bz2|xz|zst|lz4|br|zip|tar|7z|bak|old|orig|data|part[\w-]*|split[\w-]*|\d+\w*|a[a-z]))*"
+_ENDS = "|".join(map(re.escape, WEIGHTS))
+_WEIGHTS = re.compile(
+    rf".*(?:{_ENDS}|\.onnx[._]data){_FURTHER}"  # model.safetensors.gz, model.onnx_data_1, model.gguf-split-a
+    r"|.*\.ckpt[.-].*|.*\.data-\d+-of-\d+|.*\.(?:tar|zip)\.\w+"  # TensorFlow's checkpoints; packed archives
+    r"|.*\.index(?:\.[\w-]+)?\.json|variables\.index|openvino_.*\.xml"  # says which of those files holds what
+    r"|consolidated.*|q?model.*\.ggmlv\d.*"
+)
+# What only a trainer's state needs.
+_STATE = re.compile(r"\.metadata|latest|latest_checkpointed_iteration\.txt|zero_to_fp32\.py")
+_STATES = re.compile(r"(?:checkpoint-|global_step)\d+")  # folders
+ADAPTER = "adapter_config.json"
+MODULES = "modules.json"  # sentence-transformers: which subfolders are modules of the model
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of that name holds weights, in any format, or belongs to such files."""
+    return bool(_WEIGHTS.fullmatch(name.lower()) or _STATE.fullmatch(name))
+
+
+def modules_of(folder: Path) -> tuple[str, ...]:
+    """Subfolders whose weights are parts of the model and no copies of it, as `2_Dense`.
+
+    Named by modules.json, or called as sentence-transformers calls them and with a config of their own.
+    """
+    try:
+        listed = json.loads((folder / MODULES).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        listed = []
+    entries = [x for x in listed if isinstance(x, dict)] if isinstance(listed, list) else []
+    whole = {str(x.get("path")) for x in entries if str(x.get("type")).endswith(".Transformer")}  # a model itself
+    named = {x["path"].strip("/") for x in entries if isinstance(x.get("path"), str)}
+    called = {p.parent.name for p in folder.glob("[0-9]*/config.json") if re.fullmatch(r"\d+_\w+", p.parent.name)}
+    return tuple(sorted((named | called) - whole - {"", "."}))
+
+
+def stays_behind(folder: Path, relative: Path, modules: tuple[str, ...]) -> bool:
+    """Whether the file `relative` to a source's `folder` must not go with its output."""
+    place, inside = relative.as_posix(), relative.parent
+    if any(_STATES.fullmatch(part) for part in inside.parts):
+        return True
+    if any(place.startswith(f"{module}/") for module in modules):
+        return False
+    if relative.name == ADAPTER or relative.stem == "adapter_model":
+        # At the top, transformers would load the adapter and its base in the model's place. A subfolder's is asked for
+        # by name (as Phi-4-multimodal's vision-lora), and is no copy of the weights.
+        return len(relative.parts) == 1 or not (folder / inside / ADAPTER).is_file()
+    return is_weights(relative.name)

@@ -1,0 +1,64 @@
+"""Verdicts: what the difference of two measurements says, in the same words for eval, search, leaderboard and card.
+
+A difference counts when it is larger than one standard error, paired over the same windows or rows. One standard error
+is a low bar: it is meant to bring harm to light, not to prove a gain. Two measurements that were made in different
+ways are not judged at all: what differed is named instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UNDECIDED = "no difference beyond one standard error"
+UNLIKE = "not like with like"
+# The libraries that compute: another version of one may give other numbers for the same weights.
+LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """One thing that moves a measurement and was not the same for the two that are compared."""
+
+    what: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        before, after = ("unknown" if value is None else value for value in (self.before, self.after))
+        return f"{self.what} {before} against {after}"
+
+
+def unlike(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Unlike, ...]:
+    """What differs between two descriptions of how something was measured; an absent entry is None."""
+    names = dict.fromkeys([*before, *after])
+    return tuple(Unlike(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n))
+
+
+def device_class(device: str) -> str:
+    """The kind of a device without its number: all cards of a machine compute alike."""
+    return device.partition(":")[0]
+
+
+def judge(
+    change: float,
+    se: float | None,
+    *,
+    lower_is_better: bool,
+    units: str = "rows",
+    differences: tuple[Unlike, ...] = (),
+) -> str:
+    """better, worse or undecided; where no error is known, the direction and that it proves nothing.
+
+    se: standard error of `change`, None where a single one of the `units` was measured. differences: what was not the
+    same in the two measurements; with any, no direction is told.
+    """
+    if differences:
+        return f"{UNLIKE}: {', '.join(map(str, differences))}"
+    if se is not None and abs(change) <= se:
+        return UNDECIDED
+    if change == 0:
+        return "no difference"
+    word = "better" if (change < 0) == lower_is_better else "worse"
+    return word if se is not None else f"{word}, by an unknown error (too few {units})"

@@ -1,0 +1,105 @@
+"""From a record's JSON to a frozen dataclass: what is missing, unknown or of another type is a RecordError."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from laser.errors import RecordError
+
+T = TypeVar("T")
+LARGEST = sys.float_info.max
+WORDS = {
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def decode(cls: type[T], found: Any, where: str, remedy: str, optional: Sequence[str] = ()) -> T:
+    """The dataclass `cls` from a JSON object, whose keys must be its fields and whose values of their types.
+
+    optional: fields that an earlier version did not write and that have a default. where: begins the error, as
+    `plan.json: line 3 (NAME)`; remedy: ends it. Raises RecordError.
+    """
+    if not isinstance(found, dict):
+        raise RecordError(f"{where} is {shown(found)}, expected an object; {remedy}")
+    hints, names = get_type_hints(cls), [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+    require_keys(found, [name for name in names if name not in optional], optional, where, remedy)
+    return cls(**{name: value_of(hints[name], found[name], name, where, remedy) for name in names if name in found})
+
+
+def require_keys(
+    found: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], where: str, rest: str
+) -> None:
+    """Raises RecordError unless the object has the `needed` keys and no others than these and the `optional` ones."""
+    if missing := [name for name in needed if name not in found]:
+        raise RecordError(f"{where} has no key {missing[0]!r}, expected {', '.join(needed)}; {rest}")
+    if unknown := [name for name in found if name not in needed and name not in optional]:
+        raise RecordError(f"{where} has a key {unknown[0]!r}, expected only {', '.join([*needed, *optional])}; {rest}")
+
+
+def value_of(hint: Any, found: Any, name: str, where: str, remedy: str) -> Any:
+    """`found` as `hint` has it (a list for a tuple). Raises RecordError."""
+    try:
+        return _as(hint, found)
+    except TypeError:
+        told = f"{where}: {name} is {shown(found)}, expected {words(hint)}; {remedy}"
+        raise RecordError(told) from None
+
+
+def _as(hint: Any, found: Any) -> Any:
+    """Raises TypeError. A whole number will do for a number, true and false for none; NaN and Infinity never do."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for one in inside:
+            try:
+                return _as(one, found)
+            except TypeError:
+                continue
+        raise TypeError
+    if hint is Any or (hint is dict and isinstance(found, dict)):
+        return found
+    if origin is tuple and isinstance(found, (list, tuple)):
+        return tuple(_as(inside[0], x) for x in found)
+    if origin is not None and isinstance(found, dict) and issubclass(origin, Mapping):
+        return {_as(inside[0], key): _as(inside[1], x) for key, x in found.items()}
+    if hint is float and isinstance(found, int | float) and type(found) is not bool and abs(found) <= LARGEST:
+        return found
+    if isinstance(hint, type) and type(found) is hint and hint is not float:
+        return found
+    raise TypeError
+
+
+def words(hint: Any) -> str:
+    """A type, for people."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(one) for one in inside)
+    if origin is tuple:
+        return f"a list, each {words(inside[0])}"
+    return WORDS.get(hint, "an object")
+
+
+def shown(found: Any) -> str:
+    """A value as its file has it, shortened."""
+    text = {None: "null", True: "true", False: "false"}.get(found) if type(found) in (bool, type(None)) else None
+    text = text or (f'"{found}"' if isinstance(found, str) else str(found))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def require_finite(found: Any, where: str, remedy: str) -> None:
+    """Raises RecordError for NaN or Infinity anywhere in a JSON value."""
+    todo = [found]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecordError(f"{where} holds {value}, expected a finite number; {remedy}")
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
