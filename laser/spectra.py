@@ -164,7 +164,7 @@ class Spectra:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
         check_header(header, path, KIND, VERSION)
         require_sealed(header | {"vectors": _hash(vectors)}, path, KIND)
-        needed = ("source", "method", "device", "matrices", "check")
+        needed = ("source", "method", "device", "matrices", "vectors", "check")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)
         method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))

@@ -254,9 +254,12 @@ def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) 
             problems = laser.verify(checkpoint, out).problems
         except LaserError as error:
             problems = (str(error),)
+        if file == "README.md":  # people's to edit
+            assert problems == ()
+            continue
         assert any(Path(file).name in p for p in problems) or file.endswith(".safetensors"), (file, fault, problems)
         assert problems, (file, fault)
-        if not file.startswith("laser/") and file != "README.md":  # nor is it called finished
+        if not file.startswith("laser/"):  # nor is it called finished
             try:
                 laser.reduce(checkpoint, plan, out, resume=True)
             except LaserError:
@@ -265,24 +268,33 @@ def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) 
     assert cases > 60
 
 
-def test_every_fault_in_records_is_an_error(small: Path, tmp_path: Path) -> None:
-    spectra, plan = tmp_path / "spectra.safetensors", tmp_path / "plan.json"
-    laser.scan(laser.open_checkpoint(small)).save(spectra)
-    make_plan(Spectra.load(spectra), "rank:4").save(plan)
-    for path, load, step in ((spectra, Spectra.load, 997), (plan, Plan.load, 499)):
-        whole = path.read_bytes()
-        for at in range(0, len(whole), step):
-            data = bytearray(whole)
-            data[at] ^= 1 << at % 7
-            path.write_bytes(data)
-            with pytest.raises(RecordError):
-                load(path)
-    # Whoever changes a plan by hand says so by taking its checksum out.
-    document = json.loads(whole)
-    del document["check"]
-    document["lines"][0]["reason"] = "by hand"
-    plan.write_text(json.dumps(document))
-    assert Plan.load(plan).lines[0].reason == "by hand"
+def test_every_flipped_bit_of_spectra_is_an_error(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "spectra.safetensors"
+    laser.scan(laser.open_checkpoint(small)).save(path)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 997):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 7
+        path.write_bytes(data)
+        with pytest.raises(RecordError):
+            Spectra.load(path)
+
+
+def test_a_plan_that_does_not_know_its_weights_is_refused(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    made = make_plan(laser.scan(laser.open_checkpoint(small)), "rank:4")
+    made.save(path)
+    document = json.loads(path.read_bytes())
+    bare = {key: value for key, value in document["source"].items() if key not in ("samples", "content")}
+    for version in (1, 2):
+        path.write_text(json.dumps(document | {"version": version, "source": bare}))
+        with pytest.raises(RecordError, match=r"which weights.*`laser plan SPECTRA -o FILE --rule RULE`"):
+            Plan.load(path)
+        path.write_text(json.dumps(document | {"version": version}))  # as one of a model on the Hub always did
+        assert Plan.load(path) == made
+    path.write_text(json.dumps(document | {"version": 3}))
+    with pytest.raises(RecordError, match="version 3, expected 'plan' version 2.*`laser plan SPECTRA"):
+        Plan.load(path)
 
 
 def test_a_scan_goes_on_from_a_damaged_journal(small: Path, tmp_path: Path) -> None:

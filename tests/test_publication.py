@@ -95,9 +95,9 @@ def test_evaluations_of_two_precisions_are_not_judged(
     reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = reduced
-    after = replace(loss(open_checkpoint(out).identity, 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
+    after = replace(loss(open_checkpoint(out), 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
     (out / EVAL).parent.mkdir()
-    loss(source.identity, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
+    loss(source, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
     after.save(out / EVAL)
     text = write_card(out).read_text()
     assert text.count("not like with like: dtype float32 against bfloat16, device cpu against cuda") == 2
