@@ -10,10 +10,10 @@ import torch
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
+from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
 from laser.evaluation.layout import no_weights_for, running
 from laser.evaluation.perplexity import Perplexity, record_of
-from laser.evaluation.as_stored import as_stored
 from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
 from laser.evaluation.text import Window, Windows
 

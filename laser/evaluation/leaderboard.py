@@ -27,9 +27,9 @@ import numpy as np
 from laser.checkpoint.files import Journal, read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
-from laser.evaluation.as_stored import as_stored
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
