@@ -189,10 +189,10 @@ class _Names:
     def _counts(self) -> tuple[int, int]:
         return number_or_none(self.config, "head") or 0, number_or_none(self.config, "expert") or 0
 
-    def _decides(self, rows: int) -> bool:
-        """Whether a matrix whose name says nothing chooses experts or gates heads, by its number of rows."""
+    def _decides(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix whose name says nothing chooses experts or gates heads: flat, with a row for each."""
         heads, experts = self._counts
-        return rows <= heads or rows == experts
+        return len(shape) == 2 and 4 * shape[0] <= shape[1] and (shape[0] <= heads or shape[0] == experts)
 
     def matrices(self, info: TensorInfo) -> list[Matrix]:
         found = _compiled(NUMBER).search(info.name)
@@ -225,7 +225,7 @@ class _Names:
                 replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
                 for label, role, e, cut in cuts_of(info, row, self.config)
             ]
-        if row.role == "linear" and self.family not in FAMILIES and whole.is_matrix and self._decides(info.shape[0]):
+        if row.role == "linear" and self.family not in FAMILIES and self._decides(info.shape):
             return [replace(whole, role="router")]
         # Packed numbers cannot be cut by their shape.
         return [replace(whole, role="other" if row.axes else row.role)]
