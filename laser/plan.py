@@ -15,10 +15,10 @@ import numpy as np
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.errors import RecordError, UsageError
 from laser.in_data import in_data_metric, line_in_data
 from laser.moments import Calibration
-from laser.records import decode, require_finite, require_keys, shown, value_of
 from laser.selection import Selection
 from laser.spectra import SOURCE_OPTIONAL, Source, Spectra
 from laser.spectral.entries import HEAVY, edge_shift
