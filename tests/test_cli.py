@@ -314,3 +314,11 @@ def test_what_is_no_regular_expression_is_refused(option: str, text: str, run: R
 def test_the_option_that_is_wrong_is_named(words: tuple[str, ...], told: str, run: Run, pico: Path) -> None:
     code, _, err = run("scan", pico, "--dry-run", *words)
     assert code == 2 and told in err
+
+
+def test_lowest_snr_0_is_all_of_them_over_a_recipe(run: Run, pico: Path, tmp_path: Path) -> None:
+    for folder, words in (("all", ("--rule", "laser-rmt", "--no-search")), ("zero", ("--recipe", "laser-rmt"))):
+        number = ("--lowest-snr", 0) if folder == "zero" else ()
+        assert run("run", pico, "-o", tmp_path / folder, *words, *number)[0] == 0
+    one, two = (json.loads((tmp_path / folder / "laser.json").read_text()) for folder in ("all", "zero"))
+    assert one["matrices"] == two["matrices"] and two["plan"]["selection"]["lowest_snr"] is None
