@@ -28,11 +28,11 @@ from typing import Any, TypeVar
 from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.records import decode
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity, difference
-from laser.records import decode
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of

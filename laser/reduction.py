@@ -21,6 +21,7 @@ from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
+from laser.checkpoint.records import require_keys, value_of
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import New, OnCheck, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
@@ -29,7 +30,6 @@ from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
-from laser.records import require_keys, value_of
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import signal_to_noise

@@ -293,7 +293,7 @@ def test_a_plan_that_does_not_know_its_weights_is_refused(small: Path, tmp_path:
         path.write_text(json.dumps(document | {"version": version}))  # as one of a model on the Hub always did
         assert Plan.load(path) == made
     path.write_text(json.dumps(document | {"version": 3}))
-    with pytest.raises(RecordError, match="version 3, expected 'plan' version 2.*`laser plan SPECTRA"):
+    with pytest.raises(RecordError, match=r"version 3, expected 'plan' version 2.*`laser plan SPECTRA"):
         Plan.load(path)
 
 

@@ -28,6 +28,9 @@ COMMANDS = {
     "search": "laser run MODEL -o OUT --search",
     "source": "laser card OUT --source MODEL",
 }
+# and how that is said where another file was named
+MADE_BY = {kind: f"{command} makes one" for kind, command in COMMANDS.items()}
+MADE_BY["outcome"] = "name a directory that laser reduce or laser run has finished"
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "check the path and its permissions"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and run the same command again with --resume"
+            remedy = "free some space and run the same command again (reduce and run: with --resume)"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 
@@ -73,33 +76,35 @@ def require_sealed(document: Any, path: Path, kind: str) -> None:
 def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
+        document = json.loads(path.read_bytes(), object_pairs_hook=each_once)
     except FileNotFoundError:
-        raise RecordError(f"no such file: {path}; try `laser {kind} --help` for how to make a {kind}") from None
+        raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
     check_header(document, path, kind, version, *earlier)
     return document
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is twice in the entry of {found.get('name', 'no name')}")
+        of = f"the entry of {found['name']}" if "name" in found else "an object"
+        raise ValueError(f"the key {twice!r} is twice in {of}")
     return found
 
 
 def check_header(document: Any, path: Path, kind: str, version: int, *earlier: int) -> None:
     """Raises RecordError unless the document says that it is a `kind` of `version`, or of an `earlier` one."""
     found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found[0] != kind or found[1] not in (version, *earlier) or type(found[1]) is not int:
-        raise RecordError(
-            f"{path}: found kind {found[0]!r} version {found[1]!r}, expected {kind!r} version {version}; "
-            f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
-        )
+    if found[0] == kind and type(found[1]) is int and found[1] in (version, *earlier):
+        return
+    told = "kind None, so no record of laser" if found == (None, None) else f"kind {found[0]!r} version {found[1]!r}"
+    again = f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
+    remedy = again if found[0] == kind else MADE_BY.get(kind, "check the path")
+    raise RecordError(f"{path}: found {told}, expected {kind!r} version {version}; {remedy}")
 
 
 CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')

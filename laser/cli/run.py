@@ -15,10 +15,10 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import require_apart
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
-    LowestSnr,
     Output,
     RequireFit,
     RuleOption,
@@ -55,7 +55,9 @@ def run(
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
     rule: RuleOption = None,
     moments: common.MomentsFile = None,
-    lowest_snr: LowestSnr = None,
+    lowest_snr: Annotated[
+        int | None, typer.Option("--lowest-snr", help="Only the K matrices of lowest SNR; 0: all. Search: 15.")
+    ] = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
     require_fit: RequireFit = None,
@@ -101,7 +103,7 @@ def run(
     # What is asked for here wins; rule and number default to the published procedure's candidates.
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
-    count = lowest_snr or flags.get("lowest-snr") or (15 if searching else None)
+    count = (flags.get("lowest-snr", 15 if searching else None) if lowest_snr is None else lowest_snr) or None
     checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
@@ -123,6 +125,7 @@ def run(
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
+    require_apart(checkpoint, output)
     known = common.moments_of(moments)
     texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
