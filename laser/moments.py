@@ -122,7 +122,6 @@ class Moments:
         except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise RecordError(f"{path} is not a readable moments file ({error}); calibrate again") from error
         check_header(header, path, KIND, VERSION)
-        require_sealed(header, path, KIND)
         where = f"{path}: its header"
         require_keys(header, ("source", "calibration", "sites", "hashes", "check"), ("kind", "version"), where, AGAIN)
         require_finite(header, where, AGAIN)
@@ -133,6 +132,7 @@ class Moments:
         for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
             site = decode(Site, row, f"{path}: site {number}", AGAIN)
             sites |= dict.fromkeys(site.matrices, site)
+        require_sealed(header, path, KIND)
         return Moments(path, source, calibration, sites, hashes)
 
 

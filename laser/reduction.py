@@ -151,6 +151,12 @@ def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
     return replace(line, threshold=line.threshold if held else None, reason=why, **found)
 
 
+def plan_as_measured(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan as laser.json has it, from the records by matrix."""
+    lines = (as_measured(x, records[x.name]) if x.name in records else x for x in plan.lines)
+    return replace(plan, lines=tuple(lines))
+
+
 def reduce(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -273,8 +279,7 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        lines = (as_measured(x, records[x.name]) if x.name in records else x for x in plan.lines)
-        done = replace(plan, lines=tuple(lines))
+        done = plan_as_measured(plan, records)
         document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(done)}
         return document | {"matrices": records, "shards": shards}
 

@@ -163,7 +163,6 @@ class Spectra:
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
-        require_sealed(header if header.get("vectors") == _hash(vectors) else None, path, KIND)
         needed = ("source", "method", "device", "matrices", "vectors", "check")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)
@@ -181,6 +180,7 @@ class Spectra:
         spectra = Spectra(source, matrices, values, skipped, method, device, nulls, kurtosis, data, notes)
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {AGAIN}")
+        require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
         return spectra
 
 

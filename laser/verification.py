@@ -101,7 +101,7 @@ def verify(
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
     if not problems:  # else what is wrong has been said
-        problems = damage_at_rest(out, outcome.plan)
+        problems = damage_at_rest(out, outcome)
     for checkpoint in (source, result):
         require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))

@@ -216,7 +216,7 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
 ) -> None:
     site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
     calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
-    header = header_of(Source("m", "0"), calibration, [site])
+    header = header_of(Source("m", "0"), calibration, [site], {})
     change(header)
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):

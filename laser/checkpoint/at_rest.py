@@ -12,19 +12,14 @@ from laser.checkpoint.files import is_sealed
 from laser.checkpoint.reader import INDEX, OUTCOME
 
 CARD = "README.md"  # ours, made again at will, and people's to edit
-PLAN = "plan.json"
 
 
 def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
-    """sha256 by name of every file of an output but its shards (`aside`), the card, and laser's records in `folder`.
-
-    These have checksums of their own, but for the plan, which is in.
-    """
+    """sha256 by name of every file of an output but its shards (`aside`), laser's records in `folder`, and the card."""
     sums = {}
     for path in sorted(out.rglob("*")):
         relative = path.relative_to(out)
-        record = relative.parts[0] == folder and relative.as_posix() != f"{folder}/{PLAN}"
-        ours = record or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
+        ours = relative.parts[0] == folder or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
         passing = path.name.endswith((".partial", ".tmp", ".lock"))
         if path.is_file() and not ours and not passing:
             sums[relative.as_posix()] = sha256_of(path)
