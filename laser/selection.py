@@ -88,16 +88,17 @@ class Selection:
                 raise UsageError(
                     f"the model has no layer {entry}; try --layers {' or '.join(spans) or '(this model has no layers)'}"
                 )
-        if self == Selection() and all(self.why_not(m) for m in matrices):
+        if not all(self.why_not(m) for m in matrices):
+            return
+        for name, why in self.skipped(matrices).items():
+            raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
+        if self == Selection():
             kept = sorted({m.role for m in matrices if m.is_matrix})
             raise UsageError(
                 f"no matrix here is cut unless asked for: their roles are {', '.join(kept) or '(no matrix at all)'}; "
                 "check that this is the checkpoint you mean, and its config.json"
             )
-        if all(self.why_not(m) for m in matrices):
-            for name, why in self.skipped(matrices).items():
-                raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
-            raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
+        raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...]:
