@@ -242,7 +242,7 @@ def test_a_tensor_cannot_command_the_terminal(
     for words in (
         ("scan", model, "-o", tmp_path / "s", "--roles", "linear,other"),
         ("spectra", tmp_path / "s"),
-        ("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:2", "--roles", "linear"),
+        ("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:1", "--roles", "linear"),
         ("reduce", model, tmp_path / "p", "-o", tmp_path / "out"),
         ("verify", model, tmp_path / "out"),
         ("null", model, "--roles", "linear"),

@@ -93,7 +93,8 @@ def test_spectra_of_an_earlier_version_are_still_read(pico: Path, tmp_path: Path
 
 def checkpoint_of(make_pico: Callable[..., Path], matrices: list[torch.Tensor]) -> laser.Checkpoint:
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(len(matrices))]
-    return laser.open_checkpoint(make_pico(shards=1, tensors=dict(zip(names, matrices, strict=True))))
+    tensors = dict(zip(names, matrices, strict=True))
+    return laser.open_checkpoint(make_pico(shards=1, tensors=tensors, num_hidden_layers=len(matrices)))
 
 
 def noise(seed: int, dtype: torch.dtype, scale: float) -> torch.Tensor:

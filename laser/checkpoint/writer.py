@@ -46,16 +46,21 @@ Compute = Callable[[list[str]], Generator[New, None, None]]
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
+def require_apart(source: Checkpoint, out: Path) -> None:
+    """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
     target = out.resolve()
     if target == source.path or source.path in target.parents or target in source.path.parents:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
+
+
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be.
+
+    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
+    """
+    require_apart(source, out)
     ours = (out / JOURNAL).exists() or (out / OUTCOME).exists()
     if force and ours:
         with disk_errors(out):

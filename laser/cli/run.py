@@ -14,6 +14,7 @@ import typer
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.writer import require_apart
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
@@ -123,6 +124,7 @@ def run(
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
+    require_apart(checkpoint, output)
     known = common.moments_of(moments)
     texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())

@@ -133,7 +133,9 @@ def learned_positions(model: Any) -> int | None:
     embedding = model.get_input_embeddings()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in decoder_of(model).named_modules():
-        if isinstance(module, torch.nn.Embedding) and module is not embedding and re.search(r"pos|wpe", name):
+        # Those of the text stand beside its layers, or one deeper; deeper still are those of other modalities' towers.
+        beside = name.count(".") < 2 and re.search(r"pos|wpe", name)
+        if isinstance(module, torch.nn.Embedding) and module is not embedding and beside:
             first = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
             found.append(module.num_embeddings - first)
     for name, buffer in decoder_of(model).named_buffers():

@@ -139,7 +139,7 @@ def test_other_sources_and_places_are_refused(hub: Callable[[str], Path], tmp_pa
     release = write_release(source, tmp_path / "release")
     code, _, err = run("convert", release, "-o", source)
     assert code == 1 and "exists; try another -o" in err
-    code, _, err = run("eval", release, "--text", release / "params.json")
+    code, _, err = run("eval", release)
     assert code == 2 and f"laser convert {release.name}" in err
     (release / "consolidated.01.safetensors").write_bytes((release / "consolidated.safetensors").read_bytes())
     with pytest.raises(LaserError, match=r"is in more than one file"):
