@@ -524,11 +524,25 @@ def test_average_and_its_error() -> None:
         lambda d: d.update(settings=[]),
         lambda d: d.update(settings={"device": 0}),
         lambda d: d.update(versions=None),
+        lambda d: d["scores"][0].update(stderr=9.0),
+        lambda d: d["scores"][0].update(stderr=None),
+        lambda d: d["scores"][0].update(stderr="x"),
+        lambda d: d["scores"][0].update(shots="5"),
+        lambda d: d["scores"][0].update(metric="acc_norm"),
+        lambda d: d["scores"][0].update(undefined=4),
+        lambda d: d["scores"][0].update(rows_sha256=5),
+        lambda d: d["scores"].append(d["scores"][0]),
+        lambda d: d.update(average_stderr=9),
+        lambda d: d.update(data=None),
+        lambda d: d.update(command=5),
+        lambda d: d.update(model=None),
+        lambda d: d.update(limit="x"),
+        lambda d: d.update(versions={"torch": 5}),
     ],
 )
 def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     path = tmp_path / "leaderboard.json"
-    board_of(score(1, 0, 1)).save(path)
+    board_of(dataclasses.replace(score(1, 0, 1), stderr=mean_and_error((1, 0, 1), (3,))[1])).save(path)
     document = json.loads(path.read_bytes())
     assert Leaderboard.load(path).scores[0].n == 3
     damage(document)
