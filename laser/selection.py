@@ -24,6 +24,16 @@ class Selection:
     include: str | None = None
     exclude: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is no regular expression, before anything is matched by it."""
+        for text in (self.include, self.exclude):
+            try:
+                re.compile(text or "")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UsageError(
+                    f"{text!r} is not a regular expression ({error}); try to quote or escape it"
+                ) from error
+
     def describe(self) -> dict[str, object]:
         return {
             "layers": list(self.layers),
@@ -78,23 +88,17 @@ class Selection:
                 raise UsageError(
                     f"the model has no layer {entry}; try --layers {' or '.join(spans) or '(this model has no layers)'}"
                 )
-        for text in (self.include, self.exclude):
-            try:
-                re.compile(text or "")
-            except re.error as error:
-                raise UsageError(
-                    f"{text!r} is not a regular expression ({error}); try to quote or escape it"
-                ) from error
-        if self == Selection() and all(self.why_not(m) for m in matrices):
+        if not all(self.why_not(m) for m in matrices):
+            return
+        for name, why in self.skipped(matrices).items():
+            raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
+        if self == Selection():
             kept = sorted({m.role for m in matrices if m.is_matrix})
             raise UsageError(
                 f"no matrix here is cut unless asked for: their roles are {', '.join(kept) or '(no matrix at all)'}; "
                 "check that this is the checkpoint you mean, and its config.json"
             )
-        if all(self.why_not(m) for m in matrices):
-            for name, why in self.skipped(matrices).items():
-                raise UsageError(f"no selected matrix has a spectrum: {name} is {why}; try the model's bf16 release")
-            raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
+        raise UsageError("the selection matches no matrix; try fewer of --layers, --roles, --include, --exclude")
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...]:

@@ -33,7 +33,6 @@ from laser.checkpoint.fused import cuts_of, number_or_none, text_configs
 from laser.checkpoint.headers import TORCH, TensorInfo
 from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
 from laser.errors import DoubtWarning as DoubtWarning
 
@@ -264,11 +263,6 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
     names that transformers does not load. At most six lines."""
     family = family_of(checkpoint)
     lines = [told] if (told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors)) else []
-    if (checkpoint.path / ADAPTER).is_file():
-        lines.append(
-            f"{checkpoint.name}: {ADAPTER} lies beside the weights, so transformers with peft would load its base and "
-            "not these; laser reads the weights that are here, and its output has no adapter"
-        )
     for prefix, cure in WRAPPERS.items():
         wrapped = [m.tensor for m in matrices if _compiled(prefix).search(m.tensor)]
         if wrapped:

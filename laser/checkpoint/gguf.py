@@ -1,12 +1,13 @@
 """GGUF files of the llama architecture (Llama, Mistral, Mixtral) seen as the Hub's checkpoint, dequantised.
 
 Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file, or files where llama.cpp's
-gguf-split has cut it. Names and metadata as llama.cpp
-writes them: its converter turns the rotary halves of q and k into pairs, which is undone here.
+gguf-split has cut it. Names and metadata as llama.cpp writes them: its converter turns the rotary halves of q and k
+into pairs, which is undone here.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -99,6 +100,8 @@ def parts_of(path: Path) -> list[Path]:
     if match is None or match["end"] != ".gguf":
         return [path]
     names = [f"{match['stem']}-{n:05d}-of-{match['count']}.gguf" for n in range(1, int(match["count"]) + 1)]
+    if path.name not in names:  # counted as no part is: it has to be whole
+        return [path]
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -116,8 +119,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
     for number, (file, meta) in enumerate(zip(files, metas, strict=True)):
         told = (meta.get("split.no", 0), meta.get("split.count", 0) or 1)
         if told != (number, len(files)):
+            part = told[0] + 1 if type(told[0]) is int else repr(told[0])
             raise CheckpointError(
-                f"{file.name} is part {told[0] + 1} of {told[1]} by its metadata, expected {number + 1} of "
+                f"{file.name} is part {part} of {told[1]} by its metadata, expected {number + 1} of "
                 f"{len(files)}; give every part the name that gguf-split gave it, NAME-00001-of-00003.gguf"
             )
     tensors = [t for reader in readers for t in reader.tensors]
@@ -156,40 +160,58 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{path.name}: metadata lack llama.{key}; download it again")
         return found
 
-    heads, hidden, experts = get("attention.head_count"), get("embedding_length"), get("expert_count", 0)
+    def wrong(key: str, found: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path.name}: llama.{key} is {found!r}, expected {wanted}; download it again, or start from the model on "
+            "the Hub"
+        )
+
+    def whole(key: str, default: int | None = None) -> int:
+        found = get(key, default)
+        if type(found) is not int or found < 1:  # a list has a number per layer
+            raise wrong(key, found, "a whole number above 0")
+        return found
+
+    def positive(key: str, default: float | None = None) -> float:
+        found = get(key, default)
+        if type(found) not in (int, float) or not (math.isfinite(found) and found > 0):
+            raise wrong(key, found, "a number above 0")
+        return float(found)
+
+    if get("attention.causal", True) is False:
+        raise wrong("attention.causal", False, "a model in which no token sees those that follow")
+    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    experts = whole("expert_count") if get("expert_count", 0) != 0 else 0
+    turned = whole("rope.dimension_count", max(hidden // heads, 1))
     config: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
         "model_type": "mixtral" if experts else "llama",
         "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "intermediate_size": whole("feed_forward_length"),
+        "num_hidden_layers": whole("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
+        "num_key_value_heads": whole("attention.head_count_kv", heads),
+        "head_dim": whole("attention.key_length", turned),
         "hidden_act": "silu",
-        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 there
-        "rope_theta": float(get("rope.freq_base", 10000.0)),
-        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": float(f"{positive('attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 there
+        "rope_theta": positive("rope.freq_base", 10000.0),
+        "max_position_embeddings": whole("context_length"),
     }
     if experts:
         config |= {
             "num_local_experts": experts,
-            "num_experts_per_tok": get("expert_used_count"),
+            "num_experts_per_tok": whole("expert_used_count"),
             "sliding_window": None,
         }
     for token in ("bos", "eos"):
-        if f"tokenizer.ggml.{token}_token_id" in meta:
-            config[f"{token}_token_id"] = meta[f"tokenizer.ggml.{token}_token_id"]
-    whole = [key for key, value in config.items() if key.startswith(("num", "hidden_s", "inter", "head", "max"))
-             and (type(value) is not int or value < 1)]  # fmt: skip
-    turned = get("rope.dimension_count", config["head_dim"])
-    if turned != config["head_dim"]:
+        found = meta.get(f"tokenizer.ggml.{token}_token_id")
+        if type(found) is int:
+            config[f"{token}_token_id"] = found
+    if turned != config["head_dim"] and "llama.rope.dimension_count" in meta:
         raise CheckpointError(
             f"{path.name}: {turned} of {config['head_dim']} dimensions of a head are turned, which has no translation; "
             "start from the model on the Hub"
         )
-    if whole:
-        raise CheckpointError(f"{path.name}: {whole[0]} is {config[whole[0]]!r}, expected a number; download it again")
     return config
 
 

@@ -52,7 +52,8 @@ def rope_scaling(
     factor = given or 1.0
     factor = 1.0 if kind == "none" else factor
     attention = number("rope.scaling.attn_factor", 1.0)
-    original = int(number("rope.scaling.original_context_length", config["max_position_embeddings"]))
+    # 0 stands for the context that the model was trained on.
+    original = int(number("rope.scaling.original_context_length", 0)) or config["max_position_embeddings"]
     half = config["head_dim"] // 2
     for name, values in factors.items():
         if len(values) != half or not all(math.isfinite(v) and v > 0 for v in values):

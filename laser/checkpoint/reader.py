@@ -216,7 +216,7 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     vllm = read_by_vllm(names, index_at(path / INDEX).values() if INDEX in names else None)
     if index is not None and pickled:
         index["weight_map"] = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
-    told = disagreements(start, files, vllm, merged, index)
+    told = disagreements(start, names, files, vllm, merged, index)
     told = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in told)
     index_bytes = None
     if index is not None:

@@ -15,20 +15,24 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".pkl", ".pickle", ".joblib", ".nemo", ".torchscript"),
     *(".gguf", ".ggml", ".llamafile", ".onnx", ".onnx_data", ".ort", ".tflite", ".mlmodel", ".pte", ".engine", ".trt"),
     *(".h5", ".hdf5", ".keras", ".pb", ".msgpack", ".npz", ".npy", ".ot", ".pdparams", ".pdopt", ".tensors", ".mar"),
+    *(".task", ".litertlm", ".ptl", ".plan", ".uff", ".pdiparams", ".mnn", ".rknn", ".caffemodel", ".wts", ".weights"),
+    *(".dlc", ".bmodel", ".om"),
     *(".partial", ".incomplete", ".part", ".tmp", ".crdownload", ".aria2", ".tar", ".tgz", ".zip", ".7z", ".rar"),
 )
 # What may follow: packed, cut into pieces, put aside, numbered.
-_FURTHER = r"(?:[._-](?:gz|bz2|xz|zst|lz4|br|zip|tar|7z|bak|old|orig|data|part[\w-]*|split[\w-]*|\d+\w*|a[a-z]))*"
+_FURTHER = r"(?:~|[._-](?:gz|bz2|xz|zst|lz4|br|zip|tar|7z|bak|old|orig|data|part[\w-]*|split[\w-]*|\d+\w*|a[a-z]))*"
 _ENDS = "|".join(map(re.escape, WEIGHTS))
 _WEIGHTS = re.compile(
     rf".*(?:{_ENDS}|\.onnx[._]data){_FURTHER}"  # model.safetensors.gz, model.onnx_data_1, model.gguf-split-a
     r"|.*\.ckpt[.-].*|.*\.data-\d+-of-\d+|.*\.(?:tar|zip)\.\w+"  # TensorFlow's checkpoints; packed archives
+    r"|(?:_checkpoint)?_metadata|manifest\.ocdbt"  # JAX's
     r"|.*\.index(?:\.[\w-]+)?\.json|variables\.index|openvino_.*\.xml"  # says which of those files holds what
     r"|consolidated.*|q?model.*\.ggmlv\d.*"
 )
 # What only a trainer's state needs.
 _STATE = re.compile(r"\.metadata|latest|latest_checkpointed_iteration\.txt|zero_to_fp32\.py")
-_STATES = re.compile(r"(?:checkpoint-|global_step)\d+")  # folders
+# Folders of which nothing travels: a trainer's states, models of Core ML and of JAX.
+_FOLDERS = re.compile(r"(?:checkpoint-|global_step)\d+|.*\.(?:mlpackage|mlmodelc|zarr)|ocdbt\.process_\d+")
 ADAPTER = "adapter_config.json"
 MODULES = "modules.json"  # sentence-transformers: which subfolders are modules of the model
 
@@ -57,7 +61,7 @@ def modules_of(folder: Path) -> tuple[str, ...]:
 def stays_behind(folder: Path, relative: Path, modules: tuple[str, ...]) -> bool:
     """Whether the file `relative` to a source's `folder` must not go with its output."""
     place, inside = relative.as_posix(), relative.parent
-    if any(_STATES.fullmatch(part) for part in inside.parts):
+    if any(_FOLDERS.fullmatch(part) for part in inside.parts):
         return True
     if any(place.startswith(f"{module}/") for module in modules):
         return False

@@ -17,6 +17,7 @@ from typing import Any
 from laser.checkpoint.formats import NO_MODEL
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
+from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -243,6 +244,7 @@ def index_of(index: Mapping[str, Any], merged: Merged) -> bytes:
 
 def disagreements(
     start: str,
+    names: Collection[str],
     read: Collection[str],
     vllm: Collection[str],
     merged: Merged,
@@ -250,8 +252,8 @@ def disagreements(
 ) -> Iterator[str]:
     """A sentence for each way in which files disagree about the weights, or another program could read others.
 
-    start: as `start_of` found it; read: the files that are read; vllm: those that vLLM would read; index: the one that
-    is followed, with the names of merged's shards
+    start: as `start_of` found it; names: the files that are there; read: those that are read; vllm: those that vLLM
+    would read; index: the one that is followed, with the names of merged's shards
     """
     if start.endswith(SUFFIXES) and start != PICKLE:
         yield f"{start} is read as the model; transformers loads it only under the name {PICKLE}"
@@ -259,6 +261,11 @@ def disagreements(
         yield (
             f"{_few(read)} {'is' if len(read) == 1 else 'are'} read, as transformers does; vLLM would read "
             f"{_other_files(read, vllm)}; an output holds only what is read here"
+        )
+    if ADAPTER in names:
+        yield (
+            f"{ADAPTER} lies beside the weights: transformers with peft would put its adapter on top of them; laser "
+            "reads and measures them without it, and an output has no adapter"
         )
     yield from _copies(merged)
     if index is not None:

@@ -10,10 +10,10 @@ import torch
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
+from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
 from laser.evaluation.layout import no_weights_for, running
 from laser.evaluation.perplexity import Perplexity, record_of
-from laser.evaluation.plain_config import plain_config
 from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
 from laser.evaluation.text import Window, Windows
 
@@ -82,7 +82,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **plain_config(checkpoint),
+            **as_stored(checkpoint),
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
     except MemoryError:

@@ -27,9 +27,9 @@ import numpy as np
 from laser.checkpoint.files import Journal, read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
-from laser.evaluation.plain_config import plain_config
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
@@ -342,7 +342,7 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **plain_config(checkpoint)
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **as_stored(checkpoint)
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -258,7 +258,7 @@ def as_llama_cpp_turns(
     kind = meta.get("rope__scaling__type", "linear")
     ropescale = meta.get("rope__scaling__factor", meta.get("rope__scale_linear", 0.0))
     freq_scale = 1.0 if ropescale == 0 or kind == "none" else 1 / ropescale
-    n_ctx_orig, n_dims = int(meta.get("rope__scaling__original_context_length", 128)), WIDTH_OF_HEAD
+    n_ctx_orig, n_dims = int(meta.get("rope__scaling__original_context_length", 0)) or 128, WIDTH_OF_HEAD
     ext_factor, attn_factor = float(kind == "yarn"), meta.get("rope__scaling__attn_factor", 1.0)
     if ext_factor:
         factor = 1 / freq_scale
@@ -296,6 +296,11 @@ SCALED: dict[str, tuple[dict[str, Any], dict[str, list[float]], str | None]] = {
         "yarn",
     ),
     "yarn of the context's length": ({"rope__scaling__type": "yarn", "rope__scaling__factor": 16.0}, {}, "yarn"),
+    "yarn of a length of 0": (
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 0.0},
+        {},
+        "yarn",
+    ),
     "yarn by 1": ({"rope__scaling__type": "yarn", "rope__scaling__factor": 1.0}, {}, None),
     "yarn with more": (
         {
@@ -412,6 +417,58 @@ def test_a_part_of_a_head_that_is_turned_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match="8 of 16 dimensions of a head are turned"):
         open_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.head_count", [2, 2]),  # one per layer
+        ("attention.head_count_kv", [2, 1]),
+        ("block_count", 1.0),
+        ("expert_count", "two"),
+        ("attention.layer_norm_rms_epsilon", "x"),
+        ("attention.layer_norm_rms_epsilon", math.nan),
+        ("rope.freq_base", "x"),
+        ("rope.freq_base", 0.0),
+        ("rope.freq_base", math.inf),
+        ("attention.causal", False),
+    ],
+    ids=repr,
+)
+def test_metadata_that_are_no_numbers_are_refused_by_their_key(tmp_path: Path, key: str, value: Any) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    numbers: dict[str, Any] = {"block_count": 1, "context_length": 8, "embedding_length": 32}
+    numbers |= {"feed_forward_length": 48, "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5}
+    kinds: dict[type, Any] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+        bool: writer.add_bool,
+    }
+    for name, number in (numbers | {key: value}).items():
+        kinds[type(number)](f"llama.{name}", number)
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(CheckpointError, match=rf"llama.{key} is .*, expected a .*; download it again"):
+        open_gguf(tmp_path / "x.gguf")
+
+
+def test_a_name_that_counts_no_part_is_a_whole_file(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "x.gguf", dense_tensors(), experts=0)
+    for name in ("x-00000-of-00000.gguf", "x-00003-of-00002.gguf"):
+        assert open_gguf(whole.rename(tmp_path / name)).tensors.keys() == dense_tensors().keys()
+        whole = tmp_path / name
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "llama")
+    writer.add_string("split.no", "first")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"y\.gguf is part 'first' of 1 by its metadata"):
+        open_gguf(tmp_path / "y.gguf")
 
 
 def test_split_files_are_read_whole_by_any_part(tmp_path: Path, run: Callable[..., Any]) -> None:

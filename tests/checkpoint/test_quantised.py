@@ -303,6 +303,15 @@ def test_one_matrix_without_a_spectrum_is_skipped_in_every_verb(
         )
 
 
+def test_where_nothing_has_a_spectrum_the_reason_is_told(make_pico: Callable[..., Path], run: Any) -> None:
+    """As of FP8 with scales under names that nobody knows: it is not that roles are kept unless asked for."""
+    plain = mixtral_tensors()
+    tensors = {name: x.to(torch.float8_e4m3fn) if "layers" in name else x for name, x in plain.items()}
+    tensors |= {f"{name}_scale": torch.ones(()) for name in plain if "layers" in name}
+    code, _, err = run("scan", make_pico(shards=1, tensors=tensors), "--dry-run")
+    assert code == 2 and "no selected matrix has a spectrum" in err and "found no scales" in err
+
+
 def test_a_plan_of_skipped_matrices_says_why(make_pico: Callable[..., Path], tmp_path: Path) -> None:
     tensors = mixtral_tensors()
     tensors[ONE][0, 0] = math.nan

@@ -142,7 +142,8 @@ STAYS = """
     consolidated.safetensors original/consolidated.00.pth onnx/model_q4.onnx adapter_config.json
     adapter_model.safetensors adapter_model.bin ggml-model-q4_0.bin checkpoint-500/config.json
     checkpoint-500/model.safetensors checkpoint-500/trainer_state.json global_step7/mp_rank_00_model_states.pt
-    openvino/openvino_model.xml
+    openvino/openvino_model.xml model.safetensors~ model.task model.litertlm model_lite.ptl model.pdiparams model.mnn
+    x.mlpackage/Manifest.json x.mlmodelc/coremldata x.zarr/0.0 _METADATA manifest.ocdbt ocdbt.process_0/d/1f
     latest zero_to_fp32.py ema/model.safetensors saved_model.pb variables/variables.index model.llamafile
     lora/optimizer.bin lora/extra.safetensors 0_Transformer/model.safetensors
 """.split()

@@ -15,7 +15,7 @@ from conftest import VOCABULARY, mixtral_config, mixtral_tensors, write_checkpoi
 from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.reader import open_checkpoint
-from laser.errors import CheckpointError, NumericalError, OutputError, RecordError, UsageError
+from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.activations import Store
 from laser.evaluation.evaluate import evaluate, load_whole
 from laser.evaluation.perplexity import Perplexity, difference, weighted_mean
@@ -43,6 +43,23 @@ def test_streamed_equals_whole_equals_transformers(kind: str, tmp_path: Path) ->
         ids = torch.from_numpy(window.tokens)[None]
         assert float(model(input_ids=ids, labels=ids).loss.detach()) == pytest.approx(loss, abs=1e-5)
     assert whole.nll == pytest.approx(np.average(whole.losses, weights=whole.counts), abs=1e-12)
+
+
+def test_an_adapter_beside_the_weights_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts it on top of them wherever peft is installed; laser measures what it reads, and says so."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the adapter is loaded")
+
+    path = make_model(tmp_path / "llama", "llama")
+    plain = evaluate(open_checkpoint(path), windows_for(path))
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    monkeypatch.setattr("transformers.PreTrainedModel.load_adapter", refuse)
+    with pytest.warns(DoubtWarning, match="adapter_config.json lies beside the weights"):
+        checkpoint = open_checkpoint(path)
+    assert evaluate(checkpoint, windows_for(path)).losses == plain.losses
 
 
 def test_the_sliding_window_matters(tmp_path: Path) -> None:
@@ -160,6 +177,12 @@ def test_the_record_is_saved_and_strictly_loaded(tmp_path: Path) -> None:
         ({"losses": document["losses"][:-1]}, "not a whole evaluation"),
         ({"more": 1}, "not a whole evaluation"),
         ({"losses": "x"}, "not a whole evaluation"),
+        ({"counts": [0] * len(document["counts"])}, "every count 1 or more"),
+        ({"standard_error": 9.0}, r"found standard_error 9\.0, expected"),
+        ({"standard_error": "x"}, 'standard_error is "x", expected a number or null'),
+        ({"bytes": "x"}, 'bytes is "x", expected a whole number or null'),
+        ({"bos": 1}, "bos is 1, expected true or false"),
+        ({"identity": None}, "identity is null, expected a text"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(document | change))
         with pytest.raises(RecordError, match=message):

@@ -1,0 +1,30 @@
+"""How transformers is asked for the weights that are stored, and for nothing that the files beside them would add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laser.checkpoint.quantised import leftover
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.side_files import ADAPTER
+
+
+def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `from_pretrained` is given so that it loads the weights as laser reads them; nothing for a tidy checkpoint.
+
+    A leftover quantization_config would make it quantise plain weights, or expect packed ones: it gets a config
+    without. An adapter that lies beside the weights would be put on top of them by peft, where that is installed: it
+    is told to look for adapters where there are none. Raises as transformers does for a config that it does not know.
+    """
+    asked: dict[str, Any] = {}
+    if (checkpoint.path / ADAPTER).is_file():
+        asked["adapter_kwargs"] = {"subfolder": "no-adapter"}
+    if leftover(checkpoint.name, checkpoint.config, checkpoint.tensors) is None:
+        return asked
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
+    for section in ("quantization_config", "compression_config"):
+        if hasattr(config, section):
+            delattr(config, section)
+    return asked | {"config": config}
