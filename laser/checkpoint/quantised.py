@@ -91,10 +91,10 @@ def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     method = _method(config)
     if not method or not _is_leftover(method, tensors):
         return None
+    kind = METHODS.get(method, method)
     return (
-        f"{where}: config.json says that the weights are quantised ({METHODS.get(method, method)}), and they are "
-        "stored as plain numbers, so they are read as such; other loaders go by config.json: remove its quantization_config "
-        "from a copy of the model"
+        f"{where}: config.json says that the weights are quantised ({kind}), and they are stored as plain numbers, so "
+        "they are read as such; other loaders go by config.json: remove its quantization_config from a copy"
     )
 
 
