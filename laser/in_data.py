@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from laser.checkpoint.records import require_keys, value_of
 from laser.errors import UsageError
-from laser.records import require_keys, value_of
 from laser.spectral.data_metric import data_values
 from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device

@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.files import check_header
+from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.errors import RecordError, UsageError
-from laser.spectra import Source
+from laser.spectra import SOURCE_OPTIONAL, Source
 from laser.spectral.data_metric import Metric
 
 KIND, VERSION = "moments", 3
+AGAIN = "try laser calibrate again with this version of laser"
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
@@ -102,14 +104,19 @@ class Moments:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("laser", "null"))
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise RecordError(f"{path} is not a readable moments file ({error}); calibrate again") from error
         check_header(header, path, KIND, VERSION)
+        where = f"{path}: its header"
+        require_keys(header, ("source", "calibration", "sites"), ("kind", "version"), where, AGAIN)
+        require_finite(header, where, AGAIN)
+        source = decode(Source, header["source"], f"{path}: its source", AGAIN, SOURCE_OPTIONAL)
+        calibration = decode(Calibration, header["calibration"], f"{path}: its calibration", AGAIN)
         sites = {}
-        for row in header["sites"]:
-            site = site_of(row)
+        for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
+            site = decode(Site, row, f"{path}: site {number}", AGAIN)
             sites |= dict.fromkeys(site.matrices, site)
-        return Moments(path, Source(**header["source"]), Calibration(**header["calibration"]), sites)
+        return Moments(path, source, calibration, sites)
 
 
 def site_of(row: Mapping[str, Any]) -> Site:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,10 @@ import numpy as np
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.errors import RecordError, UsageError
 from laser.in_data import in_data_metric, line_in_data
 from laser.moments import Calibration
-from laser.records import decode, require_finite, require_keys, shown, value_of
 from laser.selection import Selection
 from laser.spectra import SOURCE_OPTIONAL, Source, Spectra
 from laser.spectral.entries import HEAVY, edge_shift
@@ -35,7 +37,7 @@ ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
 COVERAGE = ("action", "reason", "matrices", "parameters")
 AGAIN = "mend it or plan again"
-HEADER = ("kind", "version", "calibration", "coverage")
+HEADER = ("kind", "version", "calibration", "coverage", "edited", "digest")
 SELECTION: dict[str, Any] = {
     "layers": tuple[int, ...],
     "roles": tuple[str, ...],
@@ -88,13 +90,21 @@ class Plan:
     selection: Mapping[str, Any]
     lines: tuple[PlanLine, ...]
     calibration: Mapping[str, Any] | None = None  # moments.Calibration, where a line is in the data's metric
+    edited: bool = False  # whether its file was changed after it was written: rule and selection may not have made it
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
+        made = [self.rule, dict(self.selection), [asdict(line) for line in self.lines]]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
     @property
     def reductions(self) -> dict[str, PlanLine]:
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
     def to_json(self) -> bytes:
-        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | {"coverage": self.coverage})
+        told = {"coverage": self.coverage, "digest": self.digest}
+        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | told)
 
     @property
     def coverage(self) -> dict[str, Any]:
@@ -129,6 +139,8 @@ class Plan:
             raise RecordError(f"{whole}: found {shown(document)}, expected an object; {AGAIN}")
         require_keys(document, ("source", "rule", "selection", "lines"), HEADER, f"{whole}: it", AGAIN)
         outer = {key: document[key] for key in document if key not in ("lines", "coverage")}
+        edited = value_of(bool, document.get("edited", False), "edited", whole, AGAIN)
+        digest = value_of(str | None, document.get("digest"), "digest", whole, AGAIN)
         require_finite(outer, whole, AGAIN)
         source = decode(Source, document["source"], f"{whole}: its source", AGAIN, SOURCE_OPTIONAL)
         rule = value_of(str, document["rule"], "rule", whole, AGAIN)
@@ -156,7 +168,8 @@ class Plan:
                     f"{path}: line {number} ({line.name}) repeats line {first[line.name]}, expected each tensor once; "
                     "take one of the two out"
                 )
-        return Plan(source, rule, selection, lines, calibration)
+        plan = Plan(source, rule, selection, lines, calibration, edited)
+        return plan if digest in (None, plan.digest) else replace(plan, edited=True)
 
     def unlike(self, matrices: Sequence[Matrix]) -> list[str]:
         """Where the lines are not those of a checkpoint that holds these matrices, each with its line."""
@@ -170,7 +183,7 @@ class Plan:
                 continue
             matrix = known[line.name]
             p = min(matrix.shape) if matrix.is_matrix else None
-            for key in ("role", "layer", "expert", "parameters"):
+            for key in ("role", "layer", "expert", "parameters", "stack"):
                 if getattr(line, key) != getattr(matrix, key):
                     wrong = f"{key} is {shown(getattr(line, key))}, expected {shown(getattr(matrix, key))}"
                     found.append(f"line {number} ({line.name}): {wrong}")

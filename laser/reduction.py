@@ -20,13 +20,13 @@ from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
+from laser.checkpoint.records import require_keys, value_of
 from laser.checkpoint.writer import New, prepare_output, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
-from laser.records import require_keys, value_of
 from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device

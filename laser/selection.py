@@ -24,6 +24,16 @@ class Selection:
     include: str | None = None
     exclude: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is no regular expression, before anything is matched by it."""
+        for text in (self.include, self.exclude):
+            try:
+                re.compile(text or "")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UsageError(
+                    f"{text!r} is not a regular expression ({error}); try to quote or escape it"
+                ) from error
+
     def describe(self) -> dict[str, object]:
         return {
             "layers": list(self.layers),
@@ -78,13 +88,6 @@ class Selection:
                 raise UsageError(
                     f"the model has no layer {entry}; try --layers {' or '.join(spans) or '(this model has no layers)'}"
                 )
-        for text in (self.include, self.exclude):
-            try:
-                re.compile(text or "")
-            except re.error as error:
-                raise UsageError(
-                    f"{text!r} is not a regular expression ({error}); try to quote or escape it"
-                ) from error
         if not all(self.why_not(m) for m in matrices):
             return
         for name, why in self.skipped(matrices).items():

@@ -21,12 +21,12 @@ from safetensors.numpy import save
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.files import Journal, check_header, write_atomically
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError
 from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
 from laser.measured import Measured, from_entry, to_entry
-from laser.records import decode, require_finite, require_keys, shown, value_of
 from laser.selection import Selection
 from laser.spectral.decomposition import METHODS
 from laser.spectral.decomposition import measure as measure_values
@@ -134,10 +134,10 @@ class Spectra:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("laser", "null"))
+                check_header(header, path, KIND, VERSION)
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
-        check_header(header, path, KIND, VERSION)
         needed = ("source", "method", "device", "matrices")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)

@@ -1,5 +1,6 @@
 """Calibration against hooks on transformers' own model, killed, resumed and on bad input."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from laser.calibration import calibrate
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
-from laser.moments import Moments
+from laser.moments import Calibration, Moments, Site, header_of
 from laser.selection import Selection
+from laser.spectra import Source
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
 
@@ -194,3 +196,27 @@ def test_activations_that_are_not_finite_name_the_matrix(speaker: Path, tmp_path
 def test_a_matrix_in_no_layer_cannot_be_calibrated(speaker: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no matrix of a decoder layer"):
         calibrate(laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m", Selection(roles=("embedding",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["calibration"].update(seed=1), "its calibration has a key 'seed'"),
+        (lambda d: d["calibration"].pop("shrink"), "its calibration has no key 'shrink'"),
+        (lambda d: d["source"].update(identity=None), "its source: identity is null, expected a text"),
+        (lambda d: d["sites"][0].pop("fourth"), "site 1 has no key 'fourth'"),
+        (lambda d: d["sites"][0].update(tokens="9"), 'site 1: tokens is "9", expected a whole number'),
+        (lambda d: d.update(sites=None), "sites is null, expected a list"),
+        (lambda d: d.update(more=1), "its header has a key 'more'"),
+    ],
+)
+def test_moments_of_another_version_are_refused_with_a_sentence(
+    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
+    calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
+    header = header_of(Source("m", "0"), calibration, [site])
+    change(header)
+    save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
+    with pytest.raises(RecordError, match=message):
+        Moments.load(tmp_path / "moments")

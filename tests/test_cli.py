@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, mixtral_tensors
+from conftest import Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from hostile import HOSTILE
 
 from laser.checkpoint.reader import INDEX
-from laser.cli import app
+from laser.cli import app, main
 from laser.report.visible import visible
 
 
@@ -252,3 +252,73 @@ def test_a_tensor_cannot_command_the_terminal(
         assert code == (2 if words[0] == "plot" else 0), (words, err)
         assert all(line.isprintable() for line in [*text.split("\n"), *err.split("\n")]), (words, text, err)
         assert words[0] not in ("spectra", "plan", "plot") or shown in text + err, (words, text, err)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("verify", "{source}", "{folder}/nothing"), "name a directory that laser reduce or laser run has finished"),
+        (("card", "{source}"), "name a directory that laser reduce or laser run has finished"),
+        (("reduce", "{source}", "{folder}/no.json", "-o", "{folder}/out"), "laser plan SPECTRA -o FILE makes one"),
+        (("eval", "{folder}/no.json"), "laser eval MODEL -o FILE makes one"),
+        (
+            ("eval", "{source}/config.json"),
+            "found kind None, so no record of laser, expected 'eval' version 2; laser eval MODEL -o",
+        ),
+        (("reduce", "{source}", "{source}/config.json", "-o", "{folder}/out"), "laser plan SPECTRA -o FILE makes one"),
+        (("plan", "{shard}", "-o", "{folder}/p", "--rule", "mp-edge"), "laser scan MODEL -o FILE"),
+    ],
+)
+def test_a_missing_record_names_a_verb_that_there_is(
+    words: tuple[str, ...], advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint_directory(tmp_path / "source", mixtral_tensors(), mixtral_config(), shards=1)
+    shard = next(source.glob("*.safetensors"))
+    assert main([word.format(source=source, folder=tmp_path, shard=shard) for word in words]) == 1
+    assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("reduce", "run the command again with --resume"),
+        ("scan", "run the same command again, without --force"),
+        ("eval", "nothing was written"),
+    ],
+)
+def test_an_interrupted_verb_says_how_it_goes_on(
+    verb: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr("laser.cli.app", interrupted)
+    assert main([verb, "model"]) == 130 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--include", "--exclude"])
+@pytest.mark.parametrize("text", ["[", "(", "*", "a{2,1}", "(?P<x", "\\"])
+def test_what_is_no_regular_expression_is_refused(option: str, text: str, run: Run, pico: Path, tmp_path: Path) -> None:
+    for words in (("-o", tmp_path / "s"), ("--dry-run",)):
+        code, _, err = run("scan", pico, *words, option, text)
+        assert code == 2 and "is not a regular expression" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--precision", "bf16"), "unknown precision 'bf16'; try --precision auto|float64|float32"),
+        (("--device", "tpu"), "unknown device 'tpu'; try --device auto|cuda|mps|cpu"),
+    ],
+)
+def test_the_option_that_is_wrong_is_named(words: tuple[str, ...], told: str, run: Run, pico: Path) -> None:
+    code, _, err = run("scan", pico, "--dry-run", *words)
+    assert code == 2 and told in err
+
+
+def test_lowest_snr_0_is_all_of_them_over_a_recipe(run: Run, pico: Path, tmp_path: Path) -> None:
+    for folder, words in (("all", ("--rule", "laser-rmt", "--no-search")), ("zero", ("--recipe", "laser-rmt"))):
+        number = ("--lowest-snr", 0) if folder == "zero" else ()
+        assert run("run", pico, "-o", tmp_path / folder, *words, *number)[0] == 0
+    one, two = (json.loads((tmp_path / folder / "laser.json").read_text()) for folder in ("all", "zero"))
+    assert one["matrices"] == two["matrices"] and two["plan"]["selection"]["lowest_snr"] is None

@@ -157,15 +157,17 @@ def test_an_edited_plan_is_refused_by_line_or_done_exactly(
             assert re.search(rf"\bline {at + 1}\b", told) or name in told, told  # by number where its name was broken
             return
         event(f"done: {edit.__name__}")
-        check(path, out, document, printed.getvalue())
+        check(path, out, document, printed.getvalue(), plans[rule])
 
 
-def check(path: Path, out: Path, document: Document, told: str) -> None:
+def check(path: Path, out: Path, document: Document, told: str, made: Document) -> None:
     before, after = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     assert sorted(line["name"] for line in document["lines"]) == sorted(before)
     outcome = json.loads((out / "laser.json").read_text())
     assert laser.verify(laser.open_checkpoint(path), out).problems == ()
     card = write_card(out).read_text()
+    same = json.dumps(document["lines"]) == json.dumps(made["lines"])
+    assert same == ("laser run " in card) == ("was edited" not in card) == ("was edited" not in told)
     kept = {line["name"]: line for line in outcome["plan"]["lines"]}
     assert set(outcome["matrices"]) == {line["name"] for line in document["lines"] if line["action"] == "reduce"}
     for line in document["lines"]:
@@ -195,6 +197,35 @@ def check(path: Path, out: Path, document: Document, told: str) -> None:
             assert np.count_nonzero(s > kept[name]["threshold"]) == over
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(rule="mp-edge"),
+        lambda d: d.update(rule="fraction:0.25"),
+        lambda d: d["selection"].update(layers=[7]),
+        lambda d: d["selection"].update(lowest_snr=1),
+        lambda d: d["lines"].reverse(),
+    ],
+    ids=["rule", "argument", "layers", "number", "order"],
+)
+def test_a_plan_whose_head_was_edited_is_not_reproduced_by_its_rule(
+    source: tuple[Path, dict[str, Document]], tmp_path: Path, change: Callable[[Document], None]
+) -> None:
+    path, plans = source
+    document = copy.deepcopy(plans["fraction:0.5"])
+    change(document)
+    for folder, text in (("out", json.dumps(document)), ("again", None)):
+        plan = tmp_path / "plan.json"
+        # The second time from laser.json, as the card says.
+        plan.write_text(text or json.dumps(json.loads((tmp_path / "out/laser.json").read_text())["plan"]))
+        code, told = called("reduce", path, plan, "-o", tmp_path / folder)
+        assert code == 0 and "the plan was edited after the rule had made it" in told
+        card = write_card(tmp_path / folder).read_text()
+        assert "laser run " not in card and "plan.json: the entry `plan` of laser.json" in card
+    one, two = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "again"))
+    assert one == two
+
+
 def first(document: Document) -> Document:
     """The first line that reduces: k (16 x 32) at half rank."""
     return next(line for line in document["lines"] if line["action"] == "reduce")
@@ -222,6 +253,7 @@ def edited(source: tuple[Path, dict[str, Document]], tmp_path: Path, change: Cal
         (lambda d: first(d).update(action="skip"), "skip is for what could not be measured"),
         (lambda d: first(d).update(below=17), "of these 17 below"),
         (lambda d: first(d).update(layer=1), "layer is 1, expected 0"),
+        (lambda d: first(d).update(stack="vision"), 'stack is "vision", expected ""'),
         (lambda d: first(d).pop("metric"), "has no key 'metric'"),
         (lambda d: d.update(lines=None), "lines is null, expected a list"),
         (lambda d: d.update(line=[]), "has a key 'line'"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -189,3 +190,10 @@ def test_tiny_levels_are_answered_and_those_without_a_quantile_refused(pico: Pat
     for alpha in ("1e-400", "0", "1", "nan"):
         with pytest.raises(laser.LaserError, match="a level between 0 and 1"):
             laser.make_plan(spectra, f"tracy-widom:{alpha}")
+
+
+def test_weights_in_the_place_of_spectra_are_refused(tmp_path: Path) -> None:
+    weights = {"w": torch.ones(2, 2, dtype=torch.bfloat16)}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecordError, match="no record of laser, expected 'spectra' version 1; laser scan MODEL -o"):
+        Spectra.load(tmp_path / "model.safetensors")

@@ -184,6 +184,15 @@ class _Names:
             return self.encoder
         return "mtp" if layer is not None and self.depth is not None and layer >= self.depth else ""
 
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        return number_or_none(self.config, "head") or 0, number_or_none(self.config, "expert") or 0
+
+    def _decides(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix whose name says nothing chooses experts or gates heads: flat, with a row for each."""
+        heads, experts = self._counts
+        return len(shape) == 2 and 4 * shape[0] <= shape[1] and (shape[0] <= heads or shape[0] == experts)
+
     def matrices(self, info: TensorInfo) -> list[Matrix]:
         found = _compiled(NUMBER).search(info.name)
         layer = int(found[1]) if found else None
@@ -215,6 +224,8 @@ class _Names:
                 replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
                 for label, role, e, cut in cuts_of(info, row, self.config)
             ]
+        if row.role == "linear" and self.family not in FAMILIES and self._decides(info.shape):
+            return [replace(whole, role="router")]
         # Packed numbers cannot be cut by their shape.
         return [replace(whole, role="other" if row.axes else row.role)]
 
@@ -270,13 +281,14 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
         return "\n".join(lines) or None
     lines.append(f"{checkpoint.name}: model_type {family!r} is not in the table of families; roles are guessed by name")
     fused, kept = [], []
-    sums = _sums(checkpoint.config)
+    sums = {"linear": _sums(checkpoint.config), "q": _gated(checkpoint.config)}
     for m in matrices:
         if m.is_matrix and (m.role in PROTECTED or m.stack in KEPT_STACKS):
             kept.append(m)
         elif m.is_matrix and _looks_fused(m, sums):
             fused.append(m)
-    unreached = [m for m in unknown if not m.is_matrix]
+    # Experts in three dimensions, whatever their name is guessed to be.
+    unreached = [m for m in matrices if len(m.shape) > 2 and m.role not in set(PROTECTED) - {"other"}]
     for what, these in (
         ("cut as one though probably fused (--exclude leaves them out)", fused),
         ("not reached", unreached),
@@ -307,7 +319,13 @@ def _sums(config: Mapping[str, Any]) -> set[int]:
     return sums | ({2 * wide} if wide else set())
 
 
-def _looks_fused(matrix: Matrix, sums: set[int]) -> bool:
+def _gated(config: Mapping[str, Any]) -> set[int]:
+    """How many rows the queries have together with a gate of their output, as Qwen3-Next stores them."""
+    head, width = number_or_none(config, "head"), number_or_none(config, "width")
+    return {2 * head * width} if head and width else set()
+
+
+def _looks_fused(matrix: Matrix, sums: Mapping[str, set[int]]) -> bool:
     """By its name, or because it has as many rows as several matrices together."""
     leaf = matrix.name.removesuffix(".weight").rpartition(".")[2]
-    return _compiled(FUSED_NAMES).fullmatch(leaf) is not None or (matrix.role == "linear" and matrix.shape[0] in sums)
+    return _compiled(FUSED_NAMES).fullmatch(leaf) is not None or matrix.shape[0] in sums.get(matrix.role, ())

@@ -63,27 +63,33 @@ NUMBER = r"(?:^|\.)(?:layers|layer|blocks|block|h|encoders|(?:mtp|nextn)\w*)\.(\
 # What every family has and what is kept in all of them, known or not: looked up before a family's own rows.
 _AT = r"(?:.*\.)?"
 KEPT = (
-    Row("adapter", rf"{_AT}lora_\w+(?:\..*)?|{_AT}modules_to_save\..*"),
+    Row(
+        "adapter",
+        rf"{_AT}(?:(?:lora|ia3|hada|lokr|vera|oft)_\w+|modules_to_save|adapters|\w+_adapters?|\w*adapter_\w+)(?:\..*)?",
+    ),
     Row(
         "router",
-        rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|indexer|shared_expert_gate|shared_experts_gate)(?:\.\w+)*|"
-        rf"{_AT}(?:\w*moe|mlp|feed_forward|ffn|mixer)\.gate(?:\.wg)?\.(?:weight|bias)|"
+        rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|indexer|compressor|shared_expert_gate|shared_experts_gate|"
+        r"\w*hyper_?connections?(?:_\w+)?|hc_\w+)(?:\.\w+)*|"
+        rf"{_AT}(?:\w*moe|mlp|feed_forward|ffn|mixer)\.gate(?:\.\w+)*\.(?:weight|bias)|"
         rf"{_AT}(?:e_score_correction_bias|expert_bias|experts_bias|text_moe\.gate\.weight|vision_moe\.gate\.weight)",
     ),
     Row(
         "ssm",
-        rf"{_AT}(?:dt_proj|x_proj|bcdt_proj|in_proj_ba|in_proj_a|in_proj_b|f_[ab]_proj|\w*conv_?1d|conv)\.(?:weight|bias)|"
-        rf"{_AT}(?:A_log|D|dt_bias|A|slope_rate|\w+_decay|time_\w+|rg_lru\.\w+)|{_AT}linear_attn\.[ab]_proj\.weight",
+        # Also the low-rank pairs and the gates by which linear attention forgets (GLA, RWKV, Kimi, xLSTM).
+        rf"{_AT}(?:dt_proj|x_proj|bcdt_proj|in_proj_ba|in_proj_a|in_proj_b|[fg]_[ab]_proj|[abf]_proj|gk_proj|"
+        r"[if]gate_preact|\w*conv_?1d|\w*sconv|conv)(?:\.\d+)?\.(?:weight|bias)|"
+        rf"{_AT}(?:A_log|D|dt_bias|A|slope_rate|\w+_decay|time_\w+|rg_lru\.\w+)|{_AT}lora\.\d+\.(?:weight|bias)",
     ),
     # The causal mask, its fill value and the rotary frequencies, saved by older releases.
     Row("buffer", rf"{_AT}(?:attn|attention|self_attention)\.(?:masked_)?bias|{_AT}(?:inv_freq|rotary_emb\.\w+)"),
     Row(
         "position",
-        rf"{_AT}(?:relative_attention_bias|relative_position_bias_table|rel_pos\w*|relative_\w+|\w*position_embeddings?|"
-        r"embed_positions|pos_embed\w*|wpe)(?:\.\w+)*",
+        rf"{_AT}(?:rel_(?:pos|logits|emb)\w*|relative_\w+|\w*position_embeddings?|embed_positions|"
+        r"pos(?:itions?)?_emb\w*|wpe|linear_pos|pos_(?:\w+_)?proj|r_net|wr_du|self_attn\.r_proj)(?:\.\w+)*",
     ),
-    Row("norm", rf"{_AT}(?:\w*[nN]orm\w*|\w*ln|ln_\w+)\.(?:weight|bias)"),
-    Row("sinks", rf"{_AT}sinks"),
+    Row("norm", rf"{_AT}(?:\w*[nN]orm\w*|\w*ln|ln_\w+)\.(?:W_\w+\.)?(?:weight|bias)"),
+    Row("sinks", rf"{_AT}(?:\w+_)?sinks?(?:_proj)?(?:\.weight)?"),
     Row("bias", rf"{_AT}\w*bias"),
     Row(
         "head",
@@ -436,7 +442,8 @@ GUESSES = (
     Row("q", rf"{ANY}query\.weight"),
     Row("k", rf"{ANY}key\.weight"),
     Row("v", rf"{ANY}value\.weight"),
-    Row("router", rf"{ANY}gate(?:\.\w+)?\.weight"),
+    Row("router", rf"{ANY}gate(?:\.\w+)*\.weight"),
+    Row("adapter", rf"{ANY}adapter\.(?:.*\.)?weight"),
     Row("linear", rf"{ANY}[^.]+\.weight"),
 )
 # Names that hold several matrices in most families that use them.

@@ -13,6 +13,16 @@ from typing import Any
 
 from laser.errors import OutputError, RecordError
 
+# Kind of a record -> which command makes one.
+MADE_BY = {
+    "eval": "laser eval MODEL -o FILE makes one",
+    "leaderboard": "laser leaderboard MODEL -o FILE makes one",
+    "outcome": "name a directory that laser reduce or laser run has finished",
+    "moments": "laser calibrate MODEL -o FILE makes one",
+    "plan": "laser plan SPECTRA -o FILE makes one",
+    "spectra": "laser scan MODEL -o FILE makes one",
+}
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -22,7 +32,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "check the path and its permissions"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and run the same command again with --resume"
+            remedy = "free some space and run the same command again (reduce and run: with --resume)"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 
@@ -45,33 +55,34 @@ def to_json(document: Any) -> bytes:
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`. Raises RecordError."""
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
+        document = json.loads(path.read_bytes(), object_pairs_hook=each_once)
     except FileNotFoundError:
-        raise RecordError(f"no such file: {path}; try `laser {kind} --help` for how to make a {kind}") from None
+        raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
     check_header(document, path, kind, version)
     return document
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is twice in the entry of {found.get('name', 'no name')}")
+        of = f"the entry of {found['name']}" if "name" in found else "an object"
+        raise ValueError(f"the key {twice!r} is twice in {of}")
     return found
 
 
 def check_header(document: Any, path: Path, kind: str, version: int) -> None:
     """Raises RecordError unless the document says that it is a `kind` of `version`."""
     found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found != (kind, version):
-        raise RecordError(
-            f"{path}: found kind {found[0]!r} version {found[1]!r}, expected {kind!r} version {version}; "
-            f"make it again with this version of laser"
-        )
+    if found == (kind, version):
+        return
+    told = "kind None, so no record of laser" if found == (None, None) else f"kind {found[0]!r} version {found[1]!r}"
+    remedy = "make it again with this version of laser" if found[0] == kind else MADE_BY.get(kind, "check the path")
+    raise RecordError(f"{path}: found {told}, expected {kind!r} version {version}; {remedy}")
 
 
 class Journal:

@@ -35,6 +35,14 @@ for verb in VERBS:
     app.command()(verb)
 
 
+# Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
+_RESUMED = "what is finished is kept, run the command again with --resume"
+_GOES_ON = "what is finished is kept, run the same command again, without --force"
+_INTERRUPTED = dict.fromkeys(("reduce", "run"), _RESUMED)
+_INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
+_INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
+
+
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
     """The options that stand before a verb; `main` reads --debug wherever it stands."""
@@ -75,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
-            print("laser: interrupted; what is finished is kept, run the command again with --resume", file=sys.stderr)
+            verb = next((a for a in arguments if not a.startswith("-")), "")
+            print(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", file=sys.stderr)
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0

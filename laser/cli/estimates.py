@@ -96,6 +96,8 @@ def print_outcome(
     if as_json:
         return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, foretold))
     common.print_plan(outcome.plan.lines)
+    if outcome.plan.edited:
+        print("the plan was edited after the rule had made it, and was carried out line by line as it stands")
     worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
     print(f"written to {output} in {meter.seconds:.1f} s; largest residual of a certificate {worst:.1e}")
     fallen = {name: m for name, m in outcome.matrices.items() if m.get("note")}

@@ -17,7 +17,6 @@ from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
-    LowestSnr,
     Output,
     RequireFit,
     RuleOption,
@@ -54,7 +53,9 @@ def run(
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
     rule: RuleOption = None,
     moments: common.MomentsFile = None,
-    lowest_snr: LowestSnr = None,
+    lowest_snr: Annotated[
+        int | None, typer.Option("--lowest-snr", help="Only the K matrices of lowest SNR; 0: all. Search: 15.")
+    ] = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
     require_fit: RequireFit = None,
@@ -100,7 +101,7 @@ def run(
     # What is asked for here wins; rule and number default to the published procedure's candidates.
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
-    count = lowest_snr or flags.get("lowest-snr") or (15 if searching else None)
+    count = (flags.get("lowest-snr", 15 if searching else None) if lowest_snr is None else lowest_snr) or None
     checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.records import decode
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
 
 KIND, VERSION = "eval", 2
+AGAIN = "make it again with `laser eval`"
 
 
 @dataclass(frozen=True)
@@ -71,26 +73,23 @@ class Perplexity:
 
     @staticmethod
     def from_document(document: dict[str, Any], path: Path) -> Perplexity:
-        names = {f.name for f in fields(Perplexity)}
-        if names != document.keys() - {"kind", "version"}:
-            odd = sorted(names ^ (document.keys() - {"kind", "version"}))
-            raise RecordError(f"{path} is not a whole evaluation ({', '.join(odd)}); make it again with `laser eval`")
-        entries = {name: document[name] for name in names}
-        try:
-            losses, counts = tuple(map(float, entries["losses"])), tuple(map(int, entries["counts"]))
-            record = Perplexity(**entries | {"losses": losses, "counts": counts})
-            mean, _ = weighted_mean(losses, counts)
-            whole = len(losses) == record.windows and sum(counts) == record.tokens and math.isfinite(mean)
-            agrees = whole and math.isclose(mean, record.nll, rel_tol=1e-9, abs_tol=1e-12)
-            if not all(isinstance(x, str) for x in (record.dtype, record.device, *record.versions.values())):
-                raise TypeError("dtype, device and versions are texts")
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise RecordError(f"{path} is not a whole evaluation ({error}); make it again with `laser eval`") from error
-        if not agrees:
+        entries = {name: value for name, value in document.items() if name not in ("kind", "version")}
+        record = decode(Perplexity, entries, f"{path} is not a whole evaluation: it", AGAIN)
+        if not record.losses or len(record.losses) != len(record.counts) or min(record.counts) < 1:
             raise RecordError(
-                f"{path}: found nll {record.nll} of {record.windows} windows, expected {mean} of {len(losses)} from "
-                "its own windows; it was changed by hand, make it again with `laser eval`"
+                f"{path} is not a whole evaluation: it has {len(record.losses)} losses and {len(record.counts)} "
+                f"counts, expected as many of each, and every count 1 or more; {AGAIN}"
             )
+        mean, error = weighted_mean(record.losses, record.counts)
+        own = {"nll": mean, "standard_error": error, "windows": len(record.losses), "tokens": sum(record.counts)}
+        for name, expected in own.items():
+            found = getattr(record, name)
+            known = found is not None and expected is not None
+            if not (math.isclose(found, expected, abs_tol=1e-12) if known else found == expected):
+                raise RecordError(
+                    f"{path}: found {name} {found}, expected {expected} from its own windows; it was changed by "
+                    f"hand, {AGAIN}"
+                )
         return record
 
 

@@ -1,8 +1,8 @@
 """Rows of JSON and plain text from files: what a file is, its suffix says, in capitals or not.
 
-    .jsonl, .ndjson   a JSON object a line; blank lines are skipped
-    .json             a list of objects, or one object
-    anything else     plain text in UTF-8
+    .jsonl, .ndjson, .jsonlines   a JSON object a line; blank lines are skipped
+    .json                         a list of objects, or one object
+    anything else                 plain text in UTF-8
 
 A byte-order mark is left out and line ends are read as \\n. What no tokenizer takes is refused, with the line.
 """
@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.files import each_once
 from laser.errors import RecordError, UsageError
 
-JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
+JSON_LINES, JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar")
 TABLES = (".parquet", ".arrow", ".feather")
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# UTF-32 first: its mark begins with that of UTF-16.
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ def read_content(path: Path, what: str, remedy: str) -> Content:
 def decode(name: str, data: bytes) -> Content:
     """Bytes of UTF-8 as text. Raises RecordError for what is not UTF-8, or holds NUL and so is no text."""
     digest, notes = hashlib.sha256(data).hexdigest(), []
-    if data.startswith(UTF16):
+    if coding := next((coding for mark, coding in MARKS.items() if data.startswith(mark)), None):
         raise RecordError(
-            f"cannot read {name} as UTF-8 text: it begins as UTF-16 does; convert it with iconv -f UTF-16"
+            f"cannot read {name} as UTF-8 text: it begins as {coding} does; convert it with iconv -f {coding} -t UTF-8"
         )
     if data.startswith(codecs.BOM_UTF8):
         data = data.removeprefix(codecs.BOM_UTF8)
@@ -123,7 +126,7 @@ def rows_of(path: Path, text: str) -> list[Row]:
 def parse(text: str, where: str, remedy: str = "; mend or remove it") -> Any:
     """JSON to Python. Raises RecordError, also for lists nested deeper than Python goes."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
     except ValueError as error:
         raise RecordError(f"{where} is not JSON ({error}){remedy}") from error
     except RecursionError:
@@ -137,7 +140,9 @@ def require_rows(path: Path, what: str) -> None:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raises RecordError for half a character: JSON can say \\ud800, and no tokenizer takes it."""
+    """Raises RecordError for half a character, as JSON can say \\ud800, which no tokenizer takes, and for NUL."""
+    if (at := text.find("\0")) >= 0:
+        raise RecordError(f"{where} holds \\u0000, NUL, at place {at}: it is no text; mend or remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

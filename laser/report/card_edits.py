@@ -28,6 +28,11 @@ def what_was_done(outcome: Outcome, run: CardRun) -> str:
         f"are matrices; {len(reduced)} were reduced, {tensors - len(reduced)} were copied byte for byte"
         + (f", among them {len(skipped)} that the plan skips." if skipped else "."),
     ]
+    if plan.edited:
+        text.append(
+            "The plan was edited after the rule had made it: what was reduced, and to which rank, is what the table "
+            "says, and not all of it follows from the rule and the selection."
+        )
     if outcome.left_out:
         text.append(_left_out(outcome.left_out))
     if not reduced:

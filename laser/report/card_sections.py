@@ -216,16 +216,18 @@ def reproduce(
 
 
 def spell_command(name: str, outcome: Outcome, source: CardSource) -> str:
-    """The command that makes this output, spelled out from its plan; a searched plan cannot be made by a rule again."""
-    plan = outcome.plan
-    if "accept" in plan.selection or plan.calibration is not None:
+    """The command that makes this output, by its plan; a rule makes none again that a search or a hand made."""
+    plan, dtype = outcome.plan, outcome.run.get("dtype")
+    if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
         words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
         words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
+        words += ["--dtype", str(dtype)] if dtype else []
         return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
     words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
-    for flag, key in (("--lowest-snr", "lowest_snr"), ("--include", "include"), ("--exclude", "exclude")):
+    for key in ("lowest_snr", "include", "exclude", "shrink", "require_fit"):
         if plan.selection.get(key) is not None:
-            words += [flag, str(plan.selection[key])]
+            words += [f"--{key.replace('_', '-')}", str(plan.selection[key])]
+    words += ["--two-sided"] if plan.selection.get("two_sided") else []
     for flag in ("layers", "roles"):
         if plan.selection.get(flag):
             words += [f"--{flag}", ",".join(map(str, plan.selection[flag]))]

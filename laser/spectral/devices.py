@@ -91,8 +91,10 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     Raises UsageError for a device that is not there or a precision that it lacks.
     """
     base, colon, index = name.partition(":")
-    if base not in NAMES or precision not in PRECISIONS:
-        raise UsageError(f"unknown device or precision {name!r}, {precision!r}; try --device {'|'.join(NAMES)}")
+    if base not in NAMES:
+        raise UsageError(f"unknown device {name!r}; try --device {'|'.join(NAMES)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}; try --precision {'|'.join(PRECISIONS)}")
     count = torch.cuda.device_count() if base == "cuda" else 1
     if colon and not (index.isdecimal() and int(index) < max(count, 1)):  # of none at all `available` says why
         raise UsageError(f"there is no device {name!r}: found {count}, counted from 0; try --device {base}")

@@ -173,6 +173,19 @@ KEPT_EVERYWHERE = {
     "model.layers.0.mamba.A_log": ("ssm", 0),
     "model.layers.1.linear_attn.in_proj_ba.weight": ("ssm", 1),
     "model.layers.0.self_attn.relative_attention_bias.weight": ("position", 0),
+    "model.layers.0.self_attn.b_proj.weight": ("ssm", 0),
+    "model.layers.0.self_attn.g_a_proj.weight": ("ssm", 0),
+    "model.layers.0.attn.gk_proj.0.weight": ("ssm", 0),
+    "model.layers.0.attn.w_lora.lora.2.weight": ("ssm", 0),
+    "backbone.blocks.0.mlstm_layer.igate_preact.weight": ("ssm", 0),
+    "model.layers.0.mlp.gate.gate_network.0.weight": ("router", 0),
+    "model.layers.0.attn_hyper_connection.input_mix_weight_down.weight": ("router", 0),
+    "model.layers.0.attn.compressor.wgate.weight": ("router", 0),
+    "model.layers.0.attn.attn_sink_proj.weight": ("sinks", 0),
+    "model.layers.0.self_attn.rel_logits_proj.proj": ("position", 0),
+    "model.layers.0.input_layernorm.W_down.weight": ("norm", 0),
+    "model.layers.0.feed_forward.gate_up_proj_adapter_list.0.1.weight": ("adapter", 0),
+    "layer.0.output.adapter_modules.en_XX.dense1.weight": ("adapter", 0),
     "model.layers.0.self_attn.q_proj.lora_A.weight": ("adapter", 0),
     "transformer.wpe.weight": ("position", None),
     "some.embed_tokens.weight": ("embedding", None),
@@ -301,3 +314,30 @@ def test_doubts_about_an_unknown_family_are_three_lists(tmp_path: Path) -> None:
     )
     assert unreached == "  not reached: model.layers.N.mlp.experts.gate_up_proj (2)"
     assert kept.startswith("  kept: model.tower_a_image.weight (1), ") and kept.endswith(" and 2 more")
+
+
+def test_what_gates_a_head_or_an_expert_is_a_router_whatever_it_is_called(tmp_path: Path) -> None:
+    """In a family without rows: as many rows as experts, or as heads at the most; the next wider one is cut."""
+    at = "model.layers.0.block."
+    shapes: dict[str, Any] = {
+        f"{at}head_wise.weight": (4, 32),
+        f"{at}chooser.weight": (6, 32),
+        f"{at}wide.weight": (8, 32),
+    }
+    found = placed(tmp_path, {"model_type": "of_tomorrow", "num_experts": 6}, **shapes)
+    assert [role for role, _ in found.values()] == ["router", "router", "linear"]
+    assert chosen(list_matrices(open_checkpoint(tmp_path))) == {f"{at}wide.weight"}
+
+
+def test_experts_in_three_dimensions_and_gated_queries_are_told(tmp_path: Path) -> None:
+    """JetMoe's and Aria's experts end in .weight, so that a role is guessed for them; nothing of them can be cut."""
+    shapes: dict[str, Any] = {
+        "model.layers.0.mlp.input_linear.weight": (4, 96, 32),
+        "model.layers.0.self_attn.q_proj.weight": (64, 32),  # 4 heads of 8, and as much for their gate
+        "model.layers.0.self_attn.o_proj.weight": (32, 32),
+    }
+    placed(tmp_path, {"model_type": "of_tomorrow"}, **shapes)
+    checkpoint = open_checkpoint(tmp_path)
+    told = str(doubts(checkpoint, list_matrices(checkpoint)))
+    assert "not reached: model.layers.N.mlp.input_linear.weight (1)" in told
+    assert "probably fused (--exclude leaves them out): model.layers.N.self_attn.q_proj.weight (1)" in told

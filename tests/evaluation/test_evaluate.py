@@ -177,6 +177,12 @@ def test_the_record_is_saved_and_strictly_loaded(tmp_path: Path) -> None:
         ({"losses": document["losses"][:-1]}, "not a whole evaluation"),
         ({"more": 1}, "not a whole evaluation"),
         ({"losses": "x"}, "not a whole evaluation"),
+        ({"counts": [0] * len(document["counts"])}, "every count 1 or more"),
+        ({"standard_error": 9.0}, r"found standard_error 9\.0, expected"),
+        ({"standard_error": "x"}, 'standard_error is "x", expected a number or null'),
+        ({"bytes": "x"}, 'bytes is "x", expected a whole number or null'),
+        ({"bos": 1}, "bos is 1, expected true or false"),
+        ({"identity": None}, "identity is null, expected a text"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(document | change))
         with pytest.raises(RecordError, match=message):

@@ -119,7 +119,7 @@ def test_short_and_empty_texts(tokenizer, tmp_path: Path) -> None:
 ROWS = [{"text": "one\u2028line", "n": 1}, {"text": "two \U0001f600", "n": None}]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".JsonL", ".ndjson", ".json", ".JSON", ".Json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".JsonL", ".ndjson", ".jsonlines", ".json", ".JSON", ".Json"])
 @pytest.mark.parametrize("ascii", [True, False])
 def test_rows_are_read_by_their_suffix_in_any_case(suffix: str, ascii: bool, tmp_path: Path) -> None:
     path = tmp_path / f"rows{suffix}"
@@ -160,6 +160,8 @@ def test_one_object_is_one_row(tmp_path: Path) -> None:
         ("a.json", "3", "row 1: found a number, expected an object"),
         ("a.json", '[{"text": "a"}, {"text": null}]', "row 2: expected a text in field 'text', found null"),
         ("a.jsonl", '{"text": "a"}\0', "not plain text: byte 13 is NUL"),
+        ("a.jsonl", '{"text": "a\\u0000"}', r"line 1 holds \\u0000, NUL, at place 1"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}', "line 2 is not JSON .the key 'text' is twice"),
     ],
 )
 def test_rows_that_cannot_be_read(file: str, content: str, message: str, tmp_path: Path) -> None:
@@ -214,7 +216,8 @@ def test_unreadable_texts(tmp_path: Path) -> None:
         read_text(tmp_path)
     for content, message in (
         (b"caf\xe9", "as UTF-8 text"),
-        ("text".encode("utf-16"), "begins as UTF-16 does; convert it with iconv"),
+        ("text".encode("utf-16"), "begins as UTF-16 does; convert it with iconv -f UTF-16 -t UTF-8"),
+        ("text".encode("utf-32"), "begins as UTF-32 does; convert it with iconv -f UTF-32 -t UTF-8"),
         ("text".encode("utf-16-be"), "byte 0 is NUL"),
         (gzip.compress(b"text"), "as UTF-8 text"),
         (b"text\0", "byte 4 is NUL"),

@@ -569,6 +569,19 @@ def test_reproduction(source: CardSource) -> None:
     assert "```sh\nlaser reduce base plan.json -o m\nlaser verify" in told
 
 
+def test_treatments_are_reproduced_too(source: CardSource) -> None:
+    text = card("m", outcome_of(shrink="frobenius", two_sided=True, require_fit=0.05), source)
+    assert "--shrink frobenius --require-fit 0.05 --two-sided --device cpu" in text
+
+
+def test_an_edited_plan_is_not_said_to_come_from_a_rule(source: CardSource) -> None:
+    outcome = outcome_of()
+    text = card("m", dataclasses.replace(outcome, plan=dataclasses.replace(outcome.plan, edited=True)), source)
+    assert "laser reduce mistralai/Mixtral-8x7B-Instruct-v0.1 plan.json -o m  # plan.json: the entry `plan`" in text
+    assert "laser run" not in text and "The plan was edited after the rule had made it" in text
+    assert "was edited" not in card("m", outcome, source)
+
+
 def test_a_searched_plan_is_not_said_to_come_from_a_rule(source: CardSource) -> None:
     text = card("m", outcome_of(rule="laser-rmt,mp-edge", accept="better"), source)
     assert "laser reduce mistralai/Mixtral-8x7B-Instruct-v0.1 plan.json -o m  # plan.json: the entry `plan`" in text
