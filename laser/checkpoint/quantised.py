@@ -106,9 +106,13 @@ def _is_leftover(method: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _told(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config's section on quantisation; MLX calls it by another name."""
-    found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
-    return found if isinstance(found, dict) else {}
+    """The config's section on quantisation, its own or its text model's; MLX calls it by another name."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            found = place.get("quantization_config") or place.get("compression_config") or place.get("quantization")
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def _method(config: Mapping[str, Any]) -> str:

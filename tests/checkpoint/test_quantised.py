@@ -376,6 +376,13 @@ def test_a_leftover_config_beside_a_mask_or_one_odd_matrix(
     assert code == 0 and f"{ONE}: skipped: stored as F8_E4M3" in out, err
 
 
+def test_a_leftover_config_of_the_text_model_is_said_too(make_pico: Callable[..., Path], run: Any) -> None:
+    """transformers looks for it there as well."""
+    told = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path = make_pico(shards=1, tensors=mixtral_tensors(), text_config=told)
+    assert "weights are quantised (GPTQ)" in run("scan", path, "--roles", "q", "--dry-run")[2]
+
+
 @pytest.mark.parametrize("config", [{"quant_method": "awq", "bits": 4}, {"load_in_4bit": True}], ids=["awq", "bnb"])
 def test_a_leftover_config_leaves_the_measured_losses_alone(
     make_pico: Callable[..., Path], tmp_path: Path, config: dict[str, Any]
