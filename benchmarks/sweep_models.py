@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every causal model type that this transformers can build small: the whole flow, and the streamed loss against the whole.
+"""Every causal model type that transformers can build small: the whole flow, and the streamed loss against the whole.
 
     python benchmarks/sweep_models.py [KIND ...] [--json FILE] [--smoke]
 
@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ MORE: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8}, "gptj": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -180,10 +182,10 @@ def attempt(call: Callable[[], Any]) -> Any:
         return {"traceback": f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"}
 
 
-def account(plan: Any) -> dict[str, int]:
+def account(plan: laser.Plan, matrices: Sequence[laser.Matrix]) -> dict[str, int]:
     """Matrices (two dimensions or more) by what becomes of them."""
     found: Counter[str] = Counter()
-    for line, matrix in zip(plan.lines, plan.matrices, strict=True):
+    for line, matrix in zip(plan.lines, matrices, strict=True):
         if len(matrix.shape) < 2 or min(matrix.shape) == 0:
             continue
         found["cut" if line.action == "reduce" else "listed" if matrix.role == "other" else f"kept: {matrix.role}"] += 1
@@ -191,15 +193,13 @@ def account(plan: Any) -> dict[str, int]:
 
 
 def flow(source: Path, folder: Path) -> dict[str, Any]:
-    """scan, plan to half rank, reduce, verify; then transformers loads what was written, and saves it as it is there."""
-    from types import SimpleNamespace
-
+    """scan, plan to half rank, reduce, verify; then transformers loads what was written and saves it again."""
     checkpoint = laser.open_checkpoint(source)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         spectra = laser.scan(checkpoint)
     plan = laser.make_plan(spectra, "fraction:0.5")
-    row: dict[str, Any] = {"account": account(SimpleNamespace(lines=plan.lines, matrices=spectra.matrices))}
+    row: dict[str, Any] = {"account": account(plan, spectra.matrices)}
     row["unaccounted"] = plan.coverage["unaccounted"]
     row["warning"] = [str(w.message) for w in told]
     laser.reduce(checkpoint, plan, folder / "out")
@@ -263,7 +263,7 @@ def summarise(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kinds", nargs="*", help="model types; default: all of this transformers")
     parser.add_argument("--json", type=Path, help="write every row there")
     parser.add_argument("--smoke", action="store_true", help=f"only {', '.join(SMOKE)}")

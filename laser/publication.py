@@ -20,7 +20,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.records import decode
+from laser.checkpoint.records import decode, require_keys, value_of
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
@@ -48,6 +48,18 @@ EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 KIND, VERSION = "source", 2
+# What the card reads of a search's record.
+NUMBER: Any = float | None
+REPORT: dict[str, Any] = {"objective": str, "text": str, "units": int, "tokens": int}
+REPORT |= dict.fromkeys(("before", "before_se", "after", "after_se", "d", "se"), NUMBER)
+TRIAL: dict[str, Any] = {
+    "label": str,
+    "rule": str,
+    "ranks": Mapping[str, int],
+    "d": NUMBER,
+    "se": NUMBER,
+    "accepted": bool,
+}
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
@@ -171,16 +183,13 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        weights = fingerprint_in(document.get("weights") or {})
+        told = document.get("weights")
+        weights = fingerprint_in(told if isinstance(told, dict) else {})
         for key in ("kind", "version", "outcome", "weights", "commands", "check"):
             document.pop(key, None)
-        try:
-            document["licence_files"] = tuple(document["licence_files"])
-            about = CardSource(**document)
-        except (KeyError, TypeError) as error:
-            raise RecordError(
-                f"{out / SOURCE} is not a whole record ({error}); remove it, or name the model with --source"
-            ) from error
+        remedy = "remove it, or name the model with --source"
+        later = [field.name for field in fields(CardSource) if field.default is not MISSING]
+        about = decode(CardSource, document, f"{out / SOURCE} is not a whole record: it", remedy, later)
         if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
             return about
     files, licences = _licences(out)
@@ -236,28 +245,34 @@ def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) ->
 def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
     """What a search measured on text that it did not select on, and its trials."""
     document = read_json(path, "search", 2)
-    searched = decode(
-        Source, document.get("source"), f"{path}: its source", "remove it, or search again", SOURCE_OPTIONAL
-    )
+    where, remedy = f"{path} is not a whole record", "remove it, or search again"
+    require_keys(document, ("source", "held_out", "trials"), list(document), f"{where}: it", remedy)
+    searched = decode(Source, document["source"], f"{path}: its source", remedy, SOURCE_OPTIONAL)
     if not searched.is_of(of):
         raise RecordError(
             f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
-            f"({of.weights.short}); remove it, or search again"
+            f"({of.weights.short}); {remedy}"
         )
+
+    def checked(name: str, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows = value_of(list, document[name], name, where, remedy)
+        for number, row in enumerate(rows, 1):
+            value_of(dict, row, f"entry {number} of {name}", where, remedy)
+            for key, hint in wanted.items():
+                value_of(hint, row.get(key), f"{key} of entry {number} of {name}", where, remedy)
+        return rows
 
     def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
         told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
         return Loss(**told, text=report["text"])
 
-    try:
-        for report in document["held_out"]:
-            if report["objective"] == "loss" and report["d"] is not None:
-                source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
-                losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
-                return losses, document["trials"]
-        return None, document["trials"]
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"{path} is not a whole record ({error}); remove it, or search again") from error
+    reports, trials = checked("held_out", REPORT), checked("trials", TRIAL)
+    for report in reports:
+        if report["objective"] == "loss" and None not in (report["d"], report["before"], report["after"]):
+            source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
+            losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
+            return losses, trials
+    return None, trials
 
 
 def _is_ours(path: Path) -> bool:

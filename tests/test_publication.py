@@ -28,6 +28,7 @@ from laser.publication import (
     EVAL_SOURCE,
     LEADERBOARD,
     LEADERBOARD_SOURCE,
+    SEARCH,
     SOURCE,
     describe_source,
     hub_origin,
@@ -337,3 +338,45 @@ def test_run_measures_source_and_result_and_equal_weights_once(
     assert seen == measured
     assert Leaderboard.load(out / LEADERBOARD).identity == open_checkpoint(out).identity
     assert "Winogrande (5-shot), acc, 2 rows | 50.00 ± 50.00 % | 50.00 ± 50.00 % |" in (out / "README.md").read_text()
+
+
+HELD: dict[str, Any] = {"objective": "loss", "text": "t", "units": 2, "tokens": 9, "d": 0.5, "se": 0.1}
+HELD |= {"before": 3.0, "before_se": 0.2, "after": 3.5, "after_se": 0.2}
+TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None, "accepted": False}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("held_out", {}, None),
+        ("held_out", {"before": "x"}, 'before of entry 1 of held_out is "x", expected a number or null'),
+        ("held_out", {"tokens": 9.5}, "tokens of entry 1 of held_out is 9.5"),
+        ("held_out", {"se": [1]}, "se of entry 1 of held_out"),
+        ("trials", {"ranks": []}, "ranks of entry 1 of trials"),
+        ("trials", {"accepted": "no"}, 'accepted of entry 1 of trials is "no", expected true or false'),
+        ("trials", {"d": "x"}, "d of entry 1 of trials"),
+    ],
+)
+def test_a_searchs_record_is_checked_whole(
+    reduced: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
+) -> None:
+    _, out = reduced
+    document: dict[str, Any] = {"kind": "search", "version": 1, "held_out": [HELD], "trials": [TRIED]}
+    document[part] = [document[part][0] | change]
+    (out / SEARCH).parent.mkdir(exist_ok=True)
+    (out / SEARCH).write_text(json.dumps(document))
+    if message is None:
+        assert "+0.5000 ± 0.1000" in write_card(out).read_text()
+        return
+    with pytest.raises(RecordError, match=re.escape(message)):
+        write_card(out)
+
+
+@pytest.mark.parametrize("key", ["name", "readme", "config", "tokenizer_config", "parameters", "shards", "hub_id"])
+def test_the_record_of_a_source_is_checked_whole(reduced: tuple[Checkpoint, Path], key: str) -> None:
+    source, out = reduced
+    write_card(out, source)
+    document = json.loads((out / SOURCE).read_text())
+    (out / SOURCE).write_text(json.dumps(document | {key: [5]}))
+    with pytest.raises(RecordError, match=rf"{key} is \[5\], expected"):
+        write_card(out)

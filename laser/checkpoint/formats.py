@@ -26,7 +26,7 @@ WHOLE = re.compile(r"(model\.safetensors|pytorch_model\.bin)(\.index\.json)?")
 NO_MODEL = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state.*|model_optim_rng|distrib_optim)\.(bin|pt|pth)"
     r"|(adapter_model|pytorch_lora_weights|mm_projector|ggml-.*|params_shard_\d+|openvino_.*)\.bin"
-    r"|.*_(model|optim)_states\.pt|hf_model_\d+.*\.pt|lit_model\.pth|pytorch_model\.[a-z]\w*(-\d+-of-\d+)?\.bin"
+    r"|consolidated\.\d+\.pth?|.*_(model|optim)_states\.pt|hf_model_\d+.*\.pt|lit_model\.pth|pytorch_model\.[a-z]\w*(-\d+-of-\d+)?\.bin"
 )
 DEEPEST = 3  # folders that are looked into
 MOST = 20_000  # files that are looked at
@@ -108,6 +108,12 @@ FORMATS = (
         r"(.*/)?lit_model\.pth",
         "a checkpoint of LitGPT",
         "convert it with `litgpt convert_from_litgpt {parent} {out}` and its guide to the Hub's format, and give that",
+    ),
+    Format(
+        r"(original/)?consolidated\.\d+\.pth?",
+        "weights in Meta's own format",
+        "take the Hub's version of this model, or give the folder with params.json and these files alone to laser "
+        "convert",
     ),
     Format(
         r".*\.nemo|(.*/)?model_config\.yaml",

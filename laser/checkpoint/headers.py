@@ -191,6 +191,6 @@ def parse_json(data: bytes, path: Path) -> Any:
         return document
 
     try:
-        return json.loads(data, object_pairs_hook=unique)
+        return json.loads(data.decode(), object_pairs_hook=unique)  # UTF-8, with no mark: nobody else reads others
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not valid JSON ({error}); download it again") from error

@@ -34,6 +34,7 @@ PACKED = {
 }
 # What no packed format keeps its numbers in: the weights' own dtypes, and those of positions and masks.
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+# Methods whose tensors have names of PACKED: where none has, config.json is wrong about them.
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "mlx": "MLX"}
 
 
@@ -53,9 +54,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
     """
     told, method, packed = _told(config), _method(config), _packed(tensors)
-    if not packed and is_plain(tensors):
-        return None
-    if packed or method not in ("", "fp8"):
+    if packed or (method not in ("", "fp8") and not _is_leftover(method, tensors)):
         kind = METHODS.get(method, method) or packed
         raise CheckpointError(
             f"{where} holds {kind} weights, whose packed numbers have no spectrum; start from the unquantised model, "
@@ -63,7 +62,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         )
     scales = {n.removesuffix(SUFFIX): n for n in tensors if n.endswith(SUFFIX) and n.removesuffix(SUFFIX) in tensors}
     scales = {weight: scale for weight, scale in scales.items() if tensors[weight].dtype == "F8_E4M3"}
-    if not scales and method != "fp8":
+    if not scales:
         return None
     size = told.get("weight_block_size", BLOCK)
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
@@ -90,24 +89,30 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
     """What to say where config.json tells of a quantisation that the weights do not have; None where it does not."""
     method = _method(config)
-    if not method or _packed(tensors) or not is_plain(tensors):
+    if not method or not _is_leftover(method, tensors):
         return None
+    kind = METHODS.get(method, method)
     return (
-        f"{where}: config.json says that the weights are quantised ({METHODS.get(method, method)}), and they are plain "
-        "numbers, so they are read as such; other loaders go by config.json: remove its quantization_config from a "
-        "copy of the model"
+        f"{where}: config.json says that the weights are quantised ({kind}), and they are stored as plain numbers, so "
+        "they are read as such; other loaders go by config.json: remove its quantization_config from a copy"
     )
 
 
-def is_plain(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether no matrix is stored in a dtype that a quantised one may have."""
-    return all(info.dtype in PLAIN for info in tensors.values() if len(info.shape) > 1)
+def _is_leftover(method: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the weights are not quantised by the method that config.json names: no tensor has such a name, or no
+    matrix is stored in a dtype that a quantised one may have."""
+    plain = all(info.dtype in PLAIN for info in tensors.values() if len(info.shape) > 1)
+    return not _packed(tensors) and (method in METHODS or plain)
 
 
 def _told(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config's section on quantisation; MLX calls it by another name."""
-    found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
-    return found if isinstance(found, dict) else {}
+    """The config's section on quantisation, its own or its text model's; MLX calls it by another name."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            found = place.get("quantization_config") or place.get("compression_config") or place.get("quantization")
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def _method(config: Mapping[str, Any]) -> str:

@@ -68,7 +68,10 @@ def _as(hint: Any, found: Any) -> Any:
     if hint is Any or (hint is dict and isinstance(found, dict)):
         return found
     if origin is tuple and isinstance(found, (list, tuple)):
-        return tuple(_as(inside[0], x) for x in found)
+        each = inside[:1] * len(found) if inside[-1] is Ellipsis else inside
+        if len(each) != len(found):
+            raise TypeError
+        return tuple(map(_as, each, found))
     if origin is not None and isinstance(found, dict) and issubclass(origin, Mapping):
         return {_as(inside[0], key): _as(inside[1], x) for key, x in found.items()}
     if hint is float and isinstance(found, int | float) and type(found) is not bool and abs(found) <= LARGEST:
@@ -84,7 +87,7 @@ def words(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(words(one) for one in inside)
     if origin is tuple:
-        return f"a list, each {words(inside[0])}"
+        return f"a list, each {words(inside[0])}" if inside[-1] is Ellipsis else "a list"
     return WORDS.get(hint, "an object")
 
 

@@ -38,7 +38,7 @@ for verb in VERBS:
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
 _RESUMED = "what is finished is kept, run the command again with --resume"
 _GOES_ON = "what is finished is kept, run the same command again, without --force"
-_INTERRUPTED = dict.fromkeys(("reduce", "run"), _RESUMED)
+_INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
 _INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
 

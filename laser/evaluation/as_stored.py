@@ -24,7 +24,8 @@ def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-    for section in ("quantization_config", "compression_config"):
-        if hasattr(config, section):
-            delattr(config, section)
+    for place in (config, config.get_text_config(decoder=True)):
+        for section in ("quantization_config", "compression_config"):
+            if hasattr(place, section):
+                delattr(place, section)
     return asked | {"config": config}

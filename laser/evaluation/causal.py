@@ -161,6 +161,25 @@ def rotary_positions(model: Any) -> int | None:
     return int(max([limit, *scaled]))
 
 
+def grows_between(model: Any, lengths: Sequence[int]) -> int | None:
+    """A length whose texts get different rotary angles because a longer text came between them, None if there is none.
+
+    With rope_type dynamic transformers keeps the angles of the longest text until one comes that is short again.
+    """
+    config = model.config.get_text_config()
+    rope, limit = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    if not isinstance(rope, Mapping) or not isinstance(limit, int):
+        return None
+    if not any(r.get("rope_type") == "dynamic" for r in (rope, *rope.values()) if isinstance(r, Mapping)):
+        return None
+    grown, seen = limit, dict[int, int]()
+    for length in lengths:
+        grown = limit if length < limit else max(grown, length)
+        if seen.setdefault(length, grown) != grown:
+            return length
+    return None
+
+
 def probes(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three short texts (T + 1,) out of the windows: two of different tokens, and the second with another last input.
 

@@ -48,7 +48,7 @@ def not_by_layers(checkpoint: Checkpoint, why: str) -> UsageError:
 
 def by_layers(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     """`running`, layer by layer."""
-    return running(checkpoint, "try laser eval without --stream", " layer by layer")
+    return running(checkpoint, "try laser eval without --stream, or another --window", " layer by layer")
 
 
 @contextmanager

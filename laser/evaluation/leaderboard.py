@@ -17,7 +17,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from laser.checkpoint.files import Journal, read_json, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.records import decode, require_keys, value_of
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
@@ -34,6 +35,7 @@ from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, wri
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
+AGAIN = "run laser leaderboard again, with --force"
 LM_EVAL = "0.4.12"  # earlier ones fail on local rows
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
 
@@ -116,31 +118,51 @@ class Leaderboard:
     def load(path: Path) -> Leaderboard:
         """Raises RecordError for a record that is missing, damaged, of another version, or contradicts itself."""
         document = read_json(path, KIND, VERSION)
-        averages = {key: document.pop(key, None) for key in ("average", "average_stderr")}
-        del document["kind"], document["version"]
-        try:
-            record = Leaderboard(scores=tuple(map(_score_of, document.pop("scores"))), **document)
-            # A value that is not the mean of its rows was edited by hand.
-            agrees = all(_agrees(score) for score in record.scores) and abs(record.average - averages["average"]) < 1e-9
-            circumstances(record, record)  # settings and versions are what they are compared as
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise RecordError(f"{path} is not a whole record ({error}); run `laser leaderboard` again") from error
-        if not agrees:
-            raise RecordError(f"{path}: a value is not the mean of its rows; run `laser leaderboard` again")
+        where = f"{path} is not a whole record: it"
+        names = [field.name for field in fields(Leaderboard)]
+        averages = ("average", "average_stderr")
+        require_keys(document, (*names, *averages), ("kind", "version"), where, AGAIN)
+        scores = value_of(list, document["scores"], "scores", where, AGAIN)
+        whole = {name: document[name] for name in names} | {"scores": []}
+        record = replace(decode(Leaderboard, whole, where, AGAIN), scores=tuple(_scores_of(scores, path)))
+        if not record.scores or not isinstance(record.settings.get("device", ""), str):
+            raise RecordError(f"{path} is not a whole record: a score or the name of a device is wanting; {AGAIN}")
+        for name in averages:
+            if not _same(value_of(float | None, document[name], name, where, AGAIN), getattr(record, name)):
+                raise RecordError(f"{path}: {name} is not that of its tasks; {AGAIN}")
         return record
 
 
-def _score_of(entry: Mapping[str, Any]) -> TaskScore:
-    """A score as JSON gives it back, with lists for tuples."""
-    subjects = tuple((str(name), int(count)) for name, count in entry["subjects"])
-    return TaskScore(**{**entry, "rows": tuple(entry["rows"]), "subjects": subjects})
+def _scores_of(entries: Sequence[Any], path: Path) -> list[TaskScore]:
+    """Scores from JSON. Raises RecordError for one that is not whole, or was edited by hand."""
+    scores: dict[str, TaskScore] = {}
+    for number, entry in enumerate(entries, 1):
+        score = decode(TaskScore, entry, f"{path} is not a whole record: score {number}", AGAIN)
+        if wrong := _wrong(score):
+            raise RecordError(f"{path}: score {number} ({score.task}): {wrong}; {AGAIN}")
+        if scores.setdefault(score.task, score) is not score:
+            raise RecordError(f"{path}: score {number} ({score.task}) is there twice; {AGAIN}")
+    return list(scores.values())
 
 
-def _agrees(score: TaskScore) -> bool:
-    finite = all(math.isfinite(x) for x in score.rows)
-    if not finite or score.task not in TASKS or not len(score.rows) == score.n == sum(score.sizes):
-        return False
-    return abs(mean_and_error(score.rows, score.sizes)[0] - score.value) < 1e-6
+def _wrong(score: TaskScore) -> str | None:
+    """How a score contradicts itself."""
+    if score.task not in TASKS or score.metric != TASKS[score.task].metric:
+        return f"no task is called so, with metric {score.metric!r}"
+    if (
+        not len(score.rows) == score.n == sum(score.sizes)
+        or min(score.sizes) < 1
+        or not 0 <= score.undefined <= score.n
+    ):
+        return f"n is {score.n} and undefined {score.undefined}, found {len(score.rows)} rows"
+    mean, error = mean_and_error(score.rows, score.sizes)
+    if not _same(score.value, mean):
+        return "a value is not the mean of its rows"
+    return None if _same(score.stderr, error) else "a standard error is not that of its rows"
+
+
+def _same(told: float | None, found: float | None) -> bool:
+    return told == found if told is None or found is None else abs(told - found) < 1e-6
 
 
 def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
@@ -298,14 +320,11 @@ def run_leaderboard(
 def _finished(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     try:
-        scores = [_score_of(entry) for entry in journal.entries]
-        if not all(_agrees(score) for score in scores):
-            raise ValueError("a value is not the mean of its rows")
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return {score.task: score for score in _scores_of(journal.entries, journal.path)}
+    except RecordError as error:
         raise RecordError(
             f"{journal.path} holds a task that is not whole ({error}); start afresh with --force"
         ) from error
-    return {score.task: score for score in scores}
 
 
 NEEDED = ("lm_eval", "accelerate")

@@ -85,13 +85,18 @@ class Perplexity:
         own = {"nll": mean, "standard_error": error, "windows": len(record.losses), "tokens": sum(record.counts)}
         for name, expected in own.items():
             found = getattr(record, name)
-            known = found is not None and expected is not None
-            if not (math.isclose(found, expected, abs_tol=1e-12) if known else found == expected):
+            if not _same(found, expected):
                 raise RecordError(
                     f"{path}: found {name} {found}, expected {expected} from its own windows; it was changed by "
                     f"hand, {AGAIN}"
                 )
         return record
+
+
+def _same(found: float | None, expected: float | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return math.isclose(found, expected, abs_tol=1e-12)
 
 
 @dataclass(frozen=True)

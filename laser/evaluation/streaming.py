@@ -27,7 +27,7 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, UsageError
 from laser.evaluation.activations import Activations, Store, keep_heap_flat
-from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, same, say_unused
+from laser.evaluation.causal import build_causal, check_causal, check_windows, grows_between, probes, same, say_unused
 from laser.evaluation.layout import (
     Part,
     by_layers,
@@ -408,6 +408,11 @@ class LayeredModel:
         longest = max(len(w.tokens) for w in windows)
         if longest > self._checked:
             check_windows(self.checkpoint, self.model, windows)
+        if grown := grows_between(self.model, [len(w.tokens) - 1 for w in windows]):
+            raise not_by_layers(
+                self.checkpoint,
+                f"rope_type dynamic treats two texts of {grown} tokens unlike, by the longest text before them",
+            )
         self._checked = max(self._checked, longest)
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "an adapter of MLX": ({"adapter_config.json": "{}", "adapters.safetensors": ""}, "mlx_lm.fuse --model BASE"),
     "an adapter's weights": ({"adapter_model.safetensors": ""}, "an adapter without its adapter_config.json"),
+    "Meta's weights": ({"config.json": CONFIG, "consolidated.00.pth": ""}, "weights in Meta's own format"),
     "a trainer's output": (
         {f"checkpoint-{n}/{file}": CONFIG for n in (90, 500) for file in ("config.json", "model.safetensors")},
         r"is the output of a trainer: .*try \S+/checkpoint-500; there are 1 more",

@@ -364,6 +364,25 @@ def test_scales_without_a_config_can_be_written_as_bfloat16(fp8: Path, tmp_path:
     assert open_checkpoint(tmp_path / "out").fp8 is None
 
 
+@pytest.mark.parametrize("method", ["gptq", "fp8"])
+def test_a_leftover_config_beside_a_mask_or_one_odd_matrix(
+    make_pico: Callable[..., Path], run: Callable[..., Any], method: str
+) -> None:
+    """Masks of GPT-2 are bytes; one matrix without scales is skipped whatever config.json says of it."""
+    tensors = mixtral_tensors() | {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}
+    tensors[ONE] = tensors[ONE].to(torch.float8_e4m3fn)
+    path = make_pico(shards=1, tensors=tensors, quantization_config={"quant_method": method, "bits": 4})
+    code, out, err = run("scan", path, "--roles", "q", "--dry-run")
+    assert code == 0 and f"{ONE}: skipped: stored as F8_E4M3" in out, err
+
+
+def test_a_leftover_config_of_the_text_model_is_said_too(make_pico: Callable[..., Path], run: Any) -> None:
+    """transformers looks for it there as well."""
+    told = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path = make_pico(shards=1, tensors=mixtral_tensors(), text_config=told)
+    assert "weights are quantised (GPTQ)" in run("scan", path, "--roles", "q", "--dry-run")[2]
+
+
 @pytest.mark.parametrize("config", [{"quant_method": "awq", "bits": 4}, {"load_in_4bit": True}], ids=["awq", "bnb"])
 def test_a_leftover_config_leaves_the_measured_losses_alone(
     make_pico: Callable[..., Path], tmp_path: Path, config: dict[str, Any]

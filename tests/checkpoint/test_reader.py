@@ -99,3 +99,12 @@ def test_any_flipped_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path, da
         assert "fuzz.safetensors" in str(error)
     else:
         assert sum(t.end - t.start for t in shard.tensors) + len(shard.header) == len(raw)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_json_that_only_python_would_read_is_refused(pico: Path, name: str, coding: str) -> None:
+    """As PowerShell writes it: transformers loads neither, and an output would have the same file."""
+    (pico / name).write_bytes((pico / name).read_text().encode(coding))
+    with pytest.raises(CheckpointError, match=rf"{name} is not valid JSON \(.*utf-8"):
+        open_checkpoint(pico)

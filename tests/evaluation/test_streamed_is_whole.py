@@ -444,3 +444,22 @@ def test_positions_that_a_scaled_rope_was_made_for(rope: dict[str, Any], expecte
     )
     with torch.device("meta"):
         assert rotary_positions(AutoModelForCausalLM.from_config(config)) == expected
+
+
+def test_a_rope_that_grows_with_the_longest_text_before(tmp_path: Path) -> None:
+    """transformers keeps the angles of the longest text: streamed as whole in either order, or refused where one length
+    is met before and after a longer one."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    save(tmp_path, "llama", **SIZES | {"max_position_embeddings": 18, "rope_parameters": rope})
+
+    def cut(*lengths: int) -> Windows:
+        windows = (Window(t[:n], n - 1) for t, n in zip(TEXT, lengths, strict=False))
+        return Windows(tuple(windows), "t", "0", 25, "windows", True, None)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoubtWarning)
+        for fits in (cut(25, 25, 21), cut(21, 25), cut(25, 12, 25, 12)):
+            whole = losses(tmp_path, stream=False, windows=fits)
+            assert np.allclose(losses(tmp_path, stream=True, windows=fits), whole, atol=1e-5)
+        with pytest.raises(UsageError, match="two texts of 20 tokens unlike"):
+            losses(tmp_path, stream=True, windows=cut(21, 25, 21))
