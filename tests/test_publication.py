@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -360,8 +360,9 @@ TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None
 def test_a_searchs_record_is_checked_whole(
     reduced: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
 ) -> None:
-    _, out = reduced
-    document: dict[str, Any] = {"kind": "search", "version": 1, "held_out": [HELD], "trials": [TRIED]}
+    source, out = reduced
+    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
+    document["source"] = asdict(Source.of(source))
     document[part] = [document[part][0] | change]
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(document))
