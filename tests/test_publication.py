@@ -35,7 +35,7 @@ from laser.publication import (
     write_card,
 )
 from laser.reduction import reduce
-from laser.spectra import scan
+from laser.spectra import Source, scan
 from laser.verification import verify
 
 
