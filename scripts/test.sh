@@ -7,4 +7,5 @@ ruff format --check .
 ruff check .
 pyright
 python scripts/render_docs.py --check
-python -m pytest "$@"
+# A file at a time on each of two cores: one file's tests may share a cluster or a cache.
+python -m pytest -n 2 --dist loadfile "$@"
