@@ -1,39 +1,33 @@
 """calibrate: run a text through the model layer by layer and keep the second moments of what its matrices meet.
 
 In memory are one layer, its moments and the states between two layers. After each layer its moments and the states are
-on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer; the end of it joins those
-files to one, byte by byte, whatever their size.
+on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer (calibration_parts.py); the
+end of it joins those files to one, byte by byte, whatever their size.
 
 A product of some hundred inputs is float32, as the inputs are; the sums over the text are float64.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from laser.calibration_parts import Parts
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.files import disk_errors, write_atomically
-from laser.checkpoint.joining import join, read_json_header
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import NumericalError, UsageError
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
-from laser.moments import VERSION, Calibration, Moments, Site, fingerprint, header_of, pack, site_of
+from laser.moments import VERSION, Moments, Site, fingerprint, pack
 from laser.selection import Selection
 from laser.spectra import Source
 from laser.spectral.devices import full_precision
@@ -136,13 +130,15 @@ def calibrate(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     full_side: int = FULL_SIDE,
+    anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
-    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `tick` is called with each
-    layer. Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
+    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
+    of another calibration. `tick` is called with each layer.
+    Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix that meets NaN or Inf, RecordError for a partial run of another kind.
     """
     selection = selection or Selection()
@@ -161,47 +157,46 @@ def calibrate(
     _check_length(chosen, tokens, windows, shrink or diagonal)
     named = {m.name: m for m in chosen}
     first = min(layers[m.name] or 0 for m in chosen)
+    source = Source.of(checkpoint)
     run = {
-        **Source.of(checkpoint).told(),
-        # The headers of two models of one shape are the same.
-        "weights": [fingerprint(checkpoint.read(m.tensor, m.cut)) for m in chosen if layers[m.name] == first],
+        **source.told(),
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
         "version": VERSION,  # of what lies there
     }
-    partial = path.with_name(path.name + ".partial")
-    with disk_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
+    parts = Parts(path.with_name(path.name + ".partial"), run, anew)
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
-    start = _resume(partial, run, states)
-    for left in partial.glob("layer-*.safetensors"):  # of a layer that was not finished, perhaps by another command
-        if left.name >= _part(partial, start, 0).name:
-            left.unlink()
-    last = max(layers[m.name] or 0 for m in chosen)
-    for layer in range(start, last + 1):
-        here = [m for m in chosen if layers[m.name] == layer]
-        if here:
+    todo = {layers[m.name] or 0 for m in chosen} - parts.layers
+    layer = 0
+    if parts.boundary and not any(left < parts.boundary for left in todo):
+        layer = parts.load_states(states)
+    while any(layer <= left for left in todo):
+        if layer in todo:
+            here = [m for m in chosen if layers[m.name] == layer]
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
             if layer == first and not (shrink or diagonal):
                 _check_experts(sites, named, windows)
-            for number in range(len(sites)):  # each is written and forgotten: the layer's moments once in memory
+            count = len(sites)
+            for number in range(count):  # each is written and forgotten: the layer's moments once in memory
                 site = sites.pop(0)
                 weights = tuple(fingerprint(checkpoint.read(named[n].tensor, named[n].cut)) for n in site.names)
-                row, tensors = site.finish(layer, weights)
-                write_atomically(
-                    _part(partial, layer, number), save(tensors, metadata={"site": json.dumps(asdict(row))})
-                )
+                parts.save_site(*site.finish(layer, weights), number, count)
         else:
             model.run_layer(layer, states)
-        _save_states(partial, run, layer + 1, states)
-        tick(layer)
+        tick_of, layer = layer, layer + 1
+        if layer > parts.boundary:
+            parts.save_states(layer, states)
+        elif not any(layer <= left < parts.boundary for left in todo):  # what was lost is there again
+            layer = parts.load_states(states)
+        tick(tick_of)
+    require_unchanged(checkpoint)
     whole = {"text": windows.text, "text_sha256": windows.text_sha256, "windows_sha256": windows.sha256}
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
-    _join(path, Source.of(checkpoint), whole, sorted(partial.glob("layer-*.safetensors")))
-    shutil.rmtree(partial)
+    parts.join(path, source, whole)
+    shutil.rmtree(parts.partial)
     return Moments.load(path)
 
 
@@ -268,43 +263,3 @@ def _run_layer(
             stacklevel=2,
         )
     return sites + [Accumulator(Met((m.name,), ()), "full") for m in unseen if m.expert is not None]
-
-
-# --- on the disk ------------------------------------------------------------------------------------------------------
-
-
-def _part(partial: Path, layer: int, number: int) -> Path:
-    return partial / f"layer-{layer:05d}-{number:05d}.safetensors"
-
-
-def _save_states(partial: Path, run: dict[str, Any], boundary: int, states: Activations) -> None:
-    told = {"run": json.dumps(run), "boundary": str(boundary)}
-    write_atomically(partial / "states.safetensors", save({"states": states.hidden}, metadata=told))
-
-
-def _resume(partial: Path, run: dict[str, Any], states: Activations) -> int:
-    """The layer to go on with; fills `states` with what enters it. Layers below it have their files already."""
-    path = partial / "states.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            if told.get("run") != json.dumps(run):
-                raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
-            states.hidden.copy_(file.get_tensor("states"))
-            return int(told["boundary"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise RecordError(f"{path} is damaged ({error}); start afresh with --force") from error
-
-
-def _join(path: Path, source: Source, whole: dict[str, Any], parts: Sequence[Path]) -> None:
-    """The sites' files as one, with the record that tells of them."""
-    digest = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(json.dumps([source.identity, whole]).encode())
-    sites = [site_of(json.loads(read_json_header(part)[0]["__metadata__"]["site"])) for part in parts]
-    record = header_of(source, Calibration(identity=digest.hexdigest(), **whole), sites)
-    join(parts, path, {"laser": json.dumps(record, allow_nan=False)})

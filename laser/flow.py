@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import RECORDS, is_settled, prepare_output
+from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import RECORDS, OnCheck, is_settled
 from laser.engine.workers import Crew
 from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
@@ -42,8 +45,10 @@ def run(
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
+    name: str | None = None,
     on_scan: Callable[[Matrix], None] = lambda _: None,
     on_reduce: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> Result:
     """scan, choose, reduce, card. Killed and called again with `resume`, it goes on where it was.
 
@@ -52,10 +57,34 @@ def run(
     `moments` the spectra in the metric of the data.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
     FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
-    `command` is told in the card. The callbacks are called per scanned matrix, and per reduced matrix with its
-    seconds.
+    `command` is told in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
+    per reduced matrix with its seconds, and with how many bytes of an earlier run were read again, of how many.
     """
-    prepare_output(checkpoint, out, resume=resume, force=force)
+    name = name or out.resolve().name
+    with writing(checkpoint, out, resume=resume, force=force) as place:
+        made = _run_in(
+            place, checkpoint, selection, choose, crew, method, null_draws, moments, treatment, on_scan, on_reduce,
+            on_check,
+        )  # fmt: skip
+        write_card(place, checkpoint, name=name, commands=(command,) if command else ())
+    return made
+
+
+def _run_in(
+    out: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    choose: Callable[[Spectra], Plan],
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+    treatment: Treatment | None,
+    on_scan: Callable[[Matrix], None],
+    on_reduce: Callable[[Matrix, float], None],
+    on_check: OnCheck,
+) -> Result:
+    """All but the card, in the directory `out`."""
     path = records_of(out) / "spectra.safetensors"
     # Two passes for FP8: a matrix and its scales, perhaps in two shards, are written together.
     if treatment is not None and moments is None and checkpoint.fp8 is None and not is_settled(checkpoint, out):
@@ -65,15 +94,15 @@ def run(
             on_reduce(matrix, seconds)
 
         spectra, plan, outcome = reduce_in_one_pass(
-            checkpoint, out, selection, treatment, choose, crew=crew, method=method, null_draws=null_draws, tick=tick
-        )
-        write_card(out, checkpoint, commands=(command,) if command else ())
+            checkpoint, out, selection, treatment, choose, crew=crew, method=method, null_draws=null_draws, tick=tick,
+            on_check=on_check,
+        )  # fmt: skip
         return Result(spectra, plan, outcome)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
     plan.save(records_of(out) / "plan.json")
-    outcome = reduce(checkpoint, plan, out, crew=crew, method=method, resume=True, tick=on_reduce, moments=moments)
-    write_card(out, checkpoint, commands=(command,) if command else ())
+    options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
+    outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
     return Result(spectra, plan, outcome)
 
 
@@ -91,31 +120,37 @@ def scan_into(
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    anew: bool = False,
 ) -> Spectra:
-    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial."""
-    if path.exists():
-        there = Spectra.load(path)
-        wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-        tried = {m.name for m in there.matrices if m.no_spectrum is None}
-        done = there.values.keys() | {n for n, why in there.skipped.items() if why.startswith("skipped") and n in tried}
-        same = there.source.told() == Source.of(checkpoint).told()
-        if same and (there.method, there.device) == (method, crew.label):
-            drawn = {len(there.nulls.get(name, ())) for name in there.values}
-            known = there.data.calibration.get("identity") if there.data else None
-            same = moments is None or known == moments.calibration.identity
-            if wanted == done and drawn <= {null_draws} and same:
-                return there
-    partial = path.with_name(path.name + ".partial")
-    spectra = scan(
-        checkpoint,
-        selection,
-        crew=crew,
-        method=method,
-        journal=partial,
-        null_draws=null_draws,
-        moments=moments,
-        tick=tick,
-    )
-    spectra.save(path)
-    partial.unlink()
-    return spectra
+    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
+
+    `anew` measures again whatever is there, and drops the work of another scan.
+    """
+    with claimed(path):
+        if path.exists() and not anew:
+            there = Spectra.load(path)
+            wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
+            tried = {m.name for m in there.matrices if m.no_spectrum is None}
+            reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
+            done = there.values.keys() | {name for name, why in reasons if why.startswith("skipped")}
+            if there.source.is_of(Source.of(checkpoint)) and (there.method, there.device) == (method, crew.label):
+                drawn = {len(there.nulls.get(name, ())) for name in there.values}
+                known = there.data.calibration.get("identity") if there.data else None
+                same = moments is None or known == moments.calibration.identity
+                if wanted == done and drawn <= {null_draws} and same:
+                    return there
+        partial = path.with_name(path.name + ".partial")
+        spectra = scan(
+            checkpoint,
+            selection,
+            crew=crew,
+            method=method,
+            journal=partial,
+            null_draws=null_draws,
+            moments=moments,
+            tick=tick,
+            anew=anew,
+        )
+        spectra.save(path)
+        partial.unlink()
+        return spectra

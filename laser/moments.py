@@ -10,20 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from laser.checkpoint.files import check_header
+from laser.checkpoint.cuts import bytes_of
+from laser.checkpoint.files import check_header, require_sealed, sealed
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.errors import RecordError, UsageError
 from laser.spectra import SOURCE_OPTIONAL, Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 3
+KIND, VERSION = "moments", 4
 AGAIN = "try laser calibrate again with this version of laser"
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
@@ -66,6 +67,7 @@ class Moments:
     source: Source
     calibration: Calibration
     sites: Mapping[str, Site]
+    hashes: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> sha256 of its bytes
 
     def tokens(self, name: str) -> int:
         """How many inputs the matrix met; 0 for one that was not calibrated."""
@@ -87,14 +89,27 @@ class Moments:
                 f"{self.path.name} was made from other weights of {name}: found {found}, expected {expected}; try "
                 f"laser calibrate with this model"
             )
-        with safe_open(self.path, framework="pt") as file:
-            diagonal = file.get_tensor(f"{site.key}.diagonal")
-            if site.form == "diagonal":
-                return Metric("diagonal", diagonal, site.tokens)
-            moment = unpack(file.get_tensor(f"{site.key}.correlations"), diagonal)
-            parts = ("sketch", "rest") if site.form == "outputs" else ()
-            known = {part: file.get_tensor(f"{site.key}.{part}").double() for part in parts}
+        names = ["diagonal"]
+        if site.form != "diagonal":
+            names += ["correlations", *(("sketch", "rest") if site.form == "outputs" else ())]
+        known = {part: self._tensor(f"{site.key}.{part}") for part in names}
+        diagonal = known.pop("diagonal")
+        if site.form == "diagonal":
+            return Metric("diagonal", diagonal, site.tokens)
+        moment = unpack(known.pop("correlations"), diagonal)
+        known = {part: tensor.double() for part, tensor in known.items()}
         return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, **known)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Raises RecordError for one that is not as calibration wrote it."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise RecordError(f"{self.path} is not a readable moments file ({error}); calibrate again") from error
+        if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
+            raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
+        return tensor
 
     @staticmethod
     def load(path: Path) -> Moments:
@@ -108,15 +123,17 @@ class Moments:
             raise RecordError(f"{path} is not a readable moments file ({error}); calibrate again") from error
         check_header(header, path, KIND, VERSION)
         where = f"{path}: its header"
-        require_keys(header, ("source", "calibration", "sites"), ("kind", "version"), where, AGAIN)
+        require_keys(header, ("source", "calibration", "sites", "hashes", "check"), ("kind", "version"), where, AGAIN)
         require_finite(header, where, AGAIN)
         source = decode(Source, header["source"], f"{path}: its source", AGAIN, SOURCE_OPTIONAL)
         calibration = decode(Calibration, header["calibration"], f"{path}: its calibration", AGAIN)
+        hashes = value_of(Mapping[str, str], header["hashes"], "hashes", where, AGAIN)
         sites = {}
         for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
             site = decode(Site, row, f"{path}: site {number}", AGAIN)
             sites |= dict.fromkeys(site.matrices, site)
-        return Moments(path, source, calibration, sites)
+        require_sealed(header, path, KIND)
+        return Moments(path, source, calibration, sites, hashes)
 
 
 def site_of(row: Mapping[str, Any]) -> Site:
@@ -133,10 +150,10 @@ def fingerprint(W: torch.Tensor) -> str:
     return told.hexdigest()[:16]
 
 
-def header_of(source: Source, calibration: Calibration, sites: list[Site]) -> dict[str, Any]:
+def header_of(source: Source, calibration: Calibration, sites: list[Site], hashes: Mapping[str, str]) -> dict[str, Any]:
     """The JSON in `__metadata__["laser"]`."""
     document = {"kind": KIND, "version": VERSION, "source": asdict(source), "calibration": asdict(calibration)}
-    return document | {"sites": [asdict(site) for site in sites]}
+    return sealed(document | {"sites": [asdict(site) for site in sites], "hashes": dict(hashes)})
 
 
 def pack(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import to_json
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.selection import Selection
@@ -88,7 +89,7 @@ def null_test(
     selection, device = selection or Selection(), device or choose_device()
     if spectra is not None:
         spectra.source.require(checkpoint, "spectra")
-    matrices = list_matrices(checkpoint)
+    source, matrices = Source.of(checkpoint), list_matrices(checkpoint)
     selection.check(matrices)
     counts: dict[tuple[str, str], list[_Counts]] = {}
     skipped: dict[str, str] = {}
@@ -110,8 +111,9 @@ def null_test(
                 found = _found(spec, spectra, matrix, rule.needs_null)
                 counts.setdefault((spec, matrix.role), []).append(_Counts(min(shape), kept, found))
         tick(matrix)
+    require_unchanged(checkpoint)
     rows = tuple(_row(spec, role, group) for (spec, role), group in counts.items())
-    return NullTest(Source.of(checkpoint), permutation, draws, rows, skipped)
+    return NullTest(source, permutation, draws, rows, skipped)
 
 
 def _found(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: bool) -> int | None:

@@ -23,12 +23,12 @@ import torch
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.writer import RECORDS, New, write_checkpoint
+from laser.checkpoint.writer import RECORDS, New, OnCheck, write_checkpoint
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, UsageError
 from laser.measured import Measured, from_entry, to_entry
 from laser.plan import Plan, Treatment, line_of
-from laser.reduction import Outcome, by_shard, describe_by, record_of, run_of
+from laser.reduction import VERSION, Outcome, by_shard, describe_by, record_of, run_of
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, assemble, describe_failure, measure
 from laser.spectral.decomposition import METHODS
@@ -91,6 +91,7 @@ def reduce_in_one_pass(
     method: str,
     null_draws: int,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> tuple[Spectra, Plan, Outcome]:
     """Reduce every selected matrix by `treatment` as it is visited, and make the records of scan and plan as well.
 
@@ -138,6 +139,7 @@ def reduce_in_one_pass(
 
     run = {
         "kind": "one pass journal",
+        "version": VERSION,
         **Source.of(checkpoint).told(),
         "rule": treatment.rule,
         "treatment": treatment.describe(),
@@ -146,5 +148,5 @@ def reduce_in_one_pass(
         "device": crew.label,
         "null_draws": null_draws,
     }
-    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run)
+    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.errors import RecordError, UsageError
@@ -30,7 +30,7 @@ from laser.spectral.resolution import at_threshold, precision_of
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 
-KIND, VERSION = "plan", 1
+KIND, VERSION, EARLIER = "plan", 2, 1  # the earlier one is like it, but of a model on the Hub alone knows the weights
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
@@ -129,7 +129,7 @@ class Plan:
     @staticmethod
     def load(path: Path) -> Plan:
         """Raises RecordError for a plan that is missing, damaged, of another version, or that contradicts itself."""
-        return Plan.from_document(read_json(path, KIND, VERSION), path)
+        return Plan.from_document(read_json(path, KIND, VERSION, EARLIER), path)
 
     @staticmethod
     def from_document(document: Any, path: Path) -> Plan:
@@ -143,6 +143,8 @@ class Plan:
         digest = value_of(str | None, document.get("digest"), "digest", whole, AGAIN)
         require_finite(outer, whole, AGAIN)
         source = decode(Source, document["source"], f"{whole}: its source", AGAIN, SOURCE_OPTIONAL)
+        if not source.weights.told():
+            raise RecordError(f"{path} does not say which weights it was made from; make it again: `{COMMANDS[KIND]}`")
         rule = value_of(str, document["rule"], "rule", whole, AGAIN)
         try:
             for part in rule.split(",") if rule != "none" else ():

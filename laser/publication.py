@@ -25,7 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
+from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.checkpoint.writer import RECORDS
@@ -36,6 +37,7 @@ from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
+from laser.spectra import SOURCE_OPTIONAL, Source
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -45,7 +47,7 @@ EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
-KIND, VERSION = "source", 1
+KIND, VERSION = "source", 2
 # What the card reads of a search's record.
 NUMBER: Any = float | None
 REPORT: dict[str, Any] = {"objective": str, "text": str, "units": int, "tokens": int}
@@ -95,11 +97,11 @@ def write_card(
     about = _about(out, outcome, source, hash_source)
     if base_model is not None:
         about = replace(about, hub_id=base_model)
-    source_id, result_id = outcome.plan.source.identity, open_checkpoint(out).identity
+    made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
     if losses is None and trials is None and (out / SEARCH).exists():
-        losses, trials = _searched(out / SEARCH)
-    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, source_id)
-    b = _record(Perplexity, eval_after or out / EVAL, eval_after, result_id)
+        losses, trials = _searched(out / SEARCH, made_of)
+    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
+    b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
     if (eval_before or eval_after) and not (a and b):
         raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
     if a and b:
@@ -113,14 +115,15 @@ def write_card(
         about,
         run=CardRun("; ".join(rules) or None, versions(), commands),
         losses=losses,
-        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, source_id),
-        after=_record(Leaderboard, after or out / LEADERBOARD, after, result_id),
+        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, made_of),
+        after=_record(Leaderboard, after or out / LEADERBOARD, after, made),
         trials=trials,
     )
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
     (out / RECORDS).mkdir(exist_ok=True)
-    write_atomically(out / SOURCE, to_json(_header(outcome) | {"commands": list(commands)} | asdict(about)))
+    told = _header(outcome) | {"commands": list(commands)} | asdict(about)
+    write_atomically(out / SOURCE, to_json(sealed(told)))
     write_atomically(target, text.encode())
     return target
 
@@ -180,12 +183,14 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
         document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        for key in ("kind", "version", "outcome", "commands"):
+        told = document.get("weights")
+        weights = fingerprint_in(told if isinstance(told, dict) else {})
+        for key in ("kind", "version", "outcome", "weights", "commands", "check"):
             document.pop(key, None)
         remedy = "remove it, or name the model with --source"
         later = [field.name for field in fields(CardSource) if field.default is not MISSING]
         about = decode(CardSource, document, f"{out / SOURCE} is not a whole record: it", remedy, later)
-        if about.identity == outcome.plan.source.identity:
+        if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
             return about
     files, licences = _licences(out)
     return CardSource(
@@ -209,7 +214,8 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
 def _header(outcome: Outcome) -> dict[str, Any]:
     """Of laser/source.json: the commands in it belong to one outcome, told by the hashes of its shards."""
-    return {"kind": KIND, "version": VERSION, "outcome": dict(outcome.shards)}
+    told = {"outcome": dict(outcome.shards), "weights": outcome.plan.source.weights.told()}
+    return {"kind": KIND, "version": VERSION} | told
 
 
 def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
@@ -221,24 +227,32 @@ def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
     return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
 
 
-def _record(kind: type[Measured], path: Path, asked: Path | None, identity: str) -> Measured | None:
+def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) -> Measured | None:
     """The record at `path`; None where it is absent and was not asked for."""
     if asked is None and not path.exists():
         return None
     record = kind.load(path)
-    if record.identity != identity:
+    weights = fingerprint_in(record.weights)
+    if record.identity != of.identity or not agree(weights, of.weights):
         raise RecordError(
-            f"{path} was measured on {record.model} ({record.identity[:12]}), whose weights are not those "
-            f"that the card speaks of ({identity[:12]}); measure again, or remove the file"
+            f"{path} was measured on {record.model} ({record.identity[:12]}, {weights.short}), whose weights are not "
+            f"those that the card speaks of, {of.name} ({of.identity[:12]}, {of.weights.short}); measure again, or "
+            "remove the file"
         )
     return record
 
 
-def _searched(path: Path) -> tuple[Losses | None, list[dict[str, Any]]]:
+def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
     """What a search measured on text that it did not select on, and its trials."""
-    document = read_json(path, "search", 1)
+    document = read_json(path, "search", 2)
     where, remedy = f"{path} is not a whole record", "remove it, or search again"
-    require_keys(document, ("held_out", "trials"), list(document), f"{where}: it", remedy)
+    require_keys(document, ("source", "held_out", "trials"), list(document), f"{where}: it", remedy)
+    searched = decode(Source, document["source"], f"{path}: its source", remedy, SOURCE_OPTIONAL)
+    if not searched.is_of(of):
+        raise RecordError(
+            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
+            f"({of.weights.short}); {remedy}"
+        )
 
     def checked(name: str, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = value_of(list, document[name], name, where, remedy)

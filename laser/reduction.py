@@ -16,23 +16,25 @@ import torch
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
+from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.records import require_keys, value_of
-from laser.checkpoint.writer import New, prepare_output, write_checkpoint
+from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import New, OnCheck, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
 from laser.engine.workers import Crew, near, visit
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
+from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
-from laser.spectra import Source
 from laser.spectral.decomposition import METHODS, Truncation, truncate
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import signal_to_noise
 
-KIND, VERSION = "outcome", 1
+KIND, VERSION = "outcome", 2
 CLOSE = 1e-4  # of a foretold figure: a scan in float32 is nearer, and one rank of 4096 is further
 AGAIN = "it is damaged: run laser reduce again"
 MEASURED: dict[str, Any] = {
@@ -45,6 +47,7 @@ MEASURED: dict[str, Any] = {
     "method": str,
     "note": str | None,
 }
+HEADER = ("kind", "version", "files", "check")  # files: sha256 by name, see checkpoint/at_rest.py
 LATER = ("snr", "over_threshold", "note")  # not yet in outcomes of laser 0.1
 
 
@@ -72,7 +75,7 @@ class Outcome:
     @staticmethod
     def from_document(document: Mapping[str, Any], path: Path) -> Outcome:
         """Raises RecordError for a document that is damaged or of another version."""
-        require_keys(document, ("plan", "matrices", "shards", "run", "left_out"), ("kind", "version"), str(path), AGAIN)
+        require_keys(document, ("plan", "matrices", "shards", "run", "left_out"), HEADER, str(path), AGAIN)
         records = value_of(Mapping[str, dict], document["matrices"], "matrices", str(path), AGAIN)
         for name, record in records.items():
             for key, hint in MEASURED.items():
@@ -148,6 +151,12 @@ def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
     return replace(line, threshold=line.threshold if held else None, reason=why, **found)
 
 
+def plan_as_measured(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan as laser.json has it, from the records by matrix."""
+    lines = (as_measured(x, records[x.name]) if x.name in records else x for x in plan.lines)
+    return replace(plan, lines=tuple(lines))
+
+
 def reduce(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -163,6 +172,7 @@ def reduce(
     moments: Moments | None = None,
     fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> Outcome:
     """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
 
@@ -173,7 +183,8 @@ def reduce(
     the Hub's cache as soon as its output is on the disk. FP8 matrices are written as FP8 with new scales, or, with
     `dtype` "bfloat16", the whole checkpoint without FP8 and its config without quantization_config. Lines in the metric
     of the data need the `moments` that the plan was made with; with `fresh` moments of another text the outcome says
-    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation. Raises
+    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation, `on_check`
+    with how many bytes of an earlier run were read again, of how many. Raises
     RecordError for a plan or moments of another checkpoint, UsageError for moments that are needed and missing,
     OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
     certificate.
@@ -190,7 +201,6 @@ def reduce(
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
-    prepare_output(checkpoint, out, resume=resume, force=force)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
         work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
@@ -211,9 +221,12 @@ def reduce(
 
     def done(shard: Shard) -> None:
         if evict and hub is not None:
+            if shard.stamp is not None and shard.path.exists():
+                require_stamp(shard.path, shard.stamp)
             drop(hub, shard.path.name)
 
-    document = write_checkpoint(checkpoint, out, touched, compute, describe_by(plan), run, done)
+    with writing(checkpoint, out, resume=resume, force=force) as place:
+        document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -266,9 +279,8 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        lines = (as_measured(x, records[x.name]) if x.name in records else x for x in plan.lines)
-        done = replace(plan, lines=tuple(lines))
-        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": 1} | asdict(done)}
+        done = plan_as_measured(plan, records)
+        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(done)}
         return document | {"matrices": records, "shards": shards}
 
     return describe
@@ -278,7 +290,8 @@ def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
-        **Source.of(checkpoint).told(),
+        "version": VERSION,
+        **plan.source.told(),  # which `require` has compared with the checkpoint: here it may know more
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": crew.label,

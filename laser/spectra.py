@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
-from laser.checkpoint.files import Journal, check_header, write_atomically
+from laser.checkpoint.files import Journal, check_header, require_sealed, sealed, spoiling, write_atomically
+from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.engine.workers import Crew, dearest_first, near, visit
@@ -37,9 +39,9 @@ from laser.spectral.permutation import null_largest
 if TYPE_CHECKING:
     from laser.moments import Moments
 
-KIND, VERSION = "spectra", 1
+KIND, VERSION = "spectra", 2
 AGAIN = "try laser scan again with this version of laser"
-SOURCE_OPTIONAL = ("parameters", "unindexed", "content")  # which records of laser 0.1 lack
+SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
@@ -48,8 +50,7 @@ class Source:
     """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
     parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
-    reads every tensor of a shard, in records of earlier versions those that the index does not name. content: one hash
-    over the weights' own hashes, known for models from the Hub; None elsewhere.
+    reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`.
     """
 
     name: str
@@ -57,30 +58,53 @@ class Source:
     parameters: int | None = None  # None in records of laser 0.1
     unindexed: int = 0
     content: str | None = None
+    samples: str | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        content = checkpoint.hub.content if checkpoint.hub else None
-        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, content)
+        weights = checkpoint.fingerprint
+        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
+
+    @property
+    def weights(self) -> Fingerprint:
+        return Fingerprint(self.samples, self.content)
 
     def told(self) -> dict[str, str]:
-        """For a journal: what identifies the weights, as far as it is known."""
-        return {"source": self.identity} | ({"content": self.content} if self.content else {})
+        """For a journal: what identifies the weights, as far as it is known, and their name for messages."""
+        return {"source": self.identity, "model": self.name} | self.weights.told()
+
+    def is_of(self, other: Source) -> bool:
+        """Whether the two surely speak of the same weights."""
+        return self.identity == other.identity and agree(self.weights, other.weights) is True
 
     def require(self, checkpoint: Checkpoint, what: str) -> None:
-        """Raises RecordError unless `what` was made from this very checkpoint."""
+        """Raises RecordError unless `what` was made from these very weights.
+
+        A record of a model on the Hub knows the hashes of its files; a directory is then read whole and hashed.
+        """
         other = Source.of(checkpoint)
         if self.identity != other.identity:
             raise RecordError(
                 f"the {what} was made from {self.name} ({self.identity[:12]}), found {other.name} "
                 f"({other.identity[:12]}); make the {what} again from this checkpoint"
             )
-        if self.content and other.content and self.content != other.content:
+        same = agree(self.weights, other.weights)
+        if same is None and self.content:
+            same = self.content == content_by_reading(checkpoint)
+        if same is None:
+            repo = checkpoint.hub.repo if checkpoint.hub else other.name
             raise RecordError(
-                f"the {what} was made from other weights of {self.name}: found {other.content[:12]}, expected "
-                f"{self.content[:12]}; it was changed on the Hub: name its old revision, or make the {what} again"
+                f"the {what} knows sampled bytes of {self.name}, and of {other.name} on the Hub only the hashes of its "
+                f"files are known, so nobody can tell whether they are the same; try `hf download {repo}` and the same "
+                f"command, or make the {what} again from this model"
+            )
+        if not same:
+            raise RecordError(
+                f"the {what} was made from other weights of {self.name}: found {other.name} ({other.weights.short}), "
+                f"expected {self.name} ({self.weights.short}), of the same names and shapes; if it was changed on the "
+                f"Hub, name its old revision, else make the {what} again from this model"
             )
 
 
@@ -120,6 +144,7 @@ class Spectra:
         if self.data is not None:
             header["data"] = self.data.header()
             vectors |= self.data.vectors()
+        header = sealed(header | {"vectors": _hash(vectors)})
         write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
 
     def _extra(self, name: str) -> dict[str, Any]:
@@ -138,7 +163,7 @@ class Spectra:
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
             raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
-        needed = ("source", "method", "device", "matrices")
+        needed = ("source", "method", "device", "matrices", "vectors", "check")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)
         method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
@@ -155,7 +180,16 @@ class Spectra:
         spectra = Spectra(source, matrices, values, skipped, method, device, nulls, kurtosis, data, notes)
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {AGAIN}")
+        require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
         return spectra
+
+
+def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
+    """sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        digest.update(f"{name}\0{vector.dtype}\0{vector.shape}\0".encode("utf-8", "surrogatepass") + vector.tobytes())
+    return digest.hexdigest()
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
@@ -229,13 +263,15 @@ def scan(
     null_draws: int = 0,
     moments: Moments | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
+    anew: bool = False,
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
     each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved. `tick` is called per matrix. A matrix with NaN or Inf, or one that no method can factorise,
+    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
+    NaN or Inf, or one that no method can factorise,
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
     value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
     where a matrix was calibrated.
@@ -256,6 +292,7 @@ def scan(
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
     run = {
         "kind": "scan journal",
+        "version": VERSION,
         **Source.of(checkpoint).told(),
         "selection": selection.describe(),
         "method": method,
@@ -263,7 +300,7 @@ def scan(
         "null_draws": null_draws,
     } | ({"moments": moments.calibration.identity} if moments else {})
     found: dict[str, Measured] = {}
-    with Journal(journal, run) if journal else nullcontext() as log:
+    with Journal(journal, run, anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
             found[entry["name"]] = from_entry(entry)
         for matrix in matrices:
@@ -277,6 +314,8 @@ def scan(
                 if log:
                     log.append(to_entry(matrix.name, measured))
                 tick(matrix)
+        with spoiling(log):
+            require_unchanged(checkpoint)
     spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
     return replace(spectra, data=InData.of(moments, spectra.values, found))
 

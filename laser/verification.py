@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laser.at_rest import damage_at_rest
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.headers import Shard, TensorInfo, pieces
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -98,6 +100,10 @@ def verify(
             if not _same(source, result, matrix):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
+    if not problems:  # else what is wrong has been said
+        problems = damage_at_rest(out, outcome)
+    for checkpoint in (source, result):
+        require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))
 
 

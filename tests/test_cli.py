@@ -259,13 +259,19 @@ def test_a_tensor_cannot_command_the_terminal(
     [
         (("verify", "{source}", "{folder}/nothing"), "name a directory that laser reduce or laser run has finished"),
         (("card", "{source}"), "name a directory that laser reduce or laser run has finished"),
-        (("reduce", "{source}", "{folder}/no.json", "-o", "{folder}/out"), "laser plan SPECTRA -o FILE makes one"),
+        (
+            ("reduce", "{source}", "{folder}/no.json", "-o", "{folder}/out"),
+            "laser plan SPECTRA -o FILE --rule RULE makes one",
+        ),
         (("eval", "{folder}/no.json"), "laser eval MODEL -o FILE makes one"),
         (
             ("eval", "{source}/config.json"),
             "found kind None, so no record of laser, expected 'eval' version 2; laser eval MODEL -o",
         ),
-        (("reduce", "{source}", "{source}/config.json", "-o", "{folder}/out"), "laser plan SPECTRA -o FILE makes one"),
+        (
+            ("reduce", "{source}", "{source}/config.json", "-o", "{folder}/out"),
+            "laser plan SPECTRA -o FILE --rule RULE makes one",
+        ),
         (("plan", "{shard}", "-o", "{folder}/p", "--rule", "mp-edge"), "laser scan MODEL -o FILE"),
     ],
 )

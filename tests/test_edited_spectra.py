@@ -30,7 +30,7 @@ def row(header: Header) -> dict[str, Any]:
 
 
 CHANGES: list[tuple[Callable[[Header, Vectors], object], str]] = [
-    (lambda h, v: h.update(version=2), "version 2"),
+    (lambda h, v: h.update(version=3), "version 3"),
     (lambda h, v: h.update(shiny=True), "has a key 'shiny'"),
     (lambda h, v: h.pop("method"), "has no key 'method'"),
     (lambda h, v: h.update(device=None), "device is null, expected a text"),
@@ -74,18 +74,19 @@ def test_changed_spectra_are_refused(
     assert code == 1 and error.startswith("laser: ") and error.count("\n") == 1
 
 
-def test_spectra_of_an_earlier_version_are_still_read(pico: Path, tmp_path: Path) -> None:
-    """Without what laser 0.1 did not write: kurtosis, tensor, parameters."""
+def test_spectra_of_an_earlier_version_are_refused_with_the_command(pico: Path, tmp_path: Path) -> None:
+    """Without what laser 0.1 did not write: kurtosis, tensor, parameters, and which weights they are of."""
     path = tmp_path / "s"
     laser.scan(laser.open_checkpoint(pico), laser.Selection(layers=(0,), roles=("q",))).save(path)
     with safe_open(path, "numpy") as file:
         header, vectors = json.loads(file.metadata()["laser"]), {name: file.get_tensor(name) for name in file.keys()}
     for one in header["matrices"]:
         del one["kurtosis"], one["tensor"]
-    for key in ("parameters", "unindexed", "content"):
+    for key in ("parameters", "unindexed", "content", "samples"):
         del header["source"][key]
-    save_file(vectors, path, {"laser": json.dumps(header)})
-    laser.reduce(laser.open_checkpoint(pico), laser.make_plan(Spectra.load(path), "rank:3"), tmp_path / "out")
+    save_file(vectors, path, {"laser": json.dumps(header | {"version": 1})})
+    with pytest.raises(RecordError, match=r"version 1, expected 'spectra' version 2; .*`laser scan MODEL -o FILE`"):
+        Spectra.load(path)
 
 
 # --- the edges of arithmetic, from scan to verify ---------------------------------------------------------------------
@@ -196,5 +197,5 @@ def test_tiny_levels_are_answered_and_those_without_a_quantile_refused(pico: Pat
 def test_weights_in_the_place_of_spectra_are_refused(tmp_path: Path) -> None:
     weights = {"w": torch.ones(2, 2, dtype=torch.bfloat16)}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecordError, match="no record of laser, expected 'spectra' version 1; laser scan MODEL -o"):
+    with pytest.raises(RecordError, match="no record of laser, expected 'spectra' version 2; laser scan MODEL -o"):
         Spectra.load(tmp_path / "model.safetensors")

@@ -213,7 +213,7 @@ def test_damaged_records_are_refused(pico: Path, tmp_path: Path) -> None:
     document = json.loads(plan.to_json())
     reduced = next(i for i, line in enumerate(document["lines"]) if line["action"] == "reduce")
     for change, message in [
-        (lambda d: d.update(version=99), "version 99, expected 'plan' version 1"),
+        (lambda d: d.update(version=99), "version 99, expected 'plan' version 2"),
         (lambda d: d.pop("lines"), "not a whole plan"),
         (lambda d: d["lines"][reduced].update(rank=10**6), "rank 1000000 of"),
         (lambda d: d["lines"][reduced].update(rank=-1), "rank -1 of"),

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from laser.publication import (
     write_card,
 )
 from laser.reduction import reduce
-from laser.spectra import scan
+from laser.spectra import Source, scan
 from laser.verification import verify
 
 
@@ -47,14 +47,16 @@ def reduced(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
     return checkpoint, tmp_path / "out"
 
 
-def board(identity: str) -> Leaderboard:
+def board(of: Checkpoint) -> Leaderboard:
     score = TaskScore("winogrande", "acc", 0.5, 0.5, 2, 5, (1.0, 0.0))
-    return Leaderboard("pico", identity, (score,), 2, {}, {}, {}, None)
+    return Leaderboard("pico", of.identity, (score,), 2, {}, {}, {}, None, of.fingerprint.told())
 
 
-def loss(identity: str, *sums: float) -> Perplexity:
+def loss(of: Checkpoint, *sums: float) -> Perplexity:
     windows = Windows((Window(np.array([1, 2]), 1),) * len(sums), "wiki", "0", 2, "windows", True, None)
-    return record_of(windows, sums, model="pico", identity=identity, dtype="float32", device="cpu")
+    return record_of(
+        windows, sums, model="pico", identity=of.identity, weights=of.fingerprint.told(), dtype="float32", device="cpu"
+    )
 
 
 def metadata(path: Path) -> dict[str, object]:
@@ -63,8 +65,8 @@ def metadata(path: Path) -> dict[str, object]:
 
 def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
-    board(source.identity).save(out / LEADERBOARD_SOURCE)
-    board(open_checkpoint(out).identity).save(out / LEADERBOARD)
+    board(source).save(out / LEADERBOARD_SOURCE)
+    board(open_checkpoint(out)).save(out / LEADERBOARD)
     path = write_card(out, source, hash_source=True)
     text = path.read_text()
     assert path == out / "README.md" and text.startswith("---\n") and "\n# out\n" in text
@@ -80,8 +82,8 @@ def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> No
 
 def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]) -> None:
     source, out = reduced
-    loss(source.identity, 2.0, 2.5, 1.5).save(out / "before.json")
-    loss(open_checkpoint(out).identity, 2.25, 2.75, 1.5).save(out / "after.json")
+    loss(source, 2.0, 2.5, 1.5).save(out / "before.json")
+    loss(open_checkpoint(out), 2.25, 2.75, 1.5).save(out / "after.json")
     assert main(["card", str(out), "--eval-before", f"{out}/before.json", "--eval-after", f"{out}/after.json"]) == 0
     text = (out / "README.md").read_text()
     assert "wiki" in text and "2.0000 ± 0.2887" in text and "+0.1667 ± 0.0833" in text and "worse" in text
@@ -94,9 +96,9 @@ def test_evaluations_of_two_precisions_are_not_judged(
     reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = reduced
-    after = replace(loss(open_checkpoint(out).identity, 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
+    after = replace(loss(open_checkpoint(out), 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
     (out / EVAL).parent.mkdir()
-    loss(source.identity, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
+    loss(source, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
     after.save(out / EVAL)
     text = write_card(out).read_text()
     assert text.count("not like with like: dtype float32 against bfloat16, device cpu against cuda") == 2
@@ -185,13 +187,16 @@ def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path
 def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     # A reduction shares the headers of its source: only laser.json tells their records apart.
-    result = open_checkpoint(out).identity
-    assert result != source.identity
+    result = open_checkpoint(out)
+    assert result.identity != source.identity
+    other = {"weights": {"samples": "0" * 64}}  # of a fine-tune with the same headers
     for file, record in (
-        (LEADERBOARD, board(source.identity)),
-        (LEADERBOARD, board("0" * 64)),
+        (LEADERBOARD, board(source)),
+        (LEADERBOARD, replace(board(source), identity="0" * 64)),
+        (LEADERBOARD_SOURCE, replace(board(source), **other)),
+        (EVAL_SOURCE, replace(loss(source, 2.0), weights={})),
         (LEADERBOARD_SOURCE, board(result)),
-        (EVAL, loss(source.identity, 2.0)),
+        (EVAL, loss(source, 2.0)),
         (EVAL_SOURCE, loss(result, 2.0)),
     ):
         record.save(out / file)
@@ -212,7 +217,7 @@ def test_a_card_needs_an_output_and_its_own_source(
     with pytest.raises(RecordError, match="made from pico"):
         write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
     (out / SOURCE).parent.mkdir()
-    (out / SOURCE).write_text('{"kind": "source", "version": 1, "name": "x"}')
+    (out / SOURCE).write_text('{"kind": "source", "version": 2, "name": "x"}')
     with pytest.raises(RecordError, match="not a whole record"):
         write_card(out)
 
@@ -324,7 +329,7 @@ def test_run_measures_source_and_result_and_equal_weights_once(
 
     def run_leaderboard(checkpoint: Checkpoint, **_: Any) -> Leaderboard:
         seen.append(checkpoint.name)
-        return board(checkpoint.identity)
+        return board(checkpoint)
 
     monkeypatch.setattr("laser.cli.publish.run_leaderboard", run_leaderboard)
     out = tmp_path / "out"
@@ -355,8 +360,9 @@ TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None
 def test_a_searchs_record_is_checked_whole(
     reduced: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
 ) -> None:
-    _, out = reduced
-    document: dict[str, Any] = {"kind": "search", "version": 1, "held_out": [HELD], "trials": [TRIED]}
+    source, out = reduced
+    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
+    document["source"] = asdict(Source.of(source))
     document[part] = [document[part][0] | change]
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(document))

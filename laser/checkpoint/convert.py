@@ -14,6 +14,7 @@ import torch
 
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.headers import BITS, TensorInfo
+from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.virtual import Entry, virtual_shard
 from laser.errors import OutputError
@@ -58,13 +59,26 @@ def write_directory(
     files: Mapping[str, bytes] | None = None,
     *,
     tick: Callable[[TensorInfo], object] = lambda _: None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write config, index, shards and further `files` of `checkpoint` into the new directory `out`.
 
     All is written into the sibling directory OUT.partial, which is renamed when it is whole; one that an interrupted
-    conversion left behind is made anew. One tensor is in memory at a time. `tick` is called with each tensor.
+    conversion left behind is made anew. One tensor is in memory at a time. `tick` is called with each tensor, and
+    `check` before the rename: it raises where the source has changed meanwhile.
     Raises OutputError where `out` exists or cannot be written.
     """
+    with claimed(out):
+        _write_directory(checkpoint, out, files or {}, tick, check)
+
+
+def _write_directory(
+    checkpoint: Checkpoint,
+    out: Path,
+    files: Mapping[str, bytes],
+    tick: Callable[[TensorInfo], object],
+    check: Callable[[], None],
+) -> None:
     if out.exists():
         raise OutputError(f"{out} exists; try another -o, or remove it yourself")
     needed, partial = sum(shard.size for shard in checkpoint.shards), out.with_name(out.name + ".partial")
@@ -78,7 +92,7 @@ def write_directory(
                 f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
                 "free some space or try -o on another disk"
             )
-        small = {"config.json": checkpoint.config_bytes, **(files or {})}
+        small = {"config.json": checkpoint.config_bytes, **files}
         if checkpoint.index_bytes is not None:
             small[INDEX] = checkpoint.index_bytes
         for name, data in small.items():
@@ -93,4 +107,5 @@ def write_directory(
                     tick(info)
                 file.flush()
                 os.fsync(file.fileno())
+        check()
         partial.rename(out)

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from laser.errors import OutputError, RecordError
+from laser.checkpoint.fingerprint import differences, fingerprint_in
+from laser.checkpoint.locks import replacing
+from laser.errors import CheckpointError, OutputError, RecordError
 
-# Kind of a record -> which command makes one.
-MADE_BY = {
-    "eval": "laser eval MODEL -o FILE makes one",
-    "leaderboard": "laser leaderboard MODEL -o FILE makes one",
-    "outcome": "name a directory that laser reduce or laser run has finished",
-    "moments": "laser calibrate MODEL -o FILE makes one",
-    "plan": "laser plan SPECTRA -o FILE makes one",
-    "spectra": "laser scan MODEL -o FILE makes one",
+SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
+# kind of record -> the command that makes one
+COMMANDS = {
+    "spectra": "laser scan MODEL -o FILE",
+    "plan": "laser plan SPECTRA -o FILE --rule RULE",
+    "moments": "laser calibrate MODEL --text TEXT -o FILE",
+    "outcome": "laser reduce MODEL PLAN -o OUT",
+    "eval": "laser eval MODEL -o FILE",
+    "leaderboard": "laser leaderboard MODEL -o FILE",
+    "search": "laser run MODEL -o OUT --search",
+    "source": "laser card OUT --source MODEL",
 }
+# and how that is said where another file was named
+MADE_BY = {kind: f"{command} makes one" for kind, command in COMMANDS.items()}
+MADE_BY["outcome"] = "name a directory that laser reduce or laser run has finished"
 
 
 @contextmanager
@@ -37,14 +46,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`data` at `path`, or the old file untouched: a sibling temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
+    with disk_errors(path), replacing(path) as file:
+        file.write(data)
 
 
 def to_json(document: Any) -> bytes:
@@ -52,15 +56,32 @@ def to_json(document: Any) -> bytes:
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The record at `path`, checked to be a `kind` of this `version`. Raises RecordError."""
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with a checksum of the rest of it, last."""
+    bare = {key: value for key, value in document.items() if key != "check"}
+    return bare | {"check": hashlib.sha256(to_json(bare)).hexdigest()}
+
+
+def is_sealed(document: Any) -> bool:
+    """Whether a document's checksum is that of the rest of it."""
+    return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
+
+
+def require_sealed(document: Any, path: Path, kind: str) -> None:
+    """Raises RecordError for a record that is not as laser wrote it."""
+    if not is_sealed(document):
+        raise RecordError(f"{path} was changed or damaged since it was written; make it again: `{COMMANDS[kind]}`")
+
+
+def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
+    """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
     try:
         document = json.loads(path.read_bytes(), object_pairs_hook=each_once)
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
-    check_header(document, path, kind, version)
+    check_header(document, path, kind, version, *earlier)
     return document
 
 
@@ -75,64 +96,120 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_header(document: Any, path: Path, kind: str, version: int) -> None:
-    """Raises RecordError unless the document says that it is a `kind` of `version`."""
+def check_header(document: Any, path: Path, kind: str, version: int, *earlier: int) -> None:
+    """Raises RecordError unless the document says that it is a `kind` of `version`, or of an `earlier` one."""
     found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found == (kind, version):
+    if found[0] == kind and type(found[1]) is int and found[1] in (version, *earlier):
         return
     told = "kind None, so no record of laser" if found == (None, None) else f"kind {found[0]!r} version {found[1]!r}"
-    remedy = "make it again with this version of laser" if found[0] == kind else MADE_BY.get(kind, "check the path")
+    again = f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
+    remedy = again if found[0] == kind else MADE_BY.get(kind, "check the path")
     raise RecordError(f"{path}: found {told}, expected {kind!r} version {version}; {remedy}")
+
+
+CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
 
 
 class Journal:
     """An append-only file of JSON lines; the first says which run it belongs to.
 
-    Opened again with the same `run`, it holds the entries of every line that was written whole. A torn or damaged line
-    and all that follows it are cut off: what they stood for is simply done again.
+    Every line ends with a checksum of itself and of the line before it. Opened again with the same `run`, the journal
+    holds the entries of every line that is as it was written. A torn or altered line and all that follows it are cut
+    off: what they stood for is simply done again. `anew` drops the file where it belongs to another run, or to none.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, run: Mapping[str, Any], *, anew: bool = False) -> None:
+        self.path, self._run = path, run
         self.entries: list[dict[str, Any]] = []
+        self._last = b""
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self._load(run) if path.exists() else 0
-            self._file = path.open("ab")
+            try:
+                whole = self._load(run) if path.exists() else 0
+            except RecordError:
+                if not anew:
+                    raise
+                self.entries, self._last, whole = [], b"", 0
+            self._file = path.open("ab", buffering=0)
             self._file.truncate(whole)
         if not whole:
             self._append(run)
 
-    def _load(self, run: dict[str, Any]) -> int:
+    def _load(self, run: Mapping[str, Any]) -> int:
         """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
         whole = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            entry = self._checked(line)
+            if entry is None:
+                if number == 0 and len(lines) > 1:
+                    raise RecordError(
+                        f"{self.path}: its first line, which says what it belongs to, is damaged or of an older laser; "
+                        "start afresh with --force"
+                    )
                 break
             if number == 0:
-                different = sorted(k for k in run.keys() | entry.keys() if run.get(k) != entry.get(k))
-                if different:
-                    raise RecordError(
-                        f"{self.path} belongs to another run: {', '.join(different)} differ; "
-                        "repeat the command that began it, or start afresh with --force"
-                    )
+                self._require(entry, run)
+            elif SPOILED in entry:
+                raise RecordError(
+                    f"{self.path} holds work on a model that changed meanwhile: {entry[SPOILED]}; start afresh with "
+                    "--force"
+                )
             else:
                 self.entries.append(entry)
             whole += len(line)
         return whole
 
+    def _checked(self, line: bytes) -> dict[str, Any] | None:
+        """The entry of a line; None for one that was not written like that, or does not follow the one before."""
+        match = CHECKED.search(line)
+        if not match or not line.endswith(b"\n"):
+            return None
+        body = line[: match.start()] + b"}"
+        if _check(self._last, body) != match[1]:
+            return None
+        self._last = match[1]
+        return json.loads(body)
+
+    def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        different = differences(found, run)
+        if {"source", "weights"} & set(different):
+            models = [f"{told.get('model')} ({fingerprint_in(told).short})" for told in (found, run)]
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
+                f"found {models[1]}; repeat the command that began it, or start afresh with --force"
+            )
+        if different:
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; "
+                "repeat the command that began it, or start afresh with --force"
+            )
+
     def append(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
         self._append(entry)
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def forget(self, from_: dict[str, Any]) -> None:
+        """Cut off an entry and all that follow it."""
+        kept = self.entries[: next(i for i, entry in enumerate(self.entries) if entry is from_)]
+        self.entries, self._last = [], b""
         with disk_errors(self.path):
-            self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
-            self._file.flush()  # to the kernel: survives a killed process; readers check what lines claim
+            self._file.truncate(0)
+        self._append(self._run)
+        for entry in kept:
+            self.append(entry)
+
+    def spoil(self, why: str) -> None:
+        """Let nobody go on with what stands here."""
+        self._append({SPOILED: why})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        body = json.dumps(dict(entry), allow_nan=False).encode()
+        self._last = _check(self._last, body)
+        line = body[:-1] + (b", " if entry else b"") + b'"check": "' + self._last + b'"}\n'
+        with disk_errors(self.path):
+            while line:  # to the kernel: survives a killed process; readers check what lines claim
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -151,3 +228,30 @@ class Journal:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def journal_is_whole(path: Path) -> bool:
+    """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
+    last = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        match = CHECKED.search(line)
+        if not match or not line.endswith(b"\n") or _check(last, line[: match.start()] + b"}") != match[1]:
+            return False
+        last = match[1]
+    return bool(last)
+
+
+def _check(before: bytes, body: bytes) -> bytes:
+    """Checksum of a line: without one a flipped bit in a number would be taken for the number."""
+    return hashlib.sha256(before + body).hexdigest()[:16].encode()
+
+
+@contextmanager
+def spoiling(journal: Journal | None) -> Iterator[None]:
+    """A CheckpointError inside, that the weights changed meanwhile, makes the journal one that nobody goes on with."""
+    try:
+        yield
+    except CheckpointError as error:
+        if journal:
+            journal.spoil(str(error))
+        raise

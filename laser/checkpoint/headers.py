@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Shard:
     tensors: tuple[TensorInfo, ...]  # in offset order
     data: Data | None = None
     whole: Callable[[], Path] | None = None  # on the Hub: fetches the file, once, and says where it is
+    stamp: tuple[int, int] | None = None  # size and mtime in ns of the file at `path`, before its header was read
 
 
 CHUNK = 8 << 20
@@ -111,14 +113,15 @@ def read_header(path: Path) -> Shard:
     if told := pointer(path):
         raise CheckpointError(told)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size
             length = int.from_bytes(file.read(8), "little")
             check_length(name, size, length)
             header = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {name}: {error.strerror}; download it again") from error
-    return parse_header(name, path, size, header)
+    return replace(parse_header(name, path, size, header), stamp=(size, status.st_mtime_ns))
 
 
 def check_length(name: str, size: int, length: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.headers import file_pieces
+from laser.checkpoint.locks import replacing
 
 
 def read_json_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -36,13 +36,8 @@ def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        with temporary.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for part, start, end in ranges:
-                for piece in file_pieces(part, start, end):
-                    out.write(piece)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
+    with disk_errors(path), replacing(path) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part, start, end in ranges:
+            for piece in file_pieces(part, start, end):
+                out.write(piece)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             raise CheckpointError(f"{path.name} changed while it was read; run again")
         return _load(path, stamp)[key]
 
-    return virtual_shard(name or safetensors_name(path.name), path, entries, tensor)
+    return replace(virtual_shard(name or safetensors_name(path.name), path, entries, tensor), stamp=stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from laser.checkpoint.cuts import Cut, read_cut
+from laser.checkpoint.fingerprint import Fingerprint, fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
 from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
@@ -82,6 +83,11 @@ class Checkpoint:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Which weights these are, by their bytes (fingerprint.py), when it was first asked for."""
+        return fingerprint_of(self) if self.origin is None else self.origin.fingerprint
 
     def shard_of(self, name: str) -> Shard:
         """The shard that holds tensor `name`."""
@@ -175,6 +181,8 @@ def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:
         whole = shard.whole
         return shard if whole is None else replace(shard, data=lambda start, end: file_pieces(whole(), start, end))
 
+    if all(shard.whole is None for shard in checkpoint.shards):
+        return checkpoint
     return replace(checkpoint, shards=tuple(wait_for(shard) for shard in checkpoint.shards))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +17,7 @@ import torch
 from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors
-from laser.checkpoint.headers import CHUNK, TORCH, Shard, read_bytes
+from laser.checkpoint.headers import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
 from laser.errors import CheckpointError
 
 
@@ -76,27 +78,100 @@ class Job:
     copied: bool  # whether its untouched bytes are in place
 
 
-def begin(shard: Shard, out: Path, touched: Sequence[Matrix], journal: Journal) -> Job:
-    """What is left to do of a shard, by the journal, every promise of which is checked on the file."""
+def begin(
+    shard: Shard,
+    out: Path,
+    touched: Sequence[Matrix],
+    parts: Mapping[str, Sequence[Matrix]],
+    journal: Journal,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Job:
+    """What is left to do of a shard, by the journal, every promise of which is checked on the file.
+
+    parts: all matrices of each tensor that is cut into several. `tick` is called with counts of bytes.
+    """
     partial = partial_of(out, shard.name)
     copied = any(e.get("copied") == shard.name for e in journal.entries)
-    if not (copied and partial.exists() and partial.stat().st_size == shard.size):
-        return Job(shard, tuple(touched), tuple(touched), False)
-    promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
-    made = replace(shard, path=partial, data=None)
-
-    def finished(matrix: Matrix) -> bool:
-        """Whether the bytes that the journal promised are really there; None stands for the source's."""
-        if matrix.name not in promised:
-            return False
-        return digest(made, matrix) == (promised[matrix.name] or digest(shard, matrix))
-
     with disk_errors(partial):
+        if not copied or not _untouched_is_there(shard, partial, touched, parts, tick):
+            return Job(shard, tuple(touched), tuple(touched), False)
+        promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
+        made = replace(shard, path=partial, data=None)
+
+        def finished(matrix: Matrix) -> bool:
+            """Whether the bytes that the journal promised are really there; None stands for the source's."""
+            if matrix.name not in promised:
+                return False
+            tick(matrix.parameters * TORCH[matrix.dtype].itemsize)
+            return digest(made, matrix) == (promised[matrix.name] or digest(shard, matrix))
+
         return Job(shard, tuple(touched), tuple(m for m in touched if not finished(m)), True)
 
 
+def _untouched_is_there(
+    shard: Shard,
+    partial: Path,
+    touched: Sequence[Matrix],
+    parts: Mapping[str, Sequence[Matrix]],
+    tick: Callable[[int], None],
+) -> bool:
+    """Whether a file has the source's header, and its bytes wherever no matrix is to be replaced."""
+    if not partial.exists() or partial.stat().st_size != shard.size:
+        return False
+    names = {m.name for m in touched}
+    tensors = {m.tensor for m in touched}
+    if not equal_ranges(shard, partial, untouched(shard, tensors), tick):
+        return False
+    made = replace(shard, path=partial, data=None)
+    for tensor in {m.tensor for m in touched if m.cut is not None}:
+        numbers = next(math.prod(t.shape) for t in shard.tensors if t.name == tensor)
+        if sum(m.parameters for m in parts[tensor]) != numbers:
+            return False  # there is something between them that cannot be looked at by itself
+        for matrix in parts[tensor]:
+            if matrix.name not in names and digest(made, matrix) != digest(shard, matrix):
+                return False
+    return True
+
+
+def equal_ranges(shard: Shard, file: Path, ranges: Iterable[tuple[int, int]], tick: Callable[[int], None]) -> bool:
+    """Whether a file has a shard's bytes in these ranges."""
+    with file.open("rb") as copy_:
+        for start, end in ranges:
+            copy_.seek(start)
+            at = start
+            for piece in pieces(shard, start, end):
+                if copy_.read(len(piece)) != bytes(piece):  # memcmp; memoryviews compare number by number
+                    return False
+                at += len(piece)
+                tick(len(piece))
+            if at != end:
+                return False
+    return True
+
+
+def intact(shard: Shard, file: Path, sha256: str | None, tick: Callable[[int], None], etag: str = "") -> bool:
+    """Whether a finished file is what the journal or the outcome says: of this sha256, or for None the source's bytes.
+
+    etag: what the Hub says of the source, whose bytes then need not be fetched again where it is their sha256.
+    """
+    if not file.is_file() or file.stat().st_size != shard.size:
+        return False
+    if sha256 is None and shard.whole is not None and re.fullmatch(r"[0-9a-f]{64}", etag):
+        sha256 = etag
+    if sha256 is None:
+        return equal_ranges(shard, file, [(0, shard.size)], tick)
+    found = hashlib.sha256()
+    for piece in file_pieces(file, 0, shard.size):
+        found.update(piece)
+        tick(len(piece))
+    return found.hexdigest() == sha256
+
+
 def copy_untouched(job: Job, out: Path) -> bool:
-    """Make the .partial of a shard in its full size, all but the touched tensors in place; False if it was there."""
+    """Make the .partial of a shard in its full size, all but the touched tensors in place; False if it was there.
+
+    Where matrices are to follow it is on the disk for good behind this, for the journal will say that it is there.
+    """
     if job.copied:
         return False
     partial = partial_of(out, job.shard.name)
@@ -104,6 +179,9 @@ def copy_untouched(job: Job, out: Path) -> bool:
         target.truncate(job.shard.size)
         # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
         copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.cut is None})))
+        if job.touched:
+            target.flush()
+            os.fsync(target.fileno())
     return True
 
 

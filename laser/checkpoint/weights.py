@@ -174,7 +174,7 @@ def without(shard: Shard, names: Collection[str]) -> Shard:
             if first < last:
                 yield from pieces(shard, old + first - base - low, old + last - base - low)
 
-    return replace(made, data=data)
+    return replace(made, data=data, stamp=shard.stamp)
 
 
 def same_bytes(copies: Sequence[tuple[Shard, TensorInfo]]) -> bool | None:

@@ -2,7 +2,8 @@
 
 Order of events, so that being killed at any byte loses nothing and leaves nothing that looks whole:
 
-    laser/journal.jsonl   says which run this is; gains a line after each step below
+    laser/journal.jsonl   says which run this is; gains a line after each step below; no line of it is believed before
+                          the bytes that it speaks of have been read again
     side files            config, tokenizer and so on, byte for byte
     NAME.partial          pre-sized, untouched ranges copied, then each touched matrix, in the order in which they
                           are finished, with its sha256 in the journal
@@ -27,11 +28,13 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import Journal, disk_errors, to_json, write_atomically
+from laser.checkpoint.at_rest import CARD, damage, sums_of
+from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
+from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.hub import side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
-from laser.checkpoint.shards import Job, begin, copy_untouched, partial_of, put, settle
+from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
 from laser.checkpoint.side_files import modules_of, stays_behind
 from laser.errors import OutputError
 
@@ -45,6 +48,8 @@ Compute = Callable[[list[str]], Generator[New, None, None]]
 # (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
+OnCheck = Callable[[int, int], None]  # (bytes read, bytes in all)
+
 
 def require_apart(source: Checkpoint, out: Path) -> None:
     """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
@@ -55,14 +60,50 @@ def require_apart(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
 
 
+MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a directory holds an output of laser, whole or not, by what its files say."""
+    try:
+        if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
+            with (out / JOURNAL).open("rb") as file:
+                if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
+                    return True
+        data = (out / OUTCOME).read_bytes()
+    except OSError:
+        return False
+    return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
+
+
+def require_ours(out: Path) -> None:
+    """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
+    if not is_ours(out):
+        if not any(out.iterdir()):
+            return
+        raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
+    try:
+        document = json.loads((out / OUTCOME).read_bytes())
+        known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return  # unfinished, or of an older laser: it does not say what it wrote
+    known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
+    ends = (".partial", ".tmp", ".lock")
+    if foreign := sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(ends)):
+        raise OutputError(
+            f"{out} holds {foreign[0]}, which laser did not write, and --force would remove it; move it away first"
+        )
+
+
 def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
     """Make `out` ready to be written, or raise OutputError saying why it may not be.
 
     `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
     """
     require_apart(source, out)
-    ours = (out / JOURNAL).exists() or (out / OUTCOME).exists()
+    ours = is_ours(out)
     if force and ours:
+        require_ours(out)
         with disk_errors(out):
             shutil.rmtree(out)
     elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
@@ -83,24 +124,28 @@ def write_checkpoint(
     describe: Describe,
     run: dict[str, Any],
     done: Callable[[Shard], None] = lambda _: None,
+    on_check: OnCheck = lambda *_: None,
 ) -> dict[str, Any]:
     """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
     `compute` gets the names that are not finished, shard by shard, and yields them in any order, each once; a matrix
     of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
-    (call `prepare_output` first). `done` is called with each shard whose source is not needed any more.
+    (call `prepare_output` first); what is there is believed once it has been read. `done` is called with each shard
+    whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many.
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
     """
     if is_settled(source, out):
-        document = json.loads((out / OUTCOME).read_bytes())
-        if document.get("run") == run:
-            return document
-        raise OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
+        document = read_outcome(out)
+        if differences(document.get("run") or {}, run):
+            raise OutputError(
+                f"{out} holds the finished output of another run; try another -o, or --force to replace it"
+            )
+        require_intact(source, out, document, on_check)
+        return document
     with Journal(out / JOURNAL, run) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
-        hashes = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
-        hashes = {n: h for n, h in hashes.items() if (out / n).exists() or partial_of(out, n).exists()}
+        hashes = _finished(source, out, journal, on_check)
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
@@ -111,13 +156,22 @@ def write_checkpoint(
         inside: dict[str, list[Matrix]] = {}
         for matrix in touched:
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
-        jobs = [begin(s, out, inside.get(s.name, []), journal) for s in source.shards if s.name not in hashes]
+        parts = _parts(source, touched) if journal.entries else {}
+        tick = _counting(sum(s.size for s in source.shards if s.name not in hashes), on_check)
+        jobs = [
+            begin(s, out, inside.get(s.name, []), parts, journal, tick) for s in source.shards if s.name not in hashes
+        ]
         _write_shards(source, out, jobs, compute, journal, records, hashes, done)
+        with spoiling(journal):
+            # Of a model on the Hub, shards that are no more needed may have left the cache.
+            require_unchanged(source, [s.name for s in source.shards if source.hub and not s.path.exists()])
         ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
         document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {
             "left_out": [*left_out, *source.left_out]
         }
         document = {**document, "run": document.get("run", run)}
+        files = sums_of(out, {s.name for s in source.shards}, RECORDS)
+        document = sealed(document | {"files": files})
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
             if partial_of(out, shard.name).exists():
@@ -127,6 +181,72 @@ def write_checkpoint(
         _sync_directory(out)
         journal.remove()
     return document
+
+
+def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
+    """Calls `on_check` with the running sum of what it is called with."""
+    so_far = 0
+
+    def tick(count: int) -> None:
+        nonlocal so_far
+        so_far += count
+        on_check(so_far, total)
+
+    return tick
+
+
+def _finished(source: Checkpoint, out: Path, journal: Journal, on_check: OnCheck) -> dict[str, str | None]:
+    """sha256 by name of the shards that the journal calls finished, and that are; None where it is the source's."""
+    told = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
+    shards = [shard for shard in source.shards if shard.name in told]
+    tick = _counting(sum(shard.size for shard in shards), on_check)
+
+    def is_there(shard: Shard) -> bool:
+        files = (out / shard.name, partial_of(out, shard.name))
+        file = next((file for file in files if file.exists()), None)
+        with disk_errors(out / shard.name):
+            return file is not None and intact(shard, file, told[shard.name], tick, _etag(source, shard))
+
+    return {shard.name: told[shard.name] for shard in shards if is_there(shard)}
+
+
+def _etag(source: Checkpoint, shard: Shard) -> str:
+    return source.hub.etags.get(shard.name, "") if source.hub else ""
+
+
+def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], on_check: OnCheck) -> None:
+    """Raises OutputError, naming the file, where a finished output is not what its outcome says."""
+    told, tick = document["shards"], _counting(sum(shard.size for shard in source.shards), on_check)
+    for shard in source.shards:
+        if not intact(shard, out / shard.name, told.get(shard.name), tick, _etag(source, shard)):
+            raise OutputError(
+                f"{out / shard.name} is not what was written there: it was changed or damaged since; try --force to "
+                "make the output again"
+            )
+    if source.index_bytes is not None and (out / INDEX).read_bytes() != source.index_bytes:
+        raise OutputError(f"{out / INDEX} is not the source's index: it was changed or damaged since; try --force")
+    for problem in damage(out, document):
+        raise OutputError(f"{out}: {problem}; try --force to make the output again")
+
+
+def read_outcome(out: Path) -> dict[str, Any]:
+    """laser.json of a finished output. Raises OutputError for one that is not as it was written."""
+    try:
+        document = json.loads((out / OUTCOME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out / OUTCOME} cannot be read ({error}); try --force to make the output again") from error
+    if not is_sealed(document):
+        raise OutputError(f"{out / OUTCOME} was changed or damaged since it was written; try --force to make it again")
+    return document
+
+
+def _parts(source: Checkpoint, touched: Sequence[Matrix]) -> dict[str, list[Matrix]]:
+    """All matrices of each tensor of which some are touched and that is cut into several."""
+    parts: dict[str, list[Matrix]] = {m.tensor: [] for m in touched if m.cut is not None}
+    for matrix in list_matrices(source) if parts else ():
+        if matrix.tensor in parts:
+            parts[matrix.tensor].append(matrix)
+    return parts
 
 
 def _write_shards(
@@ -159,7 +279,7 @@ def _write_shards(
         """Wait until the shard's untouched bytes are in place, and tell the journal."""
         copy_on(job)
         future = copies.pop(job.shard.name, None)
-        if future is not None and future.result():
+        if future is not None and future.result() and job.touched:
             journal.append({"copied": job.shard.name})
 
     def finish(job: Job) -> None:

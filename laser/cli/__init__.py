@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from laser.checkpoint.families import DoubtWarning
-from laser.cli import calibrate, convert, devices, flow, look, measure, publish, run, search
+from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError
 from laser.plan import CrowdWarning
 from laser.report.visible import visible
@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in (DoubtWarning, CrowdWarning):
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
-            app([a for a in arguments if a != "--debug"], prog_name="laser")
+            with common.one_verb():
+                app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:
         if debug:
             raise

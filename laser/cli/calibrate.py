@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -57,9 +56,7 @@ def calibrate(
     One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
     from there.
     """
-    common.refuse_to_overwrite(output, force)
-    if force:
-        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    common.refuse_to_overwrite(output, force, "moments")
     checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
     cut = cut_windows(
         text_of(text, field, dataset), load_tokenizer(checkpoint.path), length=window, limit=windows or None, skip=skip
@@ -75,6 +72,7 @@ def calibrate(
             shrink=shrink,
             dtype=dtype,
             device=choose_device(device).torch_device,
+            anew=force,
             tick=lambda _: advance(bar),
         )
     seconds = time.perf_counter() - start

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
+from laser.checkpoint.locks import claimed
+from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.errors import OutputError
 from laser.moments import Moments
 from laser.report.visible import visible
@@ -54,12 +58,40 @@ def moments_of(path: Path | None) -> Moments | None:
     return None if path is None else Moments.load(path)
 
 
-def refuse_to_overwrite(path: Path, force: bool) -> None:
-    """Raises OutputError if `path` is there and may not be replaced, or if its directory is missing."""
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+_verb: ContextVar[ExitStack | None] = ContextVar("what this verb holds", default=None)
+
+
+@contextmanager
+def one_verb() -> Iterator[None]:
+    """Around a verb: what it keeps for itself is given back when it ends."""
+    with ExitStack() as stack:
+        token = _verb.set(stack)
+        try:
+            yield
+        finally:
+            _verb.reset(token)
+
+
+def keep(path: Path) -> None:
+    """Nobody else writes `path` until this verb ends. Raises OutputError where somebody is at work on it."""
+    if (stack := _verb.get()) is not None:
+        stack.enter_context(claimed(path))
+
+
+def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
+    """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
+
+    Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process is at
+    work on it. With `force` a file of the same `kind` that laser made may be replaced.
+    """
     if not path.resolve().parent.is_dir():
         raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
+    require_outside_models(path)
+    keep(path)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+    if path.exists():
+        require_replaceable(path, kind)
 
 
 def print_json(document: Any) -> None:
@@ -109,6 +141,29 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
 
 def _removed(kept: float | None) -> str:
     return "-" if kept is None else f"{100 * (1 - kept):.2f} %"
+
+
+class Checking:
+    """A bar while bytes of an earlier run are read again; nothing where there are few, or no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, so_far: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc="check", unit="B", unit_scale=True, disable=None, leave=False)
+        self._bar.total = total
+        self._bar.update(so_far - self._bar.n)
+        if so_far >= total:
+            self.__exit__()
+
+    def __enter__(self) -> Checking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 class Progress:

@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import write_directory
+from laser.checkpoint.fingerprint import require_stamp, require_unchanged, stamp_of
 from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
@@ -44,15 +45,25 @@ def convert(
     the tokenizer that transformers makes of its metadata."""
     start = time.perf_counter()
     if is_gguf(model):
+        stamp = stamp_of(model)
         seen, side = open_gguf(model, dtype), tokenizer_files(model)
+
+        def check() -> None:
+            require_stamp(model, stamp)
+
     else:
         if dtype is not None:
             raise UsageError("--dtype is for GGUF files; a release keeps its own")
-        seen, side = _from_release(model)
+        release = open_checkpoint(model)
+        seen, side = _from_release(release, model)
+
+        def check() -> None:
+            require_unchanged(release)
+
     size = sum(shard.size for shard in seen.shards)
     with tqdm(desc="convert", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         files = {} if isinstance(side, str) else side
-        write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start))
+        write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)
     seconds = time.perf_counter() - start
     if as_json:
         copied = sorted(files)
@@ -64,8 +75,7 @@ def convert(
         print(f"no tokenizer could be made of the file ({side}); copy one from the model on the Hub")
 
 
-def _from_release(model: Path) -> tuple[Checkpoint, dict[str, bytes]]:
-    checkpoint = open_checkpoint(model)
+def _from_release(checkpoint: Checkpoint, model: Path) -> tuple[Checkpoint, dict[str, bytes]]:
     if not is_release(checkpoint):
         raise UsageError(f"{model} is in the Hub's format already; try laser scan {model}")
     side = sorted({path for pattern in TOKENIZERS for path in checkpoint.path.glob(pattern) if path.is_file()})

@@ -67,14 +67,11 @@ def scan(
         return print_dry_run(checkpoint, selected, crew, as_json, null, moments is not None)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
-    common.refuse_to_overwrite(output, force)
-    if force:
-        output.unlink(missing_ok=True)
-        output.with_name(output.name + ".partial").unlink(missing_ok=True)
+    common.refuse_to_overwrite(output, force, "spectra")
     known, matrices = common.moments_of(moments), chosen_of(list_matrices(checkpoint), selected)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
-        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known)
+        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=force)
     if as_json:
         return common.print_json(
             {
@@ -113,7 +110,7 @@ def plan(
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
     if rule is None:
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
-    common.refuse_to_overwrite(output, force)
+    common.refuse_to_overwrite(output, force, "plan")
     chosen = common.selection(layers, roles, include, exclude)
     made = make_plan(
         Spectra.load(spectra),
@@ -169,7 +166,7 @@ def reduce(
     method, _ = choose_method(method, crew.devices[0])
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
-    with common.Progress("reduce", touched) as bar:
+    with common.Progress("reduce", touched) as bar, common.Checking() as check:
         outcome = reduce_checkpoint(
             checkpoint,
             wanted,
@@ -183,6 +180,7 @@ def reduce(
             moments=known,
             fresh=elsewhere,
             tick=bar,
+            on_check=check,
         )
     print_outcome(outcome, output, meter, foretold.reduce_seconds, foretold, as_json)
 

@@ -59,7 +59,7 @@ def eval(
             raise UsageError(
                 "one record is written per model; try laser eval MODEL -o FILE for each, then compare them"
             )
-        common.refuse_to_overwrite(output, force)
+        common.refuse_to_overwrite(output, force, "eval")
     read = text_of(text, field, dataset)
     where = choose_device(device).torch_device
 

@@ -59,7 +59,7 @@ def leaderboard(
             )
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
-    common.refuse_to_overwrite(output, force)
+    common.refuse_to_overwrite(output, force, "leaderboard")
     if force:
         _journal(output).unlink(missing_ok=True)
     where = choose_device(device).name
@@ -109,7 +109,8 @@ def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | No
     if Outcome.load(out).plan.reductions:
         _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
     else:
-        replace(board, model=result.name, identity=result.identity).save(out / LEADERBOARD)
+        weights = result.fingerprint.told()
+        replace(board, model=result.name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
 
 
 def _measure_tasks(

@@ -14,6 +14,7 @@ import typer
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import require_apart
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
@@ -146,9 +147,9 @@ def run(
             measure.model, spectra, [rule for rule in wanted.split(",") if rule], measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
             order=order or flags.get("order", "layers"), device=here(),
-            journal=records_of(output) / "search.jsonl", moments=known,
+            journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
-        write_atomically(output / SEARCH, to_json(result_document(result)))
+        write_atomically(place / SEARCH, to_json(result_document(result)))
         if not as_json:
             print_search(result)
         return result.plan
@@ -159,10 +160,15 @@ def run(
     if (count or known) and seconds is not None:
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
         seconds = foretold.scan_seconds + foretold.reduce_seconds * share
-    with common.Progress("scan", matrices) as scanned, common.Progress("reduce", matrices) as reduced:
+    with (
+        common.Progress("scan", matrices) as scanned,
+        common.Progress("reduce", matrices) as reduced,
+        common.Checking() as check,
+        writing(checkpoint, output, resume=resume, force=force) as place,
+    ):
         result = run_flow(
             checkpoint,
-            output,
+            place,
             chosen,
             choose,
             crew=crew,
@@ -170,11 +176,12 @@ def run(
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
             moments=known,
-            resume=resume,
-            force=force,
+            resume=True,
+            name=output.resolve().name,
             command=_command(checkpoint, output),
             on_scan=scanned,
             on_reduce=reduced,
+            on_check=check,
         )
     if wants_board:
         leaderboards(checkpoint, output, here().name, data, limit)

@@ -87,10 +87,9 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
-    common.refuse_to_overwrite(output, force)
+    common.refuse_to_overwrite(output, force, "plan")
     journal = journal or output.with_name("search.jsonl")
-    if force:
-        journal.unlink(missing_ok=True)
+    common.keep(journal)
     checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
     where = choose_device(device, precision)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
@@ -129,6 +128,7 @@ def search(
         device=where,
         journal=journal,
         moments=known,
+        anew=force,
     )
     result.plan.save(output)
     if as_json:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.evaluation.activations import Store
@@ -37,6 +38,7 @@ def evaluate(
     weights that are missing, NumericalError for a loss that is not finite.
     """
     check_vocabulary(checkpoint, windows)
+    weights = checkpoint.fingerprint.told()
     if stream:
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
         sums = model.losses(windows.windows, tick).sums
@@ -45,9 +47,9 @@ def evaluate(
         check_whole(checkpoint, whole, windows.windows, dtype)
         with running(checkpoint, "try another --window, or --dtype"):
             sums = whole_losses(whole, windows, tick)
-    return record_of(
-        windows, sums, model=checkpoint.name, identity=checkpoint.identity, dtype=dtype, device=str(device)
-    )
+    require_unchanged(checkpoint)
+    told = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}
+    return record_of(windows, sums, **told, dtype=dtype, device=str(device))
 
 
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:

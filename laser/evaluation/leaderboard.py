@@ -17,14 +17,15 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import Journal, read_json, to_json, write_atomically
+from laser.checkpoint.files import Journal, read_json, spoiling, to_json, write_atomically
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
@@ -89,6 +90,7 @@ class Leaderboard:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     command: str | None
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
 
     @property
     def average(self) -> float:
@@ -255,6 +257,7 @@ def run_leaderboard(
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
     require_lm_eval()
+    weights = checkpoint.fingerprint.told()
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
@@ -269,8 +272,8 @@ def run_leaderboard(
             "kind": "leaderboard journal",
             "version": VERSION,
             "source": checkpoint.identity,
-            # The identity is of headers: the weights behind them may have been exchanged meanwhile.
-            "files": [[s.name, s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in checkpoint.shards],
+            "model": checkpoint.name,
+            **weights,
             "tasks": [task.name for task in chosen],
             "data": hashes,
             "options": {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size},
@@ -288,6 +291,8 @@ def run_leaderboard(
                         kept.append(asdict(score))
                 scores.append(score)
                 tick(score)
+            with spoiling(kept):
+                require_unchanged(checkpoint)
         finally:
             if kept:
                 kept.close()
@@ -308,6 +313,7 @@ def run_leaderboard(
         },
         versions=versions,
         command=command,
+        weights=weights,
     )
 
 

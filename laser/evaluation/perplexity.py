@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Perplexity:
     counts: tuple[int, ...]  # tokens scored per window
     asked: int | None  # windows that were asked for, None for all; a shorter text gave fewer
     versions: Mapping[str, str]  # of the libraries that computed
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
 
     @property
     def perplexity(self) -> float:
@@ -137,7 +138,14 @@ def paired_difference(
 
 
 def record_of(
-    windows: Windows, sums: Sequence[float], *, model: str, identity: str, dtype: str, device: str
+    windows: Windows,
+    sums: Sequence[float],
+    *,
+    model: str,
+    identity: str,
+    weights: Mapping[str, str],
+    dtype: str,
+    device: str,
 ) -> Perplexity:
     """The record from the summed loss of each window (W,), nats. Raises NumericalError naming a non-finite window."""
     counts = tuple(w.scored for w in windows.windows)
@@ -152,6 +160,7 @@ def record_of(
     return Perplexity(
         model=model,
         identity=identity,
+        weights=weights,
         text=windows.text,
         text_sha256=windows.text_sha256,
         windows_sha256=windows.sha256,

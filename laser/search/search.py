@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from scipy import stats
 
+from laser.checkpoint.files import sealed, spoiling
+from laser.checkpoint.fingerprint import require_unchanged
 from laser.edits import require_same_moments
 from laser.errors import NumericalError, UsageError
 from laser.evaluation.objective import Objective
@@ -42,8 +44,10 @@ from laser.search.candidates import (
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
-from laser.spectra import Spectra
+from laser.spectra import Source, Spectra
 from laser.spectral.devices import Device, choose_device
+
+KIND, VERSION = "search", 2  # of the record search.json, and of the journal behind it
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ def search(
     journal: Path | None = None,
     cache: bool = True,
     moments: Moments | None = None,
+    anew: bool = False,
     tick: Callable[[Trial, int], None] = lambda *_: None,
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
@@ -124,7 +129,8 @@ def search(
     Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them, or with `shortlist` K those
     with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
-    then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none.
+    then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none;
+    `anew` drops the trials of another search.
     A rule `data:NAME` is asked in the metric of the data and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
@@ -148,8 +154,9 @@ def search(
         asked["moments"] = moments.calibration.identity
     # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
     alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
-    run = {"kind": "search journal", "version": 2, "source": checkpoint.identity, "rules": list(rules)} | asked | alike
-    log = SearchLog(journal, run)
+    told = Source.of(checkpoint).told()
+    run = {"kind": "search journal", "version": VERSION} | told | {"rules": list(rules)} | asked | alike
+    log = SearchLog(journal, run, anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
         base = log.values("baseline", bench.measure)
@@ -167,6 +174,8 @@ def search(
         else:
             kept, values = runner.one_by_one(in_order(found, order), base)
         reports = tuple(_report(bench.model, objective, kept, log) for objective in held_out)
+        with spoiling(log.journal):
+            require_unchanged(checkpoint)
     finally:
         log.close()
     plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
@@ -290,12 +299,14 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
 
 def result_document(result: SearchResult) -> dict[str, Any]:
     """The result without its plan: the record search.json, and what `--json` prints."""
-    return {
-        "kind": "search",
-        "version": 1,
+    document = {
+        "kind": KIND,
+        "version": VERSION,
+        "source": asdict(result.plan.source),
         "trials": [asdict(t) for t in result.trials],
         "calibration": asdict(result.calibration),
         "held_out": [asdict(r) for r in result.held_out],
         "rank_correlation": result.rank_correlation,
         "families": result.families(),
     }
+    return sealed(document)

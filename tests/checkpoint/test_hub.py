@@ -74,6 +74,27 @@ def test_reduce_downloads_each_shard_once_and_says_the_same(hub: Hub, pico: Path
     assert all(shard.data is None for shard in again.shards)
 
 
+def test_hashes_of_the_hub_and_bytes_of_a_directory(hub: Hub, pico: Path, tmp_path: Path) -> None:
+    """A record of one kind meets a checkpoint with the other: decided where it can be, refused with the reason else."""
+    remote, local = open_checkpoint(ID), open_checkpoint(pico)
+    before = len(hub.log)
+    assert remote.fingerprint.samples is None and remote.fingerprint.content and local.fingerprint.content is None
+    assert len(hub.log) == before  # nobody asks for thousands of ranges
+    plan = make_plan(scan(remote, SELECTED), "rank:4")
+    reduce(local, plan, tmp_path / "out")  # the files are read whole, and have the Hub's hashes
+    with pytest.raises(RecordError, match=r"only the hashes of its files are known.*hf download maker/pico"):
+        reduce(remote, make_plan(scan(local, SELECTED), "rank:4"), tmp_path / "other")
+    cached = open_checkpoint(ID, "weights")
+    assert cached.fingerprint.told().keys() == {"content", "samples"}
+    for made in (plan, make_plan(scan(local, SELECTED), "rank:4")):
+        made.source.require(cached, "plan")
+    data = bytearray((pico / FIRST).read_bytes())
+    data[-1] ^= 1
+    (pico / FIRST).write_bytes(data)
+    with pytest.raises(RecordError, match="made from other weights of pico"):
+        plan.source.require(open_checkpoint(pico), "plan")
+
+
 def test_what_is_in_the_cache_needs_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     open_checkpoint(ID, "weights")
     hub.log.clear()

@@ -171,7 +171,7 @@ def test_the_record_is_saved_and_strictly_loaded(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"deep\.json is not a readable eval file"):
         Perplexity.load(tmp_path / "deep.json")
     for change, message in (
-        ({"version": 1}, "version 1"),
+        ({"version": 1}, "version 1, expected .eval. version 2; .*laser eval MODEL"),
         ({"version": 3}, "version 3"),
         ({"nll": 0.5}, "changed by hand"),
         ({"losses": document["losses"][:-1]}, "not a whole evaluation"),

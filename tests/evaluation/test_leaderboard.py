@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, RecordError, UsageError
 from laser.evaluation.leaderboard import (
@@ -266,8 +267,12 @@ def test_a_leaderboard_that_was_killed_goes_on(
     assert measured == ["mmlu", "truthfulqa_mc2", "truthfulqa_mc2", "winogrande"] and seen == list(tasks)
     assert again.scores == whole.scores
     whole_lines = path.read_text()
-    for broken in ('{"task": "mmlu"}', whole_lines.splitlines()[1].replace('"n": ', '"n": 1')):
-        path.write_text(whole_lines.splitlines()[0] + "\n" + broken + "\n")
+    first, *entries = [json.loads(line) for line in whole_lines.splitlines()]
+    bare = [{key: value for key, value in entry.items() if key != "check"} for entry in (first, *entries)]
+    for broken in ({"task": "mmlu"}, bare[1] | {"n": 1000}):  # whole lines, by their checksums
+        path.unlink()
+        with Journal(path, bare[0]) as kept:
+            kept.append(broken)
         with pytest.raises(RecordError, match=r"holds a task that is not whole .*; start afresh with --force"):
             run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     path.write_text(whole_lines)
@@ -276,10 +281,10 @@ def test_a_leaderboard_that_was_killed_goes_on(
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path, limit=1)
     tensors = load_file(speaker / "model.safetensors")
     save_file({n: t + 1 for n, t in tensors.items()}, speaker / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecordError, match="belongs to another run: files differ"):
+    with pytest.raises(RecordError, match="belongs to another run: weights differ"):
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     write_rows(data / TASKS["truthfulqa_mc2"].file, rows_of("truthfulqa_mc2", 4))
-    with pytest.raises(RecordError, match="belongs to another run: data, files differ"):
+    with pytest.raises(RecordError, match="belongs to another run: data, weights differ"):
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
 
 

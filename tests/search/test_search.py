@@ -14,6 +14,7 @@ import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
+from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
@@ -182,11 +183,18 @@ def test_a_journal_of_another_search_is_refused(model_path: Path, tmp_path: Path
     with pytest.raises(RecordError, match="belongs to another run: accept differ"):
         run(model_path, journal=path, accept="no-worse")
     lines = path.read_text().splitlines()
-    entry = json.loads(lines[2])
-    lines[2] = json.dumps(entry | {"rule": "fraction:0.9"})
-    path.write_text("\n".join(lines) + "\n")
+    first, *entries = [{k: v for k, v in json.loads(line).items() if k != "check"} for line in lines]
+    entries[1]["rule"] = "fraction:0.9"
+    path.unlink()
+    with Journal(path, first) as journal:  # an entry that stands there in good order, and is of another search
+        for entry in entries:
+            journal.append(entry)
     with pytest.raises(RecordError, match=r"found an entry of trial .* expected trial .*rule differ"):
         run(model_path, journal=path)
+    assert decisions(run(model_path, journal=path, anew=True)) == decisions(run(model_path))  # what --force does
+    lines[2] = lines[2].replace('"rule"', '"rulf"')  # altered: it and all later ones are measured again
+    path.write_text("\n".join(lines) + "\n")
+    assert decisions(run(model_path, journal=path)) == decisions(run(model_path))
     lines[2] = "no JSON"  # damaged: that trial and all later ones are measured again, earlier ones are kept
     path.write_text("\n".join(lines) + "\n")
     assert decisions(run(model_path, journal=path)) == decisions(run(model_path))

@@ -1,0 +1,124 @@
+"""What an unfinished calibration keeps in OUTPUT.partial/: a file per site, and the states before the next layer.
+
+Every file carries a checksum of all that is in it, and says which calibration it belongs to. One that is not as it was
+written, or belongs to another, is as good as missing: its layer is run again, and no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from laser.checkpoint.cuts import bytes_of
+from laser.checkpoint.files import disk_errors, write_atomically
+from laser.checkpoint.fingerprint import differences
+from laser.checkpoint.joining import join, read_json_header
+from laser.errors import RecordError
+from laser.evaluation.activations import Activations
+from laser.moments import Calibration, Site, header_of, site_of
+from laser.spectra import Source
+
+STATES = "states.safetensors"
+
+
+class Parts:
+    """The files of one calibration `run` in the directory `partial`, which is made.
+
+    Raises RecordError where it holds the states of another calibration; files of another that got no further than its
+    first layer are removed.
+    """
+
+    def __init__(self, partial: Path, run: Mapping[str, Any], anew: bool = False) -> None:
+        self.partial, self.run = partial, dict(run)
+        with disk_errors(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+        told = self._told(partial / STATES)
+        if told and differences(json.loads(told["run"]), run):
+            if not anew:
+                raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
+            told = None
+        self.boundary = int(told["boundary"]) if told else 0  # the layer that the states there enter
+        self.layers = self._whole_layers()
+
+    def _whole_layers(self) -> set[int]:
+        """Layers of which every file is there; what belongs to none of them is removed."""
+        found: dict[int, dict[int, int]] = {}
+        for file in self._files():
+            told = self._told(file)
+            if told and not differences(json.loads(told["run"]), self.run):
+                found.setdefault(site_of(json.loads(told["site"])).layer, {})[int(told["number"])] = int(told["of"])
+        whole = {layer for layer, sites in found.items() if len(sites) == next(iter(sites.values()))}
+        for file in self._files():
+            if file not in {self._file(layer, number) for layer in whole for number in found[layer]}:
+                with disk_errors(file):
+                    file.unlink()
+        return whole
+
+    def _files(self) -> list[Path]:
+        return sorted(self.partial.glob("layer-*.safetensors"))
+
+    def _file(self, layer: int, number: int) -> Path:
+        return self.partial / f"layer-{layer:05d}-{number:05d}.safetensors"
+
+    def _told(self, path: Path) -> dict[str, str] | None:
+        """The metadata of a file that is as it was written; None for any other, or none."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = dict(file.metadata() or {})
+                check = told.pop("check", "")
+                return told if check == _check(told, {name: file.get_tensor(name) for name in file.keys()}) else None
+        except (SafetensorError, OSError, ValueError, RuntimeError):
+            return None
+
+    def _write(self, path: Path, told: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        told = told | {"run": json.dumps(self.run)}
+        write_atomically(path, save(tensors, metadata=told | {"check": _check(told, tensors)}))
+
+    def save_site(self, site: Site, tensors: dict[str, torch.Tensor], number: int, of: int) -> None:
+        """Site `number` of the `of` that its layer has."""
+        told = {"site": json.dumps(asdict(site)), "number": str(number), "of": str(of)}
+        self._write(self._file(site.layer, number), told, tensors)
+
+    def save_states(self, boundary: int, states: Activations) -> None:
+        """What enters the layer `boundary`."""
+        self._write(self.partial / STATES, {"boundary": str(boundary)}, {"states": states.hidden})
+        self.boundary = boundary
+
+    def load_states(self, states: Activations) -> int:
+        """Fills `states` with what enters the layer that it returns."""
+        with safe_open(self.partial / STATES, framework="pt") as file:
+            states.hidden.copy_(file.get_tensor("states"))
+        return self.boundary
+
+    def join(self, path: Path, source: Source, whole: dict[str, Any]) -> None:
+        """The sites' files as one at `path`, with the record that tells of them."""
+        digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
+        for file in self._files():
+            told = read_json_header(file)[0]["__metadata__"]
+            site = site_of(json.loads(told["site"]))
+            with safe_open(file, framework="pt") as opened:
+                here = {name: sha256_of(opened.get_tensor(name)) for name in opened.keys()}
+            digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())
+            sites.append(site)
+            hashes |= here
+        digest.update(json.dumps([source.identity, source.weights.told(), whole]).encode())
+        record = header_of(source, Calibration(identity=digest.hexdigest(), **whole), sites, hashes)
+        join(self._files(), path, {"laser": json.dumps(record, allow_nan=False)})
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def _check(told: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    named: Sequence[Any] = [(n, str(t.dtype), list(t.shape), sha256_of(t)) for n, t in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([sorted(told.items()), named]).encode()).hexdigest()

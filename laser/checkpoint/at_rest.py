@@ -1,0 +1,53 @@
+"""Is a finished output what was written there? Its small files by their checksums, which laser.json holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from laser.checkpoint.files import is_sealed
+from laser.checkpoint.reader import INDEX, OUTCOME
+
+CARD = "README.md"  # ours, made again at will, and people's to edit
+
+
+def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
+    """sha256 by name of every file of an output but its shards (`aside`), laser's records in `folder`, and the card."""
+    sums = {}
+    for path in sorted(out.rglob("*")):
+        relative = path.relative_to(out)
+        ours = relative.parts[0] == folder or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
+        passing = path.name.endswith((".partial", ".tmp", ".lock"))
+        if path.is_file() and not ours and not passing:
+            sums[relative.as_posix()] = sha256_of(path)
+    return sums
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
+    if document is None:
+        try:
+            document = json.loads((out / OUTCOME).read_bytes())
+        except (OSError, ValueError) as error:
+            return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
+    if not is_sealed(document):
+        return [f"{OUTCOME} was changed or damaged since it was written"]
+    problems = []
+    for name, expected in (document or {}).get("files", {}).items():
+        try:
+            found = sha256_of(out / name)
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}; expected the source's file")
+            continue
+        if found != expected:
+            problems.append(f"{name}: found sha256 {found[:12]}, expected {expected[:12]}")
+    return problems

@@ -1,0 +1,154 @@
+"""One process at a time on one output, and temporary names that nobody else has.
+
+The lock is the kernel's (flock) on a small file beside the output, so that it is gone with the process, however that
+ends. The file says who holds it, for the message to the second one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import get_ident
+from typing import Any, BinaryIO
+
+from laser.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.
+
+    Raises OutputError at once where another process, or another thread, is at work on it, saying which.
+    """
+    place = path.resolve()
+    lock = place.with_name(f".{place.name[:200]}.lock")
+    key = (str(lock), get_ident())
+    if key in _held:
+        yield
+        return
+    handle = _take(lock, path)
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        with suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+
+
+def _take(lock: Path, path: Path) -> int:
+    """The locked file, open."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write beside {path}: {error.strerror}; check the path and its permissions"
+            ) from error
+        try:
+            if not _lock(handle, path):
+                raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
+            if _is_at(handle, lock):  # else its holder has just finished and removed it
+                told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(told).encode())
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> bool:
+    """Whether the open file could be locked."""
+    if fcntl is None:
+        raise OutputError("laser needs the file locks of Linux or macOS, which Windows lacks; try it in WSL")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise OutputError(
+            f"the file system of {path} has no locks ({error.strerror}); try -o on another disk"
+        ) from error
+    return True
+
+
+def _is_at(handle: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(lock: Path) -> str:
+    for _ in range(20):  # it may be about to say who it is
+        try:
+            told: Any = json.loads(lock.read_bytes())
+            return f"process {told['pid']} (`{told['command']}`, since {told['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.01)
+    return "another process"
+
+
+def _command() -> str:
+    return shlex.join(["laser", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("laser", "__main__") else sys.argv[0]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes the place of `path` when all of it is on the disk, and not if that fails.
+
+    Its temporary name beside `path` is its own. What a killed process left there is removed; nobody's who is at work.
+    """
+    _sweep(path)
+    while True:
+        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if fcntl is None or (_lock(handle, path) and _is_at(handle, temporary)):
+            break
+        os.close(handle)  # swept away before it was locked
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of `path` that no living process holds."""
+    if fcntl is None:
+        return
+    start = f".{path.name[:200]}."
+    with suppress(OSError):
+        left = [p for p in path.parent.iterdir() if p.name.startswith(start) and p.name.endswith(".tmp")]
+        for temporary in left:
+            with suppress(OSError):
+                handle = os.open(temporary, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    temporary.unlink()
+                finally:
+                    os.close(handle)

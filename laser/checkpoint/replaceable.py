@@ -1,0 +1,66 @@
+"""Which file `--force` may replace: one that laser made, of the same kind, told by what is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from laser.checkpoint.headers import MAX_HEADER
+from laser.checkpoint.reader import OUTCOME
+from laser.errors import OutputError
+
+RECORDS = {"spectra", "moments", "plan", "eval", "leaderboard"}
+# Drawn or derived from records: how such a file begins, or what stands near its beginning.
+DRAWN = (b"\x89PNG\r\n", b"<svg", b"<!doctype html", b"<!DOCTYPE html", b"unfrozen_parameters:", b'"snr":')
+
+
+def require_replaceable(path: Path, kind: str | None) -> None:
+    """Raises OutputError unless the file at `path` is a record of this `kind`, or for None a drawing, page or list."""
+    if not path.is_file():
+        raise OutputError(f"{path} exists and is no file; try another -o")
+    found = kind_of(path)
+    if kind is None and found is None:
+        with path.open("rb") as file:
+            start = file.read(4096)
+        if not start or any(mark in start for mark in DRAWN):
+            return
+    if kind is None or found != kind:
+        told = f"a record of kind {found!r}" if found else "no record of laser"
+        expected = f"a record of kind {kind!r}" if kind else "what this verb writes"
+        raise OutputError(f"{path} is {told}, expected {expected}: --force replaces nothing else; try another -o")
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a record of laser; None for any other file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length <= min(MAX_HEADER, path.stat().st_size):
+                header = json.loads(file.read(length))
+                return _kind(json.loads(header["__metadata__"]["laser"]))
+            file.seek(0)
+            return _kind(json.loads(file.read(MAX_HEADER)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _torn(path)
+
+
+def _kind(document: Any) -> str | None:
+    found = document.get("kind") if isinstance(document, Mapping) else None
+    return found if found in RECORDS else None
+
+
+def _torn(path: Path) -> str | None:
+    """The kind of a record that is damaged: it has to be possible to make it again."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16).translate(None, b"\\ \n")
+    return next((kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start), None)
+
+
+def require_outside_models(path: Path) -> None:
+    """Raises OutputError for a file that would lie in the directory of a model that laser did not make."""
+    for folder in path.resolve().parents:
+        model = any((folder / name).is_file() for name in ("config.json", "params.json"))
+        if model and not (folder / OUTCOME).exists() and any(folder.glob("*.safetensors")):
+            raise OutputError(f"{path} lies in the model {folder}, and a source is never written to; try another -o")

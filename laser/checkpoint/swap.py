@@ -1,0 +1,76 @@
+"""Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
+
+OUT          the earlier output, untouched until the new one is whole
+.OUT.new     the new one, in work; `--force --resume` goes on with it
+.OUT.old     the earlier one on its way out
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from laser.checkpoint.files import disk_errors
+from laser.checkpoint.locks import claimed
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
+
+EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+@contextmanager
+def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iterator[Path]:
+    """The directory in which to write the output `out`, which is there when the body ends without an error.
+
+    With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises
+    OutputError where `out` may not be written or replaced, or somebody is at work on it.
+    """
+    require_apart(source, out)
+    target = out.resolve()
+    new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
+    with claimed(out):
+        with disk_errors(out):
+            if old.exists() and not target.exists():  # killed between two renames
+                old.rename(target)
+            _remove(old)
+        if not force or not target.exists():
+            prepare_output(source, out, resume=resume, force=force)
+            yield out
+            return
+        require_ours(out)
+        with disk_errors(new):
+            if not resume or is_settled(source, new):
+                _remove(new)
+        prepare_output(source, new, resume=True, force=False)
+        try:
+            yield new
+        except BaseException:
+            if not any(p.is_file() and p.name != Path(JOURNAL).name for p in new.rglob("*")):
+                shutil.rmtree(new, ignore_errors=True)  # refused before there was any work to keep
+            raise
+        with disk_errors(out):
+            _exchange(new, target, old)
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """`new` in the place of `target`, which becomes `old`: at once where the system can, so that no kill falls
+    between."""
+    if sys.platform == "linux":
+        swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        names = os.fsencode(new), os.fsencode(target)
+        if swap is not None and swap(HERE, names[0], HERE, names[1], EXCHANGE) == 0:
+            new.rename(old)
+            return
+    target.rename(old)
+    new.rename(target)
