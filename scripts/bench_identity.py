@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs to know which weights these are, and to look again at what an earlier run left, against the scan.
 
-    python benchmarks/bench_identity.py [--layers 3] [--experts 8] [--shrink 1] [--work DIR] [--keep] [--smoke]
+    python scripts/bench_identity.py [--layers 3] [--experts 8] [--shrink 1] [--work DIR] [--keep] [--smoke]
 
 On a synthetic checkpoint of Mixtral-8x7B's shapes (3 layers: 9 GB). Printed in seconds and as a part of the scan:
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -26,16 +25,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import bench_memory
 import torch
 
 import laser
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.writer import prepare_output, write_checkpoint
 from laser.spectra import Source
-
-for place in (Path(__file__).parent, Path(__file__).parents[1] / "scripts"):
-    sys.path.insert(0, str(place))
-import bench_memory
 
 
 class Ended(Exception):
