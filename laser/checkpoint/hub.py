@@ -6,9 +6,11 @@ byte range, or as whole shards into the Hub's own cache, one ahead of the work.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,16 +18,21 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from laser.checkpoint.answers import session
 from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
 from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, LaserError, first_line
 
 T = TypeVar("T")
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
+)
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -59,7 +66,10 @@ def find(model: str) -> Hub | None:
     from huggingface_hub import try_to_load_from_cache
 
     repo, revision = match["repo"], match["revision"]
-    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if revision is not None and (not is_inside(revision) or revision.startswith("-")):
+        raise CheckpointError(f"{revision!r} is no revision of {repo}; name a branch, tag or commit, or {repo} alone")
+    with hub_errors(repo, revision):
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str) and _is_whole(Path(cached).parent):
         return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -102,7 +112,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     with hub_errors(repo, revision):
-        names = sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ())
+        names = sorted(_plain(repo, HfApi().model_info(repo, revision=revision).siblings))
         return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
 
 
@@ -130,7 +140,27 @@ def listing(hub: Hub) -> frozenset[str]:
 def _names(hub: Hub) -> list[str]:
     from huggingface_hub import HfApi
 
-    return [file.rfilename for file in HfApi().model_info(hub.repo, revision=hub.commit).siblings or ()]
+    return _plain(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+
+
+def _plain(repo: str, siblings: Sequence[Any] | None) -> list[str]:
+    """Names of a listing. Raises CheckpointError for one that is no path inside a repository."""
+    names = [file.rfilename for file in siblings or ()]
+    if hostile := next((name for name in names if not isinstance(name, str) or not is_inside(name)), None):
+        told = repr(hostile)
+        raise CheckpointError(
+            f"{repo} lists a file {told if len(told) <= 60 else told[:57] + '...'}, expected a path inside the "
+            "repository; do not use this model"
+        )
+    return names
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name, with / between its parts, is a path inside a folder on every system, and can be shown."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
+        return False
+    return "\\" not in name and all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name)
 
 
 def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
@@ -281,7 +311,10 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     )
 
     try:
+        session()
         yield
+    except LaserError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo} is gated: ask for access on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
@@ -310,7 +343,32 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: the Hub answered with status {status}; {remedy.get(status, 'run the same command again later')}"
         ) from error
     except transport_errors() as error:
-        told = f"{type(error).__name__}: {str(error)[:120]}"
+        if told := _of_the_cache(error):
+            raise CheckpointError(f"{repo}: {told}") from error
+        told = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
             f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
         ) from error
+    except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
+        raise CheckpointError(
+            f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
+            "and proxies, or run the same command again later"
+        ) from error
+
+
+def _of_the_cache(error: BaseException) -> str | None:
+    """What is wrong with the cache's disk, where an error came from it and not from the network."""
+    from huggingface_hub import constants
+
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return None
+    move = "or set HF_HUB_CACHE (or HF_HOME) to a directory elsewhere, and run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk of the Hub's cache {constants.HF_HUB_CACHE} is full ({error.strerror}), whole files in it are "
+            f"kept; free some space, {move}"
+        )
+    return (
+        f"the Hub's cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}: {error.filename}); "
+        f"check its permissions, {move}"
+    )
