@@ -70,6 +70,8 @@ def find(model: str) -> Hub | None:
         raise CheckpointError(f"{revision!r} is no revision of {repo}; name a branch, tag or commit, or {repo} alone")
     with hub_errors(repo, revision):
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str):
+        require_inside_cache(Path(cached))
     if isinstance(cached, str) and _is_whole(Path(cached).parent):
         return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -170,9 +172,21 @@ def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
     return replace(hub, etags={shard.name: etag for etag, shard in found}), tuple(shard for _, shard in found)
 
 
+def require_inside_cache(local: Path) -> None:
+    """Raises CheckpointError for an entry of a snapshot that links to a file outside the Hub's cache."""
+    link = local.resolve()
+    snapshot = next(p for p in local.parents if p.parent.name == "snapshots")
+    repository = snapshot.parents[1]  # its blobs may lie on another disk as a whole; newer caches share blobs
+    if not any(link.is_relative_to(p.resolve()) for p in (repository.parent, repository / "blobs")):
+        raise CheckpointError(
+            f"{local} links to {link}, which is not in the Hub's cache; remove the link, and run the same command again"
+        )
+
+
 def _header(hub: Hub, name: str) -> tuple[str, Shard]:
     local = hub.folder / name
     if local.exists():
+        require_inside_cache(local)
         return _cached_etag(local), read_header(local)
     with hub_errors(hub.repo, hub.revision):
         file, first = look_at(RemoteFile(hub.repo, name, hub.commit), 8)
@@ -227,6 +241,7 @@ def download(hub: Hub, names: Sequence[str]) -> Hub:
 def _download(hub: Hub, name: str) -> Path:
     local = hub.folder / name
     if local.exists():
+        require_inside_cache(local)
         return local
     with hub_errors(hub.repo, hub.revision):
         path = _to_cache(hub.repo, name, hub.commit)
@@ -302,6 +317,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        FileMetadataError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -328,6 +344,8 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
         ) from error
     except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, FileMetadataError):
+            raise CheckpointError(f"{repo}: {first_line(error.__cause__)}; check HF_ENDPOINT and proxies") from error
         raise CheckpointError(
             f"no such model: {repo} is neither a directory nor in the Hub cache, and the Hub cannot be reached"
             f"{_cause(error)}; try `hf download {repo}` where it can"
