@@ -322,6 +322,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -339,6 +340,8 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"no such model: the Hub has no {repo}, or not for you; check the spelling, or log in with `hf auth login`"
         ) from error
+    except LocalTokenNotFoundError as error:
+        raise CheckpointError(f"{repo}: nobody is logged in; log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"

@@ -1,6 +1,8 @@
 """A Hub that lies, dawdles or breaks: each answer ends in one line, and nothing is written outside the cache."""
 
+import errno
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -291,3 +293,37 @@ def test_a_server_that_says_nothing_is_given_up(
 
     hub.instead = instead
     refused(hub, tmp_path)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_full_or_closed_cache_is_called_that(
+    hub: Hub, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(number, "the reason", "blob")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", fails)
+    line = refused(hub, tmp_path)
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    assert ("is full" if full else "cannot be used") in line
+    assert str(tmp_path / "place" / "cache") in line and "HF_HUB_CACHE (or HF_HOME)" in line
+
+
+def test_a_cache_that_may_only_be_read_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_checkpoint(ID, "weights")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    assert open_checkpoint(ID).tensors
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARD, "model.safetensors.index.json"])
+def test_links_out_of_the_cache_are_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    folder = open_checkpoint(ID, "weights").path
+    outside = tmp_path / "elsewhere"
+    shutil.copyfile(folder / name, outside)
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside)
+    assert f"{name} links to {outside}, which is not in the Hub's cache" in refused(hub, tmp_path)
