@@ -29,6 +29,9 @@ from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError, LaserError, first_line
 
 T = TypeVar("T")
+SMALL = (
+    64 << 20
+)  # bytes of a shard in the cache up to which it is hashed when it is opened; others when they are reduced
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
@@ -183,11 +186,33 @@ def require_inside_cache(local: Path) -> None:
         )
 
 
+def require_content(hub: Hub, largest: int | None = None) -> None:
+    """Raises CheckpointError for a file of weights in the cache that has not the sha256 by which the cache calls it.
+
+    largest: bytes up to which a file is read for that; None: each, about a second per GB.
+    """
+    for name, expected in hub.etags.items():
+        local = hub.folder / name
+        if not re.fullmatch(r"[0-9a-f]{64}", expected) or not local.exists():
+            continue
+        if largest is not None and local.stat().st_size > largest:
+            continue
+        with local.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{local} was damaged in the Hub's cache: found sha256 {found[:12]}, expected {expected[:12]}; remove "
+                f"{local.resolve()}, and run the same command again"
+            )
+
+
 def _header(hub: Hub, name: str) -> tuple[str, Shard]:
     local = hub.folder / name
     if local.exists():
         require_inside_cache(local)
-        return _cached_etag(local), read_header(local)
+        etag, shard = _cached_etag(local), read_header(local)
+        require_content(replace(hub, etags={name: etag}), SMALL)
+        return etag, shard
     with hub_errors(hub.repo, hub.revision):
         file, first = look_at(RemoteFile(hub.repo, name, hub.commit), 8)
         size, length = file.size or 0, int.from_bytes(first, "little")

@@ -15,7 +15,11 @@ from huggingface_hub import close_session
 from laser.checkpoint import answers, ranges
 from laser.checkpoint.hub import is_inside
 from laser.checkpoint.reader import open_checkpoint
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, LaserError
+from laser.plan import make_plan
+from laser.reduction import reduce
+from laser.selection import Selection
+from laser.spectra import scan
 
 ID = "maker/pico"
 SHARD = "model-00002-of-00003.safetensors"
@@ -317,6 +321,24 @@ def test_a_cache_that_may_only_be_read_is_enough(hub: Hub, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
     assert open_checkpoint(ID).tensors
+
+
+@pytest.mark.parametrize("place", [0, 4000, -1])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_file_damaged_in_the_cache_is_not_believed(
+    hub: Hub, tmp_path: Path, place: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(scan(open_checkpoint(ID, "weights"), Selection(roles=("q",))), "rank:4")
+    blob = (open_checkpoint(ID).path / SHARD).resolve()
+    data = bytearray(blob.read_bytes())
+    data[place] ^= 1
+    blob.write_bytes(data)
+    if not small:
+        monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
+    with pytest.raises(LaserError) as error:
+        reduce(open_checkpoint(ID), plan, tmp_path / "out")
+    assert place != -1 or not small or f"remove {blob}" in str(error.value)
+    assert not (tmp_path / "out" / "laser.json").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", SHARD, "model.safetensors.index.json"])
