@@ -37,7 +37,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
-from laser.plan import Plan, Treatment, make_plan
+from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA
@@ -56,7 +56,8 @@ def run(
     rule: RuleOption = None,
     moments: common.MomentsFile = None,
     lowest_snr: Annotated[
-        int | None, typer.Option("--lowest-snr", help="Only the K matrices of lowest SNR; 0: all. Search: 15.")
+        str | None,
+        typer.Option("--lowest-snr", metavar="K", help="Only the K matrices of lowest SNR, or all. Search: 15."),
     ] = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
@@ -103,7 +104,8 @@ def run(
     # What is asked for here wins; rule and number default to the published procedure's candidates.
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
-    count = (flags.get("lowest-snr", 15 if searching else None) if lowest_snr is None else lowest_snr) or None
+    told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
+    count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
     checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),

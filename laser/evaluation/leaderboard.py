@@ -365,9 +365,14 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
 
     path = str(checkpoint.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **as_stored(checkpoint)
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **as_stored(checkpoint),
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -382,7 +387,9 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
             "finish the download"
         )
     backend = _lm_eval("models.huggingface")
-    return backend.HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size)
+    return backend.HFLM(
+        pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+    )
 
 
 def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
