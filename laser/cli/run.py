@@ -31,7 +31,7 @@ from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import lm_eval_is_here
+from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
@@ -118,6 +118,9 @@ def run(
         "two_sided": two_sided or flags.get("two-sided", False),
         "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
     }
+    for part in wanted.split(","):
+        metric = "data" if part.startswith(DATA) else "plain"
+        Treatment(part.removeprefix(DATA), **treatment, metric=metric).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     kind = device or flags.get("device", "auto")
@@ -128,7 +131,12 @@ def run(
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     require_apart(checkpoint, output)
+    matrices = list_matrices(checkpoint)
+    chosen.check(matrices)
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     known = common.moments_of(moments)
+    if known is not None:
+        known.source.require(checkpoint, "moments")
     texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
@@ -136,6 +144,8 @@ def run(
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
+    if wants_board:
+        require_leaderboard(checkpoint, data=data, limit=limit)
     measure = None
     if searching:
         measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
@@ -156,7 +166,7 @@ def run(
             print_search(result)
         return result.plan
 
-    matrices = chosen_of(list_matrices(checkpoint), chosen)
+    matrices = chosen_of(matrices, chosen)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching else foretold.visit_seconds
     if (count or known) and seconds is not None:
@@ -174,7 +184,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=choose_method(method or flags.get("method", "auto"), crew.devices[0])[0],
+            method=method,
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
             moments=known,
@@ -185,9 +195,10 @@ def run(
             on_reduce=reduced,
             on_check=check,
         )
-    if wants_board:
-        leaderboards(checkpoint, output, here().name, data, limit)
-        write_card(output, checkpoint, commands=(_command(checkpoint, output),))
+        if wants_board:  # in `place`: an earlier output stands until this one is measured, too
+            leaderboards(checkpoint, place, output.resolve().name, here().name, data, limit)
+            command = (_command(checkpoint, output),)
+            write_card(place, checkpoint, name=output.resolve().name, commands=command)
     print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 
 
