@@ -116,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
             _forget(sys.stdout)
             return 1
+        if error.filename is not None:  # of a file, and not of what is printed
+            return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
         _forget(sys.stdout)
         return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
