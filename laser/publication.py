@@ -14,7 +14,6 @@ Records read, all optional but the first:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
+from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.checkpoint.writer import RECORDS
@@ -139,7 +139,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         if re.fullmatch(r"[0-9a-f]{64}", blob):
             shards[shard.name] = blob
         elif hash_source:
-            shards[shard.name] = _sha256(shard.path)
+            shards[shard.name] = sha256_of(shard.path)
     files, licences = _licences(path)
     # Each tensor of the headers once: tied weights are stored once and counted once.
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -287,11 +287,6 @@ def _is_ours(path: Path) -> bool:
         return False
     tags = found.get("tags") if isinstance(found, dict) else None
     return isinstance(tags, list) and TAGS[0] in tags
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(path: Path) -> str | None:

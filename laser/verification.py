@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.fingerprint import require_unchanged
-from laser.checkpoint.headers import Shard, TensorInfo, pieces
+from laser.checkpoint.headers import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.edits import check_projection, require_moments
@@ -74,9 +73,7 @@ def verify(
             continue
         expected = outcome.shards.get(shard.name)
         if expected is not None:  # the others are copies: every tensor in them is compared below
-            with (out / shard.name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if expected != digest:
+            if expected != (digest := sha256_of(out / shard.name)):
                 problems.append(f"{shard.name}: found sha256 {digest[:12]}, expected {expected[:12]}")
     if problems:
         return Verification(0, 0, tuple(problems))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.files import is_sealed
+from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import INDEX, OUTCOME
 
 CARD = "README.md"  # ours, made again at will, and people's to edit
@@ -24,12 +24,6 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
         if path.is_file() and not ours and not passing:
             sums[relative.as_posix()] = sha256_of(path)
     return sums
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:

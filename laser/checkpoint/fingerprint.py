@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser.checkpoint.cuts import bytes_of
-from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, read_bytes
+from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, read_bytes, sha256_of
 from laser.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -134,8 +134,7 @@ def content_by_reading(checkpoint: Checkpoint) -> str | None:
     for shard in sorted(checkpoint.shards, key=lambda s: s.name):
         if shard.data is not None:
             return None
-        with shard.path.open("rb") as file:
-            lines.append(f"{shard.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        lines.append(f"{shard.name} {sha256_of(shard.path)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors has it. Every number is checked again
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -100,6 +101,12 @@ def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
         while start < end and (data := file.read(min(CHUNK, end - start))):
             yield memoryview(data)
             start += len(data)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pieces(shard: Shard, start: int, end: int) -> Iterator[memoryview]:

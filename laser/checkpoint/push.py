@@ -11,10 +11,8 @@ from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import hub_errors
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.side_files import is_weights
+from laser.checkpoint.writer import JOURNAL, RECORDS
 from laser.errors import OutputError
-
-RECORDS = "laser"
-JOURNAL = f"{RECORDS}/journal.jsonl"
 
 
 def push(out: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
