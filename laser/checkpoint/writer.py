@@ -32,7 +32,7 @@ from laser.checkpoint.at_rest import CARD, damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
-from laser.checkpoint.hub import side_files
+from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
 from laser.checkpoint.side_files import modules_of, stays_behind
@@ -133,7 +133,8 @@ def write_checkpoint(
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
     (call `prepare_output` first); what is there is believed once it has been read. `done` is called with each shard
     whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many.
-    Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
+    Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept. Raises
+    CheckpointError for weights that were damaged in the Hub's cache.
     """
     if is_settled(source, out):
         document = read_outcome(out)
@@ -143,6 +144,8 @@ def write_checkpoint(
             )
         require_intact(source, out, document, on_check)
         return document
+    if source.hub is not None:
+        require_content(source.hub)
     with Journal(out / JOURNAL, run) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = _finished(source, out, journal, on_check)
