@@ -46,6 +46,12 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert done.stderr.count(b"\n") == 1
 
 
+def test_without_stderr_nothing_is_said_on_stdout() -> None:
+    words = f'exec 2>&-; exec "{sys.executable}" -m laser scan nothing-there -o x'
+    done = subprocess.run(["sh", "-c", words], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 def test_windows_is_told_in_one_line() -> None:
     code = "import sys; sys.platform = 'win32'; import laser"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
