@@ -37,7 +37,12 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float) -> N
     assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
 
 
-def test_a_full_disk_behind_stdout_is_one_line() -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_behind_stdout_is_one_line(buffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if buffered:
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, which Linux has")
     with Path("/dev/full").open("wb") as full:

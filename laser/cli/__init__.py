@@ -66,6 +66,16 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _run(arguments: list[str]) -> None:
+    """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
+    try:
+        app(arguments, prog_name="laser")
+    except SystemExit:  # how typer ends, whatever came of it
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+
+
 def _interrupted(arguments: list[str]) -> int:
     verb = next((a for a in arguments if not a.startswith("-")), "")
     return _say(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", 130)
@@ -103,8 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb():
-                app([a for a in arguments if a != "--debug"], prog_name="laser")
-            sys.stdout.flush()
+                _run([a for a in arguments if a != "--debug"])
     except LaserError as error:
         if debug:
             raise
