@@ -19,6 +19,7 @@ from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.headers import Shard, TensorInfo, pieces
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.regular import open_regular
 from laser.edits import check_projection, require_moments
 from laser.moments import Moments
 from laser.reduction import Outcome
@@ -74,7 +75,7 @@ def verify(
             continue
         expected = outcome.shards.get(shard.name)
         if expected is not None:  # the others are copies: every tensor in them is compared below
-            with (out / shard.name).open("rb") as file:
+            with open_regular(out / shard.name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if expected != digest:
                 problems.append(f"{shard.name}: found sha256 {digest[:12]}, expected {expected[:12]}")
@@ -116,7 +117,7 @@ def _same(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
 
 
 def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
-    with copy.open("rb") as file:
+    with open_regular(copy) as file:
         file.seek(info.start)
         return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from laser.checkpoint.files import is_sealed
 from laser.checkpoint.reader import INDEX, OUTCOME
+from laser.checkpoint.regular import open_regular, read_regular
 
 CARD = "README.md"  # ours, made again at will, and people's to edit
 
@@ -28,7 +29,7 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -36,7 +37,7 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = json.loads((out / OUTCOME).read_bytes())
+            document = json.loads(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
     if not is_sealed(document):

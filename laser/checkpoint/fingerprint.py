@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, read_bytes
+from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def samples_of(shards: Sequence[Shard]) -> str:
 
 def _of_file(shard: Shard, whole: bool) -> list[bytes]:
     try:
-        with shard.path.open("rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
+        with open_regular(shard.path, buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
             handle = file.fileno()
             return list(pool.map(lambda t: _of_tensor(shard, t, handle, whole), shard.tensors))
     except OSError as error:
@@ -134,7 +135,7 @@ def content_by_reading(checkpoint: Checkpoint) -> str | None:
     for shard in sorted(checkpoint.shards, key=lambda s: s.name):
         if shard.data is not None:
             return None
-        with shard.path.open("rb") as file:
+        with open_regular(shard.path) as file:
             lines.append(f"{shard.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

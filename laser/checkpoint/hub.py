@@ -21,6 +21,7 @@ from typing import TypeVar
 from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError
@@ -79,7 +80,7 @@ def find(model: str) -> Hub | None:
 def _order(folder: Path) -> tuple[str, ...]:
     """The files for which transformers looks, by a snapshot's config; whoever opens it says how that is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError):
         config = None
     return order(config if isinstance(config, dict) else {})
@@ -103,7 +104,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
         return None
     with hub_errors(repo, revision):
         names = sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ())
-        return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
+        return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
 
 
 def listing(hub: Hub) -> frozenset[str]:
@@ -206,7 +207,7 @@ def _download(hub: Hub, name: str) -> Path:
             f"{hub.repo}/{name} changed on the Hub: found ETag {found}, expected {expected}; run the command again"
         )
     if re.fullmatch(r"[0-9a-f]{64}", expected):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != expected:
             drop(hub, name)  # or the cache would give the damaged file to everybody

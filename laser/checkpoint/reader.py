@@ -24,6 +24,7 @@ from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
 from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.weights import (
     INDEX,
     INDEXED,
@@ -77,7 +78,7 @@ class Checkpoint:
             return self.origin.identity
         digest = hashlib.sha256()
         outcome = self.path / OUTCOME
-        parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
+        parts = [self.config_bytes, self.index_bytes or b"", *([read_regular(outcome)] if outcome.is_file() else [])]
         for shard in self.shards:
             parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
         for part in parts:
@@ -289,6 +290,6 @@ def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any
 
 def _bytes(path: Path, why: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {why or 'download it again'}") from error

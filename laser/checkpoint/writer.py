@@ -34,6 +34,7 @@ from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoi
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.hub import side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
+from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
 from laser.checkpoint.side_files import modules_of, stays_behind
 from laser.errors import OutputError
@@ -67,10 +68,10 @@ def is_ours(out: Path) -> bool:
     """Whether a directory holds an output of laser, whole or not, by what its files say."""
     try:
         if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
-            with (out / JOURNAL).open("rb") as file:
+            with open_regular(out / JOURNAL) as file:
                 if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
                     return True
-        data = (out / OUTCOME).read_bytes()
+        data = read_regular(out / OUTCOME)
     except OSError:
         return False
     return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
@@ -83,7 +84,7 @@ def require_ours(out: Path) -> None:
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     try:
-        document = json.loads((out / OUTCOME).read_bytes())
+        document = json.loads(read_regular(out / OUTCOME))
         known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return  # unfinished, or of an older laser: it does not say what it wrote
@@ -223,7 +224,7 @@ def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], o
                 f"{out / shard.name} is not what was written there: it was changed or damaged since; try --force to "
                 "make the output again"
             )
-    if source.index_bytes is not None and (out / INDEX).read_bytes() != source.index_bytes:
+    if source.index_bytes is not None and read_regular(out / INDEX) != source.index_bytes:
         raise OutputError(f"{out / INDEX} is not the source's index: it was changed or damaged since; try --force")
     for problem in damage(out, document):
         raise OutputError(f"{out}: {problem}; try --force to make the output again")
@@ -232,7 +233,7 @@ def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], o
 def read_outcome(out: Path) -> dict[str, Any]:
     """laser.json of a finished output. Raises OutputError for one that is not as it was written."""
     try:
-        document = json.loads((out / OUTCOME).read_bytes())
+        document = json.loads(read_regular(out / OUTCOME))
     except (OSError, ValueError) as error:
         raise OutputError(f"{out / OUTCOME} cannot be read ({error}); try --force to make the output again") from error
     if not is_sealed(document):

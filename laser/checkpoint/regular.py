@@ -1,0 +1,65 @@
+"""How every input file is opened: a regular file, at once, and no more of it than was meant to be read.
+
+A FIFO waits for ever for somebody to write, /dev/zero has no end, and opening some devices does something. What is no
+regular file is an OSError here, as a missing one is, so that whoever opens says which file it was and what to try.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+LARGEST = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
+LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def open_regular(path: Path, *, buffering: int = -1, follow: bool = True) -> BinaryIO:
+    """The file at `path`, open for reading bytes. Raises OSError at once for what is no regular file.
+
+    follow: whether `path` itself may be a link.
+    """
+    _require(path.stat())  # before it is opened, for opening a device may already do something
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    try:
+        _require(os.fstat(handle))  # and again: another file may lie there by now
+        return os.fdopen(handle, "rb", buffering)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path, most: float = LARGEST, *, follow: bool = True) -> bytes:
+    """All bytes of the regular file at `path`. Raises OSError for another kind, or one of more than `most` bytes."""
+    with open_regular(path, buffering=0, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {most}")
+        data, left = [], most + 1
+        while left and (piece := file.read(int(min(left, max(size + 1, 1 << 16))))):  # it may grow, or tell no size
+            data.append(piece)
+            left -= len(piece)
+        if not left:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes, expected at most {most}")
+        return b"".join(data)
+
+
+def require_regular(path: Path) -> None:
+    """Raises OSError for what is no regular file: for a path that another library is about to open."""
+    open_regular(path, buffering=0).close()
+
+
+def _require(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
