@@ -29,6 +29,8 @@ from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
+from laser.checkpoint.regular import open_regular
+from laser.checkpoint.side_files import read_own
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
@@ -290,13 +292,15 @@ def _is_ours(path: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(path: Path) -> str | None:
-    """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown."""
-    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
+    """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown. A link in
+    its place counts as absent: what is read here goes into the card and its record."""
+    data = read_own(path.parent, path.name)
+    return None if data is None else data.decode("utf-8", "replace")
 
 
 def _object(path: Path) -> dict[str, Any]:
