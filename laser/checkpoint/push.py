@@ -24,6 +24,8 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     unfinished = (out / JOURNAL).exists() or any(out.glob("*.partial"))
     if unfinished or not (out / OUTCOME).is_file():
         raise OutputError(f"{out} is not a finished output of laser; finish it with laser reduce --resume first")
+    if links := [path for path in sorted(out.rglob("*")) if path.is_symlink()]:
+        raise OutputError(f"{links[0]} is a link, and what it leads to would be published; put a copy in its place")
     outcome, read = (
         parse_json(read_regular(out / OUTCOME), out / OUTCOME),
         {s.name for s in open_checkpoint(out).shards},

@@ -271,7 +271,7 @@ def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
     for tensor, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not re.search(r"[/\\\0]", shard)
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not re.search(r"[/\\\0-\x1f\x7f]", shard)
         if not plain:
             raise CheckpointError(
                 f"{path.name}: {tensor} points to {shard!r}, expected the name of a file in the same directory; "

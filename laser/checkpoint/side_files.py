@@ -10,12 +10,14 @@ their bytes only tensors go out, which the header accounts for to the last byte.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 from pathlib import Path
 
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.regular import LARGEST, open_regular, read_regular
+from laser.errors import CheckpointError
 
 # How files of weights end, in any format.
 WEIGHTS = (
@@ -77,6 +79,29 @@ def stays_behind(folder: Path, relative: Path, modules: tuple[str, ...]) -> bool
         # by name (as Phi-4-multimodal's vision-lora), and is no copy of the weights.
         return len(relative.parts) == 1 or not (folder / inside / ADAPTER).is_file()
     return is_weights(relative.name)
+
+
+# What transformers opens beside the weights, by the names that it knows.
+_OPENED = re.compile(
+    r"(config|generation_config|adapter_config|tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece"
+    r"|sentencepiece|tekken|processor|preprocessor).*|.*\.(model|index\.json)"
+)
+
+
+def require_small_files(folder: Path) -> None:
+    """Raises CheckpointError where transformers, asked to open a folder, would wait for ever or read without end."""
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if not _OPENED.fullmatch(path.name.lower()) or path.is_dir():
+            continue
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size > LARGEST:
+                raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {LARGEST}")
+        except FileNotFoundError:  # a link that leads nowhere: nobody waits for it
+            continue
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; download it again, or remove it") from error
 
 
 def own_file(folder: Path, path: Path) -> Path | None:
