@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from laser.checkpoint.formats import pointer
-from laser.checkpoint.regular import open_regular
+from laser.checkpoint.regular import open_regular, raw_regular
 from laser.errors import CheckpointError, first_line
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -87,7 +87,7 @@ def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
             view[at : at + len(piece)] = piece
             at += len(piece)
     else:
-        with open_regular(shard.path, buffering=0) as file:
+        with raw_regular(shard.path) as file:
             file.seek(start)
             while at < end - start and (count := file.readinto(view[at:])):
                 at += count

@@ -7,10 +7,10 @@ regular file is an OSError here, as a missing one is, so that whoever opens says
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 LARGEST = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
 LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
@@ -23,25 +23,33 @@ KINDS = {
 }
 
 
-def open_regular(path: Path, *, buffering: int = -1, follow: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
     """The file at `path`, open for reading bytes. Raises OSError at once for what is no regular file.
 
     follow: whether `path` itself may be a link.
     """
-    _require(path.stat())  # before it is opened, for opening a device may already do something
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    handle = os.open(path, flags)
-    try:
-        _require(os.fstat(handle))  # and again: another file may lie there by now
-        return os.fdopen(handle, "rb", buffering)
-    except BaseException:
-        os.close(handle)
-        raise
+    return io.BufferedReader(raw_regular(path, follow=follow))
+
+
+def raw_regular(path: Path, *, follow: bool = True) -> io.FileIO:
+    """The same without a buffer."""
+
+    def opened(name: str, flags: int) -> int:
+        _require(path.stat())  # before it is opened, for opening a device may already do something
+        handle = os.open(name, flags | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        try:
+            _require(os.fstat(handle))  # and again: another file may lie there by now
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    return io.FileIO(str(path), opener=opened)
 
 
 def read_regular(path: Path, most: float = LARGEST, *, follow: bool = True) -> bytes:
     """All bytes of the regular file at `path`. Raises OSError for another kind, or one of more than `most` bytes."""
-    with open_regular(path, buffering=0, follow=follow) as file:
+    with raw_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {most}")
@@ -56,7 +64,7 @@ def read_regular(path: Path, most: float = LARGEST, *, follow: bool = True) -> b
 
 def require_regular(path: Path) -> None:
     """Raises OSError for what is no regular file: for a path that another library is about to open."""
-    open_regular(path, buffering=0).close()
+    raw_regular(path).close()
 
 
 def _require(status: os.stat_result) -> None:
