@@ -220,3 +220,22 @@ def mutated_header(draw: random.Random, header: Mapping[str, Any]) -> bytes:
         at = draw.randrange(len(text) + 1)
         text = text[:at] + draw.choice(BYTES) + text[at + draw.randint(0, 1) :]
     return text
+
+
+CONFIG_VALUES = (
+    *("null", "true", "-1", "0", "1", "1000000000", "1e308", "NaN", "Infinity", "9" * 4000, "9" * 5000, "0.5", '""'),
+    *('"\\u0000\\u001b[2J\\u202e"', '"mixtral"', '"nothing_of_the_kind"', "[]", "{}", '[1,"a",null]', '{"a":{"b":[]}}'),
+    *("[" * 500 + "]" * 500, "[" * 100000 + "]" * 100000, '"' + "x" * 100000 + '"', '{"a":1,"a":2}', '"\\ud800"'),
+)
+
+
+def mutated_config(draw: random.Random, config: Mapping[str, Any]) -> bytes:
+    """A config's JSON text of which one to three entries, or all, are changed."""
+    if draw.random() < 0.1:
+        return draw.choice(CONFIG_VALUES).encode()
+    pairs = {json.dumps(key): json.dumps(value) for key, value in config.items()}
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        more = ("quantization_config", "text_config", "rope_scaling", "transformers_weights", "layer_types", "auto_map")
+        key = draw.choice([*pairs, *map(json.dumps, more)])
+        pairs[key] = draw.choice(CONFIG_VALUES)
+    return ("{" + ",".join(f"{key}:{value}" for key, value in pairs.items()) + "}").encode()
