@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
+from laser.checkpoint.headers import is_deep
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.checkpoint.regular import open_regular
@@ -151,7 +152,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         hub_id=hub_id,
         revision=revision,
         readme=_text(path / CARD),
-        config=dict(checkpoint.config),
+        config=_plain(dict(checkpoint.config)),
         tokenizer_config=_object(path / "tokenizer_config.json"),
         chat_template=_text(path / "chat_template.jinja"),
         parameters=parameters,
@@ -198,7 +199,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     return CardSource(
         name=outcome.plan.source.name,
         identity=outcome.plan.source.identity,
-        config=_object(out / "config.json") or dict(open_checkpoint(out).config),
+        config=_object(out / "config.json") or _plain(dict(open_checkpoint(out).config)),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text(out / "chat_template.jinja"),
         licence_files=files,
@@ -309,4 +310,16 @@ def _object(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _plain(found) if isinstance(found, dict) and not is_deep(found) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config as strict JSON has it: NaN and Infinity, as in Mamba's time_step_limit, become their names,
+    and half a character, of which no file can be made, a question mark."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

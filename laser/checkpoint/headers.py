@@ -22,7 +22,7 @@ from laser.checkpoint.regular import open_regular, raw_regular
 from laser.errors import CheckpointError, first_line
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
-DEEPEST = 100  # lists in lists of what an entry holds beyond the format
+DEEPEST = 100  # lists in lists, of a config, and of what an entry of a header holds beyond the format
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -213,6 +213,18 @@ def parse_json(data: bytes, path: Path, **hooks: Any) -> Any:
         raise CheckpointError(f"{path.name} is not valid JSON ({first_line(error)}); download it again") from error
 
 
+def is_deep(document: Any) -> bool:
+    """Whether a JSON value nests deeper than anybody writes: walking through it could end Python's recursion."""
+    todo = [(document, 0)]
+    while todo:
+        value, depth = todo.pop()
+        if depth > DEEPEST:
+            return True
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        todo += [(each, depth + 1) for each in inside]
+    return False
+
+
 def _strictly(header: bytes, path: Path) -> Any:
     """The JSON of a header, in which Python would take more than the safetensors library does: NaN, -0 for 0."""
 
@@ -230,17 +242,16 @@ def _strictly(header: bytes, path: Path) -> Any:
 def _require_plain(file: str, key: str, entry: dict[str, Any]) -> None:
     """Raises CheckpointError for more in an entry than the format has that safetensors, which passes over it, cannot
     read: numbers out of float64's range, nesting deeper than its limit of 128."""
-    todo = [(value, 0) for value in entry.values()]
-    while todo:
-        value, depth = todo.pop()
-        number = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
-        if number or depth > DEEPEST:
-            raise CheckpointError(
-                f"{file}: the entry of {key} holds more than dtype, shape and data_offsets, of numbers without end or "
-                "nested too deep; download it again"
-            )
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        todo += [(each, depth + 1) for each in inside]
+    deep, todo = is_deep(entry), list(entry.values())
+    while todo and not deep:
+        value = todo.pop()
+        deep = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if deep:
+        raise CheckpointError(
+            f"{file}: the entry of {key} holds more than dtype, shape and data_offsets, of numbers without end or "
+            "nested too deep; download it again"
+        )
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,18 @@ import torch
 from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.fingerprint import Fingerprint, fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
-from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
+from laser.checkpoint.headers import (
+    BITS,
+    DEEPEST,
+    TORCH,
+    Shard,
+    TensorInfo,
+    file_pieces,
+    is_deep,
+    parse_json,
+    read_bytes,
+    read_header,
+)
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
 from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
@@ -155,6 +166,8 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
         raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
+    if is_deep(config):
+        raise CheckpointError(f"{about} is nested more than {DEEPEST} deep, which no config is; download it again")
     if release:
         config = config | {"model_type": RELEASE}
     weights = Weights(None, None, _release(path)) if release else _weights(path, hub, config, need)

@@ -8,12 +8,13 @@ import random
 import shutil
 import socket
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import SECOND, mutated_header
+from hostile import SECOND, mutated_config, mutated_header
 from safetensors import safe_open
 
 import laser
@@ -21,7 +22,7 @@ from laser.checkpoint.headers import read_header
 from laser.checkpoint.reader import INDEX
 from laser.checkpoint.regular import LARGEST, read_regular
 from laser.checkpoint.side_files import own_file
-from laser.errors import CheckpointError, LaserError, OutputError, RecordError
+from laser.errors import CheckpointError, DoubtWarning, LaserError, OutputError, RecordError
 from laser.evaluation.rows import read_content
 from laser.evaluation.text import load_tokenizer
 from laser.plan import Plan
@@ -235,3 +236,36 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(RecordError, match="cannot be read"):
         load_recipe(str(tmp_path / "x.toml"))
+
+
+# --- configs: the long form is benchmarks/hostile_files.py ------------------------------------------------------------
+
+
+def test_mutated_configs_are_right_or_refused_in_a_line(pico: Path, tmp_path: Path) -> None:
+    config, draw = json.loads((pico / "config.json").read_text()), random.Random(5)
+    ended = {"right": 0, "refused": 0}
+    for _ in range(60):
+        (pico / "config.json").write_bytes(mutated_config(draw, config))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DoubtWarning)
+                laser.list_matrices(laser.open_checkpoint(pico))
+            ended["right"] += 1
+        except LaserError as error:
+            ended["refused"] += 1
+            assert "\n" not in str(error)
+    assert min(ended.values()) > 5
+
+
+def test_a_card_of_numbers_without_end_and_of_deep_files(pico: Path, tmp_path: Path) -> None:
+    config = json.loads((pico / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}  # as Mamba's
+    (pico / "config.json").write_text(json.dumps(config))
+    (pico / "tokenizer_config.json").write_text('{"a": ' + "[" * 500 + "]" * 500 + "}")
+    checkpoint = laser.open_checkpoint(pico)
+    laser.reduce(checkpoint, laser.make_plan(laser.scan(checkpoint), "rank:4"), tmp_path / "out")
+    laser.write_card(tmp_path / "out", checkpoint)
+    told = json.loads((tmp_path / "out/laser/source.json").read_text())
+    assert told["config"]["time_step_limit"] == [0.0, "inf"] and told["tokenizer_config"] == {}
+    (pico / "config.json").write_text('{"a": ' + "[" * 500 + "]" * 500 + "}")
+    with pytest.raises(CheckpointError, match="nested more than 100 deep"):
+        laser.open_checkpoint(pico)
