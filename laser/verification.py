@@ -18,6 +18,7 @@ from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.headers import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.regular import open_regular
 from laser.edits import check_projection, require_moments
 from laser.moments import Moments
 from laser.reduction import Outcome
@@ -113,7 +114,7 @@ def _same(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
 
 
 def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
-    with copy.open("rb") as file:
+    with open_regular(copy) as file:
         file.seek(info.start)
         return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 

@@ -10,6 +10,7 @@ from typing import Any
 from laser.checkpoint.files import is_sealed
 from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import INDEX, OUTCOME
+from laser.checkpoint.regular import read_regular
 
 CARD = "README.md"  # ours, made again at will, and people's to edit
 
@@ -30,7 +31,7 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = json.loads((out / OUTCOME).read_bytes())
+            document = json.loads(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
     if not is_sealed(document):

@@ -24,6 +24,7 @@ from laser.checkpoint.answers import session
 from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError, LaserError, first_line
@@ -93,7 +94,7 @@ def find(model: str) -> Hub | None:
 def _order(folder: Path) -> tuple[str, ...]:
     """The files for which transformers looks, by a snapshot's config; whoever opens it says how that is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError):
         config = None
     return order(config if isinstance(config, dict) else {})
@@ -117,7 +118,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
         return None
     with hub_errors(repo, revision):
         names = sorted(_plain(repo, HfApi().model_info(repo, revision=revision).siblings))
-        return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
+        return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
 
 
 def listing(hub: Hub) -> frozenset[str]:
