@@ -22,8 +22,8 @@ from laser.checkpoint.regular import open_regular
 from laser.edits import check_projection, require_moments
 from laser.moments import Moments
 from laser.reduction import Outcome
-from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.factorise import singular_values
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
 
