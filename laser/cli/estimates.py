@@ -107,7 +107,9 @@ def print_outcome(
         print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
     if outcome.left_out:
         more = f" and {len(outcome.left_out) - NAMED} more" if len(outcome.left_out) > NAMED else ""
-        print(f"left out, as other copies of weights or parts of them: {', '.join(outcome.left_out[:NAMED])}{more}")
+        print(
+            f"left out, as other copies of weights, parts of them, or links: {', '.join(outcome.left_out[:NAMED])}{more}"
+        )
     if seconds is not None:
         print(meter.against(seconds, foretold))
 
