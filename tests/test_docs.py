@@ -58,5 +58,5 @@ def test_help_pages_are_up_to_date() -> None:
 
 
 def test_every_script_that_the_readme_names_is_there() -> None:
-    for path in set(re.findall(r"scripts/[\w.]+\.(?:py|sh)", README)):
+    for path in set(re.findall(r"(?:scripts|benchmarks)/[\w.]+\.(?:py|sh)", README)):
         assert (ROOT / path).is_file(), path

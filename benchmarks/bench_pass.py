@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Scan and reduction of a synthetic checkpoint with true Mixtral-8x7B shapes, against the way of published scripts.
 
-    python scripts/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
+    python benchmarks/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
                                  [--rule fraction:0.4] [--plain-all] [--work DIR] [--keep]
 
 One layer is 2.9 GB. Printed, from one run on the same files, each part in a process of its own:
@@ -34,9 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench_memory
 import torch
 from safetensors.torch import load_file, save_file
+from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
 from laser.checkpoint.writer import prepare_output, write_checkpoint
@@ -202,9 +202,8 @@ def main() -> None:
     work: Path = arguments.work
     if not (work / "model" / "config.json").exists():  # written last; an earlier one is used again
         shutil.rmtree(work, ignore_errors=True)
-        for name in ("HIDDEN", "WIDTH", "KEY_VALUE", "VOCABULARY"):
-            setattr(bench_memory, name, getattr(bench_memory, name) // arguments.shrink)
-        bench_memory.write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts)
+        sizes = Sizes().over(arguments.shrink)
+        write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts, sizes)
     found: dict[str, Any] = {}
     for part in ("ours", "io", "compute", "plain"):
         for place in ("out", "io", "plain"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far does the engine ray scale? A simulation of DeepSeek-V3 with measured constants, on 1 to 512 GPUs.
 
-    python scripts/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
+    python benchmarks/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
 
 The rules are those of ray_engine.py: groups of matrices, two tasks per GPU (one reads while the other computes), twice
 as many tasks in flight as slots, one driver that takes results one after the other. What is busy or free: each GPU,

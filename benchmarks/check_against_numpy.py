@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that the flow claims of a checkpoint, checked against numpy.linalg.svd in float64. Slow and obvious.
 
-    python scripts/check_against_numpy.py CHECKPOINT [--every 8] [--work DIR]
+    python benchmarks/check_against_numpy.py CHECKPOINT [--every 8] [--work DIR]
 
 1. The empty plan gives byte-identical shards and index.
 2. For every N-th matrix, the singular values equal numpy's, and so does the rank under every rule.

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Seconds and error of each method against plain torch, all in one run, medians.
 
-    python scripts/bench_decomposition.py [--device cpu|cuda|mps] [--shapes 4096x4096,...] [--repeat 3] [--rank 83]
+    python benchmarks/bench_decomposition.py [--device cpu|cuda|mps] [--shapes 4096x4096,...] [--repeat 3] [--rank 83]
                                           [--methods ...] [--no-plain] [--json FILE]
 
-On a GPU, as it stands:  python scripts/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
+On a GPU, as it stands:  python benchmarks/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
 
 For each shape a bf16 matrix of noise with power-law spikes, resident on the device. "values": singular values, against
 torch.linalg.svdvals; "truncation" to --rank (or a quarter of p), against torch.linalg.svd and the product

@@ -1,6 +1,6 @@
 """The null table: what each rule keeps of pure noise, over shapes and laws of the entries. Prints Markdown for LOG.md.
 
-    python scripts/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian] [--shapes 4096x4096,8x4096]
+    python benchmarks/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian] [--shapes 4096x4096,8x4096]
 
 Gaussian matrices are drawn in bidiagonal form (fit.py), which has exactly their law of singular values; all others are
 drawn whole. Every cell: mean / largest number of values kept, over all draws. `flagged`: share of the draws that a plan

@@ -1,6 +1,6 @@
 """Power tables: planted spikes, growing signal, rows of unequal variance. Prints Markdown for LOG.md.
 
-    python scripts/bench_power.py [--draws 20]
+    python benchmarks/bench_power.py [--draws 20]
 
 A spike "at 1.2 times the edge" is planted so that its singular value shows there: a signal of size x shows as y with
 y^2 = (x + 1/x)(x + beta/x) in units of sigma * sqrt(q). Rank errors are means of (kept - planted).

@@ -1,6 +1,6 @@
 """How much memory does a streamed evaluation need? On a Mixtral made on the spot, several times larger than a cap.
 
-    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 600]
+    python benchmarks/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 600]
 
 Two subprocesses evaluate the same windows of random tokens: one streams under a cap on its data segment
 (RLIMIT_DATA: anonymous memory, which is where weights and activations go; RLIMIT_AS would also count the libraries'

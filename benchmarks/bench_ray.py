@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The engine ray on this machine: what a task costs, and a scan and reduction against one process.
 
-    python scripts/bench_ray.py CHECKPOINT [--roles q,w1] [--work DIR] [--tasks 60] [--overheads-only]
+    python benchmarks/bench_ray.py CHECKPOINT [--roles q,w1] [--work DIR] [--tasks 60] [--overheads-only]
 
 Starts a cluster of two nodes with one slot each. First, matrices that nothing is done with: seconds of each (read in a
 task of its own, and its bytes brought back, copied, hashed and written by the driver), beside the same in one process;

@@ -1,6 +1,6 @@
 """Bytes moved over HTTP by `laser scan --layers 31 --roles w2` of a synthetic 10 GB Mixtral on a Hub of this machine.
 
-    python scripts/bench_remote.py [--hidden 1280 --width 4864]
+    python benchmarks/bench_remote.py [--hidden 1280 --width 4864]
 
 The weights are made as they are asked for and lie nowhere. Prints what was sent beside headers plus matrices.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same ranks everywhere? Every rule on real weights, in float64, in float32, and counted by the projector.
 
-    python scripts/check_ranks.py MODEL [--layers 0,15,29] [--device cpu] [--null 19]
+    python benchmarks/check_ranks.py MODEL [--layers 0,15,29] [--device cpu] [--null 19]
 
 For each matrix singular values in float64 on the host and in float32 on --device (with float64 there as well, if it has
 it), every rule's rank from each; and, where the rule has a threshold t, the number of eigenvalues of the float32 Gram

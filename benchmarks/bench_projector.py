@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The projector against eigenvectors: which gaps it resolves, in how many products, how well; and what it refuses.
 
-    python scripts/bench_projector.py [--device cpu] [--precision float32] [--sides 256,512,1024,2048] [--draws 1000]
+    python benchmarks/bench_projector.py [--device cpu] [--precision float32] [--sides 256,512,1024,2048] [--draws 1000]
 
 First table: a bulk of noise, plain, with 16 spikes, or with heavy tails, of shape 2 p x p, and a pair of values planted
 around rank p/3 at relative gap g = (s_r - s_{r+1}) / s_r. delta is the half gap of their squares over ||G - tau^2||,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """kill -9 at random moments during `laser reduce`, each followed by --resume; the result must be byte-identical.
 
-    python scripts/bench_kill.py CHECKPOINT [--kills 20] [--work DIR] [--rule mp-edge] [--seed 0]
+    python benchmarks/bench_kill.py CHECKPOINT [--kills 20] [--work DIR] [--rule mp-edge] [--seed 0]
 
 Prints, per kill, the moment and how many matrices the journal held. Fails if a matrix of which the journal said that it
 was finished is computed again, if an index file is there before the end, or if one byte differs at the end.

@@ -1,6 +1,6 @@
 """Does the data's metric tell better what may go? One edit at a time, plain against data-aware at equal rank.
 
-    python scripts/measure_data_metric.py MODEL --out DIR --calibrate train.txt --text test.txt --text other.txt
+    python benchmarks/measure_data_metric.py MODEL --out DIR --calibrate train.txt --text test.txt --text other.txt
         [--layers 2,8,15,22,28] [--roles q,k,v,o,gate,up,down] [--experts 0,1] [--shares 0.75,0.5,0.25,0.1]
         [--rules laser-rmt,mp-edge,data:parallel:0.05] [--windows 8] [--skip 0] [--window 256] [--report]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The empty plan against `cp -r` of the same checkpoint, in turn, medians; both once the page cache is warm.
 
-    python scripts/bench_streaming.py CHECKPOINT [--work DIR] [--repeat 7]
+    python benchmarks/bench_streaming.py CHECKPOINT [--work DIR] [--repeat 7]
 
 Two pairs are printed: as they stand (`laser` hashes every shard and waits for the disk, `cp` does neither), and with
 `sync` after `cp`, so that both have the bytes on the disk when they end. Start-up of Python is not counted.
