@@ -1,6 +1,7 @@
 """Does the cache of a search pay, and does it change anything? Candidates evenly over the layers, both ways.
 
-    python benchmarks/bench_search.py [MODEL] [--text FILE] [--role q] [--every 3] [--windows 4] [--window 256] [--stream]
+    python benchmarks/bench_search.py [MODEL] [--text FILE] [--role q] [--every 3] [--windows 4] [--window 256]
+        [--stream]
 
 Without MODEL it makes a random Mixtral of 32 layers in which head and embedding have the share that they have in
 Mixtral-8x7B (1 % of a pass); in small models with large vocabularies the head, which no cache can save, has more.

@@ -1,7 +1,7 @@
 """The null in the data's metric on real inputs: how often noise is taken for signal, and its spectrum against the law.
 
-    python benchmarks/check_data_null.py MODEL --text FILE [--windows 32] [--window 256] [--roles k,down] [--layers 2,28]
-        [--draws 200] [--level-of k_proj] [--directions 110]
+    python benchmarks/check_data_null.py MODEL --text FILE [--windows 32] [--window 256] [--roles k,down]
+        [--layers 2,28] [--draws 200] [--level-of k_proj] [--directions 110]
 
 Calibrates twice: once the whole C of every matrix's inputs, once as if they were too wide for that (as w2 of
 Mixtral), known to the null by --directions of the first inputs and the diagonal of the rest (SKETCH in calibration.py).

@@ -1,8 +1,24 @@
 #!/usr/bin/env bash
-# Everything that has to hold: format, lint, types, tests. Installs what it needs into .venv first.
+# Everything that has to hold: format, lint, types, help pages, tests. Installs what it needs into .venv first.
 #
-#   bash scripts/test.sh [PYTEST ARGUMENTS]
+#   bash scripts/test.sh [PYTEST ARGUMENTS]         all of it, in under ten minutes on two cores
+#   bash scripts/test.sh fast [AREA] [ARGUMENTS]    only the tests that are not marked slow, in under a minute: of
+#                                                   every area, or of tests/AREA and tests/test_AREA*.py
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" test
+case "${1:-}" in
+fast)
+    shift
+    paths=()
+    if [[ $# -gt 0 && $1 != -* ]]; then
+        for path in "tests/$1" tests/test_"$1"*.py; do
+            [ -e "$path" ] && paths+=("$path")
+        done
+        [ ${#paths[@]} -gt 0 ] || { echo "no tests/$1 and no tests/test_$1*.py; areas: $(cd tests && ls -d */)" >&2; exit 2; }
+        shift
+    fi
+    exec python -m pytest -m "not slow" -n auto --dist loadfile "${paths[@]}" "$@"
+    ;;
+esac
 ruff format --check .
 ruff check .
 pyright

@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 VERBS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_first_screen_shows_both_commands() -> None:
     assert "bash scripts/demo.sh" in first and "bash scripts/test.sh" in first
 
 
+@pytest.mark.slow
 def test_help_pages_are_up_to_date() -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / "render_docs.py", "--check"], check=True)
 

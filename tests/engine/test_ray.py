@@ -28,9 +28,10 @@ from laser.spectral.devices import Device, choose_device
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
 # Ray leaves the log of its client server open.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"),
+]
 CPU = choose_device("cpu")
 ON_RAY = choose_crew("cpu", engine="ray")
 with closing(socket.socket()) as free:

@@ -37,6 +37,7 @@ def test_refused_by_layers(family: str, tmp_path: Path) -> None:
         LayeredModel(laser.open_checkpoint(tmp_path)).losses(WINDOWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STREAMED)
 def test_streamed_and_edited_as_in_memory(family: str, tmp_path: Path) -> None:
     model = build(family)

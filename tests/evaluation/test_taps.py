@@ -18,6 +18,7 @@ from laser.evaluation.text import Windows
 STORED = [*STREAMED[:22], "Qwen3-Next", "Granite 4", "Falcon, grouped", "LFM2", "Mamba", "Phi-4-multimodal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STORED)
 def test_every_matrix_of_a_layer_is_met(family: str, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path / "model")
@@ -28,6 +29,7 @@ def test_every_matrix_of_a_layer_is_met(family: str, tmp_path: Path) -> None:
     assert np.isfinite([site.fourth for site in moments.sites.values()]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STORED)
 def test_outputs_are_each_matrix_s_own(family: str, tmp_path: Path) -> None:
     """As for inputs wider than 4096, whose whole moment is never formed; parts of a fused tensor share their inputs."""
@@ -50,6 +52,7 @@ def test_outputs_are_each_matrix_s_own(family: str, tmp_path: Path) -> None:
     assert "outputs" in forms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STORED)
 def test_what_is_met_is_the_product_with_the_stored_matrix(family: str, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path / "model")

@@ -103,6 +103,7 @@ def first_table(text: str) -> str:
     return next(part for part in text.split("\n\n") if part.startswith("|"))
 
 
+@pytest.mark.slow
 def test_metadata_is_inherited_and_valid(source: CardSource) -> None:
     text = card("small-laser", outcome_of(), source, after=board_of(0.5))
     found = metadata(text)
@@ -448,6 +449,7 @@ def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource)
     assert "The source's README.md" not in text and "The licence is the source's." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("readme", "why"),
     [
@@ -627,6 +629,7 @@ def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> Non
     assert text.encode() and text.replace("\n", "").isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: CardSource) -> None:
     """Markdown is read by a parser of its own, Python by Python, the metadata by the Hub's library."""

@@ -213,6 +213,7 @@ def test_shrinkage_lowers_the_error_of_few_tokens_and_vanishes_with_many() -> No
     assert shrinkage(zero, 0.0, 5, torch.eye(3, dtype=torch.float64))[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
 def test_noise_on_any_inputs_keeps_one_value_in_a_twentieth_of_the_draws(shape: tuple[int, int]) -> None:
     """The exact level of a permutation test, whatever C: P(s_1 over the largest of 19 draws) = 1/20."""

@@ -63,6 +63,7 @@ def test_zero_matrix_has_rank_zero(spec: str, shape: tuple[int, int]) -> None:
     assert apply_rule(spec, np.zeros(min(shape)), shape).rank == 0
 
 
+@pytest.mark.slow
 @every_rule
 def test_rank_counts_the_values_above_the_threshold(spec: str) -> None:
     shape = (60, 90)
@@ -88,6 +89,7 @@ def test_laser_rmt_keeps_what_the_field_reports_of_pure_noise() -> None:
     assert apply_rule("laser-rmt", wide, (256, 1024)).rank == 256
 
 
+@pytest.mark.slow
 def test_tracy_widom_finds_something_in_about_alpha_of_the_draws() -> None:
     shape, draws = (100, 300), 300
     found = sum(apply_rule("tracy-widom:0.1", spectrum(matrix(shape, i)), shape).rank > 0 for i in range(draws))

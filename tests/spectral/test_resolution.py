@@ -46,6 +46,7 @@ def test_errors_stay_within_what_is_stated(seed: int, strength: float) -> None:
     assert (np.abs(values_by_gram(W16, HOST) - exact) <= value_errors(exact, 2.0**-52)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_rank_that_changes_was_said_to_be_near(name: str) -> None:
     """Values moved by the stated errors, each its own way: where the rank changes, the record said so."""
@@ -83,6 +84,7 @@ def test_precision_of_a_record() -> None:
     assert precision_of("cuda float64", "gram") == precision_of("mps float32", "svd") == 2.0**-52
 
 
+@pytest.mark.slow
 def test_the_pico_model_has_the_same_ranks_everywhere(pico: Path) -> None:
     checkpoint = open_checkpoint(pico)
     double, single = (scan(checkpoint, device=device, null_draws=19) for device in (HOST, SINGLE))
