@@ -52,6 +52,7 @@ def main() -> None:
             "with 19 nulls": [model, "--nulls", str(out)],
             "calibrate --diagonal": ["calibrate", model, "-o", str(out), "--force", "--diagonal", *cut],
         }
+        weights: dict[str, int] = {}
         print("| command | wall s | CPU s | peak GB | wall, ratio | CPU, ratio | file GB |\n" + "|---" * 7 + "|")
         for _ in range(asked.repeat):
             first: tuple[float, float] | None = None
@@ -64,11 +65,14 @@ def main() -> None:
                 if name == "with 19 nulls":
                     wall, cpu, peak = wall + alone[0], cpu + alone[1], max(peak, alone[2])
                 alone = wall, cpu, peak
+                weights[name] = out.stat().st_size if out.exists() else 0
                 print(
                     f"| {name} | {wall:.1f} | {cpu:.1f} | {peak / 1e6:.2f} | {wall / first[0]:.2f} | "
                     f"{cpu / first[1]:.2f} | {size} |",
                     flush=True,
                 )
+        if asked.smoke:
+            assert weights["eval --stream"] == 0 < weights["calibrate --diagonal"] < weights["calibrate"], weights
 
 
 def nulls(model: str, path: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import smoke
 import torch
 
 import laser
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path(".demo/check"))
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda folder: [smoke.pico(folder), "--every", 5, "--work", folder / "work"])
     shutil.rmtree(arguments.work, ignore_errors=True)
     checkpoint = laser.open_checkpoint(arguments.checkpoint)
     device = laser.choose_device("cpu")

@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import smoke
 import torch
 
 from laser.checkpoint.families import list_matrices
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--null", type=int, default=19)
     parser.add_argument("--no-projector", action="store_true")
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda folder: [smoke.pico(folder), "--layers", 0])
     checkpoint, selection = open_checkpoint(arguments.model), Selection(parse_layers(arguments.layers))
     matrices = [m for m in list_matrices(checkpoint) if selection.why_not(m) is None]
     device = choose_device(arguments.device, "float32")

@@ -17,7 +17,8 @@ TESTS = Path(__file__).parent.parent / "tests"
 def parse(parser: argparse.ArgumentParser, smoke: Callable[[Path], Sequence[object]]) -> argparse.Namespace:
     """The arguments of the command line, or with --smoke those of `smoke`, which gets an empty folder to work in.
 
-    The folder is removed when the process ends. Warnings are errors in a smoke run, as they are in the tests.
+    The folder is removed when the process ends. Warnings are errors, as they are in the tests. `sys.argv` becomes what
+    was chosen, so that a script which starts itself again hands it on.
     """
     parser.add_argument("--smoke", action="store_true", help="a run of seconds on a tiny input, with assertions")
     if "--smoke" not in sys.argv[1:]:
@@ -25,7 +26,10 @@ def parse(parser: argparse.ArgumentParser, smoke: Callable[[Path], Sequence[obje
     warnings.simplefilter("error")
     folder = Path(tempfile.mkdtemp(prefix="smoke-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return parser.parse_args([*map(str, smoke(folder)), "--smoke"])
+    sys.argv[1:] = [str(word) for word in smoke(folder)]
+    chosen = parser.parse_args()
+    chosen.smoke = True
+    return chosen
 
 
 def pico(folder: Path, kind: str = "mixtral") -> Path:
