@@ -6,6 +6,7 @@ plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
 
+import laser.start  # noqa: F401  # isort: split
 from laser.calibration import calibrate
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -20,8 +21,9 @@ from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
-from laser.spectral.decomposition import Certificate, Truncation, singular_values, truncate
+from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import singular_values, truncate
 from laser.spectral.rules import RULES, Cut, apply_rule
 from laser.verification import Verification, verify
 

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,10 @@ from laser.in_data import in_data_metric, line_in_data
 from laser.moments import Calibration
 from laser.selection import Selection
 from laser.spectra import SOURCE_OPTIONAL, Source, Spectra
-from laser.spectral.entries import HEAVY, edge_shift
-from laser.spectral.fit import NoiseFit, fit_noise
-from laser.spectral.noise import estimate
-from laser.spectral.resolution import at_threshold, precision_of
+from laser.spectral.noise import NoiseFit, estimate, fit_noise
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
+from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
 KIND, VERSION, EARLIER = "plan", 2, 1  # the earlier one is like it, but of a model on the Hub alone knows the weights
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
@@ -67,7 +66,7 @@ class PlanLine:
     energy_kept: float | None = None  # predicted share of the squared singular values
     fit: float | None = None  # Kolmogorov-Smirnov distance of the bulk from the law of noise
     fit_level: float | None = None  # share of pure noise that lies as far from it; small: the bulk is not such noise
-    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (entries.py); None: not measured
+    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (spectrum.py); None: not measured
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights
@@ -313,12 +312,11 @@ def make_plan(
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
+    check_lowest_snr(lowest_snr)
     if metric == "data":
         spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
-    if lowest_snr is not None and lowest_snr < 1:
-        raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
         if metric == "data":
@@ -340,6 +338,23 @@ def make_plan(
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
     calibration = spectra.data.calibration if spectra.data and metric == "data" else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
+
+
+def check_lowest_snr(count: Any) -> None:
+    """Raises UsageError unless it is None, for all of them, or a count of 1 or more."""
+    if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count < 1):
+        raise UsageError(
+            f"--lowest-snr {count} is no count of matrices; try --lowest-snr 15, as LaserRMT does, or --lowest-snr all"
+        )
+
+
+def parse_lowest_snr(text: str | None, default: int | None) -> int | None:
+    """`15` or `all`, which is None, as `make_plan` takes it. Raises UsageError for anything else."""
+    if text is None or text == "all":
+        return default if text is None else None
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+    check_lowest_snr(count)
+    return int(count)
 
 
 class CrowdWarning(UserWarning):

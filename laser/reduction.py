@@ -30,8 +30,9 @@ from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
-from laser.spectral.decomposition import METHODS, Truncation, truncate
+from laser.spectral.certificate import Truncation
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import METHODS, truncate
 from laser.spectral.rules import signal_to_noise
 
 KIND, VERSION = "outcome", 2
