@@ -11,9 +11,10 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.reader import open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
 from laser.errors import UsageError
-from laser.evaluation.evaluate import evaluate
+from laser.evaluation.evaluate import check_vocabulary, evaluate
+from laser.evaluation.layout import NotByLayers
 from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.rows import holds_rows
 from laser.evaluation.text import WINDOW, Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
@@ -29,7 +30,12 @@ Dataset = Annotated[
 WindowLength = Annotated[int, typer.Option("--window", help="Tokens per window, BOS included.")]
 WindowCount = Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")]
 WindowSkip = Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")]
-Stream = Annotated[bool, typer.Option("--stream", help="Layer by layer from disk: one layer's weights in memory.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream", help="One layer's weights in memory at a time; default: where all do not fit."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
 
 
@@ -47,7 +53,7 @@ def eval(
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
     ] = False,
-    stream: Stream = False,
+    stream: Stream = None,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
     force: common.Force = False,
@@ -61,7 +67,7 @@ def eval(
             )
         common.refuse_to_overwrite(output, force, "eval")
     read = text_of(text, field, dataset)
-    where = choose_device(device).torch_device
+    where = choose_device(device)
 
     def measure(name: str) -> Perplexity:
         if Path(name).suffix.lower() == ".json":
@@ -76,8 +82,18 @@ def eval(
             bos=False if no_bos else None,
             mode=mode,
         )
-        with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
-            return evaluate(checkpoint, cut, stream=stream, dtype=dtype, device=where, tick=lambda: advance(bar))
+        check_vocabulary(checkpoint, cut)
+        placed = memory.said(memory.for_eval(checkpoint, cut.windows, where, dtype, stream))
+        try:
+            with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
+                return evaluate(
+                    checkpoint, cut, stream=placed.stream, dtype=dtype, device=where.torch_device,
+                    store=placed.store(), tick=lambda: advance(bar),
+                )  # fmt: skip
+        except NotByLayers as error:
+            if stream is None:  # it was memory that asked for it
+                raise memory.cannot_stream(checkpoint, cut.windows, where, dtype, error) from error
+            raise
 
     records = [measure(name) for name in (model, other) if name is not None]
     if output is not None:

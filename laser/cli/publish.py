@@ -11,7 +11,7 @@ import typer
 
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
@@ -62,8 +62,9 @@ def leaderboard(
     common.refuse_to_overwrite(output, force, "leaderboard")
     if force:
         _journal(output).unlink(missing_ok=True)
-    where = choose_device(device).name
-    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
+    where = choose_device(device)
+    memory.for_leaderboard(checkpoint, where, dtype, batch_size)
+    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size)
     compared = _against_source(checkpoint, output, board)
     if as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}

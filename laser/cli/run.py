@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import require_apart
-from laser.cli import common
+from laser.cli import common, memory
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
     Output,
@@ -27,10 +27,10 @@ from laser.cli.flow import (
 )
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
-from laser.cli.search import objectives_of, print_search, search_with_bar
+from laser.cli.search import layered_model, objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
-from laser.errors import UsageError
+from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
@@ -40,6 +40,7 @@ from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
+from laser.report.visible import visible
 from laser.search.candidates import DATA
 from laser.search.search import result_document
 from laser.search.trials import ACCEPT
@@ -76,7 +77,7 @@ def run(
     window: WindowLength = WINDOW,
     windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search; 0: all.")] = 16,
     held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
-    stream: Stream = False,
+    stream: Stream = None,
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
@@ -134,9 +135,19 @@ def run(
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
+    matrices = chosen_of(list_matrices(checkpoint), chosen)
     measure = None
     if searching:
-        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
+        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices)
+
+    if wants_board:
+        try:
+            memory.for_leaderboard(checkpoint, here(), "auto", 1)
+        except OutOfMemory as error:
+            if leaderboard:
+                raise OutOfMemory(f"the leaderboard: {error.why}", "try --no-leaderboard") from error
+            print(visible(f"laser: without the leaderboard: {error.why}"), file=sys.stderr)
+            wants_board = False
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
@@ -154,7 +165,6 @@ def run(
             print_search(result)
         return result.plan
 
-    matrices = chosen_of(list_matrices(checkpoint), chosen)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching else foretold.visit_seconds
     if (count or known) and seconds is not None:
@@ -206,7 +216,8 @@ def _measure(
     windows: int,
     held_out_windows: int,
     device: Device,
-    stream: bool,
+    stream: bool | None,
+    matrices: Sequence[Matrix],
 ) -> _Measure:
     calibration, reported = objectives_of(
         checkpoint,
@@ -219,9 +230,7 @@ def _measure(
         windows,
         held_out_windows,
     )
-    layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
-    for each in (calibration, *reported):
-        layered.check(each.windows)
+    layered = layered_model(checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False)
     return _Measure(layered, calibration, reported)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
 from laser.errors import UsageError
@@ -24,7 +25,7 @@ from laser.search.search import Report, SearchResult, Trial, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
-from laser.spectral.devices import choose_device
+from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES, draws_needed
 
 
@@ -72,7 +73,7 @@ def search(
     roles: common.Roles = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
-    stream: Stream = False,
+    stream: Stream = None,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
     precision: common.Precision = "auto",
@@ -98,17 +99,17 @@ def search(
         checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
         held_out_windows,
     )  # fmt: skip
-    # Before the scan: what cannot be measured is not worth one.
-    layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
-    for each in (calibration, *reported):
-        layered.check(each.windows)
     known = common.moments_of(moments)
+    # Before the scan: what cannot be measured is not worth one.
+    matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    layered = layered_model(
+        checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
+    )
     spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
         measured = Spectra.load(spectra)
     else:
-        scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
-        with common.Progress("scan", scanned) as bar:
+        with common.Progress("scan", matrices) as bar:
             draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
             measured = scan_into(
                 spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
@@ -137,6 +138,29 @@ def search(
     print(f"written to {output}; every trial is in {journal}")
 
 
+def layered_model(
+    checkpoint: Checkpoint,
+    objectives: Sequence[Objective],
+    matrices: Sequence[Matrix],
+    device: Device,
+    dtype: str,
+    stream: bool | None,
+    **options: Any,
+) -> LayeredModel:
+    """The model that a search measures, in memory or layer by layer as that allows; no weight is read.
+
+    Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
+    """
+    windows = [window for each in objectives for window in each.windows]
+    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **options))
+    layered = LayeredModel(
+        checkpoint, dtype=dtype, device=device.torch_device, resident=not placed.stream, store=placed.store()
+    )
+    for each in objectives:
+        layered.check(each.windows)
+    return layered
+
+
 def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
     """`laser.search.search` of these arguments, its trials shown on a bar."""
     with tqdm(desc="search", disable=None, leave=False) as bar:
@@ -146,7 +170,10 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
             bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
-        return search_plan(*arguments, tick=tick, **options)
+        try:
+            return search_plan(*arguments, tick=tick, **options)
+        finally:
+            arguments[0].unload()  # what comes next needs the memory
 
 
 def objectives_of(

@@ -225,6 +225,11 @@ class LayeredModel:
             self._set(name, filled)
         self._loaded.add(piece)
 
+    def kinds(self) -> list[list[torch.Tensor]]:
+        """Of each piece the tensors that it is loaded into, in its dtypes; last what is neither embedding, layer nor
+        head."""
+        return [[self._value(name) for name in parameters] for parameters in self._pieces]
+
     def _kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
         value = self._value(name)
         return value.shape, value.dtype
