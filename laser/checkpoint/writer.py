@@ -95,24 +95,29 @@ def require_ours(out: Path) -> None:
         )
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Raises OutputError saying why `out` may not be written. Changes nothing."""
     require_apart(source, out)
     ours = is_ours(out)
     if force and ours:
         require_ours(out)
-        with disk_errors(out):
-            shutil.rmtree(out)
     elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
         if not ours:
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
+
+
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be.
+
+    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
+    """
+    require_place(source, out, resume=resume, force=force)
     with disk_errors(out):
+        if force and is_ours(out):
+            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
 
 

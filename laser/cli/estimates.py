@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
-from laser.engine.estimate import Estimate, Meter, estimate
+from laser.engine.estimate import Estimate, Measuring, Meter, estimate, forward_seconds
 from laser.engine.workers import Crew
+from laser.evaluation.causal import build_causal
+from laser.evaluation.footprint import weights_met
+from laser.evaluation.leaderboard import Workload
+from laser.evaluation.objective import Objective
+from laser.evaluation.placement import Placement
+from laser.evaluation.streaming import LayeredModel
 from laser.reduction import Outcome
+from laser.report.visible import visible
 from laser.selection import MAIN, Selection
+from laser.spectral.devices import Device
 
 NAMED = 8  # files that a line names before it only counts
 
@@ -25,14 +33,20 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
 
 
 def print_dry_run(
-    checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool, draws: int = 0, in_data: bool = False
+    checkpoint: Checkpoint,
+    chosen: Selection,
+    crew: Crew,
+    as_json: bool,
+    draws: int = 0,
+    in_data: bool = False,
+    measuring: Sequence[Measuring] = (),
 ) -> None:
     matrices = list_matrices(checkpoint)
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     skipped = chosen.skipped(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped, measuring)
     kept = Counter(
         (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
     )
@@ -50,12 +64,16 @@ def print_estimate(
     draws: int = 0,
     in_data: bool = False,
     skipped: Mapping[str, str] | None = None,
+    measuring: Sequence[Measuring] = (),
 ) -> None:
-    """A row per kind of matrix, and what scanning and reducing them would take."""
+    """A row per kind of matrix, what scanning and reducing them would take, and what measuring the model would."""
     foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
         return common.print_json(
-            asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
+            asdict(foretold)
+            | {"device": crew.label, "names": [m.name for m in matrices]}
+            | {"skipped": skipped or {}}
+            | {each.what: asdict(each) for each in measuring}
         )
     groups: dict[tuple[str, str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
@@ -77,6 +95,57 @@ def print_estimate(
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
         f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
         f"({foretold.basis})"
+    )
+    for each in measuring:
+        print(visible(measuring_line(each)))
+
+
+def search_measuring(
+    model: LayeredModel,
+    placed: Placement,
+    calibration: Objective,
+    reported: Sequence[Objective],
+    matrices: Sequence[Matrix],
+    count: int | None,
+    rules: int,
+    crew: Crew,
+    device: Device,
+) -> Measuring:
+    """What a search takes at the most: each of its candidates is cut and tried under each rule, over all calibration
+    windows and all layers. It begins with the untouched model, and ends with the reported texts before and after."""
+    candidates = min(count or len(matrices), len(matrices))
+    passes = [(1 + candidates * rules, calibration), *((2, each) for each in reported)]
+    texts = sum(times * len(each.windows) for times, each in passes)
+    tokens = sum(times * sum(len(w.tokens) - 1 for w in each.windows) for times, each in passes)
+    read = sum(s.size for s in model.checkpoint.shards)
+    every = sum(times for times, _ in passes)
+    seconds, basis = forward_seconds(device, weights_met(model.model), tokens, read * (every if placed.stream else 1))
+    dearest = sorted(matrices, key=lambda m: -m.cost)[:candidates]
+    cutting = estimate(model.checkpoint, dearest, replace(crew, workers=1 if device.host_blas else None))
+    held = placed.needs.host + placed.needs.device
+    told = ", ".join(dict.fromkeys(each.text for _, each in passes))
+    seconds += 2 * rules * cutting.reduce_seconds  # once to try, and once more to keep
+    return Measuring("search", told, candidates, rules, texts, tokens, seconds, held, placed.stream, basis)
+
+
+def board_measuring(
+    checkpoint: Checkpoint, workload: Workload, placed: Placement, device: Device, models: int
+) -> Measuring:
+    """What the six tasks take of so many models of this kind."""
+    met = weights_met(build_causal(checkpoint))
+    prompts, tokens = models * workload.prompts, models * workload.tokens
+    seconds, basis = forward_seconds(device, met, tokens)
+    held = placed.needs.host + placed.needs.device
+    return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, seconds, held, False, basis)
+
+
+def measuring_line(of: Measuring) -> str:
+    """For people."""
+    tried = f"at most {of.candidates} candidates x {of.rules} rules, " if of.candidates else ""
+    return (
+        f"{of.what}: {tried}{of.texts} {'windows' if of.candidates else 'prompts'} through the model "
+        f"({of.tokens} tokens of {of.on}), about {_duration(of.seconds)}, {of.peak_bytes / 1e9:.2f} GB of memory, "
+        f"{'layer by layer' if of.stream else 'all of it in memory'} ({of.basis})"
     )
 
 

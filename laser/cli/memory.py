@@ -106,6 +106,17 @@ def for_leaderboard(checkpoint: Checkpoint, device: Device, dtype: str, batch: i
     return place(checkpoint.name, asked, needs_of, free, [*ways, *_ways(asked, streamed=False)])
 
 
+def for_run_leaderboard(checkpoint: Checkpoint, device: Device, *, needed: bool) -> Placement | None:
+    """The same for a run, which leaves the leaderboard out where it does not fit and was not asked for, and says so."""
+    try:
+        return for_leaderboard(checkpoint, device, "auto", 1)
+    except OutOfMemory as error:
+        if needed:
+            raise OutOfMemory(f"the leaderboard: {error.why}", "try --no-leaderboard") from error
+        print(visible(f"laser: the leaderboard is left out: {error.why}"), file=sys.stderr)
+        return None
+
+
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """What transformers makes of dtype "auto": what config.json says, else what the first tensor is stored in."""
     for section in (checkpoint.config, checkpoint.config.get("text_config")):

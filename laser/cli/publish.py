@@ -12,12 +12,14 @@ import typer
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
+from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
+from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
+from laser.report.visible import visible
 from laser.spectral.devices import choose_device
 
 
@@ -38,13 +40,14 @@ def leaderboard(
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    checkpoint = open_checkpoint(model, "weights")
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
     choose_tasks(names)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -60,10 +63,15 @@ def leaderboard(
         output = checkpoint.path / LEADERBOARD
         output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force, "leaderboard")
+    where = choose_device(device)
+    placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
+    if dry_run:
+        workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=True)
+        assert workload is not None
+        told = board_measuring(checkpoint, workload, placed, where, models=1)
+        return common.print_json({told.what: asdict(told)}) if as_json else print(visible(measuring_line(told)))
     if force:
         _journal(output).unlink(missing_ok=True)
-    where = choose_device(device)
-    memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size)
     compared = _against_source(checkpoint, output, board)
     if as_json:
@@ -99,8 +107,12 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
     return leaderboard_rows(before, board)
 
 
-def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
+def leaderboards(
+    checkpoint: Checkpoint, out: Path, name: str, device: str, data: Path | None, limit: int | None
+) -> None:
     """Source and result of a run on the same rows, each into its record, where the card looks for them.
+
+    `name` is what the result in `out` will be called.
 
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
@@ -108,10 +120,10 @@ def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | No
     board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name)
     else:
         weights = result.fingerprint.told()
-        replace(board, model=result.name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
+        replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
 
 
 def _measure_tasks(
@@ -123,9 +135,10 @@ def _measure_tasks(
     data: Path | None = None,
     dtype: str = "auto",
     batch_size: int = 1,
+    name: str | None = None,
 ) -> Leaderboard:
     # As it is published, the command names no folder of this machine.
-    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", device]
+    words = ["laser", "leaderboard", name or checkpoint.name, "-o", output.name, "--device", device]
     given = {
         "--tasks": ",".join(tasks) if tasks else None,
         "--limit": limit,
@@ -139,6 +152,7 @@ def _measure_tasks(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
         command=shlex.join(words), journal=_journal(output),
     )  # fmt: skip
+    board = replace(board, model=name or board.model)
     board.save(output)
     _journal(output).unlink(missing_ok=True)
     return board

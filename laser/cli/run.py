@@ -15,9 +15,9 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import require_apart
+from laser.checkpoint.writer import require_place
 from laser.cli import common, memory
-from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
+from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.flow import (
     Output,
     RequireFit,
@@ -28,19 +28,19 @@ from laser.cli.flow import (
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
 from laser.cli.search import layered_model, objectives_of, print_search, search_with_bar
-from laser.engine.estimate import Meter, estimate
+from laser.engine.estimate import Measuring, Meter, estimate
 from laser.engine.workers import choose_crew
-from laser.errors import OutOfMemory, UsageError
-from laser.evaluation.leaderboard import lm_eval_is_here
+from laser.errors import UsageError
+from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
+from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
-from laser.plan import Plan, Treatment, make_plan
+from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
-from laser.report.visible import visible
 from laser.search.candidates import DATA
 from laser.search.search import result_document
 from laser.search.trials import ACCEPT
@@ -57,7 +57,8 @@ def run(
     rule: RuleOption = None,
     moments: common.MomentsFile = None,
     lowest_snr: Annotated[
-        int | None, typer.Option("--lowest-snr", help="Only the K matrices of lowest SNR; 0: all. Search: 15.")
+        str | None,
+        typer.Option("--lowest-snr", metavar="K", help="Only the K matrices of lowest SNR, or all. Search: 15."),
     ] = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
@@ -104,8 +105,9 @@ def run(
     # What is asked for here wins; rule and number default to the published procedure's candidates.
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
-    count = (flags.get("lowest-snr", 15 if searching else None) if lowest_snr is None else lowest_snr) or None
-    checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
+    told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
+    count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
         roles or flags.get("roles"),
@@ -117,17 +119,23 @@ def run(
         "two_sided": two_sided or flags.get("two-sided", False),
         "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
     }
+    for part in wanted.split(","):
+        metric = "data" if part.startswith(DATA) else "plain"
+        Treatment(part.removeprefix(DATA), **treatment, metric=metric).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     draws = max(draws_needed(part.removeprefix(DATA)) for part in wanted.split(","))
-    if dry_run:
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
-    require_apart(checkpoint, output)
+    require_place(checkpoint, output, resume=resume, force=force)
+    matrices = list_matrices(checkpoint)
+    chosen.check(matrices)
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     known = common.moments_of(moments)
+    if known is not None:
+        known.source.require(checkpoint, "moments")
     texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
@@ -135,19 +143,21 @@ def run(
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
-    matrices = chosen_of(list_matrices(checkpoint), chosen)
-    measure = None
+    matrices = chosen_of(matrices, chosen)
+    measuring: list[Measuring] = []
+    workload = board = measure = None
+    if wants_board:
+        workload = require_leaderboard(checkpoint, data=data, limit=limit, counted=dry_run)
+        board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices)
-
-    if wants_board:
-        try:
-            memory.for_leaderboard(checkpoint, here(), "auto", 1)
-        except OutOfMemory as error:
-            if leaderboard:
-                raise OutOfMemory(f"the leaderboard: {error.why}", "try --no-leaderboard") from error
-            print(visible(f"laser: without the leaderboard: {error.why}"), file=sys.stderr)
-            wants_board = False
+    if dry_run:  # everything is checked that the run itself would refuse
+        rules = len(wanted.split(","))
+        if measure is not None:
+            measuring.append(search_measuring(*measure.told, matrices, count, rules, crew, here()))
+        if board is not None and workload is not None:
+            measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
@@ -182,7 +192,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=choose_method(method or flags.get("method", "auto"), crew.devices[0])[0],
+            method=method,
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
             moments=known,
@@ -193,10 +203,11 @@ def run(
             on_reduce=reduced,
             on_check=check,
         )
-    if wants_board:
-        leaderboards(checkpoint, output, here().name, data, limit)
-        write_card(output, checkpoint, commands=(_command(checkpoint, output),))
-    print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
+        if board is not None:  # in `place`: an earlier output stands until this one is measured, too
+            leaderboards(checkpoint, place, output.resolve().name, here().name, data, limit)
+            command = (_command(checkpoint, output),)
+            write_card(place, checkpoint, name=output.resolve().name, commands=command)
+    print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, as_json)
 
 
 @dataclass(frozen=True)
@@ -204,8 +215,13 @@ class _Measure:
     """What a search measures with; known before the scan, so that what cannot be measured is not scanned."""
 
     model: LayeredModel
+    placed: Placement
     calibration: Objective
     reported: Sequence[Objective]
+
+    @property
+    def told(self) -> tuple[LayeredModel, Placement, Objective, Sequence[Objective]]:
+        return self.model, self.placed, self.calibration, self.reported
 
 
 def _measure(
@@ -230,8 +246,10 @@ def _measure(
         windows,
         held_out_windows,
     )
-    layered = layered_model(checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False)
-    return _Measure(layered, calibration, reported)
+    layered, placed = layered_model(
+        checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False
+    )
+    return _Measure(layered, placed, calibration, reported)
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:

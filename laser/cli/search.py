@@ -12,14 +12,17 @@ from tqdm import tqdm
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
+from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
+from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
 from laser.flow import scan_into
+from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA
 from laser.search.search import Report, SearchResult, Trial, result_document
 from laser.search.search import search as search_plan
@@ -43,8 +46,10 @@ def search(
     ] = "laser-rmt",
     moments: common.MomentsFile = None,
     lowest_snr: Annotated[
-        int | None,
-        typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR; 0: all. Default: 15, as LaserRMT does."),
+        str | None,
+        typer.Option(
+            "--lowest-snr", metavar="K", help="Try the K matrices of lowest SNR, or all. Default: 15, as LaserRMT does."
+        ),
     ] = None,
     shortlist: Annotated[
         str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
@@ -81,6 +86,7 @@ def search(
         Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
     ] = None,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
@@ -88,11 +94,16 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
+    count = parse_lowest_snr(lowest_snr, None if grid or shortlist else 15)
     common.refuse_to_overwrite(output, force, "plan")
     journal = journal or output.with_name("search.jsonl")
     common.keep(journal)
-    checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
+    checkpoint, chosen = (
+        open_checkpoint(model, "files" if dry_run else "weights"),
+        common.selection(layers, roles, include, exclude),
+    )
     where = choose_device(device, precision)
+    crew = Crew((where,))
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     tokenizer = load_tokenizer(checkpoint.path)
     calibration, reported = objectives_of(
@@ -102,18 +113,21 @@ def search(
     known = common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
-    layered = layered_model(
+    layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
     )
+    if dry_run:
+        most = shortlist_of(shortlist) or count
+        told = search_measuring(layered, placed, calibration, reported, matrices, most, len(wanted), crew, where)
+        draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
     spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
         measured = Spectra.load(spectra)
     else:
         with common.Progress("scan", matrices) as bar:
             draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
-            measured = scan_into(
-                spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
-            )
+            measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
     result = search_with_bar(
         layered,
         measured,
@@ -121,8 +135,8 @@ def search(
         calibration,
         reported,
         selection=chosen,
-        lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
-        shortlist=_shortlist(shortlist),
+        lowest_snr=count,
+        shortlist=shortlist_of(shortlist),
         grid=grid is not None,
         accept=accept,
         order=order,
@@ -146,8 +160,8 @@ def layered_model(
     dtype: str,
     stream: bool | None,
     **options: Any,
-) -> LayeredModel:
-    """The model that a search measures, in memory or layer by layer as that allows; no weight is read.
+) -> tuple[LayeredModel, Placement]:
+    """The model that a search measures, in memory or layer by layer as that allows, and why; no weight is read.
 
     Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
     """
@@ -158,7 +172,7 @@ def layered_model(
     )
     for each in objectives:
         layered.check(each.windows)
-    return layered
+    return layered, placed
 
 
 def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
@@ -223,7 +237,7 @@ def _grid(text: str) -> list[str]:
     return found
 
 
-def _shortlist(text: str | None) -> int | None:
+def shortlist_of(text: str | None) -> int | None:
     if text is None:
         return None
     name, _, count = text.partition(":")

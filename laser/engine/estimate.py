@@ -14,11 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, peak_bytes
 from laser.errors import RecordError
+from laser.spectral.devices import Device
 from laser.spectral.probe import Probe
 
 # One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
@@ -123,6 +126,36 @@ def _spread(seconds: Iterable[float], staff: int) -> float:
     """Of a queue, dearest first, that `staff` workers take from."""
     every = list(seconds)
     return max(sum(every) / staff, max(every, default=0.0))
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What a search or a leaderboard takes, foretold. candidates x rules: edits that are tried, at the most; 0: none.
+    texts: windows or prompts that go through the whole model, at the most, in tokens and in seconds. peak_bytes besides
+    the libraries; stream: layer by layer."""
+
+    what: str
+    on: str  # which texts
+    candidates: int
+    rules: int
+    texts: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    stream: bool
+    basis: str
+
+
+def forward_seconds(device: Device, weights: int, tokens: int, read: float = 0.0) -> tuple[float, str]:
+    """Seconds of `tokens` tokens through a model whose `weights` each of them meets, and by whose constants.
+
+    Two operations per weight and token, in float32. read: bytes that are streamed meanwhile. Attention's own products
+    are left out: for windows much shorter than the hidden size is wide they are few.
+    """
+    probe, basis = constants(Crew((replace(device, dtype=torch.float32),)))
+    cores = torch.get_num_threads() / probe.threads if device.host_blas else 1.0
+    reading = read / probe.disk_read if probe.disk_read else 0.0
+    return 2 * weights * tokens / (probe.product * cores) + reading, basis
 
 
 # --- what it took -----------------------------------------------------------------------------------------------------

@@ -100,6 +100,21 @@ def layered_needs(
     return _needs(0, there + reading) if device.type == "cpu" else _needs(there, reading)
 
 
+def weights_met(model: Any) -> int:
+    """How many weights each token is multiplied with: of stacked experts those that it is sent to."""
+    config = model.config.get_text_config()
+    sent_to = _count(config, SENT_TO)
+    found = _vocabulary(model) * int(config.hidden_size)  # the head, which may be the embedding again
+    head = model.get_output_embeddings()
+    for module in decoder_of(model).modules():
+        if not isinstance(module, torch.nn.Embedding) and module is not head:
+            for W in module.parameters(recurse=False):
+                if W.dim() > 1:
+                    found += W.numel() // (W.shape[0] if W.dim() == 3 else 1) * (sent_to if W.dim() == 3 else 1)
+    return found
+
+
+SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -126,7 +141,7 @@ def _reading_bytes(checkpoint: Checkpoint) -> int:
 def _layer_bytes(model: Any, dtype: torch.dtype, tokens: int) -> int:
     """What passes through one layer at a time."""
     config = model.config.get_text_config()
-    sent_to = _count(config, ("num_experts_per_tok", "moe_topk", "top_k_experts"))
+    sent_to = _count(config, SENT_TO)
     states = _count(config, ("state_size", "mamba_d_state", "ssm_state_size"), none=0)
     wide, rows = 0.0, 0
     for module in decoder_of(model).modules():

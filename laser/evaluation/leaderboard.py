@@ -13,12 +13,16 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from laser.errors import CheckpointError, NumericalError, RecordError, UsageErro
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
+from laser.evaluation.text import load_tokenizer
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
@@ -248,15 +253,7 @@ def run_leaderboard(
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
     """
-    build_causal(checkpoint)
-    chosen = choose_tasks(tasks)
-    if not chosen:
-        raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} scores nothing; try --limit 20")
-    if data is not None and not data.is_dir():
-        raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
-    require_lm_eval()
+    chosen = _asked(checkpoint, tasks, limit, data)
     weights = checkpoint.fingerprint.told()
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
@@ -317,6 +314,86 @@ def run_leaderboard(
     )
 
 
+SAMPLE = 4  # rows of each task file whose prompts are built to foretell the rest
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a leaderboard asks of a model: prompts, and about how many tokens they are."""
+
+    prompts: int
+    tokens: int
+
+
+def require_leaderboard(
+    checkpoint: Checkpoint,
+    *,
+    tasks: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    counted: bool = False,
+) -> Workload | None:
+    """What `run_leaderboard` refuses, before the hours of work that it stands behind: no model is loaded.
+
+    With `counted` also how much it is, from every row and the prompts of a few; else None. Raises as `run_leaderboard`
+    does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
+    """
+    chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
+    tokenizer = load_tokenizer(checkpoint.path)
+    prompts = tokens = 0.0
+    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+        for task in chosen:
+            names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
+            for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
+                if counted:
+                    one, several = _work_of(each, tokenizer, limit)
+                    prompts, tokens = prompts + one, tokens + several
+    return Workload(round(prompts), round(tokens)) if counted else None
+
+
+def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float]:
+    """Prompts and tokens of one of lm-eval's tasks; an answer that is generated counts with its longest length."""
+    task.set_fewshot_seed(seed=SEED)
+    rows = min(len(task.eval_docs), limit or sys.maxsize)
+    sample = min(rows, SAMPLE)
+    with _quiet():
+        task.build_all_requests(limit=sample, rank=0, world_size=1)
+    tokens = 0
+    for instance in task.instances:
+        context, rest = instance.args[:2]
+        tokens += len(tokenizer(context, verbose=False)["input_ids"])
+        tokens += int(rest.get("max_gen_toks", 256)) if isinstance(rest, dict) else 0  # lm-eval's own default
+    return len(task.instances) * rows / sample, tokens * rows / sample
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars and notes about the prompts that it builds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _asked(
+    checkpoint: Checkpoint, tasks: tuple[str, ...] | None, limit: int | None, data: Path | None
+) -> tuple[Task, ...]:
+    """The tasks, after everything that needs no row has been looked at."""
+    build_causal(checkpoint)
+    chosen = choose_tasks(tasks)
+    if not chosen:
+        raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} scores nothing; try --limit 20")
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
+    require_lm_eval()
+    return chosen
+
+
 def _finished(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     try:
@@ -365,9 +442,14 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
 
     path = str(checkpoint.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **as_stored(checkpoint)
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **as_stored(checkpoint),
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -382,19 +464,26 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
             "finish the download"
         )
     backend = _lm_eval("models.huggingface")
-    return backend.HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size)
+    return backend.HFLM(
+        pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+    )
 
 
-def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
-    """Run the task's files in `folder` and pool their rows."""
+def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
+    """lm-eval's tasks of the files in `folder`, with their rows. Raises UsageError for rows that are not there."""
     try:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
-        loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+        return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"
         ) from error
+
+
+def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
+    """Run the task's files in `folder` and pool their rows."""
+    loaded = _load_rows(task, folder, names)
     for each in loaded["tasks"].values():
         each.set_fewshot_seed(seed=SEED)
     try:
