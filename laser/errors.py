@@ -63,8 +63,12 @@ class OutOfMemory(LaserError):
         self.why, self.advice = why, advice
 
 
-# How torch says it in a plain RuntimeError: an accelerator, and the host's allocator, which knows no other class.
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+# How torch says it in a plain RuntimeError: an accelerator and its libraries, and the host's allocator, which knows no
+# other class; and Python where the next thread's stack does not fit.
+_OUT_OF_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed"),
+    "can't start new thread",
+)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -75,7 +79,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | OutOfMemory) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True
-        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        told = f"{type(error).__name__}: {error}".lower().replace("outofmemory", "out of memory")
+        if isinstance(error, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False

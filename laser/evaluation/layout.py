@@ -21,7 +21,7 @@ import torch
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import read_bytes
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, LaserError, UsageError, first_line
+from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -67,10 +67,10 @@ def running(checkpoint: Checkpoint, advice: str, how: str = "") -> Iterator[None
     """A fault of the model's own code inside becomes a UsageError of one line. Memory and disk that are full do not."""
     try:
         yield
-    except (LaserError, MemoryError, OSError, torch.OutOfMemoryError):
+    except (LaserError, OSError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "alloc" in str(error):  # the host's allocator knows no other class
+        if is_out_of_memory(error):
             raise
         fault = f"{type(error).__name__} {first_line(error)}"
         raise UsageError(f"{checkpoint.name} cannot be run{how}: its code fails, {fault}; {advice}") from error

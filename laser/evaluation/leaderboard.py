@@ -32,7 +32,7 @@ from laser.checkpoint.files import Journal, read_json, spoiling, to_json, write_
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
@@ -453,6 +453,8 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         first = first_line(error)
         raise UsageError(
             f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
@@ -475,6 +477,8 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
         return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"
