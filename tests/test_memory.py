@@ -435,8 +435,8 @@ def test_a_matrix_is_not_skipped_for_want_of_memory(
     def fail(*_: Any) -> None:
         raise MemoryError("Unable to allocate 1.00 GiB")
 
-    monkeypatch.setattr("laser.spectral.decomposition.values_by_gram", fail, raising=True)
-    monkeypatch.setattr("laser.spectral.decomposition._VALUES", dict.fromkeys(("gram", "svd", "projector"), fail))
+    monkeypatch.setattr("laser.spectral.factorise.values_by_gram", fail, raising=True)
+    monkeypatch.setattr("laser.spectral.factorise._VALUES", dict.fromkeys(("gram", "svd", "projector"), fail))
     code, _, err = run("scan", model, "-o", tmp_path / "s.safetensors")
     assert code == 1 and "out of memory (Unable to allocate 1.00 GiB)" in err
     assert not (tmp_path / "s.safetensors").exists()
