@@ -8,9 +8,9 @@ import re
 import resource
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,8 @@ from laser.evaluation.footprint import LEAST, Needs, layered_needs, whole_needs
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, place, smaller_windows
 from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.text import Window
+from laser.search.trials import ACCEPT
 from laser.spectral import devices
 from laser.spectral.host_memory import host_free_bytes
 
@@ -338,14 +340,97 @@ def test_a_dry_run_counts_the_search(run: Run, model: Path, tmp_path: Path, monk
         command = (verb, model, "-o", tmp_path / out, *words, rules, "fraction:0.9,fraction:0.5", "--lowest-snr", 4)
         code, told, _ = run(*command, "--dry-run", "--json")
         found = json.loads(told)["search"]
-        assert code == 0 and found["candidates"] == 4 and found["rules"] == 2
+        assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31
         assert found["seconds"] > 0 and found["peak_bytes"] > LEAST and not found["stream"]
         code, told, _ = run(*command, "--dry-run")
-        assert code == 0 and "search: at most 4 candidates x 2 rules, 51 windows" in told and "in memory" in told
+        assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and "in memory" in told
     between(monkeypatch, model, 31, 0.9)
     assert json.loads(run(*command, "--dry-run", "--json")[1])["search"]["stream"]
     assert not (tmp_path / "o").exists() and not (tmp_path / "p.json").exists()
+
+
+class Counted(LayeredModel):
+    """One that counts the windows and tokens that it answers, over all that are made."""
+
+    made: ClassVar[list[Counted]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.windows = self.tokens = 0
+        self.made.append(self)
+
+    def score(self, activations: Any, windows: Sequence[Window]) -> Any:
+        self.windows += len(windows)
+        self.tokens += sum(len(w.tokens) - 1 for w in windows)
+        return super().score(activations, windows)
+
+    @classmethod
+    def counts(cls) -> tuple[int, int, int]:
+        return (
+            sum(m.windows for m in cls.made),
+            sum(m.tokens for m in cls.made),
+            sum(m.layer_forwards for m in cls.made),
+        )
+
+
+SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether what is foretold is exact
+    "layers": (("--rules", "fraction:0.9,fraction:0.5", "--lowest-snr", "all"), True),
+    "embedding": (("--rules", "fraction:0.5", "--lowest-snr", "all", "--roles", "q,embedding"), True),
+    "snr": (("--rules", "fraction:0.5", "--lowest-snr", "all", "--order", "snr"), False),
+    "lowest": (("--rules", "fraction:0.9,fraction:0.5", "--lowest-snr", "3"), False),
+    "shortlist": (("--rules", "fraction:0.5", "--shortlist", "gradient:99"), True),
+    "short": (("--rules", "fraction:0.5", "--shortlist", "gradient:3"), False),
+    "grid": (("--grid", "fraction:0.9,0.5"), False),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("accept", ["all", "nothing"])
+def test_what_is_foretold_of_a_search_is_what_it_runs(
+    name: str, accept: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly where every candidate is tried in the order of the layers and one is kept; else it is not exceeded."""
+    flags, exact = SEARCHES[name]
+    monkeypatch.setitem(ACCEPT, "any-drop", lambda d, se: accept == "all")
+    monkeypatch.setattr("laser.cli.search.LayeredModel", Counted)
+    monkeypatch.setattr(Counted, "made", [])
+    words = (
+        "search",
+        model,
+        "-o",
+        tmp_path / "p.json",
+        "--text",
+        tmp_path / "text.txt",
+        "--window",
+        16,
+        "--windows",
+        3,
+    )
+    words = (
+        *words,
+        "--held-out-windows",
+        2,
+        "--accept",
+        "any-drop",
+        *(() if "--roles" in flags else ("--roles", "q,v")),
+    )
+    foretold = json.loads(run(*words, *flags, "--dry-run", "--json")[1])["search"]
+    assert Counted.counts() == (0, 0, 0)
+    code, out, err = run(*words, *flags, "--json")
+    assert code == 0, err
+    trials = json.loads(out)["trials"]
+    found = (len({t["label"] for t in trials}), len(trials), *Counted.counts())
+    counted = tuple(foretold[key] for key in ("candidates", "trials", "texts", "tokens", "layer_forwards"))
+    assert all(here <= there for here, there in zip(found, counted, strict=True)), (found, counted)
+    if exact and accept == "all":
+        assert found == counted
+    # With the spectra there, which ones are tried is known: candidates and trials are those of the search.
+    again = json.loads(run(*words, *flags, "--dry-run", "--json", "--force")[1])["search"]
+    known = tuple(again[key] for key in ("candidates", "trials", "texts", "tokens", "layer_forwards"))
+    assert all(a <= b <= c for a, b, c in zip(found, known, counted, strict=True)), (found, known, counted)
+    if name == "lowest" and accept == "all":
+        assert known == found
 
 
 def test_a_dry_run_is_refused_where_the_run_is(run: Run, model: Path, tmp_path: Path) -> None:

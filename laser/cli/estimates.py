@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
-from laser.engine.estimate import Estimate, Measuring, Meter, estimate, forward_seconds
+from laser.engine.estimate import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
 from laser.engine.workers import Crew
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import weights_met
@@ -22,6 +22,8 @@ from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.reduction import Outcome
 from laser.report.visible import visible
+from laser.search.candidates import Candidate
+from laser.search.foretold import count_passes
 from laser.selection import MAIN, Selection
 from laser.spectral.devices import Device
 
@@ -106,44 +108,52 @@ def search_measuring(
     calibration: Objective,
     reported: Sequence[Objective],
     matrices: Sequence[Matrix],
-    count: int | None,
-    rules: int,
-    crew: Crew,
+    candidates: Sequence[Candidate],
     device: Device,
+    *,
+    tried: int | None,
+    order: str,
+    grid: bool = False,
+    shortlisted: bool = False,
 ) -> Measuring:
-    """What a search takes at the most: each of its candidates is cut and tried under each rule, over all calibration
-    windows and all layers. It begins with the untouched model, and ends with the reported texts before and after."""
-    candidates = min(count or len(matrices), len(matrices))
-    passes = [(1 + candidates * rules, calibration), *((2, each) for each in reported)]
-    texts = sum(times * len(each.windows) for times, each in passes)
-    tokens = sum(times * sum(len(w.tokens) - 1 for w in each.windows) for times, each in passes)
-    read = sum(s.size for s in model.checkpoint.shards)
-    every = sum(times for times, _ in passes)
-    seconds, basis = forward_seconds(device, weights_met(model.model), tokens, read * (every if placed.stream else 1))
-    dearest = sorted(matrices, key=lambda m: -m.cost)[:candidates]
-    cutting = estimate(model.checkpoint, dearest, replace(crew, workers=1 if device.host_blas else None))
+    """What a search takes at the most: the passes of `count_passes`, and the matrices that are truncated for them."""
+    passes = count_passes(
+        candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted
+    )
+    in_layers, in_head = weights_met(model.model)
+    read = passes.loads * sum(s.size for s in model.checkpoint.shards) / model.layers if placed.stream else 0
+    products = in_layers / model.layers * passes.layer_tokens + in_head * passes.tokens
+    seconds, basis = forward_seconds(device, products, read)
+    named = {name for c in candidates for _, ranks in c.options for name in ranks}
+    dearest = sorted((m for m in matrices if m.name in named), key=lambda m: -m.cost)
+    dearest = dearest if grid or shortlisted else dearest[: passes.candidates]
+    seconds += passes.cuts * cut_seconds(dearest, device) / max(len(dearest), 1)
     held = placed.needs.host + placed.needs.device
-    told = ", ".join(dict.fromkeys(each.text for _, each in passes))
-    seconds += 2 * rules * cutting.reduce_seconds  # once to try, and once more to keep
-    return Measuring("search", told, candidates, rules, texts, tokens, seconds, held, placed.stream, basis)
+    told = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
+    return Measuring(
+        "search", told, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
+        seconds, held, placed.stream, basis,
+    )  # fmt: skip
 
 
 def board_measuring(
     checkpoint: Checkpoint, workload: Workload, placed: Placement, device: Device, models: int
 ) -> Measuring:
     """What the six tasks take of so many models of this kind."""
-    met = weights_met(build_causal(checkpoint))
+    met = sum(weights_met(build_causal(checkpoint)))
     prompts, tokens = models * workload.prompts, models * workload.tokens
-    seconds, basis = forward_seconds(device, met, tokens)
+    seconds, basis = forward_seconds(device, met * tokens)
     held = placed.needs.host + placed.needs.device
-    return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, seconds, held, False, basis)
+    return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, 0, seconds, held, False, basis)
 
 
 def measuring_line(of: Measuring) -> str:
     """For people."""
-    tried = f"at most {of.candidates} candidates x {of.rules} rules, " if of.candidates else ""
+    searched = of.what == "search"
+    tried = f"at most {of.candidates} candidates in {of.trials} trials, " if searched else ""
+    runs = f", {of.layer_forwards} times a layer" if searched else ""
     return (
-        f"{of.what}: {tried}{of.texts} {'windows' if of.candidates else 'prompts'} through the model "
+        f"{of.what}: {tried}{of.texts} {'windows' if searched else 'prompts'} scored{runs} "
         f"({of.tokens} tokens of {of.on}), about {_duration(of.seconds)}, {of.peak_bytes / 1e9:.2f} GB of memory, "
         f"{'layer by layer' if of.stream else 'all of it in memory'} ({of.basis})"
     )

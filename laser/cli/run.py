@@ -42,6 +42,7 @@ from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA, family_of
+from laser.search.foretold import possible_candidates
 from laser.search.search import result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -124,7 +125,7 @@ def run(
         Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
-    kind = device or flags.get("device", "auto")
+    kind, ordered = device or flags.get("device", "auto"), order or str(flags.get("order", "layers"))
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
     if DATA in wanted and moments is None:
@@ -153,7 +154,8 @@ def run(
         measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices)
     if dry_run:  # everything is checked that the run itself would refuse
         if measure is not None:
-            measuring.append(search_measuring(*measure.told, matrices, count, len(rules), crew, here()))
+            found = possible_candidates(matrices, measure.model, rules, False)
+            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=ordered))
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
@@ -166,7 +168,7 @@ def run(
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=order or flags.get("order", "layers"), device=here(),
+            order=ordered, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))

@@ -23,7 +23,8 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.plan import parse_lowest_snr
-from laser.search.candidates import DATA
+from laser.search.candidates import DATA, candidates_of
+from laser.search.foretold import possible_candidates
 from laser.search.search import Report, SearchResult, Trial, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
@@ -116,12 +117,21 @@ def search(
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
     )
+    spectra = spectra or output.with_name("spectra.safetensors")
     if dry_run:
-        most = shortlist_of(shortlist) or count
-        told = search_measuring(layered, placed, calibration, reported, matrices, most, len(wanted), crew, where)
+        tried = shortlist_of(shortlist) or count
+        if spectra.exists():  # then it is known which
+            measured, tried = Spectra.load(spectra), shortlist_of(shortlist)
+            measured.source.require(checkpoint, "spectra")
+            found = candidates_of(measured, layered, wanted, chosen, count, grid is not None)[1]
+        else:
+            found = possible_candidates(matrices, layered, wanted, grid is not None)
+        told = search_measuring(
+            layered, placed, calibration, reported, matrices, found, where,
+            tried=tried, order=order, grid=grid is not None, shortlisted=shortlist is not None,
+        )  # fmt: skip
         draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
-    spectra = spectra or output.with_name("spectra.safetensors")
     if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
         measured = Spectra.load(spectra)
     else:

@@ -100,18 +100,18 @@ def layered_needs(
     return _needs(0, there + reading) if device.type == "cpu" else _needs(there, reading)
 
 
-def weights_met(model: Any) -> int:
-    """How many weights each token is multiplied with: of stacked experts those that it is sent to."""
+def weights_met(model: Any) -> tuple[int, int]:
+    """How many weights each token is multiplied with, in the layers and in the head: of stacked experts those that it
+    is sent to."""
     config = model.config.get_text_config()
-    sent_to = _count(config, SENT_TO)
-    found = _vocabulary(model) * int(config.hidden_size)  # the head, which may be the embedding again
+    sent_to, found = _count(config, SENT_TO), 0
     head = model.get_output_embeddings()
     for module in decoder_of(model).modules():
         if not isinstance(module, torch.nn.Embedding) and module is not head:
             for W in module.parameters(recurse=False):
                 if W.dim() > 1:
                     found += W.numel() // (W.shape[0] if W.dim() == 3 else 1) * (sent_to if W.dim() == 3 else 1)
-    return found
+    return found, _vocabulary(model) * int(config.hidden_size)  # the head may be the embedding again
 
 
 SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")

@@ -1,5 +1,5 @@
-"""How many bytes this process may still take on the host: the least that the system, its containers and its own limits
-leave. Nothing else in laser reads them.
+"""How many bytes this process may still take on the host, the least that the system, its containers and its own limits
+leave, and how many it has taken. Nothing else in laser reads them.
 
 A container's limit counts with those of all that it lies in. Cached pages of files that nobody has mapped are not
 counted as used, since the kernel gives them back before it refuses (Documentation/admin-guide/cgroup-v2.rst, and
@@ -138,6 +138,25 @@ def _of_the_process(root: Path) -> Iterator[int]:
         used = re.search(rf"^{entry}:\s+(\d+) kB", status, re.M)
         if soft != resource.RLIM_INFINITY and used:
             yield soft - 1024 * int(used[1])
+
+
+# --- what it has taken ------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(peak: bool = False) -> int | None:
+    """Of this process's memory what is in RAM now, or was at the most; None where the system does not say.
+
+    Not getrusage on Linux: a child inherits its maximum.
+    """
+    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", _text(Path("/proc/self/status")), re.M)
+    if found:
+        return 1024 * int(found[1])
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _number(path: Path) -> int | None:
