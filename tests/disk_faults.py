@@ -308,9 +308,11 @@ class Shim:
                 if self.closed:
                     return
                 try:
-                    shim.meet("close", path=False)
+                    fate = shim.meet("close", path=False)
                 finally:
                     super().close()
+                if fate == "torn":
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         def opened(
             file: Any,

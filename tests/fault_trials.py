@@ -252,8 +252,11 @@ class Bench:
             yield f"silent: exit 0, and {self._parted(found, self.wanted)}"
         for output in self.verb.outputs:
             yield from self._half(output, found, end)
-        if end.code == 130 and "nothing was written" in end.err and found != self.before:
-            yield f"untrue: nothing was written, and {sorted(found.items() ^ self.before.items())[0][0]} was"
+        if end.code == 130 and "nothing was written" in end.err:
+            if difference := self._parted(found, self.before):
+                yield f"untrue: nothing was written, and {difference}"
+        if end.code == 130 and "is written, whole" in end.err and self._parted(found, self.wanted):
+            yield f"untrue: {end.err.strip()}"
 
     def _half(self, output: str, found: dict[str, bytes], end: End) -> Iterator[str]:
         """What lies under the output's name is whole: the new one, or the one before."""
@@ -289,7 +292,7 @@ class Bench:
         assert self.calm is not None
         whole = not self._parted(normal(self.place), self.wanted)
         words = list(self.verb.words)
-        if "with --resume" in end.err or (end.code < 0 and self.verb.resumes):
+        if self.verb.resumes and ("with --resume" in end.err or end.code < 0):
             words += ["--resume"]
         if "without --force" in end.err:
             words = [word for word in words if word != "--force"]
