@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.files import tidy_up
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
@@ -152,5 +153,5 @@ def scan_into(
             anew=anew,
         )
         spectra.save(path)
-        partial.unlink()
+        tidy_up(partial, path)
         return spectra

@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import read_json, sealed, to_json, write_atomically
+from laser.checkpoint.files import disk_errors, read_json, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
@@ -121,7 +121,8 @@ def write_card(
     )
     if base_model is not None and f"base_model: {base_model}\n" not in text:
         raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
-    (out / RECORDS).mkdir(exist_ok=True)
+    with disk_errors(out / RECORDS):
+        (out / RECORDS).mkdir(exist_ok=True)
     told = _header(outcome) | {"commands": list(commands)} | asdict(about)
     write_atomically(out / SOURCE, to_json(sealed(told)))
     write_atomically(target, text.encode())

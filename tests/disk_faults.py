@@ -227,10 +227,11 @@ class Shim:
 
         def call(*arguments: Any, **options: Any) -> Any:
             fate = self.meet(name, path)
-            result = original(*arguments, **options)
-            if fate == "torn":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return original(*arguments, **options)
+            finally:
+                if fate == "torn":
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 

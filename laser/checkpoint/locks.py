@@ -66,14 +66,23 @@ def _take(lock: Path, path: Path) -> int:
             if not _lock(handle, path):
                 raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
-                told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                os.truncate(handle, 0)
-                os.write(handle, json.dumps(told).encode())
+                _say_who(handle, lock)
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _say_who(handle: int, lock: Path) -> None:
+    """For the message to others. The lock holds without it, so a full disk is told by what is to be written."""
+    told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(told).encode())
+    except OSError:
+        with suppress(OSError):
+            os.truncate(handle, 0)  # half of it, or whoever held it before, would be told
 
 
 def _lock(handle: int, path: Path) -> bool:

@@ -8,6 +8,7 @@ OUT          the earlier output, untouched until the new one is whole
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from laser.checkpoint.files import disk_errors
+from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.locks import claimed
-from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
 
 
 @contextmanager
@@ -39,14 +41,19 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
                 old.rename(target)
             _remove(old)
         if not force or not target.exists():
-            prepare_output(source, out, resume=resume, force=force)
+            prepare_output(source, out, resume=resume)
             yield out
             return
         require_ours(out)
+        swapped = is_settled(source, new) and _is_later(target, new)  # killed behind the exchange
         with disk_errors(new):
-            if not resume or is_settled(source, new):
+            if not resume or swapped:
                 _remove(new)
-        prepare_output(source, new, resume=True, force=False)
+        if resume and swapped:
+            prepare_output(source, out, resume=True)
+            yield out
+            return
+        prepare_output(source, new, resume=True)
         try:
             yield new
         except BaseException:
@@ -55,7 +62,7 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
             raise
         with disk_errors(out):
             _exchange(new, target, old)
-            _remove(old)
+        tidy_up(old, out)
 
 
 def _remove(folder: Path) -> None:
@@ -63,14 +70,26 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _is_later(one: Path, other: Path) -> bool:
+    """Whether the outcome in one directory was written behind that in the other. Taken wrongly, as after a clock was
+    set back, it costs work and nothing else: what lies there is looked at before it counts."""
+    return (one / OUTCOME).exists() and (one / OUTCOME).stat().st_mtime_ns > (other / OUTCOME).stat().st_mtime_ns
+
+
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """`new` in the place of `target`, which becomes `old`: at once where the system can, so that no kill falls
-    between."""
+    between. Where it fails, `target` is as it was."""
     if sys.platform == "linux":
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        names = os.fsencode(new), os.fsencode(target)
-        if swap is not None and swap(HERE, names[0], HERE, names[1], EXCHANGE) == 0:
-            new.rename(old)
-            return
+        if swap is not None:
+            if swap(HERE, os.fsencode(new), HERE, os.fsencode(target), EXCHANGE) == 0:
+                new.rename(old)
+                return
+            if (number := ctypes.get_errno()) not in UNKNOWN:
+                raise OSError(number, os.strerror(number))
     target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise

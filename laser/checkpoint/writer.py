@@ -95,19 +95,11 @@ def require_ours(out: Path) -> None:
         )
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be."""
     require_apart(source, out)
-    ours = is_ours(out)
-    if force and ours:
-        require_ours(out)
-        with disk_errors(out):
-            shutil.rmtree(out)
-    elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
-        if not ours:
+    if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
+        if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -37,10 +38,20 @@ for verb in VERBS:
 
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
 _RESUMED = "what is finished is kept, run the command again with --resume"
-_GOES_ON = "what is finished is kept, run the same command again, without --force"
+_GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
 _INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
+
+
+def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
+    """What is left of an interrupted verb, and how to go on. written: whether each of its files is there already."""
+    there = [str(path) for path, whole in written.items() if whole]
+    if there and all(written.values()):
+        return f"{' and '.join(there)} is written, whole: there is nothing left to do"
+    if there:
+        return f"{' and '.join(there)} is written, whole; for the rest run the same command again, with --force"
+    return _INTERRUPTED.get(verb, "nothing was written")
 
 
 @app.callback()
@@ -63,10 +74,16 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _interrupted(arguments: list[str], held: common.Held) -> int:
+    verb = next((a for a in arguments if not a.startswith("-")), "")
+    print(visible(f"laser: interrupted; {left_behind(verb, held.written())}"), file=sys.stderr)
+    return 130
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, held = "--debug" in arguments, common.Held()
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -75,16 +92,24 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in (DoubtWarning, CrowdWarning):
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
-            with common.one_verb():
+            with common.one_verb(held):
                 app([a for a in arguments if a != "--debug"], prog_name="laser")
     except LaserError as error:
         if debug:
             raise
         print(visible(f"laser: {error}"), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
+        return _interrupted(arguments, held)
+    except OSError as error:  # of a library: what laser writes itself is an OutputError
+        if debug:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        told = f"cannot read or write{place}: {error.strerror or error}; free some space, or check the path"
+        print(visible(f"laser: {told}"), file=sys.stderr)
+        return 1
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
-            verb = next((a for a in arguments if not a.startswith("-")), "")
-            print(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", file=sys.stderr)
+            return _interrupted(arguments, held)
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0

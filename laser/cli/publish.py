@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
+from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
+from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
@@ -58,12 +59,11 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        output.parent.mkdir(exist_ok=True)
+        with disk_errors(output):
+            output.parent.mkdir(exist_ok=True)
     common.refuse_to_overwrite(output, force, "leaderboard")
-    if force:
-        _journal(output).unlink(missing_ok=True)
     where = choose_device(device).name
-    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
+    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}
@@ -122,6 +122,7 @@ def _measure_tasks(
     data: Path | None = None,
     dtype: str = "auto",
     batch_size: int = 1,
+    anew: bool = False,
 ) -> Leaderboard:
     # As it is published, the command names no folder of this machine.
     words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", device]
@@ -136,10 +137,10 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output),
+        command=shlex.join(words), journal=_journal(output), anew=anew,
     )  # fmt: skip
     board.save(output)
-    _journal(output).unlink(missing_ok=True)
+    tidy_up(_journal(output), output)
     return board
 
 
@@ -178,6 +179,8 @@ def card(
     as_json: common.Json = False,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT."""
+    for record in (SOURCE, CARD):
+        common.to_write(output / record)
     written = write_card(
         output,
         open_checkpoint(source, "files") if source is not None else None,

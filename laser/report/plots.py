@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser.errors import OutputError, UsageError
+from laser.errors import UsageError
 from laser.portrait import Portrait
 from laser.report.visible import visible
 from laser.summary import Row, Summary
@@ -52,18 +53,17 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, the same bytes each time. Raises UsageError for another suffix, OutputError for the disk."""
+def encoded(figure: Figure, path: Path) -> bytes:
+    """What a PNG or SVG file of that name holds, the same bytes each time. Raises UsageError for another suffix."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
     from matplotlib import rc_context
 
     metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    try:
-        with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
-            figure.savefig(path, metadata=metadata)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the path") from error
+    held = BytesIO()
+    with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
+        figure.savefig(held, format=path.suffix[1:], metadata=metadata)
+    return held.getvalue()
 
 
 def histogram(portrait: Portrait) -> Figure:
