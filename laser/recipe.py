@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from laser.errors import RecordError, UsageError
+from laser.errors import RecordError, UsageError, first_line
 
 # flag -> type of its value, spelled as on the command line without the dashes
 FLAGS: dict[str, type] = {
@@ -49,14 +49,14 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
 
     try:
         flags = yaml.safe_load(text) if suffix in (".yaml", ".yml") else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise RecordError(f"recipe {name_or_file} cannot be parsed ({error}); mend it") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecordError(f"recipe {name_or_file} cannot be parsed ({first_line(error)}); mend it") from error
     if not isinstance(flags, dict):
         raise RecordError(f"recipe {name_or_file} holds {type(flags).__name__}, expected flag = value lines")
     for flag, value in flags.items():
         if flag not in FLAGS:
             raise UsageError(f"recipe {name_or_file}: no flag is called {flag!r}; try {', '.join(FLAGS)}")
-        if type(value) is not FLAGS[flag]:
+        if type(value) is not FLAGS[flag] and (flag, value) != ("lowest-snr", "all"):
             raise UsageError(
                 f"recipe {name_or_file}: {flag} is {value!r}, expected {FLAGS[flag].__name__}; mend the line"
             )

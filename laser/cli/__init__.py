@@ -3,12 +3,14 @@ many; it holds no logic of its own."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -76,8 +78,26 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 def _interrupted(arguments: list[str], held: common.Held) -> int:
     verb = next((a for a in arguments if not a.startswith("-")), "")
-    print(visible(f"laser: interrupted; {left_behind(verb, held.written())}"), file=sys.stderr)
-    return 130
+    return _say(f"laser: interrupted; {left_behind(verb, held.written())}", 130)
+
+
+def _say(line: str, code: int) -> int:
+    """A line on stderr, where that takes it, and the exit code."""
+    try:
+        print(visible(line), file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):  # full, closed, or not there
+        _forget(sys.stderr)
+    return code
+
+
+def _forget(stream: TextIO | None) -> None:
+    """Let what a stream still holds go nowhere: Python would print a traceback about it at the end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno() if stream else 1)
+        os.close(nowhere)
+    except (OSError, ValueError):
+        return
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,20 +114,23 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb(held):
                 app([a for a in arguments if a != "--debug"], prog_name="laser")
+            sys.stdout.flush()
     except LaserError as error:
         if debug:
             raise
-        print(visible(f"laser: {error}"), file=sys.stderr)
-        return error.exit_code
+        return _say(f"laser: {error}", error.exit_code)
     except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
         return _interrupted(arguments, held)
-    except OSError as error:  # of a library: what laser writes itself is an OutputError
+    except OSError as error:
         if debug:
             raise
-        place = f" {error.filename}" if error.filename else ""
-        told = f"cannot read or write{place}: {error.strerror or error}; free some space, or check the path"
-        print(visible(f"laser: {told}"), file=sys.stderr)
-        return 1
+        if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
+            _forget(sys.stdout)
+            return 1
+        if error.filename is not None:  # of a file, and not of what is printed
+            return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+        _forget(sys.stdout)
+        return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
             return _interrupted(arguments, held)
