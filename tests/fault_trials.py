@@ -248,6 +248,9 @@ class Bench:
         told = [line for line in end.err.splitlines() if line.startswith("laser: ") and "warning" not in line]
         if end.code in (1, 130) and len(told) != 1:
             yield f"message: {end.err.strip()[:200]!r}"
+        room = ("free some space and run the same command again", "is written, but")
+        if fault.kind == "full" and end.code == 1 and not any(words in end.err for words in room):
+            yield f"message of a full disk: {end.err.strip()[:200]}"
         if end.code == 0 and self._parted(found, self.wanted):
             yield f"silent: exit 0, and {self._parted(found, self.wanted)}"
         for output in self.verb.outputs:
@@ -298,6 +301,9 @@ class Bench:
         if "without --force" in end.err:
             words = [word for word in words if word != "--force"]
         last = self.run(words)
+        if last.code == 1 and "try --resume" in last.err:
+            words += ["--resume"]
+            last = self.run(words)
         units = last.units
         if last.code == 1 and "--force to replace it" in last.err and "--force" not in words:
             done = all(_below(normal(self.place), x) == _below(self.wanted, x) for x in self.verb.outputs)
