@@ -285,6 +285,10 @@ class Bench:
         last = [index] if index in new else [n for n in new if n.endswith(".safetensors") and "/" not in n]
         return all(name in here for name in last)
 
+    def differs(self, found: Mapping[str, bytes]) -> str:
+        """The first difference from an undisturbed run; "" for none."""
+        return self._parted(found, self.wanted)
+
     def _parted(self, found: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> str:
         """The first difference, locks and temporary files aside."""
         a, b = ({n: x for n, x in files.items() if not n.endswith((".lock", ".tmp"))} for files in (found, wanted))
