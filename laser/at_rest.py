@@ -11,6 +11,7 @@ from pathlib import Path
 
 from laser.checkpoint.at_rest import damage
 from laser.checkpoint.files import is_sealed, journal_is_whole
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.writer import RECORDS
 from laser.errors import RecordError
 from laser.plan import Plan
@@ -41,15 +42,15 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         if "accept" in plan.selection:  # chosen by a search
             there |= {SEARCH, TRIALS}
     if SEARCH in there:
-        check(SEARCH, lambda path: is_sealed(json.loads(path.read_bytes())))
+        check(SEARCH, lambda path: is_sealed(json.loads(read_regular(path))))
     if TRIALS in there:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
-        check(SOURCE, lambda path: is_sealed(json.loads(path.read_bytes())))
+        check(SOURCE, lambda path: is_sealed(json.loads(read_regular(path))))
     return problems
 
 
 def _is_plan_of(path: Path, outcome: Outcome) -> bool:
     """Whether a plan is the one that was carried out, written as laser writes it."""
     plan = Plan.load(path)
-    return path.read_bytes() == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
+    return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan

@@ -21,6 +21,7 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences
 from laser.checkpoint.joining import join, read_json_header
+from laser.checkpoint.regular import require_regular
 from laser.errors import RecordError
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
@@ -71,6 +72,7 @@ class Parts:
     def _told(self, path: Path) -> dict[str, str] | None:
         """The metadata of a file that is as it was written; None for any other, or none."""
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 told = dict(file.metadata() or {})
                 check = told.pop("check", "")

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError, UsageError, first_line
 
 # flag -> type of its value, spelled as on the command line without the dashes
@@ -44,7 +45,10 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
         path = Path(name_or_file)
         if not path.is_file():
             raise UsageError(f"no recipe {name_or_file!r}; try one of {', '.join(packaged())}, or a TOML or YAML file")
-        text, suffix = path.read_text(), path.suffix
+        try:
+            text, suffix = read_regular(path).decode(), path.suffix
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(f"recipe {path} cannot be read ({error}); mend it") from error
     import yaml  # comes with huggingface_hub; imported when met
 
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.files import is_sealed
+from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import INDEX, OUTCOME
+from laser.checkpoint.regular import read_regular
 
 CARD = "README.md"  # ours, made again at will, and people's to edit
 
@@ -26,17 +27,11 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
     return sums
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = json.loads((out / OUTCOME).read_bytes())
+            document = json.loads(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
     if not is_sealed(document):
