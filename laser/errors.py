@@ -12,6 +12,8 @@ A message names the file or tensor, shows found and expected, and ends with what
 
 from __future__ import annotations
 
+import errno
+
 LONGEST = 200  # characters of another library's message that one of ours repeats
 
 
@@ -62,3 +64,10 @@ class NumericalError(LaserError):
     def __init__(self, message: str, residual: float | None = None) -> None:
         super().__init__(message)
         self.residual = residual
+
+
+def remedy(error: OSError) -> str:
+    """What to try where a file cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again (reduce and run: with --resume)"
+    return "check the path and its permissions"

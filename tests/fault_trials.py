@@ -352,6 +352,7 @@ class Count:
     """What became of the trials of one verb."""
 
     calls: int = 0
+    refused: int = 0  # ended with one line
     met: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -359,6 +360,7 @@ class Count:
         problems, end = bench.trial(fault)
         if end.hit:
             self.met[fault.kind] += 1
+        self.refused += end.code == 1
         told = [f"{bench.verb.name}, {fault.kind} at {fault.at} ({_at(end, fault)}): {p}" for p in problems]
         self.wrong += told
         return told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.locks import replacing
 from laser.checkpoint.regular import read_regular
-from laser.errors import CheckpointError, OutputError, RecordError
+from laser.errors import CheckpointError, OutputError, RecordError, remedy
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
 # kind of record -> the command that makes one
@@ -42,10 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "check the path and its permissions"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and run the same command again (reduce and run: with --resume)"
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

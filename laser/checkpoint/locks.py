@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any, BinaryIO
 
-from laser.errors import OutputError
+from laser.errors import OutputError, remedy
 
 try:
     import fcntl
@@ -59,9 +59,7 @@ def _take(lock: Path, path: Path) -> int:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(
-                f"cannot write beside {path}: {error.strerror}; check the path and its permissions"
-            ) from error
+            raise OutputError(f"cannot write beside {path}: {error.strerror}; {remedy(error)}") from error
         try:
             if not _lock(handle, path):
                 raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")

@@ -1,8 +1,8 @@
 """Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
 
 OUT          the earlier output, untouched until the new one is whole
-.OUT.new     the new one, in work; `--force --resume` goes on with it
-.OUT.old     the earlier one on its way out
+.OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
+.OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
 """
 
 from __future__ import annotations
@@ -37,22 +37,15 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
     with claimed(out):
         with disk_errors(out):
-            if old.exists() and not target.exists():  # killed between two renames
-                old.rename(target)
-            _remove(old)
-        if not force or not target.exists():
+            swapped = _recover(source, target, new, old)
+        if not force or not target.exists() or (swapped and resume):
             prepare_output(source, out, resume=resume)
             yield out
             return
         require_ours(out)
-        swapped = is_settled(source, new) and _is_later(target, new)  # killed behind the exchange
         with disk_errors(new):
-            if not resume or swapped:
+            if not resume:
                 _remove(new)
-        if resume and swapped:
-            prepare_output(source, out, resume=True)
-            yield out
-            return
         prepare_output(source, new, resume=True)
         try:
             yield new
@@ -65,14 +58,27 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
         tidy_up(old, out)
 
 
+def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
+    """End what a killed process left half done in an exchange; returns whether the new output lies in its place."""
+    if not old.is_dir() or old.is_symlink():
+        return False
+    if not target.exists():  # killed between two renames
+        old.rename(target)
+        return False
+    if not new.exists() and is_settled(source, old) and not _is_later(target, old):  # killed before the exchange
+        old.rename(new)
+        return False
+    shutil.rmtree(old)
+    return True
+
+
 def _remove(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
 
 
 def _is_later(one: Path, other: Path) -> bool:
-    """Whether the outcome in one directory was written behind that in the other. Taken wrongly, as after a clock was
-    set back, it costs work and nothing else: what lies there is looked at before it counts."""
+    """Whether the outcome in one directory was written behind that in the other."""
     return (one / OUTCOME).exists() and (one / OUTCOME).stat().st_mtime_ns > (other / OUTCOME).stat().st_mtime_ns
 
 
@@ -82,10 +88,12 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
     if sys.platform == "linux":
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if swap is not None:
-            if swap(HERE, os.fsencode(new), HERE, os.fsencode(target), EXCHANGE) == 0:
-                new.rename(old)
+            new.rename(old)  # so that what is called `new` is never the earlier one
+            if swap(HERE, os.fsencode(old), HERE, os.fsencode(target), EXCHANGE) == 0:
                 return
-            if (number := ctypes.get_errno()) not in UNKNOWN:
+            number = ctypes.get_errno()
+            old.rename(new)
+            if number not in UNKNOWN:
                 raise OSError(number, os.strerror(number))
     target.rename(old)
     try:

@@ -17,7 +17,7 @@ import typer
 
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
-from laser.errors import LaserError
+from laser.errors import LaserError, remedy
 from laser.plan import CrowdWarning
 from laser.report.visible import visible
 
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             _forget(sys.stdout)
             return 1
         if error.filename is not None:  # of a file, and not of what is printed
-            return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+            return _say(f"laser: {error.filename}: {error.strerror}; {remedy(error)}", 1)
         _forget(sys.stdout)
         return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130

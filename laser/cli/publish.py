@@ -13,7 +13,7 @@ from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
-from laser.errors import UsageError
+from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
 from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
@@ -108,10 +108,10 @@ def leaderboards(
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name)
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
@@ -128,7 +128,9 @@ def _measure_tasks(
     batch_size: int = 1,
     anew: bool = False,
     name: str | None = None,
+    again: bool = False,
 ) -> Leaderboard:
+    """Measures, and saves the record in `output`. With `again` a record of the same that lies there is believed."""
     # As it is published, the command names no folder of this machine.
     words = ["laser", "leaderboard", name or checkpoint.name, "-o", output.name, "--device", device]
     given = {
@@ -142,12 +144,20 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output), anew=anew,
+        command=shlex.join(words), journal=_journal(output), anew=anew, known=_there(output) if again else None,
     )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
     tidy_up(_journal(output), output)
     return board
+
+
+def _there(output: Path) -> Leaderboard | None:
+    """The record that an earlier process has left there, if it is whole."""
+    try:
+        return Leaderboard.load(output)
+    except RecordError:
+        return None
 
 
 def _journal(output: Path) -> Path:

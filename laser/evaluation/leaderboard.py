@@ -240,6 +240,7 @@ def run_leaderboard(
     command: str | None = None,
     journal: Path | None = None,
     anew: bool = False,
+    known: Leaderboard | None = None,
     tick: Callable[[TaskScore], None] = lambda _: None,
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
@@ -248,7 +249,7 @@ def run_leaderboard(
     (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
     checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
     that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
-    `anew` drops the journal of another measurement.
+    `anew` drops the journal of another measurement. `known` is returned if it is the record of this one.
     `tick` is called after each task.
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
@@ -277,6 +278,9 @@ def run_leaderboard(
             "options": {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size},
             "versions": versions,
         }
+        asked = (checkpoint.identity, weights, limit, hashes, versions, command)
+        if known and asked == (known.identity, known.weights, known.limit, known.data, known.versions, known.command):
+            return known
         kept = Journal(journal, run, anew=anew) if journal else None
         try:
             finished = _finished(kept) if kept else {}
