@@ -31,7 +31,6 @@ from typing import Any
 DATA = ("write", "pwrite", "writev", "pwritev", "sendfile", "copy_file_range")
 SPENDING = (*DATA, "create", "truncate", "fallocate", "fsync", "mkdir", "link")
 NAMES = (*SPENDING, "rename", "unlink", "rmdir", "flock", "close", "exchange")
-KINDS = ("kill", "torn", "full", "error", "short", "interrupt", "wait")
 LONGEST = 120  # seconds that a child may take
 HEAD = struct.Struct("<4q")  # disk calls met, the fault met, units of work kept, free
 
@@ -42,7 +41,8 @@ class Fault:
 
     kill: SIGKILL before it. torn: SIGKILL behind it, half of its bytes written. full: it takes half of its bytes, and
     from then on the disk is full. error: EACCES for a call that names a path, EIO for one that moves data, once.
-    short: it takes half of its bytes. interrupt: SIGINT. wait: it goes on when `gate` is closed at its other end.
+    short: it takes half of its bytes. interrupt, terminate: SIGINT, SIGTERM. wait: it goes on when `gate` is closed at
+    its other end.
     """
 
     kind: str
@@ -205,8 +205,8 @@ class Shim:
         if fault.kind == "error":
             number = errno.EACCES if path else errno.EIO
             raise OSError(number, os.strerror(number))
-        if fault.kind == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+        if fault.kind in ("interrupt", "terminate"):
+            os.kill(os.getpid(), signal.SIGINT if fault.kind == "interrupt" else signal.SIGTERM)
             if threading.current_thread() is not threading.main_thread():
                 time.sleep(0.05)  # until the main thread has it
         if fault.kind == "wait":

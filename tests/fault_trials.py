@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer.main
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
-from disk_faults import DATA, Board, End, Fault, forked, snapshot
+from disk_faults import DATA, Board, End, Fault, forked, snapshot, start
 from mistral_release import write_release
 from pico_language import TEXT, write_tokenizer
 
-from laser.cli import main
+from laser.__main__ import main
+from laser.cli import main as cli
 
 RESUMED = ("reduce", "run")  # verbs with --resume
 # What two undisturbed runs differ in: measured seconds, and the checksums over them.
@@ -58,11 +63,15 @@ class Verb:
 
 
 def laser(words: Sequence[str]) -> Callable[[], int]:
-    """A command line as a piece of work for a child."""
+    """A command line as a piece of work for a child, from where a process of its own would begin."""
 
     def work() -> int:
         sys.argv = ["laser", *words]
-        return main(list(words))
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 96  # it always ends the process
 
     return work
 
@@ -199,7 +208,7 @@ class Bench:
         self.before = normal(self.place)
         if self.warm:  # what is imported or built on first use is then there for every child
             with chdir(self.place), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                laser(filled(self.verb.words, self.inputs))()
+                cli(filled(self.verb.words, self.inputs))
             self.again()
         self.calm = self.run(self.verb.words)
         assert self.calm.code == 0, self.calm.err
@@ -235,6 +244,15 @@ class Bench:
         end = self.run(self.verb.words, fault)
         return [*self._judge(fault, end), *self._go_on(end)], end
 
+    def signalled(self, number: int, seconds: float) -> tuple[list[str], End]:
+        """As `trial`, with a signal after so many seconds, wherever the child may be then."""
+        self.again()
+        begun = start(laser(filled(self.verb.words, self.inputs)), self.place, None, watch)
+        time.sleep(seconds)
+        os.kill(begun.pid, number)
+        end = begun.wait()
+        return [*self._judge(Fault("signal", 0), end), *self._go_on(end)], end
+
     def _judge(self, fault: Fault, end: End) -> Iterator[str]:
         found = normal(self.place)
         if "Traceback" in end.err or "Exception ignored" in end.err or end.code in (97, 98, 99):
@@ -242,7 +260,8 @@ class Bench:
         if end.code == -14:
             yield "hang"
         killed = end.hit and fault.kind in ("kill", "torn")
-        allowed = {-9} if killed else {0} if not end.hit or fault.kind == "short" else {0, 1, 130}
+        allowed = {-9} if killed else {0, 1, 130} if end.hit and fault.kind != "short" else {0}
+        allowed |= {130} if fault.kind == "signal" else set()
         if end.code not in allowed:
             yield f"exit: {end.code}: {end.err.strip()[:200]}"
         told = [line for line in end.err.splitlines() if line.startswith("laser: ") and "warning" not in line]
@@ -374,5 +393,7 @@ def _at(end: End, fault: Fault) -> str:
 
 
 def pinned() -> None:
-    """Threads as in a child: OpenMP's pool does not survive a fork."""
+    """Threads as in a child, for OpenMP's pool does not survive a fork; and typer's commands built once for all."""
     torch.set_num_threads(1)
+    if not hasattr(typer.main.get_command, "cache_info"):
+        typer.main.get_command = cache(typer.main.get_command)

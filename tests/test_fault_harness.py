@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from disk_faults import DATA, End, Fault, forked, snapshot
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
 
+from laser import start
 from laser.checkpoint import files, swap
 from laser.checkpoint.files import Journal, tidy_up, write_atomically
 from laser.checkpoint.locks import claimed
@@ -21,7 +23,7 @@ from laser.errors import OutputError
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
-    "scan": (("kill", 0.6), ("full", "flock"), ("error", "unlink"), ("interrupt", 0.6)),
+    "scan": (("kill", 0.6), ("full", "flock"), ("error", "unlink"), ("terminate", 0.6)),
     "reduce": (("kill", 0.5), ("torn", 0.6), ("full", 0.4), ("error", "close"), ("interrupt", 0.7)),
     "reduce, one file": (("kill", "rename"), ("short", "copy_file_range")),
     "run": (("torn", 0.8), ("full", 0.7), ("short", "write")),
@@ -201,6 +203,19 @@ def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monke
     with pytest.raises(OSError, match="No space left"):
         swap._exchange(new, target, old)
     assert (target / "x").read_bytes() == b"old" and new.is_dir() and not old.exists()
+
+
+def test_a_second_interrupt_does_not_wait_for_what_is_computed(tmp_path: Path) -> None:
+    def work() -> int:
+        start.on_interrupt(start.interrupted)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    end = forked(work, tmp_path)
+    assert (end.code, end.err.count("\n")) == (130, 1) and end.err.startswith("laser: interrupted twice, and ended at")
 
 
 def test_what_an_interrupted_verb_says_is_true(tmp_path: Path) -> None:
