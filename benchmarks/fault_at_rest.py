@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Files damaged while nobody works on them: every file of an output, finished and interrupted, with every fault.
 
-    python benchmarks/fault_at_rest.py [--smoke]
+    python benchmarks/fault_at_rest.py [--cases N] [--seed S] [--smoke]
+
+--cases N: of each output's cases N, drawn at random; without it all of them.
 
 Faults: emptied, halved, one bit flipped in the middle and near the end, 512 bytes zeroed, deleted. An interrupted
 output is gone on with: it has to end as an undisturbed one (repaired), or be refused by a sentence (named). A finished
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -43,8 +48,11 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
+    arguments = parser.parse_args()
+    smoke, draw = arguments.smoke, Draw(arguments.cases, random.Random(arguments.seed))
     pinned()
     total: Counter[str] = Counter()
     print("| output | files | cases | repaired | named | silent |\n|---|---|---|---|---|---|")
@@ -52,12 +60,23 @@ def main() -> int:
         inputs = make_inputs(Path(folder, "inputs"))
         for name in ("reduce",) if smoke else INTERRUPTED:
             bench = Bench(KINDS[name], inputs, Path(folder, f"i-{name}"), warm=True)
-            total += told(f"{name}, interrupted", interrupted(bench, PARTS[:1] if smoke else PARTS))
+            total += told(f"{name}, interrupted", interrupted(bench, PARTS[:1] if smoke else PARTS, draw))
         for name in ("scan",) if smoke else READERS:
             bench = Bench(KINDS[name], inputs, Path(folder, f"f-{name}"), warm=True)
-            total += told(f"{name}, finished", finished(bench, READERS[name]))
+            total += told(f"{name}, finished", finished(bench, READERS[name], draw))
         told("all", total)
     return int(bool(total["silent"]))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which of an output's cases are tried."""
+
+    count: int | None
+    rng: random.Random
+
+    def of(self, cases: list[Any]) -> list[Any]:
+        return cases if self.count is None else self.rng.sample(cases, min(self.count, len(cases)))
 
 
 def told(name: str, count: Counter[str]) -> Counter[str]:
@@ -66,9 +85,9 @@ def told(name: str, count: Counter[str]) -> Counter[str]:
     return count
 
 
-def damaged(bench: Bench, template: Path, skip: tuple[str, ...] = ()) -> Iterator[str]:
+def damaged(bench: Bench, template: Path, draw: Draw, skip: tuple[str, ...] = ()) -> Iterator[str]:
     """The bench's place again and again as in `template`, with one file damaged; yields what was done to which."""
-    for file, fault in faults(template):
+    for file, fault in draw.of(list(faults(template))):
         if file.rpartition("/")[2] in skip or not (template / file).stat().st_size:
             continue
         shutil.rmtree(bench.place)
@@ -80,7 +99,7 @@ def damaged(bench: Bench, template: Path, skip: tuple[str, ...] = ()) -> Iterato
         yield f"{file}, {fault.__name__}"
 
 
-def interrupted(bench: Bench, parts: tuple[float, ...]) -> Counter[str]:
+def interrupted(bench: Bench, parts: tuple[float, ...], draw: Draw) -> Counter[str]:
     """Every file of a killed run, damaged and gone on with."""
     count: Counter[str] = Counter()
     for part in parts:
@@ -92,7 +111,7 @@ def interrupted(bench: Bench, parts: tuple[float, ...]) -> Counter[str]:
         if not any(path.is_file() for path in template.rglob("*")):
             continue
         words = [*bench.verb.words, *(["--resume"] if bench.verb.resumes else [])]
-        for what in damaged(bench, template):
+        for what in damaged(bench, template, draw):
             end = bench.run(words)
             count["cases"] += 1
             if end.code == 0 and not bench.differs(normal(bench.place)):
@@ -105,7 +124,7 @@ def interrupted(bench: Bench, parts: tuple[float, ...]) -> Counter[str]:
     return count
 
 
-def finished(bench: Bench, readers: tuple[tuple[str, ...], ...]) -> Counter[str]:
+def finished(bench: Bench, readers: tuple[tuple[str, ...], ...], draw: Draw) -> Counter[str]:
     """Every file of a finished output, damaged and read."""
     count: Counter[str] = Counter()
     template = bench.root / "finished"
@@ -115,7 +134,7 @@ def finished(bench: Bench, readers: tuple[tuple[str, ...], ...]) -> Counter[str]
     calm = bench.run(words)
     assert calm.code == 0, calm.err
     wanted = normal(bench.place)
-    for what in damaged(bench, template, ("README.md",)):
+    for what in damaged(bench, template, draw, ("README.md",)):
         end = bench.run(words)
         count["cases"] += 1
         lines = (end.out + end.err).strip()

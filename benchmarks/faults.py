@@ -7,7 +7,8 @@ Kills: SIGKILL before a call, or behind half of a write. Faults: the disk is ful
 fails once (EACCES for a path, EIO for data). Short: a write takes half of its bytes. Interrupts: SIGINT. So many of
 each are drawn over all verbs, in proportion to their disk calls, at least one a verb; 0 is every call there is. After
 each trial the advice of the message is followed, and the end is compared byte for byte with that of an undisturbed run;
-but for seconds and checksums over them in search.json and search.jsonl. Exit code 1 where anything was wrong.
+but for what a search cost (seconds, layers run, checksums over them) in search.json and search.jsonl.
+Exit code 1 where anything was wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -45,6 +47,10 @@ def row(name: str, count: Count) -> list[str]:
     return [name, *map(str, numbers)]
 
 
+def show(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="*", help=", ".join(verb.name for verb in VERBS))
@@ -67,20 +73,18 @@ def main() -> int:
             every, wanted = sum(map(len, pools)), 1 if arguments.smoke else getattr(arguments, name)
             for pool, mine in zip(pools, drawn, strict=True):
                 mine += rng.sample(pool, min(math.ceil(wanted * len(pool) / every), len(pool))) if wanted else pool
+        show(HEADINGS)
+        show(["---"] * len(HEADINGS))
         for bench, faults in zip(benches, drawn, strict=True):
             start, count = time.monotonic(), Count(calls=len(bench.calls))
             for fault in faults:
                 for line in count.add(bench, fault):
                     print(line, flush=True)
             rows.append((bench.verb.name, count))
-            print(
-                f"{bench.verb.name}: {sum(count.met.values())} trials in {time.monotonic() - start:.0f} s", flush=True
-            )
-    print("\n| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
+            show(row(bench.verb.name, count))
+            print(f"{bench.verb.name}: {len(faults)} trials in {time.monotonic() - start:.0f} s", file=sys.stderr)
     lines = [row(name, count) for name, count in rows]
-    totals = [str(sum(int(line[i]) for line in lines)) for i in range(1, len(HEADINGS))]
-    for line in (*lines, ["all", *totals]):
-        print("| " + " | ".join(line) + " |")
+    show(["all", *(str(sum(int(line[i]) for line in lines)) for i in range(1, len(HEADINGS)))])
     return int(any(count.wrong for _, count in rows))
 
 

@@ -34,8 +34,8 @@ from laser.__main__ import main
 from laser.cli import main as cli
 
 RESUMED = ("reduce", "run")  # verbs with --resume
-# What two undisturbed runs differ in: measured seconds, and the checksums over them.
-TIMES = re.compile(rb'"(seconds|check)": ("[0-9a-f]+"|[0-9.e+-]+)')
+# What a trial of a search cost, which no two runs have in common, nor a run and its sequel; and checksums over it.
+TIMES = re.compile(rb'"(seconds|layer_forwards|check)": ("[0-9a-f]+"|[0-9.e+-]+)')
 TIMED = ("search.jsonl", "search.json")
 # (key of a journal's line) of a finished piece of work
 UNITS = ("matrix", "name", "entry", "report", "task")

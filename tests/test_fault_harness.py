@@ -24,10 +24,10 @@ from laser.errors import OutputError
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
     "scan": (("kill", 0.6), ("full", "flock"), ("error", "unlink"), ("terminate", 0.6)),
-    "reduce": (("kill", 0.5), ("torn", 0.6), ("full", 0.4), ("error", "close"), ("interrupt", 0.7)),
-    "reduce, one file": (("kill", "rename"), ("short", "copy_file_range")),
-    "run": (("torn", 0.8), ("full", 0.7), ("short", "write")),
-    "spectra": (("interrupt", 0.6), ("kill", 0.6)),
+    "reduce": (("kill", 0.5), ("torn", 0.6), ("short", "copy_file_range"), ("error", "close")),
+    "reduce, one file": (("kill", "rename"),),
+    "run": (("torn", 0.8), ("full", 0.7), ("interrupt", 0.6)),
+    "spectra": (("interrupt", 0.6),),
     "convert": (("full", 0.5), ("interrupt", 1.0)),
     "card": (("kill", 0.7),),
     "plan --force": (("full", "write"), ("interrupt", 1.0)),
