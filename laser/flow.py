@@ -127,6 +127,7 @@ def scan_into(
 
     `anew` measures again whatever is there, and drops the work of another scan.
     """
+    partial = path.with_name(path.name + ".partial")
     with claimed(path):
         if path.exists() and not anew:
             there = Spectra.load(path)
@@ -139,8 +140,8 @@ def scan_into(
                 known = there.data.calibration.get("identity") if there.data else None
                 same = moments is None or known == moments.calibration.identity
                 if wanted == done and drawn <= {null_draws} and same:
+                    tidy_up(partial, path)  # of a process that was killed before it did
                     return there
-        partial = path.with_name(path.name + ".partial")
         spectra = scan(
             checkpoint,
             selection,
