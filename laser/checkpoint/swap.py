@@ -19,7 +19,15 @@ from pathlib import Path
 from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import OUTCOME, Checkpoint
-from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
+from laser.checkpoint.writer import (
+    JOURNAL,
+    is_settled,
+    prepare_output,
+    require_apart,
+    require_ours,
+    require_room,
+    require_usable,
+)
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
@@ -32,9 +40,8 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises
     OutputError where `out` may not be written or replaced, or somebody is at work on it.
     """
-    require_apart(source, out)
-    target = out.resolve()
-    new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
+    require_place(source, out, resume=resume, force=force)
+    target, new, old = out.resolve(), _beside(out, "new"), _beside(out, "old")
     with claimed(out):
         with disk_errors(out):
             swapped = _recover(source, target, new, old)
@@ -70,6 +77,23 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
         return False
     shutil.rmtree(old)
     return True
+
+
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
+    place = _beside(out, "new") if force and out.exists() else out
+    require_apart(source, out)
+    if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
+        require_usable(source, out, resume=resume)
+    elif place != out:
+        require_ours(out)
+    there = {s.name for s in source.shards if resume and (place / s.name).exists()}
+    require_room(source, place, there)
+
+
+def _beside(out: Path, end: str) -> Path:
+    target = out.resolve()
+    return target.with_name(f".{target.name[:200]}.{end}")
 
 
 def _remove(folder: Path) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -103,6 +103,13 @@ def require_ours(out: Path) -> None:
 
 def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Make `out` ready to be written, or raise OutputError saying why it may not be."""
+    require_usable(source, out, resume=resume)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
+    """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
     if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
         if not is_ours(out):
@@ -110,8 +117,6 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def write_checkpoint(
@@ -150,7 +155,7 @@ def write_checkpoint(
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
-        _check_space(source, out, hashes)
+        require_room(source, out, hashes)
         if source.hub is not None:
             side_files(source.hub)
         left_out = _copy_side_files(source, out)
@@ -354,13 +359,19 @@ def is_finished(source: Checkpoint, out: Path) -> bool:
     return (out / OUTCOME).exists() and all((out / name).exists() for name in last)
 
 
-def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:
+def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> None:
+    """Raises OutputError where the disk of `out` has no room for the shards that are not `finished`, or cannot be
+    written to. The sizes are known from the headers, before any work; `out` need not be there yet."""
+
     def there(shard: Shard) -> int:
         partial = partial_of(out, shard.name)
         return partial.stat().st_blocks * 512 if partial.exists() else 0
 
-    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in hashes)
-    free = shutil.disk_usage(out).free
+    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in finished)
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: {place} is no directory that can be written to; try another -o")
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
             f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "

@@ -14,8 +14,8 @@ from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
 from laser.errors import RecordError, UsageError
-from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
-from laser.evaluation.lm_tasks import TASKS, choose_tasks
+from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS
 from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
@@ -45,13 +45,16 @@ def leaderboard(
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
-    choose_tasks(names)
+    require_request(names, limit, data)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
+    where = choose_device(device).name
+    if output is not None:
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    checkpoint = open_checkpoint(model, "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -61,8 +64,8 @@ def leaderboard(
         output = checkpoint.path / LEADERBOARD
         with disk_errors(output):
             output.parent.mkdir(exist_ok=True)
-    common.refuse_to_overwrite(output, force, "leaderboard")
-    where = choose_device(device).name
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    require_leaderboard(checkpoint, tasks=names, limit=limit, data=data)
     board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:

@@ -14,8 +14,7 @@ import typer
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import require_apart
+from laser.checkpoint.swap import require_place, writing
 from laser.cli import common
 from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
 from laser.cli.flow import (
@@ -27,7 +26,7 @@ from laser.cli.flow import (
 )
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
-from laser.cli.search import objectives_of, print_search, search_with_bar
+from laser.cli.search import check_objective, objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
@@ -41,7 +40,7 @@ from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA, family_of
-from laser.search.search import result_document
+from laser.search.search import check_objectives, check_request, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -106,7 +105,6 @@ def run(
     searching = flags.get("search", recipe is None) if search is None else search
     told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
     count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
-    checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
         roles or flags.get("roles"),
@@ -123,21 +121,28 @@ def run(
         Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
+    how: dict[str, Any] = {
+        "accept": accept or flags.get("accept", "better"),
+        "order": order or flags.get("order", "layers"),
+    }
+    if searching:
+        check_request(rules, **how, lowest_snr=count, calibrated=moments is not None)
+        check_objective("loss", None, window, windows, held_out_windows, held_out)
+    elif DATA in wanted and moments is None:
+        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     if dry_run:
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
-    if DATA in wanted and moments is None:
-        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
-    require_apart(checkpoint, output)
+        return print_dry_run(open_checkpoint(model), chosen, crew, as_json, draws, moments is not None)
+    texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)
+    checkpoint = open_checkpoint(model, "weights")
+    require_place(checkpoint, output, resume=resume, force=force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
-    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
-    known = common.moments_of(moments)
     if known is not None:
         known.source.require(checkpoint, "moments")
-    texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def here() -> Device:
@@ -148,7 +153,7 @@ def run(
         require_leaderboard(checkpoint, data=data, limit=limit)
     measure = None
     if searching:
-        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
+        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream, how["accept"])
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
@@ -157,8 +162,7 @@ def run(
         assert measure is not None
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
-            selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=order or flags.get("order", "layers"), device=here(),
+            selection=chosen, lowest_snr=count, **how, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))
@@ -220,18 +224,12 @@ def _measure(
     held_out_windows: int,
     device: Device,
     stream: bool,
+    accept: str,
 ) -> _Measure:
     calibration, reported = objectives_of(
-        checkpoint,
-        load_tokenizer(checkpoint.path),
-        "loss",
-        None,
-        text,
-        held_out,
-        window,
-        windows,
-        held_out_windows,
+        checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, window, windows, held_out_windows
     )
+    check_objectives(calibration, reported, accept)
     layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
     for each in (calibration, *reported):
         layered.check(each.windows)

@@ -16,12 +16,12 @@ from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
-from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
+from laser.evaluation.streaming import LayeredModel, require_dtype
+from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA
-from laser.search.search import Report, SearchResult, Trial, result_document
+from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -90,27 +90,35 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
-    count = parse_lowest_snr(lowest_snr, None if grid or shortlist else 15)
-    common.refuse_to_overwrite(output, force, "plan")
-    journal = journal or output.with_name("search.jsonl")
-    common.keep(journal)
-    checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
-    where = choose_device(device, precision)
+    # Before the model, which may have to be downloaded: what is asked for.
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
-    tokenizer = load_tokenizer(checkpoint.path)
-    calibration, reported = objectives_of(
-        checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
-        held_out_windows,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "lowest_snr": parse_lowest_snr(lowest_snr, None if grid or shortlist else 15),
+        "shortlist": _shortlist(shortlist),
+        "grid": grid is not None,
+        "accept": accept,
+        "order": order,
+    }
+    check_request(wanted, **asked, calibrated=moments is not None)
+    check_objective(objective, task, window, windows, held_out_windows, held_out)
+    require_dtype(dtype)
+    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    common.refuse_to_overwrite(output, force, "plan")
+    journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
+    measured = Spectra.load(spectra) if spectra.exists() else None
+    for path in (journal, *([spectra] if measured is None else [])):
+        common.keep_file(path)
+    texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
+    checkpoint = open_checkpoint(model, "weights")
+    tokenizer = load_tokenizer(checkpoint.path)
+    calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
+    check_objectives(calibration, reported, accept, asked["shortlist"])
     layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
     for each in (calibration, *reported):
         layered.check(each.windows)
-    known = common.moments_of(moments)
-    spectra = spectra or output.with_name("spectra.safetensors")
-    if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
-        measured = Spectra.load(spectra)
-    else:
+    if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
+        chosen.check(list_matrices(checkpoint))
         scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
         with common.Progress("scan", scanned) as bar:
             draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
@@ -124,11 +132,7 @@ def search(
         calibration,
         reported,
         selection=chosen,
-        lowest_snr=count,
-        shortlist=_shortlist(shortlist),
-        grid=grid is not None,
-        accept=accept,
-        order=order,
+        **asked,
         device=where,
         journal=journal,
         moments=known,
@@ -153,19 +157,10 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
         return search_plan(*arguments, tick=tick, **options)
 
 
-def objectives_of(
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    objective: str,
-    task: Path | None,
-    text: Text,
-    held_out: Text | None,
-    window: int,
-    windows: int,
-    held_out_windows: int,
-) -> tuple[Objective, list[Objective]]:
-    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
-    windows is all that there are."""
+def check_objective(
+    objective: str, task: Path | None, window: int, windows: int, held_out_windows: int, held_out: Path | None
+) -> None:
+    """What can be refused of an objective without the model's tokenizer. Raises UsageError."""
     if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
         raise UsageError(
             f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
@@ -175,6 +170,22 @@ def objectives_of(
             "--windows 0 calibrates on the whole text and leaves nothing of it to report on; try --held-out FILE, or a "
             "count of --windows"
         )
+    for limit in (windows, held_out_windows):
+        check_cut(window, limit or None)
+
+
+def objectives_of(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    task: Path | None,
+    text: Text,
+    held_out: Text | None,
+    window: int,
+    windows: int,
+    held_out_windows: int,
+) -> tuple[Objective, list[Objective]]:
+    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
+    windows is all that there are."""
     calibration = cut_windows(text, tokenizer, length=window, limit=windows or None)
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from laser.checkpoint.files import write_atomically
 from laser.errors import UsageError
 from laser.portrait import Portrait
 from laser.report.visible import visible
@@ -53,17 +54,25 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def encoded(figure: Figure, path: Path) -> bytes:
-    """What a PNG or SVG file of that name holds, the same bytes each time. Raises UsageError for another suffix."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG, whole or not at all, the same bytes each time. Raises UsageError for another suffix,
+    OutputError for the disk."""
+    check_picture(path)
     from matplotlib import rc_context
 
-    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    held = BytesIO()
+    drawn, metadata = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
-        figure.savefig(held, format=path.suffix[1:], metadata=metadata)
-    return held.getvalue()
+        figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
+    write_atomically(path, drawn.getvalue())
+
+
+def check_picture(path: Path, quantity: str = "kept") -> None:
+    """What can be refused of a picture before there is anything to draw. Raises UsageError for another suffix or
+    quantity of a heat map."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+    if quantity not in QUANTITIES:
+        raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
 
 
 def histogram(portrait: Portrait) -> Figure:

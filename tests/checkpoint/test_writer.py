@@ -194,6 +194,7 @@ def test_a_hostile_modules_json_lets_nothing_travel(pico: Path, tmp_path: Path, 
     assert {p.name for p in tmp_path.iterdir()} == {"pico", "out"}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_printed_and_in_the_card(pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     for name in ("pytorch_model.bin.gz", "adapter_config.json", *(f"model-{n}.gguf" for n in range(20))):
         (pico / name).write_bytes(b"{}")
