@@ -21,7 +21,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if __name__ == "__main__":  # and not where a test imports this
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from fault_trials import VERBS, Bench, Verb, make_inputs, pinned
