@@ -67,7 +67,7 @@ def written(model: Path, out: Path, until: int | None = None) -> float:
             yield name, checkpoint.read(matrices[name].tensor, matrices[name].cut), {}
 
     run = {"kind": "bench", **Source.of(checkpoint).told()}
-    prepare_output(checkpoint, out, resume=True, force=False)
+    prepare_output(checkpoint, out, resume=True)
     told = {"kind": "outcome", "version": 2, "plan": {}}
     with suppress(Ended):
         write_checkpoint(

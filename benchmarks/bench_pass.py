@@ -110,7 +110,7 @@ def io(checkpoint: laser.Checkpoint, work: Path, crew: Crew) -> dict[str, Any]:
             for matrix, W, _ in visits:
                 yield matrix.name, W, {}
 
-    prepare_output(checkpoint, work / "io", resume=False, force=False)
+    prepare_output(checkpoint, work / "io", resume=False)
     write_checkpoint(
         checkpoint, work / "io", list(matrices.values()), compute, lambda r, s: {"shards": s}, {"kind": "bench"}
     )

@@ -96,3 +96,10 @@ class NumericalError(LaserError):
     def __init__(self, message: str, residual: float | None = None) -> None:
         super().__init__(message)
         self.residual = residual
+
+
+def remedy(error: OSError) -> str:
+    """What to try where a file cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again (reduce and run: with --resume)"
+    return "check the path and its permissions"

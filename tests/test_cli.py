@@ -300,7 +300,7 @@ def test_a_missing_record_names_a_verb_that_there_is(
     ("verb", "told"),
     [
         ("reduce", "run the command again with --resume"),
-        ("scan", "run the same command again, without --force"),
+        ("scan", "what is finished is kept, run the same command again"),
         ("eval", "nothing was written"),
     ],
 )

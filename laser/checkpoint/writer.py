@@ -101,26 +101,18 @@ def require_ours(out: Path) -> None:
         )
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
-    require_usable(source, out, resume=resume, force=force)
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be."""
+    require_usable(source, out, resume=resume)
     with disk_errors(out):
-        if force and is_ours(out):
-            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
 
 
-def require_usable(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
-    ours = is_ours(out)
-    if force and ours:
-        require_ours(out)
-    elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
-        if not ours:
+    if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
+        if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
@@ -417,8 +409,9 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
 
 
 def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -7,16 +7,17 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
-from laser.errors import LaserError, first_line, is_out_of_memory
+from laser.errors import LaserError, first_line, is_out_of_memory, remedy
 from laser.plan import CrowdWarning
 from laser.report.visible import visible
 
@@ -40,10 +41,20 @@ for verb in VERBS:
 
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
 _RESUMED = "what is finished is kept, run the command again with --resume"
-_GOES_ON = "what is finished is kept, run the same command again, without --force"
+_GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
 _INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
+
+
+def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
+    """What is left of an interrupted verb, and how to go on. written: whether each of its files is there already."""
+    there = [str(path) for path, whole in written.items() if whole]
+    if there and all(written.values()):
+        return f"{' and '.join(there)} is written, whole: there is nothing left to do"
+    if there:
+        return f"{' and '.join(there)} is written, whole; for the rest run the same command again, with --force"
+    return _INTERRUPTED.get(verb, "nothing was written")
 
 
 @app.callback()
@@ -80,8 +91,8 @@ def _run(arguments: list[str]) -> None:
         raise
 
 
-def _interrupted(arguments: list[str]) -> int:
-    return _say(f"laser: interrupted; {_INTERRUPTED.get(_verb(arguments), 'nothing was written')}", 130)
+def _interrupted(arguments: list[str], held: common.Held) -> int:
+    return _say(f"laser: interrupted; {left_behind(_verb(arguments), held.written())}", 130)
 
 
 def _disk(error: OSError) -> int:
@@ -90,7 +101,7 @@ def _disk(error: OSError) -> int:
         _forget(sys.stdout)
         return 1
     if error.filename is not None:  # of a file, and not of what is printed
-        return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+        return _say(f"laser: {error.filename}: {error.strerror}; {remedy(error)}", 1)
     _forget(sys.stdout)
     return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
 
@@ -141,7 +152,7 @@ def _forget(stream: TextIO) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, held = "--debug" in arguments, common.Held()
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -150,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in (DoubtWarning, CrowdWarning):
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
-            with common.one_verb():
+            with common.one_verb(held):
                 _run([a for a in arguments if a != "--debug"])
     except LaserError as error:
         if debug:
@@ -165,9 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _disk(error)
         raise
     except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
-        return _interrupted(arguments)
+        return _interrupted(arguments, held)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
-            return _interrupted(arguments)
+            return _interrupted(arguments, held)
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,14 +59,35 @@ def moments_of(path: Path | None) -> Moments | None:
     return None if path is None else Moments.load(path)
 
 
-_verb: ContextVar[ExitStack | None] = ContextVar("what this verb holds", default=None)
+@dataclass
+class Held:
+    """What a verb keeps for itself until it ends, and the files that it is to write, as they were when it began."""
+
+    stack: ExitStack = field(default_factory=ExitStack)
+    files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+
+    def written(self) -> dict[Path, bool]:
+        """Whether each file is there, whole: they appear by a rename, as another file."""
+        return {path: (now := _which(path)) is not None and now != before for path, before in self.files.items()}
+
+
+def _which(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+_verb: ContextVar[Held | None] = ContextVar("what this verb holds", default=None)
 
 
 @contextmanager
-def one_verb() -> Iterator[None]:
+def one_verb(held: Held | None = None) -> Iterator[None]:
     """Around a verb: what it keeps for itself is given back when it ends."""
-    with ExitStack() as stack:
-        token = _verb.set(stack)
+    held = held or Held()
+    with held.stack:
+        token = _verb.set(held)
         try:
             yield
         finally:
@@ -74,8 +96,14 @@ def one_verb() -> Iterator[None]:
 
 def keep(path: Path) -> None:
     """Nobody else writes `path` until this verb ends. Raises OutputError where somebody is at work on it."""
-    if (stack := _verb.get()) is not None:
-        stack.enter_context(claimed(path))
+    if (held := _verb.get()) is not None:
+        held.stack.enter_context(claimed(path))
+
+
+def to_write(path: Path) -> None:
+    """This verb is to write `path`, which appears by a rename: should it be interrupted, it says whether it did."""
+    if (held := _verb.get()) is not None:
+        held.files[path] = _which(path)
 
 
 def keep_file(path: Path) -> None:
@@ -99,6 +127,7 @@ def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> Non
         raise OutputError(f"{path} exists; try another -o, or --force to replace it")
     if path.exists():
         require_replaceable(path, kind)
+    to_write(path)
 
 
 def print_json(document: Any) -> None:

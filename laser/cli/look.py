@@ -152,7 +152,7 @@ def plot(
         name = named[0] if len(named) == 1 else matrix
         portraits = [portrait(record, name, rule) for record in records]
         figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
-    plots.save(figure, output)
+    write_atomically(output, plots.encoded(figure, output))
     print(f"written to {output}")
 
 

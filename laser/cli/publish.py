@@ -9,14 +9,15 @@ from typing import Annotated
 
 import typer
 
+from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
 from laser.cli.estimates import board_measuring, measuring_line
-from laser.errors import UsageError
+from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
+from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.report.visible import visible
@@ -64,16 +65,15 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        output.parent.mkdir(exist_ok=True)
+        with disk_errors(output):
+            output.parent.mkdir(exist_ok=True)
         common.refuse_to_overwrite(output, force, "leaderboard")
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
     if workload is not None:
         told = board_measuring(checkpoint, workload, placed, where, models=1)
         return common.print_json({told.what: asdict(told)}) if as_json else print(visible(measuring_line(told)))
-    if force:
-        _journal(output).unlink(missing_ok=True)
-    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size)
+    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}
@@ -118,10 +118,10 @@ def leaderboards(
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name)
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
@@ -136,8 +136,11 @@ def _measure_tasks(
     data: Path | None = None,
     dtype: str = "auto",
     batch_size: int = 1,
+    anew: bool = False,
     name: str | None = None,
+    again: bool = False,
 ) -> Leaderboard:
+    """Measures, and saves the record in `output`. With `again` a record of the same that lies there is believed."""
     # As it is published, the command names no folder of this machine.
     words = ["laser", "leaderboard", name or checkpoint.name, "-o", output.name, "--device", device]
     given = {
@@ -151,12 +154,20 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output),
+        command=shlex.join(words), journal=_journal(output), anew=anew, known=_there(output) if again else None,
     )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
-    _journal(output).unlink(missing_ok=True)
+    tidy_up(_journal(output), output)
     return board
+
+
+def _there(output: Path) -> Leaderboard | None:
+    """The record that an earlier process has left there, if it is whole."""
+    try:
+        return Leaderboard.load(output)
+    except RecordError:
+        return None
 
 
 def _journal(output: Path) -> Path:
@@ -194,6 +205,8 @@ def card(
     as_json: common.Json = False,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT."""
+    for record in (SOURCE, CARD):
+        common.to_write(output / record)
     written = write_card(
         output,
         open_checkpoint(source, "files") if source is not None else None,

@@ -254,7 +254,9 @@ def _measure(
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:
-    """The command line as it was given, without folders of this machine."""
+    """The command line that makes the output: as it was given, without folders of this machine, and without what only
+    says how to get there, so that the card of a run that was killed and resumed is that of an undisturbed one."""
     names = {str(checkpoint.path): checkpoint.name, str(output): output.resolve().name}
-    words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in sys.argv[1:]]
+    given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
+    words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in given]
     return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import Journal, read_json, spoiling, to_json, write_atomically
+from laser.checkpoint.files import Journal, disk_errors, read_json, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
@@ -117,7 +117,8 @@ class Leaderboard:
         return to_json({"kind": KIND, "version": VERSION} | averages | asdict(self))
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.to_json())
 
     @staticmethod
@@ -242,6 +243,8 @@ def run_leaderboard(
     batch_size: int = 1,
     command: str | None = None,
     journal: Path | None = None,
+    anew: bool = False,
+    known: Leaderboard | None = None,
     tick: Callable[[TaskScore], None] = lambda _: None,
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
@@ -250,6 +253,7 @@ def run_leaderboard(
     (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
     checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
     that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
+    `anew` drops the journal of another measurement. `known` is returned if it is the record of this one.
     `tick` is called after each task.
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
@@ -263,7 +267,8 @@ def run_leaderboard(
         # All task files before the model is loaded: a missing file shows at once and not after hours.
         names: dict[str, list[str]] = {}
         for task in chosen:
-            names[task.name], used = write_tasks(task, packaged, Path(folder, task.name), data)
+            with disk_errors(Path(folder)):
+                names[task.name], used = write_tasks(task, packaged, Path(folder, task.name), data)
             hashes |= used
         versions = {name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")}
         run = {
@@ -277,7 +282,10 @@ def run_leaderboard(
             "options": {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size},
             "versions": versions,
         }
-        kept = Journal(journal, run) if journal else None
+        asked = (checkpoint.identity, weights, limit, hashes, versions, command)
+        if known and asked == (known.identity, known.weights, known.limit, known.data, known.versions, known.command):
+            return known
+        kept = Journal(journal, run, anew=anew) if journal else None
         try:
             finished = _finished(kept) if kept else {}
             model = _load(checkpoint, device, dtype, batch_size)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser.checkpoint.files import write_atomically
 from laser.errors import UsageError
 from laser.portrait import Portrait
 from laser.report.visible import visible
@@ -54,16 +53,15 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, whole or not at all, the same bytes each time. Raises UsageError for another suffix,
-    OutputError for the disk."""
+def encoded(figure: Figure, path: Path) -> bytes:
+    """What a PNG or SVG file of that name holds, the same bytes each time. Raises UsageError for another suffix."""
     check_picture(path)
     from matplotlib import rc_context
 
     drawn, metadata = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
-    write_atomically(path, drawn.getvalue())
+    return drawn.getvalue()
 
 
 def check_picture(path: Path, quantity: str = "kept") -> None:

@@ -109,7 +109,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(pickled: Path, tmp_path: Pat
 
     def write(out: Path, stop_at: int | None) -> None:
         source = open_checkpoint(pickled)
-        prepare_output(source, out, resume=True, force=False)
+        prepare_output(source, out, resume=True)
         matrices = [m for m in list_matrices(source) if m.name in touched]
         write_checkpoint(source, out, matrices, compute(source, stop_at), lambda r, s: {"m": r, "s": s}, {"kind": "t"})
 

@@ -8,6 +8,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -560,3 +561,18 @@ def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], t
     path.write_text(json.dumps(document))
     with pytest.raises(RecordError, match="leaderboard"):
         Leaderboard.load(path)
+
+
+@needs_lm_eval
+def test_a_record_of_the_same_is_not_measured_again(speaker: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed between the two boards of its source and its result, and resumed."""
+    checkpoint, options = open_checkpoint(speaker), {"tasks": ("winogrande",), "data": data, "command": "c"}
+    board = run_leaderboard(checkpoint, **options, limit=2)
+    with monkeypatch.context() as unable:
+        unable.delattr("laser.evaluation.leaderboard._load")
+        assert run_leaderboard(checkpoint, **options, limit=2, known=board) is board
+        for other in (replace(board, command="d"), replace(board, data={}), replace(board, weights={})):
+            with pytest.raises(NameError):
+                run_leaderboard(checkpoint, **options, limit=2, known=other)
+    write_rows(data / TASKS["winogrande"].file, rows_of("winogrande", 8))
+    assert run_leaderboard(checkpoint, **options, limit=2, known=board).data != board.data

@@ -97,9 +97,8 @@ def test_undefined_cells_are_dashes(summary: Summary) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suffix: str) -> None:
     other: Portrait = replace(portrait(spectra, NAME), model="other")
-    for name in ("a", "b"):
-        plots.save(plots.overlay([portrait(spectra, NAME), other]), (tmp_path / name).with_suffix(suffix))
-    one, two = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
+    pair = [portrait(spectra, NAME), other]
+    one, two = (plots.encoded(plots.overlay(pair), (tmp_path / name).with_suffix(suffix)) for name in ("a", "b"))
     assert one == two and one[:4] in (b"\x89PNG", b"<?xm")
 
 
@@ -112,7 +111,7 @@ LONG = "a" * 300
 
 def texts_of(figure: Figure, path: Path) -> list[str]:
     """The texts of the picture as a reader of its SVG finds them."""
-    plots.save(figure, path)
+    path.write_bytes(plots.encoded(figure, path))
     nodes = ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")
     return [" ".join((node.text or "").split()) for node in nodes]
 
@@ -133,7 +132,7 @@ def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path
         told = replace(summary, source=replace(summary.source, name=name), rule=name)
         found = texts_of(plots.heat_map(told, experts=False), tmp_path / "x.svg")
         assert f"{visible(name)}: singular values kept, rule {visible(name)}" in found
-        plots.save(plots.heat_map(told, experts=False), tmp_path / "x.png")
+        plots.encoded(plots.heat_map(told, experts=False), tmp_path / "x.png")
 
 
 def test_what_cannot_be_drawn(
@@ -144,7 +143,7 @@ def test_what_cannot_be_drawn(
     with pytest.raises(UsageError, match="stable-rank"):
         plots.heat_map(summary, "colour")
     with pytest.raises(UsageError, match=r"try -o x\.png"):
-        plots.save(plots.heat_map(summary), tmp_path / "x.pdf")
+        plots.encoded(plots.heat_map(summary), tmp_path / "x.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"laser-rmt\[plot\]"):
         plots.heat_map(summary)
