@@ -125,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{path}: found {document['kind']} version {document['version']}, expected {KIND} {VERSION}; {_AGAIN}"
             )
         return dict(document["probes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable record of devices ({error}); {_AGAIN}") from error
 
 
