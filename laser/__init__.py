@@ -6,6 +6,7 @@ plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
 
+import laser.start  # noqa: F401  # isort: split
 from laser.calibration import calibrate
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint

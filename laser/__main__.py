@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from laser.cli import main as _main
 
 
 def main() -> None:
-    sys.exit(_main())
+    """Run the command line and end the process with its exit code. An interrupt until here is start.py's."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = _main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -314,12 +315,11 @@ def make_plan(
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
+    check_lowest_snr(lowest_snr)
     if metric == "data":
         spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
-    if lowest_snr is not None and lowest_snr < 1:
-        raise UsageError(f"--lowest-snr {lowest_snr} selects nothing; try 15, as LaserRMT does")
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
         if metric == "data":
@@ -341,6 +341,23 @@ def make_plan(
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
     calibration = spectra.data.calibration if spectra.data and metric == "data" else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
+
+
+def check_lowest_snr(count: Any) -> None:
+    """Raises UsageError unless it is None, for all of them, or a count of 1 or more."""
+    if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count < 1):
+        raise UsageError(
+            f"--lowest-snr {count} is no count of matrices; try --lowest-snr 15, as LaserRMT does, or --lowest-snr all"
+        )
+
+
+def parse_lowest_snr(text: str | None, default: int | None) -> int | None:
+    """`15` or `all`, which is None, as `make_plan` takes it. Raises UsageError for anything else."""
+    if text is None or text == "all":
+        return default if text is None else None
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+    check_lowest_snr(count)
+    return int(count)
 
 
 class CrowdWarning(UserWarning):

@@ -62,7 +62,8 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
     for flag, value in flags.items():
         if flag not in FLAGS:
             raise UsageError(f"recipe {name_or_file}: no flag is called {named(flag)}; try {', '.join(FLAGS)}")
-        if type(value) is not FLAGS[flag] or (isinstance(value, float) and not math.isfinite(value)):
+        right = type(value) is FLAGS[flag] or (flag, value) == ("lowest-snr", "all")
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise UsageError(
                 f"recipe {name_or_file}: {flag} is {named(value)}, expected {FLAGS[flag].__name__}; mend the line"
             )

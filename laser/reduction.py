@@ -19,7 +19,7 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
 from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
-from laser.checkpoint.hub import drop
+from laser.checkpoint.hub import drop, require_content
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.records import require_finite, require_keys, value_of
@@ -213,6 +213,8 @@ def reduce(
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
     hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
+    if hub is not None:
+        require_content(hub)
     if evict and hub is None:
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +105,10 @@ class Hub:
     lock: threading.Lock = field(default_factory=threading.Lock)
     idle: threading.Condition = field(default_factory=threading.Condition)
     busy: int = 0  # requests that are being answered
+    # Hostile answers. rewrite: (method, path, headers) -> the headers sent; instead: writes an answer of its own to a
+    # request (the handler) and says so.
+    rewrite: Callable[[str, str, dict[str, str]], dict[str, str]] | None = None
+    instead: Callable[[Any, str], bool] | None = None
 
     def add(self, name: str, folder: Path, **options: Any) -> Repo:
         files: dict[str, Content] = {
@@ -159,6 +163,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            if hub.instead is not None and hub.instead(self, path):
+                return self.note(path, 0)
             if fault := hub.fault(self.command, path, ("status",)):
                 return self.send(fault.status, fault.headers, b"")
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?", path):
@@ -223,9 +229,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     end = (start + end) // 2
                 headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{content.size}"}
             self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(end - start)}).items():
-                self.send_header(key, value)
-            self.end_headers()
+            self.send_headers(path, headers | {"Content-Length": str(end - start)})
             sent = 0
             if self.command == "GET":
                 stop = (start + end) // 2 if hub.fault("GET", path, ("drop",)) else end
@@ -244,12 +248,15 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(key, value)
-            self.end_headers()
+            self.send_headers(unquote(urlsplit(self.path).path), headers | {"Content-Length": str(len(body))})
             if self.command != "HEAD":
                 self.wfile.write(body)
             self.note(unquote(urlsplit(self.path).path), len(body) if self.command != "HEAD" else 0)
+
+        def send_headers(self, path: str, headers: dict[str, str]) -> None:
+            for key, value in (hub.rewrite(self.command, path, headers) if hub.rewrite else headers).items():
+                self.send_header(key, value)
+            self.end_headers()
 
         def note(self, path: str, count: int) -> None:
             with hub.lock:

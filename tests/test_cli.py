@@ -322,9 +322,39 @@ def test_the_option_that_is_wrong_is_named(words: tuple[str, ...], told: str, ru
     assert code == 2 and told in err
 
 
-def test_lowest_snr_0_is_all_of_them_over_a_recipe(run: Run, pico: Path, tmp_path: Path) -> None:
+def test_lowest_snr_all_is_all_of_them_over_a_recipe(run: Run, pico: Path, tmp_path: Path) -> None:
     for folder, words in (("all", ("--rule", "laser-rmt", "--no-search")), ("zero", ("--recipe", "laser-rmt"))):
-        number = ("--lowest-snr", 0) if folder == "zero" else ()
+        number = ("--lowest-snr", "all") if folder == "zero" else ()
         assert run("run", pico, "-o", tmp_path / folder, *words, *number)[0] == 0
     one, two = (json.loads((tmp_path / folder / "laser.json").read_text()) for folder in ("all", "zero"))
     assert one["matrices"] == two["matrices"] and two["plan"]["selection"]["lowest_snr"] is None
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "nan", "inf", "1.5", "", "15x", "²", "9" * 5000])
+@pytest.mark.parametrize("verb", ["plan", "run", "run --search", "search", "recipe"])
+def test_lowest_snr_is_a_count_or_all(verb: str, count: str, run: Run, pico: Path, tmp_path: Path) -> None:
+    """Refused before anything is read: neither the spectra nor a tokenizer are there."""
+    words = {
+        "plan": ["plan", tmp_path / "none", "--rule", "mp-edge"],
+        "run": ["run", pico, "--rule", "mp-edge", "--no-search"],
+        "run --search": ["run", pico],
+        "search": ["search", pico],
+        "recipe": ["run", pico, "--recipe", tmp_path / "r.yaml"],
+    }[verb]
+    if verb == "recipe":
+        (tmp_path / "r.yaml").write_text(f"rule: mp-edge\nlowest-snr: {count if count != 'nan' else '.nan'}\n")
+    else:
+        words += ["--lowest-snr", count]
+    code, out, err = run(*words, "-o", tmp_path / "o")
+    told = "cannot be parsed" if verb == "recipe" and len(count) > 99 else "lowest-snr"
+    assert (code in (1, 2), out) == (True, "") and told in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, float("nan"), float("inf"), True, "15"])
+def test_lowest_snr_is_a_count_from_python_too(count: Any, pico: Path) -> None:
+    import laser
+
+    spectra = laser.scan(laser.open_checkpoint(pico), laser.Selection(roles=("q",)))
+    with pytest.raises(laser.UsageError, match="--lowest-snr"):
+        laser.make_plan(spectra, "mp-edge", lowest_snr=count)

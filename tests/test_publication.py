@@ -335,6 +335,7 @@ def test_run_measures_source_and_result_and_equal_weights_once(
         return board(checkpoint)
 
     monkeypatch.setattr("laser.cli.publish.run_leaderboard", run_leaderboard)
+    monkeypatch.setattr("laser.cli.run.require_leaderboard", lambda *_, **__: None)  # pico has no tokenizer
     out = tmp_path / "out"
     words = ["run", pico, "-o", out, "--rule", rule, "--no-search", "--leaderboard", "--roles", "q"]
     assert main([str(w) for w in words]) == 0

@@ -83,7 +83,9 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
         from transformers import AutoTokenizer
 
         first = parts_of(path)[0]
-        tokenizer = AutoTokenizer.from_pretrained(str(first.parent), gguf_file=first.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(first.parent), gguf_file=first.name, local_files_only=True, trust_remote_code=False
+        )
         with TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}

@@ -6,9 +6,11 @@ byte range, or as whole shards into the Hub's own cache, one ahead of the work.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,16 +18,24 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from laser.checkpoint.answers import session
 from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
 from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
-from laser.errors import CheckpointError
+from laser.errors import CheckpointError, LaserError, first_line
 
 T = TypeVar("T")
+SMALL = (
+    64 << 20
+)  # bytes of a shard in the cache up to which it is hashed when it is opened; others when they are reduced
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
+)
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -59,7 +69,12 @@ def find(model: str) -> Hub | None:
     from huggingface_hub import try_to_load_from_cache
 
     repo, revision = match["repo"], match["revision"]
-    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if revision is not None and (not is_inside(revision) or revision.startswith("-")):
+        raise CheckpointError(f"{revision!r} is no revision of {repo}; name a branch, tag or commit, or {repo} alone")
+    with hub_errors(repo, revision):
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str):
+        require_inside_cache(Path(cached))
     if isinstance(cached, str) and _is_whole(Path(cached).parent):
         return Hub(repo, revision, Path(cached).parent.name, Path(cached).parent)
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -102,7 +117,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     with hub_errors(repo, revision):
-        names = sorted(file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ())
+        names = sorted(_plain(repo, HfApi().model_info(repo, revision=revision).siblings))
         return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
 
 
@@ -130,7 +145,27 @@ def listing(hub: Hub) -> frozenset[str]:
 def _names(hub: Hub) -> list[str]:
     from huggingface_hub import HfApi
 
-    return [file.rfilename for file in HfApi().model_info(hub.repo, revision=hub.commit).siblings or ()]
+    return _plain(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+
+
+def _plain(repo: str, siblings: Sequence[Any] | None) -> list[str]:
+    """Names of a listing. Raises CheckpointError for one that is no path inside a repository."""
+    names = [file.rfilename for file in siblings or ()]
+    if hostile := next((name for name in names if not isinstance(name, str) or not is_inside(name)), None):
+        told = repr(hostile)
+        raise CheckpointError(
+            f"{repo} lists a file {told if len(told) <= 60 else told[:57] + '...'}, expected a path inside the "
+            "repository; do not use this model"
+        )
+    return names
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name, with / between its parts, is a path inside a folder on every system, and can be shown."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
+        return False
+    return "\\" not in name and all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name)
 
 
 def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
@@ -140,10 +175,44 @@ def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
     return replace(hub, etags={shard.name: etag for etag, shard in found}), tuple(shard for _, shard in found)
 
 
+def require_inside_cache(local: Path) -> None:
+    """Raises CheckpointError for an entry of a snapshot that links to a file outside the Hub's cache."""
+    link = local.resolve()
+    snapshot = next(p for p in local.parents if p.parent.name == "snapshots")
+    repository = snapshot.parents[1]  # its blobs may lie on another disk as a whole; newer caches share blobs
+    if not any(link.is_relative_to(p.resolve()) for p in (repository.parent, repository / "blobs")):
+        raise CheckpointError(
+            f"{local} links to {link}, which is not in the Hub's cache; remove the link, and run the same command again"
+        )
+
+
+def require_content(hub: Hub, largest: int | None = None) -> None:
+    """Raises CheckpointError for a file of weights in the cache that has not the sha256 by which the cache calls it.
+
+    largest: bytes up to which a file is read for that; None: each, about a second per GB.
+    """
+    for name, expected in hub.etags.items():
+        local = hub.folder / name
+        if not re.fullmatch(r"[0-9a-f]{64}", expected) or not local.exists():
+            continue
+        if largest is not None and local.stat().st_size > largest:
+            continue
+        with local.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{local} was damaged in the Hub's cache: found sha256 {found[:12]}, expected {expected[:12]}; remove "
+                f"{local.resolve()}, and run the same command again"
+            )
+
+
 def _header(hub: Hub, name: str) -> tuple[str, Shard]:
     local = hub.folder / name
     if local.exists():
-        return _cached_etag(local), read_header(local)
+        require_inside_cache(local)
+        etag, shard = _cached_etag(local), read_header(local)
+        require_content(replace(hub, etags={name: etag}), SMALL)
+        return etag, shard
     with hub_errors(hub.repo, hub.revision):
         file, first = look_at(RemoteFile(hub.repo, name, hub.commit), 8)
         size, length = file.size or 0, int.from_bytes(first, "little")
@@ -197,6 +266,7 @@ def download(hub: Hub, names: Sequence[str]) -> Hub:
 def _download(hub: Hub, name: str) -> Path:
     local = hub.folder / name
     if local.exists():
+        require_inside_cache(local)
         return local
     with hub_errors(hub.repo, hub.revision):
         path = _to_cache(hub.repo, name, hub.commit)
@@ -272,16 +342,21 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        FileMetadataError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
+        session()
         yield
+    except LaserError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo} is gated: ask for access on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
@@ -290,11 +365,15 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"no such model: the Hub has no {repo}, or not for you; check the spelling, or log in with `hf auth login`"
         ) from error
+    except LocalTokenNotFoundError as error:
+        raise CheckpointError(f"{repo}: nobody is logged in; log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
         ) from error
     except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, FileMetadataError):
+            raise CheckpointError(f"{repo}: {first_line(error.__cause__)}; check HF_ENDPOINT and proxies") from error
         raise CheckpointError(
             f"no such model: {repo} is neither a directory nor in the Hub cache, and the Hub cannot be reached"
             f"{_cause(error)}; try `hf download {repo}` where it can"
@@ -310,7 +389,32 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: the Hub answered with status {status}; {remedy.get(status, 'run the same command again later')}"
         ) from error
     except transport_errors() as error:
-        told = f"{type(error).__name__}: {str(error)[:120]}"
+        if told := _of_the_cache(error):
+            raise CheckpointError(f"{repo}: {told}") from error
+        told = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
             f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
         ) from error
+    except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
+        raise CheckpointError(
+            f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
+            "and proxies, or run the same command again later"
+        ) from error
+
+
+def _of_the_cache(error: BaseException) -> str | None:
+    """What is wrong with the cache's disk, where an error came from it and not from the network."""
+    from huggingface_hub import constants
+
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return None
+    move = "or set HF_HUB_CACHE (or HF_HOME) to a directory elsewhere, and run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk of the Hub's cache {constants.HF_HUB_CACHE} is full ({error.strerror}), whole files in it are "
+            f"kept; free some space, {move}"
+        )
+    return (
+        f"the Hub's cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}: {error.filename}); "
+        f"check its permissions, {move}"
+    )

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from laser.checkpoint.answers import AGAIN, asked_wait, bare, session
 from laser.errors import CheckpointError
 
 TRIES = 6  # in a row that bring less than STEP
 STEP = 1 << 20  # bytes
-LONGEST_WAIT = 300.0  # seconds that a server may ask for
-AGAIN = (408, 429, 500, 502, 503, 504)
 
 log = logging.getLogger("laser")
 
@@ -47,7 +46,7 @@ def fetch(file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
 
 
 def _fetch(file: RemoteFile, start: int, end: int, answers: list[RemoteFile]) -> Iterator[memoryview]:
-    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import build_hf_headers
 
@@ -57,9 +56,9 @@ def _fetch(file: RemoteFile, start: int, end: int, answers: list[RemoteFile]) ->
         before, wait = start, None
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         try:
-            with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+            with session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
                 if answer.status_code in AGAIN:
-                    reason, wait = f"status {answer.status_code}", _asked_wait(answer, file)
+                    reason, wait = f"status {answer.status_code}", asked_wait(answer, f"{file.repo}/{file.name}")
                 else:
                     file = _checked(answer, file, start)
                     answers.append(file)
@@ -100,21 +99,6 @@ def transport_errors() -> tuple[type[BaseException], ...]:
     return (HfHubHTTPError.__mro__[1], OSError)
 
 
-def _asked_wait(answer: Any, file: RemoteFile) -> float | None:
-    """Seconds that the server asks to wait, by Retry-After or RateLimit; None where it says nothing."""
-    told = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", answer.headers.get("Retry-After", "")) or re.search(
-        r"\bt=(\d+)", answer.headers.get("RateLimit", "")
-    )
-    if not told:
-        return None
-    if float(told[1]) > LONGEST_WAIT:
-        raise CheckpointError(
-            f"{file.repo}/{file.name}: the Hub limits requests (status {answer.status_code}) and asks to wait "
-            f"{float(told[1]):.0f} s; run the same command again after that, or log in with `hf auth login`"
-        )
-    return float(told[1])
-
-
 def _checked(answer: Any, file: RemoteFile, start: int) -> RemoteFile:
     """The file as an answer describes it. Raises CheckpointError for another one than was asked for, or a refusal."""
     from huggingface_hub.utils import hf_raise_for_status
@@ -129,7 +113,7 @@ def _checked(answer: Any, file: RemoteFile, start: int) -> RemoteFile:
         hf_raise_for_status(answer)
     hops = [*answer.history, answer]
     etag = _etag(hops)
-    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    span = re.fullmatch(r"bytes (\d{1,16})-\d{1,16}/(\d{1,16})", answer.headers.get("Content-Range", ""))
     if answer.status_code != 206 or not span or int(span[1]) != start:
         raise CheckpointError(
             f"{file.repo}/{file.name}: status {answer.status_code}, expected a range from byte {start}: "
@@ -154,4 +138,4 @@ def _etag(hops: list[Any]) -> str | None:
     """The Hub's name for the content: of the file behind a redirect where there is one, not of the storage's copy."""
     linked: list[Mapping[str, str]] = [h.headers for h in hops if "X-Linked-Etag" in h.headers]
     raw = linked[0]["X-Linked-Etag"] if linked else hops[-1].headers.get("ETag")
-    return raw.removeprefix("W/").strip('"') if raw else None
+    return bare(raw) if raw else None

@@ -134,9 +134,13 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     and reads those that transformers would load.
     """
     path, hub = Path(model), None
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # a name that no file can have, or a folder that may not be looked into
+        raise CheckpointError(f"cannot read {str(path)[:200]}: {error.strerror}; check the path") from error
+    if is_folder:
         path = path.resolve()
-    elif path.exists():
+    elif is_there:
         raise CheckpointError(what_is(path))
     else:
         hub = find(str(model))

@@ -3,11 +3,13 @@ many; it holds no logic of its own."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -63,6 +65,30 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _interrupted(arguments: list[str]) -> int:
+    verb = next((a for a in arguments if not a.startswith("-")), "")
+    return _say(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", 130)
+
+
+def _say(line: str, code: int) -> int:
+    """A line on stderr, where that takes it, and the exit code."""
+    try:
+        print(visible(line), file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):  # full, closed, or not there
+        _forget(sys.stderr)
+    return code
+
+
+def _forget(stream: TextIO | None) -> None:
+    """Let what a stream still holds go nowhere: Python would print a traceback about it at the end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno() if stream else 1)
+        os.close(nowhere)
+    except (OSError, ValueError):
+        return
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -77,14 +103,25 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb():
                 app([a for a in arguments if a != "--debug"], prog_name="laser")
+            sys.stdout.flush()
     except LaserError as error:
         if debug:
             raise
-        print(visible(f"laser: {error}"), file=sys.stderr)
-        return error.exit_code
+        return _say(f"laser: {error}", error.exit_code)
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
+        return _interrupted(arguments)
+    except OSError as error:
+        if debug:
+            raise
+        if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
+            _forget(sys.stdout)
+            return 1
+        if error.filename is not None:  # of a file, and not of what is printed
+            return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+        _forget(sys.stdout)
+        return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
-            verb = next((a for a in arguments if not a.startswith("-")), "")
-            print(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", file=sys.stderr)
+            return _interrupted(arguments)
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0

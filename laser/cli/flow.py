@@ -17,7 +17,7 @@ from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.flow import scan_into
-from laser.plan import Plan, make_plan
+from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.reduction import reduce as reduce_checkpoint
 from laser.report.visible import visible
 from laser.spectra import Spectra
@@ -29,7 +29,9 @@ from laser.verification import verify as verify_output
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
-LowestSnr = Annotated[int | None, typer.Option("--lowest-snr", help="Reduce only the K matrices of lowest SNR.")]
+LowestSnr = Annotated[
+    str | None, typer.Option("--lowest-snr", metavar="K", help="Reduce only the K matrices of lowest SNR; or all.")
+]
 Shrink = Annotated[str | None, typer.Option("--shrink", help=f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")]
 TwoSided = Annotated[bool, typer.Option("--two-sided", help="Keep what lies under the noise's lower edge as well.")]
 RequireFit = Annotated[
@@ -110,13 +112,15 @@ def plan(
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
     if rule is None:
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
+    count = parse_lowest_snr(lowest_snr, None)
+    Treatment(rule, shrink, two_sided, require_fit, metric).check()
     common.refuse_to_overwrite(output, force, "plan")
     chosen = common.selection(layers, roles, include, exclude)
     made = make_plan(
         Spectra.load(spectra),
         rule,
         chosen,
-        lowest_snr=lowest_snr,
+        lowest_snr=count,
         shrink=shrink,
         two_sided=two_sided,
         require_fit=require_fit,

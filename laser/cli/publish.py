@@ -98,8 +98,12 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
     return leaderboard_rows(before, board)
 
 
-def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | None, limit: int | None) -> None:
+def leaderboards(
+    checkpoint: Checkpoint, out: Path, name: str, device: str, data: Path | None, limit: int | None
+) -> None:
     """Source and result of a run on the same rows, each into its record, where the card looks for them.
+
+    `name` is what the result in `out` will be called.
 
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
@@ -107,10 +111,10 @@ def leaderboards(checkpoint: Checkpoint, out: Path, device: str, data: Path | No
     board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data)
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name)
     else:
         weights = result.fingerprint.told()
-        replace(board, model=result.name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
+        replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
 
 
 def _measure_tasks(
@@ -122,9 +126,10 @@ def _measure_tasks(
     data: Path | None = None,
     dtype: str = "auto",
     batch_size: int = 1,
+    name: str | None = None,
 ) -> Leaderboard:
     # As it is published, the command names no folder of this machine.
-    words = ["laser", "leaderboard", checkpoint.name, "-o", output.name, "--device", device]
+    words = ["laser", "leaderboard", name or checkpoint.name, "-o", output.name, "--device", device]
     given = {
         "--tasks": ",".join(tasks) if tasks else None,
         "--limit": limit,
@@ -138,6 +143,7 @@ def _measure_tasks(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
         command=shlex.join(words), journal=_journal(output),
     )  # fmt: skip
+    board = replace(board, model=name or board.model)
     board.save(output)
     _journal(output).unlink(missing_ok=True)
     return board

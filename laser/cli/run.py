@@ -31,13 +31,13 @@ from laser.cli.search import objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import lm_eval_is_here
+from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
-from laser.plan import Plan, Treatment, make_plan
+from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA
@@ -56,7 +56,8 @@ def run(
     rule: RuleOption = None,
     moments: common.MomentsFile = None,
     lowest_snr: Annotated[
-        int | None, typer.Option("--lowest-snr", help="Only the K matrices of lowest SNR; 0: all. Search: 15.")
+        str | None,
+        typer.Option("--lowest-snr", metavar="K", help="Only the K matrices of lowest SNR, or all. Search: 15."),
     ] = None,
     shrink: Shrink = None,
     two_sided: TwoSided = False,
@@ -103,7 +104,8 @@ def run(
     # What is asked for here wins; rule and number default to the published procedure's candidates.
     wanted: str = rule or flags.get("rule", "laser-rmt")
     searching = flags.get("search", recipe is None) if search is None else search
-    count = (flags.get("lowest-snr", 15 if searching else None) if lowest_snr is None else lowest_snr) or None
+    told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
+    count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
     checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
@@ -116,6 +118,9 @@ def run(
         "two_sided": two_sided or flags.get("two-sided", False),
         "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
     }
+    for part in wanted.split(","):
+        metric = "data" if part.startswith(DATA) else "plain"
+        Treatment(part.removeprefix(DATA), **treatment, metric=metric).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     kind = device or flags.get("device", "auto")
@@ -126,7 +131,12 @@ def run(
     if DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     require_apart(checkpoint, output)
+    matrices = list_matrices(checkpoint)
+    chosen.check(matrices)
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     known = common.moments_of(moments)
+    if known is not None:
+        known.source.require(checkpoint, "moments")
     texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
@@ -134,6 +144,8 @@ def run(
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
+    if wants_board:
+        require_leaderboard(checkpoint, data=data, limit=limit)
     measure = None
     if searching:
         measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
@@ -154,7 +166,7 @@ def run(
             print_search(result)
         return result.plan
 
-    matrices = chosen_of(list_matrices(checkpoint), chosen)
+    matrices = chosen_of(matrices, chosen)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching else foretold.visit_seconds
     if (count or known) and seconds is not None:
@@ -172,7 +184,7 @@ def run(
             chosen,
             choose,
             crew=crew,
-            method=choose_method(method or flags.get("method", "auto"), crew.devices[0])[0],
+            method=method,
             treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
             null_draws=draws,
             moments=known,
@@ -183,9 +195,10 @@ def run(
             on_reduce=reduced,
             on_check=check,
         )
-    if wants_board:
-        leaderboards(checkpoint, output, here().name, data, limit)
-        write_card(output, checkpoint, commands=(_command(checkpoint, output),))
+        if wants_board:  # in `place`: an earlier output stands until this one is measured, too
+            leaderboards(checkpoint, place, output.resolve().name, here().name, data, limit)
+            command = (_command(checkpoint, output),)
+            write_card(place, checkpoint, name=output.resolve().name, commands=command)
     print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
 
 

@@ -19,6 +19,7 @@ from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
 from laser.flow import scan_into
+from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA
 from laser.search.search import Report, SearchResult, Trial, result_document
 from laser.search.search import search as search_plan
@@ -42,8 +43,10 @@ def search(
     ] = "laser-rmt",
     moments: common.MomentsFile = None,
     lowest_snr: Annotated[
-        int | None,
-        typer.Option("--lowest-snr", help="Try the K matrices of lowest SNR; 0: all. Default: 15, as LaserRMT does."),
+        str | None,
+        typer.Option(
+            "--lowest-snr", metavar="K", help="Try the K matrices of lowest SNR, or all. Default: 15, as LaserRMT does."
+        ),
     ] = None,
     shortlist: Annotated[
         str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
@@ -87,6 +90,7 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
+    count = parse_lowest_snr(lowest_snr, None if grid or shortlist else 15)
     common.refuse_to_overwrite(output, force, "plan")
     journal = journal or output.with_name("search.jsonl")
     common.keep(journal)
@@ -120,7 +124,7 @@ def search(
         calibration,
         reported,
         selection=chosen,
-        lowest_snr=(15 if lowest_snr is None and not (grid or shortlist) else lowest_snr) or None,
+        lowest_snr=count,
         shortlist=_shortlist(shortlist),
         grid=grid is not None,
         accept=accept,

@@ -67,7 +67,7 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
         raise no_causal_model(checkpoint, f"transformers has none of model_type {config.model_type}")
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (LaserError, MemoryError):
         raise
     except Exception as error:

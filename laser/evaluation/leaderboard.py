@@ -32,6 +32,7 @@ from laser.errors import CheckpointError, NumericalError, RecordError, UsageErro
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
+from laser.evaluation.text import load_tokenizer
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 
 KIND, VERSION = "leaderboard", 2
@@ -254,15 +255,7 @@ def run_leaderboard(
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
     """
-    build_causal(checkpoint)
-    chosen = choose_tasks(tasks)
-    if not chosen:
-        raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} scores nothing; try --limit 20")
-    if data is not None and not data.is_dir():
-        raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
-    require_lm_eval()
+    chosen = _asked(checkpoint, tasks, limit, data)
     weights = checkpoint.fingerprint.told()
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
@@ -323,6 +316,37 @@ def run_leaderboard(
     )
 
 
+def require_leaderboard(
+    checkpoint: Checkpoint, *, tasks: tuple[str, ...] | None = None, limit: int | None = None, data: Path | None = None
+) -> None:
+    """What `run_leaderboard` refuses, before the hours of work that it stands behind: no model is loaded.
+
+    Raises as `run_leaderboard` does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
+    """
+    chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
+    load_tokenizer(checkpoint.path)
+    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+        for task in chosen:
+            names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
+            _load_rows(task, Path(folder, task.name), names)
+
+
+def _asked(
+    checkpoint: Checkpoint, tasks: tuple[str, ...] | None, limit: int | None, data: Path | None
+) -> tuple[Task, ...]:
+    """The tasks, after everything that needs no row has been looked at."""
+    build_causal(checkpoint)
+    chosen = choose_tasks(tasks)
+    if not chosen:
+        raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} scores nothing; try --limit 20")
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data} is not a directory; try the one that holds {chosen[0].file}")
+    require_lm_eval()
+    return chosen
+
+
 def _finished(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     try:
@@ -371,9 +395,14 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
 
     path = str(checkpoint.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **as_stored(checkpoint)
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **as_stored(checkpoint),
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -388,19 +417,26 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
             "finish the download"
         )
     backend = _lm_eval("models.huggingface")
-    return backend.HFLM(pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size)
+    return backend.HFLM(
+        pretrained=model.to(device).eval(), tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+    )
 
 
-def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
-    """Run the task's files in `folder` and pool their rows."""
+def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
+    """lm-eval's tasks of the files in `folder`, with their rows. Raises UsageError for rows that are not there."""
     try:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
-        loaded = _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+        return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"
         ) from error
+
+
+def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
+    """Run the task's files in `folder` and pool their rows."""
+    loaded = _load_rows(task, folder, names)
     for each in loaded["tasks"].values():
         each.set_fewshot_seed(seed=SEED)
     try:

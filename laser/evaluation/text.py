@@ -124,7 +124,7 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
     try:
-        rows: Any = load_dataset(name, config, split=split)
+        rows: Any = load_dataset(name, config, split=split, trust_remote_code=False)
         found = list(rows.column_names)
     except Exception as error:  # the library raises its own, huggingface_hub's, pyarrow's and the network's errors
         raise UsageError(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from laser.errors import first_line
+from laser.errors import LONGEST
 
+SECONDS, PATIENCE = 10, 180  # for rendering, and with the start of its process
+MEMORY, LENGTH = 1 << 29, 100_000  # bytes more than at its start; characters
 CONVERSATION = (
     {"role": "user", "content": "{first question}"},
     {"role": "assistant", "content": "{first answer}"},
@@ -26,25 +34,37 @@ def find_template(tokenizer_config: Mapping[str, Any], file: str | None) -> str 
     return inside if isinstance(inside, str) and inside.strip() else None
 
 
+@lru_cache(maxsize=16)
+def _rendered(request: str) -> tuple[str | None, str]:
+    """What rendering.py says to `request`, in a process of its own."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("rendering.py"))]
+    try:
+        child = subprocess.run(command, input=request.encode(), capture_output=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return None, f"it took longer than {PATIENCE} s"
+    except OSError as error:
+        return None, f"no process could be started for it ({error.strerror})"
+    if child.returncode == -signal.SIGALRM:
+        return None, f"it took longer than {SECONDS} s"
+    try:
+        text, why = json.loads(child.stdout)
+    except ValueError:
+        return None, f"its process ended with {child.returncode}"
+    return text, why
+
+
 def render(template: str, tokenizer_config: Mapping[str, Any]) -> tuple[str | None, str]:
     """(the sample conversation as the model reads it, "") or (None, why it could not be rendered).
 
-    Rendered by transformers in its sandbox: a template comes with the model and can hold anything.
+    Rendered by transformers in its sandbox, which limits neither time nor memory: a template comes with the model and
+    can hold anything. So it is done by a process of its own, which ends after SECONDS, MEMORY or LENGTH.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = tokenizer_config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         tokens[name] = token if isinstance(token, str) else ""
-    try:
-        texts, _ = render_jinja_template(
-            conversations=[[dict(message) for message in CONVERSATION]],
-            chat_template=template,
-            add_generation_prompt=True,
-            **tokens,
-        )
-    except Exception as error:  # whatever a foreign template may raise: the card must be written all the same
-        return None, f"{type(error).__name__}: {first_line(error)}"
-    return str(texts[0]), ""
+    limits = {"seconds": SECONDS, "memory": MEMORY, "length": LENGTH}
+    request = {"template": template, "tokens": tokens, "conversation": CONVERSATION, "limits": limits}
+    text, why = _rendered(json.dumps(request))
+    return text, why if len(why) <= LONGEST else why[:LONGEST] + " ..."

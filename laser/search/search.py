@@ -28,7 +28,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.in_data import UNSEEN
 from laser.moments import Moments
-from laser.plan import Plan
+from laser.plan import Plan, check_lowest_snr
 from laser.search.candidates import (
     DATA,
     ORDERS,
@@ -141,6 +141,7 @@ def search(
     checkpoint = model.checkpoint
     spectra.source.require(checkpoint, "spectra")
     _check(calibration, held_out, accept, order, shortlist, grid)
+    check_lowest_snr(lowest_snr)
     if any(rule.startswith(DATA) for rule in rules):
         require_same_moments(spectra, moments)
     plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)

@@ -15,10 +15,14 @@ class Api:
     """Remembers what it was asked for."""
 
     calls: list[tuple[str, dict[str, Any]]]
+    there: tuple[str, ...] = ()  # in the repository
 
     def create_repo(self, repo: str, **options: Any) -> str:
         self.calls.append(("create", {"repo": repo, **options}))
         return f"https://hub/{repo}"
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        return [".gitattributes", "README.md", "model.safetensors.index.json", *self.there]
 
     def upload_folder(self, **options: Any) -> None:
         self.calls.append(("upload", options))
@@ -68,3 +72,35 @@ def test_what_is_not_finished_is_not_uploaded(
 def test_off_line_it_says_so(out: Path, run: Callable[..., Any]) -> None:
     code, _, err = run("push", out, "maker/x")
     assert code == 1 and "maker/x: the Hub cannot be reached" in err
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".env", "laser.lock", "deeper/x", "laser/x.tmp", "x.safetensors.tmp"])
+def test_what_laser_did_not_write_is_not_uploaded(
+    out: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    Api.calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(b"secret")
+    assert f"holds {name}, which laser did not write" in run("push", out, "maker/x")[2]
+    (out / name).unlink()
+    (out / "README.md").unlink(missing_ok=True)
+    (out / "README.md").symlink_to(out / "config.json")
+    assert "holds README.md, which laser did not write" in run("push", out, "maker/x")[2]
+    (out / "README.md").unlink()
+    config = (out / "config.json").read_bytes()
+    (out / "config.json").write_bytes(config + b" ")
+    assert "config.json: found sha256" in run("push", out, "maker/x")[2]
+    assert Api.calls == []
+
+
+def test_a_repository_with_other_weights_is_not_mixed(
+    out: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Filled(Api):
+        there = ("model.safetensors",)
+
+    Filled.calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Filled)
+    assert "maker/x holds model.safetensors, which is not in" in run("push", out, "maker/x")[2]
+    assert [what for what, _ in Filled.calls] == ["create"]

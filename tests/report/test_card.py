@@ -20,6 +20,7 @@ from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Unlike
 from laser.plan import Plan, PlanLine
 from laser.reduction import Outcome
+from laser.report import chat
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
@@ -364,6 +365,28 @@ def test_the_chat_format_is_the_template_rendered(source: CardSource) -> None:
 def test_a_template_that_fails_does_not_stop_the_card(template: str, source: CardSource) -> None:
     text = card("m", outcome_of(), dataclasses.replace(source, chat_template=template))
     assert "has a chat template that could not be rendered" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than 2 s"),
+        ("{{ 2 ** (10 ** 9) }}", "took longer than 2 s"),  # one instruction, in which no signal is handled
+        ("{{ 'a' * 10 ** 10 }}", "more than 512 MiB"),
+        ("{{ 'a' * 10 ** 6 }}", "1000000 characters, expected 100000"),
+        ("{{ '\ud800' }}", "UnicodeEncodeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
+    ],
+)
+def test_a_template_has_limits_of_time_memory_and_length(
+    template: str, why: str, source: CardSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 2)
+    assert chat.render("{{ bos_token }}", {"bos_token": "<s>"}) == ("<s>", "")
+    text, told = chat.render(template, {})
+    assert text is None and why in told and "\n" not in told
 
 
 def test_no_template(source: CardSource) -> None:

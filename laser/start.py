@@ -1,0 +1,38 @@
+"""The first thing that `import laser` does, before the seconds in which torch is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+INTERRUPTED = 130
+
+
+def begin() -> None:
+    """End in one line on Windows, and, where this process is the command `laser`, on an interrupt from now on."""
+    if sys.platform == "win32":  # which lacks modules that are imported below
+        raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
+    if is_command() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, too_early)
+
+
+def is_command() -> bool:
+    """Whether this process was started as `laser` or `python -m laser`."""
+    asked = sys.orig_argv
+    by_module = any(pair == ("-m", "laser") for pair in pairwise(asked))
+    return Path(sys.argv[0] if sys.argv else "").name == "laser" or (by_module and sys.argv[0] == "-m")
+
+
+def too_early(_number: int = 0, _frame: FrameType | None = None) -> None:
+    """Interrupted while libraries are imported, some of which would catch an exception and go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.write(2, b"laser: interrupted; nothing was written\n")
+    os._exit(INTERRUPTED)
+
+
+begin()

@@ -1,0 +1,54 @@
+"""The first and the last moment of the command: imports, interrupts, what is printed, and whose code is run."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "laser"
+LOADERS = {"from_pretrained", "from_config", "load_dataset", "HFLM"}
+
+
+def test_every_loader_is_told_to_run_no_code_of_a_model() -> None:
+    calls = 0
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", None))
+            if isinstance(node, ast.Call) and name in LOADERS:
+                told = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                assert told.get("trust_remote_code") is False, f"{path.name}, line {node.lineno}: {name}"
+                calls += 1
+    assert calls >= 9
+
+
+@pytest.mark.parametrize("wait", [0.25, 0.8])
+def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float) -> None:
+    child = subprocess.Popen([sys.executable, "-m", "laser", "devices"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(wait)
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, which Linux has")
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-m", "laser", "devices"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.startswith(b"laser: cannot write: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_windows_is_told_in_one_line() -> None:
+    code = "import sys; sys.platform = 'win32'; import laser"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 1 and done.stderr == (
+        b"laser: Windows is not supported; try it in WSL, where it runs as on Linux\n"
+    )
