@@ -21,8 +21,9 @@ from laser.publication import write_card
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
-from laser.spectral.decomposition import Certificate, Truncation, singular_values, truncate
+from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import singular_values, truncate
 from laser.spectral.rules import RULES, Cut, apply_rule
 from laser.verification import Verification, verify
 

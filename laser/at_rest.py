@@ -11,6 +11,7 @@ from pathlib import Path
 from laser.checkpoint.at_rest import damage
 from laser.checkpoint.files import is_sealed, journal_is_whole
 from laser.checkpoint.records import parse
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.writer import RECORDS
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
@@ -48,15 +49,15 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         if name in there:
             check(name, lambda path, kind=kind: bool(kind.load(path)))
     if SEARCH in there:
-        check(SEARCH, lambda path: is_sealed(parse(path.read_bytes())))
+        check(SEARCH, lambda path: is_sealed(parse(read_regular(path))))
     if TRIALS in there:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
-        check(SOURCE, lambda path: is_sealed(parse(path.read_bytes())))
+        check(SOURCE, lambda path: is_sealed(parse(read_regular(path))))
     return problems
 
 
 def _is_plan_of(path: Path, outcome: Outcome) -> bool:
     """Whether a plan is the one that was carried out, written as laser writes it."""
     plan = Plan.load(path)
-    return path.read_bytes() == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
+    return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan

@@ -22,6 +22,7 @@ from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.records import has_shape, parse
+from laser.checkpoint.regular import require_regular
 from laser.errors import RecordError, first_line
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
@@ -72,6 +73,7 @@ class Parts:
     def _told(self, path: Path) -> dict[str, Any] | None:
         """What the metadata of a file say that is as it was written; None for any other, or none."""
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 told = dict(file.metadata() or {})
                 check = told.pop("check", "")

@@ -13,9 +13,10 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import Plan, PlanLine
 from laser.spectra import Spectra
+from laser.spectral.certificate import Truncation
 from laser.spectral.data_metric import data_values, relative_error, rounding_error, truncate_in_metric
-from laser.spectral.decomposition import Truncation, singular_values
 from laser.spectral.devices import Device
+from laser.spectral.factorise import singular_values
 from laser.spectral.rules import energy_share
 from laser.spectral.unit import in_unit
 

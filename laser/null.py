@@ -17,8 +17,8 @@ from laser.checkpoint.reader import Checkpoint
 from laser.errors import NumericalError, UsageError
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, describe_failure
-from laser.spectral.decomposition import check_storage, singular_values
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import check_storage, singular_values
 from laser.spectral.permutation import KINDS, largest_singular_value, permuted
 from laser.spectral.rules import apply_rule, draws_needed, parse_rule
 

@@ -31,12 +31,12 @@ from laser.plan import Plan, Treatment, line_of
 from laser.reduction import VERSION, Outcome, by_shard, check_measured, describe_by, record_of, run_of
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, assemble, describe_failure, measure
-from laser.spectral.decomposition import METHODS
-from laser.spectral.decomposition import visit as factorise
 from laser.spectral.devices import Device
-from laser.spectral.entries import excess_kurtosis
+from laser.spectral.factorise import METHODS
+from laser.spectral.factorise import visit as factorise
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
+from laser.spectral.spectrum import excess_kurtosis
 
 Result = tuple[Measured, torch.Tensor | None, dict[str, Any] | None]
 

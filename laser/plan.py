@@ -23,12 +23,10 @@ from laser.errors import RecordError, UsageError
 from laser.in_data import Calibration, in_data_metric, line_in_data
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
-from laser.spectral.entries import HEAVY, edge_shift
-from laser.spectral.fit import NoiseFit, fit_noise
-from laser.spectral.noise import estimate
-from laser.spectral.resolution import at_threshold, precision_of
+from laser.spectral.noise import NoiseFit, estimate, fit_noise
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
+from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
 KIND, VERSION, EARLIER = "plan", 2, 1  # the earlier one is like it, but of a model on the Hub alone knows the weights
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
@@ -67,7 +65,7 @@ class PlanLine:
     energy_kept: float | None = None  # predicted share of the squared singular values
     fit: float | None = None  # Kolmogorov-Smirnov distance of the bulk from the law of noise
     fit_level: float | None = None  # share of pure noise that lies as far from it; small: the bulk is not such noise
-    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (entries.py); None: not measured
+    edge_shift: float | None = None  # by the entries' tails, in Tracy-Widom units (spectrum.py); None: not measured
     below: int = 0  # of `rank`, how many are the smallest singular values, kept by a two-sided plan
     shrink: str | None = None  # shrinker of the kept values above (shrinkage.py)
     noise: float | None = None  # the sigma that shrinking and the lower edge go by, in the unit of the weights

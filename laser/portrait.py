@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from laser.errors import UsageError
 from laser.plan import DEFAULT_ESTIMATOR
 from laser.spectra import Spectra
-from laser.spectral.fit import fit_noise
-from laser.spectral.noise import estimate
+from laser.spectral.noise import estimate, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
 
 CURVE = 60  # points of the fitted law's curve

@@ -14,7 +14,6 @@ Records read, all optional but the first:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -27,8 +26,10 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.files import read_json, require_sealed, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
+from laser.checkpoint.headers import is_deep, sha256_of
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
+from laser.checkpoint.side_files import read_own
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
@@ -138,7 +139,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         if re.fullmatch(r"[0-9a-f]{64}", blob):
             shards[shard.name] = blob
         elif hash_source:
-            shards[shard.name] = _sha256(shard.path)
+            shards[shard.name] = sha256_of(shard.path)
     files, licences = _licences(path)
     # Each tensor of the headers once: tied weights are stored once and counted once.
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -148,7 +149,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         hub_id=hub_id,
         revision=revision,
         readme=_text(path / CARD),
-        config=dict(checkpoint.config),
+        config=_plain(dict(checkpoint.config)),
         tokenizer_config=_object(path / "tokenizer_config.json"),
         chat_template=_text(path / "chat_template.jinja"),
         parameters=parameters,
@@ -195,7 +196,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     return CardSource(
         name=outcome.plan.source.name,
         identity=outcome.plan.source.identity,
-        config=_object(out / "config.json") or dict(open_checkpoint(out).config),
+        config=_object(out / "config.json") or _plain(dict(open_checkpoint(out).config)),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text(out / "chat_template.jinja"),
         licence_files=files,
@@ -312,14 +313,11 @@ def _is_ours(path: Path) -> bool:
     return isinstance(tags, list) and TAGS[0] in tags
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _text(path: Path) -> str | None:
-    """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown."""
-    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None
+    """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown. A link in
+    its place counts as absent: what is read here goes into the card and its record."""
+    data = read_own(path.parent, path.name)
+    return None if data is None else data.decode("utf-8", "replace")
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -328,4 +326,16 @@ def _object(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _plain(found) if isinstance(found, dict) and not is_deep(found) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config as strict JSON has it: NaN and Infinity, as in Mamba's time_step_limit, become their names,
+    and half a character, of which no file can be made, a question mark."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

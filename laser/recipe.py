@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.records import named
+from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError, UsageError, first_line
 
 # flag -> type of its value, spelled as on the command line without the dashes
@@ -47,7 +48,7 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
         if not path.is_file():
             raise UsageError(f"no recipe {name_or_file!r}; try one of {', '.join(packaged())}, or a TOML or YAML file")
         try:
-            text, suffix = path.read_bytes().decode(), path.suffix
+            text, suffix = read_regular(path).decode(), path.suffix
         except (OSError, ValueError) as error:
             raise RecordError(f"recipe {name_or_file} cannot be read ({first_line(error)}); mend it") from error
     import yaml  # comes with huggingface_hub; imported when met

@@ -19,7 +19,7 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import read_json
 from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
-from laser.checkpoint.hub import drop, require_content
+from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.records import require_finite, require_keys, value_of
@@ -31,8 +31,9 @@ from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
-from laser.spectral.decomposition import METHODS, Truncation, truncate
+from laser.spectral.certificate import Truncation
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import METHODS, truncate
 from laser.spectral.rules import signal_to_noise
 
 KIND, VERSION = "outcome", 2
@@ -213,8 +214,6 @@ def reduce(
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
     hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
-    if hub is not None:
-        require_content(hub)
     if evict and hub is None:
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}

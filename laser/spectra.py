@@ -30,11 +30,11 @@ from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
 from laser.measured import ENTRY, Measured, from_entry, to_entry
 from laser.selection import Selection
-from laser.spectral.decomposition import METHODS
-from laser.spectral.decomposition import measure as measure_values
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.entries import excess_kurtosis
+from laser.spectral.factorise import METHODS
+from laser.spectral.factorise import measure as measure_values
 from laser.spectral.permutation import null_largest
+from laser.spectral.spectrum import excess_kurtosis
 
 if TYPE_CHECKING:
     from laser.moments import Moments
@@ -122,7 +122,7 @@ class Source:
 class Spectra:
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
-    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (entries.py)
+    kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
     data: all of that again in the metric of the data, where the scan was given moments

@@ -16,11 +16,9 @@ from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
-from laser.spectral.entries import edge_shift
-from laser.spectral.fit import fit_noise
-from laser.spectral.noise import estimate
+from laser.spectral.noise import estimate, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
-from laser.spectral.statistics import ENERGIES, describe_spectrum
+from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift
 
 # What a matrix of a fused tensor is called behind the tensor's name: trainers know the tensor only.
 CUT = r"\[[\w,]+\]$"

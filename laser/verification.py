@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.fingerprint import require_unchanged
-from laser.checkpoint.headers import Shard, TensorInfo, pieces
+from laser.checkpoint.headers import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.regular import open_regular
 from laser.edits import check_projection, require_moments
 from laser.moments import Moments
 from laser.reduction import Outcome
-from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.factorise import singular_values
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
 
@@ -74,9 +74,7 @@ def verify(
             continue
         expected = outcome.shards.get(shard.name)
         if expected is not None:  # the others are copies: every tensor in them is compared below
-            with (out / shard.name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if expected != digest:
+            if expected != (digest := sha256_of(out / shard.name)):
                 problems.append(f"{shard.name}: found sha256 {digest[:12]}, expected {expected[:12]}")
     if problems:
         return Verification(0, 0, tuple(problems))
@@ -116,7 +114,7 @@ def _same(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
 
 
 def _same_bytes(shard: Shard, copy: Path, info: TensorInfo) -> bool:
-    with copy.open("rb") as file:
+    with open_regular(copy) as file:
         file.seek(info.start)
         return all(piece == file.read(len(piece)) for piece in pieces(shard, info.start, info.end))
 

@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laser.spectral.decomposition import METHODS
 from laser.spectral.devices import Device, choose_device, full_precision, host_threads, synchronise
+from laser.spectral.factorise import METHODS
 from laser.spectral.gram import factors_by_gram, spectrum_of, values_by_gram
 from laser.spectral.measuring import chip
 from laser.spectral.projector import factors_by_projector

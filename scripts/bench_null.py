@@ -2,9 +2,9 @@
 
     python scripts/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian] [--shapes 4096x4096,8x4096]
 
-Gaussian matrices are drawn in bidiagonal form (fit.py), which has exactly their law of singular values; all others are
-drawn whole. Every cell: mean / largest number of values kept, over all draws. `flagged`: share of the draws that a plan
-flags: the bulk fits at a level under 0.01, or the tails of the entries move the edge. With --only gaussian even
+Gaussian matrices are drawn in bidiagonal form (noise.py), which has exactly their law of singular values; all others
+are drawn whole. Every cell: mean / largest number of values kept, over all draws. `flagged`: share of the draws that a
+plan flags: the bulk fits at a level under 0.01, or the tails of the entries move the edge. With --only gaussian even
 the large shapes cost a second a draw.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.entries import HEAVY, edge_shift, excess_kurtosis
-from laser.spectral.fit import fit_noise, gaussian_spectrum
+from laser.spectral.factorise import singular_values
+from laser.spectral.noise import fit_noise, gaussian_spectrum
 from laser.spectral.rules import apply_rule
+from laser.spectral.spectrum import HEAVY, edge_shift, excess_kurtosis
 
 SHAPES = ((4096, 4096), (14336, 4096), (1024, 4096), (1536, 576), (576, 192), (8, 4096))
 RULES = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom:0.05", "gavish-donoho", "bema")

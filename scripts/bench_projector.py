@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from laser.errors import NumericalError
-from laser.spectral.decomposition import truncate
 from laser.spectral.devices import Device, choose_device, full_precision, synchronise
+from laser.spectral.factorise import truncate
 from laser.spectral.gram import gram
 from laser.spectral.projector import UNRESOLVED, finest, matrix_sign, resolved_sign
 

@@ -21,13 +21,13 @@ import torch
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.selection import Selection, parse_layers
-from laser.spectral.decomposition import singular_values
 from laser.spectral.devices import HOST, choose_device, full_precision
+from laser.spectral.factorise import singular_values
 from laser.spectral.gram import gram
 from laser.spectral.permutation import null_largest
 from laser.spectral.projector import UNRESOLVED, matrix_sign
-from laser.spectral.resolution import at_threshold
 from laser.spectral.rules import RULES, apply_rule
+from laser.spectral.spectrum import at_threshold
 
 ARGUMENTS = {"energy": "energy:0.9", "fraction": "fraction:0.3", "rank": "rank:64"}
 

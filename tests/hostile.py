@@ -1,8 +1,9 @@
 """Hostile checkpoints: each attack breaks a whole one in its own way; HOSTILE says what the error must say."""
 
 import json
+import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,62 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (only_pickles, r"pytorch_model.bin is not a zip file, .* it was not opened"),
     (nothing_there, "holds neither model.safetensors.index.json nor model.safetensors"),
 ]
+
+
+# --- headers at random: what laser takes, safetensors takes -----------------------------------------------------------
+
+VALUES = (
+    *("null", "true", "-0", "0", "-1", "1", "1.0", "1e2", "1e400", "NaN", "-Infinity", str(2**63), str(2**64)),
+    *("9" * 400, "9" * 5000, '""', '"F32"', '"BF17"', '"\\ud800"', '"\\ud83d\\ude00"', '"a\\u0000"', "[]", "{}", "[1]"),
+    *("[0,4]", "[4,0]", "[0,4,4]", "[-0,4]", '["F32"]', '{"a":"b"}', '{"a":1}', '{"a":1,"a":2}', "[" * 90 + "]" * 90),
+    *("[" * 130 + "]" * 130, "[" * 5000 + "]" * 5000, f"[{2**62},{2**62},0]", f"[0,{2**64 - 1}]", f"[{2**32},{2**32}]"),
+)
+KEYS = ("dtype", "shape", "data_offsets", "__metadata__", "extra", "", "a\\u0000b", "\\ud800", "é")
+BYTES = (b"", b"\xff", b"\xef\xbb\xbf", b"\0", b" ", b"\n", b"\t", b"\x0c", b'"', b",", b"0", b"-", b"}", b"\xc2\xa0")
+
+
+def mutated_header(draw: random.Random, header: Mapping[str, Any]) -> bytes:
+    """The JSON text of a header of which one to three things are changed: values, keys, or the bytes themselves."""
+    entries = {json.dumps(key): {json.dumps(k): json.dumps(v) for k, v in e.items()} for key, e in header.items()}
+    whole: dict[str, str] = {}  # entries that are replaced by one value
+    more: list[tuple[str, str]] = []  # keys that come again, or are new
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        name = draw.choice(list(entries))
+        kind = draw.randrange(6)
+        if kind == 0:
+            entries[name][draw.choice(list(entries[name]) or ['"dtype"'])] = draw.choice(VALUES)
+        elif kind == 1:
+            entries[name][f'"{draw.choice(KEYS)}"'] = draw.choice(VALUES)
+        elif kind == 2 and entries[name]:
+            del entries[name][draw.choice(list(entries[name]))]
+        elif kind == 3:
+            whole[name] = draw.choice(VALUES)
+        elif kind == 4:
+            more.append((f'"{draw.choice(KEYS)}"', draw.choice(VALUES)))
+        else:
+            more.append((name, "{}"))
+    pairs = [(k, whole.get(k) or "{" + ",".join(f"{a}:{b}" for a, b in e.items()) + "}") for k, e in entries.items()]
+    text = ("{" + ",".join(f"{k}:{v}" for k, v in draw.sample(pairs, len(pairs)) + more) + "}").encode()
+    if draw.random() < 0.3:
+        at = draw.randrange(len(text) + 1)
+        text = text[:at] + draw.choice(BYTES) + text[at + draw.randint(0, 1) :]
+    return text
+
+
+CONFIG_VALUES = (
+    *("null", "true", "-1", "0", "1", "1000000000", "1e308", "NaN", "Infinity", "9" * 4000, "9" * 5000, "0.5", '""'),
+    *('"\\u0000\\u001b[2J\\u202e"', '"mixtral"', '"nothing_of_the_kind"', "[]", "{}", '[1,"a",null]', '{"a":{"b":[]}}'),
+    *("[" * 500 + "]" * 500, "[" * 100000 + "]" * 100000, '"' + "x" * 100000 + '"', '{"a":1,"a":2}', '"\\ud800"'),
+)
+
+
+def mutated_config(draw: random.Random, config: Mapping[str, Any]) -> bytes:
+    """A config's JSON text of which one to three entries, or all, are changed."""
+    if draw.random() < 0.1:
+        return draw.choice(CONFIG_VALUES).encode()
+    pairs = {json.dumps(key): json.dumps(value) for key, value in config.items()}
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        more = ("quantization_config", "text_config", "rope_scaling", "transformers_weights", "layer_types", "auto_map")
+        key = draw.choice([*pairs, *map(json.dumps, more)])
+        pairs[key] = draw.choice(CONFIG_VALUES)
+    return ("{" + ",".join(f"{key}:{value}" for key, value in pairs.items()) + "}").encode()

@@ -28,6 +28,7 @@ from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.search.runner import Trial
 from laser.search.search import Report
+from laser.spectra import Source
 
 Place = tuple[Any, ...]
 Document = Any
@@ -392,6 +393,6 @@ def searched(checkpoint: laser.Checkpoint, trials: list[dict[str, Any]]) -> dict
     names = [field.name for field in fields(Trial)]
     report = Report("loss", "nats per token", "t", 4, 124, 3.0, 0.1, 3.1, 0.1, 0.1, 0.05, None)
     rows = [{"alone": False, "predicted": None} | {k: x for k, x in trial.items() if k in names} for trial in trials]
-    told = {"kind": "search", "version": 2, "source": asdict(laser.spectra.Source.of(checkpoint)), "trials": rows}
+    told = {"kind": "search", "version": 2, "source": asdict(Source.of(checkpoint)), "trials": rows}
     told |= {"calibration": asdict(report), "held_out": [asdict(report)], "rank_correlation": None}
     return told | {"families": {"plain": {"trials": len(rows), "accepted": 0, "kept": 0, "best": 0}}}

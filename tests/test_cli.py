@@ -358,3 +358,10 @@ def test_lowest_snr_is_a_count_from_python_too(count: Any, pico: Path) -> None:
     spectra = laser.scan(laser.open_checkpoint(pico), laser.Selection(roles=("q",)))
     with pytest.raises(laser.UsageError, match="--lowest-snr"):
         laser.make_plan(spectra, "mp-edge", lowest_snr=count)
+
+
+@pytest.mark.parametrize("words", [(), ("--lowest-snr", 5)])
+def test_one_rule_is_one_rule_before_the_scan(words: tuple[Any, ...], run: Run, pico: Path, tmp_path: Path) -> None:
+    """Several are for a search; without one they are refused before anything is read or written."""
+    code, _, err = run("run", pico, "-o", tmp_path / "o", "--rule", "mp-edge,laser-rmt", "--no-search", *words)
+    assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "o").exists()

@@ -8,7 +8,7 @@ import pytest
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.spectra import Spectra
-from laser.spectral import decomposition, measuring
+from laser.spectral import factorise, measuring
 from laser.spectral.probe import Probe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -59,7 +59,7 @@ def test_steps_that_failed_are_in_the_record_and_on_the_screen(
     def fail(*_: object) -> None:
         raise LinAlgError("injected")
 
-    monkeypatch.setitem(decomposition._FACTORS, "gram", fail)
+    monkeypatch.setitem(factorise._FACTORS, "gram", fail)
     out = tmp_path / "out"
     code, told, _ = run(
         *("run", str(pico), "-o", str(out), "--rule", "fraction:0.5", "--no-search", "--roles", "q", "--device", "cpu")
@@ -71,7 +71,7 @@ def test_steps_that_failed_are_in_the_record_and_on_the_screen(
     )
     matrices = json.loads((out / "laser.json").read_text())["matrices"]
     assert {(m["method"], m["note"]) for m in matrices.values()} == {("svd", "gram: injected")}
-    monkeypatch.setitem(decomposition._VALUES, "gram", fail)
+    monkeypatch.setitem(factorise._VALUES, "gram", fail)
     record = tmp_path / "s.safetensors"
     assert run("scan", str(pico), "-o", str(record), "--roles", "q", "--device", "cpu")[0] == 0
     for notes in (Spectra.load(record).notes, Spectra.load(out / "laser" / "spectra.safetensors").notes):

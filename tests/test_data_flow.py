@@ -123,7 +123,7 @@ def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_
     moments, plan = tmp_path / "m.safetensors", tmp_path / "plan.json"
     picked = ("--roles", "q,o", "--layers", "1-2", "--text", text, "--window", 64)
     assert run("calibrate", speaker, "-o", moments, *picked, "--windows", 6)[0] == 0
-    asked = (*picked, "--windows", 6, "--held-out-windows", 4, "--accept", "no-worse", "--lowest-snr", 0)
+    asked = (*picked, "--windows", 6, "--held-out-windows", 4, "--accept", "no-worse", "--lowest-snr", "all")
     rules = ("--rules", "fraction:0.5,data:fraction:0.5,data:parallel:0.25")
     code, _, error = run("search", speaker, "-o", plan, *asked, *rules)
     assert code == 2 and "needs moments, and spectra that were scanned with them" in error
@@ -262,7 +262,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     # A search by rules of both kinds says so, too, in its plan and on the card.
     (tmp_path / "text.txt").write_text(" ".join(f"{i * i} foxes jump over {i} dogs;" for i in range(99)))
     asked = ("--roles", "w1", "--layers", 1, "--text", tmp_path / "text.txt", "--window", 64, "--windows", 4)
-    asked += ("--held-out-windows", 2, "--lowest-snr", 0, "--spectra", tmp_path / "s", "--accept", "no-worse")
+    asked += ("--held-out-windows", 2, "--lowest-snr", "all", "--spectra", tmp_path / "s", "--accept", "no-worse")
     searched, rules = tmp_path / "plan.json", "fraction:0.5,data:fraction:0.5"
     code, _, error = run(
         "search", speaker, "-o", searched, *asked, "--rules", rules, "--moments", tmp_path / "m.safetensors"

@@ -37,13 +37,24 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float) -> N
     assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
 
 
-def test_a_full_disk_behind_stdout_is_one_line() -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_behind_stdout_is_one_line(buffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if buffered:
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, which Linux has")
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([sys.executable, "-m", "laser", "devices"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and done.stderr.startswith(b"laser: cannot write: ")
     assert done.stderr.count(b"\n") == 1
+
+
+def test_without_stderr_nothing_is_said_on_stdout() -> None:
+    words = f'exec 2>&-; exec "{sys.executable}" -m laser scan nothing-there -o x'
+    done = subprocess.run(["sh", "-c", words], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_windows_is_told_in_one_line() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from laser.checkpoint.files import is_sealed
+from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import INDEX, OUTCOME
 from laser.checkpoint.records import named, parse, value_of
+from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -27,12 +28,6 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
         if path.is_file() and not ours and not passing:
             sums[relative.as_posix()] = sha256_of(path)
     return sums
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:
@@ -58,7 +53,7 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = parse((out / OUTCOME).read_bytes())
+            document = parse(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
     if not isinstance(document, dict) or not is_sealed(document):
@@ -66,9 +61,6 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     check_names(document, OUTCOME, "make the output again with --force")
     problems = []
     for name, expected in document.get("files", {}).items():
-        if (out / name).exists() and not (out / name).is_file():
-            problems.append(f"{name} is no regular file; expected the source's file")
-            continue
         try:
             found = sha256_of(out / name)
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.locks import replacing
 from laser.checkpoint.records import has_shape, named, parse, shown
+from laser.checkpoint.regular import read_regular
 from laser.errors import CheckpointError, OutputError, RecordError
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
@@ -77,7 +79,7 @@ def require_sealed(document: Any, path: Path, kind: str) -> None:
 def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
     try:
-        document = parse(path.read_bytes())
+        document = parse(read_regular(path))
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
     except (OSError, ValueError) as error:
@@ -138,7 +140,7 @@ class Journal:
     def _load(self, run: Mapping[str, Any]) -> int:
         """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
         whole = 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = read_regular(self.path, math.inf).splitlines(keepends=True)
         for number, line in enumerate(lines):
             entry = self._checked(line, first=number == 0)
             if entry is None:
@@ -240,7 +242,7 @@ class Journal:
 def journal_is_whole(path: Path) -> bool:
     """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
     last = b""
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_regular(path, math.inf).splitlines(keepends=True):
         match = CHECKED.search(line)
         if not match or not line.endswith(b"\n") or _check(last, line[: match.start()] + b"}") != match[1]:
             return False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.side_files import ADAPTER
 
 GGUF = b"GGUF"  # how such a file begins
@@ -222,7 +223,7 @@ ROWS = tuple((row, re.compile(row.pattern)) for row in FORMATS)
 
 def what_lies_in(folder: Path) -> str | None:
     """What a folder without config.json or without weights is, and what to do; None where nothing is recognised."""
-    return _recognise(folder, _names(folder), lambda name: (folder / name).read_bytes())
+    return _recognise(folder, _names(folder), lambda name: read_regular(folder / name))
 
 
 def what_lies_on_hub(repo: str, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
@@ -261,7 +262,7 @@ def pointer(path: Path) -> str | None:
 
 def begins_with(path: Path, magic: bytes) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(magic)) == magic
     except OSError:
         return False

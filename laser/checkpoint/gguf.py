@@ -22,6 +22,7 @@ from laser.checkpoint.formats import GGUF, SHARD, pointer
 from laser.checkpoint.gguf_rope import FACTORS, rope_scaling
 from laser.checkpoint.mistral import TORCH_NAMES, expected, halves_from_pairs
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError, UsageError, first_line
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -143,7 +144,7 @@ def _reader(path: Path) -> Any:
     except ImportError as error:
         raise UsageError("reading GGUF needs the gguf package; try pip install 'laser-rmt[gguf]'") from error
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if told := pointer(path):
                 raise CheckpointError(told)
             if file.read(4) != GGUF:

@@ -22,16 +22,16 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.answers import session
 from laser.checkpoint.formats import what_lies_on_hub
-from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header
+from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import WEIGHTS, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError, LaserError, first_line
 
 T = TypeVar("T")
-SMALL = (
-    64 << 20
-)  # bytes of a shard in the cache up to which it is hashed when it is opened; others when they are reduced
+# Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.
+SMALL = 64 << 20
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
@@ -94,7 +94,7 @@ def find(model: str) -> Hub | None:
 def _order(folder: Path) -> tuple[str, ...]:
     """The files for which transformers looks, by a snapshot's config; whoever opens it says how that is damaged."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError):
         config = None
     return order(config if isinstance(config, dict) else {})
@@ -118,7 +118,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
         return None
     with hub_errors(repo, revision):
         names = sorted(_plain(repo, HfApi().model_info(repo, revision=revision).siblings))
-        return what_lies_on_hub(repo, names, lambda name: _to_cache(repo, name, revision).read_bytes())
+        return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
 
 
 def listing(hub: Hub) -> frozenset[str]:
@@ -197,9 +197,7 @@ def require_content(hub: Hub, largest: int | None = None) -> None:
             continue
         if largest is not None and local.stat().st_size > largest:
             continue
-        with local.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
+        if (found := sha256_of(local)) != expected:
             raise CheckpointError(
                 f"{local} was damaged in the Hub's cache: found sha256 {found[:12]}, expected {expected[:12]}; remove "
                 f"{local.resolve()}, and run the same command again"
@@ -276,9 +274,7 @@ def _download(hub: Hub, name: str) -> Path:
             f"{hub.repo}/{name} changed on the Hub: found ETag {found}, expected {expected}; run the command again"
         )
     if re.fullmatch(r"[0-9a-f]{64}", expected):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected:
+        if (digest := sha256_of(path)) != expected:
             drop(hub, name)  # or the cache would give the damaged file to everybody
             raise CheckpointError(
                 f"{hub.repo}/{name}: found sha256 {digest}, expected {expected}: damaged on its way; run again"

@@ -10,11 +10,12 @@ from typing import Any
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.headers import file_pieces
 from laser.checkpoint.locks import replacing
+from laser.checkpoint.regular import open_regular
 
 
 def read_json_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a file of our own, and where its data begin."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(size)), 8 + size
 

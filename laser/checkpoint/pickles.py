@@ -18,6 +18,7 @@ import torch
 
 from laser.checkpoint.formats import pointer
 from laser.checkpoint.headers import Shard
+from laser.checkpoint.regular import open_regular
 from laser.checkpoint.virtual import DTYPES, virtual_shard
 from laser.errors import CheckpointError, first_line
 
@@ -40,7 +41,7 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
     """
     try:
         stamp = _stamp(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error

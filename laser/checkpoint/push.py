@@ -10,11 +10,10 @@ from laser.checkpoint.at_rest import CARD, damage
 from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import hub_errors
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import is_weights
+from laser.checkpoint.writer import JOURNAL, RECORDS
 from laser.errors import OutputError
-
-RECORDS = "laser"
-JOURNAL = f"{RECORDS}/journal.jsonl"
 
 
 def push(out: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -29,7 +28,7 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     if unfinished or not (out / OUTCOME).is_file():
         raise OutputError(f"{out} is not a finished output of laser; finish it with laser reduce --resume first")
     outcome, read = (
-        parse_json((out / OUTCOME).read_bytes(), out / OUTCOME),
+        parse_json(read_regular(out / OUTCOME), out / OUTCOME),
         {s.name for s in open_checkpoint(out).shards},
     )
     made = set(outcome.get("shards") or ()) if isinstance(outcome, dict) else set()

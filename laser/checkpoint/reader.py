@@ -20,10 +20,22 @@ import torch
 from laser.checkpoint.cuts import Cut, read_cut
 from laser.checkpoint.fingerprint import Fingerprint, fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
-from laser.checkpoint.headers import BITS, TORCH, Shard, TensorInfo, file_pieces, parse_json, read_bytes, read_header
+from laser.checkpoint.headers import (
+    BITS,
+    DEEPEST,
+    TORCH,
+    Shard,
+    TensorInfo,
+    file_pieces,
+    is_deep,
+    parse_json,
+    read_bytes,
+    read_header,
+)
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
 from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.weights import (
     INDEX,
     INDEXED,
@@ -77,7 +89,7 @@ class Checkpoint:
             return self.origin.identity
         digest = hashlib.sha256()
         outcome = self.path / OUTCOME
-        parts = [self.config_bytes, self.index_bytes or b"", *([outcome.read_bytes()] if outcome.is_file() else [])]
+        parts = [self.config_bytes, self.index_bytes or b"", *([read_regular(outcome)] if outcome.is_file() else [])]
         for shard in self.shards:
             parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
         for part in parts:
@@ -158,6 +170,8 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
         raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
+    if is_deep(config):
+        raise CheckpointError(f"{about} is nested more than {DEEPEST} deep, which no config is; download it again")
     if release:
         config = config | {"model_type": RELEASE}
     weights = Weights(None, None, _release(path)) if release else _weights(path, hub, config, need)
@@ -274,7 +288,7 @@ def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name}: found no weight_map, expected tensor names and files; download it again")
     for tensor, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not re.search(r"[/\\\0]", shard)
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not re.search(r"[/\\\0-\x1f\x7f]", shard)
         if not plain:
             raise CheckpointError(
                 f"{path.name}: {tensor} points to {shard!r}, expected the name of a file in the same directory; "
@@ -293,6 +307,6 @@ def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any
 
 def _bytes(path: Path, why: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {why or 'download it again'}") from error

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from laser.checkpoint.headers import is_deep
 from laser.errors import RecordError
 
 T = TypeVar("T")
@@ -32,13 +33,8 @@ def parse(data: bytes | str) -> Any:
         document = json.loads(data, object_pairs_hook=each_once)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    level, depth = [document], 0
-    while level:
-        if depth > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
-        inside = [value for value in level if type(value) in (dict, list)]
-        level = [one for value in inside for one in (value.values() if type(value) is dict else value)]
-        depth += 1
+    if is_deep(document, DEEPEST):
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
     return document
 
 

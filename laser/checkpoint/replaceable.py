@@ -9,6 +9,7 @@ from typing import Any
 
 from laser.checkpoint.headers import MAX_HEADER
 from laser.checkpoint.reader import OUTCOME
+from laser.checkpoint.regular import open_regular
 from laser.errors import OutputError
 
 RECORDS = {"spectra", "moments", "plan", "eval", "leaderboard"}
@@ -22,7 +23,7 @@ def require_replaceable(path: Path, kind: str | None) -> None:
         raise OutputError(f"{path} exists and is no file; try another -o")
     found = kind_of(path)
     if kind is None and found is None:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4096)
         if not start or any(mark in start for mark in DRAWN):
             return
@@ -35,7 +36,7 @@ def require_replaceable(path: Path, kind: str | None) -> None:
 def kind_of(path: Path) -> str | None:
     """The kind of a record of laser; None for any other file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length <= min(MAX_HEADER, path.stat().st_size):
                 header = json.loads(file.read(length))
@@ -53,7 +54,7 @@ def _kind(document: Any) -> str | None:
 
 def _torn(path: Path) -> str | None:
     """The kind of a record that is damaged: it has to be possible to make it again."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(1 << 16).translate(None, b"\\ \n")
     return next((kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start), None)
 

@@ -18,6 +18,7 @@ from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut,
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import Journal, disk_errors
 from laser.checkpoint.headers import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
+from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError
 
 
@@ -55,7 +56,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None
 def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
     """Byte ranges of a shard to the same places in `target`: in the kernel where there is such a file, or can be."""
     if shard.data is None or shard.whole is not None:
-        with (shard.whole() if shard.whole else shard.path).open("rb") as source:
+        with open_regular(shard.whole() if shard.whole else shard.path) as source:
             for start, end in ranges:
                 copy_range(source, target, start, end)
         return
@@ -135,7 +136,7 @@ def _untouched_is_there(
 
 def equal_ranges(shard: Shard, file: Path, ranges: Iterable[tuple[int, int]], tick: Callable[[int], None]) -> bool:
     """Whether a file has a shard's bytes in these ranges."""
-    with file.open("rb") as copy_:
+    with open_regular(file) as copy_:
         for start, end in ranges:
             copy_.seek(start)
             at = start
@@ -221,7 +222,7 @@ def _place(shard: Shard, matrix: Matrix) -> tuple[int, Cut]:
 def settle(partial: Path, changed: bool) -> str | None:
     """The shard on the disk for good; its sha256, or None for a plain copy, whose bytes are the source's: hashing it
     would take twice as long as copying it."""
-    with disk_errors(partial), partial.open("rb") as file:
+    with disk_errors(partial), open_regular(partial) as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest() if changed else None
 

@@ -2,13 +2,22 @@
 
 A copy of the weights in another format, or of another moment of the training, would be an unreduced model inside a
 reduced one: whoever loads it measures nothing that laser did. So they stay behind, and the outcome names them.
+
+So do links, but for those of the Hub's cache to its own blobs: an output may be published, and a link in a downloaded
+model can lead to anything on this machine. Shards may be links to anywhere, as people put them on other disks: of
+their bytes only tensors go out, which the header accounts for to the last byte.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
+
+from laser.checkpoint.regular import LARGEST, open_regular, read_regular
+from laser.errors import CheckpointError
 
 # How files of weights end, in any format.
 WEIGHTS = (
@@ -48,7 +57,7 @@ def modules_of(folder: Path) -> tuple[str, ...]:
     Named by modules.json, or called as sentence-transformers calls them and with a config of their own.
     """
     try:
-        listed = json.loads((folder / MODULES).read_bytes())
+        listed = json.loads(read_regular(folder / MODULES))
     except (OSError, ValueError, RecursionError):
         listed = []
     entries = [x for x in listed if isinstance(x, dict)] if isinstance(listed, list) else []
@@ -70,3 +79,58 @@ def stays_behind(folder: Path, relative: Path, modules: tuple[str, ...]) -> bool
         # by name (as Phi-4-multimodal's vision-lora), and is no copy of the weights.
         return len(relative.parts) == 1 or not (folder / inside / ADAPTER).is_file()
     return is_weights(relative.name)
+
+
+# What transformers opens beside the weights, by the names that it knows.
+_OPENED = re.compile(
+    r"(config|generation_config|adapter_config|tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece"
+    r"|sentencepiece|tekken|processor|preprocessor).*|.*\.(model|index\.json)"
+)
+
+
+def require_small_files(folder: Path) -> None:
+    """Raises CheckpointError where transformers, asked to open a folder, would wait for ever or read without end."""
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if not _OPENED.fullmatch(path.name.lower()) or path.is_dir():
+            continue
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size > LARGEST:
+                raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {LARGEST}")
+        except FileNotFoundError:  # a link that leads nowhere: nobody waits for it
+            continue
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; download it again, or remove it") from error
+
+
+def own_file(folder: Path, path: Path) -> Path | None:
+    """The regular file, and no link, behind the `path` inside a source's `folder`, if it is the source's own.
+
+    None for what is no regular file, and for a link, or a path through one, to anywhere but the blobs of the Hub's
+    cache, models--OWNER--NAME/blobs. A blob may be a link itself, into the store that newer caches share.
+    """
+    try:
+        place, target = path.parent.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError):  # it leads nowhere, or round and round
+        return None
+    folder = folder.resolve()
+    if not target.is_file() or not (place == folder or folder in place.parents):
+        return None
+    if target == place / path.name:
+        return target
+    model = folder.parent.parent
+    if folder.parent.name != "snapshots" or not model.name.startswith("models--"):
+        return None
+    blobs = (model / "blobs").resolve()
+    blob = Path(os.path.normpath(place / path.readlink()))
+    if blob.parent.resolve() != blobs:
+        return None
+    store = (model.parent / "blobs").resolve()  # <cache>/blobs/<2 hex>/<xet hash>
+    return target if target.parent == blobs or target.parent.parent == store else None
+
+
+def read_own(folder: Path, name: str) -> bytes | None:
+    """The bytes of a source's own small file; None where it has none of that name, or a link in its place."""
+    file = own_file(folder, folder / name)
+    return None if file is None else read_regular(file, follow=False)

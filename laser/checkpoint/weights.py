@@ -17,6 +17,7 @@ from typing import Any
 from laser.checkpoint.formats import NO_MODEL
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
+from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
 
@@ -90,7 +91,7 @@ def read_by_vllm(names: Collection[str], indexed: Collection[str] | None) -> fro
 def index_at(path: Path) -> dict[str, str]:
     """tensor -> file by an index; empty where it is damaged: whoever needs it says how."""
     try:
-        return {str(tensor): str(file) for tensor, file in json.loads(path.read_bytes())["weight_map"].items()}
+        return {str(tensor): str(file) for tensor, file in json.loads(read_regular(path))["weight_map"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
 

@@ -17,7 +17,6 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -32,11 +31,13 @@ from laser.checkpoint.at_rest import CARD, check_names, damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
-from laser.checkpoint.hub import side_files
+from laser.checkpoint.headers import CHUNK
+from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
+from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
-from laser.checkpoint.side_files import modules_of, stays_behind
+from laser.checkpoint.side_files import modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -65,6 +66,13 @@ def require_apart(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
+    for name in ("config.json", INDEX):  # they go into the output as they are
+        file = source.path / name
+        if file.is_symlink() and own_file(source.path, file) is None:
+            raise OutputError(
+                f"{file} is a link to {file.readlink()}, and what a link leads to is not published; put a copy in its "
+                "place"
+            )
 
 
 MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
@@ -74,10 +82,10 @@ def is_ours(out: Path) -> bool:
     """Whether a directory holds an output of laser, whole or not, by what its files say."""
     try:
         if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
-            with (out / JOURNAL).open("rb") as file:
+            with open_regular(out / JOURNAL) as file:
                 if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
                     return True
-        data = (out / OUTCOME).read_bytes()
+        data = read_regular(out / OUTCOME)
     except OSError:
         return False
     return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
@@ -90,7 +98,7 @@ def require_ours(out: Path) -> None:
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     try:
-        document = json.loads((out / OUTCOME).read_bytes())
+        document = parse(read_regular(out / OUTCOME))
         known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return  # unfinished, or of an older laser: it does not say what it wrote
@@ -140,7 +148,8 @@ def write_checkpoint(
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
     (call `prepare_output` first); what is there is believed once it has been read. `done` is called with each shard
     whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many.
-    Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept.
+    Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept. Raises
+    CheckpointError for weights that were damaged in the Hub's cache.
     """
     if is_settled(source, out):
         document = read_outcome(out)
@@ -150,6 +159,8 @@ def write_checkpoint(
             )
         require_intact(source, out, document, on_check)
         return document
+    if source.hub is not None:
+        require_content(source.hub)
     with Journal(out / JOURNAL, run, shapes=SHAPES) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = _finished(source, out, journal, on_check)
@@ -230,7 +241,7 @@ def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], o
                 f"{out / shard.name} is not what was written there: it was changed or damaged since; try --force to "
                 "make the output again"
             )
-    if source.index_bytes is not None and (out / INDEX).read_bytes() != source.index_bytes:
+    if source.index_bytes is not None and read_regular(out / INDEX) != source.index_bytes:
         raise OutputError(f"{out / INDEX} is not the source's index: it was changed or damaged since; try --force")
     for problem in damage(out, document):
         raise OutputError(f"{out}: {problem}; try --force to make the output again")
@@ -240,7 +251,7 @@ def read_outcome(out: Path) -> dict[str, Any]:
     """laser.json of a finished output. Raises OutputError for one that is not as it was written."""
     where, remedy = str(out / OUTCOME), "try --force to make the output again"
     try:
-        document = parse((out / OUTCOME).read_bytes())
+        document = parse(read_regular(out / OUTCOME))
     except (OSError, ValueError) as error:
         raise OutputError(f"{where} cannot be read ({error}); {remedy}") from error
     if not is_sealed(document):
@@ -387,7 +398,12 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
-        if not path.is_file() or hidden or str(relative) in ours:
+        if hidden or str(relative) in ours or (path.is_dir() and not path.is_symlink()):
+            continue
+        own = own_file(source.path, path)
+        if own is None and str(relative) not in read:
+            left_out.append(f"{relative} ({'a link' if path.is_symlink() else 'no regular file'})")
+        if own is None:
             continue
         if stays_behind(source.path, relative, modules):
             left_out += [] if str(relative) in read else [str(relative)]
@@ -397,7 +413,8 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
             if str(relative) == "config.json":
                 (out / relative).write_bytes(source.config_bytes)  # a view in another dtype has its own
             else:
-                shutil.copyfile(path, out / relative)
+                with open_regular(own, follow=False) as file, (out / relative).open("wb") as target:
+                    shutil.copyfileobj(file, target, CHUNK)
     return left_out
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any, TextIO
 
@@ -65,6 +66,16 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _run(arguments: list[str]) -> None:
+    """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
+    try:
+        app(arguments, prog_name="laser")
+    except SystemExit:  # how typer ends, whatever came of it
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+
+
 def _interrupted(arguments: list[str]) -> int:
     verb = next((a for a in arguments if not a.startswith("-")), "")
     return _say(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", 130)
@@ -72,21 +83,21 @@ def _interrupted(arguments: list[str]) -> int:
 
 def _say(line: str, code: int) -> int:
     """A line on stderr, where that takes it, and the exit code."""
+    if sys.stderr is None:  # closed from the start: `print` would take stdout in its place
+        return code
     try:
         print(visible(line), file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):  # full, closed, or not there
+    except (OSError, ValueError):  # full, or closed since
         _forget(sys.stderr)
     return code
 
 
-def _forget(stream: TextIO | None) -> None:
+def _forget(stream: TextIO) -> None:
     """Let what a stream still holds go nowhere: Python would print a traceback about it at the end."""
-    try:
+    with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno() if stream else 1)
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):
-        return
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,8 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb():
-                app([a for a in arguments if a != "--debug"], prog_name="laser")
-            sys.stdout.flush()
+                _run([a for a in arguments if a != "--debug"])
     except LaserError as error:
         if debug:
             raise

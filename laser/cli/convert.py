@@ -15,8 +15,9 @@ from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.side_files import read_own
 from laser.cli import common
-from laser.errors import UsageError
+from laser.errors import CheckpointError, UsageError
 
 # What a tokenizer may need, copied as it is; weights and params.json stay behind.
 TOKENIZERS = (
@@ -78,5 +79,11 @@ def convert(
 def _from_release(checkpoint: Checkpoint, model: Path) -> tuple[Checkpoint, dict[str, bytes]]:
     if not is_release(checkpoint):
         raise UsageError(f"{model} is in the Hub's format already; try laser scan {model}")
-    side = sorted({path for pattern in TOKENIZERS for path in checkpoint.path.glob(pattern) if path.is_file()})
-    return as_hub(checkpoint), {path.name: path.read_bytes() for path in side}
+    side = sorted({path for pattern in TOKENIZERS for path in checkpoint.path.glob(pattern)})
+    found = {path.name: read_own(checkpoint.path, path.name) for path in side}
+    if lost := [path for path in side if found[path.name] is None and path.is_symlink()]:
+        raise CheckpointError(
+            f"{lost[0]} is a link to {lost[0].readlink()}, and what a link leads to is not copied; put a copy in its "
+            "place"
+        )
+    return as_hub(checkpoint), {name: data for name, data in found.items() if data is not None}

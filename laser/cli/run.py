@@ -40,7 +40,7 @@ from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
-from laser.search.candidates import DATA
+from laser.search.candidates import DATA, family_of
 from laser.search.search import result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -118,14 +118,14 @@ def run(
         "two_sided": two_sided or flags.get("two-sided", False),
         "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
     }
-    for part in wanted.split(","):
-        metric = "data" if part.startswith(DATA) else "plain"
-        Treatment(part.removeprefix(DATA), **treatment, metric=metric).check()
+    rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]
+    for each in rules:
+        Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
-    draws = max(draws_needed(part.removeprefix(DATA)) for part in wanted.split(","))
+    draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
     if dry_run:
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
     if DATA in wanted and moments is None:
@@ -152,11 +152,11 @@ def run(
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
-            metric = "data" if wanted.startswith(DATA) else "plain"
-            return make_plan(spectra, wanted.removeprefix(DATA), chosen, lowest_snr=count, metric=metric, **treatment)
+            bare, metric = wanted.removeprefix(DATA), family_of(wanted)
+            return make_plan(spectra, bare, chosen, lowest_snr=count, metric=metric, **treatment)
         assert measure is not None
         result = search_with_bar(
-            measure.model, spectra, [rule for rule in wanted.split(",") if rule], measure.calibration, measure.reported,
+            measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
             order=order or flags.get("order", "layers"), device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,

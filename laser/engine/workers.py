@@ -28,9 +28,9 @@ from threadpoolctl import ThreadpoolController
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import BITS, Checkpoint
 from laser.errors import UsageError
-from laser.spectral.decomposition import BLOCK_ROWS
 from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host, shared
-from laser.spectral.ladder import device_bytes
+from laser.spectral.factorise import device_bytes
+from laser.spectral.gram import BLOCK_ROWS
 
 T = TypeVar("T")
 # What is done with one matrix: (matrix, its weights (m, n) on the host, the device to use) -> a result.

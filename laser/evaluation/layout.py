@@ -21,6 +21,7 @@ import torch
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import read_bytes
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.side_files import require_small_files
 from laser.errors import CheckpointError, LaserError, UsageError, first_line
 
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -66,12 +67,15 @@ def running(checkpoint: Checkpoint, advice: str, how: str = "") -> Iterator[None
 
 
 def require_hub_format(path: Path) -> None:
-    """Raises UsageError for a directory in Mistral's own format, which transformers does not load."""
+    """Raises UsageError for a directory in Mistral's own format, which transformers does not load, and CheckpointError
+    for one in which it would wait for ever or read without end."""
     if (path / "params.json").exists() and not (path / "config.json").exists():
         raise UsageError(
             f"{path.name} is in Mistral's own format, which transformers does not load; "
             f"try laser convert {path.name} -o {path.name}-hub, and measure that"
         )
+    if path.is_dir():
+        require_small_files(path)
 
 
 # --- the skeleton -----------------------------------------------------------------------------------------------------

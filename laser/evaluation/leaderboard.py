@@ -28,6 +28,7 @@ from laser.checkpoint.files import Journal, read_json, require_sealed, sealed, s
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
+from laser.checkpoint.side_files import require_small_files
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
@@ -393,6 +394,7 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require_small_files(checkpoint.path)
     path = str(checkpoint.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.regular import LARGEST_TEXT, read_regular
 from laser.errors import RecordError, UsageError
 from laser.evaluation.rows import Row, decode, rows_of
 
@@ -250,7 +251,7 @@ def _write(task: Task, packaged: Path, folder: Path, subject: str, changes: dict
 def _read(path: Path, task: Task) -> tuple[list[Row], dict[str, str]]:
     """Rows of a JSON-lines file, and {file name: sha256}."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST_TEXT)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}, the rows of {task.name} ({error.strerror}); "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.records import each_once
+from laser.checkpoint.regular import LARGEST_TEXT, read_regular
 from laser.errors import RecordError, UsageError
 
 JSON_LINES, JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
@@ -70,7 +71,7 @@ def read_content(path: Path, what: str, remedy: str) -> Content:
     """
     suffix = path.suffix.lower()
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST_TEXT)
     except FileNotFoundError:
         raise RecordError(f"no such {what}: {path}; {remedy}") from None
     except OSError as error:

@@ -65,7 +65,7 @@ def _left_out(files: Sequence[str]) -> str:
     named = ", ".join(code(file) for file in files[:UNFOLDED])
     return (
         "Not copied from the source, because they hold its weights unreduced, an adapter for them, or a trainer's "
-        f"state: {named}{more}."
+        f"state, or are links: {named}{more}."
     )
 
 

@@ -17,8 +17,8 @@ from laser.search.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.data_metric import truncate_in_metric
-from laser.spectral.decomposition import truncate
 from laser.spectral.devices import Device
+from laser.spectral.factorise import truncate
 
 ORDERS = ("layers", "snr")
 DATA = "data:"  # before a rule that is asked in the metric of the data

@@ -1,7 +1,8 @@
 """What a truncation has to show before it is believed, and the records of it.
 
-A method (gram.py, projector.py, svd.py) factorises a matrix into `Factors`; their `cut` gives a `Raw` result with what
-was measured on the way; `certified` compares that with what the spectrum says should have been and gives a Truncation.
+A method (in gram.py, projector.py or factorise.py) factorises a matrix into `Factors`; their `cut` gives a `Raw` result
+with what was measured on the way; `certified` compares that with what the spectrum says should have been, and gives a
+Truncation.
 """
 
 from __future__ import annotations

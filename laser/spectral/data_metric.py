@@ -28,8 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.decomposition import Certificate, Truncation, check_storage
+from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
+from laser.spectral.factorise import check_storage
 from laser.spectral.second_moments import shrinkage
 from laser.spectral.unit import in_unit, largest_entry
 

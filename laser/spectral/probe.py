@@ -118,6 +118,8 @@ def cache_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a FIFO would be waited for
+        raise RecordError(f"{path} is no regular file; remove it, and {_AGAIN}")
     try:
         document = json.loads(path.read_text())
         if (document["kind"], document["version"]) != (KIND, VERSION):

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.fit import fit_noise, standard_error
-from laser.spectral.noise import Shape, Spectrum
+from laser.spectral.noise import Shape, Spectrum, fit_noise, standard_error
 from laser.spectral.unit import unit_of
 
 UNFIT = 0.01  # level of a fit under which a law of noise is not believed

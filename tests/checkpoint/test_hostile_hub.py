@@ -15,6 +15,7 @@ from huggingface_hub import close_session
 from laser.checkpoint import answers, ranges
 from laser.checkpoint.hub import is_inside
 from laser.checkpoint.reader import open_checkpoint
+from laser.cli import main
 from laser.errors import CheckpointError, LaserError
 from laser.plan import make_plan
 from laser.reduction import reduce
@@ -349,3 +350,16 @@ def test_links_out_of_the_cache_are_refused(hub: Hub, tmp_path: Path, name: str)
     (folder / name).unlink()
     (folder / name).symlink_to(outside)
     assert f"{name} links to {outside}, which is not in the Hub's cache" in refused(hub, tmp_path)
+
+
+def test_a_run_in_one_pass_does_not_believe_a_damaged_file_either(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blob = (open_checkpoint(ID, "weights").path / SHARD).resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
+    assert main(["run", ID, "-o", str(tmp_path / "out"), "--rule", "rank:4", "--no-search"]) == 1
+    assert f"remove {blob}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "laser.json").exists()

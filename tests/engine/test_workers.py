@@ -32,7 +32,7 @@ from laser.flow import run
 from laser.plan import Treatment, make_plan
 from laser.reduction import by_shard, reduce
 from laser.spectra import scan
-from laser.spectral import devices, ladder
+from laser.spectral import devices, factorise
 from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
 from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device, choose_device
@@ -116,10 +116,10 @@ def test_a_gpu_without_memory_ends_in_what_the_host_finds(
 ) -> None:
     """The matrix itself, its null, its tails and every step of the ladder."""
     full = Full("cuda", torch.float64, False, "pretends")
-    for module in (workers, ladder):
+    for module in (workers, factorise):
         monkeypatch.setattr(module, "free_bytes", lambda _: None)
     monkeypatch.setattr(workers, "own_stream", lambda _: nullcontext())
-    monkeypatch.setattr(ladder, "release", lambda _: None)
+    monkeypatch.setattr(factorise, "release", lambda _: None)
     monkeypatch.setattr(devices, "release", lambda _: None)
     checkpoint, found = laser.open_checkpoint(pico), {}
     for label, device in (("host", CPU), ("gpu", full)):

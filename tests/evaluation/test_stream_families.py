@@ -12,8 +12,8 @@ from laser.checkpoint.families import read_matrix
 from laser.errors import CheckpointError, UsageError
 from laser.evaluation.streaming import LayeredModel, token_losses
 from laser.evaluation.text import Window
-from laser.spectral.decomposition import truncate
 from laser.spectral.devices import choose_device
+from laser.spectral.factorise import truncate
 
 # What is more than its layers one after the other: Gemma 3n carries four streams of states through them.
 REFUSED = {"Gemma 3n": r"its layers take states of shape \(2, 1, 16, 32\), expected \(1, 16, 32\)"}

@@ -653,7 +653,9 @@ def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> Non
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: CardSource) -> None:
     """Markdown is read by a parser of its own, Python by Python, the metadata by the Hub's library."""
-    parser = pytest.importorskip("markdown_it").MarkdownIt("js-default", {"linkify": False, "html": True})
+    parser = pytest.importorskip("markdown_it", reason="needs pip install markdown-it-py").MarkdownIt(
+        "js-default", {"linkify": False, "html": True}
+    )
 
     def shown(text: str) -> str:
         (inline,) = [token for token in parser.parse(text) if token.type == "inline"]

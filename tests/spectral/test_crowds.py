@@ -11,7 +11,7 @@ import laser
 from laser.checkpoint.families import Matrix
 from laser.plan import CrowdWarning
 from laser.spectra import Source, Spectra
-from laser.spectral.fit import gamma_spectrum, gaussian_spectrum
+from laser.spectral.noise import gamma_spectrum, gaussian_spectrum
 from laser.spectral.rules import apply_rule, crowd
 from laser.summary import summarise
 

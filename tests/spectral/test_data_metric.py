@@ -16,8 +16,8 @@ from laser.spectral.data_metric import (
     truncate_in_metric,
 )
 from laser.spectral.data_null import null_in_metric
-from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import choose_device
+from laser.spectral.factorise import singular_values, truncate
 from laser.spectral.permutation import permuted
 from laser.spectral.second_moments import nystrom, own_directions, shrinkage
 

@@ -17,15 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import gram, ladder, projector
+from laser.spectral import factorise, gram, projector
 from laser.spectral.data_metric import Metric, data_values
 from laser.spectral.data_null import null_in_metric
-from laser.spectral.decomposition import singular_values, truncate
 from laser.spectral.devices import Device, exact_products
-from laser.spectral.entries import excess_kurtosis
-from laser.spectral.ladder import Step, climb, steps
+from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
 from laser.spectral.permutation import largest_singular_value, null_largest
 from laser.spectral.shrinkage import Gains
+from laser.spectral.spectrum import excess_kurtosis
 
 ALLOWED = {
     "aten::_local_scalar_dense",
@@ -308,7 +307,7 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
 def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """W lies on a GPU that is full: whether it is finite is asked on the host, and so is the host's step."""
     device = ACCELERATORS["cuda"]
-    monkeypatch.setattr(ladder, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1 << 30)
     W, seen = torch.empty(80, 40, dtype=torch.bfloat16, device="cuda"), []
 
     class Full(TorchDispatchMode):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from laser.spectral import entries
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.entries import HEAVY, edge_shift, excess_kurtosis
-from laser.spectral.fit import gaussian_spectrum
+from laser.spectral import spectrum
+from laser.spectral.noise import gaussian_spectrum
+from laser.spectral.spectrum import HEAVY, edge_shift, excess_kurtosis
 
 
 def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch
     x = [float(v) for v in W.reshape(-1)]
     expected = (sum(v**4 for v in x) / 77) / (sum(v**2 for v in x) / 77) ** 2 - 3
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(entries, "BLOCK", 10)
+    monkeypatch.setattr(spectrum, "BLOCK", 10)
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
     assert excess_kurtosis(1e-30 * W) == pytest.approx(expected, rel=1e-12)  # nothing underflows
     assert excess_kurtosis((1e-30 * W).float().T) == pytest.approx(expected, rel=1e-5)

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from laser.spectral import fit, noise
-from laser.spectral.fit import bulk_distance, fit_noise, gaussian_spectrum
-from laser.spectral.noise import ESTIMATORS, Noise
+from laser.spectral import noise
+from laser.spectral.noise import ESTIMATORS, Noise, bulk_distance, fit_noise, gaussian_spectrum
 
 
 def test_distance_is_the_largest_gap_between_two_step_functions() -> None:
@@ -67,7 +66,7 @@ def test_unequal_rows_are_flagged_and_bema_fits_them(name: str) -> None:
     random = np.random.default_rng(5)
     rows = np.sqrt(random.gamma(2.0, 0.5, size=120))[:, None]
     s = np.asarray(np.linalg.svd(rows * random.standard_normal((120, 300)), compute_uv=False), dtype=np.float64)
-    assert fit_noise(s, (120, 300), name).level == 1 / (1 + fit.DRAWS)  # as far off as no simulated noise
+    assert fit_noise(s, (120, 300), name).level == 1 / (1 + noise.DRAWS)  # as far off as no simulated noise
     assert fit_noise(s, (120, 300), "bema").level > 0.05
 
 

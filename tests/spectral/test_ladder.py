@@ -11,11 +11,10 @@ import torch
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError
-from laser.spectral import decomposition, ladder
+from laser.spectral import factorise
 from laser.spectral.certificate import Factors
-from laser.spectral.decomposition import measure, truncate
 from laser.spectral.devices import HOST, Device
-from laser.spectral.ladder import device_bytes, steps
+from laser.spectral.factorise import device_bytes, measure, steps, truncate
 
 SINGLE = replace(HOST, dtype=torch.float32)
 
@@ -95,14 +94,14 @@ def test_the_next_step_is_taken_and_recorded(fault: str, failing: int, monkeypat
     told, error = FAULTS[fault]
     tried: list[str] = []
     expected = names("projector", CARD)
-    for method, honest in dict(decomposition._FACTORS).items():
+    for method, honest in dict(factorise._FACTORS).items():
         bad = raising(error) if error else spoiled(honest, fault)
 
         def count(W: Any, device: Any, values: Any, method: Any = method, bad: Any = bad, honest: Any = honest) -> Any:
             tried.append(method)
             return (bad if len(tried) <= failing else honest)(W, device, values)
 
-        monkeypatch.setitem(decomposition._FACTORS, method, count)
+        monkeypatch.setitem(factorise._FACTORS, method, count)
     W = weights()
     found = truncate(W, 6, CARD, "projector")
     assert found.certificate.method == expected[failing]
@@ -113,10 +112,8 @@ def test_the_next_step_is_taken_and_recorded(fault: str, failing: int, monkeypat
 
 
 def test_values_take_the_next_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = decomposition._VALUES["gram"]
-    monkeypatch.setitem(
-        decomposition._VALUES, "gram", lambda W, d: honest(W, d) if d.host_blas else raising(RUNS_OUT)()
-    )
+    honest = factorise._VALUES["gram"]
+    monkeypatch.setitem(factorise._VALUES, "gram", lambda W, d: honest(W, d) if d.host_blas else raising(RUNS_OUT)())
     found = measure(weights(), CARD)
     assert (found.method, found.note) == (
         "gram on the host",
@@ -150,15 +147,15 @@ def test_a_wrong_spectrum_is_noticed(solver: str, fault: str, monkeypatch: pytes
 
 
 def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "free_bytes", lambda _: 10_000)
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 10_000)
     sent: list[str] = []
-    honest = decomposition._FACTORS["gram"]
+    honest = factorise._FACTORS["gram"]
 
     def record(W: torch.Tensor, device: Device, values: Any) -> Factors:
         sent.append(device.label)
         return honest(W, device, values)
 
-    monkeypatch.setitem(decomposition._FACTORS, "gram", record)
+    monkeypatch.setitem(factorise._FACTORS, "gram", record)
     found = truncate(weights(), 6, CARD)
     assert found.certificate.method == "gram on the host" and sent == ["cpu float64"]
     assert "GiB of memory on the device, more than is free" in found.certificate.note
@@ -172,17 +169,17 @@ def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(decomposition._FACTORS, "gram", raising(RuntimeError("shapes cannot be multiplied")))
+    monkeypatch.setitem(factorise._FACTORS, "gram", raising(RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         truncate(weights(), 6, CARD)
-    monkeypatch.setitem(decomposition._FACTORS, "gram", raising(RuntimeError("something else: out of memory")))
+    monkeypatch.setitem(factorise._FACTORS, "gram", raising(RuntimeError("something else: out of memory")))
     with pytest.raises(RuntimeError, match="something else"):
         truncate(weights(), 6, HOST)  # on the host memory is the machine's affair
 
 
 def test_when_all_fail_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method, honest in dict(decomposition._FACTORS).items():
-        monkeypatch.setitem(decomposition._FACTORS, method, spoiled(honest, "wrong"))
+    for method, honest in dict(factorise._FACTORS).items():
+        monkeypatch.setitem(factorise._FACTORS, method, spoiled(honest, "wrong"))
     with pytest.raises(NumericalError, match=r"projector: .*gram: .*gram on the host: .*svd: .*try --exclude") as error:
         truncate(weights(), 6, CARD, "projector")
     assert error.value.residual is not None and error.value.residual > 0.1

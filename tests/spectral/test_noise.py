@@ -214,7 +214,7 @@ def test_a_single_row_gives_the_deviation_of_its_entries(name: str) -> None:
 @pytest.mark.parametrize("shape", [(128, 128), (128, 448), (448, 128)])
 def test_sigma_is_recovered_on_pure_noise(name: str, shape: tuple[int, int]) -> None:
     errors = [abs(estimate(spectrum(gaussian(*shape, seed=s)), shape, name).sigma - 1) for s in range(10)]
-    # Five standard errors or so at p = 128; quartiles are four times as noisy as medians (fit.py).
+    # Five standard errors or so at p = 128; quartiles are four times as noisy as medians (noise.py).
     assert max(errors) < (0.09 if name == "iqr" else 0.05)
 
 

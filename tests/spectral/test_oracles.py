@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import laser
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.rules import apply_rule
-from laser.spectral.statistics import describe_spectrum
+from laser.spectral.spectrum import describe_spectrum
 
 DEMO = Path(__file__).parent.parent.parent / ".demo" / "mixtral"
 Case = tuple[NDArray[np.float64], tuple[int, int]]  # singular values and shape

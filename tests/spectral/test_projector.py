@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laser.errors import NumericalError
 from laser.spectral import projector
-from laser.spectral.decomposition import truncate, visit
 from laser.spectral.devices import HOST
+from laser.spectral.factorise import truncate, visit
 from laser.spectral.projector import UNRESOLVED, best_quintic, finest, matrix_sign, sign_steps
 from laser.spectral.shrinkage import Gains
 

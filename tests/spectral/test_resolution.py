@@ -14,8 +14,8 @@ from laser.spectra import scan
 from laser.spectral.devices import HOST
 from laser.spectral.gram import gram, values_by_gram
 from laser.spectral.projector import UNRESOLVED, matrix_sign
-from laser.spectral.resolution import at_threshold, precision_of, value_errors
 from laser.spectral.rules import RULES, Cut, apply_rule
+from laser.spectral.spectrum import at_threshold, precision_of, value_errors
 
 SINGLE = replace(HOST, dtype=torch.float32)
 EPS = 2.0**-23

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral import decomposition
+from laser.spectral import factorise
 from laser.spectral.certificate import Factors
-from laser.spectral.decomposition import truncate
 from laser.spectral.devices import choose_device
+from laser.spectral.factorise import truncate
 from laser.spectral.shrinkage import SHRINKERS, Gains
 
 CPU = choose_device("cpu")
@@ -88,7 +88,7 @@ def test_gains_multiply_the_singular_values(method: str, wanted: Gains, shape: t
 
 
 def test_certificate_notices_gains_that_were_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = decomposition._FACTORS["gram"]
+    honest = factorise._FACTORS["gram"]
 
     def forged(W: torch.Tensor, device: object, values: object) -> Factors:
         cut = honest(W, CPU, None).cut
@@ -96,8 +96,8 @@ def test_certificate_notices_gains_that_were_not_applied(monkeypatch: pytest.Mon
 
     W = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 30)))
     s = torch.linalg.svdvals(W).numpy()
-    monkeypatch.setitem(decomposition._FACTORS, "gram", forged)
-    monkeypatch.setitem(decomposition._FACTORS, "svd", forged)
+    monkeypatch.setitem(factorise._FACTORS, "gram", forged)
+    monkeypatch.setitem(factorise._FACTORS, "svd", forged)
     with pytest.raises(NumericalError, match="certificate missed"):
         truncate(W, Gains(5, below=3), CPU)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser.spectral.statistics import ENERGIES, describe_spectrum, fit_tail
+from laser.spectral.spectrum import ENERGIES, describe_spectrum, fit_tail
 
 POWERLAW = {
     # python -c "

@@ -10,18 +10,16 @@ import pytest
 import torch
 
 from laser.errors import NumericalError
-from laser.spectral import decomposition, unit
+from laser.spectral import factorise, unit
 from laser.spectral.data_metric import Metric, data_values, relative_error, truncate_in_metric
 from laser.spectral.data_null import null_in_metric
-from laser.spectral.decomposition import METHODS, measure, singular_values, truncate
 from laser.spectral.devices import choose_device
-from laser.spectral.entries import excess_kurtosis
-from laser.spectral.fit import fit_noise
+from laser.spectral.factorise import METHODS, measure, singular_values, truncate
+from laser.spectral.noise import fit_noise
 from laser.spectral.permutation import null_largest
-from laser.spectral.resolution import at_threshold
 from laser.spectral.rules import RULES, apply_rule, energy_share, signal_to_noise
 from laser.spectral.shrinkage import Gains
-from laser.spectral.statistics import describe_spectrum
+from laser.spectral.spectrum import at_threshold, describe_spectrum, excess_kurtosis
 
 HOST, SINGLE = choose_device("cpu"), choose_device("cpu", "float32")
 EDGES = (2.0**-80, 2.0**-400, 2.0**-560, 2.0**80, 2.0**560)  # squares of the last ones leave float64
@@ -81,16 +79,16 @@ def test_ordinary_matrices_are_the_same_to_the_bit(monkeypatch: pytest.MonkeyPat
         return found
 
     as_it_is = everything()
-    monkeypatch.setattr(decomposition, "in_unit", lambda W: (W, 1.0))
+    monkeypatch.setattr(factorise, "in_unit", lambda W: (W, 1.0))
     assert everything() == as_it_is
-    monkeypatch.setattr(decomposition, "in_unit", lambda W: (W.double() / 2.0**-7, 2.0**-7))
+    monkeypatch.setattr(factorise, "in_unit", lambda W: (W.double() / 2.0**-7, 2.0**-7))
     assert everything() == as_it_is
 
 
 @pytest.mark.parametrize("c", EDGES)
 @pytest.mark.parametrize("device", [HOST, SINGLE], ids=["float64", "float32"])
 @pytest.mark.parametrize("method", METHODS)
-def test_results_scale_with_the_matrix(c: float, device: decomposition.Device, method: str) -> None:
+def test_results_scale_with_the_matrix(c: float, device: factorise.Device, method: str) -> None:
     """Against the same matrix in the middle of the range; with gains too, whose noise scales as well."""
     W = weights()
     one, other = truncate(W, 6, device, method), truncate(W * c, 6, device, method)
@@ -127,7 +125,7 @@ def test_nulls_and_tails_scale(c: float) -> None:
 
 @pytest.mark.parametrize("c", EDGES)
 @pytest.mark.parametrize("device", [HOST, SINGLE], ids=["float64", "float32"])
-def test_the_metric_of_the_data_scales(c: float, device: decomposition.Device) -> None:
+def test_the_metric_of_the_data_scales(c: float, device: factorise.Device) -> None:
     x = torch.randn(200, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for W in (weights(), weights(30, 40)):
         for metric in (Metric("full", x.T @ x / 200, 200), Metric("diagonal", (x * x).mean(0), 200)):

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral import decomposition, gram, projector
-from laser.spectral.decomposition import singular_values, truncate
+from laser.spectral import factorise, gram, projector
 from laser.spectral.devices import choose_device
+from laser.spectral.factorise import singular_values, truncate
 
 CPU = choose_device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-methods = pytest.mark.parametrize("method", decomposition.METHODS)
+methods = pytest.mark.parametrize("method", factorise.METHODS)
 
 
 def weights(m: int, n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_not_finite_is_named(method: str, bad: float) -> None:
         truncate(W, 3, CPU, method)
 
 
-@pytest.mark.parametrize("method", decomposition.METHODS)
+@pytest.mark.parametrize("method", factorise.METHODS)
 @pytest.mark.parametrize("rank", [0, 3, 9])
 def test_not_finite_is_noticed_at_any_rank_and_with_known_values(method: str, rank: int) -> None:
     W = weights(9, 9)

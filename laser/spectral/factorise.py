@@ -1,0 +1,264 @@
+"""Singular values and truncations of one matrix, each with a certificate.
+
+Methods: `gram` (gram.py, the default), `projector` (projector.py, products alone, for devices without LAPACK) and `svd`
+(plain `torch.linalg.svd` in float64 on the host: slow, independent of every other method, and so the reference).
+
+Where a step fails the next one is tried, from the untouched matrix, and the record says which failed and why:
+
+    the method asked for  ->  float64 on the same device  ->  the host  ->  plain SVD in float64 on the host
+
+A projector goes to eigenvectors first. A step that does not exist (float64 on Apple MPS, another host on the host) is
+left out. A step fails with NaN in its result, a missed certificate, an eigensolver that does not converge, or too
+little memory on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
+
+from laser.errors import NumericalError, UsageError, first_line
+from laser.spectral.certificate import Factors, Raw, Truncation, certified
+from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
+from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
+from laser.spectral.projector import factors_by_projector
+from laser.spectral.shrinkage import Gains
+from laser.spectral.unit import in_unit, largest_entry
+
+T = TypeVar("T")
+Spectrum = NDArray[np.float64]
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def values_by_svd(W: torch.Tensor, device: Device) -> Spectrum:
+    return torch.linalg.svdvals(W.double()).numpy()
+
+
+def factors_by_svd(W: torch.Tensor, device: Device) -> Factors:
+    full = W.double()
+    U, s, Vh = torch.linalg.svd(full, full_matrices=False)
+
+    def cut(wanted: Gains) -> Raw:
+        gains = wanted.of(s.numpy(), (W.shape[0], W.shape[1]))
+        result = (U * (s * torch.from_numpy(gains))) @ Vh
+        basis = Vh[torch.from_numpy(gains > 0)]
+        eye = torch.eye(len(basis), dtype=torch.float64)
+        orthogonality = float((basis @ basis.T - eye).abs().max()) if len(basis) else 0.0
+        distance = float(torch.linalg.vector_norm(full - result))
+        return Raw(result.to(W.dtype), s.numpy(), gains, distance, orthogonality, torch.float64)
+
+    return Factors(s.numpy(), cut)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+_VALUES: dict[str, Callable[[torch.Tensor, Device], Spectrum]] = {"gram": values_by_gram, "svd": values_by_svd}
+_FACTORS: dict[str, Callable[[torch.Tensor, Device, Spectrum | None], Factors]] = {
+    "gram": lambda W, device, _: factors_by_gram(W, device),
+    "projector": factors_by_projector,
+    "svd": lambda W, device, _: factors_by_svd(W, device),
+}
+METHODS = tuple(_FACTORS)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Singular values (p,), float64, descending; the step of the ladder that gave them; the steps that failed."""
+
+    singular_values: Spectrum
+    method: str
+    note: str = ""
+
+    @property
+    def told(self) -> str:
+        """For a record: nothing where the first step held."""
+        return f"by {self.method}, as {self.note}" if self.note else ""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One factorisation of a matrix, and what was made with it: None where the decision was to leave it alone."""
+
+    values: Values
+    truncation: Truncation | None
+
+
+def check_storage(dtype: torch.dtype) -> None:
+    """Raises UsageError unless the dtype is bf16, fp16, fp32 or fp64: eight-bit floats need their scales."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UsageError(
+            f"a matrix stored as {dtype} cannot be reduced: found no scales for it, and without them its values are "
+            "not the weights; try the bf16 release of the model, or --exclude these matrices"
+        )
+
+
+def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
+    """Singular values of W (m, n). The projector has none of its own: its values are those of the Gram matrix.
+
+    Raises NumericalError for a NaN or Inf in W or when every step of the ladder fails.
+    """
+    check_storage(W.dtype)
+    W, u = in_unit(W)
+    ladder = steps("gram" if method == "projector" else method, device)
+    found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
+    return Values(_scaled(found, u), step, note)
+
+
+def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
+    """Singular values (p,) of W (m, n), float64, descending, and the method that gave them. Raises as `measure`."""
+    found = measure(W, device, method)
+    return found.singular_values, found.method
+
+
+def truncate(
+    W: torch.Tensor, rank: int | Gains, device: Device, method: str = "gram", values: Spectrum | None = None
+) -> Truncation:
+    """The best approximation of W (m, n) of rank `rank` in Frobenius norm, certified (Eckart and Young 1936).
+
+    With Gains instead of a rank, W with its singular values multiplied by them. `values`: W's singular values (p,)
+    where they are known, which spares the projector its eigenvalues; the other methods find them on their way. Raises
+    UsageError for a rank outside [0, p], NumericalError when no method meets the tolerance.
+    """
+    gains = Gains(rank) if isinstance(rank, int) else rank
+    _check(W, gains)
+    found = visit(W, lambda _: gains, device, method, values).truncation
+    assert found is not None
+    return found
+
+
+def visit(
+    W: torch.Tensor,
+    decide: Callable[[Spectrum], Gains | None],
+    device: Device,
+    method: str = "gram",
+    values: Spectrum | None = None,
+) -> Visit:
+    """Factorise W (m, n) once: `decide` gets its singular values (p,) and answers with gains, or None to leave it.
+
+    What a scan and a reduction need together, for one pair of eigenvalues and eigenvectors instead of two. `decide` is
+    asked again by each step of the ladder. Raises as `truncate`.
+    """
+    check_storage(W.dtype)
+    storage = W.dtype
+    W, u = in_unit(W)
+
+    def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
+        factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
+        s = _scaled(factors.singular_values, u)
+        gains = decide(s)
+        if gains is None:
+            return s, None
+        _check(W, gains)
+        return s, certified(factors.cut(gains.in_unit(u)), step.name)
+
+    (s, found), step, note = climb(W, steps(method, device), attempt)
+    if found:
+        result = found.matrix if u == 1.0 else (found.matrix * u).to(storage)
+        if not math.isfinite(largest_entry(result)):
+            raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
+        found = Truncation(result, s, replace(found.certificate, note=note))
+    return Visit(Values(s, step, note), found)
+
+
+def _scaled(s: Spectrum, u: float) -> Spectrum:
+    """s * u. Raises NumericalError where that is no number."""
+    with np.errstate(over="ignore"):
+        s = s * u
+    if not np.isfinite(s).all():
+        raise NumericalError("the largest singular value leaves the range of float64; try --exclude this matrix")
+    return s
+
+
+def _check(W: torch.Tensor, gains: Gains) -> None:
+    p = min(W.shape)
+    if not (0 <= gains.above and 0 <= gains.below and gains.above + gains.below <= p):
+        raise UsageError(f"rank {gains.above + gains.below} does not fit shape {tuple(W.shape)}; try 0 to {p}")
+
+
+# --- which step after which -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: `name` is what a certificate calls it, `method` a row of the tables below."""
+
+    name: str
+    method: str
+    device: Device
+
+
+def steps(method: str, device: Device) -> tuple[Step, ...]:
+    """The steps for `method` on `device`, in order."""
+    host = replace(HOST, reason="the ladder")
+    if method == "svd":
+        return (Step("svd", "svd", host),)
+    found = [Step(name, name, device) for name in dict.fromkeys((method, "gram"))]
+    if device.dtype == torch.float32 and device.has_float64:
+        found.append(Step("gram float64", "gram", replace(device, dtype=torch.float64)))
+    if not device.host_blas:
+        found.append(Step("gram on the host", "gram", host))
+    return (*found, Step("svd", "svd", host))
+
+
+def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, torch.Tensor], T]) -> tuple[T, str, str]:
+    """The first result of `attempt` that holds, its step's name, and which steps failed before it and why.
+
+    `attempt` gets W with the step, since a step of the host's gets it on the host: what it makes beside W would else
+    be made on the device that has just run out of memory. Raises NumericalError with every step's reason when none is
+    left.
+    """
+    failures: list[str] = []
+    residual = None
+    for step in ladder:
+        W = W.cpu() if step.device.host_blas else W
+        on_host = step.device.host_blas and step.method != "svd"
+        try:
+            with full_precision(), host_threads(min(W.shape)) if on_host else nullcontext():
+                _require_memory(W, step)
+                return attempt(step, W), step.name, "; ".join(failures)
+        except NumericalError as error:
+            failures.append(f"{step.name}: {error}")
+            residual = error.residual if residual is None else residual
+        except (LinAlgError, np.linalg.LinAlgError, MemoryError) as error:
+            failures.append(f"{step.name}: {first_line(error)}")
+        except RuntimeError as error:
+            if not failed_there(error, step.device):
+                raise
+            # Without the numbers in torch's message: they differ from run to run, and records do not.
+            memory = "out of memory" in str(error).lower()
+            failures.append(f"{step.name}: {'out of memory on the device' if memory else first_line(error)}")
+        release(step.device)  # outside `except`: until it is left, the traceback holds the step's tensors
+    raise NumericalError(
+        f"no method gave a certified result ({'; '.join(failures)}); try --exclude this matrix", residual
+    )
+
+
+def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
+    """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
+
+    With eigenvalues on the device G, V and the solver's work space of three more; else G and V, or for the projector G,
+    X and two of its powers. And four blocks of rows in the precision of the arithmetic.
+    """
+    p, q = min(W.shape), max(W.shape)
+    there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
+    squares = 5 if not device.host_eigensolver else 4 if method == "projector" else 2
+    return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
+
+
+def _require_memory(W: torch.Tensor, step: Step) -> None:
+    """Before a matrix is sent. The host is not asked: there is nowhere else to go, and it can swap."""
+    free = None if step.device.host_blas else free_bytes(step.device)
+    needed = device_bytes(W, step.method, step.device)
+    if free is not None and needed > free:
+        raise NumericalError(f"needs {needed / 2**30:.2f} GiB of memory on the device, more than is free")
