@@ -12,6 +12,7 @@ import typer
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common
+from laser.cli.common import say
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS, choose_tasks
@@ -76,15 +77,15 @@ def leaderboard(
     )
     for s in board.scores:
         if s.undefined:
-            print(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
+            say(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
     if limit is not None:
-        print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+        say(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
     if compared:
         common.print_table(
             ("", "source", "this model", "change", "verdict"),
             [(row.what, row.before, row.after, row.change, row.verdict) for row in compared],
         )
-    print(f"written to {output}")
+    say(f"written to {output}")
 
 
 def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[Row]:
@@ -165,7 +166,7 @@ def push(
     address = push_directory(output, repo, private=private, revision=revision)
     if as_json:
         return common.print_json({"output": str(output), "repo": repo, "address": address})
-    print(f"{output} uploaded to {address}")
+    say(f"{output} uploaded to {address}")
 
 
 def card(
@@ -198,7 +199,7 @@ def card(
     )
     if as_json:
         return common.print_json({"output": str(written)})
-    print(f"written to {written}")
+    say(f"written to {written}")
 
 
 def _document(board: Leaderboard) -> dict[str, object]:
