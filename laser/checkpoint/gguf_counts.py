@@ -41,7 +41,8 @@ class _Header:
 
     def wrong(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.name} cannot be read as GGUF: found {what} at byte {self.at}: truncated or damaged; download it again"
+            f"{self.name} cannot be read as GGUF: found {what} at byte {self.at}: truncated or damaged; download it "
+            "again"
         )
 
     def number(self, kind: str) -> int:

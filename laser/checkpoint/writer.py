@@ -37,7 +37,7 @@ from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
-from laser.checkpoint.side_files import modules_of, own_file, stays_behind
+from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -66,13 +66,10 @@ def require_apart(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
-    for name in ("config.json", INDEX):  # they go into the output as they are
-        file = source.path / name
-        if file.is_symlink() and own_file(source.path, file) is None:
-            raise OutputError(
-                f"{file} is a link to {file.readlink()}, and what a link leads to is not published; put a copy in its "
-                "place"
-            )
+    for link in foreign_links(source.path):  # they would stay behind, and the output would not load
+        raise OutputError(
+            f"{link} is a link to {link.readlink()}, and what a link leads to is not published; put a copy in its place"
+        )
 
 
 MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
