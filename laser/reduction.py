@@ -16,7 +16,7 @@ import torch
 from laser.checkpoint.at_rest import check_names
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import read_json
+from laser.checkpoint.files import read_json, require_sealed
 from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
@@ -71,10 +71,17 @@ class Outcome:
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
 
     @staticmethod
-    def load(out: Path) -> Outcome:
-        """The outcome in a directory that `reduce` wrote. Raises RecordError where there is none."""
+    def load(out: Path, *, as_written: bool = True) -> Outcome:
+        """The outcome in a directory that `reduce` wrote. Raises RecordError where there is none, or a damaged one.
+
+        as_written: whether its checksum has to be right; `verify` tells of that beside all else that it finds.
+        """
         path = out / OUTCOME
-        return Outcome.from_document(read_json(path, KIND, VERSION), path)
+        document = read_json(path, KIND, VERSION)
+        outcome = Outcome.from_document(document, path)
+        if as_written:
+            require_sealed(document, path, KIND)
+        return outcome
 
     @staticmethod
     def from_document(document: Mapping[str, Any], path: Path) -> Outcome:

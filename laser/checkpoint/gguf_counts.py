@@ -68,10 +68,13 @@ class _Header:
             raise self.wrong(f"a name of {length} bytes, expected at most {longest},")
         self.skip(length)
 
-    def value(self, kind: int, depth: int = 0) -> None:
-        self.values += 1
+    def more(self, count: int) -> None:
+        self.values += count
         if self.values > MOST_VALUES:
             raise self.wrong(f"more than {MOST_VALUES} values of metadata")
+
+    def value(self, kind: int, depth: int = 0) -> None:
+        self.more(1)
         if kind == STRING:
             self.text()
         elif kind in WIDTHS:
@@ -79,12 +82,12 @@ class _Header:
         elif kind == ARRAY and depth < 2:
             inner = self.number("I")
             count = self.count("values", WIDTHS.get(inner, 8))
-            if inner in WIDTHS and self.values + count <= MOST_VALUES:
-                self.values += count
+            if inner in WIDTHS:
+                self.more(count)
                 self.skip(count * WIDTHS[inner])
-                return
-            for _ in range(count):
-                self.value(inner, depth + 1)
+            else:
+                for _ in range(count):
+                    self.value(inner, depth + 1)
         else:
             raise self.wrong(f"a value of type {kind}, expected 0 to 12")
 
