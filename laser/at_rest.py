@@ -5,19 +5,23 @@ Not the card: README.md is there to be edited.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from laser.checkpoint.at_rest import damage
 from laser.checkpoint.files import is_sealed, journal_is_whole
+from laser.checkpoint.records import parse
 from laser.checkpoint.regular import read_regular
 from laser.checkpoint.writer import RECORDS
 from laser.errors import RecordError
+from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.perplexity import Perplexity
 from laser.plan import Plan
 from laser.reduction import Outcome, plan_as_measured
 from laser.spectra import Spectra
 
+MEASURED: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(("eval.json", "eval-source.json"), Perplexity)
+MEASURED |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
 SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
 
 
@@ -41,12 +45,15 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         there.add(SOURCE)
         if "accept" in plan.selection:  # chosen by a search
             there |= {SEARCH, TRIALS}
+    for name, kind in MEASURED.items():
+        if name in there:
+            check(name, lambda path, kind=kind: bool(kind.load(path)))
     if SEARCH in there:
-        check(SEARCH, lambda path: is_sealed(json.loads(read_regular(path))))
+        check(SEARCH, lambda path: is_sealed(parse(read_regular(path))))
     if TRIALS in there:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
-        check(SOURCE, lambda path: is_sealed(json.loads(read_regular(path))))
+        check(SOURCE, lambda path: is_sealed(parse(read_regular(path))))
     return problems
 
 

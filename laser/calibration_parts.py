@@ -21,8 +21,9 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences
 from laser.checkpoint.joining import join, read_json_header
+from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
-from laser.errors import RecordError
+from laser.errors import RecordError, first_line
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
@@ -42,11 +43,11 @@ class Parts:
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
         told = self._told(partial / STATES)
-        if told and differences(json.loads(told["run"]), run):
+        if told and differences(told["run"], run):
             if not anew:
                 raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
             told = None
-        self.boundary = int(told["boundary"]) if told else 0  # the layer that the states there enter
+        self.boundary: int = told["boundary"] if told else 0  # the layer that the states there enter
         self.layers = self._whole_layers()
 
     def _whole_layers(self) -> set[int]:
@@ -54,9 +55,9 @@ class Parts:
         found: dict[int, dict[int, int]] = {}
         for file in self._files():
             told = self._told(file)
-            if told and not differences(json.loads(told["run"]), self.run):
-                found.setdefault(site_of(json.loads(told["site"])).layer, {})[int(told["number"])] = int(told["of"])
-        whole = {layer for layer, sites in found.items() if len(sites) == next(iter(sites.values()))}
+            if told and not differences(told["run"], self.run) and file == self._file(told["layer"], told["number"]):
+                found.setdefault(told["layer"], {})[told["number"]] = told["of"]
+        whole = {layer for layer, sites in found.items() if {len(sites)} == set(sites.values())}
         for file in self._files():
             if file not in {self._file(layer, number) for layer in whole for number in found[layer]}:
                 with disk_errors(file):
@@ -69,15 +70,22 @@ class Parts:
     def _file(self, layer: int, number: int) -> Path:
         return self.partial / f"layer-{layer:05d}-{number:05d}.safetensors"
 
-    def _told(self, path: Path) -> dict[str, str] | None:
-        """The metadata of a file that is as it was written; None for any other, or none."""
+    def _told(self, path: Path) -> dict[str, Any] | None:
+        """What the metadata of a file say that is as it was written; None for any other, or none."""
         try:
             require_regular(path)
             with safe_open(path, framework="pt") as file:
                 told = dict(file.metadata() or {})
                 check = told.pop("check", "")
-                return told if check == _check(told, {name: file.get_tensor(name) for name in file.keys()}) else None
-        except (SafetensorError, OSError, ValueError, RuntimeError):
+                if check != _check(told, {name: file.get_tensor(name) for name in file.keys()}):
+                    return None
+            known = {key: parse(told[key]) for key in told}
+            site = site_of(known["site"], str(path)) if path.name != STATES else None
+            shape = {"run": dict} | ({"site": dict, "number": int, "of": int} if site else {"boundary": int})
+            if not has_shape(known, shape) or known.get("boundary", 0) < 0:
+                return None
+            return known | ({"layer": site.layer} if site else {})
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError, RecordError):
             return None
 
     def _write(self, path: Path, told: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
@@ -96,8 +104,18 @@ class Parts:
 
     def load_states(self, states: Activations) -> int:
         """Fills `states` with what enters the layer that it returns."""
-        with safe_open(self.partial / STATES, framework="pt") as file:
-            states.hidden.copy_(file.get_tensor("states"))
+        try:
+            with safe_open(self.partial / STATES, framework="pt") as file:
+                there = file.get_tensor("states")
+        except (SafetensorError, OSError) as error:
+            told = first_line(error)
+            raise RecordError(f"{self.partial / STATES} cannot be read ({told}); start afresh with --force") from error
+        if there.shape != states.hidden.shape or there.dtype != states.hidden.dtype:
+            raise RecordError(
+                f"{self.partial / STATES} holds {there.dtype} of shape {list(there.shape)}, expected "
+                f"{states.hidden.dtype} of {list(states.hidden.shape)}; start afresh with --force"
+            )
+        states.hidden.copy_(there)
         return self.boundary
 
     def join(self, path: Path, source: Source, whole: dict[str, Any]) -> None:
@@ -105,7 +123,7 @@ class Parts:
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
             told = read_json_header(file)[0]["__metadata__"]
-            site = site_of(json.loads(told["site"]))
+            site = site_of(parse(told["site"]), str(file))
             with safe_open(file, framework="pt") as opened:
                 here = {name: sha256_of(opened.get_tensor(name)) for name in opened.keys()}
             digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 
+LONGEST_MESSAGE = 2000  # characters of one of ours; of a longer one, the beginning and the end, which says what to try
 LONGEST = 200  # characters of another library's message that one of ours repeats
 
 
@@ -35,6 +36,10 @@ class LaserError(Exception):
     """Base of all expected failures; `str(error)` is what the user reads."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()  # what a file calls its tensors may be as long as the file
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST:]}"
 
 
 class UsageError(LaserError):

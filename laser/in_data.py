@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from laser.checkpoint.records import require_keys, value_of
-from laser.errors import UsageError
+from laser.checkpoint.records import decode, require_keys, value_of
+from laser.errors import RecordError, UsageError
 from laser.spectral.data_metric import data_values
 from laser.spectral.data_null import both_nulls
 from laser.spectral.devices import Device
@@ -27,6 +27,31 @@ UNSEEN = "not seen enough"  # how a plan's reason begins for a matrix that met f
 DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was calibrated on which text: told by every record that rests on it."""
+
+    identity: str  # sha256 over the moments and all of the below
+    text: str
+    text_sha256: str
+    windows_sha256: str
+    window: int
+    windows: int
+    tokens: int  # inputs of the whole model; an expert sees those that are routed to it
+    dtype: str
+    shrink: bool
+    diagonal: bool
+
+    @staticmethod
+    def decoded(found: Any, where: str, remedy: str) -> Calibration:
+        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
+        calibration = decode(Calibration, found, where, remedy)
+        for key in ("window", "windows", "tokens"):
+            if getattr(calibration, key) < 1:
+                raise RecordError(f"{where}: {key} is {getattr(calibration, key)}, expected 1 or more; {remedy}")
+        return calibration
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,16 @@ class InData:
 
     def header(self) -> dict[str, Any]:
         return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
+
+    def wrong(self, sides: Mapping[str, int]) -> str | None:
+        """What in it contradicts the rest of a file whose matrices have these smaller sides."""
+        for name in (*self.values, *self.nulls, *self.failed):
+            if name not in self.seen:
+                return f"{name} is measured in the metric of the data, and its data do not say how many inputs it met"
+        for name, tokens in self.seen.items():
+            if not sides.get(name) or tokens < 0:
+                return f"{name} met {tokens} inputs, expected 0 or more of a matrix of it"
+        return None
 
     @staticmethod
     def of(moments: Moments | None, names: Iterable[str], found: Mapping[str, Measured]) -> InData | None:
@@ -72,6 +107,7 @@ class InData:
         kinds = {"calibration": Mapping[str, Any], "seen": Mapping[str, int], "failed": Mapping[str, str]}
         for key in header:
             value_of(kinds[key], header[key], key, where, remedy)
+        Calibration.decoded(header["calibration"], f"{where}: its calibration", remedy)
         values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
         return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
 

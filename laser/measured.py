@@ -10,6 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from laser.checkpoint.records import has_shape
+from laser.errors import RecordError
+
+# A line of a journal, by its keys and their types; vectors are base64 of their bytes.
+ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
+ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str, "data_null": str}
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -33,10 +40,15 @@ def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     return told | {"data_failed": measured.data_failed} | vectors
 
 
-def from_entry(entry: Mapping[str, Any]) -> Measured:
-    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
-    values, null = _decode(entry["values"]), _decode(entry["null"])
-    told = entry["kurtosis"], entry["skipped"], data, data_null, entry.get("data_failed"), entry.get("note", "")
+def from_entry(entry: Any, where: str) -> Measured:
+    """Raises RecordError, which begins with `where`, for what no scan writes."""
+    try:
+        if not isinstance(entry, Mapping) or not has_shape(entry, ENTRY):
+            raise ValueError
+        values, null, data, data_null = (_decode(entry[key]) for key in ("values", "null", "data", "data_null"))
+    except ValueError:
+        raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
+    told = entry["kurtosis"], entry["skipped"], data, data_null, entry["data_failed"], entry["note"]
     return Measured(values, null, *told)
 
 
@@ -45,4 +57,4 @@ def _encode(vector: NDArray[np.float64]) -> str:
 
 
 def _decode(text: str) -> NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8")
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")

@@ -8,7 +8,6 @@ others, and rounding relative to the loudest would drown the rest.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import check_header, require_sealed, sealed
-from laser.checkpoint.records import decode, require_finite, require_keys, value_of
-from laser.errors import RecordError, UsageError
-from laser.spectra import SOURCE_OPTIONAL, Source
+from laser.checkpoint.records import decode, named, parse, require_finite, require_keys, value_of
+from laser.errors import RecordError, UsageError, first_line
+from laser.in_data import Calibration as Calibration
+from laser.spectra import Source
 from laser.spectral.data_metric import Metric
 
 KIND, VERSION = "moments", 4
 AGAIN = "try laser calibrate again with this version of laser"
+FORMS = ("full", "diagonal", "outputs")  # see Metric
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
@@ -41,22 +42,6 @@ class Site:
     fourth: float
     matrices: tuple[str, ...]
     weights: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was calibrated on which text: told by every record that rests on it."""
-
-    identity: str  # sha256 over the moments and all of the below
-    text: str
-    text_sha256: str
-    windows_sha256: str
-    window: int
-    windows: int
-    tokens: int  # inputs of the whole model; an expert sees those that are routed to it
-    dtype: str
-    shrink: bool
-    diagonal: bool
 
 
 @dataclass(frozen=True)
@@ -89,10 +74,15 @@ class Moments:
                 f"{self.path.name} was made from other weights of {name}: found {found}, expected {expected}; try "
                 f"laser calibrate with this model"
             )
-        names = ["diagonal"]
+        m, n = W.shape
+        k = m if site.form == "outputs" else n
+        shapes: dict[str, tuple[int | None, ...]] = {"diagonal": (k,)}
         if site.form != "diagonal":
-            names += ["correlations", *(("sketch", "rest") if site.form == "outputs" else ())]
-        known = {part: self._tensor(f"{site.key}.{part}") for part in names}
+            shapes |= {
+                "correlations": (k, k),
+                **({"sketch": (n, None), "rest": (n,)} if site.form == "outputs" else {}),
+            }
+        known = {part: self._tensor(f"{site.key}.{part}", shape) for part, shape in shapes.items()}
         diagonal = known.pop("diagonal")
         if site.form == "diagonal":
             return Metric("diagonal", diagonal, site.tokens)
@@ -100,15 +90,21 @@ class Moments:
         known = {part: tensor.double() for part, tensor in known.items()}
         return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, **known)
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        """Raises RecordError for one that is not as calibration wrote it."""
+    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+        """Raises RecordError for one that is not as calibration wrote it; None in `shape` is any number."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise RecordError(f"{self.path} is not a readable moments file ({error}); calibrate again") from error
+        except (SafetensorError, OSError, MemoryError) as error:
+            told = first_line(error)
+            raise RecordError(f"{self.path} is not a readable moments file ({told}); calibrate again") from error
         if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
+        dtype = torch.float32 if name.endswith((".correlations", ".sketch")) else torch.float64
+        fits = len(tensor.shape) == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+        if tensor.dtype != dtype or not fits or not torch.isfinite(tensor).all():
+            told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
+            raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
         return tensor
 
     @staticmethod
@@ -118,27 +114,38 @@ class Moments:
             raise RecordError(f"no such file: {path}; try `laser calibrate MODEL --text FILE -o {path}`")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("laser", "null"))
-        except (SafetensorError, ValueError, OSError, RecursionError) as error:
-            raise RecordError(f"{path} is not a readable moments file ({error}); calibrate again") from error
+                header = parse((file.metadata() or {}).get("laser", "null"))
+        except (SafetensorError, ValueError, OSError, MemoryError) as error:
+            told = first_line(error)
+            raise RecordError(f"{path} is not a readable moments file ({told}); calibrate again") from error
         check_header(header, path, KIND, VERSION)
         where = f"{path}: its header"
         require_keys(header, ("source", "calibration", "sites", "hashes", "check"), ("kind", "version"), where, AGAIN)
         require_finite(header, where, AGAIN)
-        source = decode(Source, header["source"], f"{path}: its source", AGAIN, SOURCE_OPTIONAL)
-        calibration = decode(Calibration, header["calibration"], f"{path}: its calibration", AGAIN)
+        source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
+        calibration = Calibration.decoded(header["calibration"], f"{path}: its calibration", AGAIN)
         hashes = value_of(Mapping[str, str], header["hashes"], "hashes", where, AGAIN)
         sites = {}
         for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
-            site = decode(Site, row, f"{path}: site {number}", AGAIN)
-            sites |= dict.fromkeys(site.matrices, site)
+            site = site_of(row, f"{path}: site {number}")
+            if twice := [name for name in site.matrices if name in sites]:
+                raise RecordError(f"{path}: site {number}: {twice[0]} is of an earlier one, too; {AGAIN}")
+            sites.update(dict.fromkeys(site.matrices, site))
         require_sealed(header, path, KIND)
         return Moments(path, source, calibration, sites, hashes)
 
 
-def site_of(row: Mapping[str, Any]) -> Site:
-    """A site from its JSON."""
-    return Site(**{**row, "matrices": tuple(row["matrices"]), "weights": tuple(row["weights"])})
+def site_of(row: Any, where: str) -> Site:
+    """A site from its JSON. Raises RecordError, which begins with `where`."""
+    site = decode(Site, row, where, AGAIN)
+    count = len(site.matrices)
+    if site.form not in FORMS or not len(set(site.matrices)) == count == len(site.weights) or not count:
+        told = f"form {named(site.form)}, {count} matrices and {len(site.weights)} fingerprints"
+        raise RecordError(f"{where} has {told}, expected one of {', '.join(FORMS)}, and one each; {AGAIN}")
+    if min(site.layer, site.tokens, site.fourth) < 0:
+        told = f"layer {site.layer}, tokens {site.tokens} and fourth {site.fourth}"
+        raise RecordError(f"{where} has {told}, expected 0 or more; {AGAIN}")
+    return site
 
 
 def fingerprint(W: torch.Tensor) -> str:

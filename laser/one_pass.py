@@ -23,12 +23,12 @@ import torch
 
 from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.writer import RECORDS, New, OnCheck, write_checkpoint
+from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
 from laser.engine.workers import Crew, near, visit
-from laser.errors import NumericalError, UsageError
+from laser.errors import NumericalError, RecordError, UsageError
 from laser.measured import Measured, from_entry, to_entry
 from laser.plan import Plan, Treatment, line_of
-from laser.reduction import VERSION, Outcome, by_shard, describe_by, record_of, run_of
+from laser.reduction import VERSION, Outcome, by_shard, check_measured, describe_by, record_of, run_of
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, assemble, describe_failure, measure
 from laser.spectral.devices import Device
@@ -127,11 +127,14 @@ def reduce_in_one_pass(
                 tick(matrix, seconds)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        found = {name: from_entry(record["scan"]) for name, record in records.items()}
+        place = f"{out / JOURNAL}: the entry of"
+        found = {name: from_entry(record.get("scan"), f"{place} {name}") for name, record in records.items()}
         spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
         plan = choose(spectra)
-        cuts = {name: record["cut"] for name, record in records.items() if record["cut"] is not None}
-        assert cuts.keys() == plan.reductions.keys(), "the plan judges otherwise than the visits did"
+        cuts = {name: record["cut"] for name, record in records.items() if record.get("cut") is not None}
+        check_measured(cuts, place)
+        if cuts.keys() != plan.reductions.keys():
+            raise RecordError(f"{out / JOURNAL}: its matrices were judged otherwise; start afresh with --force")
         made.update(spectra=spectra, plan=plan)
         spectra.save(out / RECORDS / "spectra.safetensors")
         plan.save(out / RECORDS / "plan.json")

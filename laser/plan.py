@@ -20,10 +20,9 @@ from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomicall
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.errors import RecordError, UsageError
-from laser.in_data import in_data_metric, line_in_data
-from laser.moments import Calibration
+from laser.in_data import Calibration, in_data_metric, line_in_data
 from laser.selection import Selection
-from laser.spectra import SOURCE_OPTIONAL, Source, Spectra
+from laser.spectra import Source, Spectra
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
@@ -141,7 +140,8 @@ class Plan:
         edited = value_of(bool, document.get("edited", False), "edited", whole, AGAIN)
         digest = value_of(str | None, document.get("digest"), "digest", whole, AGAIN)
         require_finite(outer, whole, AGAIN)
-        source = decode(Source, document["source"], f"{whole}: its source", AGAIN, SOURCE_OPTIONAL)
+        value_of(Mapping[str, Any], document.get("coverage", {}), "coverage", whole, AGAIN)
+        source = Source.decoded(document["source"], f"{whole}: its source", AGAIN)
         if not source.weights.told():
             raise RecordError(f"{path} does not say which weights it was made from; make it again: `{COMMANDS[KIND]}`")
         rule = value_of(str, document["rule"], "rule", whole, AGAIN)
@@ -156,7 +156,7 @@ class Plan:
                 value_of(hint, selection[key], f"selection.{key}", whole, AGAIN)
         calibration = value_of(Mapping[str, Any] | None, document.get("calibration"), "calibration", whole, AGAIN)
         if calibration is not None:
-            decode(Calibration, calibration, f"{whole}: its calibration", AGAIN)
+            Calibration.decoded(calibration, f"{whole}: its calibration", AGAIN)
         if not isinstance(document["lines"], (list, tuple)):  # a tuple where it was never on the disk
             raise RecordError(f"{whole}: lines is {shown(document['lines'])}, expected a list; {AGAIN}")
         lines = tuple(_line(number, found, whole) for number, found in enumerate(document["lines"], 1))
@@ -178,7 +178,8 @@ class Plan:
         found = []
         for number, line in enumerate(self.lines, 1):
             if line.name not in known:
-                near = difflib.get_close_matches(line.name, known, 1)
+                # Only for the first, and for what can be a name: it takes its time.
+                near = difflib.get_close_matches(line.name, known, 1) if not found and len(line.name) < 500 else []
                 meant = f"; did you mean {near[0]}?" if near else ""
                 found.append(f"line {number} ({line.name}): the checkpoint has no such tensor{meant}")
                 continue

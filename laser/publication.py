@@ -24,12 +24,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import disk_errors, read_json, sealed, to_json, write_atomically
+from laser.checkpoint.files import disk_errors, read_json, require_sealed, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.headers import is_deep, sha256_of
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.records import decode, require_keys, value_of
+from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import read_own
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
@@ -39,7 +39,7 @@ from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
-from laser.spectra import SOURCE_OPTIONAL, Source
+from laser.spectra import Source
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -50,18 +50,17 @@ EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 KIND, VERSION = "source", 2
-# What the card reads of a search's record.
+REMEDY = "remove it, or name the model with --source"
+# What it says besides what the card says of the source.
+OUTSIDE: dict[str, Any] = {"kind": str, "version": int, "outcome": Mapping[str, str | None]}
+OUTSIDE |= {"weights": Mapping[str, str], "commands": tuple[str, ...]}
+# A search's record, which the card reads.
 NUMBER: Any = float | None
-REPORT: dict[str, Any] = {"objective": str, "text": str, "units": int, "tokens": int}
+REPORT: dict[str, Any] = {"objective": str, "unit": str, "text": str, "units": int, "tokens": int, "asked": int | None}
 REPORT |= dict.fromkeys(("before", "before_se", "after", "after_se", "d", "se"), NUMBER)
-TRIAL: dict[str, Any] = {
-    "label": str,
-    "rule": str,
-    "ranks": Mapping[str, int],
-    "d": NUMBER,
-    "se": NUMBER,
-    "accepted": bool,
-}
+TRIAL: dict[str, Any] = {"label": str, "rule": str, "ranks": Mapping[str, int], "alone": bool, "accepted": bool}
+TRIAL |= {"d": NUMBER, "se": NUMBER, "predicted": NUMBER, "layer_forwards": int, "seconds": float}
+SEARCHED = ("source", "trials", "calibration", "held_out", "rank_correlation", "families")
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
@@ -112,7 +111,7 @@ def write_card(
             change = difference(a, b)
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
-        commands = commands or _commands(out, outcome)
+        commands = commands or _commands(out, outcome, source is not None)
         text = card(
             name or out.resolve().name,
             outcome,
@@ -187,14 +186,14 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         outcome.plan.source.require(source, "output")
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
-        document: dict[str, Any] = read_json(out / SOURCE, KIND, VERSION)
-        told = document.get("weights")
-        weights = fingerprint_in(told if isinstance(told, dict) else {})
-        for key in ("kind", "version", "outcome", "weights", "commands", "check"):
-            document.pop(key, None)
-        remedy = "remove it, or name the model with --source"
+        document = _read_source(out / SOURCE)
+        weights = fingerprint_in(document["weights"])
+        told = {key: found for key, found in document.items() if key not in OUTSIDE and key != "check"}
         later = [field.name for field in fields(CardSource) if field.default is not MISSING]
-        about = decode(CardSource, document, f"{out / SOURCE} is not a whole record: it", remedy, later)
+        about = decode(CardSource, told, f"{out / SOURCE} is not a whole record: it", REMEDY, later)
+        if (about.parameters or 0) < 0:
+            raise RecordError(f"{out / SOURCE}: parameters is {about.parameters}, expected 0 or more; {REMEDY}")
+        require_sealed(document, out / SOURCE, KIND)
         if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
             return about
     files, licences = _licences(out)
@@ -223,13 +222,29 @@ def _header(outcome: Outcome) -> dict[str, Any]:
     return {"kind": KIND, "version": VERSION} | told
 
 
-def _commands(out: Path, outcome: Outcome) -> tuple[str, ...]:
-    """The commands that an earlier card of this very outcome was given; () where there are none."""
+def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
+    """The commands that an earlier card of this very outcome was given; () where there are none, or where the record
+    is damaged and, with the `source` at hand, is made again."""
     if not (out / SOURCE).exists():
         return ()
-    document = read_json(out / SOURCE, KIND, VERSION)
-    listed = document.get("commands") if document.get("outcome") == dict(outcome.shards) else None
-    return tuple(str(line) for line in listed) if isinstance(listed, list) else ()
+    try:
+        document = _read_source(out / SOURCE)
+        require_sealed(document, out / SOURCE, KIND)
+    except RecordError:
+        if source:
+            return ()
+        raise
+    return tuple(document["commands"]) if document["outcome"] == dict(outcome.shards) else ()
+
+
+def _read_source(path: Path) -> dict[str, Any]:
+    """laser/source.json but for what it says of the source itself. Raises RecordError."""
+    document, where = read_json(path, KIND, VERSION), f"{path} is not a whole record"
+    require_keys(document, tuple(OUTSIDE), list(document), f"{where}: it", REMEDY)
+    for key, hint in OUTSIDE.items():
+        value_of(hint, document[key], key, where, REMEDY)
+    require_finite(document, where, REMEDY)
+    return document
 
 
 def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) -> Measured | None:
@@ -251,27 +266,35 @@ def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any
     """What a search measured on text that it did not select on, and its trials."""
     document = read_json(path, "search", 2)
     where, remedy = f"{path} is not a whole record", "remove it, or search again"
-    require_keys(document, ("source", "held_out", "trials"), list(document), f"{where}: it", remedy)
-    searched = decode(Source, document["source"], f"{path}: its source", remedy, SOURCE_OPTIONAL)
+    require_keys(document, SEARCHED, ("kind", "version", "check"), f"{where}: it", remedy)
+    require_finite(document, where, remedy)
+    searched = Source.decoded(document["source"], f"{path}: its source", remedy)
     if not searched.is_of(of):
         raise RecordError(
             f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
             f"({of.weights.short}); {remedy}"
         )
 
-    def checked(name: str, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
-        rows = value_of(list, document[name], name, where, remedy)
-        for number, row in enumerate(rows, 1):
-            value_of(dict, row, f"entry {number} of {name}", where, remedy)
+    def checked(name: str, wanted: Mapping[str, Any], rows: Any) -> list[dict[str, Any]]:
+        for number, row in enumerate(value_of(list, rows, name, where, remedy), 1):
+            here = f"entry {number} of {name}"
+            require_keys(value_of(dict, row, here, where, remedy), list(wanted), (), f"{where}: {here}", remedy)
             for key, hint in wanted.items():
-                value_of(hint, row.get(key), f"{key} of entry {number} of {name}", where, remedy)
+                value_of(hint, row[key], f"{key} of {here}", where, remedy)
+            if negative := [
+                key for key in ("units", "tokens", "before_se", "after_se", "se") if (row.get(key) or 0) < 0
+            ]:
+                raise RecordError(f"{where}: {here}: {negative[0]} is under 0; {remedy}")
         return rows
 
     def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
         told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
         return Loss(**told, text=report["text"])
 
-    reports, trials = checked("held_out", REPORT), checked("trials", TRIAL)
+    checked("calibration", REPORT, [document["calibration"]])
+    reports = checked("held_out", REPORT, document["held_out"])
+    trials = checked("trials", TRIAL, document["trials"])
+    require_sealed(document, path, "search")
     for report in reports:
         if report["objective"] == "loss" and None not in (report["d"], report["before"], report["after"]):
             source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.records import named
 from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError, UsageError, first_line
 
@@ -47,21 +49,23 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
             raise UsageError(f"no recipe {name_or_file!r}; try one of {', '.join(packaged())}, or a TOML or YAML file")
         try:
             text, suffix = read_regular(path).decode(), path.suffix
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecordError(f"recipe {path} cannot be read ({error}); mend it") from error
+        except (OSError, ValueError) as error:
+            raise RecordError(f"recipe {name_or_file} cannot be read ({first_line(error)}); mend it") from error
     import yaml  # comes with huggingface_hub; imported when met
 
     try:
         flags = yaml.safe_load(text) if suffix in (".yaml", ".yml") else tomllib.loads(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    # ValueError: of a date or a number that is none; the others: of what YAML's aliases can build.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise RecordError(f"recipe {name_or_file} cannot be parsed ({first_line(error)}); mend it") from error
     if not isinstance(flags, dict):
         raise RecordError(f"recipe {name_or_file} holds {type(flags).__name__}, expected flag = value lines")
     for flag, value in flags.items():
         if flag not in FLAGS:
-            raise UsageError(f"recipe {name_or_file}: no flag is called {flag!r}; try {', '.join(FLAGS)}")
-        if type(value) is not FLAGS[flag] and (flag, value) != ("lowest-snr", "all"):
+            raise UsageError(f"recipe {name_or_file}: no flag is called {named(flag)}; try {', '.join(FLAGS)}")
+        right = type(value) is FLAGS[flag] or (flag, value) == ("lowest-snr", "all")
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise UsageError(
-                f"recipe {name_or_file}: {flag} is {value!r}, expected {FLAGS[flag].__name__}; mend the line"
+                f"recipe {name_or_file}: {flag} is {named(value)}, expected {FLAGS[flag].__name__}; mend the line"
             )
     return flags

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from laser.checkpoint.at_rest import check_names
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import read_json
+from laser.checkpoint.files import read_json, require_sealed
 from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.headers import TORCH, Shard
 from laser.checkpoint.hub import drop
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
-from laser.checkpoint.records import require_keys, value_of
+from laser.checkpoint.records import require_finite, require_keys, value_of
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import New, OnCheck, write_checkpoint
 from laser.edits import on_fresh_text, reduced_in_data, require_moments
@@ -48,6 +49,8 @@ MEASURED: dict[str, Any] = {
     "method": str,
     "note": str | None,
 }
+MORE: dict[str, Any] = dict.fromkeys(("tolerance", "orthogonality", "fresh_output_error"), float)  # may be wanting
+LEAST = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
 HEADER = ("kind", "version", "files", "check")  # files: sha256 by name, see checkpoint/at_rest.py
 LATER = ("snr", "over_threshold", "note")  # not yet in outcomes of laser 0.1
 
@@ -68,22 +71,27 @@ class Outcome:
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
 
     @staticmethod
-    def load(out: Path) -> Outcome:
-        """The outcome in a directory that `reduce` wrote. Raises RecordError where there is none."""
+    def load(out: Path, *, as_written: bool = True) -> Outcome:
+        """The outcome in a directory that `reduce` wrote. Raises RecordError where there is none, or a damaged one.
+
+        as_written: whether its checksum has to be right; `verify` tells of that beside all else that it finds.
+        """
         path = out / OUTCOME
-        return Outcome.from_document(read_json(path, KIND, VERSION), path)
+        document = read_json(path, KIND, VERSION)
+        outcome = Outcome.from_document(document, path)
+        if as_written:
+            require_sealed(document, path, KIND)
+        return outcome
 
     @staticmethod
     def from_document(document: Mapping[str, Any], path: Path) -> Outcome:
         """Raises RecordError for a document that is damaged or of another version."""
         require_keys(document, ("plan", "matrices", "shards", "run", "left_out"), HEADER, str(path), AGAIN)
         records = value_of(Mapping[str, dict], document["matrices"], "matrices", str(path), AGAIN)
-        for name, record in records.items():
-            for key, hint in MEASURED.items():
-                if key not in record and key not in LATER:
-                    raise RecordError(f"{path}: {name} has no key {key!r} in matrices; {AGAIN}")
-                value_of(hint, record.get(key), f"matrices.{name}.{key}", str(path), AGAIN)
-        shards = value_of(Mapping[str, str | None], document["shards"], "shards", str(path), AGAIN)
+        check_measured(records, f"{path}: matrices", AGAIN)
+        require_finite(document["run"], f"{path}: run", AGAIN)
+        check_names(document, str(path), AGAIN)
+        shards = document["shards"]
         run = value_of(Mapping[str, Any], document["run"], "run", str(path), AGAIN)
         left_out = value_of(tuple[str, ...], document["left_out"], "left_out", str(path), AGAIN)
         return Outcome(Plan.from_document(document["plan"], path), records, shards, run, left_out)
@@ -100,6 +108,21 @@ class Outcome:
                 ranks = f"found rank {self.matrices[name]['rank']}, expected {lines[name].rank}"
                 found.append(f"{name}: {ranks} by the plan's line")
         return sorted(found)
+
+
+def check_measured(records: Mapping[str, Any], where: str, remedy: str = "start afresh with --force") -> None:
+    """Raises RecordError, which begins with `where`, for an entry that `record_of` does not make."""
+    for name, record in records.items():
+        here = f"{where} {name}"
+        value_of(dict, record, "the entry", here, remedy)
+        require_keys(record, [key for key in MEASURED if key not in LATER], (*LATER, *MORE), here, remedy)
+        for key, found in record.items():
+            value_of((MEASURED | MORE)[key], found, key, here, remedy)
+        if negative := [key for key in LEAST if (record.get(key) or 0) < 0]:
+            raise RecordError(f"{here}: {negative[0]} is {record[negative[0]]}, expected 0 or more; {remedy}")
+        if record["rank"] > record["full_rank"] or record["energy_kept"] > 1 + CLOSE:
+            told = f"rank {record['rank']} of {record['full_rank']}, energy_kept {record['energy_kept']}"
+            raise RecordError(f"{here}: {told}, expected no more than the whole matrix; {remedy}")
 
 
 def cut(
@@ -280,6 +303,7 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+        check_measured(records, "the journal's entry of")
         done = plan_as_measured(plan, records)
         document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(done)}
         return document | {"matrices": records, "shards": shards}

@@ -23,12 +23,12 @@ from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrice
 from laser.checkpoint.files import Journal, check_header, require_sealed, sealed, spoiling, write_atomically
 from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
+from laser.checkpoint.records import decode, parse, require_finite, require_keys, shown, value_of
 from laser.engine.workers import Crew, dearest_first, near, visit
-from laser.errors import LaserError, NumericalError, RecordError, UsageError
+from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
 from laser.in_data import DATA, InData, measure_in_data
 from laser.in_data import NULL as DATA_NULL
-from laser.measured import Measured, from_entry, to_entry
+from laser.measured import ENTRY, Measured, from_entry, to_entry
 from laser.selection import Selection
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from laser.moments import Moments
 
 KIND, VERSION = "spectra", 2
+LARGEST_INTEGER = 2**63 - 1
 AGAIN = "try laser scan again with this version of laser"
 SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
@@ -66,6 +67,15 @@ class Source:
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
         weights = checkpoint.fingerprint
         return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
+
+    @staticmethod
+    def decoded(found: Any, where: str, remedy: str) -> Source:
+        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
+        source = decode(Source, found, where, remedy, SOURCE_OPTIONAL)
+        for key in ("parameters", "unindexed"):
+            if (getattr(source, key) or 0) < 0:
+                raise RecordError(f"{where}: {key} is {getattr(source, key)}, expected 0 or more; {remedy}")
+        return source
 
     @property
     def weights(self) -> Fingerprint:
@@ -158,11 +168,12 @@ class Spectra:
             raise RecordError(f"no such file: {path}; try `laser scan MODEL -o {path}`")
         try:
             with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("laser", "null"))
+                header = parse((file.metadata() or {}).get("laser", "null"))
                 check_header(header, path, KIND, VERSION)
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
-            raise RecordError(f"{path} is not a readable spectra file ({error}); scan again") from error
+        # NumPy knows not every dtype that safetensors does, and says so in ways of its own.
+        except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, OSError, MemoryError) as error:
+            raise RecordError(f"{path} is not a readable spectra file ({first_line(error)}); scan again") from error
         needed = ("source", "method", "device", "matrices", "vectors", "check")
         require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
         require_finite(header, f"{path}: its header", AGAIN)
@@ -173,7 +184,7 @@ class Spectra:
         matrices = tuple(matrix for matrix, _ in decoded)
         values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
-        source = decode(Source, header["source"], f"{path}: its source", AGAIN, SOURCE_OPTIONAL)
+        source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
         kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
         data = InData.from_file(header.get("data"), vectors, f"{path}: its data", AGAIN)
         notes = {matrix.name: extra.note for matrix, extra in decoded if extra.note}
@@ -223,10 +234,17 @@ def _decoded(row: Any, number: int, path: Path) -> tuple[Matrix, _Extra]:
 
 def _wrong(spectra: Spectra) -> str | None:
     """What of the vectors does not belong to the matrices, or is no spectrum."""
+    for m in spectra.matrices:
+        if min(m.shape, default=0) < 0 or m.parameters > LARGEST_INTEGER or (m.layer or 0) < 0 or (m.expert or 0) < 0:
+            return f"{m.name} has shape {shown(list(m.shape))}, layer {shown(m.layer)} and expert {shown(m.expert)}"
     sides = {m.name: min(m.shape) if m.is_matrix else 0 for m in spectra.matrices}
     if len(sides) < len(spectra.matrices):
         return "a matrix is in it twice"
+    if unsaid := next((n for n in sides if (n in spectra.values) == (n in spectra.skipped)), None):
+        return f"{unsaid} has both singular values and a reason why not, or neither"
     data = spectra.data
+    if data and (wrong := data.wrong(sides)):
+        return wrong
     for vectors in (spectra.values, data.values if data else {}):
         for name, s in vectors.items():
             if not sides.get(name):
@@ -237,8 +255,9 @@ def _wrong(spectra: Spectra) -> str | None:
                 return f"{name} has values that are not falling, finite and 0 or more, as singular values are"
     for nulls in (spectra.nulls, data.nulls if data else {}):
         for name, null in nulls.items():
-            if not sides.get(name) or null.dtype != np.float64 or null.ndim != 1 or not np.isfinite(null).all():
-                return f"{name} has permutations that are not a list of finite float64 values"
+            plain = null.dtype == np.float64 and null.ndim == 1
+            if not sides.get(name) or not plain or not np.isfinite(null).all() or (null < 0).any():
+                return f"{name} has permutations that are not a list of finite float64 values of 0 or more"
     return None
 
 
@@ -300,9 +319,9 @@ def scan(
         "null_draws": null_draws,
     } | ({"moments": moments.calibration.identity} if moments else {})
     found: dict[str, Measured] = {}
-    with Journal(journal, run, anew=anew) if journal else nullcontext() as log:
+    with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
-            found[entry["name"]] = from_entry(entry)
+            found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
         for matrix in matrices:
             if matrix.name in found:
                 tick(matrix)
@@ -352,7 +371,10 @@ def assemble(
     kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
     notes = {name: m.note for name, m in whole.items() if m.note}
     record = Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
-    return replace(record, notes=notes)
+    record = replace(record, notes=notes)
+    if wrong := _wrong(record):  # found in a journal
+        raise RecordError(f"{checkpoint.name}: {wrong}; start afresh with --force")
+    return record
 
 
 def describe_failure(W: torch.Tensor, error: LaserError) -> str:

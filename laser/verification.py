@@ -57,7 +57,7 @@ def verify(
     cannot be read at all.
     """
     device = in_float64(device or choose_device())  # in float32 the values of a cut matrix end at 1e-4, not at 0
-    outcome, result = Outcome.load(out), open_checkpoint(out)
+    outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
     outcome.plan.source.require(source, "output")
     matrices = list_matrices(source)
     if outcome.run.get("dtype"):

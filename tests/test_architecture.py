@@ -76,3 +76,14 @@ def test_exported_names_are_sorted_and_there() -> None:
 def test_importing_laser_does_not_import_transformers() -> None:
     code = "import sys, laser; sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_everything_for_people_is_printed_in_one_place() -> None:
+    """`say` escapes what names may hold; a print elsewhere would hand them to the terminal as they are."""
+    calls = [
+        (path.name, node.lineno)
+        for path in sorted((PACKAGE / "cli").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo", "sys.stderr.write")
+    ]
+    assert [name for name, _ in calls] == ["common.py"], calls

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pico_language import TEXT, make_model, write_tokenizer
 
+from laser.checkpoint.files import sealed
 from laser.cli import main
 from laser.evaluation.perplexity import Perplexity
 from laser.plan import Plan
@@ -80,7 +81,10 @@ def test_two_precisions_are_no_comparison(model: str, tmp_path: Path, capsys: py
     difference = json.loads(capsys.readouterr().out)["difference"]
     assert difference["unlike"] == [{"what": "dtype", "before": "bfloat16", "after": "float32"}]
     document = json.loads(files[0].read_text())
-    files[1].write_text(json.dumps(document | {"device": "cuda:0", "versions": document["versions"] | {"torch": "0"}}))
+    changed = document | {"device": "cuda:0", "versions": document["versions"] | {"torch": "0"}}
+    files[1].write_text(json.dumps(changed))
+    assert run("eval", *files) == 1 and "was changed or damaged since it was written" in capsys.readouterr().err
+    files[1].write_text(json.dumps(sealed(changed)))
     assert run("eval", *files) == 0
     told = capsys.readouterr().out
     assert f"not like with like: device cpu against cuda, torch {document['versions']['torch']} against 0" in told

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from laser.checkpoint.files import sealed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
@@ -121,7 +122,9 @@ def test_the_commands_of_a_run_outlive_the_run(reduced: tuple[Checkpoint, Path])
     write_card(out, source, commands=("laser run pico -o out --as-it-was",))
     assert "```sh\nlaser run pico -o out --as-it-was\nlaser verify" in write_card(out).read_text()
     document = json.loads((out / SOURCE).read_bytes())
-    (out / SOURCE).write_text(json.dumps(document | {"outcome": {"model.safetensors": "0"}}))  # of another output
+    (out / SOURCE).write_text(
+        json.dumps(sealed(document | {"outcome": {"model.safetensors": "0"}}))
+    )  # of another output
     assert "--as-it-was" not in write_card(out).read_text()
 
 
@@ -346,9 +349,10 @@ def test_run_measures_source_and_result_and_equal_weights_once(
     assert "Winogrande (5-shot), acc, 2 rows | 50.00 ± 50.00 % | 50.00 ± 50.00 % |" in (out / "README.md").read_text()
 
 
-HELD: dict[str, Any] = {"objective": "loss", "text": "t", "units": 2, "tokens": 9, "d": 0.5, "se": 0.1}
-HELD |= {"before": 3.0, "before_se": 0.2, "after": 3.5, "after_se": 0.2}
-TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None, "accepted": False}
+HELD: dict[str, Any] = {"objective": "loss", "unit": "nats per token", "text": "t", "units": 2, "tokens": 9}
+HELD |= {"before": 3.0, "before_se": 0.2, "after": 3.5, "after_se": 0.2, "d": 0.5, "se": 0.1, "asked": None}
+TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None, "accepted": False, "alone": False}
+TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
 
 
 @pytest.mark.slow
@@ -369,14 +373,24 @@ def test_a_searchs_record_is_checked_whole(
 ) -> None:
     source, out = reduced
     document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
-    document["source"] = asdict(Source.of(source))
+    document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
     document[part] = [document[part][0] | change]
     (out / SEARCH).parent.mkdir(exist_ok=True)
-    (out / SEARCH).write_text(json.dumps(document))
+    (out / SEARCH).write_text(json.dumps(sealed(document)))
     if message is None:
         assert "+0.5000 ± 0.1000" in write_card(out).read_text()
         return
     with pytest.raises(RecordError, match=re.escape(message)):
+        write_card(out)
+
+
+def test_a_search_that_was_changed_is_refused(reduced: tuple[Checkpoint, Path]) -> None:
+    source, out = reduced
+    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
+    document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
+    (out / SEARCH).parent.mkdir(exist_ok=True)
+    (out / SEARCH).write_text(json.dumps(sealed(document) | {"held_out": [HELD | {"after": 2.0}]}))
+    with pytest.raises(RecordError, match="changed or damaged since it was written"):
         write_card(out)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from laser.checkpoint.files import is_sealed
 from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import INDEX, OUTCOME
+from laser.checkpoint.records import named, parse, value_of
 from laser.checkpoint.regular import read_regular
+from laser.errors import RecordError
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 CARD = "README.md"  # ours, made again at will, and people's to edit
 
 
@@ -27,17 +30,37 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
     return sums
 
 
+def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Raises RecordError unless an outcome has sums of files, and all its names are of files inside the output."""
+    sums = value_of(Mapping[str, str], document.get("files", {}), "files", where, remedy)
+    shards = value_of(Mapping[str, str | None], document.get("shards", {}), "shards", where, remedy)
+    for name in (*sums, *shards):
+        path = PurePosixPath(name)
+        if (
+            path.is_absolute()
+            or not path.parts
+            or ".." in path.parts
+            or "\0" in name
+            or (name in shards and path.name != name)
+        ):
+            raise RecordError(f"{where}: {name!r} is no file of an output; {remedy}")
+    for name, told in (*sums.items(), *shards.items()):
+        if told is not None and not SHA256.fullmatch(told):
+            raise RecordError(f"{where}: {name} has the sha256 {named(told)}, expected 64 digits; {remedy}")
+
+
 def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = json.loads(read_regular(out / OUTCOME))
+            document = parse(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
-    if not is_sealed(document):
+    if not isinstance(document, dict) or not is_sealed(document):
         return [f"{OUTCOME} was changed or damaged since it was written"]
+    check_names(document, OUTCOME, "make the output again with --force")
     problems = []
-    for name, expected in (document or {}).get("files", {}).items():
+    for name, expected in document.get("files", {}).items():
         try:
             found = sha256_of(out / name)
         except OSError as error:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any
 
 from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.locks import replacing
+from laser.checkpoint.records import has_shape, named, parse, shown
 from laser.checkpoint.regular import read_regular
 from laser.errors import CheckpointError, OutputError, RecordError, remedy
 
@@ -90,24 +91,13 @@ def require_sealed(document: Any, path: Path, kind: str) -> None:
 def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
     """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
     try:
-        document = json.loads(read_regular(path), object_pairs_hook=each_once)
+        document = parse(read_regular(path))
     except FileNotFoundError:
         raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
     check_header(document, path, kind, version, *earlier)
     return document
-
-
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        of = f"the entry of {found['name']}" if "name" in found else "an object"
-        raise ValueError(f"the key {twice!r} is twice in {of}")
-    return found
 
 
 def check_header(document: Any, path: Path, kind: str, version: int, *earlier: int) -> None:
@@ -115,7 +105,8 @@ def check_header(document: Any, path: Path, kind: str, version: int, *earlier: i
     found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
     if found[0] == kind and type(found[1]) is int and found[1] in (version, *earlier):
         return
-    told = "kind None, so no record of laser" if found == (None, None) else f"kind {found[0]!r} version {found[1]!r}"
+    told = f"kind {named(found[0])} version {shown(found[1])}"
+    told = "kind None, so no record of laser" if found == (None, None) else told
     again = f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
     remedy = again if found[0] == kind else MADE_BY.get(kind, "check the path")
     raise RecordError(f"{path}: found {told}, expected {kind!r} version {version}; {remedy}")
@@ -130,10 +121,19 @@ class Journal:
     Every line ends with a checksum of itself and of the line before it. Opened again with the same `run`, the journal
     holds the entries of every line that is as it was written. A torn or altered line and all that follows it are cut
     off: what they stood for is simply done again. `anew` drops the file where it belongs to another run, or to none.
+    shapes: the kinds of lines that there are, each by its keys and their types; any other is as good as torn.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], *, anew: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: Mapping[str, Any],
+        *,
+        shapes: Sequence[Mapping[str, Any]] | None = None,
+        anew: bool = False,
+    ) -> None:
         self.path, self._run = path, run
+        self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
         self.entries: list[dict[str, Any]] = []
         self._last = b""
         with disk_errors(path):
@@ -154,7 +154,7 @@ class Journal:
         whole = 0
         lines = read_regular(self.path, math.inf).splitlines(keepends=True)
         for number, line in enumerate(lines):
-            entry = self._checked(line)
+            entry = self._checked(line, first=number == 0)
             if entry is None:
                 if number == 0 and len(lines) > 1:
                     raise RecordError(
@@ -174,7 +174,7 @@ class Journal:
             whole += len(line)
         return whole
 
-    def _checked(self, line: bytes) -> dict[str, Any] | None:
+    def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
         """The entry of a line; None for one that was not written like that, or does not follow the one before."""
         match = CHECKED.search(line)
         if not match or not line.endswith(b"\n"):
@@ -182,8 +182,15 @@ class Journal:
         body = line[: match.start()] + b"}"
         if _check(self._last, body) != match[1]:
             return None
+        try:
+            entry = parse(body)
+        except ValueError:
+            return None
+        free = first or self._shapes is None
+        if not isinstance(entry, dict) or not (free or any(has_shape(entry, shape) for shape in self._shapes or ())):
+            return None
         self._last = match[1]
-        return json.loads(body)
+        return entry
 
     def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         different = differences(found, run)

@@ -116,7 +116,8 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
 
 def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
     """What a record or journal tells of weights."""
-    return Fingerprint(record.get("samples"), record.get("content"))
+    samples, content = (told if isinstance(told := record.get(key), str) else None for key in ("samples", "content"))
+    return Fingerprint(samples, content)
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

@@ -19,9 +19,11 @@ import torch
 
 from laser.checkpoint.convert import assemble
 from laser.checkpoint.formats import GGUF, SHARD, pointer
+from laser.checkpoint.gguf_counts import require_counts
 from laser.checkpoint.gguf_rope import FACTORS, rope_scaling
-from laser.checkpoint.mistral import TORCH_NAMES, expected, halves_from_pairs
+from laser.checkpoint.mistral import LARGEST, MOST, TORCH_NAMES, expected, halves_from_pairs, impossible
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.records import named
 from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError, UsageError, first_line
 
@@ -57,8 +59,8 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
-            f"{path.name}: architecture is {architecture!r}, expected 'llama' (Llama, Mistral, Mixtral); start from "
-            "the model on the Hub"
+            f"{path.name}: architecture is {named(architecture)}, expected 'llama' (Llama, Mistral, Mixtral); start "
+            "from the model on the Hub"
         )
     config = _config(path, meta)
     factors = {t.name: [float(f) for f in t.data.reshape(-1)] for t in tensors if t.name in FACTORS}
@@ -117,8 +119,8 @@ def parts_of(path: Path) -> list[Path]:
 def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
     """The metadata, which only the first part has, and the tensors of all parts."""
     files = parts_of(path)
-    readers = [_reader(file) for file in files]
-    metas = [{name: field.contents() for name, field in reader.fields.items()} for reader in readers]
+    parts = [_read_part(file) for file in files]
+    metas = [meta for meta, _ in parts]
     for number, (file, meta) in enumerate(zip(files, metas, strict=True)):
         told = (meta.get("split.no", 0), meta.get("split.count", 0) or 1)
         if told != (number, len(files)):
@@ -127,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
                 f"{file.name} is part {part} of {told[1]} by its metadata, expected {number + 1} of "
                 f"{len(files)}; give every part the name that gguf-split gave it, NAME-00001-of-00003.gguf"
             )
-    tensors = [t for reader in readers for t in reader.tensors]
+    tensors = [t for _, here in parts for t in here]
     count = metas[0].get("split.tensors.count", len(tensors)) if len(files) > 1 else len(tensors)
     twice = len(tensors) - len({t.name for t in tensors})
     if count != len(tensors) or twice:
@@ -138,7 +140,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
     return metas[0], tensors
 
 
-def _reader(path: Path) -> Any:
+def _read_part(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The metadata and the tensors of one file. Raises CheckpointError."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -149,7 +152,9 @@ def _reader(path: Path) -> Any:
                 raise CheckpointError(told)
             if file.read(4) != GGUF:
                 raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; download it again")
-        return GGUFReader(path)
+        require_counts(path)
+        reader = GGUFReader(path)
+        return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
     except CheckpointError:
         raise
     except Exception as error:  # hostile bytes can fail in any way
@@ -165,14 +170,14 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
 
     def wrong(key: str, found: Any, wanted: str) -> CheckpointError:
         return CheckpointError(
-            f"{path.name}: llama.{key} is {found!r}, expected {wanted}; download it again, or start from the model on "
-            "the Hub"
+            f"{path.name}: llama.{key} is {named(found)}, expected {wanted}; download it again, or start from the "
+            "model on the Hub"
         )
 
-    def whole(key: str, default: int | None = None) -> int:
+    def whole(key: str, default: int | None = None, most: int = LARGEST) -> int:
         found = get(key, default)
-        if type(found) is not int or found < 1:  # a list has a number per layer
-            raise wrong(key, found, "a whole number above 0")
+        if type(found) is not int or not 1 <= found <= most:  # a list has a number per layer
+            raise wrong(key, found, f"a whole number from 1 to {most}")
         return found
 
     def positive(key: str, default: float | None = None) -> float:
@@ -184,14 +189,14 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if get("attention.causal", True) is False:
         raise wrong("attention.causal", False, "a model in which no token sees those that follow")
     heads, hidden = whole("attention.head_count"), whole("embedding_length")
-    experts = whole("expert_count") if get("expert_count", 0) != 0 else 0
+    experts = whole("expert_count", most=MOST) if get("expert_count", 0) != 0 else 0
     turned = whole("rope.dimension_count", max(hidden // heads, 1))
     config: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
         "model_type": "mixtral" if experts else "llama",
         "hidden_size": hidden,
         "intermediate_size": whole("feed_forward_length"),
-        "num_hidden_layers": whole("block_count"),
+        "num_hidden_layers": whole("block_count", most=MOST),
         "num_attention_heads": heads,
         "num_key_value_heads": whole("attention.head_count_kv", heads),
         "head_dim": whole("attention.key_length", turned),
@@ -222,23 +227,34 @@ def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Pl
     """The Hub's name of every tensor, and every expert of a stacked one, to where it lies in the file."""
     places: dict[str, Place] = {}
     permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+
+    def put(name: str, place: Place) -> None:
+        if name in places:
+            raise CheckpointError(f"{path.name}: {place[0].name} and another are both {name}; download it again")
+        places[name] = place
+
     for t in tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+?)(_exps)?(?:\.(\d+))?\.weight", t.name)
         layer, kind, stacked, expert = match.groups() if match else (None, "", None, None)
         prefix = f"model.layers.{layer}."
         if layer is None and kind in AROUND:
-            places[f"{AROUND[kind]}.weight"] = (t, None, None)
+            put(f"{AROUND[kind]}.weight", (t, None, None))
         elif layer is not None and kind in LAYER:
-            places[f"{prefix}{LAYER[kind]}.weight"] = (t, None, permuted.get(kind))
+            put(f"{prefix}{LAYER[kind]}.weight", (t, None, permuted.get(kind)))
         elif layer is not None and kind == "ffn_gate_inp":
-            places[f"{prefix}block_sparse_moe.gate.weight"] = (t, None, None)
+            put(f"{prefix}block_sparse_moe.gate.weight", (t, None, None))
         elif layer is not None and kind in EXPERTS and stacked:
+            if t.shape[-1] != config.get("num_local_experts"):
+                raise CheckpointError(
+                    f"{path.name}: {t.name} holds {t.shape[-1]} experts, expected "
+                    f"{config.get('num_local_experts', 0)} by its metadata; download it again"
+                )
             for e in range(int(t.shape[-1])):
-                places[f"{prefix}block_sparse_moe.experts.{e}.{EXPERTS[kind]}.weight"] = (t, e, None)
+                put(f"{prefix}block_sparse_moe.experts.{e}.{EXPERTS[kind]}.weight", (t, e, None))
         elif layer is not None and kind in EXPERTS and expert is not None:
-            places[f"{prefix}block_sparse_moe.experts.{expert}.{EXPERTS[kind]}.weight"] = (t, None, None)
+            put(f"{prefix}block_sparse_moe.experts.{expert}.{EXPERTS[kind]}.weight", (t, None, None))
         elif layer is not None and kind in DENSE:
-            places[f"{prefix}{DENSE[kind]}.weight"] = (t, None, None)
+            put(f"{prefix}{DENSE[kind]}.weight", (t, None, None))
         else:
             raise CheckpointError(f"{path.name}: {t.name} has no translation here; start from the model on the Hub")
     if "model.embed_tokens.weight" not in places:
@@ -254,6 +270,8 @@ def _shape(place: Place) -> tuple[int, ...]:
 
 def _check(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError for a tensor that is missing, or of another shape than the metadata imply."""
+    if told := impossible(config, len(shapes)):
+        raise CheckpointError(f"{path.name}: {told} by its metadata; download it again")
     wanted = expected(config)
     if config["tie_word_embeddings"]:
         wanted.pop("lm_head.weight", None)

@@ -220,12 +220,12 @@ def parse_json(data: bytes, path: Path, **hooks: Any) -> Any:
         raise CheckpointError(f"{path.name} is not valid JSON ({first_line(error)}); download it again") from error
 
 
-def is_deep(document: Any) -> bool:
+def is_deep(document: Any, deepest: int = DEEPEST) -> bool:
     """Whether a JSON value nests deeper than anybody writes: walking through it could end Python's recursion."""
     todo = [(document, 0)]
     while todo:
         value, depth = todo.pop()
-        if depth > DEEPEST:
+        if depth > deepest:
             return True
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         todo += [(each, depth + 1) for each in inside]

@@ -7,7 +7,8 @@ in Mistral's releases of 7B, 8x7B (experts stacked in one tensor, w2 transposed)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from laser.checkpoint.convert import assemble
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import RELEASE, Checkpoint
+from laser.checkpoint.records import shown
 from laser.errors import CheckpointError
 
 # our name for it -> the releases' names: 7B and 8x22B have the first, the first release of 8x7B the second
@@ -27,6 +29,7 @@ PARAMS = {
 }
 # What changes the mathematics in ways that this translation does not know.
 UNKNOWN = ("vision_encoder", "quantization", "yarn", "lora", "llama_4_scaling", "q_lora_rank", "ragged_attention")
+LARGEST, MOST = 2**31 - 1, 4096  # of any number, and of layers and experts, that a file of either format may ask for
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 PLACES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 DENSE = {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
@@ -45,32 +48,61 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint.name}/params.json: {strange[0]} has no translation here; try the Hub's version of this model"
         )
-    numbers = {ours: _param(checkpoint, names) for ours, names in PARAMS.items()}
-    heads, moe = numbers["num_attention_heads"], params.get("moe") or params
+    moe = params.get("moe") or params
+    if not isinstance(moe, Mapping):
+        raise CheckpointError(
+            f"{checkpoint.name}/params.json: moe is {shown(moe)}, expected an object; download it again"
+        )
+
+    def whole(place: Mapping[str, Any], *names: str, default: Any = None, most: int = LARGEST) -> Any:
+        found = next((place[name] for name in names if place.get(name) is not None), default)
+        if found is not default and (type(found) is not int or not 1 <= found <= most):
+            raise wrong(names[0], found, f"a whole number from 1 to {most}")
+        return found
+
+    def positive(name: str, default: float) -> float:
+        found = default if params.get(name) is None else params[name]
+        if type(found) not in (int, float) or not 0 < found <= sys.float_info.max:
+            raise wrong(name, found, "a number above 0")
+        return float(found)
+
+    def wrong(name: str, found: Any, expected: str) -> CheckpointError:
+        told = None if found is None else shown(found)
+        return CheckpointError(
+            f"{checkpoint.name}/params.json: found {name} {told}, expected {expected}; download it again"
+        )
+
+    numbers = {}
+    for ours, names in PARAMS.items():
+        numbers[ours] = whole(params, *names, most=MOST if ours == "num_hidden_layers" else LARGEST)
+        if numbers[ours] is None:
+            raise wrong(names[0], None, "a whole number")
+    heads, tied = numbers["num_attention_heads"], params.get("tied_embeddings")
+    if tied not in (None, False, True):
+        raise wrong("tied_embeddings", tied, "true or false")
     config: dict[str, Any] = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         **numbers,
-        "num_key_value_heads": _either(params, "n_kv_heads", "num_key_value_heads") or heads,
-        "head_dim": params.get("head_dim") or numbers["hidden_size"] // heads,
+        "num_key_value_heads": whole(params, "n_kv_heads", "num_key_value_heads", default=heads),
+        "head_dim": whole(params, "head_dim", default=numbers["hidden_size"] // heads),
         "hidden_act": "silu",
-        "rms_norm_eps": _either(params, "norm_eps", "rms_norm_eps") or 1e-5,
-        "max_position_embeddings": _either(params, "max_seq_len", "max_position_embeddings") or 32768,
-        "sliding_window": None if params.get("sliding_window") is None else int(params["sliding_window"]),
-        "tie_word_embeddings": bool(params.get("tied_embeddings")),
+        "rms_norm_eps": positive("norm_eps" if params.get("norm_eps") is not None else "rms_norm_eps", 1e-5),
+        "max_position_embeddings": whole(params, "max_seq_len", "max_position_embeddings", default=32768),
+        "sliding_window": whole(params, "sliding_window"),
+        "tie_word_embeddings": bool(tied),
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     # Where params.json does not say, Mistral's own code takes 1e6, and 1e4 with a sliding window (the first 7B).
-    theta = params.get("rope_theta") or (1e4 if config["sliding_window"] else 1e6)
-    config["rope_theta"] = float(theta)
-    experts = _either(moe, "num_experts", "num_local_experts")
+    config["rope_theta"] = positive("rope_theta", 1e4 if config["sliding_window"] else 1e6)
+    experts = whole(moe, "num_experts", "num_local_experts", most=MOST)
     if experts:
         config |= {
             "architectures": ["MixtralForCausalLM"],
             "model_type": "mixtral",
             "num_local_experts": experts,
-            "num_experts_per_tok": _either(moe, "num_experts_per_tok") or 2,
+            "num_experts_per_tok": whole(moe, "num_experts_per_tok", default=2, most=experts),
         }
     dtypes = {info.dtype for info in checkpoint.tensors.values()}
     if len(dtypes) == 1 and dtypes <= TORCH_NAMES.keys():
@@ -78,17 +110,14 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _either(place: Mapping[str, Any], *names: str) -> Any:
-    return next((place[name] for name in names if place.get(name) is not None), None)
-
-
-def _param(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    found = _either(checkpoint.config, *names)
-    if type(found) is not int or found < 1:
-        raise CheckpointError(
-            f"{checkpoint.name}/params.json: found {names[0]} {found!r}, expected a whole number; download it again"
-        )
-    return found
+def impossible(config: Mapping[str, Any], tensors: int) -> str | None:
+    """What of a config no model of `tensors` tensors can have: said before the names of all its tensors are made."""
+    layers, experts, width = config["num_hidden_layers"], config.get("num_local_experts") or 1, config["head_dim"]
+    if layers * experts > tensors:
+        return f"found {tensors} tensors, expected those of {layers} layers of {experts} experts"
+    if width < 2 or width % 2:
+        return f"found heads of {width} dimensions, expected an even number, for a rotary embedding turns pairs"
+    return None
 
 
 def as_hub(checkpoint: Checkpoint) -> Checkpoint:
@@ -135,6 +164,10 @@ def _hub_name(matrix: Matrix, config: Mapping[str, Any]) -> str:
 
 
 def _check(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str, Matrix]) -> None:
+    if told := impossible(config, len(found)):
+        raise CheckpointError(
+            f"{checkpoint.name}: {told} by params.json; use the params.json that belongs to these weights"
+        )
     wanted = expected(config)
     for name in (*wanted, *found):
         if name not in found:

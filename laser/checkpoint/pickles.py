@@ -8,22 +8,26 @@ be, so a reduction of pickles writes safetensors.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from laser.checkpoint.formats import pointer
 from laser.checkpoint.headers import Shard
-from laser.checkpoint.regular import open_regular
+from laser.checkpoint.regular import LARGEST, open_regular
 from laser.checkpoint.virtual import DTYPES, virtual_shard
 from laser.errors import CheckpointError, first_line
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+MOST_HASHED = 1_000_000
 SUFFIXES = (".bin", ".pt", ".pth")
 RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
 
@@ -52,7 +56,15 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "
             f"was not opened; {RESAVE}"
         )
+    sizes = _looked_into(path)
     tensors = _load(path, stamp)
+    for key, value in tensors.items():
+        held = value.untyped_storage().nbytes()
+        if value.device.type != "cpu" or held not in sizes or value.numel() * value.element_size() > held:
+            raise CheckpointError(
+                f"{path.name}: {key} has shape {list(value.shape)}, more than the file holds of it, or not in its "
+                f"place; {RESAVE}"
+            )
     entries = [(key, DTYPES[value.dtype], tuple(value.shape)) for key, value in tensors.items()]
 
     def tensor(key: str) -> torch.Tensor:
@@ -66,6 +78,70 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
+
+
+def _looked_into(path: Path) -> frozenset[int]:
+    """Sizes in bytes of a pickle's storages. Raises CheckpointError for a zip that torch would take for what it is not.
+
+    torch maps what is packed as if it were not, checks no checksum, and takes one of two files of a name.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as packed:
+            entries = packed.infolist()
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise CheckpointError(f"{path.name} holds two files of one name; {RESAVE}")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+                raise CheckpointError(f"{path.name} is compressed, which torch.save never does; {RESAVE}")
+            for entry in entries:
+                if entry.filename.endswith("/data.pkl"):
+                    if entry.file_size > LARGEST:
+                        raise CheckpointError(
+                            f"{path.name}: its pickle has {entry.file_size} bytes, expected at most {LARGEST}; {RESAVE}"
+                        )
+                    if _hashing(packed.read(entry)) > MOST_HASHED:
+                        raise CheckpointError(f"{path.name} holds tuples in tuples without end; {RESAVE}")
+            return frozenset(entry.file_size for entry in entries)
+    except CheckpointError:
+        raise
+    except Exception as error:  # hostile bytes can fail in any way
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
+
+
+def _hashing(pickled: bytes) -> int:
+    """The most values that Python would hash for one tuple in a pickle: a tuple of two of a tuple of two, and so on,
+    costs few bytes and, as a key, more time than there is. Known without making anything: the stack holds the costs."""
+    stack, marks, memo, most = list[int](), list[int](), dict[int, int](), 0
+    for code, value, _ in pickletools.genops(pickled):
+        name = code.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            at = marks.pop()
+            cost = 1 + sum(stack[at:])
+            del stack[at:]
+            if name == "TUPLE":
+                stack.append(cost)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [1 + sum(stack[-count:])]
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack[-2:] = [sum(stack[-2:])]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[cast(int, value)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[cast(int, value)])
+        elif name in ("APPEND", "BUILD"):
+            stack.pop()
+        elif name == "SETITEM":
+            del stack[-2:]
+        elif name == "BINPERSID":
+            stack[-1] = 1
+        elif name not in ("PROTO", "STOP"):
+            stack.append(1)
+        most = max(most, stack[-1] if stack else 0)
+        if most > MOST_HASHED:
+            break
+    return most
 
 
 @lru_cache(maxsize=2)  # the file in work and the one before it; mapped memory, given back by the system as it needs
@@ -89,7 +165,8 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
                 f"{path.name}: {key!r} is a {type(value).__name__}, expected a tensor; a training state rather than a "
                 "model? save its model alone and try that"
             )
-        if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES:
+        lazy = value.dtype in DTYPES and (value.is_conj() or value.is_neg())  # a sign that is not in the bytes
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES or lazy:
             raise CheckpointError(
                 f"{path.name}: {key} is {value.dtype}, {value.layout}, expected a dense tensor of "
                 f"{', '.join(DTYPES.values())}; {RESAVE}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from laser.checkpoint.headers import is_deep
 from laser.errors import RecordError
 
 T = TypeVar("T")
 LARGEST = sys.float_info.max
+DEEPEST = 32  # objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds
 WORDS = {
     list: "a list",
     str: "a text",
@@ -21,6 +25,28 @@ WORDS = {
     bool: "true or false",
     type(None): "null",
 }
+
+
+def parse(data: bytes | str) -> Any:
+    """The document in a record's JSON. Raises ValueError for what is no JSON, or twice in it, or nested too deep."""
+    try:
+        document = json.loads(data, object_pairs_hook=each_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if is_deep(document, DEEPEST):
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    return document
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        of = f"the entry of {found['name']}" if isinstance(found.get("name"), str) else "an object"
+        raise ValueError(f"the key {named(twice)} is twice in {of[:200]}")
+    return found
 
 
 def decode(cls: type[T], found: Any, where: str, remedy: str, optional: Sequence[str] = ()) -> T:
@@ -42,8 +68,21 @@ def require_keys(
     """Raises RecordError unless the object has the `needed` keys and no others than these and the `optional` ones."""
     if missing := [name for name in needed if name not in found]:
         raise RecordError(f"{where} has no key {missing[0]!r}, expected {', '.join(needed)}; {rest}")
-    if unknown := [name for name in found if name not in needed and name not in optional]:
-        raise RecordError(f"{where} has a key {unknown[0]!r}, expected only {', '.join([*needed, *optional])}; {rest}")
+    if unknown := next((name for name in found if name not in needed and name not in optional), None):
+        expected = ", ".join([*needed, *optional])
+        raise RecordError(f"{where} has a key {named(unknown)}, expected only {expected}; {rest}")
+
+
+def has_shape(found: Mapping[str, Any], shape: Mapping[str, Any]) -> bool:
+    """Whether an object has the keys of `shape` and no others, and values of its types."""
+    if found.keys() != shape.keys():
+        return False
+    try:
+        for name, hint in shape.items():
+            _as(hint, found[name])
+    except TypeError:
+        return False
+    return True
 
 
 def value_of(hint: Any, found: Any, name: str, where: str, remedy: str) -> Any:
@@ -91,11 +130,22 @@ def words(hint: Any) -> str:
     return WORDS.get(hint, "an object")
 
 
-def shown(found: Any) -> str:
+WIDEST = 60  # characters of a value that a message repeats
+_short = reprlib.Repr()  # looks no further into a value than it tells of it
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 16, 16
+_short.maxstring = _short.maxlong = _short.maxother = WIDEST
+
+
+def shown(found: Any, quote: str = '"') -> str:
     """A value as its file has it, shortened."""
     text = {None: "null", True: "true", False: "false"}.get(found) if type(found) in (bool, type(None)) else None
-    text = text or (f'"{found}"' if isinstance(found, str) else str(found))
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = text or (f"{quote}{found[:WIDEST]}{quote}" if isinstance(found, str) else _short.repr(found))
+    return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
+
+
+def named(found: Any) -> str:
+    """The same in the quotes of a name."""
+    return shown(found, "'")
 
 
 def require_finite(found: Any, where: str, remedy: str) -> None:

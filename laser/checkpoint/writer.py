@@ -17,7 +17,6 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
@@ -28,13 +27,14 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.at_rest import CARD, damage, sums_of
+from laser.checkpoint.at_rest import CARD, check_names, damage, sums_of
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
+from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
 from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
@@ -42,6 +42,12 @@ from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
+# What the journal's lines say: a matrix is in place, a shard is whole, a shard's untouched bytes are.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"matrix": str, "sha256": str | None, "record": dict},
+    {"shard": str, "sha256": str | None},
+    {"copied": str},
+)
 DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside the one in work
 
 # names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
@@ -89,9 +95,9 @@ def require_ours(out: Path) -> None:
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     try:
-        document = json.loads(read_regular(out / OUTCOME))
+        document = parse(read_regular(out / OUTCOME))
         known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return  # unfinished, or of an older laser: it does not say what it wrote
     known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
     ends = (".partial", ".tmp", ".lock")
@@ -149,7 +155,7 @@ def write_checkpoint(
         return document
     if source.hub is not None:
         require_content(source.hub)
-    with Journal(out / JOURNAL, run) as journal:
+    with Journal(out / JOURNAL, run, shapes=SHAPES) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = _finished(source, out, journal, on_check)
         for shard in source.shards:
@@ -237,12 +243,16 @@ def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], o
 
 def read_outcome(out: Path) -> dict[str, Any]:
     """laser.json of a finished output. Raises OutputError for one that is not as it was written."""
+    where, remedy = str(out / OUTCOME), "try --force to make the output again"
     try:
-        document = json.loads(read_regular(out / OUTCOME))
+        document = parse(read_regular(out / OUTCOME))
     except (OSError, ValueError) as error:
-        raise OutputError(f"{out / OUTCOME} cannot be read ({error}); try --force to make the output again") from error
+        raise OutputError(f"{where} cannot be read ({error}); {remedy}") from error
     if not is_sealed(document):
-        raise OutputError(f"{out / OUTCOME} was changed or damaged since it was written; try --force to make it again")
+        raise OutputError(f"{where} was changed or damaged since it was written; {remedy}")
+    require_keys(document, ("run", "shards", "files"), list(document), where, remedy)
+    value_of(dict, document["run"], "run", where, remedy)
+    check_names(document, where, remedy)
     return document
 
 

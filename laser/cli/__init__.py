@@ -19,7 +19,6 @@ from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError, first_line, is_out_of_memory, remedy
 from laser.plan import CrowdWarning
-from laser.report.visible import visible
 
 app = typer.Typer(
     name="laser",
@@ -69,7 +68,7 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, DoubtWarning | CrowdWarning):
             if str(message) not in told:
-                print(visible(f"laser: warning: {message}"), file=sys.stderr)
+                common.say(f"laser: warning: {message}", aside=True)
             told.add(str(message))
         else:
             otherwise(message, category, *rest)
@@ -132,12 +131,11 @@ def out_of_memory(error: BaseException, arguments: list[str]) -> str:
 
 def _say(line: str, code: int) -> int:
     """A line on stderr, where that takes it, and the exit code."""
-    if sys.stderr is None:  # closed from the start: `print` would take stdout in its place
-        return code
     try:
-        print(visible(line), file=sys.stderr, flush=True)
+        common.say(line, aside=True)
     except (OSError, ValueError):  # full, or closed since
-        _forget(sys.stderr)
+        if sys.stderr is not None:
+            _forget(sys.stderr)
     return code
 
 

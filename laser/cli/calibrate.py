@@ -14,6 +14,7 @@ from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
+from laser.cli.common import say
 from laser.cli.measure import (
     Dataset,
     Dtype,
@@ -94,17 +95,13 @@ def calibrate(
         )
     _print_moments(moments, {m.name: (m.role, m.shape) for m in list_matrices(checkpoint)})
     for name, tokens in list(unseen.items())[:20]:
-        print(
-            f"{name}: met {tokens} tokens, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for"
-        )
+        say(f"{name}: met {tokens} tokens, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for")
     if len(unseen) > 20:
-        print(f"... and {len(unseen) - 20} more")
+        say(f"... and {len(unseen) - 20} more")
     told = moments.calibration
     if short := fewer(cut.text, len(cut.windows), cut.asked):
-        print(short)
-    print(
-        f"{told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]}) in {seconds:.1f} s, written to {output}"
-    )
+        say(short)
+    say(f"{told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]}) in {seconds:.1f} s, written to {output}")
 
 
 def _print_moments(moments: Moments, matrices: dict[str, tuple[str, tuple[int, ...]]]) -> None:

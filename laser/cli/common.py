@@ -130,6 +130,16 @@ def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> Non
     to_write(path)
 
 
+def say(line: str, *, aside: bool = False) -> None:
+    """One line for people; all that the verbs print for them goes through here, for names may hold anything.
+
+    aside: on stderr, where there is one, at once.
+    """
+    stream = sys.stderr if aside else sys.stdout
+    if stream is not None:  # `print` would take stdout in the place of a stderr that is closed
+        print(visible(line), file=stream, flush=aside)
+
+
 def print_json(document: Any) -> None:
     print_raw(to_json(document))
 
@@ -146,7 +156,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(headings))]
     for row in cells:
         line = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
-        print("  ".join(line).rstrip())
+        say("  ".join(line).rstrip())
 
 
 def _text(value: Any) -> str:
@@ -164,15 +174,15 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
             [(x.name, x.rank, x.full_rank, x.snr, _removed(x.energy_kept)) for x in reduced[:limit]],
         )
     if len(reduced) > limit:
-        print(f"... and {len(reduced) - limit} more")
+        say(f"... and {len(reduced) - limit} more")
     if zeroed := [line.name for line in reduced if line.rank == 0]:
         more = f" and {len(zeroed) - 3} more" if len(zeroed) > 3 else ""
-        print(f"RANK 0: {len(zeroed)} of them become ZERO, nothing of them is left: {', '.join(zeroed[:3])}{more}")
+        say(f"RANK 0: {len(zeroed)} of them become ZERO, nothing of them is left: {', '.join(zeroed[:3])}{more}")
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
-    print(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
+    say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     for line in skipped[:limit]:
-        print(visible(f"  {line.name}: {line.reason}"))
+        say(f"  {line.name}: {line.reason}")
 
 
 def _removed(kept: float | None) -> str:

@@ -17,6 +17,7 @@ from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.side_files import read_own
 from laser.cli import common
+from laser.cli.common import say
 from laser.errors import CheckpointError, UsageError
 
 # What a tokenizer may need, copied as it is; weights and params.json stay behind.
@@ -72,9 +73,9 @@ def convert(
         return common.print_json(
             {"output": str(output), "tensors": len(seen.tensors), "bytes": size, "copied": copied, "seconds": seconds}
         )
-    print(f"{len(seen.tensors)} tensors, {size / 1e9:.2f} GB, written to {output} in {seconds:.1f} s")
+    say(f"{len(seen.tensors)} tensors, {size / 1e9:.2f} GB, written to {output} in {seconds:.1f} s")
     if isinstance(side, str):
-        print(f"no tokenizer could be made of the file ({side}); copy one from the model on the Hub")
+        say(f"no tokenizer could be made of the file ({side}); copy one from the model on the Hub")
 
 
 def _from_release(checkpoint: Checkpoint, model: Path) -> tuple[Checkpoint, dict[str, bytes]]:

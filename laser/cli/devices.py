@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from laser.cli import common
+from laser.cli.common import say
 from laser.spectral.devices import available, choose_device, exact_products, free_bytes
 from laser.spectral.measuring import choose_method, measure_device
 from laser.spectral.probe import Probe, cache_path
@@ -49,19 +50,19 @@ def devices(
             }
         )
     common.print_table(("device", "here"), list(here.items()))
-    print(f"takes {chosen.label}: {chosen.reason}")
-    print(f"method {method}: {why}")
+    say(f"takes {chosen.label}: {chosen.reason}")
+    say(f"method {method}: {why}")
     memory = "memory unknown" if free is None else f"{free / 2**30:.1f} GiB of memory free"
-    print(f"{memory}; products in float32 carry {'all 24 bits' if exact else 'LESS than 24 bits'}")
+    say(f"{memory}; products in float32 carry {'all 24 bits' if exact else 'LESS than 24 bits'}")
     if measured:
         _print_probe(measured)
-        print(f"kept in {path}" if path else f"measured {measured.measured}; --probe measures again")
+        say(f"kept in {path}" if path else f"measured {measured.measured}; --probe measures again")
     else:
-        print("speed not measured; try --probe")
+        say("speed not measured; try --probe")
 
 
 def _print_probe(probe: Probe) -> None:
-    print(f"{probe.name}, torch {probe.torch}, BLAS threads {probe.threads}")
+    say(f"{probe.name}, torch {probe.torch}, BLAS threads {probe.threads}")
     sides = sorted(probe.eigenvalues)
     table = [(p, probe.eigenvalues[p], probe.eigenvectors.get(p), probe.projector.get(p)) for p in sides]
     common.print_table(("p", "eigenvalues s", "eigenvectors s", "projector s"), table)
@@ -69,4 +70,4 @@ def _print_probe(probe: Probe) -> None:
     copies = {"to device": probe.to_device, "to host": probe.to_host}
     copies |= {"disk read": probe.disk_read, "disk write": probe.disk_write}
     rates += [(what, rate / 1e9, "GB/s") for what, rate in copies.items() if rate]
-    print(", ".join(f"{what} {rate:.4g} {unit}" for what, rate, unit in rates))
+    say(", ".join(f"{what} {rate:.4g} {unit}" for what, rate, unit in rates))

@@ -12,6 +12,7 @@ from typing import Any
 from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
+from laser.cli.common import say
 from laser.engine.estimate import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
 from laser.engine.workers import Crew
 from laser.evaluation.causal import build_causal
@@ -21,7 +22,6 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.reduction import Outcome
-from laser.report.visible import visible
 from laser.search.candidates import Candidate
 from laser.search.foretold import count_passes
 from laser.selection import MAIN, Selection
@@ -54,7 +54,7 @@ def print_dry_run(
     )
     if kept and not as_json:
         told = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
-        print(f"left as they are, matrices by role: {told}")
+        say(f"left as they are, matrices by role: {told}")
 
 
 def print_estimate(
@@ -89,17 +89,17 @@ def print_estimate(
         ],
     )
     for name, why in list((skipped or {}).items())[:NAMED]:
-        print(f"{name}: {why}")
+        say(f"{name}: {why}")
     if skipped and len(skipped) > NAMED:
-        print(f"and {len(skipped) - NAMED} more are skipped")
-    print(
+        say(f"and {len(skipped) - NAMED} more are skipped")
+    say(
         f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
         f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
         f"({foretold.basis})"
     )
     for each in measuring:
-        print(visible(measuring_line(each)))
+        say(measuring_line(each))
 
 
 def search_measuring(
@@ -176,20 +176,20 @@ def print_outcome(
         return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, foretold))
     common.print_plan(outcome.plan.lines)
     if outcome.plan.edited:
-        print("the plan was edited after the rule had made it, and was carried out line by line as it stands")
+        say("the plan was edited after the rule had made it, and was carried out line by line as it stands")
     worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)
-    print(f"written to {output} in {meter.seconds:.1f} s; largest residual of a certificate {worst:.1e}")
+    say(f"written to {output} in {meter.seconds:.1f} s; largest residual of a certificate {worst:.1e}")
     fallen = {name: m for name, m in outcome.matrices.items() if m.get("note")}
     if fallen:
         name, first = next(iter(fallen.items()))
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
-        print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
+        say(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
     if outcome.left_out:
         named, more = ", ".join(outcome.left_out[:NAMED]), len(outcome.left_out) - NAMED
         more = f" and {more} more" if more > 0 else ""
-        print(f"left out, as other copies of weights, parts of them, or links: {named}{more}")
+        say(f"left out, as other copies of weights, parts of them, or links: {named}{more}")
     if seconds is not None:
-        print(meter.against(seconds, foretold))
+        say(meter.against(seconds, foretold))
 
 
 def took(meter: Meter, seconds: float | None, foretold: Estimate) -> dict[str, Any]:

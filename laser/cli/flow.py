@@ -12,6 +12,7 @@ import typer
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
+from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.engine.estimate import Meter, estimate
 from laser.engine.workers import choose_crew
@@ -19,7 +20,6 @@ from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.reduction import reduce as reduce_checkpoint
-from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.measuring import choose_method
@@ -86,8 +86,8 @@ def scan(
             }
         )
     _print_spectra(spectra)
-    print(f"{len(spectra.values)} matrices in {meter.seconds:.1f} s on {spectra.device}, written to {output}")
-    print(meter.against(foretold.scan_seconds, foretold))
+    say(f"{len(spectra.values)} matrices in {meter.seconds:.1f} s on {spectra.device}, written to {output}")
+    say(meter.against(foretold.scan_seconds, foretold))
 
 
 def plan(
@@ -131,7 +131,7 @@ def plan(
     if as_json:
         return common.print_json(asdict(made))
     common.print_plan(made.lines)
-    print(f"written to {output}")
+    say(f"written to {output}")
 
 
 def reduce(
@@ -206,8 +206,8 @@ def verify(
         common.print_json(asdict(found))
     else:
         for problem in found.problems:
-            print(visible(problem))
-        print(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
+            say(problem)
+        say(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
 
@@ -225,4 +225,4 @@ def _print_spectra(spectra: Spectra) -> None:
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
     for name, why in spectra.skipped.items():
         if why.startswith("skipped"):
-            print(visible(f"{name}: {why}"))
+            say(f"{name}: {why}")

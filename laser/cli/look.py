@@ -11,11 +11,11 @@ from laser.checkpoint.families import list_matrices
 from laser.checkpoint.files import write_atomically
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
+from laser.cli.common import say
 from laser.errors import UsageError
 from laser.null import TESTED, check_test, null_test
 from laser.portrait import portrait
 from laser.report import page, plots
-from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import parse_rule
@@ -67,8 +67,8 @@ def null(
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
     for name, why in test.skipped.items():
-        print(visible(f"{name}: {why}"))
-    print(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
+        say(f"{name}: {why}")
+    say(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
 def spectra(
@@ -115,7 +115,7 @@ def spectra(
         return common.print_raw(summary.to_csv().encode())
     _print_summary(summary)
     for path in written:
-        print(f"written to {path}, by the scores of {scored.rule}")
+        say(f"written to {path}, by the scores of {scored.rule}")
 
 
 def plot(
@@ -153,7 +153,7 @@ def plot(
         portraits = [portrait(record, name, rule) for record in records]
         figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
     write_atomically(output, plots.encoded(figure, output))
-    print(f"written to {output}")
+    say(f"written to {output}")
 
 
 def report(
@@ -174,7 +174,7 @@ def report(
     summary = summarise(record, rule, chosen)
     text = page.render(summary, (portrait(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())
-    print(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
+    say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
 
 
 def _print_summary(summary: Summary) -> None:
@@ -186,5 +186,5 @@ def _print_summary(summary: Summary) -> None:
         ],
     )
     for name, why in summary.skipped:
-        print(visible(f"{name}: {why}"))
-    print(visible(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}"))
+        say(f"{name}: {why}")
+    say(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
+from laser.cli.common import say
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.layout import NotByLayers
@@ -143,17 +143,17 @@ def eval(
         ],
     )
     if compared:
-        print(
+        say(
             f"{records[1].model} - {records[0].model}: {compared.nll:+.5f} ± {digits(compared.standard_error)} nats "
             f"per token, paired over {compared.windows} windows: {compared.verdict}"
         )
     first = records[0]
     bos = "with BOS" if first.bos else "without BOS"
-    print(f"{first.text} (sha256 {first.text_sha256[:12]}), {first.mode} of {first.window} tokens {bos}, {first.dtype}")
+    say(f"{first.text} (sha256 {first.text_sha256[:12]}), {first.mode} of {first.window} tokens {bos}, {first.dtype}")
     if told := fewer(first.text, first.windows, first.asked):
-        print(told)
+        say(told)
     if output is not None:
-        print(f"written to {output}")
+        say(f"written to {output}")
 
 
 def text_of(path: Path | None, field: str | None, dataset: str | None) -> Text:
@@ -170,7 +170,7 @@ def text_of(path: Path | None, field: str | None, dataset: str | None) -> Text:
         return default_text()
     text = read_text(path, field)
     for note in text.notes:
-        print(f"laser: {note}", file=sys.stderr)
+        say(f"laser: {note}", aside=True)
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.reader import Checkpoint
+from laser.cli.common import say
 from laser.engine.workers import worker_bytes
 from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.causal import build_causal
@@ -18,7 +18,6 @@ from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, NeedsOf, Placement, place, refusal, smaller_windows
 from laser.evaluation.streaming import DTYPES, LayeredModel
 from laser.evaluation.text import Window
-from laser.report.visible import visible
 from laser.spectral.devices import HOST, Device, choose_device, free_bytes
 
 
@@ -113,7 +112,7 @@ def for_run_leaderboard(checkpoint: Checkpoint, device: Device, *, needed: bool)
     except OutOfMemory as error:
         if needed:
             raise OutOfMemory(f"the leaderboard: {error.why}", "try --no-leaderboard") from error
-        print(visible(f"laser: the leaderboard is left out: {error.why}"), file=sys.stderr)
+        say(f"laser: the leaderboard is left out: {error.why}", aside=True)
         return None
 
 
@@ -130,7 +129,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 def said(placement: Placement) -> Placement:
     """The same; what memory decided is a line on stderr."""
     if placement.told:
-        print(visible(f"laser: {placement.told}"), file=sys.stderr)
+        say(f"laser: {placement.told}", aside=True)
     return placement
 
 

@@ -13,6 +13,7 @@ from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
+from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
@@ -20,7 +21,6 @@ from laser.evaluation.lm_tasks import TASKS
 from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
-from laser.report.visible import visible
 from laser.spectral.devices import choose_device
 
 
@@ -72,7 +72,7 @@ def leaderboard(
     workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
     if workload is not None:
         told = board_measuring(checkpoint, workload, placed, where, models=1)
-        return common.print_json({told.what: asdict(told)}) if as_json else print(visible(measuring_line(told)))
+        return common.print_json({told.what: asdict(told)}) if as_json else say(measuring_line(told))
     board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:
@@ -86,15 +86,15 @@ def leaderboard(
     )
     for s in board.scores:
         if s.undefined:
-            print(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
+            say(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
     if limit is not None:
-        print(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+        say(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
     if compared:
         common.print_table(
             ("", "source", "this model", "change", "verdict"),
             [(row.what, row.before, row.after, row.change, row.verdict) for row in compared],
         )
-    print(f"written to {output}")
+    say(f"written to {output}")
 
 
 def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[Row]:
@@ -186,7 +186,7 @@ def push(
     address = push_directory(output, repo, private=private, revision=revision)
     if as_json:
         return common.print_json({"output": str(output), "repo": repo, "address": address})
-    print(f"{output} uploaded to {address}")
+    say(f"{output} uploaded to {address}")
 
 
 def card(
@@ -221,7 +221,7 @@ def card(
     )
     if as_json:
         return common.print_json({"output": str(written)})
-    print(f"written to {written}")
+    say(f"written to {written}")
 
 
 def _document(board: Leaderboard) -> dict[str, object]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
+from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
@@ -159,7 +160,7 @@ def search(
     if as_json:
         return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
     print_search(result)
-    print(f"written to {output}; every trial is in {journal}")
+    say(f"written to {output}; every trial is in {journal}")
 
 
 def layered_model(
@@ -278,17 +279,17 @@ def print_search(result: SearchResult) -> None:
     for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):
         # What was selected on a text is no news of that text.
         verdict = f": {report.verdict}" if what == "held out" and report.verdict else ""
-        print(f"{what}: {_told(report)}{verdict}")
+        say(f"{what}: {_told(report)}{verdict}")
         if short := fewer(report.text, report.units, report.asked, report.unit_name):
-            print(short)
+            say(short)
     if result.rank_correlation is not None:
-        print(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
+        say(f"gradient's order against the measured one: Spearman {result.rank_correlation:+.2f}")
     families = result.families()
     if len(families) > 1:
         for name, count in families.items():
-            print(f"metric {name}: {count['best']} candidates' best, {count['kept']} kept, of {count['trials']} trials")
+            say(f"metric {name}: {count['best']} candidates' best, {count['kept']} kept, of {count['trials']} trials")
     if not result.plan.reductions:
-        print("nothing was kept: no reduction that was tried makes this model better")
+        say("nothing was kept: no reduction that was tried makes this model better")
 
 
 def _told(report: Report) -> str:

@@ -28,10 +28,19 @@ from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import Journal, disk_errors, read_json, spoiling, to_json, write_atomically
+from laser.checkpoint.files import (
+    Journal,
+    disk_errors,
+    read_json,
+    require_sealed,
+    sealed,
+    spoiling,
+    to_json,
+    write_atomically,
+)
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, require_keys, value_of
+from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
 from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.as_stored import as_stored
@@ -114,7 +123,7 @@ class Leaderboard:
 
     def to_json(self) -> bytes:
         averages = {"average": self.average, "average_stderr": self.average_stderr}
-        return to_json({"kind": KIND, "version": VERSION} | averages | asdict(self))
+        return to_json(sealed({"kind": KIND, "version": VERSION} | averages | asdict(self)))
 
     def save(self, path: Path) -> None:
         with disk_errors(path):
@@ -128,15 +137,19 @@ class Leaderboard:
         where = f"{path} is not a whole record: it"
         names = [field.name for field in fields(Leaderboard)]
         averages = ("average", "average_stderr")
-        require_keys(document, (*names, *averages), ("kind", "version"), where, AGAIN)
+        require_keys(document, (*names, *averages), ("kind", "version", "check"), where, AGAIN)
+        require_finite(document["settings"], f"{path}: settings", AGAIN)
         scores = value_of(list, document["scores"], "scores", where, AGAIN)
         whole = {name: document[name] for name in names} | {"scores": []}
         record = replace(decode(Leaderboard, whole, where, AGAIN), scores=tuple(_scores_of(scores, path)))
+        if (record.limit or 1) < 1:
+            raise RecordError(f"{path}: limit is {record.limit}, expected 1 or more; {AGAIN}")
         if not record.scores or not isinstance(record.settings.get("device", ""), str):
             raise RecordError(f"{path} is not a whole record: a score or the name of a device is wanting; {AGAIN}")
         for name in averages:
             if not _same(value_of(float | None, document[name], name, where, AGAIN), getattr(record, name)):
                 raise RecordError(f"{path}: {name} is not that of its tasks; {AGAIN}")
+        require_sealed(document, path, KIND)
         return record
 
 
@@ -162,6 +175,8 @@ def _wrong(score: TaskScore) -> str | None:
         or not 0 <= score.undefined <= score.n
     ):
         return f"n is {score.n} and undefined {score.undefined}, found {len(score.rows)} rows"
+    if score.shots < 0 or not 0 <= min(score.rows) <= max(score.rows) <= 1 + 1e-6:
+        return "shots or a row's score is not what it can be, 0 or more, and between 0 and 1"
     mean, error = mean_and_error(score.rows, score.sizes)
     if not _same(score.value, mean):
         return "a value is not the mean of its rows"

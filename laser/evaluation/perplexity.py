@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import read_json, to_json, write_atomically
+from laser.checkpoint.files import read_json, require_sealed, sealed, to_json, write_atomically
 from laser.checkpoint.records import decode
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
 
 KIND, VERSION = "eval", 2
+MOST = 2**53  # tokens: whole numbers up to there are numbers of float64
+ROUNDING = 1e-3  # how far under 0 arithmetic of few bits may take a loss
 AGAIN = "make it again with `laser eval`"
 
 
@@ -62,7 +64,7 @@ class Perplexity:
         return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
     def to_json(self) -> bytes:
-        return to_json({"kind": KIND, "version": VERSION} | asdict(self))
+        return to_json(sealed({"kind": KIND, "version": VERSION} | asdict(self)))
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_json())
@@ -70,18 +72,29 @@ class Perplexity:
     @staticmethod
     def load(path: Path) -> Perplexity:
         """Raises RecordError for a file that is missing, damaged, of another version, or that contradicts itself."""
-        return Perplexity.from_document(read_json(path, KIND, VERSION), path)
+        document = read_json(path, KIND, VERSION)
+        record = Perplexity.from_document(document, path)
+        require_sealed(document, path, KIND)
+        return record
 
     @staticmethod
     def from_document(document: dict[str, Any], path: Path) -> Perplexity:
-        entries = {name: value for name, value in document.items() if name not in ("kind", "version")}
+        entries = {name: value for name, value in document.items() if name not in ("kind", "version", "check")}
         record = decode(Perplexity, entries, f"{path} is not a whole evaluation: it", AGAIN)
-        if not record.losses or len(record.losses) != len(record.counts) or min(record.counts) < 1:
+        least = {"window": 1, "bytes": 0, "asked": 1}
+        if low := [name for name, few in least.items() if (getattr(record, name) or few) < few]:
+            raise RecordError(
+                f"{path}: {low[0]} is {getattr(record, low[0])}, expected {least[low[0]]} or more; {AGAIN}"
+            )
+        alike = len(record.losses) == len(record.counts) > 0
+        if not alike or not 1 <= min(record.counts) <= max(record.counts) <= MOST or min(record.losses) < -ROUNDING:
             raise RecordError(
                 f"{path} is not a whole evaluation: it has {len(record.losses)} losses and {len(record.counts)} "
-                f"counts, expected as many of each, and every count 1 or more; {AGAIN}"
+                f"counts, expected as many of each, losses of 0 or more, and every count 1 or more; {AGAIN}"
             )
         mean, error = weighted_mean(record.losses, record.counts)
+        if not math.isfinite(mean) or not math.isfinite(error or 0.0):
+            raise RecordError(f"{path}: its losses have no finite mean; {AGAIN}")
         own = {"nll": mean, "standard_error": error, "windows": len(record.losses), "tokens": sum(record.counts)}
         for name, expected in own.items():
             found = getattr(record, name)
@@ -122,10 +135,11 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> tuple[floa
     """Mean of `values` (W,) weighted by `weights` (W,), and its standard error over windows (None for one window)."""
     v, n = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     total = float(n.sum())
-    mean = float(n @ v) / total
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is said by who asked
+        mean = float(n @ v) / total
+        squares = float(np.sum((n * (v - mean)) ** 2))
     if len(v) < 2:
         return mean, None
-    squares = float(np.sum((n * (v - mean)) ** 2))
     return mean, math.sqrt(len(v) / (len(v) - 1) * squares) / total
 
 

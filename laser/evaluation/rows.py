@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.files import each_once
+from laser.checkpoint.records import each_once
 from laser.checkpoint.regular import LARGEST_TEXT, read_regular
 from laser.errors import RecordError, UsageError
 

@@ -19,6 +19,17 @@ from laser.search.candidates import DATA, Candidate, cut_of
 from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device
 
+# The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.
+VALUES = tuple[float | None, ...]
+NUMBER: Any = float | None
+TRIAL: dict[str, Any] = {"entry": str, "label": str, "rule": str, "ranks": Mapping[str, int], "d": NUMBER, "se": NUMBER}
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"entry": str, "values": VALUES},
+    {"entry": str, "labels": tuple[str, ...], "predicted": tuple[NUMBER, ...]},
+    TRIAL | {"accepted": bool, "layer_forwards": int, "seconds": float, "values": VALUES},
+    {"report": str, "values": VALUES},
+)
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -50,7 +61,7 @@ class SearchLog:
 
     def __init__(self, path: Path | None, run: dict[str, Any], anew: bool = False) -> None:
         self.anew = anew
-        self.journal = Journal(path, run, anew=anew) if path else None
+        self.journal = Journal(path, run, shapes=SHAPES, anew=anew) if path else None
         entries = tuple(self.journal.entries) if self.journal else ()
         self._old = iter([entry for entry in entries if "report" not in entry])
         self._reports = {entry["report"]: entry["values"] for entry in entries if "report" in entry}
@@ -76,16 +87,18 @@ class SearchLog:
             self.journal.append(new)
         return new
 
-    def values(self, entry: str, measure: Callable[[], list[float]]) -> list[float]:
-        return from_numbers(self.entry({"entry": entry}, lambda: {"values": to_numbers(measure())})["values"])
+    def values(self, entry: str, objective: Objective, measure: Callable[[], list[float]]) -> list[float]:
+        """What `measure` gives, one value per unit of `objective`."""
+        found = self.entry({"entry": entry}, lambda: {"values": to_numbers(measure())}).get("values", ())
+        return from_numbers(found, objective)
 
-    def report(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+    def report(self, name: str, objective: Objective, measure: Callable[[], list[float]]) -> list[float]:
         """The values reported under this name, measured now if they never were."""
         if name not in self._reports:
             self._reports[name] = to_numbers(measure())
             if self.journal:
                 self.journal.append({"report": name, "values": self._reports[name]})
-        return from_numbers(self._reports[name])
+        return from_numbers(self._reports[name], objective)
 
     def close(self) -> None:
         if self.journal:
@@ -96,7 +109,13 @@ def to_numbers(values: Sequence[float]) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values]  # strict JSON has no NaN
 
 
-def from_numbers(values: Sequence[float | None]) -> list[float]:
+def from_numbers(values: Sequence[float | None], objective: Objective) -> list[float]:
+    """Raises RecordError where they are not one per unit of `objective`."""
+    if len(values) != len(objective.weights):
+        raise RecordError(
+            f"the journal of the search holds {len(values)} values of {objective.text}, expected "
+            f"{len(objective.weights)}; start afresh with --force"
+        )
     return [math.nan if v is None else v for v in values]
 
 
@@ -138,13 +157,24 @@ class Runner:
             }
 
         entry = self.log.entry(what, measure)
-        predicted = candidate.predicted if option == 0 else None
-        numbers = {k: entry[k] for k in ("d", "se", "accepted", "layer_forwards", "seconds")}
-        trial = Trial(candidate.label, rule, ranks, alone, predicted=predicted, **numbers)
+        values = from_numbers(entry["values"], self.objective)
+        d, se = change(self.objective, now, values)  # by the values, also where the journal has them
+        trial = Trial(
+            candidate.label,
+            rule,
+            ranks,
+            alone,
+            d if math.isfinite(d) else None,
+            se,
+            accepted(self.accept, d, se),
+            candidate.predicted if option == 0 else None,
+            entry["layer_forwards"],
+            entry["seconds"],
+        )
         self.trials.append(trial)
         self.to_come -= 1
         self.tick(trial, self.to_come)
-        return trial, from_numbers(entry["values"])
+        return trial, values
 
     def _cut(self, rule: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
         checkpoint = self.bench.model.checkpoint

@@ -21,7 +21,7 @@ from scipy import stats
 from laser.checkpoint.files import sealed, spoiling
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.edits import require_same_moments
-from laser.errors import NumericalError, UsageError
+from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
@@ -162,7 +162,7 @@ def search(
     log = SearchLog(journal, run, anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
-        base = log.values("baseline", bench.measure)
+        base = log.values("baseline", calibration, bench.measure)
         if not all(map(math.isfinite, base)):
             raise NumericalError(
                 f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
@@ -250,13 +250,19 @@ def _shortlisted(
         {"entry": "gradient", "labels": labels},
         lambda: {"predicted": [c.predicted for c in predict(found, bench, device, moments)]},
     )
+    if len(entry["predicted"]) != len(found):
+        raise RecordError(
+            f"the journal of the search foretells {len(entry['predicted'])} changes, expected {len(found)}; start "
+            "afresh with --force"
+        )
     told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
     return sorted(told, key=lambda c: c.predicted or 0.0)[:count]
 
 
 def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
     """Before and after on text that the search never saw."""
-    after = log.report(f"after {objective.sha256[:16]}", lambda: objective.values(model.losses(objective.windows)))
+    name = objective.sha256[:16]
+    after = log.report(f"after {name}", objective, lambda: objective.values(model.losses(objective.windows)))
     edits: dict[str, torch.Tensor] = dict(model.edits)
 
     def untouched() -> list[float]:
@@ -268,7 +274,7 @@ def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial]
             for name, W in edits.items():
                 model.edit(name, W)
 
-    before = log.report(f"before {objective.sha256[:16]}", untouched) if kept else after
+    before = log.report(f"before {name}", objective, untouched) if kept else after
     return _summary(objective, before, after)
 
 

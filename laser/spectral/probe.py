@@ -88,6 +88,21 @@ class Probe:
         aside.replace(path)
         return path
 
+    def _require(self) -> None:
+        """Raises TypeError or ValueError for what is no measurement: rates are finite and above 0, times may be 0."""
+        tables = (self.eigenvalues, self.eigenvectors, self.projector, self.null)
+        rates = (self.product, self.to_device, self.to_host, self.disk_read, self.disk_write, self.projection)
+        times = [seconds for table in tables for seconds in table.values()]
+        numbers = [side for table in tables for side in table] + [self.threads, *(x for x in rates if x is not None)]
+        if any(type(x) not in (int, float) for x in numbers):
+            raise TypeError("a measurement is no number")
+        if not all(0 < x < math.inf for x in numbers) or not all(0 <= x < math.inf for x in times):
+            raise ValueError("a measurement is below 0, or has no end")
+        if not all(isinstance(x, str) for x in (self.device, self.name, self.torch, self.measured)):
+            raise TypeError("a name is no text")
+        if type(self.exact_products) is not bool:
+            raise TypeError("exact_products is neither true nor false")
+
     @staticmethod
     def load(device: str, path: Path | None = None) -> Probe | None:
         """The probe of the device with this label, or None if none was measured.
@@ -102,8 +117,10 @@ class Probe:
             found = dict(probes[device])
             for table in ("eigenvalues", "eigenvectors", "projector", "null"):
                 found[table] = {int(p): float(seconds) for p, seconds in found.get(table, {}).items()}
-            return Probe(**found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            probe = Probe(**found)
+            probe._require()
+            return probe
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(f"{path}: the probe of {device} is not whole ({error}); {_AGAIN}") from error
 
 
@@ -132,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
                 f"{path}: found {document['kind']} version {document['version']}, expected {KIND} {VERSION}; {_AGAIN}"
             )
         return dict(document["probes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a readable record of devices ({error}); {_AGAIN}") from error
 
 
@@ -149,5 +166,7 @@ def interpolate(table: Mapping[int, float], p: int, beyond: int = 3) -> float:
         return table[near] * (p / near) ** beyond
     low = max(side for side in sides if side < p)
     high = min(side for side in sides if side > p)
+    if not table[low] or not table[high]:
+        return table[high]
     power = math.log(table[high] / table[low]) / math.log(high / low)
     return table[low] * (p / low) ** power
