@@ -74,7 +74,7 @@ def main() -> None:
         # Start-up included: some kills fall before the first matrix. Short, so that all of them fall within the run.
         moment = rng.uniform(0.5, 3.0 + 1.5 * whole / arguments.kills)
         matrices = len(before) + rng.randint(1, max(1, (total - len(before)) // (arguments.kills - kills + 1)))
-        begun = time.perf_counter()
+        begun, passed = time.perf_counter(), 0.0
         child = subprocess.Popen([*reduce, str(out), "--resume"], stdout=subprocess.DEVNULL)
         while child.poll() is None:
             passed = time.perf_counter() - begun

@@ -41,17 +41,17 @@ from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.engine.estimate import resident_bytes
 from laser.engine.workers import Crew, visit
 from laser.one_pass import judge
 from laser.plan import Treatment
 from laser.reduction import by_shard
 from laser.spectra import Source
+from laser.spectral.host_memory import resident_bytes
 
 
 def high_water() -> int:
     """Bytes of resident memory at the most, 0 where the system does not tell."""
-    return resident_bytes("VmHWM") or 0
+    return resident_bytes(peak=True) or 0
 
 
 def selected(checkpoint: laser.Checkpoint) -> list[laser.Matrix]:

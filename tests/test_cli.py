@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from hostile import HOSTILE
+from pico_language import write_tokenizer
 
 from laser.checkpoint.reader import INDEX
 from laser.cli import app, main
@@ -90,6 +91,7 @@ def test_dry_run_reads_no_weight_and_writes_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
+    write_tokenizer(pico)  # a search needs one
     spectra, plan = tmp_path / "s", tmp_path / "p"
     run("scan", pico, "-o", spectra)
     run("plan", spectra, "-o", plan, "--rule", "mp-edge")

@@ -17,7 +17,7 @@ import typer
 
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
-from laser.errors import LaserError, remedy
+from laser.errors import LaserError, first_line, is_out_of_memory, remedy
 from laser.plan import CrowdWarning
 from laser.report.visible import visible
 
@@ -77,6 +77,10 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _verb(arguments: list[str]) -> str:
+    return next((a for a in arguments if not a.startswith("-")), "")
+
+
 def _run(arguments: list[str]) -> None:
     """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
     try:
@@ -88,8 +92,42 @@ def _run(arguments: list[str]) -> None:
 
 
 def _interrupted(arguments: list[str], held: common.Held) -> int:
-    verb = next((a for a in arguments if not a.startswith("-")), "")
-    return _say(f"laser: interrupted; {left_behind(verb, held.written())}", 130)
+    return _say(f"laser: interrupted; {left_behind(_verb(arguments), held.written())}", 130)
+
+
+def _disk(error: OSError) -> int:
+    """What is said of a file, or of a stream, that cannot be used."""
+    if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
+        _forget(sys.stdout)
+        return 1
+    if error.filename is not None:  # of a file, and not of what is printed
+        return _say(f"laser: {error.filename}: {error.strerror}; {remedy(error)}", 1)
+    _forget(sys.stdout)
+    return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
+
+
+# What asks for less memory, the mildest first, and the verbs in which it does.
+LESS = (
+    ("--stream", ("eval", "search", "run")),
+    ("--workers 1", ("scan", "reduce", "run")),
+    ("--batch-size 1", ("leaderboard",)),
+    ("a smaller --window", ("eval", "search", "run", "calibrate")),
+    ("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard")),
+    ("--device cpu", ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")),
+)
+
+
+def out_of_memory(error: BaseException, arguments: list[str]) -> str:
+    """One line: what failed, what to try that this command line does not have already, and what was kept."""
+    verb, message = _verb(arguments), first_line(error)
+    on_host = not any(name in message.lower() for name in ("cuda", "cublas", "mps backend"))
+    given = " ".join(arguments).replace("=", " ")
+    words = [
+        way for way, verbs in LESS if verb in verbs and way not in given and not (on_host and way == "--device cpu")
+    ]
+    tries = f"try {', or '.join(words)}" if words else "try a machine with more"
+    kept = f"; {_INTERRUPTED[verb]}" if verb in _INTERRUPTED else ""
+    return f"out of memory ({message}); {tries}{kept}"
 
 
 def _say(line: str, code: int) -> int:
@@ -129,18 +167,16 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _say(f"laser: {error}", error.exit_code)
-    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
-        return _interrupted(arguments, held)
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if debug:
             raise
-        if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
-            _forget(sys.stdout)
-            return 1
-        if error.filename is not None:  # of a file, and not of what is printed
-            return _say(f"laser: {error.filename}: {error.strerror}; {remedy(error)}", 1)
-        _forget(sys.stdout)
-        return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
+        if is_out_of_memory(error):
+            return _say(f"laser: {out_of_memory(error, arguments)}", 1)
+        if isinstance(error, OSError):
+            return _disk(error)
+        raise
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
+        return _interrupted(arguments, held)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
             return _interrupted(arguments, held)

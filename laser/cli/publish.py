@@ -12,13 +12,15 @@ import typer
 from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
+from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
 from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
+from laser.report.visible import visible
 from laser.spectral.devices import choose_device
 
 
@@ -39,6 +41,7 @@ def leaderboard(
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
@@ -51,10 +54,10 @@ def leaderboard(
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
-    where = choose_device(device).name
+    where = choose_device(device)
     if output is not None:
         common.refuse_to_overwrite(output, force, "leaderboard")
-    checkpoint = open_checkpoint(model, "weights")
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -65,8 +68,12 @@ def leaderboard(
         with disk_errors(output):
             output.parent.mkdir(exist_ok=True)
         common.refuse_to_overwrite(output, force, "leaderboard")
-    require_leaderboard(checkpoint, tasks=names, limit=limit, data=data)
-    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size, anew=force)
+    placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
+    workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
+    if workload is not None:
+        told = board_measuring(checkpoint, workload, placed, where, models=1)
+        return common.print_json({told.what: asdict(told)}) if as_json else print(visible(measuring_line(told)))
+    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}

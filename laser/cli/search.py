@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
+from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
+from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.plan import parse_lowest_snr
-from laser.search.candidates import DATA
+from laser.search.candidates import DATA, candidates_of
+from laser.search.foretold import possible_candidates
 from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
-from laser.spectral.devices import choose_device
+from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES, draws_needed
 
 
@@ -75,7 +79,7 @@ def search(
     roles: common.Roles = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
-    stream: Stream = False,
+    stream: Stream = None,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
     precision: common.Precision = "auto",
@@ -83,6 +87,7 @@ def search(
         Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
     ] = None,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
@@ -94,7 +99,7 @@ def search(
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     asked: dict[str, Any] = {
         "lowest_snr": parse_lowest_snr(lowest_snr, None if grid or shortlist else 15),
-        "shortlist": _shortlist(shortlist),
+        "shortlist": shortlist_of(shortlist),
         "grid": grid is not None,
         "accept": accept,
         "order": order,
@@ -103,6 +108,7 @@ def search(
     check_objective(objective, task, window, windows, held_out_windows, held_out)
     require_dtype(dtype)
     chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    crew = Crew((where,))
     common.refuse_to_overwrite(output, force, "plan")
     journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
@@ -110,21 +116,32 @@ def search(
         common.keep_file(path)
     texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
-    checkpoint = open_checkpoint(model, "weights")
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     tokenizer = load_tokenizer(checkpoint.path)
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
     check_objectives(calibration, reported, accept, asked["shortlist"])
-    layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
-    for each in (calibration, *reported):
-        layered.check(each.windows)
+    chosen.check(list_matrices(checkpoint))
+    matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    layered, placed = layered_model(
+        checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
+    )
+    draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
+    if dry_run:
+        tried = asked["shortlist"]
+        if measured is not None:  # then it is known which
+            measured.source.require(checkpoint, "spectra")
+            found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], grid is not None)[1]
+        else:
+            tried = tried or asked["lowest_snr"]
+            found = possible_candidates(matrices, layered, wanted, grid is not None)
+        told = search_measuring(
+            layered, placed, calibration, reported, matrices, found, where,
+            tried=tried, order=order, grid=grid is not None, shortlisted=shortlist is not None,
+        )  # fmt: skip
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
     if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
-        chosen.check(list_matrices(checkpoint))
-        scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
-        with common.Progress("scan", scanned) as bar:
-            draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
-            measured = scan_into(
-                spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
-            )
+        with common.Progress("scan", matrices) as bar:
+            measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
     result = search_with_bar(
         layered,
         measured,
@@ -145,6 +162,29 @@ def search(
     print(f"written to {output}; every trial is in {journal}")
 
 
+def layered_model(
+    checkpoint: Checkpoint,
+    objectives: Sequence[Objective],
+    matrices: Sequence[Matrix],
+    device: Device,
+    dtype: str,
+    stream: bool | None,
+    **options: Any,
+) -> tuple[LayeredModel, Placement]:
+    """The model that a search measures, in memory or layer by layer as that allows, and why; no weight is read.
+
+    Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
+    """
+    windows = [window for each in objectives for window in each.windows]
+    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **options))
+    layered = LayeredModel(
+        checkpoint, dtype=dtype, device=device.torch_device, resident=not placed.stream, store=placed.store()
+    )
+    for each in objectives:
+        layered.check(each.windows)
+    return layered, placed
+
+
 def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
     """`laser.search.search` of these arguments, its trials shown on a bar."""
     with tqdm(desc="search", disable=None, leave=False) as bar:
@@ -154,7 +194,10 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
             bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
-        return search_plan(*arguments, tick=tick, **options)
+        try:
+            return search_plan(*arguments, tick=tick, **options)
+        finally:
+            arguments[0].unload()  # what comes next needs the memory
 
 
 def check_objective(
@@ -211,7 +254,7 @@ def _grid(text: str) -> list[str]:
     return found
 
 
-def _shortlist(text: str | None) -> int | None:
+def shortlist_of(text: str | None) -> int | None:
     if text is None:
         return None
     name, _, count = text.partition(":")

@@ -9,7 +9,7 @@ import torch
 
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError, first_line
+from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
@@ -92,10 +92,8 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             **as_stored(checkpoint),
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "alloc" in str(error):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{checkpoint.name}: transformers cannot load it ({first_line(error)}); try laser scan --dry-run"

@@ -13,12 +13,16 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
@@ -319,19 +323,68 @@ def run_leaderboard(
     )
 
 
+SAMPLE = 4  # rows of each task file whose prompts are built to foretell the rest
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a leaderboard asks of a model: prompts, and about how many tokens they are."""
+
+    prompts: int
+    tokens: int
+
+
 def require_leaderboard(
-    checkpoint: Checkpoint, *, tasks: tuple[str, ...] | None = None, limit: int | None = None, data: Path | None = None
-) -> None:
+    checkpoint: Checkpoint,
+    *,
+    tasks: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    counted: bool = False,
+) -> Workload | None:
     """What `run_leaderboard` refuses, before the hours of work that it stands behind: no model is loaded.
 
-    Raises as `run_leaderboard` does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
+    With `counted` also how much it is, from every row and the prompts of a few; else None. Raises as `run_leaderboard`
+    does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
     """
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
-    load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    prompts = tokens = 0.0
     with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
         for task in chosen:
             names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
-            _load_rows(task, Path(folder, task.name), names)
+            for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
+                if counted:
+                    one, several = _work_of(each, tokenizer, limit)
+                    prompts, tokens = prompts + one, tokens + several
+    return Workload(round(prompts), round(tokens)) if counted else None
+
+
+def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float]:
+    """Prompts and tokens of one of lm-eval's tasks; an answer that is generated counts with its longest length."""
+    task.set_fewshot_seed(seed=SEED)
+    rows = min(len(task.eval_docs), limit or sys.maxsize)
+    sample = min(rows, SAMPLE)
+    with _quiet():
+        task.build_all_requests(limit=sample, rank=0, world_size=1)
+    tokens = 0
+    for instance in task.instances:
+        context, rest = instance.args[:2]
+        tokens += len(tokenizer(context, verbose=False)["input_ids"])
+        tokens += int(rest.get("max_gen_toks", 256)) if isinstance(rest, dict) else 0  # lm-eval's own default
+    return len(task.instances) * rows / sample, tokens * rows / sample
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars and notes about the prompts that it builds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _asked(
@@ -415,6 +468,8 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         first = first_line(error)
         raise UsageError(
             f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
@@ -437,6 +492,8 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
         return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"

@@ -59,6 +59,22 @@ def without_idle(spectra: Spectra, model: LayeredModel) -> Spectra:
     return replace(spectra, values={n: v for n, v in spectra.values.items() if n not in idle}, skipped=skipped)
 
 
+def candidates_of(
+    spectra: Spectra,
+    model: LayeredModel,
+    rules: Sequence[str],
+    selection: Selection,
+    lowest_snr: int | None,
+    grid: bool,
+) -> tuple[dict[str, Plan], list[Candidate]]:
+    """What there is to try, and the plan of each rule that says so. Raises UsageError where there is nothing."""
+    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
+    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
+    if not found:
+        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+    return plans, found
+
+
 def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
     """Each matrix that the first rule's plan reduces, at the rank of every rule that reduces it."""
     first = next(iter(plans.values()))

@@ -33,13 +33,10 @@ from laser.search.candidates import (
     DATA,
     ORDERS,
     Candidate,
+    candidates_of,
     family_of,
-    grid_candidates,
     in_order,
-    matrix_candidates,
-    plans_of,
     predict,
-    without_idle,
 )
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
@@ -152,10 +149,7 @@ def search(
     check_objectives(calibration, held_out, accept, shortlist)
     if any(rule.startswith(DATA) for rule in rules):
         require_same_moments(spectra, moments)
-    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
-    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
-    if not found:
-        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+    plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
