@@ -27,7 +27,7 @@ def test_every_matrix_of_a_layer_is_met_with_outputs_of_its_own(family: str, tmp
     """
     build(family).save_pretrained(tmp_path / "model")
     checkpoint = laser.open_checkpoint(tmp_path / "model")
-    windows = Windows(tuple(WINDOWS) * 8, "t", "0", 17, "windows", True, None)
+    windows = Windows(tuple(WINDOWS) * 4, "t", "0", 17, "windows", True, None)
     whole, wide = (
         calibrate(checkpoint, windows, tmp_path / f"{side}.safetensors", shrink=True, full_side=side)
         for side in (4096, 0)
