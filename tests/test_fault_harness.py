@@ -29,7 +29,7 @@ SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
     "run": (("torn", 0.8), ("full", 0.7), ("interrupt", 0.6)),
     "run, two passes": (("torn", "rename"),),
     "spectra": (("interrupt", 0.6),),
-    "convert": (("full", 0.5), ("interrupt", 1.0)),
+    "convert": (("full", 0.5), ("interrupt", 0.5), ("interrupt", 1.0)),
     "card": (("kill", 0.7),),
     "plan --force": (("full", "write"), ("interrupt", 1.0)),
     "reduce --force": (("kill", "exchange"), ("torn", "exchange"), ("error", "exchange"), ("full", "exchange")),

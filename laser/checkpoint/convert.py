@@ -86,26 +86,30 @@ def _write_directory(
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise OutputError(
-                f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
-                "free some space or try -o on another disk"
-            )
-        small = {"config.json": checkpoint.config_bytes, **files}
-        if checkpoint.index_bytes is not None:
-            small[INDEX] = checkpoint.index_bytes
-        for name, data in small.items():
-            (partial / name).write_bytes(data)
-        for shard in checkpoint.shards:
-            assert shard.data is not None, "a shard that is a file needs no conversion"
-            with (partial / shard.name).open("wb") as file:
-                file.write(shard.header)
-                for info in shard.tensors:
-                    for piece in shard.data(info.start, info.end):
-                        file.write(piece)
-                    tick(info)
-                file.flush()
-                os.fsync(file.fileno())
-        check()
-        partial.rename(out)
+        try:
+            free = shutil.disk_usage(partial).free
+            if free < needed:
+                raise OutputError(
+                    f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
+                    "free some space or try -o on another disk"
+                )
+            small = {"config.json": checkpoint.config_bytes, **files}
+            if checkpoint.index_bytes is not None:
+                small[INDEX] = checkpoint.index_bytes
+            for name, data in small.items():
+                (partial / name).write_bytes(data)
+            for shard in checkpoint.shards:
+                assert shard.data is not None, "a shard that is a file needs no conversion"
+                with (partial / shard.name).open("wb") as file:
+                    file.write(shard.header)
+                    for info in shard.tensors:
+                        for piece in shard.data(info.start, info.end):
+                            file.write(piece)
+                        tick(info)
+                    file.flush()
+                    os.fsync(file.fileno())
+            check()
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # it would be made anew: nothing in it is worth its room
+            raise
