@@ -5,7 +5,8 @@
     python benchmarks/hostile_files.py configs [--count 200]
     python benchmarks/hostile_files.py --smoke
 
-Each trial is a forked child with at most 1 GB of data beyond what the libraries take, and 20 seconds. Prints how many
+Each trial is a forked child with at most 1 GB of data beyond what the libraries take, and 20 seconds by the clock,
+so run it on a machine that has nothing else to do. Prints how many
 ended how, and every trial that ended otherwise; the exit code is 1 where there is one.
 """
 

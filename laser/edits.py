@@ -20,6 +20,10 @@ from laser.spectral.factorise import singular_values
 from laser.spectral.rules import energy_share
 from laser.spectral.unit import in_unit
 
+NO_MOMENTS = (
+    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser calibrate, "
+    "then --moments, and laser search --spectra with a file that is not there yet"
+)
 STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
 
 
@@ -51,10 +55,7 @@ def require_same_moments(spectra: Spectra, moments: Moments | None) -> None:
     """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
     known = None if spectra.data is None else spectra.data.calibration
     if moments is None or known is None:
-        raise UsageError(
-            "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser "
-            "calibrate, then --moments, and --spectra with a file that is not there yet"
-        )
+        raise UsageError(NO_MOMENTS)
     if moments.calibration.identity != known.get("identity"):
         raise RecordError(
             f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "

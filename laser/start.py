@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 INTERRUPTED = 130
 
@@ -20,6 +21,8 @@ def begin() -> None:
     """End in one line on Windows, and, where this process is the command `laser`, on an interrupt from now on."""
     if sys.platform == "win32":  # which lacks modules that are imported below
         raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
+    if is_command() and not is_address(os.environ.get("HF_ENDPOINT", "")):
+        raise SystemExit(f"laser: HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it")
     if is_command() and threading.current_thread() is threading.main_thread():
         on_interrupt(too_early)
 
@@ -28,6 +31,16 @@ def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handle
     """What Ctrl-C does from now on, and being told to end, as by a queue or a container that is stopped."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+
+
+def is_address(endpoint: str) -> bool:
+    """Whether the libraries that read HF_ENDPOINT when they are imported get through: they take it apart."""
+    try:
+        parts = urlsplit(endpoint)
+        _ = parts.hostname, parts.port
+    except ValueError:
+        return False
+    return True
 
 
 def is_command() -> bool:

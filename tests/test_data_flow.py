@@ -131,7 +131,7 @@ def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_
     rules = ("--rules", "fraction:0.5,data:fraction:0.5,data:parallel:0.25")
     code, _, error = run("search", speaker, "-o", plan, *asked, *rules)
     assert code == 2 and "needs moments, and spectra that were scanned with them" in error
-    (tmp_path / "spectra.safetensors").unlink()
+    assert not (tmp_path / "spectra.safetensors").exists()  # refused before the scan
     code, told, error = run("search", speaker, "-o", plan, *asked, *rules, "--moments", moments, "--force")
     assert code == 0, error
     assert "metric plain:" in told and "metric data:" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import signal
 import subprocess
 import sys
@@ -62,4 +63,14 @@ def test_windows_is_told_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 1 and done.stderr == (
         b"laser: Windows is not supported; try it in WSL, where it runs as on Linux\n"
+    )
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "http://127.0.0.1:99999"])
+def test_an_endpoint_that_cannot_be_taken_apart_is_one_line(endpoint: str) -> None:
+    words = [sys.executable, "-m", "laser", "devices"]
+    done = subprocess.run(words, env=os.environ | {"HF_ENDPOINT": endpoint}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"laser: HF_ENDPOINT is {endpoint!r}, which is no address; unset it\n",
     )

@@ -53,6 +53,12 @@ def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         yield group
 
 
+def require_new(out: Path) -> None:
+    """Raises OutputError where `write_directory` would find something in its way."""
+    if out.exists():
+        raise OutputError(f"{out} exists; try another -o, or remove it yourself")
+
+
 def write_directory(
     checkpoint: Checkpoint,
     out: Path,
@@ -79,8 +85,7 @@ def _write_directory(
     tick: Callable[[TensorInfo], object],
     check: Callable[[], None],
 ) -> None:
-    if out.exists():
-        raise OutputError(f"{out} exists; try another -o, or remove it yourself")
+    require_new(out)
     needed, partial = sum(shard.size for shard in checkpoint.shards), out.with_name(out.name + ".partial")
     with disk_errors(out):
         if partial.exists():

@@ -368,6 +368,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
         ) from error
     except LocalEntryNotFoundError as error:
+        _require_address(repo, error)
         if isinstance(error.__cause__, FileMetadataError):
             raise CheckpointError(f"{repo}: {first_line(error.__cause__)}; check HF_ENDPOINT and proxies") from error
         raise CheckpointError(
@@ -385,6 +386,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: the Hub answered with status {status}; {remedy.get(status, 'run the same command again later')}"
         ) from error
     except transport_errors() as error:
+        _require_address(repo, error)
         if told := _of_the_cache(error):
             raise CheckpointError(f"{repo}: {told}") from error
         told = f"{type(error).__name__}: {first_line(error)}"
@@ -395,6 +397,17 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
             "and proxies, or run the same command again later"
+        ) from error
+
+
+def _require_address(repo: str, error: BaseException) -> None:
+    """Raises CheckpointError where the Hub could not be reached because HF_ENDPOINT is no address at all."""
+    from huggingface_hub import constants
+
+    if not re.fullmatch(r"https?://[^/\s?#]+(/\S*)?", constants.ENDPOINT):
+        raise CheckpointError(
+            f"{repo}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address of a Hub; unset it, or try "
+            "HF_ENDPOINT=https://huggingface.co"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.convert import write_directory
+from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.fingerprint import require_stamp, require_unchanged, stamp_of
 from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
@@ -46,6 +46,7 @@ def convert(
     consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
     the tokenizer that transformers makes of its metadata."""
     start = time.perf_counter()
+    require_new(output)
     if is_gguf(model):
         stamp = stamp_of(model)
         seen, side = open_gguf(model, dtype), tokenizer_files(model)

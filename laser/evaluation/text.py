@@ -188,7 +188,7 @@ def cut_windows(
     """
     check_cut(length, limit, skip, mode)
     if bos and tokenizer.bos_token_id is None:
-        raise UsageError("this tokenizer has no BOS token; leave --bos out")
+        raise UsageError("this tokenizer has no BOS token; try without bos=True")
     ids, sizes = _tokenise(_checked(text), tokenizer)
     prefix = tokenizer.bos_token_id if bos is not False else None
     if mode == "rolling":

@@ -20,7 +20,7 @@ from scipy import stats
 
 from laser.checkpoint.files import sealed, spoiling
 from laser.checkpoint.fingerprint import require_unchanged
-from laser.edits import require_same_moments
+from laser.edits import NO_MOMENTS, require_same_moments
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
@@ -204,7 +204,7 @@ def check_request(
     for rule in rules:
         Treatment(rule.removeprefix(DATA), metric=family_of(rule)).check()
         if rule.startswith(DATA) and not calibrated:
-            raise UsageError(f"the rule {rule} goes by the data; try --moments with a file of laser calibrate")
+            raise UsageError(NO_MOMENTS)
     check_lowest_snr(lowest_snr)
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")

@@ -363,3 +363,16 @@ def test_a_run_in_one_pass_does_not_believe_a_damaged_file_either(
     assert main(["run", ID, "-o", str(tmp_path / "out"), "--rule", "rank:4", "--no-search"]) == 1
     assert f"remove {blob}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "laser.json").exists()
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://x", "http://", "/etc", "file:///etc"])
+def test_an_endpoint_that_is_no_address_is_called_that(
+    hub: Hub, endpoint: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    code, _, err = run("scan", "maker/pico", "--dry-run")
+    assert code == 1 and err.count("\n") == 1
+    assert f"HF_ENDPOINT is {endpoint!r}, which is no address of a Hub" in err
