@@ -22,7 +22,7 @@ from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.regular import require_regular
-from laser.errors import RecordError
+from laser.errors import RecordError, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
@@ -77,7 +77,9 @@ class Parts:
                 told = dict(file.metadata() or {})
                 check = told.pop("check", "")
                 return told if check == _check(told, {name: file.get_tensor(name) for name in file.keys()}) else None
-        except (SafetensorError, OSError, ValueError, RuntimeError):
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):  # which says nothing of the file
+                raise
             return None
 
     def _write(self, path: Path, told: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
