@@ -46,6 +46,7 @@ def holder(path: Path) -> Iterator[int]:
             child.kill()
 
 
+@pytest.mark.slow
 def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(pico: Path, tmp_path: Path) -> None:
     from laser.cli import main
 

@@ -84,7 +84,7 @@ def stays_behind(folder: Path, relative: Path, modules: tuple[str, ...]) -> bool
 # What transformers opens beside the weights, by the names that it knows.
 _OPENED = re.compile(
     r"(config|generation_config|adapter_config|tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece"
-    r"|sentencepiece|tekken|processor|preprocessor).*|.*\.(model|index\.json)"
+    r"|sentencepiece|tekken|processor|preprocessor).*|.*\.(model|index\.json|py)"
 )
 
 
@@ -102,6 +102,12 @@ def require_small_files(folder: Path) -> None:
             continue
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}; download it again, or remove it") from error
+
+
+def foreign_links(folder: Path) -> list[Path]:
+    """What transformers opens beside the weights and is a link to another place: without it a copy does not load."""
+    opened = (path for path in sorted(folder.iterdir()) if _OPENED.fullmatch(path.name.lower()))
+    return [path for path in opened if path.is_symlink() and not path.is_dir() and own_file(folder, path) is None]
 
 
 def own_file(folder: Path, path: Path) -> Path | None:

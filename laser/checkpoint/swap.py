@@ -18,7 +18,15 @@ from pathlib import Path
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
+from laser.checkpoint.writer import (
+    JOURNAL,
+    is_settled,
+    prepare_output,
+    require_apart,
+    require_ours,
+    require_room,
+    require_usable,
+)
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
@@ -30,9 +38,8 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises
     OutputError where `out` may not be written or replaced, or somebody is at work on it.
     """
-    require_apart(source, out)
-    target = out.resolve()
-    new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
+    require_place(source, out, resume=resume, force=force)
+    target, new, old = out.resolve(), _beside(out, "new"), _beside(out, "old")
     with claimed(out):
         with disk_errors(out):
             if old.exists() and not target.exists():  # killed between two renames
@@ -56,6 +63,23 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
         with disk_errors(out):
             _exchange(new, target, old)
             _remove(old)
+
+
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
+    place = _beside(out, "new") if force and out.exists() else out
+    require_apart(source, out)
+    if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
+        require_usable(source, out, resume=resume, force=force)
+    elif place != out:
+        require_ours(out)
+    there = {s.name for s in source.shards if resume and (place / s.name).exists()}
+    require_room(source, place, there)
+
+
+def _beside(out: Path, end: str) -> Path:
+    target = out.resolve()
+    return target.with_name(f".{target.name[:200]}.{end}")
 
 
 def _remove(folder: Path) -> None:

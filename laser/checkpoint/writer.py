@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -37,7 +37,7 @@ from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
-from laser.checkpoint.side_files import modules_of, own_file, stays_behind
+from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -60,13 +60,10 @@ def require_apart(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
-    for name in ("config.json", INDEX):  # they go into the output as they are
-        file = source.path / name
-        if file.is_symlink() and own_file(source.path, file) is None:
-            raise OutputError(
-                f"{file} is a link to {file.readlink()}, and what a link leads to is not published; put a copy in its "
-                "place"
-            )
+    for link in foreign_links(source.path):  # they would stay behind, and the output would not load
+        raise OutputError(
+            f"{link} is a link to {link.readlink()}, and what a link leads to is not published; put a copy in its place"
+        )
 
 
 MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
@@ -104,8 +101,20 @@ def require_ours(out: Path) -> None:
         )
 
 
-def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Raises OutputError saying why `out` may not be written. Changes nothing."""
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be.
+
+    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
+    """
+    require_usable(source, out, resume=resume, force=force)
+    with disk_errors(out):
+        if force and is_ours(out):
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def require_usable(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
     ours = is_ours(out)
     if force and ours:
@@ -116,18 +125,6 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
-
-
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
-
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
-    require_place(source, out, resume=resume, force=force)
-    with disk_errors(out):
-        if force and is_ours(out):
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def write_checkpoint(
@@ -166,7 +163,7 @@ def write_checkpoint(
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
-        _check_space(source, out, hashes)
+        require_room(source, out, hashes)
         if source.hub is not None:
             side_files(source.hub)
         left_out = _copy_side_files(source, out)
@@ -370,13 +367,19 @@ def is_finished(source: Checkpoint, out: Path) -> bool:
     return (out / OUTCOME).exists() and all((out / name).exists() for name in last)
 
 
-def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:
+def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> None:
+    """Raises OutputError where the disk of `out` has no room for the shards that are not `finished`, or cannot be
+    written to. The sizes are known from the headers, before any work; `out` need not be there yet."""
+
     def there(shard: Shard) -> int:
         partial = partial_of(out, shard.name)
         return partial.stat().st_blocks * 512 if partial.exists() else 0
 
-    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in hashes)
-    free = shutil.disk_usage(out).free
+    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in finished)
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: {place} is no directory that can be written to; try another -o")
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
             f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "

@@ -78,16 +78,23 @@ def keep(path: Path) -> None:
         stack.enter_context(claimed(path))
 
 
+def keep_file(path: Path) -> None:
+    """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} exists and is no file; try another name")
+    require_outside_models(path)
+    keep(path)
+
+
 def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
     """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
 
     Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process is at
     work on it. With `force` a file of the same `kind` that laser made may be replaced.
     """
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
-    require_outside_models(path)
-    keep(path)
+    keep_file(path)
     if path.exists() and not force:
         raise OutputError(f"{path} exists; try another -o, or --force to replace it")
     if path.exists():

@@ -185,8 +185,9 @@ def print_outcome(
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
         print(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
     if outcome.left_out:
-        more = f" and {len(outcome.left_out) - NAMED} more" if len(outcome.left_out) > NAMED else ""
-        print(f"left out, as other copies of weights or parts of them: {', '.join(outcome.left_out[:NAMED])}{more}")
+        named, more = ", ".join(outcome.left_out[:NAMED]), len(outcome.left_out) - NAMED
+        more = f" and {more} more" if more > 0 else ""
+        print(f"left out, as other copies of weights, parts of them, or links: {named}{more}")
     if seconds is not None:
         print(meter.against(seconds, foretold))
 

@@ -10,14 +10,25 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
 from laser.errors import UsageError
-from laser.evaluation.evaluate import check_vocabulary, evaluate
+from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.layout import NotByLayers
-from laser.evaluation.perplexity import Perplexity, difference
+from laser.evaluation.perplexity import Perplexity, asked_of, difference, require_same_tokens
 from laser.evaluation.rows import holds_rows
-from laser.evaluation.text import WINDOW, Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
+from laser.evaluation.streaming import require_dtype
+from laser.evaluation.text import (
+    WINDOW,
+    Text,
+    Windows,
+    check_cut,
+    cut_windows,
+    dataset_text,
+    default_text,
+    load_tokenizer,
+    read_text,
+)
 from laser.spectral.devices import choose_device
 
 TextFile = Annotated[
@@ -66,14 +77,15 @@ def eval(
                 "one record is written per model; try laser eval MODEL -o FILE for each, then compare them"
             )
         common.refuse_to_overwrite(output, force, "eval")
-    read = text_of(text, field, dataset)
-    where = choose_device(device)
+    check_cut(window, windows or None, skip, mode)
+    require_dtype(dtype)
+    where, read = choose_device(device), text_of(text, field, dataset)
 
-    def measure(name: str) -> Perplexity:
+    def ready(name: str) -> Perplexity | tuple[Checkpoint, Windows]:
         if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
         checkpoint = open_checkpoint(name, "weights")
-        cut = cut_windows(
+        return checkpoint, cut_windows(
             read,
             load_tokenizer(checkpoint.path),
             length=window,
@@ -82,7 +94,11 @@ def eval(
             bos=False if no_bos else None,
             mode=mode,
         )
-        check_vocabulary(checkpoint, cut)
+
+    def measure(what: Perplexity | tuple[Checkpoint, Windows]) -> Perplexity:
+        if isinstance(what, Perplexity):
+            return what
+        checkpoint, cut = what
         placed = memory.said(memory.for_eval(checkpoint, cut.windows, where, dtype, stream))
         try:
             with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
@@ -95,7 +111,14 @@ def eval(
                 raise memory.cannot_stream(checkpoint, cut.windows, where, dtype, error) from error
             raise
 
-    records = [measure(name) for name in (model, other) if name is not None]
+    both = [ready(name) for name in (model, other) if name is not None]
+    if len(both) == 2:  # before the first is measured
+        asked = [(x.model, asked_of(x)) if isinstance(x, Perplexity) else (x[0].name, asked_of(x[1])) for x in both]
+        require_same_tokens(*asked)
+        for x in both:
+            if not isinstance(x, Perplexity):
+                check_evaluation(*x)
+    records = [measure(x) for x in both]
     if output is not None:
         records[0].save(output)
     compared = difference(records[0], records[1]) if len(records) == 2 else None

@@ -14,8 +14,8 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
 from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import UsageError
-from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, run_leaderboard
-from laser.evaluation.lm_tasks import TASKS, choose_tasks
+from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS
 from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
@@ -47,13 +47,16 @@ def leaderboard(
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
-    choose_tasks(names)
+    require_request(names, limit, data)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
+    where = choose_device(device)
+    if output is not None:
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -61,13 +64,12 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        output.parent.mkdir(exist_ok=True)
-    common.refuse_to_overwrite(output, force, "leaderboard")
-    where = choose_device(device)
+        if not dry_run:
+            output.parent.mkdir(exist_ok=True)
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
-    if dry_run:
-        workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=True)
-        assert workload is not None
+    if workload is not None:
         told = board_measuring(checkpoint, workload, placed, where, models=1)
         return common.print_json({told.what: asdict(told)}) if as_json else print(visible(measuring_line(told)))
     if force:

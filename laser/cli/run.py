@@ -14,8 +14,7 @@ import typer
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import require_place
+from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.flow import (
@@ -27,7 +26,7 @@ from laser.cli.flow import (
 )
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
-from laser.cli.search import layered_model, objectives_of, print_search, search_with_bar
+from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Measuring, Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
@@ -43,7 +42,7 @@ from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA, family_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import result_document
+from laser.search.search import check_objectives, check_request, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -108,7 +107,6 @@ def run(
     searching = flags.get("search", recipe is None) if search is None else search
     told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
     count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
-    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
         roles or flags.get("roles"),
@@ -125,19 +123,26 @@ def run(
         Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
-    kind, ordered = device or flags.get("device", "auto"), order or str(flags.get("order", "layers"))
+    how: dict[str, Any] = {
+        "accept": accept or flags.get("accept", "better"),
+        "order": order or flags.get("order", "layers"),
+    }
+    if searching:
+        check_request(rules, **how, lowest_snr=count, calibrated=moments is not None)
+        check_objective("loss", None, window, windows, held_out_windows, held_out)
+    elif DATA in wanted and moments is None:
+        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
+    kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
-    if DATA in wanted and moments is None:
-        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
+    texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     require_place(checkpoint, output, resume=resume, force=force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
-    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
-    known = common.moments_of(moments)
     if known is not None:
         known.source.require(checkpoint, "moments")
-    texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def here() -> Device:
@@ -151,11 +156,13 @@ def run(
         workload = require_leaderboard(checkpoint, data=data, limit=limit, counted=dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices)
+        measure = _measure(
+            checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices, how["accept"]
+        )
     if dry_run:  # everything is checked that the run itself would refuse
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
-            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=ordered))
+            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=how["order"]))
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
@@ -167,8 +174,7 @@ def run(
         assert measure is not None
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
-            selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=ordered, device=here(),
+            selection=chosen, lowest_snr=count, **how, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))
@@ -235,18 +241,12 @@ def _measure(
     device: Device,
     stream: bool | None,
     matrices: Sequence[Matrix],
+    accept: str,
 ) -> _Measure:
     calibration, reported = objectives_of(
-        checkpoint,
-        load_tokenizer(checkpoint.path),
-        "loss",
-        None,
-        text,
-        held_out,
-        window,
-        windows,
-        held_out_windows,
+        checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, window, windows, held_out_windows
     )
+    check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False
     )

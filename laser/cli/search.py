@@ -19,13 +19,13 @@ from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.placement import Placement
-from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
+from laser.evaluation.streaming import LayeredModel, require_dtype
+from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA, candidates_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import Report, SearchResult, Trial, result_document
+from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -95,48 +95,52 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
-    count = parse_lowest_snr(lowest_snr, None if grid or shortlist else 15)
-    common.refuse_to_overwrite(output, force, "plan")
-    journal = journal or output.with_name("search.jsonl")
-    common.keep(journal)
-    checkpoint, chosen = (
-        open_checkpoint(model, "files" if dry_run else "weights"),
-        common.selection(layers, roles, include, exclude),
-    )
-    where = choose_device(device, precision)
-    crew = Crew((where,))
+    # Before the model, which may have to be downloaded: what is asked for.
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
-    tokenizer = load_tokenizer(checkpoint.path)
-    calibration, reported = objectives_of(
-        checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
-        held_out_windows,
-    )  # fmt: skip
-    known = common.moments_of(moments)
+    asked: dict[str, Any] = {
+        "lowest_snr": parse_lowest_snr(lowest_snr, None if grid or shortlist else 15),
+        "shortlist": shortlist_of(shortlist),
+        "grid": grid is not None,
+        "accept": accept,
+        "order": order,
+    }
+    check_request(wanted, **asked, calibrated=moments is not None)
+    check_objective(objective, task, window, windows, held_out_windows, held_out)
+    require_dtype(dtype)
+    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    common.refuse_to_overwrite(output, force, "plan")
+    journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
+    measured = Spectra.load(spectra) if spectra.exists() else None
+    for path in (journal, *([spectra] if measured is None else [])):
+        common.keep_file(path)
+    texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
+    tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
+    calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
+    check_objectives(calibration, reported, accept, asked["shortlist"])
+    if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
+        chosen.check(list_matrices(checkpoint))
+    else:
+        measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
     )
-    spectra = spectra or output.with_name("spectra.safetensors")
+    draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
     if dry_run:
-        tried = shortlist_of(shortlist) or count
-        if spectra.exists():  # then it is known which
-            measured, tried = Spectra.load(spectra), shortlist_of(shortlist)
-            measured.source.require(checkpoint, "spectra")
-            found = candidates_of(measured, layered, wanted, chosen, count, grid is not None)[1]
+        tried = asked["shortlist"]
+        if measured is not None:  # then it is known which
+            found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
-            found = possible_candidates(matrices, layered, wanted, grid is not None)
+            found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
         told = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
-            tried=tried, order=order, grid=grid is not None, shortlisted=shortlist is not None,
+            tried=tried, order=order, grid=asked["grid"], shortlisted=shortlist is not None,
         )  # fmt: skip
-        draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
-    if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
-        measured = Spectra.load(spectra)
-    else:
+    if measured is None:
         with common.Progress("scan", matrices) as bar:
-            draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
             measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
     result = search_with_bar(
         layered,
@@ -145,11 +149,7 @@ def search(
         calibration,
         reported,
         selection=chosen,
-        lowest_snr=count,
-        shortlist=shortlist_of(shortlist),
-        grid=grid is not None,
-        accept=accept,
-        order=order,
+        **asked,
         device=where,
         journal=journal,
         moments=known,
@@ -200,19 +200,10 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
             arguments[0].unload()  # what comes next needs the memory
 
 
-def objectives_of(
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    objective: str,
-    task: Path | None,
-    text: Text,
-    held_out: Text | None,
-    window: int,
-    windows: int,
-    held_out_windows: int,
-) -> tuple[Objective, list[Objective]]:
-    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
-    windows is all that there are."""
+def check_objective(
+    objective: str, task: Path | None, window: int, windows: int, held_out_windows: int, held_out: Path | None
+) -> None:
+    """What can be refused of an objective without the model's tokenizer. Raises UsageError."""
     if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
         raise UsageError(
             f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
@@ -222,6 +213,22 @@ def objectives_of(
             "--windows 0 calibrates on the whole text and leaves nothing of it to report on; try --held-out FILE, or a "
             "count of --windows"
         )
+    for limit in (windows, held_out_windows):
+        check_cut(window, limit or None)
+
+
+def objectives_of(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    task: Path | None,
+    text: Text,
+    held_out: Text | None,
+    window: int,
+    windows: int,
+    held_out_windows: int,
+) -> tuple[Objective, list[Objective]]:
+    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
+    windows is all that there are."""
     calibration = cut_windows(text, tokenizer, length=window, limit=windows or None)
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out

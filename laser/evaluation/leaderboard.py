@@ -384,6 +384,11 @@ def _asked(
 ) -> tuple[Task, ...]:
     """The tasks, after everything that needs no row has been looked at."""
     build_causal(checkpoint)
+    return require_request(tasks, limit, data)
+
+
+def require_request(tasks: tuple[str, ...] | None, limit: int | None, data: Path | None) -> tuple[Task, ...]:
+    """The tasks, after everything that needs no model has been looked at. Raises UsageError."""
     chosen = choose_tasks(tasks)
     if not chosen:
         raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")

@@ -57,6 +57,12 @@ class _Enough(Exception):
     """Ends a forward of which the rest is not wanted."""
 
 
+def require_dtype(dtype: str) -> None:
+    """Raises UsageError for a dtype in which nothing is evaluated."""
+    if dtype not in DTYPES:
+        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+
+
 @dataclass(frozen=True)
 class Call:
     """What the model calls one layer with, its hidden states left out. `keyword`: their name, None: the first."""
@@ -102,8 +108,7 @@ class LayeredModel:
         resident: bool = False,
         store: Store | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+        require_dtype(dtype)
         self.checkpoint, self.dtype, self.device = checkpoint, DTYPES[dtype], torch.device(device)
         self.resident, self.store = resident, store or Store()
         if not resident:

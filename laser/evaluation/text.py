@@ -162,6 +162,15 @@ def load_tokenizer(model: str | Path) -> Any:
         ) from error
 
 
+def check_cut(length: int, limit: int | None = None, skip: int = 0, mode: str = "windows") -> None:
+    """What can be refused of `cut_windows` without a tokenizer. Raises UsageError."""
+    if mode not in MODES or length < 2 or skip < 0 or (limit is not None and limit < 1):
+        raise UsageError(
+            f"mode {mode!r}, window {length}, skip {skip}, limit {limit}: expected {' or '.join(MODES)}, a window of "
+            "2 or more tokens, skip of 0 or more and a limit of 1 or more"
+        )
+
+
 def cut_windows(
     text: Text,
     tokenizer: Any,
@@ -177,11 +186,7 @@ def cut_windows(
     `bos` None means: where the tokenizer has one. Raises UsageError for a length under 2, an unknown mode, a BOS that
     does not exist, or a `skip` past the end; LaserError for a text of fewer than 2 tokens (BOS included).
     """
-    if mode not in MODES or length < 2 or skip < 0 or (limit is not None and limit < 1):
-        raise UsageError(
-            f"mode {mode!r}, window {length}, skip {skip}, limit {limit}: expected {' or '.join(MODES)}, a window of "
-            "2 or more tokens, skip of 0 or more and a limit of 1 or more"
-        )
+    check_cut(length, limit, skip, mode)
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("this tokenizer has no BOS token; leave --bos out")
     ids, sizes = _tokenise(_checked(text), tokenizer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser.errors import OutputError, UsageError
+from laser.checkpoint.files import write_atomically
+from laser.errors import UsageError
 from laser.portrait import Portrait
 from laser.report.visible import visible
 from laser.summary import Row, Summary
@@ -53,17 +55,24 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, the same bytes each time. Raises UsageError for another suffix, OutputError for the disk."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+    """Write a PNG or SVG, whole or not at all, the same bytes each time. Raises UsageError for another suffix,
+    OutputError for the disk."""
+    check_picture(path)
     from matplotlib import rc_context
 
-    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    try:
-        with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
-            figure.savefig(path, metadata=metadata)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the path") from error
+    drawn, metadata = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
+    write_atomically(path, drawn.getvalue())
+
+
+def check_picture(path: Path, quantity: str = "kept") -> None:
+    """What can be refused of a picture before there is anything to draw. Raises UsageError for another suffix or
+    quantity of a heat map."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+    if quantity not in QUANTITIES:
+        raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
 
 
 def histogram(portrait: Portrait) -> Figure:

@@ -43,8 +43,6 @@ def family_of(rule: str) -> str:
 
 def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowest_snr: int | None) -> dict[str, Plan]:
     """One plan per rule. Only the first is limited to the K lowest: a matrix's SNR depends on the rule."""
-    if not rules:
-        raise UsageError("a search needs at least one rule; try --rules laser-rmt")
     plans = {}
     for i, rule in enumerate(rules):
         lowest = None if i else lowest_snr

@@ -50,6 +50,7 @@ def pickled(pico: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_scan_and_reduce_as_from_safetensors(pico: Path, pickled: Path, tmp_path: Path) -> None:
     ours, theirs = open_checkpoint(pickled), open_checkpoint(pico)
     assert ours.tensors.keys() == theirs.tensors.keys()

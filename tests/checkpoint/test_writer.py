@@ -195,12 +195,13 @@ def test_a_hostile_modules_json_lets_nothing_travel(pico: Path, tmp_path: Path, 
     assert {p.name for p in tmp_path.iterdir()} == {"pico", "out"}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_printed_and_in_the_card(pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     for name in ("pytorch_model.bin.gz", "adapter_config.json", *(f"model-{n}.gguf" for n in range(20))):
         (pico / name).write_bytes(b"{}")
     code, out, err = run("run", pico, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--layers", "0")
     assert code == 0, err
-    assert "left out, as other copies of weights or parts of them: adapter_config.json, model-0.gguf" in out
+    assert "left out, as other copies of weights, parts of them, or links: adapter_config.json, model-0.gguf" in out
     assert "and 14 more" in out and err.count("adapter_config.json lies beside the weights") == 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Not copied from the source" in card and "`pytorch_model.bin.gz`" in card and "`model-19.gguf`" in card

@@ -71,6 +71,7 @@ def test_the_number_of_workers_changes_no_byte(pico: Path, tmp_path: Path) -> No
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2") == snapshot(tmp_path / "5")
 
 
+@pytest.mark.slow
 def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> None:
     """Above the size where BLAS would take a second thread, whose sums end in other bits; it may have two here."""
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +110,7 @@ def test_blas_has_one_thread_where_several_workers_come_and_go(name: str, thread
         assert now() == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["two passes", "one pass"])
 def test_a_gpu_without_memory_ends_in_what_the_host_finds(
     pico: Path, tmp_path: Path, flow: str, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +184,7 @@ def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monk
     assert torch.equal(near(W, full), W + 1)
 
 
+@pytest.mark.slow
 def test_any_order_of_completion_gives_the_same_output(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

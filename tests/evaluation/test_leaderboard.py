@@ -143,6 +143,7 @@ def test_from_the_hub_examples_come_from_another_split(packaged: Path, tmp_path:
         assert len(names) == (2 if task.subjects else 1)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) -> None:
     seen: list[str] = []
@@ -165,6 +166,7 @@ def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) 
     assert not comparable(board, alone)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -194,6 +196,7 @@ def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     assert list(board.scores[0].rows) == expected
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_real_rows_of_every_file_can_be_read(speaker: Path, shared: Path) -> None:
     tasks = ("hellaswag", "truthfulqa_mc2", "winogrande")
@@ -220,6 +223,7 @@ def test_an_mc2_of_nothing_by_nothing_counts_0(speaker: Path, data: Path) -> Non
     assert board.scores[0].rows == (0.0,) * 3 and board.scores[0].value == 0 and board.scores[0].undefined == 3
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_mmlu_is_the_mean_of_its_subjects(speaker: Path, data: Path) -> None:
     """Unlike lm-eval's group, which counts a subject by its size: 12 rows of one and 2 of the other."""
@@ -238,6 +242,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_leaderboard_that_was_killed_goes_on(
     speaker: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +293,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_what_was_asked_is_hashed(speaker: Path, data: Path) -> None:
     """Equal for the same rows, and another where a row, its right answer, or an example differs."""

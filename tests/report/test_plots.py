@@ -63,6 +63,7 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     assert {drawn.lower_edge, drawn.upper_edge, drawn.threshold} <= set(levels)
 
 
+@pytest.mark.slow
 def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
     for figure in (plots.histogram(portrait(spectra, NAME)), plots.heat_map(summary)):
         canvas = FigureCanvasAgg(figure)
@@ -71,6 +72,7 @@ def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
         assert np.ptp(pixels, axis=2).max() == 0  # no pixel has a colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", plots.QUANTITIES)
 def test_heat_map_puts_each_matrix_in_its_cell(summary: Summary, quantity: str) -> None:
     value = plots.QUANTITIES[quantity][2]
@@ -91,6 +93,7 @@ def test_undefined_cells_are_dashes(summary: Summary) -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suffix: str) -> None:
     other: Portrait = replace(portrait(spectra, NAME), model="other")
@@ -114,6 +117,7 @@ def texts_of(figure: Figure, path: Path) -> list[str]:
     return [" ".join((node.text or "").split()) for node in nodes]
 
 
+@pytest.mark.slow
 def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path: Path) -> None:
     """All that can be seen of a name, and the escapes of what cannot or has no glyph in the font."""
     shown = {name: visible(name) for name in STRANGE} | {"模型": r"\u6a21\u578b", LONG: "a" * 40 + "..." + "a" * 37}
