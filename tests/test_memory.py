@@ -317,7 +317,8 @@ def test_run_keeps_its_promise_and_finds_the_same(
 def test_a_leaderboard_is_refused_before_the_work(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("laser.cli.run.require_leaderboard", lambda *_, **__: None)
+    for verb in ("run", "publish"):
+        monkeypatch.setattr(f"laser.cli.{verb}.require_leaderboard", lambda *_, **__: None)
     monkeypatch.setattr("laser.cli.run.lm_eval_is_here", lambda: True)
     monkeypatch.setattr("laser.cli.run.leaderboards", lambda *_: pytest.fail("run"))
     monkeypatch.setattr(memory, "free", lambda *_: 1 * MB)
@@ -532,7 +533,7 @@ VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
     "calibrate": ("m -o new --text text.txt --window 32 --windows 2", "laser.checkpoint.reader.Checkpoint.read"),
     "search": ("m -o new.json --spectra s.safetensors --text text.txt --window 32 --windows 2 --held-out-windows 2",
                "laser.checkpoint.reader.Checkpoint.read"),
-    "leaderboard": ("m -o new.json --tasks winogrande", "laser.cli.publish.run_leaderboard"),
+    "leaderboard": ("m -o new.json --tasks winogrande", "laser.cli.publish.require_leaderboard"),
     "card": ("out --force", "laser.cli.publish.write_card"),
     "push": ("out me/it", "laser.cli.publish.push_directory"),
     "null": ("m --roles q", "laser.cli.look.null_test"),
