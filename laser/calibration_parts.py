@@ -23,7 +23,7 @@ from laser.checkpoint.fingerprint import differences
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
-from laser.errors import RecordError, first_line
+from laser.errors import RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
@@ -85,7 +85,9 @@ class Parts:
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
                 return None
             return known | ({"layer": site.layer} if site else {})
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError, RecordError):
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, RecordError) as error:
+            if is_out_of_memory(error):  # which says nothing of the file
+                raise
             return None
 
     def _write(self, path: Path, told: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:

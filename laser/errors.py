@@ -72,23 +72,30 @@ class OutOfMemory(LaserError):
 # other class; and Python where the next thread's stack does not fit.
 _OUT_OF_MEMORY = (
     *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed"),
-    "can't start new thread",
+    *("invalid buffer size", "bad_alloc", "bad allocation", "can't start new thread"),
 )
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out, on a device or on the host.
+    """Whether an error, or one that it was raised from, says that memory ran out, on a device or on the host."""
+    return out_of_memory_in(error) is not None
 
-    torch.OutOfMemoryError is a RuntimeError, NumPy's _ArrayMemoryError a MemoryError, and an OSError says ENOMEM.
+
+def out_of_memory_in(error: BaseException | None) -> BaseException | None:
+    """The error that says so: this one, one that it was raised from, or None.
+
+    torch.OutOfMemoryError is a RuntimeError, NumPy's _ArrayMemoryError a MemoryError, and an OSError says ENOMEM. What
+    was being handled when an error of laser's own was raised counts only where that says `from`.
     """
     while error is not None:
         if isinstance(error, MemoryError | OutOfMemory) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return True
+            return error
         told = f"{type(error).__name__}: {error}".lower().replace("outofmemory", "out of memory")
         if isinstance(error, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+            return error
+        implied = None if error.__suppress_context__ or isinstance(error, LaserError) else error.__context__
+        error = error.__cause__ or implied
+    return None
 
 
 class NumericalError(LaserError):

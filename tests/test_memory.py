@@ -10,6 +10,8 @@ import shlex
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +21,8 @@ from conftest import Run, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.reader import open_checkpoint
-from laser.cli import LESS, main, memory
-from laser.errors import OutOfMemory, is_out_of_memory
+from laser.cli import LESS, VERBS, main, memory
+from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import LEAST, Needs, layered_needs, whole_needs
@@ -315,7 +317,8 @@ def test_run_keeps_its_promise_and_finds_the_same(
 def test_a_leaderboard_is_refused_before_the_work(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("laser.cli.run.require_leaderboard", lambda *_, **__: None)
+    for verb in ("run", "publish"):
+        monkeypatch.setattr(f"laser.cli.{verb}.require_leaderboard", lambda *_, **__: None)
     monkeypatch.setattr("laser.cli.run.lm_eval_is_here", lambda: True)
     monkeypatch.setattr("laser.cli.run.leaderboards", lambda *_: pytest.fail("run"))
     monkeypatch.setattr(memory, "free", lambda *_: 1 * MB)
@@ -471,6 +474,8 @@ KINDS: list[BaseException] = [
     RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB, max allowed: 9.07 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Invalid buffer size: 47.68 GB"),
+    RuntimeError("std::bad_alloc"),
     RuntimeError("can't start new thread"),
     MemoryError(),
     OSError(12, "Cannot allocate memory"),
@@ -490,10 +495,12 @@ def test_out_of_memory_is_one_line(
     code, out, err = run("eval", model, *text)
     assert code == 1 and not out and err.count("\n") == 1 and err.startswith("laser: out of memory (")
     assert "try --stream, or a smaller --window" in err
-    assert ("--device cpu" in err) is any(word in str(error) for word in ("CUDA", "MPS"))
+    assert ("--device cpu" in err) is any(word in str(error) for word in ("CUDA", "MPS", "Invalid"))
     assert "--stream" not in run("eval", model, *text, "--stream")[2]
     code, _, err = run("scan", model, "-o", tmp_path / "s")
-    assert code == 1 and "what is finished is kept, run the same command again" in err and "--workers 1" in err
+    assert code == 1 and "what is finished is kept, run the same command again" in err
+    on_device = any(word in str(error) for word in ("CUDA", "MPS", "Invalid"))
+    assert ("try --device cpu;" if on_device else "try --device cpu --workers 1;") in err
 
 
 def test_numpy_and_other_wrappers_are_known_and_other_errors_are_not() -> None:
@@ -508,10 +515,175 @@ def test_numpy_and_other_wrappers_are_known_and_other_errors_are_not() -> None:
 
 
 def test_what_to_try_is_what_the_verb_has(run: Run) -> None:
-    for way, verbs in LESS:
-        for verb in verbs:
-            option = next(word for word in way.split() if word.startswith("--"))
-            assert option in run(verb, "--help")[1], (verb, way)
+    for less in LESS:
+        for verb in less.verbs:
+            told = run(verb, "--help")[1]
+            for option in (word for word in less.way.split() if word.startswith("--")):
+                assert option in told, (less.way, verb)
+
+
+# Verb -> the rest of its command line, and where memory runs out in it.
+VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
+    "scan": ("m -o new.safetensors", "laser.checkpoint.reader.Checkpoint.read"),
+    "plan": ("s.safetensors --rule rank:4 -o new.json", "laser.cli.flow.make_plan"),
+    "reduce": ("m p.json -o new", "laser.checkpoint.reader.Checkpoint.read"),
+    "verify": ("m out", "laser.cli.flow.verify_output"),
+    "run": ("m -o new --no-search --rule rank:4 --roles q", "laser.checkpoint.reader.Checkpoint.read"),
+    "eval": ("m --text text.txt --window 32 --windows 2 --stream", "laser.checkpoint.reader.Checkpoint.read"),
+    "calibrate": ("m -o new --text text.txt --window 32 --windows 2", "laser.checkpoint.reader.Checkpoint.read"),
+    "search": ("m -o new.json --spectra s.safetensors --text text.txt --window 32 --windows 2 --held-out-windows 2",
+               "laser.checkpoint.reader.Checkpoint.read"),
+    "leaderboard": ("m -o new.json --tasks winogrande", "laser.cli.publish.require_leaderboard"),
+    "card": ("out --force", "laser.cli.publish.write_card"),
+    "push": ("out me/it", "laser.cli.publish.push_directory"),
+    "null": ("m --roles q", "laser.cli.look.null_test"),
+    "spectra": ("s.safetensors", "laser.cli.look.summarise"),
+    "plot": ("s.safetensors -o new.png --heat kept", "laser.cli.look.plots.save"),
+    "report": ("s.safetensors -o new.html", "laser.cli.look.page.render"),
+    "convert": ("m -o new", "laser.cli.convert.open_checkpoint"),
+    "devices": ("--probe", "laser.cli.devices.measure_device"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text(TEXT)
+    make_model(folder / "m", "mixtral")
+    chosen = ["--roles", "q"]
+    assert main(["scan", str(folder / "m"), "-o", str(folder / "s.safetensors"), *chosen]) == 0
+    plan = ["plan", str(folder / "s.safetensors"), "-o", str(folder / "p.json"), "--rule", "rank:4"]
+    assert main(plan) == 0
+    assert main(["reduce", str(folder / "m"), str(folder / "p.json"), "-o", str(folder / "out")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS_AND_FAULTS)
+def test_out_of_memory_is_one_line_in_every_verb(
+    verb: str, run: Run, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert VERBS_AND_FAULTS.keys() == {verb.__name__ for verb in VERBS}
+    words, place = VERBS_AND_FAULTS[verb]
+    goes_on = {"scan", "reduce", "run", "calibrate", "search", "leaderboard"}
+    monkeypatch.chdir(made)
+    errors = (KINDS[0], MemoryError(), damaged(OSError(12, "Cannot allocate memory")))  # each a kind of its own
+    for number, error in enumerate(errors):
+        reached: list[int] = []
+
+        def fail(*_: Any, error: BaseException = error, reached: list[int] = reached, **__: Any) -> None:
+            reached.append(1)
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            code, out, err = run(verb, *words.replace(" new", f" {verb}{number}new").split())
+        assert reached and code == 1 and err.count("\n") == 1 and "Traceback" not in out + err, err
+        assert err.startswith("laser: out of memory (") and "; try " in err and "download it again" not in err
+        assert ("what is finished is kept" in err) is (verb in goes_on)
+        assert "--workers" not in err or "--device cpu --workers 1" in err
+    assert not [path for path in made.glob("*new*") if path.suffix in (".png", ".html", ".safetensors")]
+
+
+def damaged(error: BaseException) -> BaseException:
+    """As a reader says it that takes every error for the file's."""
+    found = CheckpointError("model.safetensors cannot be read; download it again")
+    found.__cause__ = error
+    return found
+
+
+def test_what_was_handled_before_an_error_of_ours_is_not_its_cause() -> None:
+    """A device had too little, the host went on, and then something else was wrong."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise CheckpointError("another thing")  # noqa: B904
+    except CheckpointError as error:
+        assert not is_out_of_memory(error)
+    try:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise ValueError("a library says it so")  # noqa: B904
+    except ValueError as error:
+        assert is_out_of_memory(error)
+
+
+def test_workers_that_cannot_be_started_are_out_of_memory(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was started ends, and nothing is waited for that was not."""
+    start, started = Thread.start, []
+
+    def refuse(thread: Thread) -> None:
+        if started and thread.name.startswith("laser"):
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    code, _, err = run("scan", made / "m", "-o", tmp_path / "new.safetensors", "--workers", 2)
+    assert code == 1 and err.startswith("laser: out of memory (can't start new thread)") and err.count("\n") == 1
+    assert not any(thread.is_alive() for thread in started)
+
+
+# --- Ray, of which only what it says is made --------------------------------------------------------------------------
+
+
+class Cluster:
+    """As much of Ray as a visit asks for: what `get` gives, in turn."""
+
+    class exceptions:
+        OutOfMemoryError = type("OutOfMemoryError", (Exception,), {})
+        ObjectStoreFullError = type("ObjectStoreFullError", (Exception,), {})
+        WorkerCrashedError = type("WorkerCrashedError", (Exception,), {})
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def remote(self, **_: Any) -> Any:
+        return lambda task: SimpleNamespace(remote=lambda *arguments: (task, arguments))
+
+    def put(self, item: Any) -> Any:
+        return item
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 1}
+
+    def wait(self, pending: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return pending[:num_returns], pending[num_returns:]
+
+    def get(self, reference: Any) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        task, arguments = reference
+        return task(*arguments)
+
+    def cancel(self, _: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "answer, told",
+    [
+        (None, r"out of memory \(CUDA out of memory"),
+        (Cluster.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMore."),
+         r"out of memory \(Ray: Task was killed"),
+        (Cluster.exceptions.ObjectStoreFullError("Failed to put object"), r"out of memory \(Ray: Failed"),
+        (Cluster.exceptions.WorkerCrashedError("died"), "a worker of Ray ended 6 times .* try --engine threads"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_in_a_task_of_ray_is_one_line(
+    answer: Any, told: str, run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr("laser.engine.ray_engine.connect", lambda _: Cluster(answer))
+    monkeypatch.setattr("laser.checkpoint.reader.Checkpoint.read", fail)
+    code, _, err = run("scan", made / "m", "-o", tmp_path / "new.safetensors", "--engine", "ray", "--device", "cpu")
+    assert code == 1 and err.count("\n") == 1 and re.match(f"laser: {told}", err), err
+    assert "--workers" not in err
 
 
 def test_a_matrix_is_not_skipped_for_want_of_memory(

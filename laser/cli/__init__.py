@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ import typer
 
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
-from laser.errors import LaserError, first_line, is_out_of_memory, remedy
+from laser.errors import LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 from laser.plan import CrowdWarning
 
 app = typer.Typer(
@@ -105,26 +106,54 @@ def _disk(error: OSError) -> int:
     return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
 
 
-# What asks for less memory, the mildest first, and the verbs in which it does.
+DEVICES = (
+    "scan",
+    "reduce",
+    "run",
+    "verify",
+    "null",
+    "eval",
+    "search",
+    "calibrate",
+    "leaderboard",
+)  # verbs with --device
+ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer size")  # in what they say of themselves
+
+
+@dataclass(frozen=True)
+class Less:
+    """What asks for less memory. unless: words of a command line that has it already, or where it does nothing. where:
+    on which side, "host" or "device", it helps; both where that is empty."""
+
+    way: str
+    verbs: tuple[str, ...]
+    unless: tuple[str, ...]
+    where: str = ""
+
+
+# The mildest first.
 LESS = (
-    ("--stream", ("eval", "search", "run")),
-    ("--workers 1", ("scan", "reduce", "run")),
-    ("--batch-size 1", ("leaderboard",)),
-    ("a smaller --window", ("eval", "search", "run", "calibrate")),
-    ("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard")),
-    ("--device cpu", ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")),
+    Less("--stream", ("eval", "search", "run"), ("--stream", "--no-search")),
+    Less("--device cpu --workers 1", ("scan", "reduce", "run"), ("--workers", "--engine", "--devices"), "host"),
+    Less("--no-leaderboard", ("run",), ("--no-leaderboard", "--no-search")),
+    Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
+    Less("a smaller --window", ("eval", "search", "run", "calibrate"), ("--no-search",)),
+    Less("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
+    Less("--device cpu", DEVICES, ("--device cpu", "--devices"), "device"),
 )
 
 
 def out_of_memory(error: BaseException, arguments: list[str]) -> str:
     """One line: what failed, what to try that this command line does not have already, and what was kept."""
     verb, message = _verb(arguments), first_line(error)
-    on_host = not any(name in message.lower() for name in ("cuda", "cublas", "mps backend"))
+    side = "device" if any(name in message.lower() for name in ACCELERATORS) else "host"
     given = " ".join(arguments).replace("=", " ")
     words = [
-        way for way, verbs in LESS if verb in verbs and way not in given and not (on_host and way == "--device cpu")
+        less.way
+        for less in LESS
+        if verb in less.verbs and less.where in ("", side) and not any(f" {word}" in given for word in less.unless)
     ]
-    tries = f"try {', or '.join(words)}" if words else "try a machine with more"
+    tries = f"try {', or '.join(words)}" if words else "try a machine with more, or end what else runs here"
     kept = f"; {_INTERRUPTED[verb]}" if verb in _INTERRUPTED else ""
     return f"out of memory ({message}); {tries}{kept}"
 
@@ -161,15 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb(held):
                 _run([a for a in arguments if a != "--debug"])
-    except LaserError as error:
+    except Exception as error:
         if debug:
             raise
-        return _say(f"laser: {error}", error.exit_code)
-    except (MemoryError, RuntimeError, OSError) as error:
-        if debug:
-            raise
-        if is_out_of_memory(error):
-            return _say(f"laser: {out_of_memory(error, arguments)}", 1)
+        full = out_of_memory_in(error)
+        if full is not None and not isinstance(full, OutOfMemory):  # also where it was taken for a damaged file
+            return _say(f"laser: {out_of_memory(full, arguments)}", 1)
+        if isinstance(error, LaserError):
+            return _say(f"laser: {error}", error.exit_code)
         if isinstance(error, OSError):
             return _disk(error)
         raise

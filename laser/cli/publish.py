@@ -65,11 +65,12 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        with disk_errors(output):
-            output.parent.mkdir(exist_ok=True)
+        if not dry_run:
+            with disk_errors(output):
+                output.parent.mkdir(exist_ok=True)
         common.refuse_to_overwrite(output, force, "leaderboard")
-    placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
+    placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     if workload is not None:
         told = board_measuring(checkpoint, workload, placed, where, models=1)
         return common.print_json({told.what: asdict(told)}) if as_json else say(measuring_line(told))

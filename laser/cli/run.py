@@ -157,7 +157,7 @@ def run(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         measure = _measure(
-            checkpoint, *texts, window, windows, held_out_windows, here(), stream, how["accept"], matrices
+            checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices, how["accept"]
         )
     if dry_run:  # everything is checked that the run itself would refuse
         if measure is not None:
@@ -240,8 +240,8 @@ def _measure(
     held_out_windows: int,
     device: Device,
     stream: bool | None,
-    accept: str,
     matrices: Sequence[Matrix],
+    accept: str,
 ) -> _Measure:
     calibration, reported = objectives_of(
         checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, window, windows, held_out_windows

@@ -109,7 +109,6 @@ def search(
     check_objective(objective, task, window, windows, held_out_windows, held_out)
     require_dtype(dtype)
     chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
-    crew = Crew((where,))
     common.refuse_to_overwrite(output, force, "plan")
     journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
@@ -118,10 +117,13 @@ def search(
     texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
     check_objectives(calibration, reported, accept, asked["shortlist"])
-    chosen.check(list_matrices(checkpoint))
+    if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
+        chosen.check(list_matrices(checkpoint))
+    else:
+        measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
@@ -130,17 +132,15 @@ def search(
     if dry_run:
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
-            measured.source.require(checkpoint, "spectra")
-            found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], grid is not None)[1]
+            found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
-            tried = tried or asked["lowest_snr"]
-            found = possible_candidates(matrices, layered, wanted, grid is not None)
+            found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
         told = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
-            tried=tried, order=order, grid=grid is not None, shortlisted=shortlist is not None,
+            tried=tried, order=order, grid=asked["grid"], shortlisted=shortlist is not None,
         )  # fmt: skip
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
-    if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
+    if measured is None:
         with common.Progress("scan", matrices) as bar:
             measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
     result = search_with_bar(

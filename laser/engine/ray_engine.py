@@ -22,7 +22,7 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, T, Visits, Work, do, quiet
-from laser.errors import LaserError, UsageError, first_line
+from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
 from laser.spectral.devices import Device, choose_device
 
 # A task's work, in m * n * min(m, n): about a tenth of a second on a core and on an H100.
@@ -46,9 +46,10 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error of ours, told to the driver as it is; all others are Ray's to wrap, or to try again."""
+    """An error of ours, or memory that ran out, told to the driver as it is; all others are Ray's to wrap, or to try
+    again."""
 
-    error: LaserError
+    error: LaserError | MemoryError
 
 
 def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
@@ -70,7 +71,15 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
             if not pending:
                 return
             (ready,), pending = ray.wait(pending, num_returns=1)
-            results = ray.get(ready)
+            try:
+                results = ray.get(ready)
+            except (ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError) as error:
+                raise MemoryError(f"Ray: {first_line(error)}") from error
+            except ray.exceptions.WorkerCrashedError as error:
+                raise LaserError(
+                    f"a worker of Ray ended {RETRIES + 1} times over the same matrices, as the kernel does it where "
+                    "memory is short; try --engine threads"
+                ) from error
             del ready
             while results:
                 if isinstance(results[0], _Failed):
@@ -176,6 +185,10 @@ def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: De
                 done.append((matrix, pack(result), seconds))
             except LaserError as error:
                 done.append(_Failed(error))
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                done.append(_Failed(MemoryError(first_line(error))))  # as a class that every node has
     return done
 
 

@@ -239,7 +239,8 @@ def _visit_here(
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # where there was room for no more, some were not started
+                    thread.join()
 
 
 @contextmanager

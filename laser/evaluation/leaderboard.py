@@ -385,8 +385,9 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
     tokens = 0
     for instance in task.instances:
         context, rest = instance.args[:2]
-        tokens += len(tokenizer(context, verbose=False)["input_ids"])
-        tokens += int(rest.get("max_gen_toks", 256)) if isinstance(rest, dict) else 0  # lm-eval's own default
+        generated = int(rest.get("max_gen_toks", 256)) if isinstance(rest, dict) else 0  # lm-eval's own default
+        text = context if isinstance(rest, dict) else context + rest  # an answer is read with its question
+        tokens += len(tokenizer(text, verbose=False)["input_ids"]) + generated
     return len(task.instances) * rows / sample, tokens * rows / sample
 
 

@@ -29,7 +29,7 @@ SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
 # Programming Guide, table of arithmetic throughput). All others have 1/32 or 1/64.
 FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 # What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
-SYMPTOMS = ("out of memory", "cusolver", "cublas", "magma")
+SYMPTOMS = ("out of memory", "invalid buffer size", "cusolver", "cublas", "magma")
 SHORT = "carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
 PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
-from laser.errors import NumericalError, UsageError, first_line
+from laser.errors import NumericalError, UsageError, first_line, is_out_of_memory
 from laser.spectral.certificate import Factors, Raw, Truncation, certified
 from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
 from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
@@ -240,7 +240,7 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
             if not failed_there(error, step.device):
                 raise
             # Without the numbers in torch's message: they differ from run to run, and records do not.
-            memory = "out of memory" in str(error).lower()
+            memory = is_out_of_memory(error)
             failures.append(f"{step.name}: {'out of memory on the device' if memory else first_line(error)}")
         release(step.device)  # outside `except`: until it is left, the traceback holds the step's tensors
     raise NumericalError(

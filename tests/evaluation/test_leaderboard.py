@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, RecordError, UsageError
+from laser.evaluation import leaderboard
 from laser.evaluation.leaderboard import (
     LM_EVAL,
     Leaderboard,
@@ -28,6 +29,7 @@ from laser.evaluation.leaderboard import (
     comparable,
     difference,
     mean_and_error,
+    require_leaderboard,
     run_leaderboard,
 )
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
@@ -168,6 +170,42 @@ def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@needs_lm_eval
+def test_what_is_counted_beforehand_is_what_the_model_is_asked(
+    speaker: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts exactly; tokens from a few rows of each file, which here are alike."""
+    checkpoint, asked = open_checkpoint(speaker), {"prompts": 0, "tokens": 0}
+    workload = require_leaderboard(checkpoint, data=data, counted=True)
+    assert workload is not None and require_leaderboard(checkpoint, data=data) is None
+    load = leaderboard._load
+
+    def counting(*arguments: Any) -> Any:
+        model = load(*arguments)
+
+        def count(name: str) -> None:
+            ask = getattr(model, name)
+
+            def counted(requests: list[Any], *rest: Any, **options: Any) -> Any:
+                asked["prompts"] += len(requests)
+                for request in requests:
+                    context, answer = request.args[:2]
+                    asked["tokens"] += 256 if isinstance(answer, dict) else len(model.tok_encode(answer))
+                    asked["tokens"] += len(model.tok_encode(context))
+                return ask(requests, *rest, **options)
+
+            monkeypatch.setattr(model, name, counted)
+
+        count("loglikelihood")
+        count("generate_until")
+        return model
+
+    monkeypatch.setattr(leaderboard, "_load", counting)
+    run_leaderboard(checkpoint, data=data, limit=None)
+    assert workload.prompts == asked["prompts"] > 50
+    assert workload.tokens == pytest.approx(asked["tokens"], rel=0.05)
+
+
 @needs_lm_eval
 def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
