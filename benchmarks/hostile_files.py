@@ -1,7 +1,9 @@
+#!/usr/bin/env python3
 """Headers and configs changed at random: an error of one line or a right result, in bounded memory and time.
 
-    python benchmarks/hostile_files.py headers [--count 1000] [--seed 14] [--smoke]
+    python benchmarks/hostile_files.py headers [--count 1000] [--seed 14]
     python benchmarks/hostile_files.py configs [--count 200]
+    python benchmarks/hostile_files.py --smoke
 
 Each trial is a forked child with at most 1 GB of data beyond what the libraries take, and 20 seconds. Prints how many
 ended how, and every trial that ended otherwise; the exit code is 1 where there is one.
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import conftest
 import hostile
+import smoke
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -37,6 +40,7 @@ import laser
 from laser.errors import LaserError
 
 MEMORY, SECONDS = 1 << 30, 20
+COUNT = {"headers": 1000, "configs": 200}  # trials
 SMALL = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
     "b-0": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},
@@ -106,15 +110,18 @@ def config_trial(draw: random.Random, folder: Path) -> tuple[Callable[[], str], 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("headers", "configs"))
+    parser.add_argument("what", choices=COUNT, nargs="+")
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=14)
-    parser.add_argument("--smoke", action="store_true", help="ten trials")
-    options = parser.parse_args()
-    make = {"headers": header_trial, "configs": config_trial}[options.what]
-    count = 10 if options.smoke else options.count or {"headers": 1000, "configs": 200}[options.what]
+    options = smoke.parse(parser, lambda _: [*COUNT, "--count", 10])
     torch.set_num_threads(1)
-    draw, ended = random.Random(options.seed), Counter[str]()
+    return sum(faults(what, options.count or COUNT[what], options.seed) for what in options.what) and 1
+
+
+def faults(what: str, count: int, seed: int) -> int:
+    """How many trials ended otherwise than refused or right; each is printed."""
+    make = {"headers": header_trial, "configs": config_trial}[what]
+    draw, ended = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "model")
         folder.mkdir()
@@ -127,13 +134,13 @@ def main() -> int:
             for other in ("generation_config.json", "tokenizer_config.json"):
                 (folder / other).unlink(missing_ok=True)
             shutil.rmtree(Path(root, "out"), ignore_errors=True)
-            trial, what = make(draw, folder)
+            trial, changed = make(draw, folder)
             told = forked(trial)
             ended[told.partition(":")[0]] += 1
             if told.startswith("FAULT"):
-                print(f"trial {number}: {what[:500]!r}\n{told}\n")
-    print(f"{count} {options.what}, seed {options.seed}: {dict(ended)}")
-    return int(bool(ended["FAULT"]))
+                print(f"trial {number}: {changed[:500]!r}\n{told}\n")
+    print(f"{count} {what}, seed {seed}: {dict(ended)}")
+    return ended["FAULT"]
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import signal
 import sys
 
 from laser.cli import main as _main
+from laser.start import interrupted, on_interrupt
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code. An interrupt until here is start.py's."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_interrupt(interrupted)
     code = _main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
+    on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
     sys.exit(code)
 
 

@@ -9,7 +9,6 @@ A product of some hundred inputs is float32, as the inputs are; the sums over th
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 
 from laser.calibration_parts import Parts
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
+from laser.checkpoint.files import tidy_up
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.errors import NumericalError, UsageError
@@ -196,7 +196,7 @@ def calibrate(
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
     parts.join(path, source, whole)
-    shutil.rmtree(parts.partial)
+    tidy_up(parts.partial, path)
     return Moments.load(path)
 
 

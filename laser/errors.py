@@ -5,12 +5,15 @@
     ├── CheckpointError        the source is not a checkpoint that can be trusted: names the file or tensor
     ├── RecordError            a spectra, plan or outcome file is broken or was made from another checkpoint
     ├── OutputError            the result cannot be written: it exists, the disk is full, the place is wrong
+    ├── OutOfMemory            it does not fit into the memory that is free; found before or while it is tried
     └── NumericalError         a factorisation failed its certificate; carries the residual that it measured
 
 A message names the file or tensor, shows found and expected, and ends with what to try.
 """
 
 from __future__ import annotations
+
+import errno
 
 LONGEST_MESSAGE = 2000  # characters of one of ours; of a longer one, the beginning and the end, which says what to try
 LONGEST = 200  # characters of another library's message that one of ours repeats
@@ -57,6 +60,37 @@ class OutputError(LaserError):
     """The output cannot be written; nothing that looks whole has been left behind."""
 
 
+class OutOfMemory(LaserError):
+    """What is asked for does not fit into the memory that is free. `why`: the sentence, `advice`: what to try."""
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}; {advice}")
+        self.why, self.advice = why, advice
+
+
+# How torch says it in a plain RuntimeError: an accelerator and its libraries, and the host's allocator, which knows no
+# other class; and Python where the next thread's stack does not fit.
+_OUT_OF_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed"),
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory ran out, on a device or on the host.
+
+    torch.OutOfMemoryError is a RuntimeError, NumPy's _ArrayMemoryError a MemoryError, and an OSError says ENOMEM.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError | OutOfMemory) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        told = f"{type(error).__name__}: {error}".lower().replace("outofmemory", "out of memory")
+        if isinstance(error, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class NumericalError(LaserError):
     """A decomposition missed its certificate on every step of the ladder.
 
@@ -67,3 +101,10 @@ class NumericalError(LaserError):
     def __init__(self, message: str, residual: float | None = None) -> None:
         super().__init__(message)
         self.residual = residual
+
+
+def remedy(error: OSError) -> str:
+    """What to try where a file cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again (reduce and run: with --resume)"
+    return "check the path and its permissions"

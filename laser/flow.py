@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import Matrix
+from laser.checkpoint.files import tidy_up
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
@@ -126,6 +127,7 @@ def scan_into(
 
     `anew` measures again whatever is there, and drops the work of another scan.
     """
+    partial = path.with_name(path.name + ".partial")
     with claimed(path):
         if path.exists() and not anew:
             there = Spectra.load(path)
@@ -138,8 +140,8 @@ def scan_into(
                 known = there.data.calibration.get("identity") if there.data else None
                 same = moments is None or known == moments.calibration.identity
                 if wanted == done and drawn <= {null_draws} and same:
+                    tidy_up(partial, path)  # of a process that was killed before it did
                     return there
-        partial = path.with_name(path.name + ".partial")
         spectra = scan(
             checkpoint,
             selection,
@@ -152,5 +154,5 @@ def scan_into(
             anew=anew,
         )
         spectra.save(path)
-        partial.unlink()
+        tidy_up(partial, path)
         return spectra

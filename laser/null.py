@@ -80,10 +80,7 @@ def null_test(
     find in the matrices as they are. A rule that asks for permutations of its own (`parallel`) gets more of the same
     kind, of the permuted matrix. Raises UsageError for an unknown rule or permutation, or no draws.
     """
-    if draws < 1:
-        raise UsageError(f"a null test with {draws} draws says nothing; try --draws 1")
-    if permutation not in KINDS:
-        raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(KINDS)}")
+    check_test(rules, permutation, draws)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)
     selection, device = selection or Selection(), device or choose_device()
@@ -114,6 +111,18 @@ def null_test(
     require_unchanged(checkpoint)
     rows = tuple(_row(spec, role, group) for (spec, role), group in counts.items())
     return NullTest(source, permutation, draws, rows, skipped)
+
+
+def check_test(rules: Sequence[str], permutation: str, draws: int) -> None:
+    """What can be refused of a null test before its model is opened. Raises UsageError."""
+    if not rules:
+        raise UsageError(f"a null test needs at least one rule; try --rules {TESTED[0]}")
+    for rule in rules:
+        parse_rule(rule)
+    if draws < 1:
+        raise UsageError(f"a null test with {draws} draws says nothing; try --draws 1")
+    if permutation not in KINDS:
+        raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(KINDS)}")
 
 
 def _found(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: bool) -> int | None:

@@ -314,6 +314,10 @@ def make_plan(
     treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
     treatment.check()
     check_lowest_snr(lowest_snr)
+    if fewest_tokens is not None and (metric != "data" or fewest_tokens < 1):
+        raise UsageError(
+            f"--fewest-tokens {fewest_tokens} is a count of 1 or more for --metric data; try --metric data"
+        )
     if metric == "data":
         spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()

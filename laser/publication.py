@@ -24,9 +24,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import read_json, require_sealed, sealed, to_json, write_atomically
+from laser.checkpoint.files import disk_errors, read_json, require_sealed, sealed, to_json, write_atomically
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.headers import is_deep, sha256_of
+from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import read_own
@@ -86,46 +87,49 @@ def write_card(
     or else only what was copied from it: then licence and language are not known. before, after: leaderboard records
     elsewhere than in OUT/laser, and eval_before, eval_after those of `laser eval`. hash_source: read the source's
     shards for their sha256 (the time of reading them).
-    Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser.
+    Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser, or somebody
+    is at work on OUT.
     """
-    outcome = Outcome.load(out)
-    if wrong := outcome.unlike_plan():
-        raise RecordError(f"{out}: {wrong[0]}; a card would claim what was not done: run laser reduce again")
-    target = out / CARD
-    if target.exists() and not force and not _is_ours(target):
-        raise OutputError(f"{target} was not written by laser; try --force to replace it")
-    about = _about(out, outcome, source, hash_source)
-    if base_model is not None:
-        about = replace(about, hub_id=base_model)
-    made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
-    if losses is None and trials is None and (out / SEARCH).exists():
-        losses, trials = _searched(out / SEARCH, made_of)
-    a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
-    b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
-    if (eval_before or eval_after) and not (a and b):
-        raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
-    if a and b:
-        change = difference(a, b)
-        losses = losses_of(a, b, change, a.text, change.unlike)
-    rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
-    commands = commands or _commands(out, outcome, source is not None)
-    text = card(
-        name or out.resolve().name,
-        outcome,
-        about,
-        run=CardRun("; ".join(rules) or None, versions(), commands),
-        losses=losses,
-        before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, made_of),
-        after=_record(Leaderboard, after or out / LEADERBOARD, after, made),
-        trials=trials,
-    )
-    if base_model is not None and f"base_model: {base_model}\n" not in text:
-        raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
-    (out / RECORDS).mkdir(exist_ok=True)
-    told = _header(outcome) | {"commands": list(commands)} | asdict(about)
-    write_atomically(out / SOURCE, to_json(sealed(told)))
-    write_atomically(target, text.encode())
-    return target
+    with claimed(out):  # nobody replaces what is described
+        outcome = Outcome.load(out)
+        if wrong := outcome.unlike_plan():
+            raise RecordError(f"{out}: {wrong[0]}; a card would claim what was not done: run laser reduce again")
+        target = out / CARD
+        if target.exists() and not force and not _is_ours(target):
+            raise OutputError(f"{target} was not written by laser; try --force to replace it")
+        about = _about(out, outcome, source, hash_source)
+        if base_model is not None:
+            about = replace(about, hub_id=base_model)
+        made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
+        if losses is None and trials is None and (out / SEARCH).exists():
+            losses, trials = _searched(out / SEARCH, made_of)
+        a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
+        b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
+        if (eval_before or eval_after) and not (a and b):
+            raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
+        if a and b:
+            change = difference(a, b)
+            losses = losses_of(a, b, change, a.text, change.unlike)
+        rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
+        commands = commands or _commands(out, outcome, source is not None)
+        text = card(
+            name or out.resolve().name,
+            outcome,
+            about,
+            run=CardRun("; ".join(rules) or None, versions(), commands),
+            losses=losses,
+            before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, made_of),
+            after=_record(Leaderboard, after or out / LEADERBOARD, after, made),
+            trials=trials,
+        )
+        if base_model is not None and f"base_model: {base_model}\n" not in text:
+            raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
+        with disk_errors(out / RECORDS):
+            (out / RECORDS).mkdir(exist_ok=True)
+        told = _header(outcome) | {"commands": list(commands)} | asdict(about)
+        write_atomically(out / SOURCE, to_json(sealed(told)))
+        write_atomically(target, text.encode())
+        return target
 
 
 def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> CardSource:

@@ -6,9 +6,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -18,7 +21,13 @@ def begin() -> None:
     if sys.platform == "win32":  # which lacks modules that are imported below
         raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
     if is_command() and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, too_early)
+        on_interrupt(too_early)
+
+
+def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    """What Ctrl-C does from now on, and being told to end, as by a queue or a container that is stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def is_command() -> bool:
@@ -30,8 +39,24 @@ def is_command() -> bool:
 
 def too_early(_number: int = 0, _frame: FrameType | None = None) -> None:
     """Interrupted while libraries are imported, some of which would catch an exception and go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.write(2, b"laser: interrupted; nothing was written\n")
+    _end(b"laser: interrupted; nothing was written\n")
+
+
+def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:
+    """Let the verb end and say what it kept: what is computed at the moment is waited for. Once more, and it is not."""
+    on_interrupt(again)
+    raise KeyboardInterrupt
+
+
+def again(_number: int = 0, _frame: FrameType | None = None) -> None:
+    """Interrupted while the verb ends: as a kill, which loses nothing that was finished."""
+    _end(b"laser: interrupted twice, and ended at once; run the same command again (reduce and run: with --resume)\n")
+
+
+def _end(line: bytes) -> None:
+    on_interrupt(signal.SIG_IGN)
+    with suppress(OSError):
+        os.write(2, line)
     os._exit(INTERRUPTED)
 
 

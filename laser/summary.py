@@ -127,8 +127,7 @@ class Summary:
         parameter. Training scripts take what stands behind "- " in each line as a regular expression. Raises UsageError
         for a share outside (0, 100].
         """
-        if not 0 < top_percent <= 100:
-            raise UsageError(f"--top-percent {top_percent:g} is no share of the matrices; try 50")
+        check_share(top_percent)
         lines = [f"- {_pattern(name)}" for name in ALWAYS_UNFROZEN]
         told: list[str] = []
         for kind in dict.fromkeys(_type(row) for row in self.rows):
@@ -141,6 +140,12 @@ class Summary:
                 lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in slices]
                 told += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
         return "\n".join([*dict.fromkeys(told), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
+
+
+def check_share(top_percent: float) -> None:
+    """Raises UsageError for a share of the matrices outside (0, 100]."""
+    if not 0 < top_percent <= 100:
+        raise UsageError(f"--top-percent {top_percent:g} is no share of the matrices; try 50")
 
 
 def _csv_line(values: Iterable[Any]) -> str:

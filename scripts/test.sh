@@ -1,11 +1,28 @@
 #!/usr/bin/env bash
-# Everything that has to hold: format, lint, types, tests. Installs what it needs into .venv first.
+# Everything that has to hold: format, lint, types, help pages, tests. Installs what it needs into .venv first.
 #
-#   bash scripts/test.sh [PYTEST ARGUMENTS]
+#   bash scripts/test.sh [PYTEST ARGUMENTS]         all of it, in under eight minutes on two cores
+#   bash scripts/test.sh fast [AREA] [ARGUMENTS]    only the tests that are not marked slow, in under three minutes: of
+#                                                   every area, or of tests/AREA and tests/test_AREA*.py
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" test
+case "${1:-}" in
+fast)
+    shift
+    paths=()
+    if [[ $# -gt 0 && $1 != -* ]]; then
+        for path in "tests/$1" tests/test_"$1"*.py; do
+            [ -e "$path" ] && paths+=("$path")
+        done
+        [ ${#paths[@]} -gt 0 ] || { echo "no tests/$1 and no tests/test_$1*.py; areas: $(cd tests && ls -d */)" >&2; exit 2; }
+        shift
+    fi
+    exec python -m pytest -m "not slow" -n auto --dist loadfile "${paths[@]}" "$@"
+    ;;
+esac
 ruff format --check .
 ruff check .
 pyright
 python scripts/render_docs.py --check
-# A file at a time on each of two cores: one file's tests may share a cluster or a cache.
-python -m pytest -n 2 --dist loadfile "$@"
+# A file at a time on each of two cores, since one file's tests may share a cluster or a cache; in the order of
+# tests/conftest.py, long files first.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

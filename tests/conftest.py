@@ -28,6 +28,12 @@ settings.load_profile("fixed")
 HIDDEN, WIDTH, EXPERTS, LAYERS, VOCABULARY = 32, 48, 4, 3, 64
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end no process is alone with a long file while the other has nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of shared reference data beside the project; tests that need it say so when it is absent."""

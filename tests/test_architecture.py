@@ -72,6 +72,7 @@ def test_exported_names_are_sorted_and_there() -> None:
     assert all(hasattr(laser, name) and getattr(laser, name).__doc__ for name in laser.__all__ if name != "RULES")
 
 
+@pytest.mark.slow
 def test_importing_laser_does_not_import_transformers() -> None:
     code = "import sys, laser; sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

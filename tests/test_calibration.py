@@ -50,6 +50,7 @@ def inputs_by_hand(model: Path, windows: Windows) -> dict[str, torch.Tensor]:
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_side", [4096, 40])  # with 40, w2 (32 x 48) is known by its outputs
 def test_moments_are_those_of_the_inputs(speaker: Path, tmp_path: Path, full_side: int) -> None:
     checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)
@@ -77,6 +78,7 @@ def test_moments_are_those_of_the_inputs(speaker: Path, tmp_path: Path, full_sid
     assert q is k and gate is up and q is not moments.sites[LAYER + "self_attn.o_proj.weight"]
 
 
+@pytest.mark.slow
 def test_tokens_of_the_experts_add_up_and_the_diagonal_is_the_diagonal(speaker: Path, tmp_path: Path) -> None:
     checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)
     full = calibrate(checkpoint, windows, tmp_path / "a.safetensors")
@@ -91,6 +93,7 @@ def test_tokens_of_the_experts_add_up_and_the_diagonal_is_the_diagonal(speaker: 
     assert full.calibration.identity != small.calibration.identity
 
 
+@pytest.mark.slow
 def test_killed_after_any_layer_it_goes_on_and_gives_the_same_bytes(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ def test_what_another_command_left_of_its_first_layer_is_not_joined(
     assert {name.rpartition("self_attn.")[2] for name in moments.sites} == {"q_proj.weight"}
 
 
+@pytest.mark.slow
 def test_two_models_of_the_same_headers_are_told_apart(speaker: Path, tmp_path: Path, run: Run) -> None:
     """As a model and its fine-tuned copy: config, index and headers are equal, the weights are not."""
     other = tmp_path / "other"
@@ -165,6 +169,7 @@ def test_two_models_of_the_same_headers_are_told_apart(speaker: Path, tmp_path: 
         calibrate(two, windows, path)
 
 
+@pytest.mark.slow
 def test_bad_input_gets_a_clear_error(
     speaker: Path, make_pico: Callable[..., Path], tmp_path: Path, text: Path, run: Run
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from hostile import HOSTILE
+from pico_language import write_tokenizer
 
 from laser.checkpoint.reader import INDEX
 from laser.cli import app, main
@@ -23,6 +24,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_the_whole_flow_verb_by_verb(run: Run, pico: Path, tmp_path: Path) -> None:
     spectra, plan, out = tmp_path / "s.safetensors", tmp_path / "plan.json", tmp_path / "out"
     code, text, _ = run("scan", pico, "-o", spectra, "--device", "cpu")
@@ -35,6 +37,7 @@ def test_the_whole_flow_verb_by_verb(run: Run, pico: Path, tmp_path: Path) -> No
     assert code == 0 and text == "55 tensors identical, 5 as planned, 0 problems\n"
 
 
+@pytest.mark.slow
 def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> None:
     spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "o"
     assert strict(run("scan", pico, "-o", spectra, "--json")[1])["scanned"] == 48
@@ -50,6 +53,7 @@ def test_json_is_strict_and_complete(run: Run, pico: Path, tmp_path: Path) -> No
         strict(file.read_text())
 
 
+@pytest.mark.slow
 def test_run_by_recipe_does_what_the_recipe_says(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("run", pico, "-o", out, "--recipe", "laser-rmt")[0] == 0
@@ -80,12 +84,14 @@ def test_bad_recipes(run: Run, pico: Path, tmp_path: Path, text: str, message: s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_reads_no_weight_and_writes_nothing(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
+    write_tokenizer(pico)  # a search needs one
     spectra, plan = tmp_path / "s", tmp_path / "p"
     run("scan", pico, "-o", spectra)
     run("plan", spectra, "-o", plan, "--rule", "mp-edge")
@@ -134,6 +140,7 @@ def test_errors_are_one_line_with_a_remedy(
     assert not (tmp_path / "o" / INDEX).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack, message", HOSTILE, ids=lambda x: x.__name__ if callable(x) else "")
 def test_hostile_input_leaves_nothing_that_looks_whole(
     run: Run, pico: Path, tmp_path: Path, attack: Callable[[Path], None], message: str
@@ -151,6 +158,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
         run("scan", "nowhere", "-o", "x", "--debug")
 
 
+@pytest.mark.slow
 def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")[0] == 0
@@ -163,6 +171,7 @@ def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: P
     assert (out / "laser.json").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_interrupt_is_130_and_keeps_the_work(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +195,7 @@ def test_interrupt_is_130_and_keeps_the_work(
     assert run("verify", pico, out)[0] == 0
 
 
+@pytest.mark.slow
 def test_verify_fails_loudly(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
@@ -197,6 +207,7 @@ def test_verify_fails_loudly(run: Run, pico: Path, tmp_path: Path) -> None:
     assert code == 1 and "found sha256" in text and "1 problems" in text
 
 
+@pytest.mark.slow
 def test_every_verb_has_help(run: Run) -> None:
     for command in app.registered_commands:
         assert command.callback and (command.callback.__doc__ or "").strip()
@@ -228,6 +239,7 @@ def test_every_parameter_is_in_the_coverage_of_the_plan(run: Run, pico: Path, tm
     assert reasons["keep", "role router not selected"] == (3, 3 * 4 * 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "a\u202eb", "\ta", "a\u2028b", "é 模型 😀"])
 def test_a_tensor_cannot_command_the_terminal(
     run: Run, make_pico: Callable[..., Path], tmp_path: Path, name: str
@@ -288,7 +300,7 @@ def test_a_missing_record_names_a_verb_that_there_is(
     ("verb", "told"),
     [
         ("reduce", "run the command again with --resume"),
-        ("scan", "run the same command again, without --force"),
+        ("scan", "what is finished is kept, run the same command again"),
         ("eval", "nothing was written"),
     ],
 )
@@ -302,6 +314,7 @@ def test_an_interrupted_verb_says_how_it_goes_on(
     assert main([verb, "model"]) == 130 and told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--include", "--exclude"])
 @pytest.mark.parametrize("text", ["[", "(", "*", "a{2,1}", "(?P<x", "\\"])
 def test_what_is_no_regular_expression_is_refused(option: str, text: str, run: Run, pico: Path, tmp_path: Path) -> None:
@@ -322,6 +335,7 @@ def test_the_option_that_is_wrong_is_named(words: tuple[str, ...], told: str, ru
     assert code == 2 and told in err
 
 
+@pytest.mark.slow
 def test_lowest_snr_all_is_all_of_them_over_a_recipe(run: Run, pico: Path, tmp_path: Path) -> None:
     for folder, words in (("all", ("--rule", "laser-rmt", "--no-search")), ("zero", ("--recipe", "laser-rmt"))):
         number = ("--lowest-snr", "all") if folder == "zero" else ()

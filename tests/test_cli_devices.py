@@ -39,6 +39,7 @@ def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path, monkey
     assert "--probe measures again" in run("devices", "--device", "cpu")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_the_projector_makes_a_checkpoint_that_verifies(run: Run, pico: Path, tmp_path: Path, precision: str) -> None:
     out, spectra, plan = (str(tmp_path / name) for name in ("out", "s.safetensors", "p.json"))

@@ -25,6 +25,7 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_eval_of_one_and_of_two(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", tmp_path / "text.txt", "--window", 32]
     assert run("eval", model, *text, "-o", tmp_path / "eval.json") == 0
@@ -63,6 +64,7 @@ def test_eval_says_what_is_wrong(model: str, tmp_path: Path, capsys: pytest.Capt
     assert "embeds only 64" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_precisions_are_no_comparison(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same weights twice: whatever the numbers say, neither is better."""
     text = ["--text", tmp_path / "text.txt", "--window", 32, "--windows", 4]
@@ -92,6 +94,7 @@ def test_two_precisions_are_no_comparison(model: str, tmp_path: Path, capsys: py
         assert "is not a whole evaluation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_asked_for_is_said(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "short.txt").write_text(TEXT[:80])
     text = ["--text", tmp_path / "short.txt", "--window", 24]
@@ -112,6 +115,7 @@ def test_a_text_shorter_than_asked_for_is_said(model: str, tmp_path: Path, capsy
     assert "only 4 of the 7 windows that were asked for" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_0_windows_are_all_of_them_everywhere(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", tmp_path / "text.txt", "--window", 64]
     whole = -(-len(TEXT) // 63)
@@ -138,6 +142,7 @@ def test_0_windows_are_all_of_them_everywhere(model: str, tmp_path: Path, capsys
         assert "limit of 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_texts_as_they_come(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in capitals, a rolling score without BOS, what was read otherwise, and rows beside a plain text."""
     rows = [{"text": TEXT[:200]}, {"text": TEXT[200:400]}]
@@ -168,6 +173,7 @@ def test_texts_as_they_come(model: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--field text is for .jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_search_writes_a_plan_and_goes_on_from_its_journal(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +205,7 @@ def test_search_writes_a_plan_and_goes_on_from_its_journal(
     assert run("search", model, "-o", plan, *options, "--order", "snr", "--force") == 0
 
 
+@pytest.mark.slow
 def test_search_with_a_grid_a_task_and_a_shortlist(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +230,7 @@ def test_search_with_a_grid_a_task_and_a_shortlist(
     assert "Spearman" in told and told.count("fraction:0.9") == 4
 
 
+@pytest.mark.slow
 def test_search_says_what_is_wrong(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", tmp_path / "text.txt", "--window", 24, "--windows", 4]
     for arguments, message in (

@@ -23,6 +23,7 @@ from laser.search.candidates import cut_of
 from laser.selection import Selection
 
 
+@pytest.mark.slow
 def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
     moments, other, spectra, plan, out = (tmp_path / n for n in ("m.safetensors", "f.safetensors", "s", "p", "out"))
     windows = ("--text", text, "--window", 64, "--layers", "1-2")
@@ -76,6 +77,7 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     assert code == 1 and "of the outputs' mean square is lost, expected" in told
 
 
+@pytest.mark.slow
 def test_run_goes_by_the_data_as_the_stages_one_by_one_do(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
     moments, spectra, plan = (tmp_path / n for n in ("m.safetensors", "s", "p"))
     picked = ("--layers", "1-2", "--roles", "q,o")
@@ -92,6 +94,7 @@ def test_run_goes_by_the_data_as_the_stages_one_by_one_do(speaker: Path, tmp_pat
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path, text: Path, run: Run) -> None:
     moments, spectra, plan = (tmp_path / n for n in ("m.safetensors", "s", "p"))
     checkpoint: Any = laser.open_checkpoint(speaker)
@@ -117,6 +120,7 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     assert code == 2 and "scan --moments FILE" in error
 
 
+@pytest.mark.slow
 def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"the {i * i} brown fox jumps over {i} lazy dogs;" for i in range(99)))
@@ -176,6 +180,7 @@ def test_a_plan_of_few_tokens_is_verified_as_planned(speaker: Path, tmp_path: Pa
     assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
 
 
+@pytest.mark.slow
 def test_wide_inputs_are_known_by_their_outputs_all_the_way(speaker: Path, tmp_path: Path) -> None:
     """w2 (32 x 48) as Mixtral's own (4096 x 14336) are: values, null, plan, reduction, fresh text and check."""
     checkpoint, selection = laser.open_checkpoint(speaker), Selection(roles=("w2",), layers=(1,))
@@ -206,6 +211,7 @@ def test_wide_inputs_are_known_by_their_outputs_all_the_way(speaker: Path, tmp_p
     assert "of the outputs' mean square is lost, expected" in problem and name in problem
 
 
+@pytest.mark.slow
 def test_fp8_weights_are_verified_by_their_own_rounding(speaker: Path, tmp_path: Path) -> None:
     config = json.loads((speaker / "config.json").read_text())
     quantised, selection = tmp_path / "fp8", Selection(roles=("q",), layers=(1,))
@@ -249,6 +255,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
     assert reasons[q] == "skipped: no" and len(plan.reductions) == 1
 
 
+@pytest.mark.slow
 def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path, tmp_path: Path, run: Run) -> None:
     checkpoint = laser.open_checkpoint(speaker)
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=64, limit=1)

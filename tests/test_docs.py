@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 VERBS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,10 +54,11 @@ def test_first_screen_shows_both_commands() -> None:
     assert "bash scripts/demo.sh" in first and "bash scripts/test.sh" in first
 
 
+@pytest.mark.slow
 def test_help_pages_are_up_to_date() -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / "render_docs.py", "--check"], check=True)
 
 
 def test_every_script_that_the_readme_names_is_there() -> None:
-    for path in set(re.findall(r"scripts/[\w.]+\.(?:py|sh)", README)):
+    for path in set(re.findall(r"(?:scripts|benchmarks)/[\w.]+\.(?:py|sh)", README)):
         assert (ROOT / path).is_file(), path

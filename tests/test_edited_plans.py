@@ -133,6 +133,7 @@ def called(*words: object) -> tuple[int, str]:
     return code, out.getvalue()
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(rule=st.sampled_from(sorted(TREATMENTS)), edit=st.sampled_from(EDITS), data=st.data())
 def test_an_edited_plan_is_refused_by_line_or_done_exactly(
@@ -197,6 +198,7 @@ def check(path: Path, out: Path, document: Document, told: str, made: Document) 
             assert np.count_nonzero(s > kept[name]["threshold"]) == over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -242,6 +244,7 @@ def edited(source: tuple[Path, dict[str, Document]], tmp_path: Path, change: Cal
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -280,6 +283,7 @@ def test_a_key_that_is_twice_in_a_line_is_refused(source: tuple[Path, dict[str, 
     assert code == 1 and "not a readable plan file" in told
 
 
+@pytest.mark.slow
 def test_claims_that_were_not_carried_out_are_problems(
     source: tuple[Path, dict[str, Document]], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ CHANGES: list[tuple[Callable[[Header, Vectors], object], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_changed_spectra_are_refused(
     pico: Path, tmp_path: Path, run: Any, change: Callable[[Header, Vectors], object], message: str
@@ -150,6 +151,7 @@ def test_a_wrong_matrix_is_a_problem_at_every_scale(
     assert len(laser.verify(checkpoint, tmp_path / "out").problems) == 2
 
 
+@pytest.mark.slow
 def test_one_huge_entry_does_not_end_the_scan(make_pico: Callable[..., Path], tmp_path: Path, run: Any) -> None:
     matrices = [noise(i, torch.float64, 1.0) for i in range(3)]
     for size in (1e80, 1e300, 1.7e308):

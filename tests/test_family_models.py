@@ -23,6 +23,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 TABLE = README[README.find(START) : README.find(END)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS | OTHERS)
 def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> None:
     row = examine(family, tmp_path)
@@ -89,6 +90,7 @@ def edit_config(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "PhiMoE", "DeepSeek-V3"])
 def test_experts_saved_as_they_are_in_memory(family: str, tmp_path: Path) -> None:
     """transformers 5 can save experts fused (save_original_format=False) and reads that again; the result is equal."""
@@ -108,6 +110,7 @@ def test_experts_saved_as_they_are_in_memory(family: str, tmp_path: Path) -> Non
     assert torch.allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["GPT-OSS", "GPT-NeoX", "Granite-MoE"])
 def test_a_fused_tensor_is_resumed_to_the_byte(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two matrices of one tensor; a damaged one is noticed and made again."""
@@ -174,6 +177,7 @@ def test_other_tools_are_given_names_that_they_know(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.experts.gate_up_proj" in named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_what_is_chosen_is_what_is_trained(family: str, tmp_path: Path) -> None:
     """Every second matrix is chosen and zeroed on disk. What is then zero in transformers' own model, and nothing else,

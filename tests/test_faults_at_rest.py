@@ -169,6 +169,7 @@ def test_what_two_records_know_of_weights() -> None:
     assert agree(both, Fingerprint("t", "h")) is False and agree(Fingerprint(), Fingerprint()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["scan", "reduce", "run", "verify", "null", "calibrate", "eval"])
 def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(speaker)
@@ -203,6 +204,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_fault_in_an_unfinished_output_is_repaired_or_named(small: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(small)
     plan = make_plan(laser.scan(checkpoint), "fraction:0.5", Selection(roles=("q", "w2", "k")))
@@ -237,6 +239,7 @@ def test_every_fault_in_an_unfinished_output_is_repaired_or_named(small: Path, t
     assert cases >= 72 and repaired > 0.8 * cases
 
 
+@pytest.mark.slow
 def test_every_fault_in_a_finished_output_is_named(small: Path, tmp_path: Path) -> None:
     checkpoint, template, out = laser.open_checkpoint(small), tmp_path / "run", tmp_path / "out"
     run_flow(checkpoint, template, Selection(roles=("q", "w2")), chosen, crew=CREW)
@@ -323,6 +326,7 @@ def test_a_scan_goes_on_from_a_damaged_journal(small: Path, tmp_path: Path) -> N
     scan_into(path, checkpoint, Selection(), CREW, "gram", anew=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_layer_of_a_calibration_costs_that_layer(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +403,7 @@ def test_force_leaves_the_old_output_until_the_new_one_is_whole(
     assert (out / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_force_replaces_records_of_the_same_kind_only(small: Path, tmp_path: Path, run: Any) -> None:
     spectra, plan, text = tmp_path / "s", tmp_path / "p", tmp_path / "notes"
     text.write_text("mine")

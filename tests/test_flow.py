@@ -98,6 +98,7 @@ def test_the_empty_plan_is_the_identity(make_pico: Callable[..., Path], tmp_path
     assert all(after[name] == before[name] for name in after if name != "laser.json")
 
 
+@pytest.mark.slow
 def test_reference_method_gives_the_same(pico: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     plans = {m: make_plan(scan(checkpoint, method=m), "mp-edge") for m in ("gram", "svd")}
@@ -130,6 +131,7 @@ def test_protected_roles_are_reduced_when_asked_for(pico: Path) -> None:
     assert len(make_plan(spectra, "rank:1", Selection(roles=("router", "head"))).reductions) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_is_skipped_by_name(make_pico: Callable[..., Path], tmp_path: Path, bad: float) -> None:
     from conftest import mixtral_tensors
@@ -238,6 +240,7 @@ def test_damaged_records_are_refused(pico: Path, tmp_path: Path) -> None:
         Spectra.load(tmp_path / "foreign")
 
 
+@pytest.mark.slow
 def test_verify_notices_every_kind_of_damage(pico: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     plan = make_plan(scan(checkpoint), "mp-edge", lowest_snr=3)
@@ -292,6 +295,7 @@ laser.reduce(laser.open_checkpoint(source), laser.Plan.load(plan), out, crew=cre
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_byte_identical_and_computes_nothing_twice(pico: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     plan = make_plan(scan(checkpoint), "mp-edge")
@@ -354,6 +358,7 @@ def test_interrupted_scan_goes_on_where_it_was(pico: Path, tmp_path: Path) -> No
     assert not path.with_name(path.name + ".partial").exists()
 
 
+@pytest.mark.slow
 def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
     from laser.flow import run
 

@@ -54,6 +54,7 @@ def reduced(make_pico: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]
     return source, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["chat_template.jinja", "tokenizer_config.json"])
 def test_the_chat_template_gives_the_same_tokens(inside: bool, reduced: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
@@ -84,6 +85,7 @@ def load(path: Path, **arguments: Any) -> Any:
 IDS = torch.arange(3, 35)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_loads_in_every_type_and_holds_what_is_stored(
@@ -105,6 +107,7 @@ def test_it_loads_in_every_type_and_holds_what_is_stored(
         assert torch.allclose(logits, exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs pip install bitsandbytes")
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # that it casts to float16, once a layer
 @pytest.mark.parametrize(("bits", "layer"), [(8, "Linear8bitLt"), (4, "Linear4bit")])

@@ -21,6 +21,7 @@ def spectra(run: Run, pico: Path, tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_null_prints_rule_by_role(run: Run, pico: Path, spectra: Path) -> None:
     asked = ("null", pico, "--layers", 1, "--roles", "q,w1", "--rules", "laser-rmt,mp-edge,parallel:0.1")
     code, text, _ = run(*asked, "--spectra", spectra)
@@ -32,6 +33,7 @@ def test_null_prints_rule_by_role(run: Run, pico: Path, spectra: Path) -> None:
     assert (document["permutation"], document["draws"], len(document["rows"])) == ("rows", 2, 6)
 
 
+@pytest.mark.slow
 def test_spectra_lists_and_writes_what_others_read(run: Run, spectra: Path, tmp_path: Path) -> None:
     code, text, _ = run("spectra", spectra, "--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
     assert code == 0 and "16 matrices of pico, cut by mp-edge" in text
@@ -42,6 +44,7 @@ def test_spectra_lists_and_writes_what_others_read(run: Run, spectra: Path, tmp_
     assert run("spectra", spectra, "--snr-json", tmp_path / "j")[0] == 1  # not without --force
 
 
+@pytest.mark.slow
 def test_what_others_read_has_the_scores_of_spectrum_unless_told_otherwise(
     run: Run, spectra: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +66,7 @@ def test_what_others_read_has_the_scores_of_spectrum_unless_told_otherwise(
         assert entry["snr"] == pytest.approx(s[:kept].sum() / s[kept:].sum() / s[0])
 
 
+@pytest.mark.slow
 def test_nothing_is_written_when_a_part_is_refused(run: Run, spectra: Path, tmp_path: Path) -> None:
     files = ("--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
     assert run("spectra", spectra, *files, "--top-percent", 0)[0] == 2
@@ -70,6 +74,7 @@ def test_nothing_is_written_when_a_part_is_refused(run: Run, spectra: Path, tmp_
     assert not (tmp_path / "j").exists() and not (tmp_path / "y").exists()
 
 
+@pytest.mark.slow
 def test_plot_and_report_write_files(run: Run, spectra: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
     assert run("plot", spectra, "-o", tmp_path / "a.png", "--matrix", "q_proj")[0] == 0
@@ -80,6 +85,7 @@ def test_plot_and_report_write_files(run: Run, spectra: Path, tmp_path: Path) ->
     assert code == 0 and "16 matrices" in text and "<!doctype html>" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -99,6 +105,7 @@ def test_mistakes_are_explained(
     assert found == code and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_run_with_a_rule_that_needs_permutations_and_treatments(run: Run, pico: Path, tmp_path: Path) -> None:
     asked = (
         "--no-search",

@@ -103,6 +103,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {model: folder / model for model in MODELS}
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(model=st.sampled_from(sorted(MODELS)), data=st.data())
 def test_a_mutated_model_is_right_or_refused(sources: dict[str, Path], model: str, data: st.DataObject) -> None:

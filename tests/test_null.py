@@ -41,6 +41,7 @@ def test_counts_are_those_of_permuting_by_hand(pico: Path) -> None:
     assert row.found is None
 
 
+@pytest.mark.slow
 def test_rules_find_about_nothing_but_laser_rmt_does(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     spectra = scan(checkpoint, null_draws=19)
@@ -57,6 +58,7 @@ def test_rules_find_about_nothing_but_laser_rmt_does(pico: Path) -> None:
     assert json.loads(test.to_json())["rows"][0]["rule"] == "laser-rmt"
 
 
+@pytest.mark.slow
 def test_row_permutation_keeps_the_rows_variances(make_pico: Callable[..., Path]) -> None:
     random = np.random.default_rng(0)
     W = random.standard_normal((200, 80)) * np.geomspace(1, 30, 200)[:, None] ** 0.5

@@ -41,6 +41,7 @@ def flow(source: Path, out: Path, rule: str, *, single: bool, nulls: int = 0, **
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, nulls, asked",
     [
@@ -85,6 +86,7 @@ def test_each_matrix_is_read_and_factorised_once(pico: Path, tmp_path: Path, mon
     assert sorted(reads) == sorted(result.spectra.values) and len(reads) == 3 * 6
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_it_is_byte_identical(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

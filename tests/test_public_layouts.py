@@ -736,6 +736,7 @@ LAYOUTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.model.split(":")[0])
 def test_public_layout(layout: Layout, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"

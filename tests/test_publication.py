@@ -144,6 +144,7 @@ of this software and associated documentation files """
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readme", ["---\nlicense: mit\n: [\n---\n", "---\nlanguage: en\n---\n", "", None])
 def test_a_licence_that_no_card_names_is_looked_for_beside_it(
     reduced: tuple[Checkpoint, Path], readme: str | None
@@ -160,6 +161,7 @@ def test_a_licence_that_no_card_names_is_looked_for_beside_it(
     assert write_card(out).read_text() == path.read_text()  # what an earlier card found is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wild", ["date: 2024-13-45", "x: !!int y", "x: !!timestamp y", "x: " + "[" * 5000, "\tx"])
 def test_a_readme_of_somebody_else_may_hold_anything(reduced: tuple[Checkpoint, Path], wild: str) -> None:
     source, out = reduced
@@ -187,6 +189,7 @@ def test_a_readme_of_somebody_else_is_left_alone(reduced: tuple[Checkpoint, Path
     assert "By hand" not in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     # A reduction shares the headers of its source: only laser.json tells their records apart.
@@ -254,6 +257,7 @@ def test_parameters_are_counted(pico: Path) -> None:
     assert describe_source(open_checkpoint(pico)).parameters == sum(t.end - t.start for t in tensors) // 2  # bf16
 
 
+@pytest.mark.slow
 def test_the_verb_card(
     reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +291,7 @@ def test_the_verb_leaderboard_refuses(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs pip install 'laser-rmt[eval]'")
 def test_measure_both_and_publish(
     speaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -350,6 +355,7 @@ TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None
 TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
@@ -388,6 +394,7 @@ def test_a_search_that_was_changed_is_refused(reduced: tuple[Checkpoint, Path]) 
         write_card(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["name", "readme", "config", "tokenizer_config", "parameters", "shards", "hub_id"])
 def test_the_record_of_a_source_is_checked_whole(reduced: tuple[Checkpoint, Path], key: str) -> None:
     source, out = reduced

@@ -27,12 +27,12 @@ def test_every_loader_is_told_to_run_no_code_of_a_model() -> None:
     assert calls >= 9
 
 
-@pytest.mark.parametrize("wait", [0.25, 0.8])
-def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float) -> None:
+@pytest.mark.parametrize(("wait", "number"), [(0.25, signal.SIGTERM), (0.8, signal.SIGINT)])
+def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float, number: signal.Signals) -> None:
     child = subprocess.Popen([sys.executable, "-m", "laser", "devices"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     time.sleep(wait)
-    child.send_signal(signal.SIGINT)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
+    child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
 

@@ -30,6 +30,7 @@ TREATMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", TREATMENTS)
 def test_from_scan_to_verified_weights(pico: Path, tmp_path: Path, rule: str) -> None:
     checkpoint = laser.open_checkpoint(pico)
@@ -76,6 +77,7 @@ def test_two_sided_keeps_what_lies_under_the_lower_edge(make_pico: Callable[...,
     assert two.gains == Gains(1, 3, None, two.noise) and "3 under the lower edge" in two.reason
 
 
+@pytest.mark.slow
 def test_a_bulk_that_is_no_noise_is_flagged_and_kept_on_demand(make_pico: Callable[..., Path]) -> None:
     random = np.random.default_rng(1)
     noise = random.standard_normal((96, 160))

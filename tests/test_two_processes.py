@@ -13,6 +13,7 @@ import laser
 from laser.checkpoint import locks
 from laser.checkpoint.files import write_atomically
 from laser.checkpoint.locks import claimed, replacing
+from laser.checkpoint.push import push
 from laser.errors import LaserError, OutputError
 from laser.plan import make_plan
 from laser.verification import verify
@@ -46,6 +47,7 @@ def holder(path: Path) -> Iterator[int]:
             child.kill()
 
 
+@pytest.mark.slow
 def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(pico: Path, tmp_path: Path) -> None:
     from laser.cli import main
 
@@ -62,6 +64,11 @@ def test_the_second_process_is_told_who_holds_it_and_a_killed_one_holds_nothing(
             assert main([str(w) for w in command]) == 1 and not path.exists()
             assert main([str(w) for w in (*command, "--force")]) == 1 and not path.exists()
         assert main([str(w) for w in command]) == 0
+    with holder(out):  # nobody may replace an output that is described or uploaded
+        assert main(["card", str(out)]) == 1 and not (out / "README.md").exists()
+        with pytest.raises(OutputError, match="is being written by process"):
+            push(out, "a/b")
+    assert main(["card", str(out)]) == 0
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"pico", "s", "p", "out", "link"}
 

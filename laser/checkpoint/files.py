@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.locks import replacing
 from laser.checkpoint.records import has_shape, named, parse, shown
 from laser.checkpoint.regular import read_regular
-from laser.errors import CheckpointError, OutputError, RecordError
+from laser.errors import CheckpointError, OutputError, RecordError, remedy
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
 # kind of record -> the command that makes one
@@ -42,16 +42,28 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "check the path and its permissions"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and run the same command again (reduce and run: with --resume)"
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
     with disk_errors(path), replacing(path) as file:
         file.write(data)
+
+
+def tidy_up(work: Path, result: Path) -> None:
+    """Remove what an unfinished `result` was kept in, a file or a directory, now that the result is whole.
+
+    Raises OutputError that says so where it cannot be removed.
+    """
+    try:
+        if work.is_dir():
+            shutil.rmtree(work)
+        else:
+            work.unlink(missing_ok=True)
+    except OSError as error:
+        told = error.strerror or error
+        raise OutputError(f"{result} is written, but {work} cannot be removed ({told}); remove it yourself") from error
 
 
 def to_json(document: Any) -> bytes:
@@ -199,14 +211,14 @@ class Journal:
         self._append(entry)
 
     def forget(self, from_: dict[str, Any]) -> None:
-        """Cut off an entry and all that follow it."""
-        kept = self.entries[: next(i for i, entry in enumerate(self.entries) if entry is from_)]
-        self.entries, self._last = [], b""
+        """Cut off an entry and all that follow it, in one step: a kill loses nothing of what stands before it."""
+        kept = next(i for i, entry in enumerate(self.entries) if entry is from_)
         with disk_errors(self.path):
-            self._file.truncate(0)
-        self._append(self._run)
-        for entry in kept:
-            self.append(entry)
+            lines = self.path.read_bytes().splitlines(keepends=True)[: kept + 1]  # the first says whose they are
+            self._file.truncate(sum(map(len, lines)))
+        match = CHECKED.search(lines[-1])
+        assert match is not None, "its own line"
+        self.entries, self._last = self.entries[:kept], match[1]
 
     def spoil(self, why: str) -> None:
         """Let nobody go on with what stands here."""
@@ -221,14 +233,16 @@ class Journal:
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
-        self._file.close()
+        with disk_errors(self.path):
+            self._file.close()
 
     def remove(self) -> None:
         """Delete the file, and its directory if that was all in it."""
         self.close()
-        self.path.unlink()
-        if not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        with disk_errors(self.path):
+            self.path.unlink()
+            if not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
 
     def __enter__(self) -> Journal:
         return self

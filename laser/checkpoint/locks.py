@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any, BinaryIO
 
-from laser.errors import OutputError
+from laser.errors import OutputError, remedy
 
 try:
     import fcntl
@@ -59,21 +59,28 @@ def _take(lock: Path, path: Path) -> int:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(
-                f"cannot write beside {path}: {error.strerror}; check the path and its permissions"
-            ) from error
+            raise OutputError(f"cannot write beside {path}: {error.strerror}; {remedy(error)}") from error
         try:
             if not _lock(handle, path):
                 raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
-                told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                os.truncate(handle, 0)
-                os.write(handle, json.dumps(told).encode())
+                _say_who(handle, lock)
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _say_who(handle: int, lock: Path) -> None:
+    """For the message to others. The lock holds without it, so a full disk is told by what is to be written."""
+    told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(told).encode())
+    except OSError:
+        with suppress(OSError):
+            os.truncate(handle, 0)  # half of it, or whoever held it before, would be told
 
 
 def _lock(handle: int, path: Path) -> bool:

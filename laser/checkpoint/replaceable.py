@@ -19,8 +19,6 @@ DRAWN = (b"\x89PNG\r\n", b"<svg", b"<!doctype html", b"<!DOCTYPE html", b"unfroz
 
 def require_replaceable(path: Path, kind: str | None) -> None:
     """Raises OutputError unless the file at `path` is a record of this `kind`, or for None a drawing, page or list."""
-    if not path.is_file():
-        raise OutputError(f"{path} exists and is no file; try another -o")
     found = kind_of(path)
     if kind is None and found is None:
         with open_regular(path) as file:

@@ -1,13 +1,14 @@
 """Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
 
 OUT          the earlier output, untouched until the new one is whole
-.OUT.new     the new one, in work; `--force --resume` goes on with it
-.OUT.old     the earlier one on its way out
+.OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
+.OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -15,12 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from laser.checkpoint.files import disk_errors
+from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.locks import claimed
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.writer import JOURNAL, is_settled, prepare_output, require_apart, require_ours
+from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.writer import (
+    JOURNAL,
+    is_settled,
+    prepare_output,
+    require_apart,
+    require_ours,
+    require_room,
+    require_usable,
+)
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
 
 
 @contextmanager
@@ -30,23 +40,20 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     With `force`, an earlier output of laser stands until then. Nobody else writes to `out` meanwhile. Raises
     OutputError where `out` may not be written or replaced, or somebody is at work on it.
     """
-    require_apart(source, out)
-    target = out.resolve()
-    new, old = (target.with_name(f".{target.name[:200]}.{end}") for end in ("new", "old"))
+    require_place(source, out, resume=resume, force=force)
+    target, new, old = out.resolve(), _beside(out, "new"), _beside(out, "old")
     with claimed(out):
         with disk_errors(out):
-            if old.exists() and not target.exists():  # killed between two renames
-                old.rename(target)
-            _remove(old)
-        if not force or not target.exists():
-            prepare_output(source, out, resume=resume, force=force)
+            swapped = _recover(source, target, new, old)
+        if not force or not target.exists() or (swapped and resume):
+            prepare_output(source, out, resume=resume)
             yield out
             return
         require_ours(out)
         with disk_errors(new):
-            if not resume or is_settled(source, new):
+            if not resume:
                 _remove(new)
-        prepare_output(source, new, resume=True, force=False)
+        prepare_output(source, new, resume=True)
         try:
             yield new
         except BaseException:
@@ -55,7 +62,38 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
             raise
         with disk_errors(out):
             _exchange(new, target, old)
-            _remove(old)
+        tidy_up(old, out)
+
+
+def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
+    """End what a killed process left half done in an exchange; returns whether the new output lies in its place."""
+    if not old.is_dir() or old.is_symlink():
+        return False
+    if not target.exists():  # killed between two renames
+        old.rename(target)
+        return False
+    if not new.exists() and is_settled(source, old) and not _is_later(target, old):  # killed before the exchange
+        old.rename(new)
+        return False
+    shutil.rmtree(old)
+    return True
+
+
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
+    """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
+    place = _beside(out, "new") if force and out.exists() else out
+    require_apart(source, out)
+    if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
+        require_usable(source, out, resume=resume)
+    elif place != out:
+        require_ours(out)
+    there = {s.name for s in source.shards if resume and (place / s.name).exists()}
+    require_room(source, place, there)
+
+
+def _beside(out: Path, end: str) -> Path:
+    target = out.resolve()
+    return target.with_name(f".{target.name[:200]}.{end}")
 
 
 def _remove(folder: Path) -> None:
@@ -63,14 +101,27 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _is_later(one: Path, other: Path) -> bool:
+    """Whether the outcome in one directory was written behind that in the other."""
+    return (one / OUTCOME).exists() and (one / OUTCOME).stat().st_mtime_ns > (other / OUTCOME).stat().st_mtime_ns
+
+
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """`new` in the place of `target`, which becomes `old`: at once where the system can, so that no kill falls
-    between."""
+    between. Where it fails, `target` is as it was."""
     if sys.platform == "linux":
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        names = os.fsencode(new), os.fsencode(target)
-        if swap is not None and swap(HERE, names[0], HERE, names[1], EXCHANGE) == 0:
-            new.rename(old)
-            return
+        if swap is not None:
+            new.rename(old)  # so that what is called `new` is never the earlier one
+            if swap(HERE, os.fsencode(old), HERE, os.fsencode(target), EXCHANGE) == 0:
+                return
+            number = ctypes.get_errno()
+            old.rename(new)
+            if number not in UNKNOWN:
+                raise OSError(number, os.strerror(number))
     target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise

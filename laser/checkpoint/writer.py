@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -107,25 +107,22 @@ def require_ours(out: Path) -> None:
         )
 
 
-def prepare_output(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Make `out` ready to be written, or raise OutputError saying why it may not be.
+def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
+    """Make `out` ready to be written, or raise OutputError saying why it may not be."""
+    require_usable(source, out, resume=resume)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
 
-    `force` removes an earlier output of laser, and nothing else; anything else has to be removed by hand.
-    """
+
+def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
+    """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
-    ours = is_ours(out)
-    if force and ours:
-        require_ours(out)
-        with disk_errors(out):
-            shutil.rmtree(out)
-    elif out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
-        if not ours:
+    if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
+        if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def write_checkpoint(
@@ -164,7 +161,7 @@ def write_checkpoint(
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
-        _check_space(source, out, hashes)
+        require_room(source, out, hashes)
         if source.hub is not None:
             side_files(source.hub)
         left_out = _copy_side_files(source, out)
@@ -372,13 +369,19 @@ def is_finished(source: Checkpoint, out: Path) -> bool:
     return (out / OUTCOME).exists() and all((out / name).exists() for name in last)
 
 
-def _check_space(source: Checkpoint, out: Path, hashes: Mapping[str, str | None]) -> None:
+def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> None:
+    """Raises OutputError where the disk of `out` has no room for the shards that are not `finished`, or cannot be
+    written to. The sizes are known from the headers, before any work; `out` need not be there yet."""
+
     def there(shard: Shard) -> int:
         partial = partial_of(out, shard.name)
         return partial.stat().st_blocks * 512 if partial.exists() else 0
 
-    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in hashes)
-    free = shutil.disk_usage(out).free
+    needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in finished)
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: {place} is no directory that can be written to; try another -o")
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
             f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
@@ -416,8 +419,9 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
 
 
 def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -7,16 +7,17 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 
 from laser.checkpoint.families import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
-from laser.errors import LaserError
+from laser.errors import LaserError, first_line, is_out_of_memory, remedy
 from laser.plan import CrowdWarning
 
 app = typer.Typer(
@@ -39,10 +40,20 @@ for verb in VERBS:
 
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
 _RESUMED = "what is finished is kept, run the command again with --resume"
-_GOES_ON = "what is finished is kept, run the same command again, without --force"
+_GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
 _INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
+
+
+def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
+    """What is left of an interrupted verb, and how to go on. written: whether each of its files is there already."""
+    there = [str(path) for path, whole in written.items() if whole]
+    if there and all(written.values()):
+        return f"{' and '.join(there)} is written, whole: there is nothing left to do"
+    if there:
+        return f"{' and '.join(there)} is written, whole; for the rest run the same command again, with --force"
+    return _INTERRUPTED.get(verb, "nothing was written")
 
 
 @app.callback()
@@ -65,6 +76,10 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+def _verb(arguments: list[str]) -> str:
+    return next((a for a in arguments if not a.startswith("-")), "")
+
+
 def _run(arguments: list[str]) -> None:
     """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
     try:
@@ -75,9 +90,43 @@ def _run(arguments: list[str]) -> None:
         raise
 
 
-def _interrupted(arguments: list[str]) -> int:
-    verb = next((a for a in arguments if not a.startswith("-")), "")
-    return _say(f"laser: interrupted; {_INTERRUPTED.get(verb, 'nothing was written')}", 130)
+def _interrupted(arguments: list[str], held: common.Held) -> int:
+    return _say(f"laser: interrupted; {left_behind(_verb(arguments), held.written())}", 130)
+
+
+def _disk(error: OSError) -> int:
+    """What is said of a file, or of a stream, that cannot be used."""
+    if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
+        _forget(sys.stdout)
+        return 1
+    if error.filename is not None:  # of a file, and not of what is printed
+        return _say(f"laser: {error.filename}: {error.strerror}; {remedy(error)}", 1)
+    _forget(sys.stdout)
+    return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
+
+
+# What asks for less memory, the mildest first, and the verbs in which it does.
+LESS = (
+    ("--stream", ("eval", "search", "run")),
+    ("--workers 1", ("scan", "reduce", "run")),
+    ("--batch-size 1", ("leaderboard",)),
+    ("a smaller --window", ("eval", "search", "run", "calibrate")),
+    ("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard")),
+    ("--device cpu", ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")),
+)
+
+
+def out_of_memory(error: BaseException, arguments: list[str]) -> str:
+    """One line: what failed, what to try that this command line does not have already, and what was kept."""
+    verb, message = _verb(arguments), first_line(error)
+    on_host = not any(name in message.lower() for name in ("cuda", "cublas", "mps backend"))
+    given = " ".join(arguments).replace("=", " ")
+    words = [
+        way for way, verbs in LESS if verb in verbs and way not in given and not (on_host and way == "--device cpu")
+    ]
+    tries = f"try {', or '.join(words)}" if words else "try a machine with more"
+    kept = f"; {_INTERRUPTED[verb]}" if verb in _INTERRUPTED else ""
+    return f"out of memory ({message}); {tries}{kept}"
 
 
 def _say(line: str, code: int) -> int:
@@ -101,7 +150,7 @@ def _forget(stream: TextIO) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, held = "--debug" in arguments, common.Held()
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -110,26 +159,24 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in (DoubtWarning, CrowdWarning):
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
-            with common.one_verb():
+            with common.one_verb(held):
                 _run([a for a in arguments if a != "--debug"])
     except LaserError as error:
         if debug:
             raise
         return _say(f"laser: {error}", error.exit_code)
-    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
-        return _interrupted(arguments)
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if debug:
             raise
-        if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
-            _forget(sys.stdout)
-            return 1
-        if error.filename is not None:  # of a file, and not of what is printed
-            return _say(f"laser: {error.filename}: {error.strerror}; check the path and its permissions", 1)
-        _forget(sys.stdout)
-        return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
+        if is_out_of_memory(error):
+            return _say(f"laser: {out_of_memory(error, arguments)}", 1)
+        if isinstance(error, OSError):
+            return _disk(error)
+        raise
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
+        return _interrupted(arguments, held)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
-            return _interrupted(arguments)
+            return _interrupted(arguments, held)
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     return 0

@@ -27,7 +27,8 @@ from laser.cli.measure import (
     fewer,
     text_of,
 )
-from laser.evaluation.text import WINDOW, cut_windows, load_tokenizer
+from laser.evaluation.streaming import require_dtype
+from laser.evaluation.text import WINDOW, check_cut, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.spectral.devices import choose_device
 
@@ -57,11 +58,12 @@ def calibrate(
     One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
     from there.
     """
+    check_cut(window, windows or None, skip)
+    require_dtype(dtype)
+    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device).torch_device
     common.refuse_to_overwrite(output, force, "moments")
-    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
-    cut = cut_windows(
-        text_of(text, field, dataset), load_tokenizer(checkpoint.path), length=window, limit=windows or None, skip=skip
-    )
+    read, checkpoint = text_of(text, field, dataset), open_checkpoint(model)
+    cut = cut_windows(read, load_tokenizer(checkpoint.path), length=window, limit=windows or None, skip=skip)
     start = time.perf_counter()
     with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
         moments = calibrate_checkpoint(
@@ -72,7 +74,7 @@ def calibrate(
             diagonal=diagonal,
             shrink=shrink,
             dtype=dtype,
-            device=choose_device(device).torch_device,
+            device=where,
             anew=force,
             tick=lambda _: advance(bar),
         )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,14 +59,35 @@ def moments_of(path: Path | None) -> Moments | None:
     return None if path is None else Moments.load(path)
 
 
-_verb: ContextVar[ExitStack | None] = ContextVar("what this verb holds", default=None)
+@dataclass
+class Held:
+    """What a verb keeps for itself until it ends, and the files that it is to write, as they were when it began."""
+
+    stack: ExitStack = field(default_factory=ExitStack)
+    files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+
+    def written(self) -> dict[Path, bool]:
+        """Whether each file is there, whole: they appear by a rename, as another file."""
+        return {path: (now := _which(path)) is not None and now != before for path, before in self.files.items()}
+
+
+def _which(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+_verb: ContextVar[Held | None] = ContextVar("what this verb holds", default=None)
 
 
 @contextmanager
-def one_verb() -> Iterator[None]:
+def one_verb(held: Held | None = None) -> Iterator[None]:
     """Around a verb: what it keeps for itself is given back when it ends."""
-    with ExitStack() as stack:
-        token = _verb.set(stack)
+    held = held or Held()
+    with held.stack:
+        token = _verb.set(held)
         try:
             yield
         finally:
@@ -74,8 +96,24 @@ def one_verb() -> Iterator[None]:
 
 def keep(path: Path) -> None:
     """Nobody else writes `path` until this verb ends. Raises OutputError where somebody is at work on it."""
-    if (stack := _verb.get()) is not None:
-        stack.enter_context(claimed(path))
+    if (held := _verb.get()) is not None:
+        held.stack.enter_context(claimed(path))
+
+
+def to_write(path: Path) -> None:
+    """This verb is to write `path`, which appears by a rename: should it be interrupted, it says whether it did."""
+    if (held := _verb.get()) is not None:
+        held.files[path] = _which(path)
+
+
+def keep_file(path: Path) -> None:
+    """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} exists and is no file; try another name")
+    require_outside_models(path)
+    keep(path)
 
 
 def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
@@ -84,14 +122,12 @@ def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> Non
     Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process is at
     work on it. With `force` a file of the same `kind` that laser made may be replaced.
     """
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
-    require_outside_models(path)
-    keep(path)
+    keep_file(path)
     if path.exists() and not force:
         raise OutputError(f"{path} exists; try another -o, or --force to replace it")
     if path.exists():
         require_replaceable(path, kind)
+    to_write(path)
 
 
 def say(line: str, *, aside: bool = False) -> None:

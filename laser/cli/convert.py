@@ -65,6 +65,7 @@ def convert(
     size = sum(shard.size for shard in seen.shards)
     with tqdm(desc="convert", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         files = {} if isinstance(side, str) else side
+        common.to_write(output)
         write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)
     seconds = time.perf_counter() - start
     if as_json:

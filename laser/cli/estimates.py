@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,19 @@ from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, l
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
 from laser.cli.common import say
-from laser.engine.estimate import Estimate, Meter, estimate
+from laser.engine.estimate import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
 from laser.engine.workers import Crew
+from laser.evaluation.causal import build_causal
+from laser.evaluation.footprint import weights_met
+from laser.evaluation.leaderboard import Workload
+from laser.evaluation.objective import Objective
+from laser.evaluation.placement import Placement
+from laser.evaluation.streaming import LayeredModel
 from laser.reduction import Outcome
+from laser.search.candidates import Candidate
+from laser.search.foretold import count_passes
 from laser.selection import MAIN, Selection
+from laser.spectral.devices import Device
 
 NAMED = 8  # files that a line names before it only counts
 
@@ -26,14 +35,20 @@ def chosen_of(matrices: list[Matrix], chosen: Selection) -> list[Matrix]:
 
 
 def print_dry_run(
-    checkpoint: Checkpoint, chosen: Selection, crew: Crew, as_json: bool, draws: int = 0, in_data: bool = False
+    checkpoint: Checkpoint,
+    chosen: Selection,
+    crew: Crew,
+    as_json: bool,
+    draws: int = 0,
+    in_data: bool = False,
+    measuring: Sequence[Measuring] = (),
 ) -> None:
     matrices = list_matrices(checkpoint)
     if told := doubts(checkpoint, matrices):
         warnings.warn(told, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     skipped = chosen.skipped(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped)
+    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped, measuring)
     kept = Counter(
         (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
     )
@@ -51,12 +66,16 @@ def print_estimate(
     draws: int = 0,
     in_data: bool = False,
     skipped: Mapping[str, str] | None = None,
+    measuring: Sequence[Measuring] = (),
 ) -> None:
-    """A row per kind of matrix, and what scanning and reducing them would take."""
+    """A row per kind of matrix, what scanning and reducing them would take, and what measuring the model would."""
     foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
         return common.print_json(
-            asdict(foretold) | {"device": crew.label, "names": [m.name for m in matrices]} | {"skipped": skipped or {}}
+            asdict(foretold)
+            | {"device": crew.label, "names": [m.name for m in matrices]}
+            | {"skipped": skipped or {}}
+            | {each.what: asdict(each) for each in measuring}
         )
     groups: dict[tuple[str, str, tuple[int, ...], str], list[Matrix]] = {}
     for m in matrices:
@@ -78,6 +97,65 @@ def print_estimate(
         f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
         f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
         f"({foretold.basis})"
+    )
+    for each in measuring:
+        say(measuring_line(each))
+
+
+def search_measuring(
+    model: LayeredModel,
+    placed: Placement,
+    calibration: Objective,
+    reported: Sequence[Objective],
+    matrices: Sequence[Matrix],
+    candidates: Sequence[Candidate],
+    device: Device,
+    *,
+    tried: int | None,
+    order: str,
+    grid: bool = False,
+    shortlisted: bool = False,
+) -> Measuring:
+    """What a search takes at the most: the passes of `count_passes`, and the matrices that are truncated for them."""
+    passes = count_passes(
+        candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted
+    )
+    in_layers, in_head = weights_met(model.model)
+    read = passes.loads * sum(s.size for s in model.checkpoint.shards) / model.layers if placed.stream else 0
+    products = in_layers / model.layers * passes.layer_tokens + in_head * passes.tokens
+    seconds, basis = forward_seconds(device, products, read)
+    named = {name for c in candidates for _, ranks in c.options for name in ranks}
+    dearest = sorted((m for m in matrices if m.name in named), key=lambda m: -m.cost)
+    dearest = dearest if grid or shortlisted else dearest[: passes.candidates]
+    seconds += passes.cuts * cut_seconds(dearest, device) / max(len(dearest), 1)
+    held = placed.needs.host + placed.needs.device
+    told = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
+    return Measuring(
+        "search", told, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
+        seconds, held, placed.stream, basis,
+    )  # fmt: skip
+
+
+def board_measuring(
+    checkpoint: Checkpoint, workload: Workload, placed: Placement, device: Device, models: int
+) -> Measuring:
+    """What the six tasks take of so many models of this kind."""
+    met = sum(weights_met(build_causal(checkpoint)))
+    prompts, tokens = models * workload.prompts, models * workload.tokens
+    seconds, basis = forward_seconds(device, met * tokens)
+    held = placed.needs.host + placed.needs.device
+    return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, 0, seconds, held, False, basis)
+
+
+def measuring_line(of: Measuring) -> str:
+    """For people."""
+    searched = of.what == "search"
+    tried = f"at most {of.candidates} candidates in {of.trials} trials, " if searched else ""
+    runs = f", {of.layer_forwards} times a layer" if searched else ""
+    return (
+        f"{of.what}: {tried}{of.texts} {'windows' if searched else 'prompts'} scored{runs} "
+        f"({of.tokens} tokens of {of.on}), about {_duration(of.seconds)}, {of.peak_bytes / 1e9:.2f} GB of memory, "
+        f"{'layer by layer' if of.stream else 'all of it in memory'} ({of.basis})"
     )
 
 

@@ -13,12 +13,13 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
 from laser.cli.common import say
 from laser.errors import UsageError
-from laser.null import TESTED, null_test
+from laser.null import TESTED, check_test, null_test
 from laser.portrait import portrait
 from laser.report import page, plots
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
-from laser.summary import SPECTRUM_RULE, Summary, summarise
+from laser.spectral.rules import parse_rule
+from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Rule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
@@ -40,17 +41,20 @@ def null(
     as_json: common.Json = False,
 ) -> None:
     """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
-    checkpoint, chosen = open_checkpoint(model), common.selection(layers, roles, include, exclude)
+    tested = [part for part in rules.split(",") if part]
+    check_test(tested, permute, draws)
+    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    checkpoint = open_checkpoint(model)
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     with common.Progress("null", matrices) as bar:
         test = null_test(
             checkpoint,
             chosen,
-            rules=[part for part in rules.split(",") if part],
+            rules=tested,
             permutation=permute,
             draws=draws,
             spectra=Spectra.load(spectra) if spectra else None,
-            device=choose_device(device, precision),
+            device=where,
             tick=bar,
         )
     if as_json:
@@ -88,18 +92,21 @@ def spectra(
 ) -> None:
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
     chosen = common.selection(layers, roles, include, exclude)
-    record = Spectra.load(spectra)
-    summary = summarise(record, rule or "mp-edge", chosen)
+    parse_rule(rule or "mp-edge")
+    check_share(top_percent)
     if snr_json and snr_json == unfrozen:
         raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
+    for path in (snr_json, unfrozen):
+        if path is not None:
+            common.refuse_to_overwrite(path, force)
+    record = Spectra.load(spectra)
+    summary = summarise(record, rule or "mp-edge", chosen)
     written: dict[Path, bytes] = {}
     scored = summarise(record, rule or SPECTRUM_RULE, chosen) if snr_json or unfrozen else summary
     if snr_json:
         written[snr_json] = scored.snr_json()
     if unfrozen:
         written[unfrozen] = scored.unfrozen_yaml(top_percent).encode()
-    for path in written:
-        common.refuse_to_overwrite(path, force)
     for path, content in written.items():
         write_atomically(path, content)
     if as_json:
@@ -132,17 +139,20 @@ def plot(
         raise UsageError("plot draws one thing; try --matrix NAME or --heat kept")
     if other and matrix is None:
         raise UsageError("--with lays one matrix over another; try --matrix NAME as well")
+    plots.check_picture(output, heat or "kept")
+    parse_rule(rule)
+    chosen = common.selection(layers, roles, include, exclude)
     common.refuse_to_overwrite(output, force)
     records = [Spectra.load(path) for path in (spectra, *(other or ()))]
     if matrix is None:
-        summary = summarise(records[0], rule, common.selection(layers, roles, include, exclude))
+        summary = summarise(records[0], rule, chosen)
         figure = plots.heat_map(summary, heat or "kept", experts=not mean)
     else:
         named = [name for name in records[0].values if matrix in name]
         name = named[0] if len(named) == 1 else matrix
         portraits = [portrait(record, name, rule) for record in records]
         figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
-    plots.save(figure, output)
+    write_atomically(output, plots.encoded(figure, output))
     say(f"written to {output}")
 
 
@@ -157,9 +167,11 @@ def report(
     force: common.Force = False,
 ) -> None:
     """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
+    parse_rule(rule)
+    chosen = common.selection(layers, roles, include, exclude)
     common.refuse_to_overwrite(output, force)
     record = Spectra.load(spectra)
-    summary = summarise(record, rule, common.selection(layers, roles, include, exclude))
+    summary = summarise(record, rule, chosen)
     text = page.render(summary, (portrait(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())
     say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")

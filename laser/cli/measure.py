@@ -9,14 +9,27 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.reader import open_checkpoint
-from laser.cli import common
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import common, memory
 from laser.cli.common import say
 from laser.errors import UsageError
-from laser.evaluation.evaluate import evaluate
-from laser.evaluation.perplexity import Perplexity, difference
+from laser.evaluation.evaluate import check_evaluation, evaluate
+from laser.evaluation.layout import NotByLayers
+from laser.evaluation.perplexity import Perplexity, asked_of, difference, require_same_tokens
+from laser.evaluation.placement import Placement
 from laser.evaluation.rows import holds_rows
-from laser.evaluation.text import WINDOW, Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
+from laser.evaluation.streaming import require_dtype
+from laser.evaluation.text import (
+    WINDOW,
+    Text,
+    Windows,
+    check_cut,
+    cut_windows,
+    dataset_text,
+    default_text,
+    load_tokenizer,
+    read_text,
+)
 from laser.spectral.devices import choose_device
 
 TextFile = Annotated[
@@ -29,7 +42,12 @@ Dataset = Annotated[
 WindowLength = Annotated[int, typer.Option("--window", help="Tokens per window, BOS included.")]
 WindowCount = Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")]
 WindowSkip = Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")]
-Stream = Annotated[bool, typer.Option("--stream", help="Layer by layer from disk: one layer's weights in memory.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream", help="One layer's weights in memory at a time; default: where all do not fit."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
 
 
@@ -47,7 +65,7 @@ def eval(
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
     ] = False,
-    stream: Stream = False,
+    stream: Stream = None,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
     force: common.Force = False,
@@ -60,14 +78,15 @@ def eval(
                 "one record is written per model; try laser eval MODEL -o FILE for each, then compare them"
             )
         common.refuse_to_overwrite(output, force, "eval")
-    read = text_of(text, field, dataset)
-    where = choose_device(device).torch_device
+    check_cut(window, windows or None, skip, mode)
+    require_dtype(dtype)
+    where, read = choose_device(device), text_of(text, field, dataset)
 
-    def measure(name: str) -> Perplexity:
+    def ready(name: str) -> Perplexity | tuple[Checkpoint, Windows]:
         if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
         checkpoint = open_checkpoint(name, "weights")
-        cut = cut_windows(
+        return checkpoint, cut_windows(
             read,
             load_tokenizer(checkpoint.path),
             length=window,
@@ -76,10 +95,31 @@ def eval(
             bos=False if no_bos else None,
             mode=mode,
         )
-        with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
-            return evaluate(checkpoint, cut, stream=stream, dtype=dtype, device=where, tick=lambda: advance(bar))
 
-    records = [measure(name) for name in (model, other) if name is not None]
+    def measure(checkpoint: Checkpoint, cut: Windows, placed: Placement) -> Perplexity:
+        try:
+            with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
+                return evaluate(
+                    checkpoint, cut, stream=placed.stream, dtype=dtype, device=where.torch_device,
+                    store=placed.store(), tick=lambda: advance(bar),
+                )  # fmt: skip
+        except NotByLayers as error:
+            if stream is None:  # it was memory that asked for it
+                raise memory.cannot_stream(checkpoint, cut.windows, where, dtype, error) from error
+            raise
+
+    both = [ready(name) for name in (model, other) if name is not None]
+    if len(both) == 2:  # before the first is measured
+        asked = [(x.model, asked_of(x)) if isinstance(x, Perplexity) else (x[0].name, asked_of(x[1])) for x in both]
+        require_same_tokens(*asked)
+    todo: list[Perplexity | tuple[Checkpoint, Windows, Placement]] = []
+    for x in both:
+        if isinstance(x, Perplexity):
+            todo.append(x)
+        else:
+            check_evaluation(*x)
+            todo.append((*x, memory.said(memory.for_eval(x[0], x[1].windows, where, dtype, stream))))
+    records = [x if isinstance(x, Perplexity) else measure(*x) for x in todo]
     if output is not None:
         records[0].save(output)
     compared = difference(records[0], records[1]) if len(records) == 2 else None

@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 
+from laser.checkpoint.files import disk_errors, tidy_up
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
 from laser.cli.common import say
-from laser.errors import UsageError
-from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
-from laser.evaluation.lm_tasks import TASKS, choose_tasks
-from laser.publication import LEADERBOARD, LEADERBOARD_SOURCE, write_card
+from laser.cli.estimates import board_measuring, measuring_line
+from laser.errors import RecordError, UsageError
+from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS
+from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
@@ -39,19 +41,23 @@ def leaderboard(
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    checkpoint = open_checkpoint(model, "weights")
     names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
-    choose_tasks(names)
+    require_request(names, limit, data)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
+    where = choose_device(device)
+    if output is not None:
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -59,12 +65,15 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        output.parent.mkdir(exist_ok=True)
-    common.refuse_to_overwrite(output, force, "leaderboard")
-    if force:
-        _journal(output).unlink(missing_ok=True)
-    where = choose_device(device).name
-    board = _measure_tasks(checkpoint, output, where, names, limit, data, dtype, batch_size)
+        with disk_errors(output):
+            output.parent.mkdir(exist_ok=True)
+        common.refuse_to_overwrite(output, force, "leaderboard")
+    placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
+    workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
+    if workload is not None:
+        told = board_measuring(checkpoint, workload, placed, where, models=1)
+        return common.print_json({told.what: asdict(told)}) if as_json else say(measuring_line(told))
+    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size, anew=force)
     compared = _against_source(checkpoint, output, board)
     if as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}
@@ -109,10 +118,10 @@ def leaderboards(
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name)
+        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
@@ -127,8 +136,11 @@ def _measure_tasks(
     data: Path | None = None,
     dtype: str = "auto",
     batch_size: int = 1,
+    anew: bool = False,
     name: str | None = None,
+    again: bool = False,
 ) -> Leaderboard:
+    """Measures, and saves the record in `output`. With `again` a record of the same that lies there is believed."""
     # As it is published, the command names no folder of this machine.
     words = ["laser", "leaderboard", name or checkpoint.name, "-o", output.name, "--device", device]
     given = {
@@ -142,12 +154,20 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output),
+        command=shlex.join(words), journal=_journal(output), anew=anew, known=_there(output) if again else None,
     )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
-    _journal(output).unlink(missing_ok=True)
+    tidy_up(_journal(output), output)
     return board
+
+
+def _there(output: Path) -> Leaderboard | None:
+    """The record that an earlier process has left there, if it is whole."""
+    try:
+        return Leaderboard.load(output)
+    except RecordError:
+        return None
 
 
 def _journal(output: Path) -> Path:
@@ -185,6 +205,8 @@ def card(
     as_json: common.Json = False,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT."""
+    for record in (SOURCE, CARD):
+        common.to_write(output / record)
     written = write_card(
         output,
         open_checkpoint(source, "files") if source is not None else None,

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import to_json, write_atomically
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import require_apart
-from laser.cli import common
-from laser.cli.estimates import chosen_of, print_dry_run, print_outcome
+from laser.checkpoint.swap import require_place, writing
+from laser.cli import common, memory
+from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.flow import (
     Output,
     RequireFit,
@@ -27,12 +26,13 @@ from laser.cli.flow import (
 )
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import leaderboards
-from laser.cli.search import objectives_of, print_search, search_with_bar
-from laser.engine.estimate import Meter, estimate
+from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
+from laser.engine.estimate import Measuring, Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
+from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
@@ -41,7 +41,8 @@ from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA, family_of
-from laser.search.search import result_document
+from laser.search.foretold import possible_candidates
+from laser.search.search import check_objectives, check_request, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -77,7 +78,7 @@ def run(
     window: WindowLength = WINDOW,
     windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search; 0: all.")] = 16,
     held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
-    stream: Stream = False,
+    stream: Stream = None,
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
@@ -106,7 +107,6 @@ def run(
     searching = flags.get("search", recipe is None) if search is None else search
     told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
     count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
-    checkpoint = open_checkpoint(model, "ranges" if dry_run else "weights")
     chosen = common.selection(
         layers or flags.get("layers"),
         roles or flags.get("roles"),
@@ -123,32 +123,49 @@ def run(
         Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
+    how: dict[str, Any] = {
+        "accept": accept or flags.get("accept", "better"),
+        "order": order or flags.get("order", "layers"),
+    }
+    if searching:
+        check_request(rules, **how, lowest_snr=count, calibrated=moments is not None)
+        check_objective("loss", None, window, windows, held_out_windows, held_out)
+    elif DATA in wanted and moments is None:
+        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     kind = device or flags.get("device", "auto")
     crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
     draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
-    if dry_run:
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws, moments is not None)
-    if DATA in wanted and moments is None:
-        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
-    require_apart(checkpoint, output)
+    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
+    texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
+    require_place(checkpoint, output, resume=resume, force=force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
-    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
-    known = common.moments_of(moments)
     if known is not None:
         known.source.require(checkpoint, "moments")
-    texts = texts_of(text, field, None, held_out)  # before hours of scanning, should they not be there
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
 
+    matrices = chosen_of(matrices, chosen)
+    measuring: list[Measuring] = []
+    workload = board = measure = None
     if wants_board:
-        require_leaderboard(checkpoint, data=data, limit=limit)
-    measure = None
+        workload = require_leaderboard(checkpoint, data=data, limit=limit, counted=dry_run)
+        board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _measure(checkpoint, *texts, window, windows, held_out_windows, here(), stream)
+        measure = _measure(
+            checkpoint, *texts, window, windows, held_out_windows, here(), stream, how["accept"], matrices
+        )
+    if dry_run:  # everything is checked that the run itself would refuse
+        if measure is not None:
+            found = possible_candidates(matrices, measure.model, rules, False)
+            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=how["order"]))
+        if board is not None and workload is not None:
+            measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
@@ -157,8 +174,7 @@ def run(
         assert measure is not None
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
-            selection=chosen, lowest_snr=count, accept=accept or flags.get("accept", "better"),
-            order=order or flags.get("order", "layers"), device=here(),
+            selection=chosen, lowest_snr=count, **how, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))
@@ -166,7 +182,6 @@ def run(
             print_search(result)
         return result.plan
 
-    matrices = chosen_of(matrices, chosen)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching else foretold.visit_seconds
     if (count or known) and seconds is not None:
@@ -195,11 +210,11 @@ def run(
             on_reduce=reduced,
             on_check=check,
         )
-        if wants_board:  # in `place`: an earlier output stands until this one is measured, too
+        if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, data, limit)
             command = (_command(checkpoint, output),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
-    print_outcome(result.outcome, output, meter, None if wants_board else seconds, foretold, as_json)
+    print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, as_json)
 
 
 @dataclass(frozen=True)
@@ -207,8 +222,13 @@ class _Measure:
     """What a search measures with; known before the scan, so that what cannot be measured is not scanned."""
 
     model: LayeredModel
+    placed: Placement
     calibration: Objective
     reported: Sequence[Objective]
+
+    @property
+    def told(self) -> tuple[LayeredModel, Placement, Objective, Sequence[Objective]]:
+        return self.model, self.placed, self.calibration, self.reported
 
 
 def _measure(
@@ -219,27 +239,24 @@ def _measure(
     windows: int,
     held_out_windows: int,
     device: Device,
-    stream: bool,
+    stream: bool | None,
+    accept: str,
+    matrices: Sequence[Matrix],
 ) -> _Measure:
     calibration, reported = objectives_of(
-        checkpoint,
-        load_tokenizer(checkpoint.path),
-        "loss",
-        None,
-        text,
-        held_out,
-        window,
-        windows,
-        held_out_windows,
+        checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, window, windows, held_out_windows
     )
-    layered = LayeredModel(checkpoint, dtype="float32", device=device.torch_device, resident=not stream)
-    for each in (calibration, *reported):
-        layered.check(each.windows)
-    return _Measure(layered, calibration, reported)
+    check_objectives(calibration, reported, accept)
+    layered, placed = layered_model(
+        checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False
+    )
+    return _Measure(layered, placed, calibration, reported)
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:
-    """The command line as it was given, without folders of this machine."""
+    """The command line that makes the output: as it was given, without folders of this machine, and without what only
+    says how to get there, so that the card of a run that was killed and resumed is that of an undisturbed one."""
     names = {str(checkpoint.path): checkpoint.name, str(output): output.resolve().name}
-    words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in sys.argv[1:]]
+    given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
+    words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in given]
     return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.cli import common
+from laser.cli import common, memory
 from laser.cli.common import say
+from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
 from laser.engine.workers import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
-from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, Text, cut_windows, load_tokenizer
+from laser.evaluation.placement import Placement
+from laser.evaluation.streaming import LayeredModel, require_dtype
+from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
 from laser.flow import scan_into
 from laser.plan import parse_lowest_snr
-from laser.search.candidates import DATA
-from laser.search.search import Report, SearchResult, Trial, result_document
+from laser.search.candidates import DATA, candidates_of
+from laser.search.foretold import possible_candidates
+from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
-from laser.spectral.devices import choose_device
+from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import RULES, draws_needed
 
 
@@ -76,7 +80,7 @@ def search(
     roles: common.Roles = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
-    stream: Stream = False,
+    stream: Stream = None,
     dtype: Dtype = "float32",
     device: common.DeviceName = "auto",
     precision: common.Precision = "auto",
@@ -84,6 +88,7 @@ def search(
         Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
     ] = None,
     force: common.Force = False,
+    dry_run: common.DryRun = False,
     as_json: common.Json = False,
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
@@ -91,33 +96,53 @@ def search(
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
-    count = parse_lowest_snr(lowest_snr, None if grid or shortlist else 15)
-    common.refuse_to_overwrite(output, force, "plan")
-    journal = journal or output.with_name("search.jsonl")
-    common.keep(journal)
-    checkpoint, chosen = open_checkpoint(model, "weights"), common.selection(layers, roles, include, exclude)
-    where = choose_device(device, precision)
+    # Before the model, which may have to be downloaded: what is asked for.
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
-    tokenizer = load_tokenizer(checkpoint.path)
-    calibration, reported = objectives_of(
-        checkpoint, tokenizer, objective, task, *texts_of(text, field, dataset, held_out), window, windows,
-        held_out_windows,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "lowest_snr": parse_lowest_snr(lowest_snr, None if grid or shortlist else 15),
+        "shortlist": shortlist_of(shortlist),
+        "grid": grid is not None,
+        "accept": accept,
+        "order": order,
+    }
+    check_request(wanted, **asked, calibrated=moments is not None)
+    check_objective(objective, task, window, windows, held_out_windows, held_out)
+    require_dtype(dtype)
+    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    crew = Crew((where,))
+    common.refuse_to_overwrite(output, force, "plan")
+    journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
+    measured = Spectra.load(spectra) if spectra.exists() else None
+    for path in (journal, *([spectra] if measured is None else [])):
+        common.keep_file(path)
+    texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
-    layered = LayeredModel(checkpoint, dtype=dtype, device=where.torch_device, resident=not stream)
-    for each in (calibration, *reported):
-        layered.check(each.windows)
-    known = common.moments_of(moments)
-    spectra = spectra or output.with_name("spectra.safetensors")
-    if spectra.exists():  # used as it is and never replaced: it may hold more than this search asks for
-        measured = Spectra.load(spectra)
-    else:
-        scanned = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
-        with common.Progress("scan", scanned) as bar:
-            draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
-            measured = scan_into(
-                spectra, checkpoint, chosen, Crew((where,)), "gram", bar, null_draws=draws, moments=known
-            )
+    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
+    tokenizer = load_tokenizer(checkpoint.path)
+    calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
+    check_objectives(calibration, reported, accept, asked["shortlist"])
+    chosen.check(list_matrices(checkpoint))
+    matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    layered, placed = layered_model(
+        checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
+    )
+    draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
+    if dry_run:
+        tried = asked["shortlist"]
+        if measured is not None:  # then it is known which
+            measured.source.require(checkpoint, "spectra")
+            found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], grid is not None)[1]
+        else:
+            tried = tried or asked["lowest_snr"]
+            found = possible_candidates(matrices, layered, wanted, grid is not None)
+        told = search_measuring(
+            layered, placed, calibration, reported, matrices, found, where,
+            tried=tried, order=order, grid=grid is not None, shortlisted=shortlist is not None,
+        )  # fmt: skip
+        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
+    if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
+        with common.Progress("scan", matrices) as bar:
+            measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
     result = search_with_bar(
         layered,
         measured,
@@ -125,11 +150,7 @@ def search(
         calibration,
         reported,
         selection=chosen,
-        lowest_snr=count,
-        shortlist=_shortlist(shortlist),
-        grid=grid is not None,
-        accept=accept,
-        order=order,
+        **asked,
         device=where,
         journal=journal,
         moments=known,
@@ -142,6 +163,29 @@ def search(
     say(f"written to {output}; every trial is in {journal}")
 
 
+def layered_model(
+    checkpoint: Checkpoint,
+    objectives: Sequence[Objective],
+    matrices: Sequence[Matrix],
+    device: Device,
+    dtype: str,
+    stream: bool | None,
+    **options: Any,
+) -> tuple[LayeredModel, Placement]:
+    """The model that a search measures, in memory or layer by layer as that allows, and why; no weight is read.
+
+    Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
+    """
+    windows = [window for each in objectives for window in each.windows]
+    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **options))
+    layered = LayeredModel(
+        checkpoint, dtype=dtype, device=device.torch_device, resident=not placed.stream, store=placed.store()
+    )
+    for each in objectives:
+        layered.check(each.windows)
+    return layered, placed
+
+
 def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
     """`laser.search.search` of these arguments, its trials shown on a bar."""
     with tqdm(desc="search", disable=None, leave=False) as bar:
@@ -151,22 +195,16 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
             bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
-        return search_plan(*arguments, tick=tick, **options)
+        try:
+            return search_plan(*arguments, tick=tick, **options)
+        finally:
+            arguments[0].unload()  # what comes next needs the memory
 
 
-def objectives_of(
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    objective: str,
-    task: Path | None,
-    text: Text,
-    held_out: Text | None,
-    window: int,
-    windows: int,
-    held_out_windows: int,
-) -> tuple[Objective, list[Objective]]:
-    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
-    windows is all that there are."""
+def check_objective(
+    objective: str, task: Path | None, window: int, windows: int, held_out_windows: int, held_out: Path | None
+) -> None:
+    """What can be refused of an objective without the model's tokenizer. Raises UsageError."""
     if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
         raise UsageError(
             f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
@@ -176,6 +214,22 @@ def objectives_of(
             "--windows 0 calibrates on the whole text and leaves nothing of it to report on; try --held-out FILE, or a "
             "count of --windows"
         )
+    for limit in (windows, held_out_windows):
+        check_cut(window, limit or None)
+
+
+def objectives_of(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    task: Path | None,
+    text: Text,
+    held_out: Text | None,
+    window: int,
+    windows: int,
+    held_out_windows: int,
+) -> tuple[Objective, list[Objective]]:
+    """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
+    windows is all that there are."""
     calibration = cut_windows(text, tokenizer, length=window, limit=windows or None)
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out
@@ -201,7 +255,7 @@ def _grid(text: str) -> list[str]:
     return found
 
 
-def _shortlist(text: str | None) -> int | None:
+def shortlist_of(text: str | None) -> int | None:
     if text is None:
         return None
     name, _, count = text.partition(":")

@@ -7,18 +7,19 @@ writing beside the arithmetic, so that the slower of the two decides. The consta
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+
+import torch
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, peak_bytes
 from laser.errors import RecordError
+from laser.spectral.devices import Device
+from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
 
 # One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
@@ -125,6 +126,48 @@ def _spread(seconds: Iterable[float], staff: int) -> float:
     return max(sum(every) / staff, max(every, default=0.0))
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What a search or a leaderboard takes, foretold and at the most. candidates, trials: of a search, and edits that
+    it measures. texts: windows or prompts that the model answers, and tokens in them. layer_forwards: of a search,
+    decoder layers times windows that are run. peak_bytes besides the libraries; stream: layer by layer."""
+
+    what: str
+    on: str  # which texts
+    candidates: int
+    trials: int
+    texts: int
+    tokens: int
+    layer_forwards: int
+    seconds: float
+    peak_bytes: int
+    stream: bool
+    basis: str
+
+
+def cut_seconds(matrices: Sequence[Matrix], device: Device) -> float:
+    """Seconds to truncate each of them once on one device, one after the other."""
+    probe, _ = constants(Crew((device,)))
+    found = 0.0
+    for m in (m for m in matrices if m.is_matrix):
+        moved = m.parameters * BITS[m.dtype] / 8
+        found += probe.truncate_seconds(m.shape[0], m.shape[1], None)
+        found += sum(moved / speed for speed in (probe.to_device, probe.to_host) if speed)
+    return found
+
+
+def forward_seconds(device: Device, products: float, read: float = 0.0) -> tuple[float, str]:
+    """Seconds of so many products of a weight and a token's value, and by whose constants.
+
+    Two operations each, in float32. read: bytes that are streamed meanwhile. Attention's own products are left out:
+    for windows much shorter than the hidden size is wide they are few.
+    """
+    probe, basis = constants(Crew((replace(device, dtype=torch.float32),)))
+    cores = torch.get_num_threads() / probe.threads if device.host_blas else 1.0
+    reading = read / probe.disk_read if probe.disk_read else 0.0
+    return 2 * products / (probe.product * cores) + reading, basis
+
+
 # --- what it took -----------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +176,7 @@ class Meter:
     """Seconds and memory since it was made."""
 
     started: float = field(default_factory=time.perf_counter)
-    resident: int | None = field(default_factory=lambda: resident_bytes("VmRSS"))
+    resident: int | None = field(default_factory=resident_bytes)
 
     @property
     def seconds(self) -> float:
@@ -142,7 +185,7 @@ class Meter:
     @property
     def peak(self) -> int | None:
         """How far resident memory rose at the most, in bytes; None where the system does not tell."""
-        high = resident_bytes("VmHWM")
+        high = resident_bytes(peak=True)
         return None if high is None or self.resident is None else max(high - self.resident, 0)
 
     def against(self, seconds: float, foretold: Estimate) -> str:
@@ -153,17 +196,3 @@ class Meter:
             f"foretold {seconds:.1f} s and {foretold.peak_bytes / 1e9:.2f} GB ({foretold.basis}), "
             f"took {self.seconds:.1f} s{memory}"
         )
-
-
-def resident_bytes(which: str) -> int | None:
-    """VmRSS (now) or VmHWM (at the most) of this process. Not getrusage on Linux: a child inherits its maximum."""
-    try:
-        text = Path("/proc/self/status").read_text()
-        return 1024 * int(text.split(f"{which}:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        if os.name != "posix":
-            return None
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak

@@ -22,7 +22,7 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.workers import Crew, T, Visits, Work, do, quiet
-from laser.errors import LaserError, UsageError
+from laser.errors import LaserError, UsageError, first_line
 from laser.spectral.devices import Device, choose_device
 
 # A task's work, in m * n * min(m, n): about a tenth of a second on a core and on an H100.
@@ -30,6 +30,7 @@ GROUP = {"cpu": 2e9, "cuda": 2e11}
 GROUP_BYTES = 256 << 20  # of results that come back at once
 RETRIES = 5  # Ray's own, for each task, where a node or a worker is lost
 IN_FLIGHT = 2  # tasks per slot
+TRIES = 2  # of connecting from outside: now and then the server that Ray starts for a client ends as it begins
 # Of a GPU per task: two share one, and while one of them reads and copies, the other computes.
 SHARE = 0.5
 
@@ -123,13 +124,27 @@ def connect(engine: str) -> Any:
         import ray
     except ImportError as error:
         raise UsageError(f"--engine {engine} needs Ray ({error}); try pip install 'laser-rmt[ray]'") from error
-    if not ray.is_initialized():
+    tries = 0
+    while not ray.is_initialized():
+        tries += 1
         try:
             ray.init(address=engine if "://" in engine else None, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionAbortedError as error:  # it answers, but the server that it starts for each client did not
+            if tries < TRIES:
+                continue
+            cause = str(error).strip().splitlines()[-1:]  # of the traceback on that side
+            raise UsageError(
+                f"the Ray cluster at {engine} failed {tries} times to start a server for this connection "
+                f"({first_line(ConnectionError(*cause))}); try again, or read Ray's logs on its head node"
+            ) from error
         except ConnectionError as error:
-            raise UsageError(f"no Ray cluster answers at {engine} ({error}); try `ray start --head` there") from error
+            raise UsageError(
+                f"no Ray cluster answers at {engine} ({first_line(error)}); try `ray start --head` there"
+            ) from error
         except ValueError as error:  # its client protocol is an extra of Ray's own
-            raise UsageError(f"--engine {engine}: {error}; try pip install 'laser-rmt[ray]'") from error
+            raise UsageError(f"--engine {engine}: {first_line(error)}; try pip install 'laser-rmt[ray]'") from error
+        except RuntimeError as error:  # another Ray or Python than the cluster's
+            raise UsageError(f"--engine {engine}: {first_line(error)}; try the cluster's versions here") from error
     return ray
 
 

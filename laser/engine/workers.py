@@ -12,12 +12,10 @@ worker what a factorisation needs (`worker_bytes`). Neither the checkpoint's siz
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any, Generic, TypeVar
@@ -68,8 +66,10 @@ class Crew:
             return self.devices * each
         if self.workers is not None:
             return (first,) * max(1, min(self.workers, len(matrices)))
-        room = int(available_memory() // 2 // max(worker_bytes(matrices, first), 1))  # half: others live here too
-        return (first,) * max(1, min(torch.get_num_threads(), room, len(matrices)))
+        free, room = free_bytes(first), torch.get_num_threads()
+        if free is not None:  # half of it: others live here too
+            room = min(room, free // 2 // max(worker_bytes(matrices, first), 1))
+        return (first,) * max(1, min(room, len(matrices)))
 
 
 def choose_crew(
@@ -279,18 +279,3 @@ def worker_bytes(matrices: Sequence[Matrix], device: Device) -> int:
 def peak_bytes(matrices: Sequence[Matrix], crew: Crew) -> int:
     """The bound of a scan or reduction on the host, besides the libraries: every worker, two ahead and two behind."""
     return len(crew.staff(matrices)) * worker_bytes(matrices, crew.devices[0]) + 4 * storage_bytes(matrices)
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, as the kernel and the container's limit say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no such file on a Mac
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        return min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return free

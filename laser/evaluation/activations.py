@@ -59,17 +59,31 @@ class Store:
         return Activations(hidden, tuple(starts))
 
     def _mapped(self, shape: tuple[int, int], dtype: torch.dtype, size: int) -> torch.Tensor:
-        directory = self.directory or Path(tempfile.gettempdir())
+        directory = self.directory or _on_disk()
         with disk_errors(directory), tempfile.NamedTemporaryFile(dir=directory, prefix="laser-activations-") as file:
             # Blocks are reserved now: a sparse file that meets a full disk later kills the process with SIGBUS.
             _reserve(file.fileno(), size)
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
+
+    def keep(self, W: torch.Tensor) -> torch.Tensor:
+        """W (m, n) to be kept for as long as the process lasts: itself, or a copy in a file where memory is short."""
+        if self.used + W.nbytes <= self.limit:
+            self.used += W.nbytes
+            return W
+        kept = self._mapped((W.shape[0], W.shape[1]), W.dtype, W.nbytes)
+        return kept.copy_(W)
 
     def free(self, activations: Activations) -> None:
         """Give back what `activations` counted; the memory itself goes with the last reference."""
         if activations.hidden.data_ptr() in self._in_memory:
             self._in_memory.remove(activations.hidden.data_ptr())
             self.used -= activations.hidden.nbytes
+
+
+def _on_disk() -> Path:
+    """TMPDIR, or /var/tmp, since /tmp is kept in memory on many systems."""
+    asked, lasting = Path(tempfile.gettempdir()), Path("/var/tmp")
+    return asked if os.environ.get("TMPDIR") or not os.access(lasting, os.W_OK) else lasting
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from laser.checkpoint.families import DoubtWarning
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, LaserError, UsageError, first_line
+from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.layout import decoder_of, require_hub_format
 from laser.evaluation.text import Window
 
@@ -54,9 +54,9 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     require_hub_format(checkpoint.path)
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise cannot_build(checkpoint, error) from error
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     if getattr(config, "is_encoder_decoder", False):
@@ -68,9 +68,11 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (LaserError, MemoryError):
+    except LaserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise cannot_build(checkpoint, error) from error
     # GPT-NeoX has an is_decoder that nobody reads; in families that can look across it turns the causal mask on.
     if getattr(model.config, "is_decoder", True) is False and hasattr(model.config, "add_cross_attention"):

@@ -9,13 +9,13 @@ import torch
 
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, UsageError, first_line
+from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
 from laser.evaluation.layout import no_weights_for, running
 from laser.evaluation.perplexity import Perplexity, record_of
-from laser.evaluation.streaming import DTYPES, LayeredModel, token_losses
+from laser.evaluation.streaming import DTYPES, LayeredModel, require_dtype, token_losses
 from laser.evaluation.text import Window, Windows
 
 
@@ -52,6 +52,12 @@ def evaluate(
     return record_of(windows, sums, **told, dtype=dtype, device=str(device))
 
 
+def check_evaluation(checkpoint: Checkpoint, windows: Windows) -> None:
+    """What can be refused of an evaluation before any weight is read. Raises as `evaluate` does."""
+    check_vocabulary(checkpoint, windows)
+    check_windows(checkpoint, build_causal(checkpoint), windows.windows)
+
+
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
     """Raises UsageError for a token id that the embedding has no row for, before any weight is read."""
     embedding, text = checkpoint.tensors.get("model.embed_tokens.weight"), checkpoint.config.get("text_config")
@@ -71,8 +77,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if dtype not in DTYPES:
-        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+    require_dtype(dtype)
     build_causal(checkpoint)
     showing, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -87,10 +92,8 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
             **as_stored(checkpoint),
             ignore_mismatched_sizes=True,  # so that they are reported, by name, and refused below
         )
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "alloc" in str(error):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{checkpoint.name}: transformers cannot load it ({first_line(error)}); try laser scan --dry-run"

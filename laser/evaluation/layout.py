@@ -22,7 +22,7 @@ from laser.checkpoint.families import Matrix
 from laser.checkpoint.headers import read_bytes
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.side_files import require_small_files
-from laser.errors import CheckpointError, LaserError, UsageError, first_line
+from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 
 WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -43,8 +43,19 @@ class Filling:
     unused: tuple[str, ...]
 
 
-def not_by_layers(checkpoint: Checkpoint, why: str) -> UsageError:
-    return UsageError(f"{checkpoint.name} cannot be run layer by layer: {why}; try laser eval without --stream")
+class NotByLayers(UsageError):
+    """A model that cannot be run layer by layer. `why`: the sentence without what to try."""
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}; {advice}")
+        self.why = why
+
+
+def not_by_layers(checkpoint: Checkpoint, why: str) -> NotByLayers:
+    return NotByLayers(
+        f"{checkpoint.name} cannot be run layer by layer: {why}",
+        "try laser eval without --stream, which runs it whole, or laser run with --no-search",
+    )
 
 
 def by_layers(checkpoint: Checkpoint) -> AbstractContextManager[None]:
@@ -57,10 +68,10 @@ def running(checkpoint: Checkpoint, advice: str, how: str = "") -> Iterator[None
     """A fault of the model's own code inside becomes a UsageError of one line. Memory and disk that are full do not."""
     try:
         yield
-    except (LaserError, MemoryError, OSError, torch.OutOfMemoryError):
+    except (LaserError, OSError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "alloc" in str(error):  # the host's allocator knows no other class
+        if is_out_of_memory(error):
             raise
         fault = f"{type(error).__name__} {first_line(error)}"
         raise UsageError(f"{checkpoint.name} cannot be run{how}: its code fails, {fault}; {advice}") from error
@@ -161,6 +172,24 @@ def stack_of(checkpoint: Checkpoint, model: Any) -> tuple[str, Any]:
 def fill(checkpoint: Checkpoint, model: Any) -> Filling:
     """What fills `model`. Raises CheckpointError where the checkpoint lacks a tensor or has one of another shape,
     UsageError where a tensor is converted in a way that is not known here."""
+    sources, converters, unused = sources_of(checkpoint, model)
+    state = model.state_dict()
+    parts: dict[str, tuple[Part, ...]] = {}
+    for name, patterns in sources.items():
+        if None in patterns:
+            parts[name] = (Part(patterns[None][0], ()),)
+        else:
+            converter = next(c for c in converters if next(iter(patterns)) in c.source_patterns)
+            parts[name] = _converted(checkpoint, name, converter, patterns)
+        _check(checkpoint, name, tuple(state[name].shape), parts[name])
+    return Filling(_with_tied(checkpoint, model, parts), tuple(unused))
+
+
+def sources_of(
+    checkpoint: Checkpoint, model: Any
+) -> tuple[dict[str, dict[str | None, list[str]]], list[Any], list[str]]:
+    """Parameter -> pattern of a converter, or None -> its tensors, in the order of transformers' own loop; the
+    converters; and the tensors that make no parameter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -169,7 +198,6 @@ def fill(checkpoint: Checkpoint, model: Any) -> Filling:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else set()
-    # parameter -> pattern of a converter, or None -> its tensors, in the order of transformers' own loop
     sources: dict[str, dict[str | None, list[str]]] = {}
     unused: list[str] = []
     for tensor in sorted(checkpoint.tensors, key=dot_natural_key):
@@ -182,15 +210,7 @@ def fill(checkpoint: Checkpoint, model: Any) -> Filling:
         if found is not unused and pattern is None and found:  # a second name of the same: the first counts
             found = unused
         found.append(tensor)
-    parts: dict[str, tuple[Part, ...]] = {}
-    for name, patterns in sources.items():
-        if None in patterns:
-            parts[name] = (Part(patterns[None][0], ()),)
-        else:
-            converter = next(c for c in converters if next(iter(patterns)) in c.source_patterns)
-            parts[name] = _converted(checkpoint, name, converter, patterns)
-        _check(checkpoint, name, tuple(state[name].shape), parts[name])
-    return Filling(_with_tied(checkpoint, model, parts), tuple(unused))
+    return sources, converters, unused
 
 
 def _converted(

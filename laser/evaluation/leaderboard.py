@@ -13,23 +13,36 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import Journal, read_json, require_sealed, sealed, spoiling, to_json, write_atomically
+from laser.checkpoint.files import (
+    Journal,
+    disk_errors,
+    read_json,
+    require_sealed,
+    sealed,
+    spoiling,
+    to_json,
+    write_atomically,
+)
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line
+from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
@@ -113,7 +126,8 @@ class Leaderboard:
         return to_json(sealed({"kind": KIND, "version": VERSION} | averages | asdict(self)))
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.to_json())
 
     @staticmethod
@@ -244,6 +258,8 @@ def run_leaderboard(
     batch_size: int = 1,
     command: str | None = None,
     journal: Path | None = None,
+    anew: bool = False,
+    known: Leaderboard | None = None,
     tick: Callable[[TaskScore], None] = lambda _: None,
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
@@ -252,6 +268,7 @@ def run_leaderboard(
     (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
     checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
     that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
+    `anew` drops the journal of another measurement. `known` is returned if it is the record of this one.
     `tick` is called after each task.
     Raises UsageError without lm-eval or for unknown tasks, NumericalError where the model's likelihoods are not finite,
     RecordError for the journal of another measurement.
@@ -265,7 +282,8 @@ def run_leaderboard(
         # All task files before the model is loaded: a missing file shows at once and not after hours.
         names: dict[str, list[str]] = {}
         for task in chosen:
-            names[task.name], used = write_tasks(task, packaged, Path(folder, task.name), data)
+            with disk_errors(Path(folder)):
+                names[task.name], used = write_tasks(task, packaged, Path(folder, task.name), data)
             hashes |= used
         versions = {name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")}
         run = {
@@ -279,7 +297,10 @@ def run_leaderboard(
             "options": {"limit": limit, "device": device, "dtype": dtype, "batch_size": batch_size},
             "versions": versions,
         }
-        kept = Journal(journal, run) if journal else None
+        asked = (checkpoint.identity, weights, limit, hashes, versions, command)
+        if known and asked == (known.identity, known.weights, known.limit, known.data, known.versions, known.command):
+            return known
+        kept = Journal(journal, run, anew=anew) if journal else None
         try:
             finished = _finished(kept) if kept else {}
             model = _load(checkpoint, device, dtype, batch_size)
@@ -317,19 +338,68 @@ def run_leaderboard(
     )
 
 
+SAMPLE = 4  # rows of each task file whose prompts are built to foretell the rest
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a leaderboard asks of a model: prompts, and about how many tokens they are."""
+
+    prompts: int
+    tokens: int
+
+
 def require_leaderboard(
-    checkpoint: Checkpoint, *, tasks: tuple[str, ...] | None = None, limit: int | None = None, data: Path | None = None
-) -> None:
+    checkpoint: Checkpoint,
+    *,
+    tasks: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    counted: bool = False,
+) -> Workload | None:
     """What `run_leaderboard` refuses, before the hours of work that it stands behind: no model is loaded.
 
-    Raises as `run_leaderboard` does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
+    With `counted` also how much it is, from every row and the prompts of a few; else None. Raises as `run_leaderboard`
+    does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
     """
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
-    load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    prompts = tokens = 0.0
     with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
         for task in chosen:
             names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
-            _load_rows(task, Path(folder, task.name), names)
+            for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
+                if counted:
+                    one, several = _work_of(each, tokenizer, limit)
+                    prompts, tokens = prompts + one, tokens + several
+    return Workload(round(prompts), round(tokens)) if counted else None
+
+
+def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float]:
+    """Prompts and tokens of one of lm-eval's tasks; an answer that is generated counts with its longest length."""
+    task.set_fewshot_seed(seed=SEED)
+    rows = min(len(task.eval_docs), limit or sys.maxsize)
+    sample = min(rows, SAMPLE)
+    with _quiet():
+        task.build_all_requests(limit=sample, rank=0, world_size=1)
+    tokens = 0
+    for instance in task.instances:
+        context, rest = instance.args[:2]
+        tokens += len(tokenizer(context, verbose=False)["input_ids"])
+        tokens += int(rest.get("max_gen_toks", 256)) if isinstance(rest, dict) else 0  # lm-eval's own default
+    return len(task.instances) * rows / sample, tokens * rows / sample
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars and notes about the prompts that it builds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _asked(
@@ -337,6 +407,11 @@ def _asked(
 ) -> tuple[Task, ...]:
     """The tasks, after everything that needs no row has been looked at."""
     build_causal(checkpoint)
+    return require_request(tasks, limit, data)
+
+
+def require_request(tasks: tuple[str, ...] | None, limit: int | None, data: Path | None) -> tuple[Task, ...]:
+    """The tasks, after everything that needs no model has been looked at. Raises UsageError."""
     chosen = choose_tasks(tasks)
     if not chosen:
         raise UsageError(f"no task was named; try --tasks {','.join(TASKS)}")
@@ -408,6 +483,8 @@ def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> A
         )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         first = first_line(error)
         raise UsageError(
             f"transformers cannot load {path} ({first}); try a directory that has its tokenizer and config"
@@ -430,6 +507,8 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
         return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"

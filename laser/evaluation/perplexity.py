@@ -195,16 +195,32 @@ def record_of(
     )
 
 
+SCORED = ("text_sha256", "window", "mode", "bos", "windows", "tokens", "windows_sha256")
+
+
 def difference(a: Perplexity, b: Perplexity) -> Difference:
     """B minus A, paired window by window. Raises UsageError unless both scored the very same tokens."""
-    for what in ("text_sha256", "window", "mode", "bos", "windows", "tokens", "windows_sha256"):
-        if (found := getattr(b, what)) != (expected := getattr(a, what)):
-            raise UsageError(
-                f"{a.model} and {b.model} were not measured on the same tokens: {what} is {found}, expected "
-                f"{expected}; evaluate both with the same text, window and tokenizer"
-            )
+    require_same_tokens((a.model, asked_of(a)), (b.model, asked_of(b)))
     nll, error = paired_difference(a.losses, b.losses, a.counts)
     return Difference(nll, error, a.tokens, a.windows, unlike(_circumstances(a), _circumstances(b)))
+
+
+def asked_of(what: Perplexity | Windows) -> dict[str, Any]:
+    """Which tokens a record was measured on, or windows ask for."""
+    if isinstance(what, Perplexity):
+        return {key: getattr(what, key) for key in SCORED}
+    known = (what.text_sha256, what.length, what.mode, what.bos, len(what.windows), what.tokens, what.sha256)
+    return dict(zip(SCORED, known, strict=True))
+
+
+def require_same_tokens(a: tuple[str, Mapping[str, Any]], b: tuple[str, Mapping[str, Any]]) -> None:
+    """Raises UsageError unless two models, each with what `asked_of` says, are scored on the very same tokens."""
+    for what, expected in a[1].items():
+        if (found := b[1][what]) != expected:
+            raise UsageError(
+                f"{a[0]} and {b[0]} are not measured on the same tokens: {what} is {found}, expected {expected}; "
+                "evaluate both with the same text, window and tokenizer"
+            )
 
 
 def _circumstances(of: Perplexity) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import LaserError, UsageError
+from laser.errors import LaserError, UsageError, is_out_of_memory
 from laser.evaluation.activations import Activations, Store, keep_heap_flat
 from laser.evaluation.causal import build_causal, check_causal, check_windows, grows_between, probes, same, say_unused
 from laser.evaluation.layout import (
@@ -55,6 +55,12 @@ TUPLES = (0, 1, 2, 3, 4)
 
 class _Enough(Exception):
     """Ends a forward of which the rest is not wanted."""
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises UsageError for a dtype in which nothing is evaluated."""
+    if dtype not in DTYPES:
+        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,7 @@ class LayeredModel:
         resident: bool = False,
         store: Store | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+        require_dtype(dtype)
         self.checkpoint, self.dtype, self.device = checkpoint, DTYPES[dtype], torch.device(device)
         self.resident, self.store = resident, store or Store()
         if not resident:
@@ -225,6 +230,11 @@ class LayeredModel:
             self._set(name, filled)
         self._loaded.add(piece)
 
+    def kinds(self) -> list[list[torch.Tensor]]:
+        """Of each piece the tensors that it is loaded into, in its dtypes; last what is neither embedding, layer nor
+        head."""
+        return [[self._value(name) for name in parameters] for parameters in self._pieces]
+
     def _kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
         value = self._value(name)
         return value.shape, value.dtype
@@ -297,6 +307,8 @@ class LayeredModel:
             try:
                 found = self._noted(ids, count)
             except (LaserError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
                 failed = failed if isinstance(failed, LaserError) else error
                 continue
             self._returns = count

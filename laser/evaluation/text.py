@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laser.errors import LaserError, UsageError, first_line
+from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.layout import require_hub_format
 from laser.evaluation.rows import Row, holds_rows, read_content, require_characters, rows_of
 
@@ -127,6 +127,8 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
         rows: Any = load_dataset(name, config, split=split, trust_remote_code=False)
         found = list(rows.column_names)
     except Exception as error:  # the library raises its own, huggingface_hub's, pyarrow's and the network's errors
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
             f"dataset {name!r} ({config}, {split}) cannot be loaded: {first_line(error)}; try --text FILE"
         ) from error
@@ -152,10 +154,21 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type
+        if is_out_of_memory(error):
+            raise
         raise LaserError(
             f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights"
         ) from error
+
+
+def check_cut(length: int, limit: int | None = None, skip: int = 0, mode: str = "windows") -> None:
+    """What can be refused of `cut_windows` without a tokenizer. Raises UsageError."""
+    if mode not in MODES or length < 2 or skip < 0 or (limit is not None and limit < 1):
+        raise UsageError(
+            f"mode {mode!r}, window {length}, skip {skip}, limit {limit}: expected {' or '.join(MODES)}, a window of "
+            "2 or more tokens, skip of 0 or more and a limit of 1 or more"
+        )
 
 
 def cut_windows(
@@ -173,11 +186,7 @@ def cut_windows(
     `bos` None means: where the tokenizer has one. Raises UsageError for a length under 2, an unknown mode, a BOS that
     does not exist, or a `skip` past the end; LaserError for a text of fewer than 2 tokens (BOS included).
     """
-    if mode not in MODES or length < 2 or skip < 0 or (limit is not None and limit < 1):
-        raise UsageError(
-            f"mode {mode!r}, window {length}, skip {skip}, limit {limit}: expected {' or '.join(MODES)}, a window of "
-            "2 or more tokens, skip of 0 or more and a limit of 1 or more"
-        )
+    check_cut(length, limit, skip, mode)
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("this tokenizer has no BOS token; leave --bos out")
     ids, sizes = _tokenise(_checked(text), tokenizer)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser.errors import OutputError, UsageError
+from laser.errors import UsageError
 from laser.portrait import Portrait
 from laser.report.visible import visible
 from laser.summary import Row, Summary
@@ -52,18 +53,24 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG or SVG, the same bytes each time. Raises UsageError for another suffix, OutputError for the disk."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+def encoded(figure: Figure, path: Path) -> bytes:
+    """What a PNG or SVG file of that name holds, the same bytes each time. Raises UsageError for another suffix."""
+    check_picture(path)
     from matplotlib import rc_context
 
-    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    try:
-        with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
-            figure.savefig(path, metadata=metadata)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the path") from error
+    drawn, metadata = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
+    return drawn.getvalue()
+
+
+def check_picture(path: Path, quantity: str = "kept") -> None:
+    """What can be refused of a picture before there is anything to draw. Raises UsageError for another suffix or
+    quantity of a heat map."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
+    if quantity not in QUANTITIES:
+        raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
 
 
 def histogram(portrait: Portrait) -> Figure:

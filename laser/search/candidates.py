@@ -43,8 +43,6 @@ def family_of(rule: str) -> str:
 
 def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowest_snr: int | None) -> dict[str, Plan]:
     """One plan per rule. Only the first is limited to the K lowest: a matrix's SNR depends on the rule."""
-    if not rules:
-        raise UsageError("a search needs at least one rule; try --rules laser-rmt")
     plans = {}
     for i, rule in enumerate(rules):
         lowest = None if i else lowest_snr
@@ -59,6 +57,22 @@ def without_idle(spectra: Spectra, model: LayeredModel) -> Spectra:
     idle = {name for name in spectra.values if not model.runs(name)}
     skipped = {**spectra.skipped, **dict.fromkeys(idle, "the model that transformers runs does not use it")}
     return replace(spectra, values={n: v for n, v in spectra.values.items() if n not in idle}, skipped=skipped)
+
+
+def candidates_of(
+    spectra: Spectra,
+    model: LayeredModel,
+    rules: Sequence[str],
+    selection: Selection,
+    lowest_snr: int | None,
+    grid: bool,
+) -> tuple[dict[str, Plan], list[Candidate]]:
+    """What there is to try, and the plan of each rule that says so. Raises UsageError where there is nothing."""
+    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
+    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
+    if not found:
+        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+    return plans, found
 
 
 def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:

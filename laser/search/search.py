@@ -28,18 +28,15 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.in_data import UNSEEN
 from laser.moments import Moments
-from laser.plan import Plan, check_lowest_snr
+from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.search.candidates import (
     DATA,
     ORDERS,
     Candidate,
+    candidates_of,
     family_of,
-    grid_candidates,
     in_order,
-    matrix_candidates,
-    plans_of,
     predict,
-    without_idle,
 )
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
@@ -140,14 +137,19 @@ def search(
     selection, device = selection or Selection(), device or choose_device()
     checkpoint = model.checkpoint
     spectra.source.require(checkpoint, "spectra")
-    _check(calibration, held_out, accept, order, shortlist, grid)
-    check_lowest_snr(lowest_snr)
+    check_request(
+        rules,
+        accept=accept,
+        order=order,
+        shortlist=shortlist,
+        grid=grid,
+        lowest_snr=lowest_snr,
+        calibrated=moments is not None,
+    )
+    check_objectives(calibration, held_out, accept, shortlist)
     if any(rule.startswith(DATA) for rule in rules):
         require_same_moments(spectra, moments)
-    plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
-    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
-    if not found:
-        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+    plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
@@ -184,24 +186,40 @@ def search(
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
 
-def _check(
-    calibration: Objective,
-    held_out: Sequence[Objective],
-    accept: str,
-    order: str,
-    shortlist: int | None,
-    grid: bool,
+def check_request(
+    rules: Sequence[str],
+    *,
+    accept: str = "better",
+    order: str = "layers",
+    shortlist: int | None = None,
+    grid: bool = False,
+    lowest_snr: int | None = None,
+    calibrated: bool = True,
 ) -> None:
-    """Everything that can be refused before the first pass through the model."""
+    """What can be refused of a search before its model is opened; `calibrated`: with moments. Raises UsageError."""
+    if not rules:
+        raise UsageError(
+            "a search needs at least one rule; try laser search --rules laser-rmt, or laser run --rule laser-rmt"
+        )
+    for rule in rules:
+        Treatment(rule.removeprefix(DATA), metric=family_of(rule)).check()
+        if rule.startswith(DATA) and not calibrated:
+            raise UsageError(f"the rule {rule} goes by the data; try --moments with a file of laser calibrate")
+    check_lowest_snr(lowest_snr)
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
     if order not in ORDERS:
         raise UsageError(f"no order is called {order!r}; try --order {'|'.join(ORDERS)}")
-    if shortlist is not None and (shortlist < 1 or grid or calibration.name != "loss"):
-        raise UsageError(
-            f"--shortlist gradient:{shortlist} needs a count of 1 or more, single matrices (no --grid) and the loss as "
-            "objective; try --shortlist gradient:15 alone"
-        )
+    if shortlist is not None and (shortlist < 1 or grid):
+        raise _no_shortlist(shortlist)
+
+
+def check_objectives(
+    calibration: Objective, held_out: Sequence[Objective], accept: str, shortlist: int | None = None
+) -> None:
+    """What can be refused of a search before the first pass through its model. Raises UsageError."""
+    if shortlist is not None and calibration.name != "loss":
+        raise _no_shortlist(shortlist)
     if len(calibration.weights) < 2 and accept != "any-drop":
         raise UsageError(
             f"{calibration.text} gives one unit to calibrate on, so a change has no standard error; "
@@ -214,6 +232,13 @@ def _check(
                 f"{shared} windows of the held-out {objective.text} are also calibration windows; "
                 "try another --held-out text"
             )
+
+
+def _no_shortlist(count: int) -> UsageError:
+    return UsageError(
+        f"--shortlist gradient:{count} needs a count of 1 or more, single matrices (no --grid) and the loss as "
+        "objective; try --shortlist gradient:15 alone"
+    )
 
 
 def _shortlisted(

@@ -73,7 +73,7 @@ class Bench:
         """Make `edits` part of the model."""
         lowest = min(self.model.first_piece(name) for name in edits)
         for name, W in edits.items():
-            self.model.edit(name, W)
+            self.model.edit(name, self.model.store.keep(W))
         self.forget(piece for piece in tuple(self.boundaries) if piece > lowest)
 
     def forget(self, pieces: Iterable[int]) -> None:

@@ -8,12 +8,10 @@ half the speed of float32 only on the chips for data centres; on the others it i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
@@ -21,6 +19,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from laser.errors import UsageError
+from laser.spectral.host_memory import host_free_bytes
 
 T = TypeVar("T")
 NAMES = ("auto", "cuda", "mps", "cpu")
@@ -154,8 +153,11 @@ def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> boo
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def free_bytes(device: Device) -> int | None:
-    """Memory that a matrix could have on this device now, in bytes; None where that is not known."""
+def free_bytes(device: Device, mapped: int = 0) -> int | None:
+    """Memory that may still be taken on this device now, in bytes; None where that is not known. The only reader.
+
+    mapped: see `host_free_bytes`.
+    """
     if device.share is not None:
         return device.share
     where = device.torch_device
@@ -164,15 +166,7 @@ def free_bytes(device: Device) -> int | None:
         return free + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
     if where.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:  # what Linux would give without swapping
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
-    try:  # elsewhere the whole of it is all that can be asked for
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return host_free_bytes(mapped)
 
 
 def shared(device: Device, workers: int) -> Device:

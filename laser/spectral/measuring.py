@@ -11,13 +11,14 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 
-from laser.errors import RecordError
+from laser.errors import RecordError, UsageError
 from laser.spectral.devices import Device, available, exact_products, full_precision, host_threads, synchronise
+from laser.spectral.factorise import METHODS
 from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram
 from laser.spectral.permutation import null_largest
 from laser.spectral.probe import Probe
@@ -74,8 +75,11 @@ def choose_method(method: str, device: Device, path: Path | None = None) -> tupl
     """`method`, or for "auto" the one to use on this device; and why.
 
     Where the device has LAPACK, or is the host, `gram`. On Apple MPS the probe decides; one that is missing is measured
-    at one size and kept, so that the next run decides alike. path: of the record, by default the user's cache.
+    at one size and kept, so that the next run decides alike. path: of the record, by default the user's cache, which
+    may be missing, damaged or full. Raises UsageError for a method that does not exist.
     """
+    if method not in ("auto", *METHODS):
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
     if method != "auto":
         return method, "asked for"
     if device.host_blas or not device.host_eigensolver:
@@ -86,7 +90,8 @@ def choose_method(method: str, device: Device, path: Path | None = None) -> tupl
         probe = None
     if probe is None or not probe.projector:
         probe = measure_device(device, START_UP)
-        probe.save(path)
+        with suppress(OSError):
+            probe.save(path)
     p = max(probe.projector.keys() & probe.eigenvectors.keys(), default=0)
     if not p:
         return "gram", "the projector was not measured here"

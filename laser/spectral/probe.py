@@ -78,7 +78,7 @@ class Probe:
         """Keep it beside the probes of other devices; returns the file. Default path: `cache_path()`."""
         path = path or cache_path()
         try:
-            there = _read(path) if path.exists() else {}
+            there = _read(path)
         except RecordError:
             there = {}  # measured again in a minute: a damaged file is no reason to fail
         document = {"kind": KIND, "version": VERSION, "probes": there | {self.device: asdict(self)}}
@@ -110,7 +110,7 @@ class Probe:
         Raises RecordError for a file that is damaged or of another version.
         """
         path = path or cache_path()
-        probes = _read(path) if path.exists() else {}
+        probes = _read(path)
         if device not in probes:
             return None
         try:
@@ -130,14 +130,19 @@ _AGAIN = "try `laser devices --probe`"
 def cache_path() -> Path:
     """$XDG_CACHE_HOME/laser/devices.json, by default under ~/.cache (the XDG base directory specification)."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+    try:
+        root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+    except RuntimeError:  # nobody's home: nothing is kept
+        root = Path(os.devnull)
     return root / "laser" / "devices.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():  # a FIFO would be waited for
-        raise RecordError(f"{path} is no regular file; remove it, and {_AGAIN}")
     try:
+        if not path.exists():
+            return {}
+        if not path.is_file():  # a FIFO would be waited for
+            raise RecordError(f"{path} is no regular file; remove it, and {_AGAIN}")
         document = json.loads(path.read_text())
         if (document["kind"], document["version"]) != (KIND, VERSION):
             raise RecordError(

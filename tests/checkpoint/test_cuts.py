@@ -21,6 +21,7 @@ def any_cut(draw: st.DrawFn) -> Cut:
     return Cut(view, tuple(index), draw(st.booleans()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("long_run", "max_span"), [(64 << 10, 64 << 20), (1, 1), (8, 40), (40, 8)])
 @given(cut=any_cut())
 def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> None:

@@ -125,6 +125,7 @@ def test_a_name_that_a_cut_would_take_is_refused(make_pico: Callable[..., Path])
         named(path)
 
 
+@pytest.mark.slow
 def test_what_the_index_does_not_name_is_cut_like_the_rest(pico: Path) -> None:
     """transformers loads every tensor of a shard; so such a tensor is read, planned and accounted for."""
     path, name = pico / "model.safetensors.index.json", "model.layers.1.self_attn.q_proj.weight"

@@ -141,6 +141,7 @@ def original(path: Path, tensors: dict[str, torch.Tensor], dense: bool) -> Path:
     return write_checkpoint_directory(path, tensors, config, shards=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True], ids=["mixtral", "llama"])
 def test_float32_gives_the_same_tensors_and_logits(tmp_path: Path, run: Callable[..., Any], dense: bool) -> None:
     tensors = dense_tensors() if dense else mixtral_tensors(dtype=torch.float32)

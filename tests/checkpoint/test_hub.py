@@ -57,6 +57,7 @@ def test_scan_moves_headers_and_the_wanted_matrices(hub: Hub, pico: Path) -> Non
     assert not list(remote.path.glob("*.safetensors")) and not hub.leaked
 
 
+@pytest.mark.slow
 def test_reduce_downloads_each_shard_once_and_says_the_same(hub: Hub, pico: Path, tmp_path: Path) -> None:
     remote, local = open_checkpoint(ID), open_checkpoint(pico)
     outcome = reduce(remote, make_plan(scan(remote, SELECTED), "rank:4"), tmp_path / "out")
@@ -74,6 +75,7 @@ def test_reduce_downloads_each_shard_once_and_says_the_same(hub: Hub, pico: Path
     assert all(shard.data is None for shard in again.shards)
 
 
+@pytest.mark.slow
 def test_hashes_of_the_hub_and_bytes_of_a_directory(hub: Hub, pico: Path, tmp_path: Path) -> None:
     """A record of one kind meets a checkpoint with the other: decided where it can be, refused with the reason else."""
     remote, local = open_checkpoint(ID), open_checkpoint(pico)
@@ -95,6 +97,7 @@ def test_hashes_of_the_hub_and_bytes_of_a_directory(hub: Hub, pico: Path, tmp_pa
         plan.source.require(open_checkpoint(pico), "plan")
 
 
+@pytest.mark.slow
 def test_what_is_in_the_cache_needs_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     open_checkpoint(ID, "weights")
     hub.log.clear()
@@ -122,6 +125,7 @@ def test_a_revision_is_named_after_an_at_sign(hub: Hub) -> None:
         open_checkpoint(f"{ID}@v2")
 
 
+@pytest.mark.slow
 def test_evict_leaves_no_shard_and_resumes_without_the_finished_ones(
     hub: Hub, pico: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +191,7 @@ def test_the_login_of_the_hub_opens_it_and_stays_there(hub: Hub, monkeypatch: py
     assert hub.sent("^/storage") and not hub.leaked  # the storage's signed address needs no token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -336,6 +341,7 @@ def test_modules_of_subfolders_come_with_the_side_files(hub: Hub, tmp_path: Path
     assert hub.sent(r"gguf$|onnx$") == 0 and not list((tmp_path / "out").rglob("*.gguf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_repositories(hub: Hub, what: str) -> None:
     attack, message = HOSTILE[what]

@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_released_reduced_and_converted(kind: str, hub: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
     family, options, expected_file = KINDS[kind]
@@ -150,6 +151,7 @@ def test_other_sources_and_places_are_refused(hub: Callable[[str], Path], tmp_pa
         laser.open_checkpoint(release)
 
 
+@pytest.mark.slow
 def test_the_card_of_a_release_says_how_to_translate_it(
     hub: Callable[[str], Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def test_the_card_of_a_release_says_how_to_translate_it(
     assert run("convert", "out", "-o", "out-hub")[0] == 0
 
 
+@pytest.mark.slow
 def test_killed_between_the_renames_of_its_files_it_is_finished_by_resume(
     hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def pickled(pico: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_scan_and_reduce_as_from_safetensors(pico: Path, pickled: Path, tmp_path: Path) -> None:
     ours, theirs = open_checkpoint(pickled), open_checkpoint(pico)
     assert ours.tensors.keys() == theirs.tensors.keys()
@@ -108,7 +109,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(pickled: Path, tmp_path: Pat
 
     def write(out: Path, stop_at: int | None) -> None:
         source = open_checkpoint(pickled)
-        prepare_output(source, out, resume=True, force=False)
+        prepare_output(source, out, resume=True)
         matrices = [m for m in list_matrices(source) if m.name in touched]
         write_checkpoint(source, out, matrices, compute(source, stop_at), lambda r, s: {"m": r, "s": s}, {"kind": "t"})
 

@@ -117,6 +117,7 @@ def test_scan_measures_the_dequantised_matrices(fp8: Path) -> None:
     assert {m.role for m in list_matrices(checkpoint) if m.name.endswith("_scale_inv")} == {"scale"}
 
 
+@pytest.mark.slow
 def test_written_back_as_fp8(fp8: Path, tmp_path: Path) -> None:
     source, out = open_checkpoint(fp8), tmp_path / "out"
     outcome = reduce(source, make_plan(scan(source, SELECTED), "rank:4"), out)
@@ -137,6 +138,7 @@ def test_written_back_as_fp8(fp8: Path, tmp_path: Path) -> None:
     assert not found.problems and found.touched == 12
 
 
+@pytest.mark.slow
 def test_written_as_bfloat16(fp8: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     source, out = open_checkpoint(fp8), tmp_path / "out"
     plan = make_plan(scan(source, SELECTED), "rank:4")
@@ -166,6 +168,7 @@ def test_written_as_bfloat16(fp8: Path, tmp_path: Path, run: Callable[..., Any])
     assert torch.isfinite(model(torch.tensor([[1, 5, 7]])).logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_killed_and_resumed_is_the_same_to_the_byte(fp8: Path, tmp_path: Path, dtype: str | None) -> None:
     source = open_checkpoint(fp8)
@@ -188,6 +191,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(fp8: Path, tmp_path: Path, d
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_run_writes_both_weights_and_scales(fp8: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     code, _, err = run("run", fp8, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--layers", "1")
     assert code == 0, err
@@ -195,6 +199,7 @@ def test_run_writes_both_weights_and_scales(fp8: Path, tmp_path: Path, run: Call
     assert code == 0 and "0 problems" in printed
 
 
+@pytest.mark.slow
 def test_weights_and_scales_in_different_shards(fp8: Path, tmp_path: Path) -> None:
     tensors = {k: v for file in sorted(fp8.glob("*.safetensors")) for k, v in load_file(file).items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: item[0].endswith("_scale_inv")))
@@ -270,6 +275,7 @@ ONE = f"{Q}.weight"
 STORED = {"int8": torch.int8, "int32": torch.int32, "fp8": torch.float8_e4m3fn}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", STORED)
 def test_one_matrix_without_a_spectrum_is_skipped_in_every_verb(
     make_pico: Callable[..., Path], tmp_path: Path, run: Callable[..., Any], dtype: str
@@ -328,6 +334,7 @@ def test_spectra_know_which_fp8_has_scales(fp8: Path, tmp_path: Path) -> None:
     assert any(m.dtype == "F8_E4M3" and m.scaled for m in loaded.matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -82,6 +82,7 @@ def test_a_shard_that_shrinks_while_it_is_read(pico: Path) -> None:
         checkpoint.read(checkpoint.shards[1].tensors[-1].name)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_byte_of_a_header_is_an_error_or_harmless(tmp_path: Path, data: st.DataObject) -> None:

@@ -436,6 +436,7 @@ def check_flow(checkpoint: Checkpoint, expected: Tensors, out: Path) -> None:
     assert set(checkpoint.left_out) <= set(outcome.left_out)
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_that_transformers_loads(
     folder: Path, layout: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -642,6 +643,7 @@ def test_what_vllm_would_read(folder: Path) -> None:
     assert read_by_vllm(names, indexed) == as_vllm_does(folder)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=40)
 def test_the_last_copy_counts_whatever_lies_where(
@@ -706,6 +708,7 @@ ON_THE_HUB = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ON_THE_HUB, ids=lambda layout: layout.__name__)
 def test_the_hub_is_read_as_a_folder_is(
     hub: Hub, layout: Callable[[Path], None], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -789,6 +792,7 @@ def test_weights_in_a_subfolder_of_a_repository(hub: Hub, tmp_path: Path) -> Non
 # --- the command line, and outputs that somebody put files into
 
 
+@pytest.mark.slow
 def test_every_verb_says_it_once(tmp_path: Path, run: Callable[..., Any]) -> None:
     source, spectra, plan = (tmp_path / name for name in ("source", "s.safetensors", "plan.json"))
     made(source, copies_differ)
@@ -819,6 +823,7 @@ def test_what_was_put_beside_an_output_is_found(tmp_path: Path) -> None:
         push(out, "maker/out")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_copies_left_out(tmp_path: Path) -> None:
     source = opened(made(tmp_path / "source", moved_copied_and_not_indexed)).checkpoint
     plan = make_plan(scan(source), "fraction:0.5")

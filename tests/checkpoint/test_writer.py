@@ -44,7 +44,7 @@ def matrices_of(checkpoint: Checkpoint, names: list[str]) -> list[Matrix]:
 
 def write(source: Path, out: Path, touched: list[str], calls: list[str] | None = None) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
-    prepare_output(checkpoint, out, resume=True, force=False)
+    prepare_output(checkpoint, out, resume=True)
     return write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), halve(checkpoint, calls), describe, RUN)
 
 
@@ -97,7 +97,7 @@ def test_two_file_systems(pico: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_source_and_output_must_not_lie_in_one_another(pico: Path, place: str) -> None:
     before = snapshot(pico)
     with pytest.raises(OutputError, match="lie in one another"):
-        prepare_output(open_checkpoint(pico), pico / place, resume=False, force=True)
+        prepare_output(open_checkpoint(pico), pico / place, resume=False)
     assert snapshot(pico) == before
 
 
@@ -105,19 +105,18 @@ def test_an_output_of_ours_needs_force_or_resume(pico: Path, tmp_path: Path) -> 
     out, checkpoint = tmp_path / "out", open_checkpoint(pico)
     write(pico, out, [Q1])
     with pytest.raises(OutputError, match="is a finished checkpoint; try --resume"):
-        prepare_output(checkpoint, out, resume=False, force=False)
-    prepare_output(checkpoint, out, resume=False, force=True)
-    assert not any(out.iterdir())
+        prepare_output(checkpoint, out, resume=False)
+    prepare_output(checkpoint, out, resume=True)
 
 
 def test_what_is_not_ours_is_never_removed(pico: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="was not made by laser"):
-        prepare_output(open_checkpoint(pico), tmp_path / "out", resume=True, force=True)
+        prepare_output(open_checkpoint(pico), tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "thesis.tex").exists()
     with pytest.raises(OutputError, match="is a file"):
-        prepare_output(open_checkpoint(pico), tmp_path / "out" / "thesis.tex", resume=True, force=True)
+        prepare_output(open_checkpoint(pico), tmp_path / "out" / "thesis.tex", resume=True)
 
 
 def test_weights_in_other_formats_are_left_out_and_named(pico: Path, tmp_path: Path) -> None:
@@ -195,6 +194,7 @@ def test_a_hostile_modules_json_lets_nothing_travel(pico: Path, tmp_path: Path, 
     assert {p.name for p in tmp_path.iterdir()} == {"pico", "out"}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_printed_and_in_the_card(pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     for name in ("pytorch_model.bin.gz", "adapter_config.json", *(f"model-{n}.gguf" for n in range(20))):
         (pico / name).write_bytes(b"{}")
@@ -264,7 +264,7 @@ def test_damaged_partial_is_noticed_and_made_again(pico: Path, tmp_path: Path) -
             yield item
 
     touched = [f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
-    prepare_output(checkpoint, out, resume=False, force=False)
+    prepare_output(checkpoint, out, resume=False)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), stop_after_first, describe, RUN)
     info = checkpoint.tensors[touched[0]]
@@ -311,7 +311,7 @@ def test_an_interrupted_output_is_not_whole(pico: Path, tmp_path: Path) -> None:
         yield
 
     out, checkpoint = tmp_path / "out", open_checkpoint(pico)
-    prepare_output(checkpoint, out, resume=False, force=False)
+    prepare_output(checkpoint, out, resume=False)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(checkpoint, out, matrices_of(checkpoint, [W2]), interrupt, describe, RUN)
     assert not looks_whole(out) and (out / JOURNAL).exists()

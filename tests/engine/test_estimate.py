@@ -86,6 +86,7 @@ def test_the_constants_of_elsewhere_give_the_measured_times() -> None:
     assert ELSEWHERE["cuda float64"].truncate_seconds(14336, 4096, 83) == pytest.approx(0.136, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_foretold_and_real(run: Run, pico: Path, tmp_path: Path) -> None:
     spectra, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
     _, out, _ = run("scan", pico, "-o", spectra)

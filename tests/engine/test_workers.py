@@ -18,7 +18,6 @@ from laser.checkpoint.families import Matrix, list_matrices
 from laser.engine import workers
 from laser.engine.workers import (
     Crew,
-    available_memory,
     choose_crew,
     dearest_first,
     near,
@@ -72,6 +71,7 @@ def test_the_number_of_workers_changes_no_byte(pico: Path, tmp_path: Path) -> No
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2") == snapshot(tmp_path / "5")
 
 
+@pytest.mark.slow
 def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> None:
     """Above the size where BLAS would take a second thread, whose sums end in other bits; it may have two here."""
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +110,7 @@ def test_blas_has_one_thread_where_several_workers_come_and_go(name: str, thread
         assert now() == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["two passes", "one pass"])
 def test_a_gpu_without_memory_ends_in_what_the_host_finds(
     pico: Path, tmp_path: Path, flow: str, monkeypatch: pytest.MonkeyPatch
@@ -183,6 +184,7 @@ def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monk
     assert torch.equal(near(W, full), W + 1)
 
 
+@pytest.mark.slow
 def test_any_order_of_completion_gives_the_same_output(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,9 +293,8 @@ def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatc
 
 def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = scanned(laser.open_checkpoint(pico))
-    assert available_memory() > 1 << 28
     each = worker_bytes(matrices, CPU)
-    monkeypatch.setattr(workers, "available_memory", lambda: 2 * each)
+    monkeypatch.setattr(workers, "free_bytes", lambda _: 2 * each)
     crew = Crew((CPU,))
     assert len(crew.staff(matrices)) == 1  # half of what is there
     assert len(Crew((CPU,), 3).staff(matrices)) == 3  # asked for

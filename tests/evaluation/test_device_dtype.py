@@ -63,6 +63,7 @@ def windows_of(model: Path) -> Windows:
     return cut_windows(text, load_tokenizer(model), length=64, limit=2)
 
 
+@pytest.mark.slow
 def test_losses(guard: HostOnly, speaker: Path) -> None:
     checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)
     layered, whole = LayeredModel(checkpoint, dtype="float32"), load_whole(checkpoint, "float32")
@@ -71,6 +72,7 @@ def test_losses(guard: HostOnly, speaker: Path) -> None:
     assert list(streamed.sums) == pytest.approx(direct, rel=1e-5) and guard.hosts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"diagonal": True}, {"full_side": 40}])
 def test_calibration(guard: HostOnly, speaker: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)

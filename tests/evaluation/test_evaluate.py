@@ -79,6 +79,7 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(tmp_path: Path) -> Non
         assert record.bits_per_byte == pytest.approx(math.log2(VOCABULARY), rel=1e-6)  # a byte per token
 
 
+@pytest.mark.slow
 def test_bfloat16_and_spilled_activations(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "mixtral"))
     windows = windows_for(checkpoint.path)
@@ -233,6 +234,7 @@ def test_a_shape_that_config_does_not_expect_is_not_broadcast(tmp_path: Path) ->
             evaluate(open_checkpoint(path), windows_for(path), stream=stream)
 
 
+@pytest.mark.slow
 def test_it_agrees_with_lm_eval(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-eval, the extra [eval]")
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]

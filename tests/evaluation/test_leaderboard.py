@@ -8,6 +8,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_from_the_hub_examples_come_from_another_split(packaged: Path, tmp_path:
         assert len(names) == (2 if task.subjects else 1)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) -> None:
     seen: list[str] = []
@@ -165,6 +167,7 @@ def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) 
     assert not comparable(board, alone)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -194,6 +197,7 @@ def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     assert list(board.scores[0].rows) == expected
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_real_rows_of_every_file_can_be_read(speaker: Path, shared: Path) -> None:
     tasks = ("hellaswag", "truthfulqa_mc2", "winogrande")
@@ -220,6 +224,7 @@ def test_an_mc2_of_nothing_by_nothing_counts_0(speaker: Path, data: Path) -> Non
     assert board.scores[0].rows == (0.0,) * 3 and board.scores[0].value == 0 and board.scores[0].undefined == 3
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_mmlu_is_the_mean_of_its_subjects(speaker: Path, data: Path) -> None:
     """Unlike lm-eval's group, which counts a subject by its size: 12 rows of one and 2 of the other."""
@@ -238,6 +243,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_leaderboard_that_was_killed_goes_on(
     speaker: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +294,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_what_was_asked_is_hashed(speaker: Path, data: Path) -> None:
     """Equal for the same rows, and another where a row, its right answer, or an example differs."""
@@ -554,3 +561,18 @@ def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], t
     path.write_text(json.dumps(document))
     with pytest.raises(RecordError, match="leaderboard"):
         Leaderboard.load(path)
+
+
+@needs_lm_eval
+def test_a_record_of_the_same_is_not_measured_again(speaker: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed between the two boards of its source and its result, and resumed."""
+    checkpoint, options = open_checkpoint(speaker), {"tasks": ("winogrande",), "data": data, "command": "c"}
+    board = run_leaderboard(checkpoint, **options, limit=2)
+    with monkeypatch.context() as unable:
+        unable.delattr("laser.evaluation.leaderboard._load")
+        assert run_leaderboard(checkpoint, **options, limit=2, known=board) is board
+        for other in (replace(board, command="d"), replace(board, data={}), replace(board, weights={})):
+            with pytest.raises(NameError):
+                run_leaderboard(checkpoint, **options, limit=2, known=other)
+    write_rows(data / TASKS["winogrande"].file, rows_of("winogrande", 8))
+    assert run_leaderboard(checkpoint, **options, limit=2, known=board).data != board.data

@@ -83,6 +83,7 @@ LIKE_WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", LIKE_WHOLE)
 def test_streamed_as_whole(what: str, tmp_path: Path) -> None:
     kind, config = LIKE_WHOLE[what]
@@ -303,6 +304,7 @@ def idle(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = torch.randn(32, 32)
 
 
+@pytest.mark.slow
 def test_what_the_model_does_not_run_is_left_out(tmp_path: Path) -> None:
     change(save(tmp_path / "m", "llama", **SIZES), idle)
     checkpoint = laser.open_checkpoint(tmp_path / "m")
@@ -446,6 +448,7 @@ def test_positions_that_a_scaled_rope_was_made_for(rope: dict[str, Any], expecte
         assert rotary_positions(AutoModelForCausalLM.from_config(config)) == expected
 
 
+@pytest.mark.slow
 def test_a_rope_that_grows_with_the_longest_text_before(tmp_path: Path) -> None:
     """transformers keeps the angles of the longest text: streamed as whole in either order, or refused where one length
     is met before and after a longer one."""

@@ -16,6 +16,7 @@ UNKNOWN = "by an unknown error (too few rows)"
 NUMBERS = st.floats(-10, 10, allow_nan=False)
 
 
+@pytest.mark.slow
 @given(NUMBERS, st.none() | st.floats(0, 10), st.booleans())
 def test_the_judgement_against_a_table(change: float, se: float | None, lower: bool) -> None:
     told = judge(change, se, lower_is_better=lower)

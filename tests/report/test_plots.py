@@ -63,6 +63,7 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     assert {drawn.lower_edge, drawn.upper_edge, drawn.threshold} <= set(levels)
 
 
+@pytest.mark.slow
 def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
     for figure in (plots.histogram(portrait(spectra, NAME)), plots.heat_map(summary)):
         canvas = FigureCanvasAgg(figure)
@@ -71,6 +72,7 @@ def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
         assert np.ptp(pixels, axis=2).max() == 0  # no pixel has a colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", plots.QUANTITIES)
 def test_heat_map_puts_each_matrix_in_its_cell(summary: Summary, quantity: str) -> None:
     value = plots.QUANTITIES[quantity][2]
@@ -91,12 +93,12 @@ def test_undefined_cells_are_dashes(summary: Summary) -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suffix: str) -> None:
     other: Portrait = replace(portrait(spectra, NAME), model="other")
-    for name in ("a", "b"):
-        plots.save(plots.overlay([portrait(spectra, NAME), other]), (tmp_path / name).with_suffix(suffix))
-    one, two = ((tmp_path / name).with_suffix(suffix).read_bytes() for name in ("a", "b"))
+    pair = [portrait(spectra, NAME), other]
+    one, two = (plots.encoded(plots.overlay(pair), (tmp_path / name).with_suffix(suffix)) for name in ("a", "b"))
     assert one == two and one[:4] in (b"\x89PNG", b"<?xm")
 
 
@@ -109,11 +111,12 @@ LONG = "a" * 300
 
 def texts_of(figure: Figure, path: Path) -> list[str]:
     """The texts of the picture as a reader of its SVG finds them."""
-    plots.save(figure, path)
+    path.write_bytes(plots.encoded(figure, path))
     nodes = ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")
     return [" ".join((node.text or "").split()) for node in nodes]
 
 
+@pytest.mark.slow
 def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path: Path) -> None:
     """All that can be seen of a name, and the escapes of what cannot or has no glyph in the font."""
     shown = {name: visible(name) for name in STRANGE} | {"模型": r"\u6a21\u578b", LONG: "a" * 40 + "..." + "a" * 37}
@@ -129,7 +132,7 @@ def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path
         told = replace(summary, source=replace(summary.source, name=name), rule=name)
         found = texts_of(plots.heat_map(told, experts=False), tmp_path / "x.svg")
         assert f"{visible(name)}: singular values kept, rule {visible(name)}" in found
-        plots.save(plots.heat_map(told, experts=False), tmp_path / "x.png")
+        plots.encoded(plots.heat_map(told, experts=False), tmp_path / "x.png")
 
 
 def test_what_cannot_be_drawn(
@@ -140,7 +143,7 @@ def test_what_cannot_be_drawn(
     with pytest.raises(UsageError, match="stable-rank"):
         plots.heat_map(summary, "colour")
     with pytest.raises(UsageError, match=r"try -o x\.png"):
-        plots.save(plots.heat_map(summary), tmp_path / "x.pdf")
+        plots.encoded(plots.heat_map(summary), tmp_path / "x.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"laser-rmt\[plot\]"):
         plots.heat_map(summary)

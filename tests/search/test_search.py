@@ -76,6 +76,7 @@ def test_what_is_accepted() -> None:
         assert tuple(accepted(rule, d, se) for rule in ("better", "no-worse", "any-drop")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["layers", "snr"])
 def test_cached_streamed_and_plain_searches_decide_alike(order: str, model_path: Path) -> None:
     plain = run(model_path, accept="any-drop", order=order, cache=False)
@@ -142,6 +143,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3, 7])
 def test_killed_and_restarted_it_repeats_no_trial(
     after: int, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +179,7 @@ def test_killed_and_restarted_it_repeats_no_trial(
     assert run(model_path, accept="any-drop", journal=path).plan == undisturbed.plan and not measured
 
 
+@pytest.mark.slow
 def test_a_journal_of_another_search_is_refused(model_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "search.jsonl"
     run(model_path, journal=path)
@@ -200,6 +203,7 @@ def test_a_journal_of_another_search_is_refused(model_path: Path, tmp_path: Path
     assert decisions(run(model_path, journal=path)) == decisions(run(model_path))
 
 
+@pytest.mark.slow
 def test_another_held_out_text_repeats_no_trial(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +236,7 @@ def test_another_held_out_text_repeats_no_trial(
     assert not passes and not trials
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_only_where_it_is_measured_alike(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +261,7 @@ def test_fewer_windows_than_were_asked_for_are_in_the_report(model_path: Path) -
     assert (result.calibration.units, result.calibration.asked) == (6, 6)
 
 
+@pytest.mark.slow
 def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
     good = run(model_path, accept="any-drop")
@@ -275,6 +281,7 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     assert "not finite" in line.reason
 
 
+@pytest.mark.slow
 def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model_path)
     calibration, held_out = losses_for(model_path)
@@ -308,6 +315,7 @@ def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
         run(broken)
 
 
+@pytest.mark.slow
 def test_gradients_predict_small_removals(model_path: Path) -> None:
     """Removing the least singular value of each matrix is nearly first order: the orders must agree."""
     names = Selection(roles=("q", "k", "v", "o"))

@@ -28,6 +28,7 @@ def planted(count: int, seed: int = 0) -> np.ndarray:
     return np.linalg.svd(random.standard_normal(SHAPE) + spikes, compute_uv=False)
 
 
+@pytest.mark.slow
 def test_sixty_spikes_of_192_are_seen_and_said() -> None:
     for seed in range(2):
         s = planted(60, seed)
@@ -51,6 +52,7 @@ def test_pure_noise_is_never_crowded(shape: tuple[int, int]) -> None:
     assert not any(crowd(rule, gaussian_spectrum(*shape, random), shape) for _ in range(100) for rule in RULES)
 
 
+@pytest.mark.slow
 def test_noise_of_unequal_variances_is_left_to_bema() -> None:
     random = np.random.default_rng(3)
     alarms = sum(crowd("bema", gamma_spectrum(40, 80, 2.0, random), (40, 80)) is not None for _ in range(6))
@@ -62,6 +64,7 @@ def record(s: np.ndarray) -> Spectra:
     return Spectra(Source("x", "0", 192 * 576), (matrix,), {matrix.name: s}, {}, "gram", "cpu float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_plan_and_table_say_so(rule: str, tmp_path: Path, run: object) -> None:
     with pytest.warns(CrowdWarning, match="q_proj.weight .* of 192.*try --rule mp-edge"):

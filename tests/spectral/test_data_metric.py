@@ -213,17 +213,18 @@ def test_shrinkage_lowers_the_error_of_few_tokens_and_vanishes_with_many() -> No
     assert shrinkage(zero, 0.0, 5, torch.eye(3, dtype=torch.float64))[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
 def test_noise_on_any_inputs_keeps_one_value_in_a_twentieth_of_the_draws(shape: tuple[int, int]) -> None:
     """The exact level of a permutation test, whatever C: P(s_1 over the largest of 19 draws) = 1/20."""
     _, X = drawn(*shape)
     metric, over, kept = full(X), 0, []
-    for seed in range(200):
+    for seed in range(100):
         W = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
         top = null_in_metric(W, metric, 19, CPU).max()
         kept.append(int(np.count_nonzero(data_values(W, metric, CPU) > top)))
         over += kept[-1] > 0
-    assert 2 <= over <= 20  # mean 10, four standard errors of 3.1 to either side, cut at 2
+    assert 1 <= over <= 13  # mean 5, four standard errors of 2.2 to either side, cut at 1
     assert np.mean(np.array(kept) <= 1) >= 0.95
 
 

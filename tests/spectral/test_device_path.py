@@ -119,6 +119,7 @@ def weights(shape: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(array).to(torch.bfloat16)
 
 
+@pytest.mark.slow
 @shapes
 @pytest.mark.parametrize("method", ["gram", "projector"])
 def test_values_and_truncation_use_native_operators_only(guard: Guard, shape: tuple[int, int], method: str) -> None:
@@ -262,6 +263,7 @@ CASES = [  # on the device may lie what it has
 ]
 
 
+@pytest.mark.slow
 @shapes
 @pytest.mark.parametrize(("name", "resident", "storage"), CASES)
 def test_no_device_is_mixed_with_another(
@@ -280,6 +282,7 @@ def test_no_device_is_mixed_with_another(
             assert raw.matrix.device == W.device and raw.matrix.dtype == W.dtype and raw.matrix.shape == W.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
     device, x = ACCELERATORS[name], torch.empty(300, 40, dtype=torch.float64)

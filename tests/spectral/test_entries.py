@@ -24,6 +24,7 @@ def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch
     assert excess_kurtosis(torch.zeros(3, 4)) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["signs", "laplace"])
 def test_the_edge_moves_by_the_fourth_cumulant(law: str) -> None:
     """Mean of s_1^2 over draws, against noise of the same variance and Gaussian entries."""
@@ -42,6 +43,7 @@ def test_the_edge_moves_by_the_fourth_cumulant(law: str) -> None:
     assert abs(shift - expected) < 3 * error + 0.15 * abs(expected)  # first order in 1 / p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(576, 192), (1536, 576), (8, 4096)])
 def test_heavy_tails_are_flagged_and_gaussian_ones_are_not(shape: tuple[int, int]) -> None:
     for seed in range(5):

@@ -27,6 +27,7 @@ def reference(W: torch.Tensor, rank: int) -> np.ndarray:
     return (U[:, :rank] * s[:rank]) @ Vh[:rank]
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(40, 40), (96, 32), (32, 96), (1, 7), (7, 1), (1, 1)])
@@ -61,6 +62,7 @@ def test_non_contiguous_input() -> None:
     assert singular_values(W, CPU)[0] == pytest.approx(singular_values(W.contiguous(), CPU)[0], rel=1e-12)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 50), st.data())
 @settings(max_examples=50, deadline=None)
 def test_residual_is_the_discarded_tail(m: int, n: int, seed: int, data: st.DataObject) -> None:

@@ -38,6 +38,7 @@ def test_bidiagonal_matrices_have_the_law_of_dense_ones(p: int, q: int) -> None:
         assert quick[:, i].std() == pytest.approx(dense[:, i].std(), rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize(("p", "q"), [(96, 96), (96, 300), (8, 1000)])
 def test_levels_and_standard_errors_are_those_of_repeated_draws(name: str, p: int, q: int) -> None:
@@ -52,6 +53,7 @@ def test_levels_and_standard_errors_are_those_of_repeated_draws(name: str, p: in
         assert np.mean([f.standard_error for f in fits]) == pytest.approx(errors, rel=0.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "q"), [(700, 700), (700, 2000)])
 def test_large_shapes_borrow_from_smaller_ones(p: int, q: int) -> None:
     random = np.random.default_rng(3)
@@ -61,6 +63,7 @@ def test_large_shapes_borrow_from_smaller_ones(p: int, q: int) -> None:
     assert fits[0].standard_error == pytest.approx(error, rel=0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["median", "trimmed", "least-squares"])
 def test_unequal_rows_are_flagged_and_bema_fits_them(name: str) -> None:
     random = np.random.default_rng(5)

@@ -1,5 +1,7 @@
 """Laws that every rule obeys. A rule added to RULES is tested here by being there."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,21 @@ def spectrum(W: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def matrix(shape: tuple[int, int], seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).standard_normal(shape)
+
+
+@cache
+def of_noise(shape: tuple[int, int], seed: int) -> NDArray[np.float64]:
+    """For every rule the same draws."""
+    return spectrum(matrix(shape, seed))
+
+
+@cache
+def of_spikes(shape: tuple[int, int]) -> NDArray[np.float64]:
+    rng = np.random.default_rng(11)
+    left, _ = np.linalg.qr(rng.standard_normal((shape[0], 5)))
+    right, _ = np.linalg.qr(rng.standard_normal((shape[1], 5)))
+    edge = shape[0] ** 0.5 + shape[1] ** 0.5
+    return spectrum(rng.standard_normal(shape) + left @ np.diag([2.0, 2.2, 2.5, 3.0, 4.0]) @ right.T * edge)
 
 
 @every_rule
@@ -63,6 +80,7 @@ def test_zero_matrix_has_rank_zero(spec: str, shape: tuple[int, int]) -> None:
     assert apply_rule(spec, np.zeros(min(shape)), shape).rank == 0
 
 
+@pytest.mark.slow
 @every_rule
 def test_rank_counts_the_values_above_the_threshold(spec: str) -> None:
     shape = (60, 90)
@@ -76,7 +94,7 @@ def test_rank_counts_the_values_above_the_threshold(spec: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spec", CALIBRATED)
 def test_pure_noise_keeps_at_most_two(spec: str, shape: tuple[int, int]) -> None:
-    kept = [apply_rule(spec, spectrum(matrix(shape, seed)), shape).rank for seed in range(20)]
+    kept = [apply_rule(spec, of_noise(shape, seed), shape).rank for seed in range(20)]
     # mp-iqr is the noisy one: an interquartile range of a narrow law (small p / q) says little about its width.
     assert max(kept) <= (min(shape) // 5 if spec == "mp-iqr" else 2)
 
@@ -88,6 +106,7 @@ def test_laser_rmt_keeps_what_the_field_reports_of_pure_noise() -> None:
     assert apply_rule("laser-rmt", wide, (256, 1024)).rank == 256
 
 
+@pytest.mark.slow
 def test_tracy_widom_finds_something_in_about_alpha_of_the_draws() -> None:
     shape, draws = (100, 300), 300
     found = sum(apply_rule("tracy-widom:0.1", spectrum(matrix(shape, i)), shape).rank > 0 for i in range(draws))
@@ -98,12 +117,7 @@ def test_tracy_widom_finds_something_in_about_alpha_of_the_draws() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spec", CALIBRATED)
 def test_planted_spikes_are_counted(spec: str, shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(11)
-    left, _ = np.linalg.qr(rng.standard_normal((shape[0], 5)))
-    right, _ = np.linalg.qr(rng.standard_normal((shape[1], 5)))
-    edge = shape[0] ** 0.5 + shape[1] ** 0.5
-    s = spectrum(rng.standard_normal(shape) + left @ np.diag([2.0, 2.2, 2.5, 3.0, 4.0]) @ right.T * edge)
-    assert apply_rule(spec, s, shape).rank in (5, 6)
+    assert apply_rule(spec, of_spikes(shape), shape).rank in (5, 6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

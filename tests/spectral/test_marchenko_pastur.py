@@ -83,6 +83,7 @@ def tracy_widom(s: float, nodes: int = 80) -> float:
 STATED = {1e-4: 0.100, 0.01: 0.015, 0.1: -0.004, 0.5: 0.0, 0.9: 0.003, 0.99: -0.010, 0.9999: -0.038}
 
 
+@pytest.mark.slow
 def test_tracy_widom_is_off_by_what_its_docstring_states() -> None:
     told = " ".join((mp.tracy_widom_quantile.__doc__ or "").split())
     for u, error in STATED.items():

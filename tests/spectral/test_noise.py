@@ -57,6 +57,7 @@ def test_iqr_is_quadrature_of_the_law(shape: tuple[int, int]) -> None:
     assert noise.sigma_iqr(s, shape) == pytest.approx(reference, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(0.05, 0.6), (0.0, 1.0), (0.3, 0.4)])
 def test_least_squares_is_lstsq_on_quadrature_quantiles(low: float, high: float) -> None:
     shape = (20, 50)
@@ -210,6 +211,7 @@ def test_a_single_row_gives_the_deviation_of_its_entries(name: str) -> None:
     assert estimate(spectrum(row), (1, 4000), name).sigma == pytest.approx(0.7, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 448), (448, 128)])
 def test_sigma_is_recovered_on_pure_noise(name: str, shape: tuple[int, int]) -> None:

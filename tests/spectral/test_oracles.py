@@ -68,6 +68,7 @@ def oracle(name: str) -> Any:
         logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 def test_the_tail_is_that_of_powerlaw(cases: list[Case]) -> None:
     powerlaw = oracle("powerlaw")
     for s, _ in cases:

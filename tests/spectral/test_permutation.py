@@ -71,6 +71,7 @@ def test_too_few_permutations_name_the_scan_that_is_needed(null: np.ndarray | No
         apply_rule("parallel", np.ones(3), (3, 3), null)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", ["gaussian", "student"])
 def test_noise_of_any_law_is_found_at_most_as_often_as_the_level_says(entries: str) -> None:
     random, found, trials = np.random.default_rng(3), 0, 60

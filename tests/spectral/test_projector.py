@@ -95,6 +95,7 @@ def test_a_best_polynomial_cannot_be_bettered(low: float, high: float) -> None:
             assert np.abs(other[0] * x + other[1] * x**3 + other[2] * x**5 - 1).max() > worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low", [0.5, 1e-2, 1e-4, 2**-23, 2**-52])
 def test_steps_take_the_whole_interval_to_one_and_never_leave_bounds(low: float) -> None:
     x = np.geomspace(low, 1.0, 5001)

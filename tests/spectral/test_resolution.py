@@ -10,6 +10,7 @@ import torch
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.plan import make_plan
+from laser.selection import Selection
 from laser.spectra import scan
 from laser.spectral.devices import HOST
 from laser.spectral.gram import gram, values_by_gram
@@ -46,6 +47,7 @@ def test_errors_stay_within_what_is_stated(seed: int, strength: float) -> None:
     assert (np.abs(values_by_gram(W16, HOST) - exact) <= value_errors(exact, 2.0**-52)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_rank_that_changes_was_said_to_be_near(name: str) -> None:
     """Values moved by the stated errors, each its own way: where the rank changes, the record said so."""
@@ -83,9 +85,10 @@ def test_precision_of_a_record() -> None:
     assert precision_of("cuda float64", "gram") == precision_of("mps float32", "svd") == 2.0**-52
 
 
+@pytest.mark.slow
 def test_the_pico_model_has_the_same_ranks_everywhere(pico: Path) -> None:
-    checkpoint = open_checkpoint(pico)
-    double, single = (scan(checkpoint, device=device, null_draws=19) for device in (HOST, SINGLE))
+    checkpoint, one = open_checkpoint(pico), Selection(layers=(1,))  # the others are draws of the same kind
+    double, single = (scan(checkpoint, one, device=device, null_draws=19) for device in (HOST, SINGLE))
     compared = 0
     for name in RULES:
         plans = [make_plan(spectra, spec_of(name)) for spectra in (double, single)]
@@ -97,4 +100,4 @@ def test_the_pico_model_has_the_same_ranks_everywhere(pico: Path) -> None:
                 sign = matrix_sign(gram(checkpoint.read(exact.name), SINGLE), exact.threshold)
                 assert abs(sign.unresolved) > UNRESOLVED or round(sign.positive) == exact.rank
                 compared += abs(sign.unresolved) <= UNRESOLVED
-    assert compared > 100
+    assert compared > 35

@@ -37,6 +37,7 @@ def test_the_solution_solves_and_has_a_positive_density(shape: tuple[int, int], 
     assert (v.imag > 0).all() and np.abs(back - z).max() <= 1e-5 * np.abs(z).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", POPULATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gaussian_noise_permuted_or_not_has_the_law_s_spectrum(shape: tuple[int, int], kind: str) -> None:

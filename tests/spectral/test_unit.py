@@ -57,6 +57,7 @@ def test_the_largest_entry_is_found_whatever_its_sign_and_type() -> None:
     assert math.isnan(unit.largest_entry(torch.tensor([1.0, math.nan, math.inf])))
 
 
+@pytest.mark.slow
 def test_ordinary_matrices_are_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any scaling, and with all matrices scaled: values, results and certificates do not change by a bit."""
     cases = [

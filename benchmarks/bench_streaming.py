@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The empty plan against `cp -r` of the same checkpoint, in turn, medians; both once the page cache is warm.
 
-    python scripts/bench_streaming.py CHECKPOINT [--work DIR] [--repeat 7]
+    python benchmarks/bench_streaming.py CHECKPOINT [--work DIR] [--repeat 7]
 
 Two pairs are printed: as they stand (`laser` hashes every shard and waits for the disk, `cp` does neither), and with
 `sync` after `cp`, so that both have the bytes on the disk when they end. Start-up of Python is not counted.
@@ -10,12 +10,15 @@ Two pairs are printed: as they stand (`laser` hashes every shard and waits for t
 from __future__ import annotations
 
 import argparse
+import filecmp
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import smoke
 
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -35,7 +38,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, help="directory for the copies; default beside the checkpoint")
     parser.add_argument("--repeat", type=int, default=7)
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda folder: [smoke.pico(folder), "--work", folder / "work", "--repeat", 1])
     source = arguments.checkpoint
     work = arguments.work or source.resolve().parent / "bench_streaming"
     checkpoint = open_checkpoint(source)
@@ -65,6 +68,10 @@ def main() -> None:
     for _ in range(arguments.repeat):
         for name, way in ways.items():
             times[name].append(timed(way))
+    if arguments.smoke:
+        timed(ours)
+        for shard in checkpoint.shards:
+            assert filecmp.cmp(shard.path, work / "out" / shard.name, shallow=False), shard.name
     shutil.rmtree(work)
     size = sum(s.size for s in checkpoint.shards) / 1e9
     medians = {name: statistics.median(t) for name, t in times.items()}

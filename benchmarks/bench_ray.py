@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The engine ray on this machine: what a task costs, and a scan and reduction against one process.
 
-    python scripts/bench_ray.py CHECKPOINT [--roles q,w1] [--work DIR] [--tasks 60] [--overheads-only]
+    python benchmarks/bench_ray.py CHECKPOINT [--roles q,w1] [--work DIR] [--tasks 60] [--overheads-only]
 
 Starts a cluster of two nodes with one slot each. First, matrices that nothing is done with: seconds of each (read in a
 task of its own, and its bytes brought back, copied, hashed and written by the driver), beside the same in one process;
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import smoke
 import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
@@ -62,13 +63,13 @@ def per_matrix(checkpoint: laser.Checkpoint, work: Callable[..., Any], crew: Cre
     return [(time.perf_counter() - start) / len(matrices), (time.process_time() - busy) / len(matrices)]
 
 
-def overheads(work: Path, tasks: int) -> None:
+def overheads(work: Path, tasks: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> None:
     print("Milliseconds per matrix: wall, and CPU of the driver's process\n")
     print("| shape | MB | read in a task | | and brought back, hashed, written | | the same here | | and | |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     grouping = dict(ray_engine.GROUP)
     ray_engine.GROUP["cpu"] = 1  # one matrix per task
-    for shape in SHAPES:
+    for shape in shapes:
         size = 2 * int(np.prod(shape)) / 1e6
         shutil.rmtree(work, ignore_errors=True)
         checkpoint = write_model(work, shape, max(8, min(tasks, int(600 / size))))
@@ -101,6 +102,7 @@ def compare(checkpoint: laser.Checkpoint, roles: tuple[str, ...], work: Path) ->
         names = [p.relative_to(place) for p in sorted(place.rglob("*")) if p.is_file()]
         different = [str(n) for n in names if not filecmp.cmp(place / n, first / n, shallow=False)]
         print(f"{'':15s} {len(names)} files, {'byte-identical' if not different else different}", flush=True)
+        assert names and not different, "the engines must write the same bytes"
         if place != first:
             shutil.rmtree(place)
     shutil.rmtree(work)
@@ -114,13 +116,15 @@ def main() -> None:
     parser.add_argument("--compare-only", action="store_true")
     parser.add_argument("--tasks", type=int, default=60)
     parser.add_argument("--work", type=Path, default=Path(".demo/ray"))
-    arguments = parser.parse_args()
+    arguments = smoke.parse(
+        parser, lambda folder: [smoke.pico(folder), "--tasks", 8, "--work", folder / "work", "--roles", "q"]
+    )
     node = {"object_store_memory": 1 << 30}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **node})
     cluster.add_node(num_cpus=1, object_store_memory=1 << 30)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     if not arguments.compare_only:
-        overheads(arguments.work / "overhead", arguments.tasks)
+        overheads(arguments.work / "overhead", arguments.tasks, ((48, 32),) if arguments.smoke else SHAPES)
     roles = tuple(arguments.roles.split(","))
     if not arguments.overheads_only:
         compare(laser.open_checkpoint(arguments.checkpoint), roles, arguments.work / "compare")

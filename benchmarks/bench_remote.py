@@ -1,6 +1,6 @@
 """Bytes moved over HTTP by `laser scan --layers 31 --roles w2` of a synthetic 10 GB Mixtral on a Hub of this machine.
 
-    python scripts/bench_remote.py [--hidden 1280 --width 4864]
+    python benchmarks/bench_remote.py [--hidden 1280 --width 4864]
 
 The weights are made as they are asked for and lie nowhere. Prints what was sent beside headers plus matrices.
 """
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import smoke
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -59,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1280)
     parser.add_argument("--width", type=int, default=4864)
-    sizes = parser.parse_args()
+    sizes = smoke.parse(parser, lambda _: ["--hidden", 128, "--width", 512])
     with serving() as hub, tempfile.TemporaryDirectory() as folder:
         repo = hub.repos["maker/synthetic"] = remote(sizes.hidden, sizes.width)
         quiet = {"HF_ENDPOINT": hub.url, "HF_HOME": folder, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost"}
@@ -74,6 +75,8 @@ def main() -> None:
     due = small + headers + matrices
     print(f"{total / 1e9:.2f} GB remote; config and index {small:,} B, headers {headers:,} B, matrices {matrices:,} B")
     print(f"sent {sent:,} B in {seconds:.1f} s: {100 * (sent / due - 1):+.3f} % beside what is due")
+    if sizes.smoke:
+        assert due <= sent < 1.05 * due and sent < total / 10, (sent, due, total)
 
 
 if __name__ == "__main__":

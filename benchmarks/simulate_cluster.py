@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far does the engine ray scale? A simulation of DeepSeek-V3 with measured constants, on 1 to 512 GPUs.
 
-    python scripts/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
+    python benchmarks/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
 
 The rules are those of ray_engine.py: groups of matrices, two tasks per GPU (one reads while the other computes), twice
 as many tasks in flight as slots, one driver that takes results one after the other. What is busy or free: each GPU,
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import heapq
 from dataclasses import dataclass, field, fields
+
+import smoke
 
 from laser.engine.estimate import ELSEWHERE
 from laser.engine.ray_engine import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--shape", default="2048x7168")
     parser.add_argument("--gpus", default="1,2,4,8,16,32,64,128,512")
     parser.add_argument("--constant", action="append", default=[], metavar="NAME=VALUE")
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda _: ["--matrices", 500, "--gpus", "1,2,8"])
     constants = Constants(**{name: float(value) for name, value in (c.split("=") for c in arguments.constant)})
     for constant in fields(Constants):
         print(f"{constant.name:12s} {getattr(constants, constant.name):10.4g}  {constant.metadata['told']}")
@@ -104,6 +106,7 @@ def main() -> None:
         for gpus in map(int, arguments.gpus.split(",")):
             seconds, *busy = simulate(gpus, arguments.matrices, (m, n), constants, reduce=reduce)
             alone = alone or seconds * gpus
+            assert alone / seconds <= gpus * 1.001, "a cluster of N is at most N times as fast as one"
             cells = " | ".join(f"{100 * share:.0f} %" for share in busy)
             print(f"| {gpus} | {seconds:.0f} | {alone / seconds:.1f} | {cells} |", flush=True)
 

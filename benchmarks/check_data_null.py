@@ -1,7 +1,7 @@
 """The null in the data's metric on real inputs: how often noise is taken for signal, and its spectrum against the law.
 
-    python scripts/check_data_null.py MODEL --text FILE [--windows 32] [--window 256] [--roles k,down] [--layers 2,28]
-        [--draws 200] [--level-of k_proj] [--directions 110]
+    python benchmarks/check_data_null.py MODEL --text FILE [--windows 32] [--window 256] [--roles k,down]
+        [--layers 2,28] [--draws 200] [--level-of k_proj] [--directions 110]
 
 Calibrates twice: once the whole C of every matrix's inputs, once as if they were too wide for that (as w2 of
 Mixtral), known to the null by --directions of the first inputs and the diagonal of the rest (SKETCH in calibration.py).
@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import smoke
 import torch
 
 import laser
@@ -50,7 +51,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--level-of", default="k_proj")
     parser.add_argument("--directions", type=int, default=110)
-    asked = parser.parse_args()
+    asked = smoke.parse(
+        parser,
+        lambda folder: [
+            *(smoke.pico(folder), "--text", smoke.text(folder), "--windows", 2, "--window", 64, "--roles", "q,k"),
+            *("--layers", 0, "--draws", 20, "--directions", 8),
+        ],
+    )
     checkpoint = laser.open_checkpoint(asked.model)
     selection = laser.Selection(parse_layers(asked.layers), parse_roles(asked.roles))
     text = cut_windows(read_text(asked.text), load_tokenizer(asked.model), length=asked.window, limit=asked.windows)
@@ -60,13 +67,14 @@ def main() -> None:
         wide = calibration.calibrate(checkpoint, text, Path(work) / "wide.safetensors", selection, full_side=0)
         matrices = [m for m in laser.list_matrices(checkpoint) if whole.tokens(m.name)]
         for matrix in [m for m in matrices if asked.level_of in m.name][:1]:
-            level(checkpoint, matrix, whole, wide, asked.draws)
+            shares = level(checkpoint, matrix, whole, wide, asked.draws)
+            assert not asked.smoke or shares["whole"] <= 0.25, shares  # 5 % in the mean
         print(f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         for matrix in matrices:
             print(f"| {' | '.join(row(checkpoint, matrix, whole, wide))} |", flush=True)
 
 
-def level(checkpoint: laser.Checkpoint, matrix: Matrix, whole: Moments, wide: Moments, draws: int) -> None:
+def level(checkpoint: laser.Checkpoint, matrix: Matrix, whole: Moments, wide: Moments, draws: int) -> dict[str, float]:
     """How often each null takes noise for signal."""
     stored = read_matrix(checkpoint, matrix.name)
     metric, few = (moments.metric(matrix.name, stored) for moments in (whole, wide))
@@ -80,13 +88,16 @@ def level(checkpoint: laser.Checkpoint, matrix: Matrix, whole: Moments, wide: Mo
         for name, inputs in known.items():
             null = null_in_metric(W, inputs, 19, CPU)
             kept[name].append(apply_rule("parallel:0.05", s, (matrix.shape[0], matrix.shape[1]), null).rank)
+    shares: dict[str, float] = {}
     for name, found in ((name, np.array(ranks)) for name, ranks in kept.items() if ranks):
         share, one = np.mean(found > 0), np.mean(found <= 1)
+        shares[name] = float(share)
         error = (share * (1 - share) / draws) ** 0.5
         print(
             f"{matrix.name}, {name}: noise on its inputs, {draws} draws: 1 or more kept in {100 * share:.1f} ± "
             f"{100 * error:.1f} %, at most 1 in {100 * one:.1f} %, most {found.max()}"
         )
+    return shares
 
 
 def row(checkpoint: laser.Checkpoint, matrix: Matrix, whole: Moments, wide: Moments) -> list[str]:

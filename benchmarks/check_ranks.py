@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same ranks everywhere? Every rule on real weights, in float64, in float32, and counted by the projector.
 
-    python scripts/check_ranks.py MODEL [--layers 0,15,29] [--device cpu] [--null 19]
+    python benchmarks/check_ranks.py MODEL [--layers 0,15,29] [--device cpu] [--null 19]
 
 For each matrix singular values in float64 on the host and in float32 on --device (with float64 there as well, if it has
 it), every rule's rank from each; and, where the rule has a threshold t, the number of eigenvalues of the float32 Gram
@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import smoke
 import torch
 
 from laser.checkpoint.families import list_matrices
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--null", type=int, default=19)
     parser.add_argument("--no-projector", action="store_true")
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda folder: [smoke.pico(folder), "--layers", 0])
     checkpoint, selection = open_checkpoint(arguments.model), Selection(parse_layers(arguments.layers))
     matrices = [m for m in list_matrices(checkpoint) if selection.why_not(m) is None]
     device = choose_device(arguments.device, "float32")

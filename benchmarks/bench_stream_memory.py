@@ -1,6 +1,6 @@
 """How much memory does a streamed evaluation need? On a Mixtral made on the spot, several times larger than a cap.
 
-    python scripts/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 600]
+    python benchmarks/bench_stream_memory.py [--layers 40] [--hidden 1024] [--cap-mb 600]
 
 Two subprocesses evaluate the same windows of random tokens: one streams under a cap on its data segment
 (RLIMIT_DATA: anonymous memory, which is where weights and activations go; RLIMIT_AS would also count the libraries'
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import smoke
 
 EXPERTS, VOCABULARY, HEADS, TOKENS, WINDOWS = 4, 4096, 16, 256, 4
 
@@ -73,7 +75,7 @@ def make(path: Path, layers: int, hidden: int) -> int:
     return total
 
 
-def child(path: Path, stream: bool, cap: int) -> None:
+def child(path: Path, stream: bool, cap: int, above: bool) -> None:
     """Evaluate and print the loss and the peak resident set, MB; `cap` bytes of data segment, 0 for none."""
     import numpy as np
 
@@ -88,6 +90,9 @@ def child(path: Path, stream: bool, cap: int) -> None:
     checkpoint = open_checkpoint(path)
     LayeredModel(checkpoint)
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if cap and above:  # what is resident differs from machine to machine; the data segment is what the cap counts
+        status = Path("/proc/self/status").read_text()
+        cap += 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:")))
     if cap:
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     record = evaluate(checkpoint, windows, stream=stream, dtype="float32")
@@ -95,8 +100,9 @@ def child(path: Path, stream: bool, cap: int) -> None:
     print(json.dumps({"nll": record.nll, "peak_mb": round(peak), "libraries_mb": round(imported)}))
 
 
-def run(path: Path, kind: str, cap: int) -> tuple[int, str, str]:
+def run(path: Path, kind: str, cap: int, above: bool = False) -> tuple[int, str, str]:
     command = [sys.executable, __file__, "--child", kind, "--path", str(path), "--cap-mb", str(cap)]
+    command += ["--above-libraries"] if above else []
     # One thread: each thread of each BLAS reserves buffers, which the cap counts and nobody fills.
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
@@ -108,20 +114,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--cap-mb", type=int, default=600)
+    parser.add_argument("--above-libraries", action="store_true", help="count the cap from what the libraries hold")
     parser.add_argument("--child", choices=("stream", "whole"))
     parser.add_argument("--path", type=Path)
-    given = parser.parse_args()
+    given = smoke.parse(parser, lambda _: ["--layers", 24, "--hidden", 256, "--cap-mb", 100, "--above-libraries"])
     if given.child:
-        child(given.path, given.child == "stream", given.cap_mb << 20)
+        child(given.path, given.child == "stream", given.cap_mb << 20, given.above_libraries)
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         total = make(path, given.layers, given.hidden)
         layer = total / (given.layers + 0.5) * 2 / 1e6
         print(f"checkpoint {total / 1e6:.0f} MB in bf16, {2 * total / 1e6:.0f} MB in float32, one layer {layer:.0f} MB")
-        code, out, error = run(path, "stream", given.cap_mb)
+        code, out, error = run(path, "stream", given.cap_mb, given.above_libraries)
         print(f"streamed under a cap of {given.cap_mb} MB: exit {code} {out} {error[:110]}")
-        whole, out, error = run(path, "whole", given.cap_mb)
+        whole, out, error = run(path, "whole", given.cap_mb, given.above_libraries)
         print(f"whole under the same cap: exit {whole} {out} {error[:110]}")
         free, out, _ = run(path, "stream", 0)
         print(f"streamed without a cap: exit {free} {out}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Scan and reduction of a synthetic checkpoint with true Mixtral-8x7B shapes, against the way of published scripts.
 
-    python scripts/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
+    python benchmarks/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
                                  [--rule fraction:0.4] [--plain-all] [--work DIR] [--keep]
 
 One layer is 2.9 GB. Printed, from one run on the same files, each part in a process of its own:
@@ -34,23 +34,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench_memory
+import smoke
 import torch
 from safetensors.torch import load_file, save_file
+from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.engine.estimate import resident_bytes
 from laser.engine.workers import Crew, visit
 from laser.one_pass import judge
 from laser.plan import Treatment
 from laser.reduction import by_shard
 from laser.spectra import Source
+from laser.spectral.host_memory import resident_bytes
 
 
 def high_water() -> int:
     """Bytes of resident memory at the most, 0 where the system does not tell."""
-    return resident_bytes("VmHWM") or 0
+    return resident_bytes(peak=True) or 0
 
 
 def selected(checkpoint: laser.Checkpoint) -> list[laser.Matrix]:
@@ -109,7 +110,7 @@ def io(checkpoint: laser.Checkpoint, work: Path, crew: Crew) -> dict[str, Any]:
             for matrix, W, _ in visits:
                 yield matrix.name, W, {}
 
-    prepare_output(checkpoint, work / "io", resume=False, force=False)
+    prepare_output(checkpoint, work / "io", resume=False)
     write_checkpoint(
         checkpoint, work / "io", list(matrices.values()), compute, lambda r, s: {"shards": s}, {"kind": "bench"}
     )
@@ -184,6 +185,19 @@ def child(part: str, arguments: argparse.Namespace) -> None:
     print(json.dumps({"wall": wall, "peak": high_water() - before} | found))
 
 
+def assert_same(work: Path) -> None:
+    """laser's weights are those of the plain way within a rounding to bf16, and I/O alone changes no byte."""
+    changed = 0
+    for path in sorted((work / "model").glob("*.safetensors")):
+        assert path.read_bytes() == (work / "io" / path.name).read_bytes(), path.name
+        before, one, other = (load_file(work / place / path.name) for place in ("model", "out", "plain"))
+        for name, W in before.items():
+            distance = torch.linalg.vector_norm(one[name].float() - other[name].float())
+            assert distance <= 0.005 * torch.linalg.vector_norm(W.float()), name
+            changed += not torch.equal(one[name], W)
+    assert changed, "nothing was reduced"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
@@ -196,18 +210,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".demo/pass"))
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = smoke.parse(
+        parser,
+        lambda folder: [
+            *("--layers", 1, "--experts", 2, "--shrink", 32, "--device", "cpu", "--plain-all", "--keep"),
+            *("--work", folder / "work"),
+        ],
+    )
     if arguments.part:
         return child(arguments.part, arguments)
     work: Path = arguments.work
     if not (work / "model" / "config.json").exists():  # written last; an earlier one is used again
         shutil.rmtree(work, ignore_errors=True)
-        for name in ("HIDDEN", "WIDTH", "KEY_VALUE", "VOCABULARY"):
-            setattr(bench_memory, name, getattr(bench_memory, name) // arguments.shrink)
-        bench_memory.write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts)
+        sizes = Sizes().over(arguments.shrink)
+        write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts, sizes)
     found: dict[str, Any] = {}
     for part in ("ours", "io", "compute", "plain"):
-        for place in ("out", "io", "plain"):
+        for place in ("out", "io", "plain") if not arguments.smoke else ():
             shutil.rmtree(work / place, ignore_errors=True)
         subprocess.run(["sync"], check=True)
         if part == "ours":
@@ -238,6 +257,8 @@ def main() -> None:
         f"{way['svd']:.1f} + save {way['save']:.1f}{'' if arguments.plain_all else ', by one matrix of each shape'}; "
         f"laser is {way['seconds'] / wall:.2f} times as fast"
     )
+    if arguments.smoke:
+        assert_same(work)
     if not arguments.keep:
         shutil.rmtree(work)
 

@@ -1,6 +1,7 @@
 """Does the cache of a search pay, and does it change anything? Candidates evenly over the layers, both ways.
 
-    python scripts/bench_search.py [MODEL] [--text FILE] [--role q] [--every 3] [--windows 4] [--window 256] [--stream]
+    python benchmarks/bench_search.py [MODEL] [--text FILE] [--role q] [--every 3] [--windows 4] [--window 256]
+        [--stream]
 
 Without MODEL it makes a random Mixtral of 32 layers in which head and embedding have the share that they have in
 Mixtral-8x7B (1 % of a pass); in small models with large vocabularies the head, which no cache can save, has more.
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import smoke
 from bench_stream_memory import VOCABULARY, make
 
 import laser.search.runner
@@ -47,13 +49,15 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall seconds: shared machines")
-    given = parser.parse_args()
+    parser.add_argument("--layers", type=int, default=32, help="of the model that is made")
+    parser.add_argument("--hidden", type=int, default=512, help="of the model that is made")
+    given = smoke.parse(parser, lambda _: ["--layers", 5, "--hidden", 64, "--windows", 2, "--window", 32])
     if given.cpu_time:
         laser.search.runner.time = SimpleNamespace(perf_counter=time.process_time)
     if given.model:
         return bench(given.model, given)
     with tempfile.TemporaryDirectory() as directory:
-        make(Path(directory), layers=32, hidden=512)
+        make(Path(directory), layers=given.layers, hidden=given.hidden)
         bench(directory, given)
 
 
@@ -115,6 +119,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
     print("decisions, changes and plans: " + ("the same to the last bit" if same else "DIFFERENT"))
     if not same:
         sys.exit(1)
+    assert not given.smoke or (count >= 2 and forwards[1] < forwards[0]), (count, forwards)
 
 
 def random_windows(count: int, length: int, seed: int) -> Windows:

@@ -1,6 +1,6 @@
 """What calibration costs: time and memory of laser calibrate against laser eval --stream on the same tokens.
 
-    python scripts/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1] [--as-mixtral 2x4]
+    python benchmarks/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1] [--as-mixtral 2x4]
 
 Each runs in a process of its own, once each way in turn. CPU seconds stand beside wall seconds, for shared machines.
 The allowed ratio is 2.5. "with 19 nulls" is calibrate and then, for every matrix that it met, the largest singular
@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_memory
+import smoke
+from synthetic import Sizes, write_synthetic_mixtral
 
 
 def main() -> None:
@@ -33,7 +35,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--as-mixtral")
     parser.add_argument("--nulls", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = smoke.parse(
+        parser,
+        lambda folder: [smoke.pico(folder), "--text", smoke.text(folder), "--windows", 2, "--window", 32],
+    )
     if asked.nulls:
         return nulls(asked.model, asked.nulls)
     cut = ["--text", asked.text, "--windows", asked.windows, "--window", asked.window]
@@ -47,6 +52,7 @@ def main() -> None:
             "with 19 nulls": [model, "--nulls", str(out)],
             "calibrate --diagonal": ["calibrate", model, "-o", str(out), "--force", "--diagonal", *cut],
         }
+        weights: dict[str, int] = {}
         print("| command | wall s | CPU s | peak GB | wall, ratio | CPU, ratio | file GB |\n" + "|---" * 7 + "|")
         for _ in range(asked.repeat):
             first: tuple[float, float] | None = None
@@ -59,11 +65,14 @@ def main() -> None:
                 if name == "with 19 nulls":
                     wall, cpu, peak = wall + alone[0], cpu + alone[1], max(peak, alone[2])
                 alone = wall, cpu, peak
+                weights[name] = out.stat().st_size if out.exists() else 0
                 print(
                     f"| {name} | {wall:.1f} | {cpu:.1f} | {peak / 1e6:.2f} | {wall / first[0]:.2f} | "
                     f"{cpu / first[1]:.2f} | {size} |",
                     flush=True,
                 )
+        if asked.smoke:
+            assert weights["eval --stream"] == 0 < weights["calibrate --diagonal"] < weights["calibrate"], weights
 
 
 def nulls(model: str, path: Path) -> None:
@@ -86,8 +95,8 @@ def nulls(model: str, path: Path) -> None:
 def write_mixtral(source: Path, path: Path, size: str) -> Path:
     """LAYERSxEXPERTS of Mixtral's shapes at `path`, with the vocabulary and tokenizer of `source`."""
     layers, experts = map(int, size.split("x"))
-    bench_memory.VOCABULARY = json.loads((source / "config.json").read_text())["vocab_size"]
-    bench_memory.write_synthetic_mixtral(path, layers, experts)
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    write_synthetic_mixtral(path, layers, experts, replace(Sizes(), vocabulary=vocabulary))
     for file in [*source.glob("tokenizer*"), *source.glob("*.jinja")]:
         shutil.copy(file, path)
     return path

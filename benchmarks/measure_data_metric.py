@@ -1,6 +1,6 @@
 """Does the data's metric tell better what may go? One edit at a time, plain against data-aware at equal rank.
 
-    python scripts/measure_data_metric.py MODEL --out DIR --calibrate train.txt --text test.txt --text other.txt
+    python benchmarks/measure_data_metric.py MODEL --out DIR --calibrate train.txt --text test.txt --text other.txt
         [--layers 2,8,15,22,28] [--roles q,k,v,o,gate,up,down] [--experts 0,1] [--shares 0.75,0.5,0.25,0.1]
         [--rules laser-rmt,mp-edge,data:parallel:0.05] [--windows 8] [--skip 0] [--window 256] [--report]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smoke
 
 import laser
 from laser.calibration import calibrate
@@ -53,7 +54,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; run again to go on")
     parser.add_argument("--report", action="store_true")
-    return parser.parse_args()
+    return smoke.parse(
+        parser,
+        lambda folder: [
+            *(
+                smoke.pico(folder),
+                "--out",
+                folder / "out",
+                "--calibrate",
+                smoke.text(folder),
+                "--text",
+                folder / "text.txt",
+            ),
+            *("--calibration-windows", 2, "--windows", 2, "--window", 64, "--layers", 0, "--roles", "q,k"),
+            *("--shares", "0.5", "--rules", "mp-edge"),
+        ],
+    )
 
 
 def main() -> None:
@@ -62,13 +78,17 @@ def main() -> None:
     run = {
         k: [str(x) for x in v] if isinstance(v, list) else str(v)
         for k, v in vars(asked).items()
-        if k not in ("out", "shares", "rules", "seconds", "report")
+        if k not in ("out", "shares", "rules", "seconds", "report", "smoke")
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     with Journal(asked.out / "edits.jsonl", {"kind": "data metric"} | run) as journal:
         if not asked.report:
             measure(asked, journal)
-        else:
+        if asked.smoke:
+            count = len(journal.entries)
+            measure(asked, journal)
+            assert len(journal.entries) == count >= 4, "an edit was measured twice"
+        if asked.report or asked.smoke:
             report(asked, journal.entries)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that the flow claims of a checkpoint, checked against numpy.linalg.svd in float64. Slow and obvious.
 
-    python scripts/check_against_numpy.py CHECKPOINT [--every 8] [--work DIR]
+    python benchmarks/check_against_numpy.py CHECKPOINT [--every 8] [--work DIR]
 
 1. The empty plan gives byte-identical shards and index.
 2. For every N-th matrix, the singular values equal numpy's, and so does the rank under every rule.
@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import smoke
 import torch
 
 import laser
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path(".demo/check"))
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda folder: [smoke.pico(folder), "--every", 5, "--work", folder / "work"])
     shutil.rmtree(arguments.work, ignore_errors=True)
     checkpoint = laser.open_checkpoint(arguments.checkpoint)
     device = laser.choose_device("cpu")

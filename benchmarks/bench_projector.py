@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The projector against eigenvectors: which gaps it resolves, in how many products, how well; and what it refuses.
 
-    python scripts/bench_projector.py [--device cpu] [--precision float32] [--sides 256,512,1024,2048] [--draws 1000]
+    python benchmarks/bench_projector.py [--device cpu] [--precision float32] [--sides 256,512,1024,2048] [--draws 1000]
 
 First table: a bulk of noise, plain, with 16 spikes, or with heavy tails, of shape 2 p x p, and a pair of values planted
 around rank p/3 at relative gap g = (s_r - s_{r+1}) / s_r. delta is the half gap of their squares over ||G - tau^2||,
@@ -19,6 +19,7 @@ import math
 import time
 
 import numpy as np
+import smoke
 import torch
 
 from laser.errors import NumericalError
@@ -45,8 +46,8 @@ def orthonormal(rows: int, columns: int, random: np.random.Generator) -> np.ndar
     return np.linalg.qr(random.standard_normal((rows, columns)))[0]
 
 
-def row(kind: str, p: int, g: float, U: np.ndarray, V: np.ndarray, s: np.ndarray, device: Device) -> str:
-    """One line of the first table."""
+def row(kind: str, p: int, g: float, U: np.ndarray, V: np.ndarray, s: np.ndarray, device: Device) -> tuple[str, float]:
+    """One line of the first table, and its error; 0 where the sign is refused."""
     s, r = s.copy(), p // 3
     middle = (s[r - 1] + s[r]) / 2
     s[:r], s[r:] = np.maximum(s[:r], middle * (1 + g / 2)), np.minimum(s[r:], middle * (1 - g / 2))
@@ -62,14 +63,15 @@ def row(kind: str, p: int, g: float, U: np.ndarray, V: np.ndarray, s: np.ndarray
         try:
             sign = resolved_sign(G, s, r)
         except NumericalError as error:
-            return f"{told} - | - | - | refused: {str(error).split(':')[0]} | - |"
+            return f"{told} - | - | - | refused: {str(error).split(':')[0]} | - |", 0.0
         synchronise(device)
         seconds = time.perf_counter() - start
     X = sign.X.cpu().double().numpy()
     x = [float(V[:, i] @ X @ V[:, i]) for i in (r - 1, r)]
     full = W.double().numpy()
     error = np.linalg.norm((full + full @ X) / 2 - (U[:, :r] * s[:r]) @ V[:, :r].T) / np.linalg.norm(full)
-    return f"{told} {sign.products} | {x[0]:+.3f} {x[1]:+.3f} | {sign.unresolved:.0e} | {error:.0e} | {seconds:.2f} |"
+    line = f"{told} {sign.products} | {x[0]:+.3f} {x[1]:+.3f} | {sign.unresolved:.0e} | {error:.0e} | {seconds:.2f} |"
+    return line, float(error)
 
 
 def on_the_threshold(draw: int, device: Device) -> bool:
@@ -113,7 +115,7 @@ def main() -> None:
     parser.add_argument("--sides", default="256,512,1024,2048")
     parser.add_argument("--spectra", default=",".join(SPECTRA))
     parser.add_argument("--draws", type=int, default=1000)
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda _: ["--sides", 64, "--spectra", "noise,heavy", "--draws", 6])
     device = choose_device(arguments.device, arguments.precision)
     print(f"torch {torch.__version__}, {device.label}, {torch.get_num_threads()} threads\n")
     print("| p | spectrum | s_1/tau | g | delta | products | x | p - norm^2 | error | s |")
@@ -124,10 +126,15 @@ def main() -> None:
         for kind in arguments.spectra.split(","):
             s = spectrum(kind, p, random)
             for g in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6) if p < 2048 else (1e-3, 1e-5):
-                print(row(kind, p, g, U, V, s, device), flush=True)
+                line, error = row(kind, p, g, U, V, s, device)
+                print(line, flush=True)
+                if arguments.smoke:
+                    assert error < 1e-4 and (error or g < 1e-3), line
     print(f"\n| planted, of {arguments.draws} draws | seen |\n|---|---|")
     for what, seen in (("a value on the threshold", on_the_threshold), ("a pair too close to part", too_close)):
-        print(f"| {what} | {sum(seen(draw, device) for draw in range(arguments.draws))} |", flush=True)
+        count = sum(seen(draw, device) for draw in range(arguments.draws))
+        print(f"| {what} | {count} |", flush=True)
+        assert not arguments.smoke or count == arguments.draws, what
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Seconds and error of each method against plain torch, all in one run, medians.
 
-    python scripts/bench_decomposition.py [--device cpu|cuda|mps] [--shapes 4096x4096,...] [--repeat 3] [--rank 83]
+    python benchmarks/bench_decomposition.py [--device cpu|cuda|mps] [--shapes 4096x4096,...] [--repeat 3] [--rank 83]
                                           [--methods ...] [--no-plain] [--json FILE]
 
-On a GPU, as it stands:  python scripts/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
+On a GPU, as it stands:  python benchmarks/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
 
 For each shape a bf16 matrix of noise with power-law spikes, resident on the device. "values": singular values, against
 torch.linalg.svdvals; "truncation" to --rank (or a quarter of p), against torch.linalg.svd and the product
@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import smoke
 import torch
 
 from laser.spectral.devices import Device, choose_device, full_precision, host_threads, synchronise
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "svd"))
     parser.add_argument("--no-plain", action="store_true", help="without torch's own SVD, which takes longest")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = smoke.parse(parser, lambda _: ["--shapes", "64x48,48x64", "--repeat", 1, "--device", "cpu"])
     first = choose_device(arguments.device)
     precisions = (torch.float64, torch.float32) if first.has_float64 else (torch.float32,)
     devices = [replace(first, dtype=dtype) for dtype in precisions]
@@ -172,6 +173,8 @@ def main() -> None:
         rows += measure(
             shape, arguments.rank, devices, arguments.methods.split(","), arguments.repeat, not arguments.no_plain
         )
+    if arguments.smoke:  # the truncation is rounded to bf16
+        assert len(rows) >= 8 and all(row["error"] < 5e-3 for row in rows), rows
     if arguments.json:
         arguments.json.write_text(json.dumps({"head": head, "rows": rows}, indent=2))
 

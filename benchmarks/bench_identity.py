@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs to know which weights these are, and to look again at what an earlier run left, against the scan.
 
-    python scripts/bench_identity.py [--layers 3] [--experts 8] [--shrink 1] [--work DIR] [--keep] [--smoke]
+    python benchmarks/bench_identity.py [--layers 3] [--experts 8] [--shrink 1] [--work DIR] [--keep] [--smoke]
 
 On a synthetic checkpoint of Mixtral-8x7B's shapes (3 layers: 9 GB). Printed in seconds and as a part of the scan:
 
@@ -18,15 +18,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import bench_memory
+import smoke
 import torch
+from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
 from laser.checkpoint.fingerprint import require_unchanged
@@ -67,7 +67,7 @@ def written(model: Path, out: Path, until: int | None = None) -> float:
             yield name, checkpoint.read(matrices[name].tensor, matrices[name].cut), {}
 
     run = {"kind": "bench", **Source.of(checkpoint).told()}
-    prepare_output(checkpoint, out, resume=True, force=False)
+    prepare_output(checkpoint, out, resume=True)
     told = {"kind": "outcome", "version": 2, "plan": {}}
     with suppress(Ended):
         write_checkpoint(
@@ -80,21 +80,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--shrink", type=int, default=1, help="divide every width by this")
+    parser.add_argument("--shrink", type=int, default=1, help="divide every side by this")
     parser.add_argument("--work", type=Path, default=Path(".demo/identity"))
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint, to see that everything runs")
-    arguments = parser.parse_args()
+    arguments = smoke.parse(
+        parser, lambda folder: ["--layers", 2, "--experts", 2, "--shrink", 64, "--work", folder / "work"]
+    )
     work: Path = arguments.work
-    if arguments.smoke:
-        work = Path(tempfile.mkdtemp())
-        arguments.layers, arguments.experts, arguments.shrink = 2, 2, 64
-    for name in ("HIDDEN", "WIDTH", "KEY_VALUE", "VOCABULARY"):
-        setattr(bench_memory, name, getattr(bench_memory, name) // arguments.shrink)
     model = work / "model"
     if not (model / "config.json").exists():
         shutil.rmtree(work, ignore_errors=True)
-        bench_memory.write_synthetic_mixtral(model, arguments.layers, arguments.experts)
+        write_synthetic_mixtral(model, arguments.layers, arguments.experts, Sizes().over(arguments.shrink))
     count = len(laser.list_matrices(laser.open_checkpoint(model)))
     taken: dict[str, float] = {}
     drop_from_cache(model)

@@ -1,0 +1,148 @@
+"""Before a model is loaded: does it fit, and if not, what does. For eval, search, run and leaderboard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from laser.checkpoint.families import Matrix
+from laser.checkpoint.reader import Checkpoint
+from laser.cli import common
+from laser.engine.workers import worker_bytes
+from laser.errors import OutOfMemory, UsageError
+from laser.evaluation.causal import build_causal
+from laser.evaluation.footprint import Needs, layered_needs, longest, whole_needs
+from laser.evaluation.layout import NotByLayers
+from laser.evaluation.placement import Asked, NeedsOf, Placement, place, refusal, smaller_windows
+from laser.evaluation.streaming import DTYPES, LayeredModel
+from laser.evaluation.text import Window
+from laser.spectral.devices import HOST, Device, choose_device, free_bytes
+
+
+def free(name: str, mapped: int = 0) -> int | None:
+    """Bytes that are free on a device."""
+    if name == HOST.name:
+        return free_bytes(HOST, mapped)
+    return free_bytes(choose_device(name))
+
+
+def for_eval(
+    checkpoint: Checkpoint, windows: Sequence[Window], device: Device, dtype: str, stream: bool | None
+) -> Placement:
+    """How eval runs a model: whole by transformers, or layer by layer."""
+    asked, needs_of = _of_eval(checkpoint, windows, device, dtype, stream)
+    return place(checkpoint.name, asked, needs_of, free, _ways(asked))
+
+
+def cannot_stream(
+    checkpoint: Checkpoint,
+    windows: Sequence[Window],
+    device: Device,
+    dtype: str,
+    error: NotByLayers,
+) -> OutOfMemory:
+    """What to say where eval streamed for want of memory, and the model turned out to be no row of layers."""
+    asked, needs_of = _of_eval(checkpoint, windows, device, dtype, None)
+    return refusal(checkpoint.name, asked, needs_of, free, _ways(asked), error)
+
+
+def _of_eval(
+    checkpoint: Checkpoint, windows: Sequence[Window], device: Device, dtype: str, stream: bool | None
+) -> tuple[Asked, NeedsOf]:
+    if dtype not in DTYPES:
+        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+
+    def needs_of(asked: Asked) -> Needs:
+        kind = DTYPES[asked.dtype]
+        if asked.stream:
+            return layered_needs(_built(checkpoint, asked.dtype), asked.torch_device, asked.tokens, False)
+        return whole_needs(checkpoint, build_causal(checkpoint, kind), kind, asked.torch_device, asked.tokens)
+
+    return Asked(dtype, device.name, longest(windows), stream), needs_of
+
+
+def for_search(
+    checkpoint: Checkpoint,
+    windows: Sequence[Window],
+    matrices: Sequence[Matrix],
+    device: Device,
+    dtype: str,
+    stream: bool | None,
+    *,
+    backward: bool = False,
+    has_dtype: bool = True,
+) -> Placement:
+    """How a search runs a model: all of its pieces in memory, or one at a time. A cut of the largest of `matrices` is
+    made beside it. backward: with --shortlist gradient. has_dtype: whether the verb has --dtype."""
+    asked = Asked(dtype, device.name, longest(windows), stream)
+
+    def needs_of(asked: Asked) -> Needs:
+        built = _built(checkpoint, asked.dtype)
+        needs = layered_needs(built, asked.torch_device, asked.tokens, not asked.stream, backward)
+        return needs.beside(worker_bytes(matrices, HOST))
+
+    ways = [(words, way) for words, way in _ways(asked) if has_dtype or not words.startswith("--dtype")]
+    return place(checkpoint.name, asked, needs_of, free, ways)
+
+
+PROMPT = 3072  # tokens: the longest of the six tasks' prompts, MMLU's and ARC's, in vocabularies of 32,000 and more
+
+
+def for_leaderboard(checkpoint: Checkpoint, device: Device, dtype: str, batch: int) -> Placement:
+    """Whether lm-eval can have the model: it takes it whole. Raises OutOfMemory where it does not fit."""
+    asked = Asked(stored_dtype(checkpoint) if dtype == "auto" else dtype, device.name, PROMPT, False, batch)
+
+    def needs_of(asked: Asked) -> Needs:
+        kind = getattr(torch, asked.dtype)
+        model = build_causal(checkpoint, kind)
+        held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = min(asked.tokens, held) if isinstance(held, int) else asked.tokens
+        return whole_needs(checkpoint, model, kind, asked.torch_device, tokens, asked.batch, widened=False)
+
+    ways = [("--batch-size 1", replace(asked, batch=1))] if batch > 1 else []
+    return place(checkpoint.name, asked, needs_of, free, [*ways, *_ways(asked, streamed=False)])
+
+
+def for_run_leaderboard(checkpoint: Checkpoint, device: Device, *, needed: bool) -> Placement | None:
+    """The same for a run, which leaves the leaderboard out where it does not fit and was not asked for, and says so."""
+    try:
+        return for_leaderboard(checkpoint, device, "auto", 1)
+    except OutOfMemory as error:
+        if needed:
+            raise OutOfMemory(f"the leaderboard: {error.why}", "try --no-leaderboard") from error
+        common.say(f"laser: the leaderboard is left out: {error.why}", aside=True)
+        return None
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """What transformers makes of dtype "auto": what config.json says, else what the first tensor is stored in."""
+    for section in (checkpoint.config, checkpoint.config.get("text_config")):
+        told = isinstance(section, dict) and (section.get("dtype") or section.get("torch_dtype"))
+        if isinstance(told, str) and told.removeprefix("torch.") in ("float32", "bfloat16", "float16"):
+            return told.removeprefix("torch.")
+    stored = {"F32": "float32", "F16": "float16", "F64": "float64"}
+    return next((stored.get(t.dtype, "bfloat16") for t in checkpoint.tensors.values() if t.dtype[0] in "BF"), "float32")
+
+
+def said(placement: Placement) -> Placement:
+    """The same; what memory decided is a line on stderr."""
+    if placement.told:
+        common.say(f"laser: {placement.told}", aside=True)
+    return placement
+
+
+def _built(checkpoint: Checkpoint, dtype: str) -> LayeredModel:
+    """Without weights, and without the memory of the C library set for streaming."""
+    return LayeredModel(checkpoint, dtype=dtype, device="meta", resident=True)
+
+
+def _ways(asked: Asked, streamed: bool = True) -> list[tuple[str, Asked]]:
+    """What may be asked for instead, the mildest first."""
+    ways = [("--stream", replace(asked, stream=True))] if streamed and asked.stream is False else []
+    if asked.dtype == "float32":
+        ways.append(("--dtype bfloat16", replace(asked, dtype="bfloat16")))
+    if asked.device != HOST.name:
+        ways.append(("--device cpu", replace(asked, device=HOST.name)))
+    return [*ways, *(smaller_windows(asked) if streamed else ())]

@@ -1,0 +1,98 @@
+"""What a search runs at the most, counted before it runs: by the candidates that it makes, or could make, and by what
+`trials.py` and `runner.py` do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from laser.checkpoint.families import Matrix
+from laser.evaluation.objective import Objective
+from laser.evaluation.streaming import LayeredModel
+from laser.search.candidates import Candidate
+
+
+@dataclass(frozen=True)
+class Passes:
+    """At the most. cuts: matrices that are truncated. trials: edits that are measured. windows: texts whose predictions
+    are scored, and tokens in them. layer_forwards: decoder layers times windows, as `LayeredModel` counts them.
+    layer_tokens: tokens in them, a step backwards counted as three (once more forwards, the gradients of the states and
+    of the weights). loads: decoder layers read, where they do not stay in memory."""
+
+    candidates: int
+    cuts: int
+    trials: int
+    windows: int
+    tokens: int
+    layer_forwards: int
+    layer_tokens: int
+    loads: int
+
+
+def possible_candidates(
+    matrices: Sequence[Matrix], model: LayeredModel, rules: Sequence[str], grid: bool
+) -> list[Candidate]:
+    """Before the spectra are known: as though every rule reduced every matrix that the model runs, each to another
+    rank."""
+    running = [m for m in matrices if m.is_matrix and model.runs(m.name)]
+    if not grid:
+        options = {m.name: tuple((rule, {m.name: 0}) for rule in rules) for m in running}
+        return [Candidate(m.name, model.first_piece(m.name), None, options[m.name]) for m in running]
+    cells: dict[tuple[int, str], dict[str, int]] = {}
+    for m in running:
+        cells.setdefault((model.first_piece(m.name), m.role), {})[m.name] = 0
+    return [
+        Candidate(f"layer {piece - 1} {role}", piece, None, ((rule, names),))
+        for (piece, role), names in cells.items()
+        for rule in rules
+    ]
+
+
+def count_passes(
+    candidates: Sequence[Candidate],
+    layers: int,
+    calibration: Objective,
+    reported: Sequence[Objective],
+    *,
+    tried: int | None = None,
+    order: str = "layers",
+    grid: bool = False,
+    shortlisted: bool = False,
+) -> Passes:
+    """Of a search for `candidates`. tried: how many of them, where that is not yet known which: those that cost most.
+
+    A trial runs the layers from its candidate's first on. What was kept below makes states stale, which are then made
+    again; from the last layer to the first this never happens. A search begins with the untouched model, and ends with
+    every reported text before and after.
+    """
+    dearest = sorted(candidates, key=lambda c: (max(c.piece, 1), -len(c.options)))
+    chosen = dearest if tried is None else dearest[:tried]
+    above = [layers + 1 - max(c.piece, 1) for c in chosen]
+    runs = layers  # decoder layers over all windows of the calibration
+    if grid:  # each cell alone, then the accepted ones on top of one another
+        trials, runs = 2 * len(chosen), runs + sum(above) + layers * len(chosen)
+        cuts = sum(3 * len(c.options[0][1]) for c in chosen)
+    else:
+        trials = sum(len(c.options) for c in chosen)
+        again = 0 if order == "layers" else sum(layers - high for high in above)
+        runs += again + sum(len(c.options) * high for c, high in zip(chosen, above, strict=True))
+        cuts = trials + len(chosen)  # and once more to keep it
+    back = 0
+    if shortlisted:
+        begins = {max(c.piece, 1) for c in candidates}
+        back = layers + 1 - min(begins, default=layers + 1)
+        runs += back - len(begins - {layers + 1})  # the states between all layers, where they are not kept already
+        cuts += len(candidates)
+    windows = (1 + trials) * len(calibration.windows) + 2 * sum(len(each.windows) for each in reported)
+    scored = (1 + trials) * _tokens(calibration) + 2 * sum(map(_tokens, reported))
+    forwards = runs * len(calibration.windows) + 2 * layers * sum(len(each.windows) for each in reported)
+    through = (runs + 3 * back) * _tokens(calibration) + 2 * layers * sum(map(_tokens, reported))
+    loads = runs + back + 2 * layers * len(reported)
+    return Passes(
+        len(chosen), cuts, trials, windows, scored, forwards + back * len(calibration.windows), through, loads
+    )
+
+
+def _tokens(objective: Objective) -> int:
+    """Inputs: the last token of a window is only predicted."""
+    return sum(len(w.tokens) - 1 for w in objective.windows)
