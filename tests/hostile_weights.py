@@ -37,7 +37,9 @@ def damage(data: bytes, draw: random.Random, end: int) -> tuple[bytes, str]:
     """Bytes of which one to three things before `end` are changed."""
     found, told = bytearray(data), []
     for _ in range(draw.choice((1, 1, 2, 3))):
-        at = draw.randrange(max(1, min(end, len(found))))
+        if not found:
+            break
+        at = draw.randrange(min(end, len(found)))
         what = draw.choice(["bit", "byte", "u32", "u64", "u64", "cut", "zero", "more"])
         told.append(f"{what} at {at}")
         if what == "bit":

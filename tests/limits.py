@@ -46,6 +46,20 @@ class Said:
         return None
 
 
+def forked(work: Callable[[], bool]) -> bool:
+    """Whether a child of this process has done its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if work() else 1)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def laser(
     *words: object, folder: Path, memory: int | None = MEMORY, then: Callable[[], str | None] | None = None
 ) -> Said:

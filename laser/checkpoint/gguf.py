@@ -84,11 +84,17 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
     """The tokenizer that transformers makes of the metadata, as files; or why it makes none."""
     try:
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would repeat on the terminal what the file says
         first = parts_of(path)[0]
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(first.parent), gguf_file=first.name, local_files_only=True, trust_remote_code=False
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(first.parent), gguf_file=first.name, local_files_only=True, trust_remote_code=False
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         with TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
