@@ -1,4 +1,4 @@
-"""The fast part of benchmarks/hostile_records.py: changed records, pickles and headers of GGUF, in this process."""
+"""The fast part of benchmarks/hostile_inputs.py: changed records, pickles and headers of GGUF, in this process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Changed records and hostile foreign files through every verb that reads them, each in a child with limits.
 
-    python benchmarks/hostile_records.py [records|pickles|ggufs|params ...] [--count N] [--seed S] [--smoke]
+    python benchmarks/hostile_inputs.py [records|pickles|ggufs|params ...] [--count N] [--seed S] [--smoke]
 
 A child has 1 GB above what the libraries take, and 20 s of the processor. It must end in one sentence or in a right
 result: what is made of a record as it was, or what the format's own library reads. Everything else is listed, and the
