@@ -21,7 +21,7 @@ from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.files import tidy_up
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
-from laser.errors import NumericalError, UsageError
+from laser.errors import CheckpointError, NumericalError, UsageError
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
@@ -178,6 +178,7 @@ def calibrate(
             sites = _run_layer(model, layer, here, states, diagonal, full_side)
             if layer == first and not (shrink or diagonal):
                 _check_experts(sites, named, windows)
+            require_unchanged(checkpoint)  # before anything is kept that was made of it
             count = len(sites)
             for number in range(count):  # each is written and forgotten: the layer's moments once in memory
                 site = sites.pop(0)
@@ -191,7 +192,11 @@ def calibrate(
         elif not any(layer <= left < parts.boundary for left in todo):  # what was lost is there again
             layer = parts.load_states(states)
         tick(tick_of)
-    require_unchanged(checkpoint)
+    try:
+        require_unchanged(checkpoint)
+    except CheckpointError:
+        parts.drop()  # of layers that were read while the weights changed
+        raise
     whole = {"text": windows.text, "text_sha256": windows.text_sha256, "windows_sha256": windows.sha256}
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +21,20 @@ from safetensors.torch import save
 
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
-from laser.checkpoint.fingerprint import differences
+from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
-from laser.errors import RecordError, first_line, is_out_of_memory
+from laser.errors import OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
 
 STATES = "states.safetensors"
+
+_OWN = re.compile(
+    r"(layer-\d{5}-\d{5}|states)\.safetensors|\..+\.(lock|[0-9a-f]{8}\.tmp)"
+)  # what lies in a partial directory
 
 
 class Parts:
@@ -42,13 +48,24 @@ class Parts:
         self.partial, self.run = partial, dict(run)
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
+            if foreign := sorted(p.name for p in partial.iterdir() if not _OWN.fullmatch(p.name)):
+                raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
         told = self._told(partial / STATES)
         if told and differences(told["run"], run):
             if not anew:
-                raise RecordError(f"{partial} belongs to another calibration; repeat its command, or try --force")
+                models = [f"{run_.get('model')} ({fingerprint_in(run_).short})" for run_ in (told["run"], run)]
+                raise RecordError(
+                    f"{partial} belongs to another calibration, begun with {models[0]}, found {models[1]}: "
+                    f"{', '.join(differences(told['run'], run))} differ; repeat its command, or try --force"
+                )
             told = None
         self.boundary: int = told["boundary"] if told else 0  # the layer that the states there enter
         self.layers = self._whole_layers()
+
+    def drop(self) -> None:
+        """Forget what was made of weights that changed meanwhile."""
+        with disk_errors(self.partial):
+            shutil.rmtree(self.partial)
 
     def _whole_layers(self) -> set[int]:
         """Layers of which every file is there; what belongs to none of them is removed."""

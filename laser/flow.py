@@ -14,11 +14,12 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import RECORDS, OnCheck, is_settled
 from laser.engine.workers import Crew
+from laser.errors import OutputError
 from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
 from laser.plan import Plan, Treatment
 from laser.publication import write_card
-from laser.reduction import Outcome, reduce
+from laser.reduction import Outcome, plan_as_measured, reduce
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, scan
 
@@ -99,8 +100,15 @@ def _run_in(
             on_check=on_check,
         )  # fmt: skip
         return Result(spectra, plan, outcome)
+    outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
+    if outcome is not None:  # nothing of it is touched before it is known to be of this very run
+        outcome.plan.source.require(checkpoint, "output")
+        if path.exists() and _there(path, checkpoint, selection, crew, method, null_draws, moments) is None:
+            raise _of_another_run(out)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
+    if outcome is not None and plan_as_measured(plan, outcome.matrices) != outcome.plan:
+        raise _of_another_run(out)
     plan.save(records_of(out) / "plan.json")
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
@@ -110,6 +118,33 @@ def _run_in(
 def records_of(out: Path) -> Path:
     """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
     return out / RECORDS
+
+
+def _there(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+) -> Spectra | None:
+    """The spectra at `path`, if they are those of this scan."""
+    there = Spectra.load(path)
+    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
+    tried = {m.name for m in there.matrices if m.no_spectrum is None}
+    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
+    done = there.values.keys() | {name for name, why in reasons if why.startswith("skipped")}
+    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
+        return None
+    drawn = {len(there.nulls.get(name, ())) for name in there.values}
+    known = there.data.calibration.get("identity") if there.data else None
+    same = moments is None or known == moments.calibration.identity
+    return there if wanted == done and drawn <= {null_draws} and same else None
+
+
+def _of_another_run(out: Path) -> OutputError:
+    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
 
 
 def scan_into(
@@ -130,18 +165,10 @@ def scan_into(
     partial = path.with_name(path.name + ".partial")
     with claimed(path):
         if path.exists() and not anew:
-            there = Spectra.load(path)
-            wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-            tried = {m.name for m in there.matrices if m.no_spectrum is None}
-            reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
-            done = there.values.keys() | {name for name, why in reasons if why.startswith("skipped")}
-            if there.source.is_of(Source.of(checkpoint)) and (there.method, there.device) == (method, crew.label):
-                drawn = {len(there.nulls.get(name, ())) for name in there.values}
-                known = there.data.calibration.get("identity") if there.data else None
-                same = moments is None or known == moments.calibration.identity
-                if wanted == done and drawn <= {null_draws} and same:
-                    tidy_up(partial, path)  # of a process that was killed before it did
-                    return there
+            there = _there(path, checkpoint, selection, crew, method, null_draws, moments)
+            if there is not None:
+                tidy_up(partial, path)  # of a process that was killed before it did
+                return there
         spectra = scan(
             checkpoint,
             selection,

@@ -18,7 +18,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +35,7 @@ from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity, difference
+from laser.plan import Plan
 from laser.reduction import Outcome
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
@@ -90,6 +91,8 @@ def write_card(
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser, or somebody
     is at work on OUT.
     """
+    if not out.is_dir():
+        raise OutputError(f"there is no directory {out}; try the one that laser reduce or laser run wrote")
     with claimed(out):  # nobody replaces what is described
         outcome = Outcome.load(out)
         if wrong := outcome.unlike_plan():
@@ -103,6 +106,7 @@ def write_card(
         made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
         if losses is None and trials is None and (out / SEARCH).exists():
             losses, trials = _searched(out / SEARCH, made_of)
+            _require_search_of(outcome.plan, trials, out / SEARCH)
         a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
         b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
         if (eval_before or eval_after) and not (a and b):
@@ -301,6 +305,30 @@ def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any
             losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
             return losses, trials
     return None, trials
+
+
+def _require_search_of(plan: Plan, trials: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raises RecordError where a plan did not come out of these trials."""
+    found = {(name, rank) for t in trials if t["accepted"] for name, rank in t["ranks"].items()}
+    planned = {(line.name, line.rank) for line in plan.reductions.values()}
+    if "accept" not in plan.selection or not (planned <= found or plan.edited):
+        raise RecordError(f"{path} is of another search than the plan of this output; remove it, or search again")
+
+
+def require_shards(out: Path, on_check: Callable[[int, int], None] = lambda *_: None) -> None:
+    """Raises RecordError where a reduced shard is not the one that laser.json tells of; all of them are read."""
+    told = {name: sha256 for name, sha256 in Outcome.load(out).shards.items() if sha256 is not None}
+    sizes = {name: (out / name).stat().st_size for name in told if (out / name).is_file()}
+    read = 0
+    for name, expected in told.items():
+        found = sha256_of(out / name) if name in sizes else "no such file"
+        if found != expected:
+            raise RecordError(
+                f"{out / name} is not the shard that laser.json tells of: found sha256 {found[:12]}, expected "
+                f"{expected[:12]}; a card would speak of other weights: run laser reduce again"
+            )
+        read += sizes[name]
+        on_check(read, sum(sizes.values()))
 
 
 def _is_ours(path: Path) -> bool:

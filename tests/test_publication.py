@@ -35,7 +35,7 @@ from laser.publication import (
     hub_origin,
     write_card,
 )
-from laser.reduction import reduce
+from laser.reduction import Outcome, reduce
 from laser.spectra import Source, scan
 from laser.verification import verify
 
@@ -45,6 +45,15 @@ def reduced(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
     """pico with five matrices reduced; (source, output)."""
     checkpoint = open_checkpoint(pico)
     reduce(checkpoint, make_plan(scan(checkpoint), "mp-edge", lowest_snr=5), tmp_path / "out")
+    return checkpoint, tmp_path / "out"
+
+
+@pytest.fixture
+def searched(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
+    """The same, by a plan that says it came out of a search."""
+    checkpoint = open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint), "mp-edge", lowest_snr=5)
+    reduce(checkpoint, replace(plan, selection={**plan.selection, "accept": "better"}), tmp_path / "out")
     return checkpoint, tmp_path / "out"
 
 
@@ -369,12 +378,16 @@ TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
     ],
 )
 def test_a_searchs_record_is_checked_whole(
-    reduced: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
+    searched: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
 ) -> None:
-    source, out = reduced
-    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
+    source, out = searched
+    accepted = [
+        TRIED | {"label": name, "ranks": {name: line.rank}, "accepted": True}
+        for name, line in Outcome.load(out).plan.reductions.items()
+    ]
+    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED, *accepted]}
     document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
-    document[part] = [document[part][0] | change]
+    document[part] = [document[part][0] | change, *document[part][1:]]
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(sealed(document)))
     if message is None:
@@ -384,9 +397,13 @@ def test_a_searchs_record_is_checked_whole(
         write_card(out)
 
 
-def test_a_search_that_was_changed_is_refused(reduced: tuple[Checkpoint, Path]) -> None:
-    source, out = reduced
-    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED]}
+def test_a_search_that_was_changed_is_refused(searched: tuple[Checkpoint, Path]) -> None:
+    source, out = searched
+    accepted = [
+        TRIED | {"label": name, "ranks": {name: line.rank}, "accepted": True}
+        for name, line in Outcome.load(out).plan.reductions.items()
+    ]
+    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED, *accepted]}
     document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(sealed(document) | {"held_out": [HELD | {"after": 2.0}]}))

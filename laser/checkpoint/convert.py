@@ -87,8 +87,14 @@ def _write_directory(
 ) -> None:
     require_new(out)
     needed, partial = sum(shard.size for shard in checkpoint.shards), out.with_name(out.name + ".partial")
+    small = {"config.json": checkpoint.config_bytes, **files}
+    if checkpoint.index_bytes is not None:
+        small[INDEX] = checkpoint.index_bytes
     with disk_errors(out):
         if partial.exists():
+            named = {*small, *(shard.name for shard in checkpoint.shards)}
+            if foreign := sorted(p.name for p in partial.iterdir() if p.name not in named):
+                raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         try:
@@ -98,9 +104,6 @@ def _write_directory(
                     f"not enough disk for {out}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
                     "free some space or try -o on another disk"
                 )
-            small = {"config.json": checkpoint.config_bytes, **files}
-            if checkpoint.index_bytes is not None:
-                small[INDEX] = checkpoint.index_bytes
             for name, data in small.items():
                 (partial / name).write_bytes(data)
             for shard in checkpoint.shards:

@@ -152,7 +152,10 @@ class Journal:
     def _load(self, run: Mapping[str, Any]) -> int:
         """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
         whole = 0
-        lines = read_regular(self.path, math.inf).splitlines(keepends=True)
+        data = read_regular(self.path, math.inf)
+        if not _is_journal(data, run):
+            raise OutputError(f"{self.path} is no journal of laser, and would be overwritten; try another name")
+        lines = data.splitlines(keepends=True)
         for number, line in enumerate(lines):
             entry = self._checked(line, first=number == 0)
             if entry is None:
@@ -251,6 +254,12 @@ class Journal:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
+    """Whether a file was a journal once, whole or torn or damaged, and no file of somebody else."""
+    begun = json.dumps(dict(run)).encode()[:12]
+    return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
 
 
 def journal_is_whole(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -57,10 +58,14 @@ def _take(lock: Path, path: Path) -> int:
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OutputError(f"{lock} is a link, expected a lock of laser; remove it") from error
             raise OutputError(f"cannot write beside {path}: {error.strerror}; {remedy(error)}") from error
         try:
+            if not os.pread(handle, 8, 0).startswith((b'{"pid": ', b"")[os.fstat(handle).st_size == 0]):
+                raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
             if not _lock(handle, path):
                 raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
@@ -148,9 +153,9 @@ def _sweep(path: Path) -> None:
     """Remove temporary files of `path` that no living process holds."""
     if fcntl is None:
         return
-    start = f".{path.name[:200]}."
+    ours = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
-        left = [p for p in path.parent.iterdir() if p.name.startswith(start) and p.name.endswith(".tmp")]
+        left = [p for p in path.parent.iterdir() if ours.fullmatch(p.name)]
         for temporary in left:
             with suppress(OSError):
                 handle = os.open(temporary, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ from typing import Any
 from laser.checkpoint.headers import MAX_HEADER
 from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.regular import open_regular
+from laser.checkpoint.side_files import is_weights
 from laser.errors import OutputError
 
 RECORDS = {"spectra", "moments", "plan", "eval", "leaderboard"}
 # Drawn or derived from records: how such a file begins, or what stands near its beginning.
-DRAWN = (b"\x89PNG\r\n", b"<svg", b"<!doctype html", b"<!DOCTYPE html", b"unfrozen_parameters:", b'"snr":')
+DRAWN = (
+    (b"\x89PNG\r\n", b"laser"),
+    (b"<svg", b"laser"),
+    (b"<!doctype html", b"<title>laser report"),
+    (b'"snr":', b'"type":'),
+)
+
+_LIST = re.compile(rb"(#.*\n)*unfrozen_parameters:\n((- |#).*\n?)*-?")  # and no key of somebody's own configuration
 
 
 def require_replaceable(path: Path, kind: str | None) -> None:
@@ -23,7 +32,7 @@ def require_replaceable(path: Path, kind: str | None) -> None:
     if kind is None and found is None:
         with open_regular(path) as file:
             start = file.read(4096)
-        if not start or any(mark in start for mark in DRAWN):
+        if not start or any(all(mark in start for mark in marks) for marks in DRAWN) or _LIST.fullmatch(start):
             return
     if kind is None or found != kind:
         told = f"a record of kind {found!r}" if found else "no record of laser"
@@ -53,7 +62,7 @@ def _kind(document: Any) -> str | None:
 def _torn(path: Path) -> str | None:
     """The kind of a record that is damaged: it has to be possible to make it again."""
     with open_regular(path) as file:
-        start = file.read(1 << 16).translate(None, b"\\ \n")
+        start = file.read(512).translate(None, b"\\ \n")
     return next((kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start), None)
 
 
@@ -61,5 +70,5 @@ def require_outside_models(path: Path) -> None:
     """Raises OutputError for a file that would lie in the directory of a model that laser did not make."""
     for folder in path.resolve().parents:
         model = any((folder / name).is_file() for name in ("config.json", "params.json"))
-        if model and not (folder / OUTCOME).exists() and any(folder.glob("*.safetensors")):
+        if model and not (folder / OUTCOME).exists() and any(is_weights(p.name) for p in folder.iterdir()):
             raise OutputError(f"{path} lies in the model {folder}, and a source is never written to; try another -o")

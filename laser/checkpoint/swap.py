@@ -21,6 +21,8 @@ from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
+    RECORDS,
+    is_ours,
     is_settled,
     prepare_output,
     require_apart,
@@ -28,6 +30,7 @@ from laser.checkpoint.writer import (
     require_room,
     require_usable,
 )
+from laser.errors import OutputError
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
@@ -49,9 +52,10 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
             prepare_output(source, out, resume=resume)
             yield out
             return
-        require_ours(out)
+        require_ours(source, out)
         with disk_errors(new):
             if not resume:
+                _require_own(new)
                 _remove(new)
         prepare_output(source, new, resume=True)
         try:
@@ -69,6 +73,7 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
     """End what a killed process left half done in an exchange; returns whether the new output lies in its place."""
     if not old.is_dir() or old.is_symlink():
         return False
+    _require_own(old)
     if not target.exists():  # killed between two renames
         old.rename(target)
         return False
@@ -83,10 +88,12 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
     """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
     place = _beside(out, "new") if force and out.exists() else out
     require_apart(source, out)
+    for folder in (_beside(out, "new"), _beside(out, "old")):
+        _require_own(folder)
     if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
         require_usable(source, out, resume=resume)
     elif place != out:
-        require_ours(out)
+        require_ours(source, out)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}
     require_room(source, place, there)
 
@@ -94,6 +101,12 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
 def _beside(out: Path, end: str) -> Path:
     target = out.resolve()
     return target.with_name(f".{target.name[:200]}.{end}")
+
+
+def _require_own(folder: Path) -> None:
+    """Raises OutputError for a directory of the name that an exchange uses, which laser did not make."""
+    if folder.is_dir() and not is_ours(folder) and any(p.name != RECORDS for p in folder.iterdir()):
+        raise OutputError(f"{folder} was not made by laser, which needs the name; move it away")
 
 
 def _remove(folder: Path) -> None:

@@ -18,6 +18,7 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +37,17 @@ from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
-from laser.checkpoint.shards import Job, begin, copy_untouched, intact, partial_of, put, settle
+from laser.checkpoint.shards import (
+    Job,
+    begin,
+    copy_untouched,
+    equal_ranges,
+    intact,
+    partial_of,
+    put,
+    settle,
+    untouched,
+)
 from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
@@ -88,23 +99,44 @@ def is_ours(out: Path) -> bool:
     return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
 
 
-def require_ours(out: Path) -> None:
+# What laser keeps in OUT/laser, whole or half written.
+_KEPT = re.compile(
+    r"(journal\.jsonl|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
+    r"(\.partial)?"
+)
+_HALF = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")  # locks and temporary files of what stands beside them
+
+
+def require_ours(source: Checkpoint, out: Path) -> None:
     """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
     if not is_ours(out):
         if not any(out.iterdir()):
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
+    known = {s.name for s in source.shards} | {p.name for p in source.path.iterdir()}
     try:
         document = parse(read_regular(out / OUTCOME))
-        known = {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
+        known |= {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return  # unfinished, or of an older laser: it does not say what it wrote
+        pass  # unfinished, or of an older laser: it does not say what it wrote
     known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
-    ends = (".partial", ".tmp", ".lock")
-    if foreign := sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(ends)):
+    foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _HALF.fullmatch(p.name)]
+    if (out / RECORDS).is_dir():
+        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _HALF.fullmatch(p.name))]
+    if foreign:
         raise OutputError(
-            f"{out} holds {foreign[0]}, which laser did not write, and --force would remove it; move it away first"
+            f"{out} holds {min(foreign).relative_to(out)}, which laser did not write, and --force would remove it; "
+            "move it away first"
         )
+
+
+def _require_no_link(out: Path) -> None:
+    """Raises OutputError for a link in an unfinished output: what is written would go where the link leads."""
+    for path in out.rglob("*"):
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            raise OutputError(
+                f"{path} is a link, and going on would write to what it leads to; put a copy in its place"
+            )
 
 
 def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
@@ -123,6 +155,8 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
         if not resume:
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
+        if not is_settled(source, out):
+            _require_no_link(out)
 
 
 def write_checkpoint(
@@ -151,13 +185,13 @@ def write_checkpoint(
             raise OutputError(
                 f"{out} holds the finished output of another run; try another -o, or --force to replace it"
             )
-        require_intact(source, out, document, on_check)
+        require_intact(source, out, document, touched, on_check)
         return document
     if source.hub is not None:
         require_content(source.hub)
     with Journal(out / JOURNAL, run, shapes=SHAPES) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
-        hashes = _finished(source, out, journal, on_check)
+        hashes = _finished(source, out, journal, touched, on_check)
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
@@ -207,7 +241,9 @@ def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
     return tick
 
 
-def _finished(source: Checkpoint, out: Path, journal: Journal, on_check: OnCheck) -> dict[str, str | None]:
+def _finished(
+    source: Checkpoint, out: Path, journal: Journal, touched: Sequence[Matrix], on_check: OnCheck
+) -> dict[str, str | None]:
     """sha256 by name of the shards that the journal calls finished, and that are; None where it is the source's."""
     told = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
     shards = [shard for shard in source.shards if shard.name in told]
@@ -217,23 +253,41 @@ def _finished(source: Checkpoint, out: Path, journal: Journal, on_check: OnCheck
         files = (out / shard.name, partial_of(out, shard.name))
         file = next((file for file in files if file.exists()), None)
         with disk_errors(out / shard.name):
-            return file is not None and intact(shard, file, told[shard.name], tick, _etag(source, shard))
+            return file is not None and _is_intact(source, shard, file, told[shard.name], touched, tick)
 
     return {shard.name: told[shard.name] for shard in shards if is_there(shard)}
+
+
+def _is_intact(
+    source: Checkpoint,
+    shard: Shard,
+    file: Path,
+    sha256: str | None,
+    touched: Sequence[Matrix],
+    tick: Callable[[int], None],
+) -> bool:
+    """Whether a finished file is what was promised, and of this source: its hash alone would be right of another's."""
+    if not intact(shard, file, sha256, tick, _etag(source, shard)):
+        return False
+    if sha256 is None or source.hub is not None:  # compared whole; and the Hub's hashes tell models apart
+        return True
+    return equal_ranges(shard, file, untouched(shard, {m.tensor for m in touched}), lambda _: None)
 
 
 def _etag(source: Checkpoint, shard: Shard) -> str:
     return source.hub.etags.get(shard.name, "") if source.hub else ""
 
 
-def require_intact(source: Checkpoint, out: Path, document: Mapping[str, Any], on_check: OnCheck) -> None:
+def require_intact(
+    source: Checkpoint, out: Path, document: Mapping[str, Any], touched: Sequence[Matrix], on_check: OnCheck
+) -> None:
     """Raises OutputError, naming the file, where a finished output is not what its outcome says."""
     told, tick = document["shards"], _counting(sum(shard.size for shard in source.shards), on_check)
     for shard in source.shards:
-        if not intact(shard, out / shard.name, told.get(shard.name), tick, _etag(source, shard)):
+        if not _is_intact(source, shard, out / shard.name, told.get(shard.name), touched, tick):
             raise OutputError(
-                f"{out / shard.name} is not what was written there: it was changed or damaged since; try --force to "
-                "make the output again"
+                f"{out / shard.name} is not what was written there, or not of these weights: it was changed or damaged "
+                "since; try --force to make the output again"
             )
     if source.index_bytes is not None and read_regular(out / INDEX) != source.index_bytes:
         raise OutputError(f"{out / INDEX} is not the source's index: it was changed or damaged since; try --force")

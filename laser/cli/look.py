@@ -94,7 +94,7 @@ def spectra(
     chosen = common.selection(layers, roles, include, exclude)
     parse_rule(rule or "mp-edge")
     check_share(top_percent)
-    if snr_json and snr_json == unfrozen:
+    if snr_json and unfrozen and snr_json.resolve() == unfrozen.resolve():
         raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
     for path in (snr_json, unfrozen):
         if path is not None:

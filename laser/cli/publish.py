@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from laser.checkpoint.files import disk_errors, tidy_up
+from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
@@ -18,7 +19,7 @@ from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
-from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, write_card
+from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
@@ -104,7 +105,8 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
     if output.resolve() != (checkpoint.path / LEADERBOARD).resolve() or not source.is_file():
         return []
     before = Leaderboard.load(source)
-    if before.identity != Outcome.load(checkpoint.path).plan.source.identity:
+    made_of = Outcome.load(checkpoint.path).plan.source
+    if before.identity != made_of.identity or not agree(fingerprint_in(before.weights), made_of.weights):
         return []  # the card refuses it, and says so
     return leaderboard_rows(before, board)
 
@@ -208,6 +210,8 @@ def card(
     """Write OUT/README.md, the model card, from the records in OUT."""
     for record in (SOURCE, CARD):
         common.to_write(output / record)
+    with common.Checking() as check:
+        require_shards(output, check)
     written = write_card(
         output,
         open_checkpoint(source, "files") if source is not None else None,

@@ -112,6 +112,8 @@ def search(
     common.refuse_to_overwrite(output, force, "plan")
     journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
+    if len({path.resolve() for path in (output, journal, spectra)}) < 3:
+        raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)
     texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)

@@ -58,7 +58,10 @@ def encoded(figure: Figure, path: Path) -> bytes:
     check_picture(path)
     from matplotlib import rc_context
 
-    drawn, metadata = io.BytesIO(), {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    drawn, metadata = (
+        io.BytesIO(),
+        {"Date": None, "Creator": "laser"} if path.suffix == ".svg" else {"Software": "laser"},
+    )
     with rc_context({"svg.hashsalt": "laser", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
     return drawn.getvalue()

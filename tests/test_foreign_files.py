@@ -1,0 +1,151 @@
+"""What laser did not write stays as it is: through links, under the names that it uses itself, and with --force."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from safetensors.torch import load_file, save_file
+
+import laser.publication
+from laser.checkpoint import fingerprint
+from laser.checkpoint.writer import JOURNAL
+from laser.errors import RecordError
+
+SHARD = "model-00001-of-00003.safetensors"
+
+
+@pytest.fixture
+def made(pico: Path, tmp_path: Path, run: Run) -> Path:
+    """A folder with spectra `s`, a plan `p.json` and a finished output `out` of pico."""
+    assert run("scan", pico, "-o", tmp_path / "s")[0] == 0
+    assert run("plan", tmp_path / "s", "-o", tmp_path / "p.json", "--rule", "rank:4")[0] == 0
+    assert run("reduce", pico, tmp_path / "p.json", "-o", tmp_path / "out")[0] == 0
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["config.json", f"{SHARD}.partial"])
+def test_an_unfinished_output_with_a_link_in_it(
+    pico: Path, made: Path, run: Run, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    before, out = contents(pico), made / "unfinished"
+    (out / JOURNAL).parent.mkdir(parents=True)
+    (out / JOURNAL).touch()
+    link(pico / name.removesuffix(".partial"), out / name)
+    code, _, error = run("reduce", pico, made / "p.json", "-o", out, "--resume")
+    assert code == 1 and "is a link, and going on would write to what it leads to" in error
+    assert contents(pico) == before
+
+
+def test_an_output_of_other_weights_that_the_samples_do_not_tell(
+    pico: Path, made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of a large tensor may miss what differs; going on with an output reads all that was copied."""
+    other = tmp_path / "elsewhere" / "pico"
+    shutil.copytree(pico, other)
+    name = next(p for p in sorted(other.glob("*.safetensors")) if "model.embed_tokens.weight" in load_file(p))
+    weights = load_file(name)
+    weights["model.embed_tokens.weight"][3] += 1
+    save_file(weights, name, metadata={"format": "pt"})
+    monkeypatch.setattr(fingerprint, "samples_of", lambda shards: "0" * 64)
+    assert run("scan", pico, "-o", tmp_path / "s2")[0] == 0
+    assert run("plan", tmp_path / "s2", "-o", tmp_path / "p2.json", "--rule", "rank:4")[0] == 0
+    assert run("reduce", pico, tmp_path / "p2.json", "-o", tmp_path / "o2")[0] == 0
+    code, _, error = run("reduce", other, tmp_path / "p2.json", "-o", tmp_path / "o2", "--resume")
+    assert code == 1 and "not of these weights" in error, error
+
+
+def test_a_refused_run_leaves_a_finished_output_as_it_is(pico: Path, tmp_path: Path, run: Run) -> None:
+    words = ("run", pico, "-o", tmp_path / "out", "--no-search")
+    assert run(*words, "--rule", "rank:4")[0] == 0
+    before = contents(tmp_path / "out")
+    for other in (("--rule", "rank:5"), ("--rule", "rank:4", "--layers", "1")):
+        code, _, error = run(*words, *other, "--resume")
+        assert code == 1 and "the finished output of another run" in error
+        assert contents(tmp_path / "out") == before
+    assert run(*words, "--rule", "rank:4", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("end", ["new", "old"])
+def test_somebody_s_folder_of_a_name_that_an_exchange_uses(pico: Path, made: Path, run: Run, end: str) -> None:
+    theirs = made / f".out.{end}" / "thesis.tex"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    code, _, error = run("reduce", pico, made / "p.json", "-o", made / "out", "--force")
+    assert code == 1 and "was not made by laser, which needs the name; move it away" in error
+    assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_somebody_s_file_of_a_lock_s_name(made: Path, run: Run, kind: str) -> None:
+    victim, lock = made / "victim.txt", made / ".new.json.lock"
+    victim.write_text("mine")
+    lock.symlink_to(victim) if kind == "link" else victim.rename(lock)
+    code, _, error = run("plan", made / "s", "-o", made / "new.json", "--rule", "rank:4")
+    assert code == 1 and ("is a link, expected a lock" if kind == "link" else "is no lock of laser") in error
+    assert lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["one line", "one line\n", "a\nb\n", '{"question": "a"}\n{"question": "b"}\n'])
+def test_somebody_s_file_is_no_journal(pico: Path, tmp_path: Path, run: Run, text: str) -> None:
+    theirs = tmp_path / "x.partial"
+    theirs.write_text(text)
+    for more in ((), ("--force",)):
+        code, _, error = run("scan", pico, "-o", tmp_path / "x", *more)
+        assert code == 1 and "is no journal of laser" in error
+        assert theirs.read_text() == text
+
+
+@pytest.mark.parametrize("place", ["thesis.tex", "laser/mycode.py", "notes.partial"])
+def test_force_removes_nothing_of_others(pico: Path, made: Path, run: Run, place: str) -> None:
+    theirs = made / "out" / place
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("mine")
+    code, _, error = run("reduce", pico, made / "p.json", "-o", made / "out", "--force")
+    assert code == 1 and f"holds {place}, which laser did not write" in error
+    assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("y.yaml", "base_model: x\nunfrozen_parameters:\n- a\nlearning_rate: 1\n", ("spectra", "--unfrozen-yaml")),
+        ("i.html", "<!doctype html><title>my page</title>", ("report", "-o")),
+        ("n.md", 'As {"kind": "plan", "version": 2} ' * 3, ("spectra", "--snr-json")),
+    ],
+)
+def test_force_replaces_no_file_of_others(made: Path, run: Run, name: str, text: str, words: tuple[str, str]) -> None:
+    (made / name).write_text(text)
+    code, _, error = run(words[0], made / "s", words[1], made / name, "--force")
+    assert code == 1 and "--force replaces nothing else" in error
+    assert (made / name).read_text() == text
+
+
+def test_a_card_speaks_of_the_weights_that_are_there(pico: Path, made: Path, run: Run) -> None:
+    assert run("plan", made / "s", "-o", made / "q.json", "--rule", "rank:5")[0] == 0
+    assert run("reduce", pico, made / "q.json", "-o", made / "other")[0] == 0
+    shutil.copy(made / "other" / "laser.json", made / "out" / "laser.json")
+    code, _, error = run("card", made / "out", "--source", pico)
+    assert code == 1 and "is not the shard that laser.json tells of" in error
+    with pytest.raises(RecordError, match="other weights"):
+        laser.publication.require_shards(made / "out")
+
+
+def test_a_card_of_nothing_makes_no_directory(tmp_path: Path, run: Run) -> None:
+    assert run("card", tmp_path / "nope/deep/out")[0] == 1
+    assert not (tmp_path / "nope").exists()
+
+
+def test_one_file_is_not_two(made: Path, run: Run) -> None:
+    both = made / "both.json"
+    assert run("spectra", made / "s", "--snr-json", both, "--unfrozen-yaml", both.parent / "." / "x/../both.json")[0]
+    assert not both.exists()
