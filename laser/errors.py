@@ -114,4 +114,6 @@ def remedy(error: OSError) -> str:
     """What to try where a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space and run the same command again (reduce and run: with --resume)"
+    if error.errno == errno.EFBIG:
+        return "files may not be that large here: see ulimit -f, or try another disk"
     return "check the path and its permissions"

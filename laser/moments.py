@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import check_header, require_sealed, sealed
 from laser.checkpoint.records import decode, named, parse, require_finite, require_keys, value_of
+from laser.checkpoint.regular import require_regular
 from laser.errors import RecordError, UsageError, first_line
 from laser.in_data import Calibration as Calibration
 from laser.spectra import Source
@@ -110,9 +111,10 @@ class Moments:
     @staticmethod
     def load(path: Path) -> Moments:
         """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             raise RecordError(f"no such file: {path}; try `laser calibrate MODEL --text FILE -o {path}`")
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 header = parse((file.metadata() or {}).get("laser", "null"))
         except (SafetensorError, ValueError, OSError, MemoryError) as error:

@@ -45,7 +45,7 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
         text, suffix = (resources.files("laser.recipes") / f"{name_or_file}.toml").read_text(), ".toml"
     else:
         path = Path(name_or_file)
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             raise UsageError(f"no recipe {name_or_file!r}; try one of {', '.join(packaged())}, or a TOML or YAML file")
         try:
             text, suffix = read_regular(path).decode(), path.suffix

@@ -24,6 +24,7 @@ from laser.checkpoint.files import Journal, check_header, require_sealed, sealed
 from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, parse, require_finite, require_keys, shown, value_of
+from laser.checkpoint.regular import require_regular
 from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
 from laser.in_data import DATA, InData, measure_in_data
@@ -164,9 +165,10 @@ class Spectra:
     @staticmethod
     def load(path: Path) -> Spectra:
         """Raises RecordError for a file that is missing, damaged or of another version."""
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             raise RecordError(f"no such file: {path}; try `laser scan MODEL -o {path}`")
         try:
+            require_regular(path)
             with safe_open(path, framework="numpy") as file:
                 header = parse((file.metadata() or {}).get("laser", "null"))
                 check_header(header, path, KIND, VERSION)
@@ -271,6 +273,14 @@ def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Me
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
 
+def check_scan(method: str, null_draws: int) -> None:
+    """What can be refused of a scan before its model is opened. Raises UsageError."""
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    if null_draws < 0:
+        raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
+
+
 def scan(
     checkpoint: Checkpoint,
     selection: Selection | None = None,
@@ -298,10 +308,7 @@ def scan(
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
-    if null_draws < 0:
-        raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
+    check_scan(method, null_draws)
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices = list_matrices(checkpoint)

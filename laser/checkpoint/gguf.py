@@ -88,14 +88,16 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
 
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it would repeat on the terminal what the file says
-        first = parts_of(path)[0]
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(first.parent), gguf_file=first.name, local_files_only=True, trust_remote_code=False
-            )
-        finally:
-            logging.set_verbosity(verbosity)
-        with TemporaryDirectory() as folder:
+        parts = parts_of(path)
+        with TemporaryDirectory() as alone, TemporaryDirectory() as folder:
+            for part in parts:  # without what lies beside them, which transformers would take first
+                (Path(alone) / part.name).symlink_to(part.resolve())
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    alone, gguf_file=parts[0].name, local_files_only=True, trust_remote_code=False
+                )
+            finally:
+                logging.set_verbosity(verbosity)
             tokenizer.save_pretrained(folder)
             return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
     except Exception as error:  # whatever the metadata lack; the weights are there all the same

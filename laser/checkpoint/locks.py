@@ -30,13 +30,21 @@ except ImportError:  # Windows
 _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
 
 
+def real(path: Path) -> Path:
+    """Where an output lies, through whatever links. Raises OutputError for links that lead round and round."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path} is a link that leads to itself; remove it, or try another -o") from error
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.
 
     Raises OutputError at once where another process, or another thread, is at work on it, saying which.
     """
-    place = path.resolve()
+    place = real(path)
     lock = place.with_name(f".{place.name[:200]}.lock")
     key = (str(lock), get_ident())
     if key in _held:

@@ -88,12 +88,12 @@ def _looked_into(path: Path) -> frozenset[int]:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as packed:
             entries = packed.infolist()
-            if len({entry.filename for entry in entries}) < len(entries):
+            if len({entry.filename.lower() for entry in entries}) < len(entries):  # torch looks for them so
                 raise CheckpointError(f"{path.name} holds two files of one name; {RESAVE}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise CheckpointError(f"{path.name} is compressed, which torch.save never does; {RESAVE}")
             for entry in entries:
-                if entry.filename.endswith("/data.pkl"):
+                if entry.filename.lower().endswith("/data.pkl"):
                     if entry.file_size > LARGEST:
                         raise CheckpointError(
                             f"{path.name}: its pickle has {entry.file_size} bytes, expected at most {LARGEST}; {RESAVE}"

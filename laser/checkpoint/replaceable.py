@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.headers import MAX_HEADER
+from laser.checkpoint.locks import real
 from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.regular import open_regular
 from laser.checkpoint.side_files import is_weights
@@ -68,7 +69,7 @@ def _torn(path: Path) -> str | None:
 
 def require_outside_models(path: Path) -> None:
     """Raises OutputError for a file that would lie in the directory of a model that laser did not make."""
-    for folder in path.resolve().parents:
+    for folder in real(path).parents:
         model = any((folder / name).is_file() for name in ("config.json", "params.json"))
         if model and not (folder / OUTCOME).exists() and any(is_weights(p.name) for p in folder.iterdir()):
             raise OutputError(f"{path} lies in the model {folder}, and a source is never written to; try another -o")

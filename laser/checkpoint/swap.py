@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.locks import claimed, real
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -44,7 +44,7 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     OutputError where `out` may not be written or replaced, or somebody is at work on it.
     """
     require_place(source, out, resume=resume, force=force)
-    target, new, old = out.resolve(), _beside(out, "new"), _beside(out, "old")
+    target, new, old = real(out), _beside(out, "new"), _beside(out, "old")
     with claimed(out):
         with disk_errors(out):
             swapped = _recover(source, target, new, old)
@@ -99,7 +99,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
 
 
 def _beside(out: Path, end: str) -> Path:
-    target = out.resolve()
+    target = real(out)
     return target.with_name(f".{target.name[:200]}.{end}")
 
 

@@ -34,6 +34,7 @@ from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoi
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
+from laser.checkpoint.locks import real
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
@@ -72,7 +73,7 @@ OnCheck = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 def require_apart(source: Checkpoint, out: Path) -> None:
     """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
-    target = out.resolve()
+    target = real(out)
     if target == source.path or source.path in target.parents or target in source.path.parents:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
     if out.exists() and not out.is_dir():
@@ -432,7 +433,7 @@ def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> Non
         return partial.stat().st_blocks * 512 if partial.exists() else 0
 
     needed = sum(max(s.size - there(s), 0) for s in source.shards if s.name not in finished)
-    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    place = next(folder for folder in (real(out), *real(out).parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {out}: {place} is no directory that can be written to; try another -o")
     free = shutil.disk_usage(place).free

@@ -168,8 +168,10 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _forget(stream: TextIO) -> None:
+def _forget(stream: TextIO | None) -> None:
     """Let what a stream still holds go nowhere: Python would print a traceback about it at the end."""
+    if stream is None:  # closed from the start
+        return
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

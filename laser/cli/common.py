@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.locks import claimed, real
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.errors import OutputError
 from laser.moments import Moments
@@ -108,8 +109,8 @@ def to_write(path: Path) -> None:
 
 def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
-    if not path.resolve().parent.is_dir():
-        raise OutputError(f"there is no directory {path.resolve().parent}; make it, or try another -o")
+    if not real(path).parent.is_dir():
+        raise OutputError(f"there is no directory {real(path).parent}; make it, or try another -o")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)
@@ -146,6 +147,8 @@ def print_json(document: Any) -> None:
 
 def print_raw(data: bytes) -> None:
     """A record in its own format, nothing around it."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
     sys.stdout.write(data.decode())
 
 

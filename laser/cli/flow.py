@@ -11,6 +11,7 @@ import typer
 
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.swap import require_place
 from laser.cli import common
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
@@ -20,7 +21,7 @@ from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.reduction import reduce as reduce_checkpoint
-from laser.spectra import Spectra
+from laser.spectra import Spectra, check_scan
 from laser.spectral.devices import choose_device
 from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
@@ -65,12 +66,16 @@ def scan(
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
     method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
+    check_scan(method, null)
+    known = common.moments_of(moments)
+    if known is not None:
+        known.source.require(checkpoint, "moments")
     if dry_run:
         return print_dry_run(checkpoint, selected, crew, as_json, null, moments is not None)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
     common.refuse_to_overwrite(output, force, "spectra")
-    known, matrices = common.moments_of(moments), chosen_of(list_matrices(checkpoint), selected)
+    matrices = chosen_of(list_matrices(checkpoint), selected)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
         spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=force)
@@ -164,11 +169,12 @@ def reduce(
     crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
-    if dry_run:
-        wanted.require(checkpoint)
-        return print_estimate(checkpoint, touched, crew, as_json, ranks)
     method, _ = choose_method(method, crew.devices[0])
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
+    if dry_run:
+        wanted.require(checkpoint)
+        require_place(checkpoint, output, resume=resume, force=force)
+        return print_estimate(checkpoint, touched, crew, as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:
         outcome = reduce_checkpoint(

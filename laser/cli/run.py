@@ -152,6 +152,8 @@ def run(
     matrices = chosen_of(matrices, chosen)
     measuring: list[Measuring] = []
     workload = board = measure = None
+    if not wants_board and (data is not None or limit is not None):
+        raise UsageError("--data and --limit are for the leaderboard, which this run leaves out; try --leaderboard")
     if wants_board:
         workload = require_leaderboard(checkpoint, data=data, limit=limit, counted=dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))

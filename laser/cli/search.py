@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.locks import real
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
 from laser.cli.common import say
@@ -112,7 +113,7 @@ def search(
     common.refuse_to_overwrite(output, force, "plan")
     journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
-    if len({path.resolve() for path in (output, journal, spectra)}) < 3:
+    if len({real(path) for path in (output, journal, spectra)}) < 3:
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)

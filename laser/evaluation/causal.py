@@ -58,6 +58,7 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
         if is_out_of_memory(error):
             raise
         raise cannot_build(checkpoint, error) from error
+    _require_possible(checkpoint, config)
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     if getattr(config, "is_encoder_decoder", False):
         raise no_causal_model(checkpoint, "it goes from sequence to sequence, is_encoder_decoder is true")
@@ -78,6 +79,22 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     if getattr(model.config, "is_decoder", True) is False and hasattr(model.config, "add_cross_attention"):
         raise no_causal_model(checkpoint, "each token sees those that follow, is_decoder is false")
     return model.eval()
+
+
+MOST_EXPERTS = 1 << 16  # of a layer; the most of any model so far are some hundreds
+
+
+def _require_possible(checkpoint: Checkpoint, config: Any) -> None:
+    """Raises CheckpointError for more layers than there are tensors: making modules for them would take for ever."""
+    told = {**config.to_dict(), **config.get_text_config().to_dict()}
+    most = {"num_hidden_layers": len(checkpoint.tensors)}
+    most |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), MOST_EXPERTS)
+    for key, limit in most.items():
+        if isinstance(told.get(key), int) and told[key] > limit:
+            raise CheckpointError(
+                f"{checkpoint.name}/config.json: {key} is {told[key]}, expected at most {limit} beside "
+                f"{len(checkpoint.tensors)} tensors; download it again"
+            )
 
 
 def cannot_build(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

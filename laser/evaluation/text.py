@@ -149,8 +149,11 @@ def _checked(text: Text) -> Text:
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer in a checkpoint directory. Raises LaserError where there is none; never runs the model's code."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     require_hub_format(Path(model))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would repeat on the terminal what config.json says
     try:
         return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type
@@ -160,6 +163,8 @@ def load_tokenizer(model: str | Path) -> Any:
             f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_cut(length: int, limit: int | None = None, skip: int = 0, mode: str = "windows") -> None:
@@ -206,7 +211,10 @@ def cut_windows(
         )
     chosen = spans[skip : None if limit is None else skip + limit]
     if not chosen:
-        raise UsageError(f"{text.name} has {len(spans)} windows of {length} tokens; nothing is left after {skip}")
+        raise UsageError(
+            f"{text.name} has {len(spans)} windows of {length} tokens; nothing is left after {skip}; try fewer "
+            "windows, shorter ones, or a longer text"
+        )
     windows, scored_bytes = [], 0
     for start, end, scored in chosen:
         tokens = ids[max(start, 0) : end]

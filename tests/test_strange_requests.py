@@ -1,0 +1,98 @@
+"""Requests that a stranger made: links to themselves, closed streams, FIFOs as records, counts without end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+import laser
+from laser.checkpoint.pickles import read_pickle
+from laser.errors import CheckpointError
+from laser.evaluation.causal import build_causal
+
+
+@pytest.mark.parametrize(
+    "words", ["scan {m} -o {l}", "scan {m} -o {l}/x", "run {m} --no-search -o {l}", "search {m} -o {l}"]
+)
+def test_a_link_that_leads_to_itself_is_no_output(pico: Path, tmp_path: Path, run: Run, words: str) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    code, _, error = run(*words.format(m=pico, l=loop).split())
+    assert code == 1 and "is a link that leads to itself; remove it" in error and error.count("\n") == 1
+
+
+def test_json_without_a_standard_output(pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from laser.cli import main
+
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", told)
+    assert main(["scan", str(pico), "-o", str(tmp_path / "s"), "--json"]) == 1
+    assert "cannot write: standard output is closed" in told.getvalue() and told.getvalue().count("\n") == 1
+
+
+def test_a_fifo_is_no_missing_record(pico: Path, tmp_path: Path, run: Run) -> None:
+    os.mkfifo(tmp_path / "s")
+    for words in (
+        ("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:4"),
+        ("scan", pico, "-o", tmp_path / "t", "--moments", tmp_path / "s"),
+    ):
+        code, _, error = run(*words)
+        assert code == 1 and "it is a FIFO, expected a regular file" in error, error
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
+def test_counts_of_a_config_are_bounded(pico: Path, key: str) -> None:
+    config = json.loads((pico / "config.json").read_text())
+    (pico / "config.json").write_text(json.dumps(config | {key: 10**9}))
+    with pytest.raises(CheckpointError, match=f"{key} is 1000000000, expected at most"):
+        build_causal(laser.open_checkpoint(pico))
+
+
+def test_names_in_a_pickle_are_those_that_torch_looks_for(tmp_path: Path) -> None:
+    good, other = tmp_path / "good.bin", tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2, 2)}, good)
+    with zipfile.ZipFile(good) as packed, zipfile.ZipFile(other, "w") as made:
+        for entry in packed.infolist():
+            made.writestr(entry, packed.read(entry))
+        made.writestr("good/DATA.PKL", b"more")
+    with pytest.raises(CheckpointError, match="two files of one name"):
+        read_pickle(other)
+
+
+@pytest.mark.parametrize("words", [["--method", "nonsense"], ["--null", "-5"], ["--moments", "/nonexistent"]])
+def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Path, run: Run, words: list[str]) -> None:
+    real, dry = run("scan", pico, "-o", tmp_path / "s", *words), run("scan", pico, "--dry-run", *words)
+    assert real[0] == dry[0] != 0 and real[2] == dry[2]
+
+
+def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run) -> None:
+    code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", "--limit", 3)
+    assert code == 2 and "try --leaderboard" in error
+
+
+def test_the_tokenizer_of_a_gguf_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one of another model whose files lie beside it, which transformers would take first."""
+    import transformers
+
+    from laser.checkpoint.gguf import tokenizer_files
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    seen: list[list[str]] = []
+
+    def look(folder: str, **_: object) -> None:
+        seen.append(sorted(p.name for p in Path(folder).iterdir()))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", look)
+    assert tokenizer_files(tmp_path / "m.gguf") == "ValueError: enough"
+    assert seen == [["m.gguf"]]
