@@ -1,5 +1,6 @@
 """Two processes on one output: the second is told who is at work, and nothing is left of a lock once its holder is."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,36 @@ def test_of_many_at_once_exactly_one_wins(pico: Path, tmp_path: Path) -> None:
         assert force or ends.count("won") == 1
         assert all("being written by process" in e or "exists and is" in e for e in ends if e != "won"), ends
         assert verify(checkpoint, out).problems == ()
+
+
+def test_a_lock_just_taken_is_never_taken_for_a_file_of_others(tmp_path: Path) -> None:
+    path, barrier, told = tmp_path / "x", Barrier(4), set[str]()
+
+    def attempt() -> None:
+        barrier.wait()
+        for _ in range(150):
+            try:
+                with claimed(path):
+                    pass
+            except OutputError as error:
+                told.add(str(error).split(" (")[0])
+
+    threads = [Thread(target=attempt) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("is being written by" in each for each in told) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "text"])
+def test_a_file_of_others_that_has_the_name_of_the_lock_stays(tmp_path: Path, kind: str) -> None:
+    lock = tmp_path / ".x.lock"
+    os.mkfifo(lock) if kind == "FIFO" else lock.write_text("mine")
+    with pytest.raises(OutputError, match="is no lock of laser, which needs the name; move it away"):
+        with claimed(tmp_path / "x"):
+            pass
+    assert lock.is_fifo() if kind == "FIFO" else lock.read_text() == "mine"
 
 
 def test_no_two_writers_share_a_temporary_name(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_SAYS = b'{"pid": '  # how a lock of laser begins, unless it is empty
 _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
 
 
@@ -72,10 +74,11 @@ def _take(lock: Path, path: Path) -> int:
                 raise OutputError(f"{lock} is a link, expected a lock of laser; remove it") from error
             raise OutputError(f"cannot write beside {path}: {error.strerror}; {remedy(error)}") from error
         try:
-            if not os.pread(handle, 8, 0).startswith((b'{"pid": ', b"")[os.fstat(handle).st_size == 0]):
-                raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
             if not _lock(handle, path):
                 raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+            if not regular or not (os.pread(handle, 8, 0) or _SAYS).startswith(_SAYS):  # under the lock: nobody writes
+                raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
                 _say_who(handle, lock)
                 return handle
