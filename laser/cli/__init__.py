@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,6 +58,12 @@ def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
     return _INTERRUPTED.get(verb, "nothing was written")
 
 
+@cache
+def _commands() -> Any:
+    """click's commands, made once: typer would make them at every call, and take 0.06 s."""
+    return typer.main.get_command(app)
+
+
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
     """The options that stand before a verb; `main` reads --debug wherever it stands."""
@@ -84,7 +91,7 @@ def _verb(arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> None:
     """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
     try:
-        app(arguments, prog_name="laser")
+        _commands()(arguments, prog_name="laser")
     except SystemExit:  # how typer ends, whatever came of it
         if sys.stdout is not None:
             sys.stdout.flush()
