@@ -27,6 +27,7 @@ SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
     "reduce": (("kill", 0.5), ("torn", 0.6), ("short", "copy_file_range"), ("error", "close")),
     "reduce, one file": (("kill", "rename"),),
     "run": (("torn", 0.8), ("full", 0.7), ("interrupt", 0.6)),
+    "search": (("kill", 0.8), ("error", 0.59)),
     "run, two passes": (("torn", "rename"),),
     "spectra": (("interrupt", 0.6),),
     "convert": (("full", 0.5), ("interrupt", 0.5), ("interrupt", 1.0)),

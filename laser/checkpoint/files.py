@@ -262,6 +262,14 @@ def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
     return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
 
 
+def was_journal(path: Path, kind: str) -> bool:
+    """Whether the file at `path` is, or was before it was damaged, a journal of this kind."""
+    try:
+        return _is_journal(read_regular(path, math.inf), {"kind": kind})
+    except OSError:
+        return False
+
+
 def journal_is_whole(path: Path) -> bool:
     """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
     last = b""
