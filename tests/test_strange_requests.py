@@ -74,8 +74,9 @@ def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Pa
     assert real[0] == dry[0] != 0 and real[2] == dry[2]
 
 
-def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run) -> None:
-    code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", "--limit", 3)
+@pytest.mark.parametrize("words", [["--limit", "3"], ["--tasks", "winogrande"]])
+def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run, words: list[str]) -> None:
+    code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", *words)
     assert code == 2 and "try --leaderboard" in error
 
 
