@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import DoubtWarning, NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, Site, header_of
@@ -136,7 +136,8 @@ def test_what_another_command_left_of_its_first_layer_is_not_joined(
         killed.setattr(calibration.Parts, "save_states", stop)
         calibrate(checkpoint, windows_of(speaker), path)
     assert len(list(path.with_name(path.name + ".partial").glob("layer-*"))) > 2
-    moments = calibrate(checkpoint, windows_of(speaker), path, Selection(roles=("q",)))
+    with pytest.warns(DoubtWarning, match="another calibration.*selection differ; it got no further"):
+        moments = calibrate(checkpoint, windows_of(speaker), path, Selection(roles=("q",)))
     assert {name.rpartition("self_attn.")[2] for name in moments.sites} == {"q_proj.weight"}
 
 

@@ -62,10 +62,12 @@ def moments_of(path: Path | None) -> Moments | None:
 
 @dataclass
 class Held:
-    """What a verb keeps for itself until it ends, and the files that it is to write, as they were when it began."""
+    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, and those
+    of its options that do nothing as it was called."""
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+    idle: set[str] = field(default_factory=set)
 
     def written(self) -> dict[Path, bool]:
         """Whether each file is there, whole: they appear by a rename, as another file."""
@@ -105,6 +107,12 @@ def to_write(path: Path) -> None:
     """This verb is to write `path`, which appears by a rename: should it be interrupted, it says whether it did."""
     if (held := _verb.get()) is not None:
         held.files[path] = _which(path)
+
+
+def do_nothing(*options: str) -> None:
+    """These options do nothing in this call of the verb: they are not advised."""
+    if (held := _verb.get()) is not None:
+        held.idle.update(options)
 
 
 def keep_file(path: Path) -> None:

@@ -146,6 +146,8 @@ def run(
         known.source.require(checkpoint, "moments")
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
+    common.do_nothing(*(() if searching else ("--stream", "--window")), *(() if wants_board else ("--no-leaderboard",)))
+
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
