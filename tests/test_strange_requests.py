@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -47,6 +48,29 @@ def test_a_fifo_is_no_missing_record(pico: Path, tmp_path: Path, run: Run) -> No
     ):
         code, _, error = run(*words)
         assert code == 1 and "it is a FIFO, expected a regular file" in error, error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory", "Too many levels of symbolic links"])
+def test_weights_that_are_no_file_are_not_missing(pico: Path, run: Run, name: str, kind: str) -> None:
+    path = pico / name
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as bound:
+        if kind == "a FIFO":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")
+        elif kind == "a socket":
+            here = Path.cwd()
+            os.chdir(pico)  # an address has no room for a long path
+            bound.bind(name)
+            os.chdir(here)
+        elif kind == "a directory":
+            path.mkdir()
+        else:
+            path.symlink_to(path)
+        code, _, error = run("scan", pico, "--dry-run")
+    assert code == 1 and f"cannot read {path}: " in error and kind in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
