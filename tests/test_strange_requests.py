@@ -98,6 +98,36 @@ def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Pa
     assert real[0] == dry[0] != 0 and real[2] == dry[2]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dtype", "nonsense"],
+        ["--dtype", "bfloat16"],  # of a model that is not quantised
+        ["--method", "nonsense"],
+        ["--evict"],
+        ["--moments", "/nonexistent"],
+        ["--fresh", "/nonexistent"],
+        ["--precision", "float32", "--resume"],  # of a finished output in float64
+        [],  # which is there
+    ],
+)
+def test_a_dry_run_of_a_reduction_refuses_what_the_reduction_does(
+    pico: Path, tmp_path: Path, run: Run, words: list[str]
+) -> None:
+    spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "o"
+    assert run("scan", pico, "-o", spectra, "--roles", "q")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4")[0] == 0
+    if not words or "--resume" in words:
+        assert run("reduce", pico, plan, "-o", out)[0] == 0
+    asked = ("reduce", pico, plan, "-o", out, *words)
+    real, dry = run(*asked), run(*asked, "--dry-run")
+    assert real[0] == dry[0] != 0 and real[2] == dry[2], (real, dry)
+    if "--resume" in words:  # nor of an unfinished one
+        (out / "laser.json").unlink()
+        real, dry = run(*asked), run(*asked, "--dry-run")
+        assert real[0] == dry[0] == 1 and real[2] == dry[2], (real, dry)
+
+
 @pytest.mark.parametrize("words", [["--limit", "3"], ["--tasks", "winogrande"]])
 def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run, words: list[str]) -> None:
     code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", *words)

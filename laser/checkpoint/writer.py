@@ -160,6 +160,22 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
             _require_no_link(out)
 
 
+def _settled(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of a finished output. Raises OutputError where it is another run's."""
+    document = read_outcome(out)
+    if differences(document.get("run") or {}, run):
+        raise OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
+    return document
+
+
+def require_run(source: Checkpoint, out: Path, run: Mapping[str, Any]) -> None:
+    """Raises as `write_checkpoint` where what lies in `out` is of another run; changes nothing."""
+    if is_settled(source, out):
+        _settled(out, run)
+    else:
+        Journal.require(out / JOURNAL, run, SHAPES)
+
+
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
@@ -181,11 +197,7 @@ def write_checkpoint(
     CheckpointError for weights that were damaged in the Hub's cache.
     """
     if is_settled(source, out):
-        document = read_outcome(out)
-        if differences(document.get("run") or {}, run):
-            raise OutputError(
-                f"{out} holds the finished output of another run; try another -o, or --force to replace it"
-            )
+        document = _settled(out, run)
         require_intact(source, out, document, touched, on_check)
         return document
     if source.hub is not None:
