@@ -16,7 +16,8 @@ from conftest import Run
 
 import laser
 from laser.checkpoint.pickles import read_pickle
-from laser.errors import CheckpointError
+from laser.checkpoint.reader import INDEX
+from laser.errors import CheckpointError, DoubtWarning
 from laser.evaluation.causal import build_causal
 
 
@@ -28,6 +29,27 @@ def test_a_link_that_leads_to_itself_is_no_output(pico: Path, tmp_path: Path, ru
     loop.symlink_to(loop)
     code, _, error = run(*words.format(m=pico, l=loop).split())
     assert code == 1 and "is a link that leads to itself; remove it" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["nowhere", "nowhere/below"])
+def test_a_link_to_nothing_is_no_output(pico: Path, tmp_path: Path, run: Run, target: str) -> None:
+    link, spectra, plan = tmp_path / "link.svg", tmp_path / "s", tmp_path / "p"
+    link.symlink_to(target)
+    assert run("scan", pico, "-o", spectra, "--roles", "q")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4")[0] == 0
+    for words in (
+        ("scan", pico, "-o", link),
+        ("plan", spectra, "-o", link, "--rule", "rank:4"),
+        ("plot", spectra, "-o", link, "--heat", "kept"),
+        ("reduce", pico, plan, "-o", link),
+        ("reduce", pico, plan, "-o", link, "--dry-run"),
+        ("run", pico, "-o", link, "--no-search", "--rule", "rank:4"),
+        ("run", pico, "-o", link, "--no-search", "--rule", "rank:4", "--force"),
+        ("convert", pico, "-o", link),
+    ):
+        code, _, error = run(*words)
+        assert code == 1 and f"{link} is a link to {target}, which is not there; remove it" in error, (words, error)
+        assert link.is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_json_without_a_standard_output(pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +154,21 @@ def test_a_dry_run_of_a_reduction_refuses_what_the_reduction_does(
 def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run, words: list[str]) -> None:
     code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", *words)
     assert code == 2 and "try --leaderboard" in error
+
+
+def test_bits_that_fill_no_whole_bytes_are_told_as_bits(pico: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}).encode()
+    path = next(pico.glob("*.safetensors"))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match=r"a holds 1 bytes, expected 12 bits, which fill no whole bytes, for F4"):
+        laser.open_checkpoint(pico)
+
+
+def test_metadata_of_an_index_that_are_a_list(pico: Path) -> None:
+    index = json.loads((pico / INDEX).read_text())
+    (pico / INDEX).write_text(json.dumps(index | {"metadata": [1]}))
+    with pytest.warns(DoubtWarning, match="has metadata that are no object, without which"):
+        laser.open_checkpoint(pico)
 
 
 def test_the_tokenizer_of_a_gguf_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

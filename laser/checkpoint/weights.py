@@ -282,7 +282,8 @@ def disagreements(
     if index is not None:
         yield from _index(merged, index["weight_map"])
         if not isinstance(index.get("metadata"), dict):
-            yield f"{start} has no metadata, without which transformers does not load it; an output's index has some"
+            found = "metadata that are no object" if index.get("metadata") is not None else "no metadata"
+            yield f"{start} has {found}, without which transformers does not load it; an output's index has some"
 
 
 def _copies(merged: Merged) -> Iterator[str]:

@@ -34,7 +34,7 @@ from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoi
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
-from laser.checkpoint.locks import real
+from laser.checkpoint.locks import real, require_led
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
@@ -150,6 +150,7 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
 def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
+    require_led(out)
     if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed, real
+from laser.checkpoint.locks import claimed, real, require_led
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.errors import OutputError
 from laser.moments import Moments
@@ -117,8 +117,10 @@ def do_nothing(*options: str) -> None:
 
 def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
-    if not real(path).parent.is_dir():
-        raise OutputError(f"there is no directory {real(path).parent}; make it, or try another -o")
+    place = real(path)
+    require_led(path)
+    if not place.parent.is_dir():
+        raise OutputError(f"there is no directory {place.parent}; make it, or try another -o")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)
