@@ -23,10 +23,11 @@ from safetensors.torch import save
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences, fingerprint_in
+from laser.checkpoint.headers import read_header
 from laser.checkpoint.joining import join, read_json_header
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
-from laser.errors import DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
+from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
@@ -38,6 +39,19 @@ _OWN = re.compile(
 )  # what lies in a partial directory
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether laser did not write this: by its name, or since it is no file, or safetensors that say nothing of it."""
+    if not _OWN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+        return True
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        header = json.loads(read_header(path).header[8:])
+    except CheckpointError:
+        return False  # damaged: whose it was is not to be seen
+    return not {"run", "check", "site", "number", "of", "boundary"} & header.get("__metadata__", {}).keys()
+
+
 class Parts:
     """The files of one calibration `run` in the directory `partial`, which is made.
 
@@ -47,9 +61,11 @@ class Parts:
 
     def __init__(self, partial: Path, run: Mapping[str, Any], anew: bool = False) -> None:
         self.partial, self.run = partial, dict(run)
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            raise OutputError(f"{partial} is in the way of the directory of that name, which laser makes; move it away")
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
-            if foreign := sorted(p.name for p in partial.iterdir() if not _OWN.fullmatch(p.name)):
+            if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
         told = {file: found for file in (partial / STATES, *self._files()) if (found := self._told(file))}
         others = [found for found in told.values() if differences(found["run"], run)]
