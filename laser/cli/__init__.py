@@ -149,7 +149,7 @@ LESS = (
     Less("--device cpu", DEVICES, ("--device cpu", "--devices"), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
-BOUND = dict.fromkeys(("scan", "reduce"), ("--device",))
+BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "reduce"), ("--device",))
 BOUND |= {"run": ("--device", "--window"), "search": ("--device", "--window", "--dtype")}
 BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
 
