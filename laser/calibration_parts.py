@@ -62,7 +62,7 @@ class Parts:
     def __init__(self, partial: Path, run: Mapping[str, Any], anew: bool = False) -> None:
         self.partial, self.run = partial, dict(run)
         if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-            raise OutputError(f"{partial} is in the way of the directory of that name, which laser makes; move it away")
+            raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
             if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
