@@ -110,6 +110,12 @@ class NumericalError(LaserError):
         self.residual = residual
 
 
+def not_finite(dtype: object, way: str) -> str:
+    """What to try where a model that runs in `dtype` gives NaN or Inf. way: how its verb is told to run in float32."""
+    find = "laser scan to find NaN in its weights"
+    return f"try {find}" if str(dtype).endswith("float32") else f"try {way}, or {find}"
+
+
 def remedy(error: OSError) -> str:
     """What to try where a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -35,15 +35,62 @@ def wait_for_handler(process: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("wait", "number"), [(0.0, signal.SIGTERM), (0.5, signal.SIGINT)])
+def at_a_terminal() -> None:
+    """Also where the tests themselves were started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("wait", "number"), [(0.0, signal.SIGTERM), (0.5, signal.SIGINT), (0.2, signal.SIGHUP)])
 def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float, number: signal.Signals) -> None:
-    child = subprocess.Popen([sys.executable, "-m", "laser", "devices"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    words = [sys.executable, "-m", "laser", "devices"]
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=at_a_terminal)
     wait_for_handler(child.pid)
     time.sleep(wait)
     child.send_signal(number)
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
+    code = 129 if number == signal.SIGHUP else 130
+    assert (child.returncode, err) == (code, b"laser: interrupted; nothing was written\n")
+
+
+# A scan that waits, and says so, where the first matrix is read.
+WAITING = """
+import sys, time
+from laser.checkpoint.reader import Checkpoint
+def wait(*_):
+    print("here", flush=True)
+    time.sleep(60)
+Checkpoint.read = wait
+sys.argv = ["laser", "scan", sys.argv[1], "-o", sys.argv[2], "--workers", "1"]
+from laser.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
+    words = [sys.executable, "-c", WAITING.replace("sleep(60)", "sleep(1)"), str(pico), str(tmp_path / "s")]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=at_a_terminal)
+    assert child.stdout is not None and child.stderr is not None and child.stdout.readline() == b"here\n"
+    if closed:
+        child.stderr.close()
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(timeout=60) == 129
+    if not closed:
+        told = child.stderr.read()
+        assert told == b"laser: interrupted; what is finished is kept, run the same command again\n"
+        child.stderr.close()
+    child.stdout.close()
+
+
+def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
+    words = 'trap "" HUP; exec "$0" -c "$1" "$2" "$3"'
+    code = WAITING.replace("sleep(60)", "sleep(1); sys.stderr.write('on'); sys.stderr.flush(); import os; os._exit(7)")
+    command = ["sh", "-c", words, sys.executable, code, str(pico), str(tmp_path / "s")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline() == b"here\n"
+    child.send_signal(signal.SIGHUP)
+    assert child.communicate(timeout=60)[1] == b"on" and child.returncode == 7
 
 
 @pytest.mark.parametrize("buffered", [True, False])

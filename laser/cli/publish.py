@@ -24,6 +24,13 @@ from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
 
+Tasks = Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")]
+
+
+def named(tasks: str | None) -> tuple[str, ...] | None:
+    """The tasks of --tasks; None for all."""
+    return None if tasks is None else tuple(part for part in tasks.replace(" ", "").split(",") if part)
+
 
 def leaderboard(
     model: common.Model,
@@ -31,7 +38,7 @@ def leaderboard(
         Path | None,
         typer.Option("-o", "--output", help=f"The record to write; for an output of laser, OUT/{LEADERBOARD}."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")] = None,
+    tasks: Tasks = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Only the first N rows of each (of each subject).")
     ] = None,
@@ -49,7 +56,7 @@ def leaderboard(
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
+    names = named(tasks)
     require_request(names, limit, data)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
@@ -112,7 +119,13 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
 
 
 def leaderboards(
-    checkpoint: Checkpoint, out: Path, name: str, device: str, data: Path | None, limit: int | None
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str,
+    device: str,
+    tasks: tuple[str, ...] | None,
+    data: Path | None,
+    limit: int | None,
 ) -> None:
     """Source and result of a run on the same rows, each into its record, where the card looks for them.
 
@@ -121,10 +134,10 @@ def leaderboards(
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data, again=True)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, tasks, limit, data, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name, again=True)
+        _measure_tasks(result, out / LEADERBOARD, device, tasks, limit, data, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)

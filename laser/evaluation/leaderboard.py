@@ -42,7 +42,15 @@ from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
+from laser.errors import (
+    CheckpointError,
+    NumericalError,
+    RecordError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+    not_finite,
+)
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
@@ -539,7 +547,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     for name in names:
         samples = [s for s in result["samples"][name] if s["filter"] == picked]
         for sample in samples:
-            _check_finite(sample, name)
+            _check_finite(sample, name, model.model.dtype)
             # The row beside the prompts that were made of it: mc2 reads the right answers from the row alone.
             told = [sample["doc_hash"], sample["arguments"], sample["target"]]
             asked.update(json.dumps(told, sort_keys=True, default=str).encode())
@@ -547,7 +555,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
         subjects.append((subject_of(task, name), len(samples)))
     undefined = sum(map(math.isnan, rows))
     if undefined and task.metric != "mc2":
-        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32 and --force")
+        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; {not_finite(model.model.dtype, IN_FLOAT32)}")
     # mc2 is the share of the right answers in the sum of all answers' probabilities. Where all of them underflow it is
     # 0/0. The leaderboard gave a model with such a row 0 for the task; here the row counts 0, and all rows if all are.
     rows = [0.0 if math.isnan(x) else x for x in rows]
@@ -561,11 +569,14 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     )
 
 
-def _check_finite(sample: Mapping[str, Any], name: str) -> None:
+# Of a run, which takes the dtype as stored, too.
+IN_FLOAT32 = "laser leaderboard with --dtype float32 and --force (laser run: with --no-leaderboard before it)"
+
+
+def _check_finite(sample: Mapping[str, Any], name: str, dtype: object) -> None:
     """NaN likelihoods would be scored like any others: the first choice would simply win."""
     for response in sample["filtered_resps"]:
         if isinstance(response, (tuple, list)) and math.isnan(float(response[0])):
             raise NumericalError(
-                f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; "
-                "try --dtype float32 and --force, and `laser verify` on the model"
+                f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; {not_finite(dtype, IN_FLOAT32)}"
             )
