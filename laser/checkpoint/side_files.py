@@ -88,10 +88,15 @@ _OPENED = re.compile(
 )
 
 
+def is_opened(name: str) -> bool:
+    """Whether transformers opens a file of that name beside the weights."""
+    return bool(_OPENED.fullmatch(name.lower()))
+
+
 def require_small_files(folder: Path) -> None:
     """Raises CheckpointError where transformers, asked to open a folder, would wait for ever or read without end."""
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if not _OPENED.fullmatch(path.name.lower()) or path.is_dir():
+        if not is_opened(path.name) or path.is_dir():
             continue
         try:
             with open_regular(path) as file:
@@ -106,7 +111,7 @@ def require_small_files(folder: Path) -> None:
 
 def foreign_links(folder: Path) -> list[Path]:
     """What transformers opens beside the weights and is a link to another place: without it a copy does not load."""
-    opened = (path for path in sorted(folder.iterdir()) if _OPENED.fullmatch(path.name.lower()))
+    opened = (path for path in sorted(folder.iterdir()) if is_opened(path.name))
     return [path for path in opened if path.is_symlink() and not path.is_dir() and own_file(folder, path) is None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -186,10 +187,21 @@ def push(
     as_json: common.Json = False,
 ) -> None:
     """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on."""
-    address = push_directory(output, repo, private=private, revision=revision)
+    pushed = push_directory(output, repo, private=private, revision=revision)
     if as_json:
-        return common.print_json({"output": str(output), "repo": repo, "address": address})
-    say(f"{output} uploaded to {address}")
+        return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
+    for names, what in (
+        (pushed.replaced, "replaced on the Hub"),
+        (pushed.beside, "left on the Hub, as they were there"),
+    ):
+        if names:
+            say(f"{what}: {some(names)}")
+    say(f"{output} uploaded to {pushed.address}, commit {pushed.commit[:12]}")
+
+
+def some(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def card(
