@@ -4,10 +4,11 @@
     python benchmarks/open_many.py [--layers 61] [--experts 256] [--shards 163] [--pairs 7] [--against DIR]
                                    [--work DIR] [--keep] [--smoke]
 
-The headers are true, and the weights are holes: 1.3 TB of which a few megabytes lie on the disk. Medians in seconds:
+The headers are true, and the weights are holes: 1.3 TB of which a few megabytes lie on the disk. Medians in seconds of
+the processor, so that a busy machine makes less of a difference:
 
     open          laser.open_checkpoint: config, index and headers, checked
-    list          laser.list_matrices of all roles
+    list          laser.list_matrices
     fingerprint   some pages of every tensor, warm; not where DIR has no such thing
 
 With --against, which names a directory with another version of laser, both versions are timed in alternation, each in
@@ -93,15 +94,15 @@ def measured(model: Path) -> dict[str, float]:
     """Seconds of each part with the laser that this process imports; the counts beside them."""
     import laser
 
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = laser.open_checkpoint(model)
-    opened = time.perf_counter()
+    opened = time.process_time()
     matrices = laser.list_matrices(checkpoint)
-    listed = time.perf_counter()
+    listed = time.process_time()
     taken = {"open": opened - start, "list": listed - opened}
     if hasattr(checkpoint, "fingerprint"):
         assert checkpoint.fingerprint
-        taken["fingerprint"] = time.perf_counter() - listed
+        taken["fingerprint"] = time.process_time() - listed
     return taken | {"tensors": len(checkpoint.tensors), "matrices": len(matrices)}
 
 

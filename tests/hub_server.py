@@ -212,7 +212,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if fault is not None and fault.kind == "close":
                 self.close_connection = True
                 return
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.rfile.read(length := int(self.headers.get("Content-Length") or 0))
+            if len(body) < length:  # the client went away
+                self.close_connection = True
+                return
             if hub.instead is not None and hub.instead(self, path):
                 return self.note(path, 0)
             status, told = (fault.status, {}) if fault and fault.kind == "status" else self.taken(path, body)
