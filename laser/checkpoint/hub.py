@@ -25,7 +25,7 @@ from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
 from laser.checkpoint.regular import read_regular
-from laser.checkpoint.side_files import WEIGHTS, modules_of
+from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import LONGEST, CheckpointError, LaserError, first_line
 
@@ -135,17 +135,31 @@ def listing(hub: Hub) -> frozenset[str]:
             return here
     try:
         with hub_errors(hub.repo, hub.revision):
-            return frozenset(_names(hub) if whole else _patiently(lambda: _names(hub), hub.repo))
+            names = _names(hub) if whole else _patiently(lambda: _names(hub), hub.repo)
     except CheckpointError:
         if not whole:
             raise
         return here
+    _require_apart(hub, names)
+    return frozenset(names)
 
 
 def _names(hub: Hub) -> list[str]:
     from huggingface_hub import HfApi
 
     return plain_names(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+
+
+def _require_apart(hub: Hub, names: Sequence[str]) -> None:
+    """Raises CheckpointError for names of which the cache's disk would keep one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(folded(name), name)
+        if twin != name and is_one_file(hub.folder / "CONFIG.JSON", hub.folder / "config.json"):
+            raise CheckpointError(
+                f"{hub.repo} holds {twin} and {name}, and the disk of the Hub's cache makes no difference between the "
+                "two; set HF_HUB_CACHE to a directory on another disk, and remove this model from the old one"
+            )
 
 
 def plain_names(repo: str, siblings: Sequence[Any] | None) -> list[str]:

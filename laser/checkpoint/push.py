@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.regular import read_regular
-from laser.checkpoint.side_files import is_opened, is_weights
+from laser.checkpoint.side_files import folded, is_opened, is_weights
 from laser.checkpoint.writer import JOURNAL, RECORDS
 from laser.errors import CheckpointError, LaserError, OutputError, UsageError
 
@@ -184,11 +183,11 @@ class _Push:
 
     def _require_unmixed(self, there: Mapping[str, Any]) -> None:
         """Raises OutputError where the repository holds what somebody would load with the output, or in its place."""
-        ours = {_folded(part): part for name in self.files for part in _paths(name)}
+        ours = {folded(part): part for name in self.files for part in _paths(name)}
         for name in sorted(there):
             if name in self.files:
                 continue
-            alike = next((ours[_folded(part)] for part in _paths(name) if ours.get(_folded(part), part) != part), None)
+            alike = next((ours[folded(part)] for part in _paths(name) if ours.get(folded(part), part) != part), None)
             if alike is None and name in ours.values():  # a file where we have a folder
                 alike = f"{name}/"
             if alike is not None:
@@ -257,11 +256,6 @@ def _blob_id(path: Path) -> str:
     """How git calls the file."""
     data = read_regular(path)
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def _folded(name: str) -> str:
-    """The same for names that a disk may take for one: those of macOS and Windows make no difference of case."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _paths(name: str) -> Sequence[str]:

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from laser.checkpoint.regular import LARGEST, open_regular, read_regular
@@ -49,6 +50,19 @@ MODULES = "modules.json"  # sentence-transformers: which subfolders are modules 
 def is_weights(name: str) -> bool:
     """Whether a file of that name holds weights, in any format, or belongs to such files."""
     return bool(_WEIGHTS.fullmatch(name.lower()) or _STATE.fullmatch(name))
+
+
+def folded(name: str) -> str:
+    """The same for names that a disk may take for one: those of macOS and Windows make no difference of case."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def is_one_file(a: Path, b: Path) -> bool:
+    """Whether two paths whose names differ by case only lead to one file, as on a disk that makes no difference."""
+    try:
+        return a.samefile(b) and a not in a.parent.iterdir()
+    except OSError:
+        return False
 
 
 def modules_of(folder: Path) -> tuple[str, ...]:
