@@ -290,11 +290,11 @@ def test_notes_of_other_clients_stay_here(hub: Hub, out: Path, run: Run) -> None
 # --- hostile answers --------------------------------------------------------------------------------------------------
 
 
-def answer(where: str, body: bytes, status: int = 200, **headers: str) -> Any:
+def answer(where: str, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Any:
     def instead(handler: Any, path: str) -> bool:
         if where not in path:
             return False
-        handler.send(status, {"Content-Type": "application/json"} | headers, body)
+        handler.send(status, {"Content-Type": "application/json"} | (headers or {}), body)
         return True
 
     return instead
@@ -324,8 +324,8 @@ HOSTILE: dict[str, Any] = {}
 for name, (_, where) in REQUESTS.items():
     HOSTILE |= {f"{name} html": answer(where, HTML), f"{name} endless": chunked(where)}
     HOSTILE |= {f"{name} {body[:12]!r}": answer(where, body) for body in (b"[]", b"null", b"[" * 99999)}
-    HOSTILE |= {f"{name} packed": answer(where, b"{}", **{"Content-Encoding": "gzip"})}
-    HOSTILE |= {f"{name} elsewhere": answer(where, b"", 307, Location="file:///etc/passwd")}
+    HOSTILE |= {f"{name} packed": answer(where, b"{}", headers={"Content-Encoding": "gzip"})}
+    HOSTILE |= {f"{name} elsewhere": answer(where, b"", 307, {"Location": "file:///etc/passwd"})}
 for oid in ("../../escaped", "", "A" * 40, "x\x1b[2J", 1, None, ["a"], "a" * 9999):
     told = json.dumps({"commitUrl": "https://x/y/commit/z", "commitOid": oid}).encode()
     HOSTILE |= {f"commit {str(oid)[:12]!r}": answer("/commit/", told)}
