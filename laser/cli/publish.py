@@ -183,10 +183,15 @@ def push(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="The branch; default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on."""
+    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
+
+    It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
+    """
     pushed = push_directory(output, repo, private=private, revision=revision)
     if as_json:
         return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
