@@ -87,7 +87,9 @@ def out_of_memory_in(error: BaseException | None) -> BaseException | None:
     torch.OutOfMemoryError is a RuntimeError, NumPy's _ArrayMemoryError a MemoryError, and an OSError says ENOMEM. What
     was being handled when an error of laser's own was raised counts only where that says `from`.
     """
-    while error is not None:
+    seen: list[BaseException] = []  # an error can be among its own causes
+    while error is not None and error not in seen:
+        seen.append(error)
         if isinstance(error, MemoryError | OutOfMemory) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return error
         told = f"{type(error).__name__}: {error}".lower().replace("outofmemory", "out of memory")

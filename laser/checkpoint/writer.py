@@ -49,7 +49,7 @@ from laser.checkpoint.shards import (
     settle,
     untouched,
 )
-from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
+from laser.checkpoint.side_files import folded, foreign_links, is_one_file, modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -462,7 +462,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
     read |= {"pytorch_model.bin.index.json"} if read else set()
-    modules, left_out = modules_of(source.path), []
+    modules, left_out, written = modules_of(source.path), [], {folded(name): name for name in ours}
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
@@ -476,6 +476,12 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         if stays_behind(source.path, relative, modules):
             left_out += [] if str(relative) in read else [str(relative)]
             continue
+        twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
+        if twin != relative.as_posix() and is_one_file(out / relative, out / twin):
+            raise OutputError(
+                f"{source.path} holds {twin} and {relative}, and the disk of {out} makes no difference between the "
+                "two; try a directory on another disk, or a source without one of them"
+            )
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) == "config.json":

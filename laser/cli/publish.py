@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -195,14 +196,30 @@ def push(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="The branch; default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on."""
-    address = push_directory(output, repo, private=private, revision=revision)
+    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
+
+    It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
+    """
+    pushed = push_directory(output, repo, private=private, revision=revision)
     if as_json:
-        return common.print_json({"output": str(output), "repo": repo, "address": address})
-    say(f"{output} uploaded to {address}")
+        return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
+    for names, what in (
+        (pushed.replaced, "replaced on the Hub"),
+        (pushed.beside, "left on the Hub, as they were there"),
+    ):
+        if names:
+            say(f"{what}: {some(names)}")
+    say(f"{output} uploaded to {pushed.address}, commit {pushed.commit[:12]}")
+
+
+def some(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def card(
