@@ -66,7 +66,7 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
             raise
         with disk_errors(out):
             _exchange(new, target, old)
-        tidy_up(old, out)
+        tidy_up(old, out, _remove)
 
 
 def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
@@ -80,7 +80,7 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
     if not new.exists() and is_settled(source, old) and not _is_later(target, old):  # killed before the exchange
         old.rename(new)
         return False
-    shutil.rmtree(old)
+    _remove(old)
     return True
 
 
@@ -110,8 +110,17 @@ def _require_own(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
+    """A directory of laser. The file that says so goes last: what a kill leaves of it is still laser's."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    last = folder / (OUTCOME if (folder / OUTCOME).exists() else JOURNAL)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a directory before the directory
+        if path.is_symlink() or not path.is_dir():
+            if path != last:
+                path.unlink()
+        elif path not in last.parents:
+            path.rmdir()
+    shutil.rmtree(folder)
 
 
 def _is_later(one: Path, other: Path) -> bool:
