@@ -34,7 +34,13 @@ SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
     "convert": (("full", 0.5), ("interrupt", 0.5), ("interrupt", 1.0)),
     "card": (("kill", 0.7),),
     "plan --force": (("full", "write"), ("interrupt", 1.0)),
-    "reduce --force": (("kill", "exchange"), ("torn", "exchange"), ("error", "exchange"), ("full", "exchange")),
+    "reduce --force": (
+        ("kill", 0.95),
+        ("kill", "exchange"),
+        ("torn", "exchange"),
+        ("error", "exchange"),
+        ("full", "exchange"),
+    ),
     "plot --force": (("full", "write"), ("torn", "write")),
 }
 

@@ -105,7 +105,11 @@ def _beside(out: Path, end: str) -> Path:
 
 def _require_own(folder: Path) -> None:
     """Raises OutputError for a directory of the name that an exchange uses, which laser did not make."""
-    if folder.is_dir() and not is_ours(folder) and any(p.name != RECORDS for p in folder.iterdir()):
+    try:
+        foreign = folder.is_dir() and not is_ours(folder) and any(p.name != RECORDS for p in folder.iterdir())
+    except FileNotFoundError:  # another process has just removed its own
+        return
+    if foreign:
         raise OutputError(f"{folder} was not made by laser, which needs the name; move it away")
 
 

@@ -390,7 +390,8 @@ def require_leaderboard(
     prompts = tokens = 0.0
     with _folder() as folder:
         for task in chosen:
-            names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
+            with disk_errors(Path(folder)):
+                names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
             for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
                 if counted:
                     one, several = _work_of(each, tokenizer, limit)
@@ -414,9 +415,13 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
     return len(task.instances) * rows / sample, tokens * rows / sample
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def _folder() -> Iterator[str]:
     """For the tasks' files while lm-eval reads them. What cannot be removed from it again is no reason to stop."""
-    return tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
+    with disk_errors(Path(tempfile.gettempdir())):
+        made = tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield folder
 
 
 def _asked(
