@@ -19,8 +19,7 @@ class Measured:
     null: NDArray[np.float64]
     kurtosis: float | None = None
     skipped: str | None = None
-    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
-    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # the values again in the data's metric
     data_failed: str | None = None  # why not in the data's metric
     note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
 
@@ -28,15 +27,14 @@ class Measured:
 def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     """A line of a journal."""
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
-    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
+    vectors |= {"data": _encode(measured.data)}
     told = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
     return told | {"data_failed": measured.data_failed} | vectors
 
 
 def from_entry(entry: Mapping[str, Any]) -> Measured:
-    data, data_null = _decode(entry.get("data", "")), _decode(entry.get("data_null", ""))
-    values, null = _decode(entry["values"]), _decode(entry["null"])
-    told = entry["kurtosis"], entry["skipped"], data, data_null, entry.get("data_failed"), entry.get("note", "")
+    values, null, data = _decode(entry["values"]), _decode(entry["null"]), _decode(entry.get("data", ""))
+    told = entry["kurtosis"], entry["skipped"], data, entry.get("data_failed"), entry.get("note", "")
     return Measured(values, null, *told)
 
 

@@ -24,7 +24,7 @@ from laser.errors import RecordError, UsageError
 from laser.spectra import SOURCE_OPTIONAL, Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 4
+KIND, VERSION = "moments", 5
 AGAIN = "try laser calibrate again with this version of laser"
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
@@ -89,16 +89,11 @@ class Moments:
                 f"{self.path.name} was made from other weights of {name}: found {found}, expected {expected}; try "
                 f"laser calibrate with this model"
             )
-        names = ["diagonal"]
-        if site.form != "diagonal":
-            names += ["correlations", *(("sketch", "rest") if site.form == "outputs" else ())]
-        known = {part: self._tensor(f"{site.key}.{part}") for part in names}
-        diagonal = known.pop("diagonal")
+        diagonal = self._tensor(f"{site.key}.diagonal")
         if site.form == "diagonal":
             return Metric("diagonal", diagonal, site.tokens)
-        moment = unpack(known.pop("correlations"), diagonal)
-        known = {part: tensor.double() for part, tensor in known.items()}
-        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, **known)
+        moment = unpack(self._tensor(f"{site.key}.correlations"), diagonal)
+        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
 
     def _tensor(self, name: str) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""
