@@ -7,14 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.errors import RecordError, UsageError
-from laser.spectral.data_metric import data_values
-from laser.spectral.data_null import both_nulls
-from laser.spectral.devices import Device
 from laser.spectral.rules import energy_share, signal_to_noise
 
 if TYPE_CHECKING:
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from laser.spectra import Spectra
 
 UNSEEN = "not seen enough"  # how a plan's reason begins for a matrix that met fewer inputs than it has dimensions
-DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
+DATA = "laser.data."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
 
@@ -57,25 +53,23 @@ class Calibration:
 @dataclass(frozen=True)
 class InData:
     """By name: how many inputs a matrix met, for those that were calibrated; singular values (p,) of W C^(1/2),
-    descending; the largest ones (draws,) of its permutations; and why there are none. `calibration` says on which text
-    (moments.Calibration)."""
+    descending; and why there are none. `calibration` says on which text (moments.Calibration)."""
 
     calibration: Mapping[str, Any]
     seen: Mapping[str, int]
     values: Vectors = field(default_factory=dict)
-    nulls: Vectors = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def vectors(self) -> dict[str, NDArray[np.float64]]:
         """Everything under the names that the file has."""
-        return {DATA + n: v for n, v in self.values.items()} | {NULL + n: v for n, v in self.nulls.items()}
+        return {DATA + n: v for n, v in self.values.items()}
 
     def header(self) -> dict[str, Any]:
         return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
 
     def wrong(self, sides: Mapping[str, int]) -> str | None:
         """What in it contradicts the rest of a file whose matrices have these smaller sides."""
-        for name in (*self.values, *self.nulls, *self.failed):
+        for name in (*self.values, *self.failed):
             if name not in self.seen:
                 return f"{name} is measured in the metric of the data, and its data do not say how many inputs it met"
         for name, tokens in self.seen.items():
@@ -90,9 +84,8 @@ class InData:
             return None
         seen = {name: moments.sites[name].tokens for name in names if name in moments.sites}
         values = {n: found[n].data for n in seen if len(found[n].data)}
-        nulls = {n: found[n].data_null for n in seen if len(found[n].data_null)}
         failed = {n: why for n in seen if (why := found[n].data_failed)}
-        return InData(asdict(moments.calibration), seen, values, nulls, failed)
+        return InData(asdict(moments.calibration), seen, values, failed)
 
     @staticmethod
     def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
@@ -108,16 +101,8 @@ class InData:
         for key in header:
             value_of(kinds[key], header[key], key, where, remedy)
         Calibration.decoded(header["calibration"], f"{where}: its calibration", remedy)
-        values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
-        return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
-
-
-def measure_in_data(
-    W: torch.Tensor, name: str, moments: Moments, draws: int, device: Device
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """The values of W (m, n) in the data's metric; the largest ones of its permutations, plain and in that metric."""
-    metric = moments.metric(name, W)
-    return data_values(W, metric, device), *both_nulls(W, metric, draws, device)
+        values = {n.removeprefix(DATA): v for n, v in vectors.items() if n.startswith(DATA)}
+        return InData(header["calibration"], header["seen"], values, header.get("failed", {}))
 
 
 def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
@@ -141,7 +126,7 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
             skipped[name] = f"{UNSEEN}: {met}"
         elif name in spectra.values:
             skipped[name] = "not calibrated"
-    return replace(spectra, values=values, nulls=data.nulls, skipped=skipped, kurtosis={})
+    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
 
 
 def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:

@@ -27,10 +27,10 @@ from laser.checkpoint.records import decode, parse, require_finite, require_keys
 from laser.checkpoint.regular import require_regular
 from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
-from laser.in_data import DATA, InData, measure_in_data
-from laser.in_data import NULL as DATA_NULL
+from laser.in_data import DATA, InData
 from laser.measured import ENTRY, Measured, from_entry, to_entry
 from laser.selection import Selection
+from laser.spectral.data_metric import data_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS
 from laser.spectral.factorise import measure as measure_values
@@ -126,7 +126,7 @@ class Spectra:
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
-    data: all of that again in the metric of the data, where the scan was given moments
+    data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     """
 
@@ -184,7 +184,7 @@ class Spectra:
         decoded = [_decoded(row, number, path) for number, row in enumerate(rows, 1)]
         skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
         matrices = tuple(matrix for matrix, _ in decoded)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
+        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
         kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
@@ -255,11 +255,10 @@ def _wrong(spectra: Spectra) -> str | None:
                 return f"{name} has {s.dtype} values of shape {list(s.shape)}, expected float64 {[sides[name]]}"
             if not np.isfinite(s).all() or (s < 0).any() or (np.diff(s) > 0).any():
                 return f"{name} has values that are not falling, finite and 0 or more, as singular values are"
-    for nulls in (spectra.nulls, data.nulls if data else {}):
-        for name, null in nulls.items():
-            plain = null.dtype == np.float64 and null.ndim == 1
-            if not sides.get(name) or not plain or not np.isfinite(null).all() or (null < 0).any():
-                return f"{name} has permutations that are not a list of finite float64 values of 0 or more"
+    for name, null in spectra.nulls.items():
+        plain = null.dtype == np.float64 and null.ndim == 1
+        if not sides.get(name) or not plain or not np.isfinite(null).all() or (null < 0).any():
+            return f"{name} has permutations that are not a list of finite float64 values of 0 or more"
     return None
 
 
@@ -302,8 +301,8 @@ def scan(
     the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
     NaN or Inf, or one that no method can factorise,
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
-    where a matrix was calibrated.
+    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
+    the data, where a matrix was calibrated.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -349,16 +348,13 @@ def scan(
 def _measure(
     matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
 ) -> Measured:
-    if moments is None or not moments.tokens(matrix.name):
-        return measure(near(W, device), device, method, null_draws)
-    plain = measure(near(W, device), device, method, 0)
-    if plain.skipped is not None:
-        return plain
+    found = measure(near(W, device), device, method, null_draws)
+    if moments is None or not moments.tokens(matrix.name) or found.skipped is not None:
+        return found
     try:
-        data, null, data_null = measure_in_data(W, matrix.name, moments, null_draws, device)
+        return replace(found, data=data_values(W, moments.metric(matrix.name, W), device))
     except (NumericalError, UsageError) as error:  # the plain spectrum stands
-        return replace(measure(W, device, method, null_draws), data_failed=str(error))
-    return replace(plain, null=null, data=data, data_null=data_null)
+        return replace(found, data_failed=str(error))
 
 
 def assemble(

@@ -33,7 +33,6 @@ from laser.reduction import by_shard, reduce
 from laser.spectra import scan
 from laser.spectral import devices, factorise
 from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
-from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device, choose_device
 
 CPU = choose_device("cpu")
@@ -144,7 +143,6 @@ def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyP
     W, X = (torch.randn(size, 40, generator=generator) for size in (30, 300))
     metric = Metric("full", (X.T @ X / 300).double(), 300)
     assert (data_values(W, metric, full) == data_values(W, metric, CPU)).all()
-    assert (null_in_metric(W, metric, 2, full) == null_in_metric(W, metric, 2, CPU)).all()
     assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
 
 
