@@ -23,10 +23,10 @@ from laser.evaluation.verdict import Unlike
 from laser.plan import Plan, PlanLine
 from laser.reduction import Outcome
 from laser.report import chat, rendering
-from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
+from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
-from laser.report.source_card import licence_of
+from laser.report.source_card import licence_of, read_source_card
 from laser.report.visible import visible
 from laser.spectra import Source
 
@@ -441,7 +441,7 @@ def test_base_model_is_a_hub_id_or_nothing(
     changes: dict[str, Any], expected: str | None, origin: str, source: CardSource
 ) -> None:
     about = dataclasses.replace(source, **changes)
-    assert base_model(about, read_metadata(about.readme)) == (expected, origin)
+    assert base_model(about, read_source_card(about.readme).entries) == (expected, origin)
     assert metadata(card("m", outcome_of(), about)).get("base_model") == expected
 
 
@@ -483,7 +483,7 @@ READ = {"license": "mit", "language": ["en", "no"]}
 )
 def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource) -> None:
     about = dataclasses.replace(source, readme=readme, hub_id=None)
-    assert read_metadata(readme).items() >= READ.items()
+    assert read_source_card(readme).entries.items() >= READ.items()
     text = card("m", outcome_of(), about)
     found = metadata(text)
     assert {key: found.get(key) for key in READ} == READ and "base_model" not in found
