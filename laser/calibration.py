@@ -177,7 +177,7 @@ def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenie
     if tokens < smallest and not lenient:
         raise UsageError(
             f"{windows.text} gives {tokens} tokens, and the smallest of these matrices has {smallest} dimensions: no "
-            "matrix can be seen from all sides; try more --windows or a longer --text, or --shrink"
+            "matrix can be seen from all sides; try more --windows or a longer --text, or --ledoit-wolf"
         )
 
 
@@ -188,8 +188,8 @@ def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], wi
         most, matrix = max(met, key=lambda pair: pair[0])
         raise UsageError(
             f"{windows.text} is too short: no expert of layer {matrix.layer} met as many tokens as it has dimensions, "
-            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, --shrink, "
-            "or --roles q,k,v,o"
+            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, "
+            "--ledoit-wolf, or --roles q,k,v,o"
         )
 
 

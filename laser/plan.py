@@ -325,7 +325,7 @@ def make_plan(
         if metric == "data":
             raise UsageError(
                 "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
-                "--fewest-tokens with moments that were made with --shrink"
+                "--fewest-tokens with moments that were made with --ledoit-wolf"
             )
         for line in lines:
             if line.action == "skip":

@@ -174,7 +174,7 @@ def test_bad_input_gets_a_clear_error(
     code, _, error = run("calibrate", speaker, "-o", moments, "--text", text, "--window", 10, "--windows", 1)
     assert code == 2 and "gives 9 tokens, and the smallest of these matrices has 16 dimensions" in error
     assert not moments.exists()
-    again = ("calibrate", speaker, "-o", moments, "--text", text, "--window", 10, "--windows", 1, "--shrink")
+    again = ("calibrate", speaker, "-o", moments, "--text", text, "--window", 10, "--windows", 1, "--ledoit-wolf")
     assert run(*again, "--roles", "q")[0] == 0
     assert run(*again)[0] == 1  # exists
     code, _, error = run("calibrate", speaker, "-o", tmp_path / "n", "--text", text, "--window", 40, "--windows", 1)

@@ -149,7 +149,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = at["other" if whose else "model"]
         laser("scan", model, "-o", at[whose + "spectra"])
         laser("plan", at[whose + "spectra"], "-o", at[whose + "plan"], "--rule", "fraction:0.5", "--roles", "q")
-        laser("calibrate", model, "-o", at[whose + "moments"], *words, "--windows", "8", "--shrink")
+        laser("calibrate", model, "-o", at[whose + "moments"], *words, "--windows", "8", "--ledoit-wolf")
     laser("scan", at["model"], "-o", at["few"], "--layers", "0")
     laser("reduce", at["model"], at["plan"], "-o", at["output"])
     laser("eval", at["model"], "-o", at["record"], *words, "--windows", "2")
