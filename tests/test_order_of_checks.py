@@ -21,17 +21,17 @@ EVERYWHERE = ("--device tpu", "--layers 99", "--layers 2-1", "--roles nose", "--
 WRONG: dict[str, tuple[str, ...]] = {
     "scan {model} -o {new}": (
         *(*EVERYWHERE, "--precision bf16", "--method magic", "--null -1", "--workers 0", "--engine none"),
-        *("--devices cpu,tpu", "--moments {missing}", "--moments {spectra}", "--moments {others_moments}"),
+        *("--device cpu,tpu", "--moments {missing}", "--moments {spectra}", "--moments {others_moments}"),
     ),
     "scan {model} -o": ("{there}", "{folder}/none/s", "{model}/s", "{folder}", "{there} --force"),
     "reduce {model} {plan} -o {new}": (
-        *("--device tpu", "--precision bf16", "--method magic", "--workers 0", "--engine none", "--devices cpu,tpu"),
+        *("--device tpu", "--precision bf16", "--method magic", "--workers 0", "--engine none", "--device cpu,tpu"),
         *("--moments {missing}", "--fresh {missing}", "--fresh {others_moments}", "--evict", "--dtype float8"),
     ),
     "reduce {model}": ("{missing} -o {new}", "{others_plan} -o {new}", "{spectra} -o {new}"),
     "reduce {model} {plan} -o": ("{output}", "{text}", "{model}", "{model}/in", "{folder} --force", "{text}/in"),
     "run {model} -o {new} --no-search": (
-        *(*EVERYWHERE, "--precision bf16", "--method magic", "--workers 0", "--engine none", "--devices cpu,tpu"),
+        *(*EVERYWHERE, "--precision bf16", "--method magic", "--workers 0", "--engine none", "--device cpu,tpu"),
         *("--rule nose", "--rule energy:2", "--rule rank:x", "--rule mp-edge,mp-median", "--rule data:mp-edge"),
         *("--rule data:energy:0.9", "--moments {missing}", "--moments {others_moments}", "--recipe {missing}"),
         *("--recipe {text}", "--lowest-snr 0", "--lowest-snr x", "--shrink nose", "--require-fit 2"),

@@ -31,7 +31,9 @@ Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
-Devices = Annotated[str | None, typer.Option("--devices", help="Several: cuda:0,cuda:1, or all; two workers each.")]
+DeviceNames = Annotated[
+    str, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="On the cpu, one thread each; default: as cores and memory allow.")
 ]

@@ -47,8 +47,7 @@ def scan(
     roles: common.Roles = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
-    device: common.DeviceName = "auto",
-    devices: common.Devices = None,
+    device: common.DeviceNames = "auto",
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
@@ -65,7 +64,7 @@ def scan(
     """
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
     method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
-    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
+    crew = choose_crew(device, precision, workers=workers, engine=engine)
     check_scan(method, null)
     known = common.moments_of(moments)
     if known is not None:
@@ -143,8 +142,7 @@ def reduce(
     model: common.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
     output: Output,
-    device: common.DeviceName = "auto",
-    devices: common.Devices = None,
+    device: common.DeviceNames = "auto",
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
@@ -166,7 +164,7 @@ def reduce(
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
-    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
+    crew = choose_crew(device, precision, workers=workers, engine=engine)
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     method, _ = choose_method(method, crew.devices[0])
