@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[str, ...]] = {
         *("--require-fit 2", "--layers 99", "--roles nose", "--include [", "--fewest-tokens -1"),
     ),
     "push": ("{missing} a/b", "{folder} a/b", "{output} a/b/c", "{output} nose/../x"),
-    "card": ("{missing}", "{folder}", "{output} --source {missing}", "{output} --before {missing}"),
+    "card": ("{missing}", "{folder}", "{output} --source {missing}"),
     "convert": ("{missing} -o {new}", "{model} -o {new}", "{model} -o {output}", "{folder} -o {new}"),
 }
 CASES = [(command, words) for command, several in WRONG.items() for words in several]
