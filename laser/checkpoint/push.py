@@ -51,15 +51,7 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
                     f"{repo} holds {other[0]}, which is not in {out}: the two would be a mixture; remove it there, or "
                     "push to a new repository"
                 )
-            large = getattr(
-                api, "upload_large_folder", None
-            )  # not in version 2 of the client: its upload_folder resumes
-            if large is not None:
-                large(repo_id=repo, folder_path=out, repo_type="model", revision=revision)
-            else:
-                api.upload_folder(
-                    repo_id=repo, folder_path=out, revision=revision, commit_message="Upload by laser push"
-                )
+            api.upload_folder(repo_id=repo, folder_path=out, revision=revision, commit_message="Upload by laser push")
     return str(address)
 
 

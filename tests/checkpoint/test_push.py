@@ -28,11 +28,6 @@ class Api:
         self.calls.append(("upload", options))
 
 
-class OldApi(Api):
-    def upload_large_folder(self, **options: Any) -> None:
-        self.calls.append(("large", options))
-
-
 @pytest.fixture
 def out(pico: Path, tmp_path: Path) -> Path:
     checkpoint = laser.open_checkpoint(pico)
@@ -41,17 +36,14 @@ def out(pico: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize(("api", "how"), [(Api, "upload"), (OldApi, "large")])
-def test_a_finished_output_is_uploaded(
-    out: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, api: type[Api], how: str
-) -> None:
-    api.calls = []
-    monkeypatch.setattr("huggingface_hub.HfApi", api)
+def test_a_finished_output_is_uploaded(out: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Api.calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     code, printed, _ = run("push", out, "maker/pico-laser", "--private")
     assert code == 0 and "uploaded to https://hub/maker/pico-laser" in printed
-    assert [what for what, _ in api.calls] == ["create", how]
-    assert api.calls[0][1] == {"repo": "maker/pico-laser", "private": True, "exist_ok": True}
-    assert api.calls[1][1]["folder_path"] == out and api.calls[1][1]["repo_id"] == "maker/pico-laser"
+    assert [what for what, _ in Api.calls] == ["create", "upload"]
+    assert Api.calls[0][1] == {"repo": "maker/pico-laser", "private": True, "exist_ok": True}
+    assert Api.calls[1][1]["folder_path"] == out and Api.calls[1][1]["repo_id"] == "maker/pico-laser"
 
 
 def test_what_is_not_finished_is_not_uploaded(
