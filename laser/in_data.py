@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.errors import RecordError, UsageError
+from laser.reasons import Kind, Why
 from laser.spectral.rules import energy_share, signal_to_noise
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from laser.plan import PlanLine
     from laser.spectra import Spectra
 
-UNSEEN = "not seen enough"  # how a plan's reason begins for a matrix that met fewer inputs than it has dimensions
 DATA = "laser.data."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
@@ -120,13 +120,17 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
         if name in data.values and data.seen[name] >= (p if fewest is None else fewest):
             values[name] = data.values[name]
         elif name in data.failed:
-            skipped[name] = f"skipped: {data.failed[name]}"
+            skipped[name] = Why(Kind.FAILED, f"skipped: {data.failed[name]}")
         elif name in data.seen:
-            met = f"met {data.seen[name]} tokens of the calibration, and it has {p} dimensions"
-            skipped[name] = f"{UNSEEN}: {met}"
+            skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
         elif name in spectra.values:
-            skipped[name] = "not calibrated"
+            skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
     return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
+
+
+def met_by(tokens: int, p: int) -> str:
+    """How many inputs a matrix met, and how many it should have met at the least."""
+    return f"met {tokens} tokens of the calibration, and it has {p} dimensions"
 
 
 def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:
@@ -139,9 +143,8 @@ def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int)
     rank = min(rank, shown)
     line = replace(line, rank=rank, metric="data", tokens=tokens)
     if rank == len(s):
-        return replace(line, reason=f"the rule keeps all {rank} values")
-    reason = f"{line.reason}; in the metric of {tokens} tokens"
-    if rank == shown:
-        reason += f", which show {shown} directions"
+        return replace(line, why=Why(Kind.ALL_KEPT, f"the rule keeps all {rank} values"))
+    directions = f", which show {shown} directions" if rank == shown else ""
+    why = line.why.also(f"in the metric of {tokens} tokens{directions}")
     snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
-    return replace(line, action="reduce", snr=snr, energy_kept=energy, reason=reason)
+    return replace(line, action="reduce", snr=snr, energy_kept=energy, why=why)

@@ -29,6 +29,7 @@ from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
 from laser.in_data import DATA, InData
 from laser.measured import ENTRY, Measured, from_entry, to_entry
+from laser.reasons import Kind, Why, earlier_reason
 from laser.selection import Selection
 from laser.spectral.data_metric import data_values
 from laser.spectral.devices import Device, choose_device
@@ -40,10 +41,11 @@ from laser.spectral.spectrum import excess_kurtosis
 if TYPE_CHECKING:
     from laser.moments import Moments
 
-KIND, VERSION = "spectra", 2
+KIND, VERSION, EARLIER = "spectra", 3, 2  # the earlier one has reasons that are texts alone
 LARGEST_INTEGER = 2**63 - 1
 AGAIN = "try laser scan again with this version of laser"
 SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
+GONE = "laser.data-null."  # before others in files of earlier versions, which nobody reads any more
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
@@ -133,7 +135,7 @@ class Spectra:
     source: Source
     matrices: tuple[Matrix, ...]
     values: Mapping[str, NDArray[np.float64]]
-    skipped: Mapping[str, str]  # name -> why it has no values
+    skipped: Mapping[str, Why]  # name -> why it has no values
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -160,7 +162,8 @@ class Spectra:
 
     def _extra(self, name: str) -> dict[str, Any]:
         note = {"note": self.notes[name]} if name in self.notes else {}
-        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)} | note
+        why = self.skipped.get(name)
+        return {"skipped": why and asdict(why), "kurtosis": self.kurtosis.get(name)} | note
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -171,7 +174,7 @@ class Spectra:
             require_regular(path)
             with safe_open(path, framework="numpy") as file:
                 header = parse((file.metadata() or {}).get("laser", "null"))
-                check_header(header, path, KIND, VERSION)
+                check_header(header, path, KIND, VERSION, EARLIER)
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
         # NumPy knows not every dtype that safetensors does, and says so in ways of its own.
         except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, OSError, MemoryError) as error:
@@ -181,10 +184,11 @@ class Spectra:
         require_finite(header, f"{path}: its header", AGAIN)
         method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
         rows = value_of(list, header["matrices"], "matrices", f"{path}: its header", AGAIN)
-        decoded = [_decoded(row, number, path) for number, row in enumerate(rows, 1)]
+        earlier = header["version"] == EARLIER
+        decoded = [_decoded(row, number, path, earlier) for number, row in enumerate(rows, 1)]
         skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
         matrices = tuple(matrix for matrix, _ in decoded)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA))}
+        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, GONE))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
         kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
@@ -215,17 +219,19 @@ def _row(matrix: Matrix) -> dict[str, Any]:
 class _Extra:
     """What a row of the file says besides the matrix itself."""
 
-    skipped: str | None
+    skipped: Why | None
     kurtosis: float | None = None
     note: str = ""
 
 
-def _decoded(row: Any, number: int, path: Path) -> tuple[Matrix, _Extra]:
+def _decoded(row: Any, number: int, path: Path, earlier: bool) -> tuple[Matrix, _Extra]:
     """A row of the file. Raises RecordError naming it."""
     where = f"{path}: matrix {number}"
     if isinstance(row, dict):
         where += f" ({row['name']})" if isinstance(row.get("name"), str) else ""
         own = {f.name for f in fields(_Extra)}
+        if earlier and isinstance(row.get("skipped"), str):
+            row = row | {"skipped": asdict(earlier_reason(row["skipped"]))}
         # Files of laser 0.1 knew no other tensor, and FP8 only with scales.
         row = {"tensor": row.get("name"), "scaled": str(row.get("dtype")).startswith("F8")} | row
         extra = decode(_Extra, {k: x for k, x in row.items() if k in own}, where, AGAIN, ("kurtosis", "note"))
@@ -361,13 +367,14 @@ def assemble(
     checkpoint: Checkpoint,
     matrices: Sequence[Matrix],
     found: Mapping[str, Measured],
-    skipped: Mapping[str, str],
+    skipped: Mapping[str, Why],
     method: str,
     device: str,
     null_draws: int,
 ) -> Spectra:
     """The record of what was found, in file order whatever the order in which it was found."""
-    reasons = dict(skipped) | {name: m.skipped for name, m in found.items() if m.skipped is not None}
+    failed = {name: Why(Kind.FAILED, m.skipped) for name, m in found.items() if m.skipped is not None}
+    reasons = dict(skipped) | failed
     whole = {m.name: found[m.name] for m in matrices if m.name in found and found[m.name].skipped is None}
     values = {name: m.values for name, m in whole.items()}
     nulls = {name: m.null for name, m in whole.items()} if null_draws else {}

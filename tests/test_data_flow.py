@@ -38,7 +38,7 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     made = run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data", "--fewest-tokens", 1)
     assert made[0] == 0, made[2]
     lines = Plan.load(plan).reductions
-    assert lines and all(x.metric == "data" and "in the metric of" in x.reason for x in lines.values())
+    assert lines and all(x.metric == "data" and "in the metric of" in x.why.text for x in lines.values())
 
     code, _, error = run("reduce", speaker, plan, "-o", out)
     assert code == 2 and "try --moments with the file of laser calibrate on text.txt" in error
@@ -107,7 +107,7 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     few = [n for n, tokens in data.seen.items() if tokens < min(checkpoint.tensors[n].shape)]
     assert few and len(few) < 36
     for name in few:
-        assert lines[name].action != "reduce" and lines[name].reason.startswith("not seen enough: met"), lines[name]
+        assert lines[name].action != "reduce" and lines[name].why.text.startswith("not seen enough: met"), lines[name]
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
     assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "mp-edge", "--metric", "data", "--force")
@@ -175,7 +175,7 @@ def test_a_plan_of_few_tokens_is_verified_as_planned(speaker: Path, tmp_path: Pa
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", attention, shrink=False)
     spectra = laser.scan(checkpoint, attention, moments=moments)
     plan = laser.make_plan(spectra, "fraction:0.9", metric="data", fewest_tokens=1)
-    assert any("which show" in line.reason for line in plan.reductions.values())
+    assert any("which show" in line.why.text for line in plan.reductions.values())
     laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments)
     assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
 
@@ -252,7 +252,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
     spectra, q = laser.Spectra.load(tmp_path / "s"), "model.layers.1.self_attn.q_proj.weight"
     assert laser.make_plan(spectra, "rank:3").reductions.keys() == spectra.values.keys() and len(spectra.values) == 2
     plan = laser.make_plan(spectra, "rank:3", metric="data")
-    reasons = {line.name: line.reason for line in plan.lines}
+    reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons[q] == "skipped: no" and len(plan.reductions) == 1
 
 
@@ -263,7 +263,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("w1", "w3"), layers=(1,)))
     laser.scan(checkpoint, Selection(roles=("w1", "q"), layers=(1,)), moments=moments).save(tmp_path / "s")
     plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "rank:3", metric="data")
-    reasons = {line.name: line.reason for line in plan.lines}
+    reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons["model.layers.1.self_attn.q_proj.weight"] == "not calibrated"
     unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: met")}
     assert unseen and plan.reductions
@@ -278,7 +278,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     assert code == 0, error
     lines = {line.name: line for line in Plan.load(searched).lines}
     kept = {name for name in unseen if lines[name].action != "reduce"}
-    assert kept and all("; not seen enough: met" in lines[name].reason for name in kept)
+    assert kept and all("; not seen enough: met" in lines[name].why.text for name in kept)
 
 
 def test_a_grid_in_the_metric_of_the_data() -> None:

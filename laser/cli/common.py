@@ -187,7 +187,7 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
     skipped = [line for line in lines if line.action == "skip"]
     say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     for line in skipped[:limit]:
-        say(f"  {line.name}: {line.reason}")
+        say(f"  {line.name}: {line.why.text}")
 
 
 def _removed(kept: float | None) -> str:

@@ -20,6 +20,7 @@ from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
+from laser.reasons import Kind
 from laser.reduction import reduce as reduce_checkpoint
 from laser.spectra import Spectra, check_scan
 from laser.spectral.devices import choose_device
@@ -84,7 +85,7 @@ def scan(
                 "output": str(output),
                 "source": asdict(spectra.source),
                 "scanned": len(spectra.values),
-                "skipped": dict(spectra.skipped),
+                "skipped": {name: asdict(why) for name, why in spectra.skipped.items()},
                 "device": spectra.device,
                 **took(meter, foretold.scan_seconds, foretold),
             }
@@ -228,5 +229,5 @@ def _print_spectra(spectra: Spectra) -> None:
         rows.append((role, len(ms), "x".join(map(str, ms[0].shape)), *means))
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
     for name, why in spectra.skipped.items():
-        if why.startswith("skipped"):
-            say(f"{name}: {why}")
+        if why.kind is Kind.FAILED:
+            say(f"{name}: {why.text}")

@@ -21,6 +21,7 @@ from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Unlike
 from laser.plan import Plan, PlanLine
+from laser.reasons import Kind, Why
 from laser.reduction import Outcome
 from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
@@ -47,8 +48,8 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}
 
 def line(name: str, role: str = "w1", rank: int | None = 10, layer: int = 3) -> PlanLine:
     if rank is None:
-        return PlanLine(name, role, layer, None, "keep", "not among the lowest")
-    return PlanLine(name, role, layer, 0, "reduce", "why", rank, 48, 1.0, 0.1, 0.7, 0.8)
+        return PlanLine(name, role, layer, None, "keep", Why(Kind.NOT_LOWEST, "not among the lowest"))
+    return PlanLine(name, role, layer, 0, "reduce", Why(Kind.RULE, "why"), rank, 48, 1.0, 0.1, 0.7, 0.8)
 
 
 def outcome_of(*lines: PlanLine, rule: str = "laser-rmt", **selection: Any) -> Outcome:
