@@ -203,9 +203,9 @@ def card(
     force: common.Force = False,
     as_json: common.Json = False,
 ) -> None:
-    """Write OUT/README.md, the model card, from the records in OUT/laser.
+    """Write OUT/README.md, the model card, from the records in OUT.
 
-    There it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
+    In OUT/laser it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
     leaderboard.json (laser leaderboard -o): what was measured of the source, and of OUT.
     """
     for record in (SOURCE, CARD):

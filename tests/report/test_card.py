@@ -19,7 +19,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
-from laser.evaluation.verdict import Unlike
+from laser.evaluation.verdict import Direction, Unlike
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.reduction import Outcome
@@ -257,7 +257,7 @@ def test_boards_that_were_measured_otherwise_are_not_judged(
     assert {r.verdict for r in compare(None, before, after)} == {"worse"}
     after = dataclasses.replace(after, **change)
     rows = compare(None, before, after)
-    assert len(rows) == 7 and not any(r.worse or r.better or r.compared for r in rows)
+    assert len(rows) == 7 and {r.direction for r in rows} == {Direction.NOT_COMPARED}
     assert all(r.verdict.startswith("not like with like: ") and all(t in r.verdict for t in told) for r in rows)
     text = card("m", outcome_of(), source, before=before, after=after)
     assert "**Not like with like**: source and this model were measured with" in text
