@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import FrameType
 
 from laser.cli import main as _main
-from laser.start import interrupted, on_interrupt
+from laser.start import code_of, interrupted, on_interrupt
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code. An interrupt until here is start.py's."""
-    on_interrupt(interrupted)
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        interrupted(number, frame)
+
+    on_interrupt(stop)
     code = _main()
     on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
-    sys.exit(code)
+    sys.exit(code_of(told[0]) if told and code else code)  # also where what is kept could not be said any more
 
 
 if __name__ == "__main__":

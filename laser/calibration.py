@@ -21,7 +21,7 @@ from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.files import tidy_up
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
-from laser.errors import CheckpointError, NumericalError, UsageError
+from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
@@ -59,7 +59,8 @@ class Accumulator:
     def flush(self) -> None:
         if not self._waiting:
             return
-        z = torch.cat(self._waiting).float()
+        z = torch.cat(self._waiting)
+        dtype, z = z.dtype, z.float()
         self._waiting.clear()
         # Not every device has float64: what is added up over the text is added up on the host.
         self.fourth_ += float(z.square().sum(1).cpu().double().square().sum())
@@ -67,7 +68,7 @@ class Accumulator:
         if not torch.isfinite(part).all():
             raise NumericalError(
                 f"what {self.met.names[0]} meets is not finite: the activations overflow or the weights hold NaN; "
-                "try --dtype float32 and --force, or laser scan to find it"
+                f"{not_finite(dtype, '--dtype float32 and --force')}"
             )
         part = part.cpu()
         self.total_ = part.double() if self.total_ is None else self.total_.add_(part)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +23,11 @@ from safetensors.torch import save
 from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences, fingerprint_in
+from laser.checkpoint.headers import read_header
 from laser.checkpoint.joining import join
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
-from laser.errors import OutputError, RecordError, first_line, is_out_of_memory
+from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.moments import Calibration, Site, header_of, site_of
 from laser.spectra import Source
@@ -37,42 +39,60 @@ _OWN = re.compile(
 )  # what lies in a partial directory
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether laser did not write this: by its name, or since it is no file, or safetensors that say nothing of it."""
+    if not _OWN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+        return True
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        header = json.loads(read_header(path).header[8:])
+    except CheckpointError:
+        return False  # damaged: whose it was is not to be seen
+    return not {"run", "check", "site", "number", "of", "boundary"} & header.get("__metadata__", {}).keys()
+
+
 class Parts:
     """The files of one calibration `run` in the directory `partial`, which is made.
 
-    Raises RecordError where it holds the states of another calibration; files of another that got no further than its
-    first layer are removed.
+    Raises RecordError where it holds the states of another calibration, or more than one layer; files of another that
+    got no further than its first layer are removed, with a DoubtWarning.
     """
 
     def __init__(self, partial: Path, run: Mapping[str, Any], anew: bool = False) -> None:
         self.partial, self.run = partial, dict(run)
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)
-            if foreign := sorted(p.name for p in partial.iterdir() if not _OWN.fullmatch(p.name)):
+            if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
-        told = self._told(partial / STATES)
-        if told and differences(told["run"], run):
-            if not anew:
-                models = [f"{run_.get('model')} ({fingerprint_in(run_).short})" for run_ in (told["run"], run)]
-                raise RecordError(
-                    f"{partial} belongs to another calibration, begun with {models[0]}, found {models[1]}: "
-                    f"{', '.join(differences(told['run'], run))} differ; repeat its command, or try --force"
-                )
-            told = None
-        self.boundary: int = told["boundary"] if told else 0  # the layer that the states there enter
-        self.layers = self._whole_layers()
+        told = {file: found for file in (partial / STATES, *self._files()) if (found := self._told(file))}
+        others = [found for found in told.values() if differences(found["run"], run)]
+        own = {file: found for file, found in told.items() if found not in others}
+        if others and not anew:
+            models = [f"{run_.get('model')} ({fingerprint_in(run_).short})" for run_ in (others[0]["run"], run)]
+            why = (
+                f"{partial} belongs to another calibration, begun with {models[0]}, found {models[1]}: "
+                f"{', '.join(differences(others[0]['run'], run))} differ"
+            )
+            if "boundary" in others[0] or len({found["layer"] for found in others}) > 1:
+                raise RecordError(f"{why}; repeat its command, or try --force")
+            warnings.warn(f"{why}; it got no further than its first layer, and begins anew", DoubtWarning, stacklevel=3)
+        # The layer that the states there enter.
+        self.boundary: int = own.pop(partial / STATES, {"boundary": 0})["boundary"]
+        self.layers = self._whole_layers(own)
 
     def drop(self) -> None:
         """Forget what was made of weights that changed meanwhile."""
         with disk_errors(self.partial):
             shutil.rmtree(self.partial)
 
-    def _whole_layers(self) -> set[int]:
-        """Layers of which every file is there; what belongs to none of them is removed."""
+    def _whole_layers(self, own: Mapping[Path, Mapping[str, Any]]) -> set[int]:
+        """Layers of which every file is there; what belongs to none of them is removed. own: what this run's say."""
         found: dict[int, dict[int, int]] = {}
-        for file in self._files():
-            told = self._told(file)
-            if told and not differences(told["run"], self.run) and file == self._file(told["layer"], told["number"]):
+        for file, told in own.items():
+            if file == self._file(told["layer"], told["number"]):
                 found.setdefault(told["layer"], {})[told["number"]] = told["of"]
         whole = {layer for layer, sites in found.items() if {len(sites)} == set(sites.values())}
         for file in self._files():

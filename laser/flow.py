@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import tidy_up
+from laser.checkpoint.files import tidy_up, was_journal
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
@@ -148,6 +149,14 @@ def _of_another_run(out: Path) -> OutputError:
     return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
 
 
+def tidy_spectra(path: Path) -> None:
+    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
+    partial = path.with_name(path.name + ".partial")
+    with suppress(OutputError), claimed(path):
+        if was_journal(partial, "scan journal"):
+            tidy_up(partial, path)
+
+
 def scan_into(
     path: Path,
     checkpoint: Checkpoint,
@@ -168,7 +177,7 @@ def scan_into(
         if path.exists() and not anew:
             there = _there(path, checkpoint, selection, crew, method, null_draws, moments)
             if there is not None:
-                tidy_up(partial, path)  # of a process that was killed before it did
+                tidy_spectra(path)
                 return there
         spectra = scan(
             checkpoint,

@@ -289,7 +289,7 @@ class Treatment:
             able = ", ".join(name for name, row in RULES.items() if row.any_metric)
             raise UsageError(
                 f"rule {self.rule!r} supposes noise that is the same in all directions, and in the metric of the data "
-                f"no noise is; try --rule with one of {able}"
+                f"no noise is; try one of {able}"
             )
         if self.metric == "data" and (self.shrink or self.two_sided or self.require_fit is not None):
             raise UsageError("--shrink, --two-sided and --require-fit rest on the plain law; leave them out")
@@ -342,7 +342,7 @@ def make_plan(
         if metric == "data":
             raise UsageError(
                 "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
-                "--fewest-tokens with moments that were made with --ledoit-wolf"
+                "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
             )
         for line in lines:
             if line.action == "skip":
@@ -395,7 +395,7 @@ def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         warnings.warn(
             f"rule {rule} takes spikes for noise where they are many, as in {', '.join(found[:3])}{more}; "
-            "try --rule mp-edge",
+            "try mp-edge in its place",
             CrowdWarning,
             stacklevel=3,
         )

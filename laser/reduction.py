@@ -215,17 +215,8 @@ def reduce(
     certificate.
     """
     crew = crew or Crew((device or choose_device(),))
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
-    plan.require(checkpoint)
-    require_moments(plan, moments)
-    if fresh is not None:
-        fresh.source.require(checkpoint, "fresh moments")
-    hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
-    if evict and hub is None:
-        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
-    matrices = {m.name: m for m in list_matrices(checkpoint)}
-    touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
+    hub = checkpoint.hub
+    checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
         work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
@@ -241,9 +232,6 @@ def reduce(
                 del new
                 tick(matrix, seconds)
 
-    run = run_of(checkpoint, plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
-    run |= {"dtype": dtype} if dtype else {}
-
     def done(shard: Shard) -> None:
         if evict and hub is not None:
             if shard.stamp is not None and shard.path.exists():
@@ -253,6 +241,32 @@ def reduce(
     with writing(checkpoint, out, resume=resume, force=force) as place:
         document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
     return Outcome.from_document(document, out / OUTCOME)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    crew: Crew,
+    method: str,
+    evict: bool,
+    dtype: str | None,
+    moments: Moments | None,
+    fresh: Moments | None,
+) -> tuple[Checkpoint, list[Matrix], dict[str, Any]]:
+    """What `reduce` writes from, what it touches, what identifies it. Raises where it refuses what is asked for."""
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    plan.require(checkpoint)
+    require_moments(plan, moments)
+    if fresh is not None:
+        fresh.source.require(checkpoint, "fresh moments")
+    hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
+    if evict and hub is None:
+        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
+    matrices = {m.name: m for m in list_matrices(checkpoint)}
+    touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
+    run = run_of(checkpoint, plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
+    return checkpoint, touched, run | ({"dtype": dtype} if dtype else {})
 
 
 def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

@@ -15,6 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 INTERRUPTED = 130
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows, which is refused below, has none
+# Not where whoever started this said that it should go on without a terminal, as nohup does.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []))
 
 
 def begin() -> None:
@@ -28,9 +31,14 @@ def begin() -> None:
 
 
 def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
-    """What Ctrl-C does from now on, and being told to end, as by a queue or a container that is stopped."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """What Ctrl-C does from now on, and being told to end, as by a queue, a container or a terminal that is closed."""
+    for number in SIGNALS:
         signal.signal(number, handler)
+
+
+def code_of(number: int) -> int:
+    """The exit code of a process that a signal has ended."""
+    return 129 if number == HANGUP else INTERRUPTED
 
 
 def is_address(endpoint: str) -> bool:
@@ -50,9 +58,9 @@ def is_command() -> bool:
     return Path(sys.argv[0] if sys.argv else "").name == "laser" or (by_module and sys.argv[0] == "-m")
 
 
-def too_early(_number: int = 0, _frame: FrameType | None = None) -> None:
+def too_early(number: int = 0, _frame: FrameType | None = None) -> None:
     """Interrupted while libraries are imported, some of which would catch an exception and go on."""
-    _end(b"laser: interrupted; nothing was written\n")
+    _end(b"laser: interrupted; nothing was written\n", number)
 
 
 def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:
@@ -61,16 +69,19 @@ def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:
     raise KeyboardInterrupt
 
 
-def again(_number: int = 0, _frame: FrameType | None = None) -> None:
+def again(number: int = 0, _frame: FrameType | None = None) -> None:
     """Interrupted while the verb ends: as a kill, which loses nothing that was finished."""
-    _end(b"laser: interrupted twice, and ended at once; run the same command again (reduce and run: with --resume)\n")
+    _end(
+        b"laser: interrupted twice, and ended at once; run the same command again (reduce and run: with --resume)\n",
+        number,
+    )
 
 
-def _end(line: bytes) -> None:
+def _end(line: bytes, number: int) -> None:
     on_interrupt(signal.SIG_IGN)
     with suppress(OSError):
         os.write(2, line)
-    os._exit(INTERRUPTED)
+    os._exit(code_of(number))
 
 
 begin()

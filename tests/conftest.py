@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 # One where another process of pytest-xdist has the other core.
+# The libraries make a million objects that stay: looking through them took a sixth of the suite's time.
+gc.set_threshold(50_000, 20, 50)
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # The same examples on every run: a failure here is a failure there.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -32,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: at the end no process is alone with a long file while the other has nothing."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """OpenMP's pool does not survive a fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,12 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer.main
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from disk_faults import DATA, Board, End, Fault, forked, snapshot, start
 from mistral_release import write_release
@@ -393,7 +391,5 @@ def _at(end: End, fault: Fault) -> str:
 
 
 def pinned() -> None:
-    """Threads as in a child, for OpenMP's pool does not survive a fork; and typer's commands built once for all."""
+    """Threads as in a child, for OpenMP's pool does not survive a fork."""
     torch.set_num_threads(1)
-    if not hasattr(typer.main.get_command, "cache_info"):
-        typer.main.get_command = cache(typer.main.get_command)

@@ -1,17 +1,23 @@
 """A small Hub on the loopback: files by HEAD and by byte range behind a redirect, listings, tokens, faults on demand.
 
+It takes uploads as the Hub does without Xet: repositories and branches made, files asked about, large ones put into a
+store, and commits, which name their parent.
+
 It speaks what huggingface_hub and laser ask for, counts every byte that it sends, and never runs longer than its test.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +80,25 @@ class Repo:
     commit: str = "a" * 40
     private: bool = False
     gated: bool = False
+    branches: dict[str, Repo] = field(default_factory=dict)  # besides main
+    history: dict[str, dict[str, Content]] = field(default_factory=dict)  # files by earlier commits
+
+    def at(self, revision: str | None) -> Repo | None:
+        """The branch or commit that is called so, which may be this one."""
+        if revision in (None, "main", self.commit):
+            return self
+        for branch, repo in self.branches.items():
+            if revision in (branch, repo.commit):
+                return repo
+        old = self.history.get(revision or "")
+        return None if old is None else replace(self, files=old, commit=revision or "")
+
+    def take(self, files: dict[str, Content]) -> str:
+        """A commit after which these are the files."""
+        self.history[self.commit] = self.files
+        told = "\n".join([self.commit, *(f"{name} {content.etag}" for name, content in sorted(files.items()))])
+        self.files, self.commit = files, hashlib.sha1(told.encode()).hexdigest()
+        return self.commit
 
 
 @dataclass
@@ -81,7 +106,7 @@ class Fault:
     """What to do to requests whose path matches, so many times: a status, a drop after half the body, other bytes.
 
     kind: "status", "drop", "commit" (another X-Repo-Commit), "whole" (ranges ignored), "short" (half of the range, as
-    if that were all)
+    if that were all); of what is sent here "status", "close" (before anything is done) and "lost" (done, no answer)
     """
 
     kind: str
@@ -101,7 +126,9 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, str, str | None, int]] = field(default_factory=list)  # method, path, range, bytes of the body
     leaked: list[str] = field(default_factory=list)  # paths of the storage that were sent a token
-    commits: list[dict[str, Any]] = field(default_factory=list)  # what was pushed
+    store: dict[str, bytes] = field(default_factory=dict)  # large files that were sent, by sha256
+    put: list[str] = field(default_factory=list)  # those, in order, as often as they were sent
+    before: Callable[[str, str], None] | None = None  # called with (method, path) before what is sent here is handled
     lock: threading.Lock = field(default_factory=threading.Lock)
     idle: threading.Condition = field(default_factory=threading.Condition)
     busy: int = 0  # requests that are being answered
@@ -133,6 +160,20 @@ class Hub:
         return None
 
 
+def blob_id(content: Content) -> str:
+    """How git calls a file."""
+    return hashlib.sha1(b"blob %d\0" % content.size + content.read(0, content.size)).hexdigest()
+
+
+def described(name: str, content: Content) -> dict[str, Any]:
+    """A file as a listing with metadata tells of it."""
+    told = {"rfilename": name, "size": content.size}
+    if not name.endswith((".safetensors", ".bin")):
+        return told | {"blobId": blob_id(content)}
+    lfs = {"size": content.size, "sha256": content.etag, "pointerSize": 130}
+    return told | {"blobId": hashlib.sha1(content.etag.encode()).hexdigest(), "lfs": lfs}
+
+
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -158,8 +199,108 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     hub.idle.notify_all()
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.posted(unquote(urlsplit(self.path).path), body)
+            self.given()
+
+        def do_PUT(self) -> None:
+            self.given()
+
+        def given(self) -> None:
+            """Something is sent here."""
+            path = unquote(urlsplit(self.path).path)
+            if hub.before is not None:
+                hub.before(self.command, path)
+            fault = hub.fault(self.command, path, ("status", "close", "lost"))
+            if fault is not None and fault.kind == "close":
+                self.close_connection = True
+                return
+            body = self.rfile.read(length := int(self.headers.get("Content-Length") or 0))
+            if len(body) < length:  # the client went away
+                self.close_connection = True
+                return
+            if hub.instead is not None and hub.instead(self, path):
+                return self.note(path, 0)
+            status, told = (fault.status, {}) if fault and fault.kind == "status" else self.taken(path, body)
+            if fault is not None and fault.kind == "lost":
+                self.close_connection = True
+                return
+            headers = {"Content-Type": "application/json"} | (fault.headers if fault else {})
+            if isinstance(told, str):
+                headers, told = headers | {"X-Error-Code": told}, {}
+            self.send(status, headers, json.dumps(told).encode())
+
+        def taken(self, path: str, body: bytes) -> tuple[int, Any]:
+            """Status and answer to what was sent; a string is an error's code."""
+            if match := re.fullmatch(r"/upload/([0-9a-f]{64})", path):
+                hub.put.append(match[1])
+                if hashlib.sha256(body).hexdigest() != match[1]:
+                    return 400, {"error": "another sha256"}
+                hub.store[match[1]] = body
+                return 200, {}
+            if path == "/api/validate-yaml":
+                return 200, {"warnings": [], "errors": []}
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return 401, {"error": "Invalid username or password."}
+            if path == "/api/repos/create":
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                if name in hub.repos:
+                    return 409, {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
+                attributes = Bytes(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+                private = asked.get("visibility") == "private" or asked.get("private") is True
+                hub.repos[name] = Repo({".gitattributes": attributes}, "c" * 40, private)
+                return 200, {"url": f"{hub.url}/{name}"}
+            if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+                return 200, {"objects": [self.wanted(entry) for entry in json.loads(body)["objects"]]}
+            match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path)
+            repo = hub.repos.get(match[1]) if match else None
+            if match is None or repo is None:
+                return 404, "RepoNotFound"
+            if match[2] == "branch":
+                if repo.at(match[3]) is not None:
+                    return 409, {"error": "Reference already exists"}
+                repo.branches[match[3]] = Repo(dict(repo.files), repo.commit, repo.private)
+                return 200, {}
+            at = repo.at(match[3])
+            if at is None:
+                return 404, "RevisionNotFound"
+            return self.about(at, body) if match[2] == "preupload" else self.committed(match[1], at, body)
+
+        def wanted(self, entry: dict[str, Any]) -> dict[str, Any]:
+            """What to do with a large file: nothing where it is in the store."""
+            known = {"oid": entry["oid"], "size": entry["size"]}
+            here = entry["oid"] in hub.store
+            return known if here else known | {"actions": {"upload": {"href": f"{hub.url}/upload/{entry['oid']}"}}}
+
+        def about(self, repo: Repo, body: bytes) -> tuple[int, Any]:
+            """Which files are large ones, which are not wanted, and what is there of each."""
+            told, asked = [], json.loads(body)
+            ignored = repo.files.get(".gitignore", Bytes(b""))
+            patterns = ignored.read(0, ignored.size).decode().split() + asked.get("gitIgnore", "").split()
+            for file in asked["files"]:
+                there = repo.files.get(file["path"])
+                large = file["path"].endswith((".safetensors", ".bin"))
+                oid = None if there is None else there.etag if large else blob_id(there)
+                ignore = any(fnmatch(file["path"], pattern) for pattern in patterns)
+                mode = "lfs" if large else "regular"
+                told.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
+            return 200, {"files": told}
+
+        def committed(self, name: str, repo: Repo, body: bytes) -> tuple[int, Any]:
+            lines = [json.loads(line) for line in body.splitlines()]
+            header = next(line["value"] for line in lines if line["key"] == "header")
+            if header.get("parentCommit") not in (None, repo.commit):
+                return 412, {"error": "A commit has happened since. Please refresh and try again."}
+            files = dict(repo.files)
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = Bytes(base64.b64decode(value["content"]))
+                if line["key"] == "lfsFile":
+                    if value["oid"] not in hub.store:
+                        return 400, {"error": f"{value['path']} was never uploaded"}
+                    files[value["path"]] = Bytes(hub.store[value["oid"]])
+            oid = repo.take(files)
+            return 200, {"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid}
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
@@ -194,17 +335,22 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             repo = self.repo(name)
             if repo is None:
                 return
-            if revision not in (None, "main", repo.commit):
+            repo = repo.at(revision)
+            if repo is None:
                 return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
             files = [{"type": "file", "path": n, "size": c.size, "oid": c.etag[:40]} for n, c in repo.files.items()]
-            info = {"id": name, "sha": repo.commit, "siblings": [{"rfilename": n} for n in repo.files]}
+            siblings: list[dict[str, Any]] = [{"rfilename": n} for n in repo.files]
+            if "blobs=" in self.path.lower():
+                siblings = [described(n, c) for n, c in repo.files.items()]
+            info = {"id": name, "sha": repo.commit, "private": repo.private, "siblings": siblings}
             self.send(200, {"Content-Type": "application/json"}, json.dumps(files if what == "tree" else info).encode())
 
         def resolve(self, path: str, name: str, revision: str, file: str) -> None:
             repo = self.repo(name)
             if repo is None:
                 return
-            if revision not in ("main", repo.commit):
+            repo = repo.at(revision)
+            if repo is None:
                 return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
             commit = "b" * 40 if hub.fault(self.command, path, ("commit",)) else repo.commit
             headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
@@ -243,9 +389,6 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
             self.note(path, sent)
 
-        def posted(self, path: str, body: bytes) -> None:
-            self.send(404, {}, b"")
-
         def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
             self.send_headers(unquote(urlsplit(self.path).path), headers | {"Content-Length": str(len(body))})
@@ -265,11 +408,18 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client may go away in the middle of a request; everything else is a fault of this file."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving() -> Iterator[Hub]:
     """A server on a free port of 127.0.0.1, for as long as the block runs."""
     hub = Hub("")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    server = Server(("127.0.0.1", 0), handler(hub))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -102,6 +102,27 @@ def test_a_verb_s_own_messages_name_its_own_options() -> None:
     assert not faults
 
 
+# Modules of which several verbs say what went wrong, and those verbs.
+SHARED_BY = {
+    "evaluation/leaderboard.py": ("leaderboard", "run"),
+    "evaluation/lm_tasks.py": ("leaderboard", "run"),
+    "search/search.py": ("search", "run"),
+    "search/candidates.py": ("search", "run"),
+    "spectral/rules.py": ("plan", "run", "search", "null"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_BY)
+def test_what_several_verbs_say_names_options_that_all_of_them_have(name: str) -> None:
+    """Or the verb that has it; what begins with an option speaks to who gave it."""
+    faults = []
+    for line, text in texts(ast.parse((ROOT / "laser" / name).read_text())):
+        own = CALL.sub("", FOREIGN.sub("", text))
+        for verb in SHARED_BY[name] if not own.startswith("--") else ():
+            faults += [f"{name}:{line}: laser {verb} {f}" for f in FLAG.findall(own) if f not in OPTIONS[verb]]
+    assert not faults
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

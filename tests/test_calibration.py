@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, Site, header_of
@@ -133,8 +133,103 @@ def test_what_another_command_left_of_its_first_layer_is_not_joined(
         killed.setattr(calibration.Parts, "save_states", stop)
         calibrate(checkpoint, windows_of(speaker), path)
     assert len(list(path.with_name(path.name + ".partial").glob("layer-*"))) > 2
-    moments = calibrate(checkpoint, windows_of(speaker), path, Selection(roles=("q",)))
+    with pytest.warns(DoubtWarning, match="another calibration.*selection differ; it got no further"):
+        moments = calibrate(checkpoint, windows_of(speaker), path, Selection(roles=("q",)))
     assert {name.rpartition("self_attn.")[2] for name in moments.sites} == {"q_proj.weight"}
+
+
+def begun(speaker: Path, path: Path, layers: int) -> Path:
+    """What a calibration keeps that was killed after so many layers."""
+
+    class Killed(BaseException):
+        pass
+
+    def stop(layer: int) -> None:
+        if layer + 1 == layers:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(laser.open_checkpoint(speaker), windows_of(speaker), path, QO, tick=stop)
+    return path.with_name(path.name + ".partial")
+
+
+QO = Selection(roles=("q", "o"))
+
+
+def test_a_bad_file_of_a_layer_costs_that_layer(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
+    calibrate(checkpoint, windows, tmp_path / "straight", QO)
+    bad = sorted(begun(speaker, path, 2).glob("layer-00000-*"))[0]
+    data = bytearray(bad.read_bytes())
+    data[len(data) // 2] ^= 1
+    bad.write_bytes(data)
+    ran: list[int] = []
+    original = calibration._run_layer
+    monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
+    calibrate(checkpoint, windows, path, QO)
+    assert ran == [0, 2] and path.read_bytes() == (tmp_path / "straight").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["a file", "a link", "notes", "weights", "a directory", "a link to weights"])
+def test_what_is_not_laser_s_in_the_place_of_the_partial_is_left_alone(
+    speaker: Path, tmp_path: Path, what: str
+) -> None:
+    partial, elsewhere, name = tmp_path / "m.partial", tmp_path / "elsewhere", "layer-00000-00000.safetensors"
+    elsewhere.mkdir()
+    save_file({"a": torch.ones(2)}, elsewhere / "w.safetensors", metadata={"format": "pt"})
+    if what == "a file":
+        partial.write_text("a partial download")
+    elif what == "a link":
+        (elsewhere / "w.safetensors").unlink()  # an empty directory, somebody else's
+        partial.symlink_to(elsewhere)
+    else:
+        partial.mkdir()
+        if what == "notes":
+            (partial / "notes.txt").write_text("mine")
+        elif what == "weights":
+            shutil.copy(elsewhere / "w.safetensors", partial / name)
+        elif what == "a directory":
+            (partial / name).mkdir()
+        else:
+            (partial / name).symlink_to(elsewhere / "w.safetensors")
+    before = sorted((p, p.lstat().st_mtime_ns) for p in [*partial.parent.rglob("*")])
+    for anew in (False, True):
+        with pytest.raises(OutputError, match="move it away"):
+            calibrate(laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m", QO, anew=anew)
+    assert sorted((p, p.lstat().st_mtime_ns) for p in [*partial.parent.rglob("*")]) == before
+
+
+def test_weights_that_change_between_layers_are_refused(speaker: Path, tmp_path: Path) -> None:
+    weights, path = speaker / "model.safetensors", tmp_path / "m"
+    other = load_file(weights)
+    other["model.layers.2.self_attn.q_proj.weight"] *= 2
+
+    def change(layer: int) -> None:
+        if layer == 0:
+            save_file(other, weights, metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        calibrate(laser.open_checkpoint(speaker), windows_of(speaker), path, QO, tick=change)
+    assert not path.exists() and not list(path.with_name("m.partial").glob("layer-00001-*"))
+    checkpoint = laser.open_checkpoint(speaker)
+    with pytest.raises(
+        RecordError, match=r"belongs to another calibration.*weights differ; repeat its command, or try"
+    ):
+        calibrate(checkpoint, windows_of(speaker), path, QO)
+    calibrate(checkpoint, windows_of(speaker), path, QO, anew=True)
+    calibrate(checkpoint, windows_of(speaker), tmp_path / "straight", QO)
+    assert path.read_bytes() == (tmp_path / "straight").read_bytes()
+
+
+def test_what_another_calibration_got_done_is_not_dropped_where_its_states_are_damaged(
+    speaker: Path, tmp_path: Path
+) -> None:
+    partial = begun(speaker, tmp_path / "m", 2)
+    (partial / "states.safetensors").write_bytes(b"damaged")
+    before = sorted(p.name for p in partial.glob("layer-*"))
+    with pytest.raises(RecordError, match=r"belongs to another calibration.*selection differ.*or try --force"):
+        calibrate(laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m", Selection(roles=("q",)))
+    assert before and sorted(p.name for p in partial.glob("layer-*")) == before
 
 
 @pytest.mark.slow

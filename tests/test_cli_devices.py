@@ -1,6 +1,9 @@
 """laser devices, and the methods of the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +40,52 @@ def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path, monkey
     shown = json.loads(run("devices", "--device", "cpu", "--json")[1])["probe"]
     assert shown["product"] == kept.product
     assert "--probe measures again" in run("devices", "--device", "cpu")[1]
+
+
+WRONG = {"kind": "devices", "version": 1, "probes": {"cpu float64": {"product": 0}}}
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps(WRONG), "null"])
+def test_a_damaged_record_is_told_and_measured_again(
+    run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    code, out, err = run("devices", "--device", "cpu")
+    assert code == 0 and "speed not measured" in out and "try `laser devices --probe`" in err and err.count("\n") == 1
+    assert json.loads(run("devices", "--device", "cpu", "--json")[1])["probe"] is None
+    assert run("devices", "--device", "cpu", "--probe")[0] == 0
+    assert run("devices", "--device", "cpu")[::2] == (0, "")
+
+
+def test_a_probe_leaves_nothing_behind(run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
+    probe = ("devices", "--device", "cpu", "--probe")
+    cache.parent.mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    killed, living = (cache.with_name(f"{cache.name}.{n}.partial") for n in (ended.pid, os.getppid()))
+    killed.write_text("half")
+    living.write_text("half")
+    assert run(*probe)[0] == 0 and sorted(cache.parent.iterdir()) == sorted([cache, living])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        assert run(*probe)[0] == 130
+    assert sorted(cache.parent.iterdir()) == sorted([cache, living])
+
+
+def test_a_cache_that_cannot_be_written_costs_no_probe(
+    run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    code, out, err = run("devices", "--device", "cpu", "--probe")
+    assert code == 0 and "eigenvalues s" in out and "not kept" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
     assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "mp-edge", "--metric", "data", "--force")
-    assert code == 2 and "in the metric of the data no noise is; try --rule with one of energy" in error
+    assert code == 2 and "in the metric of the data no noise is; try one of energy" in error
     code, _, error = run("plan", spectra, "-o", plan, "--force", "--rule", "parallel", "--metric", "data")
     assert code == 2 and "in the metric of the data no noise is" in error
     plain = tmp_path / "plain"

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,10 +53,6 @@ def test_first_screen_shows_both_commands() -> None:
 
 
 @pytest.mark.slow
-def test_help_pages_are_up_to_date() -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / "render_docs.py", "--check"], check=True)
-
-
 def test_every_script_that_the_readme_names_is_there() -> None:
     for path in set(re.findall(r"(?:scripts|benchmarks)/[\w.]+\.(?:py|sh)", README)):
         assert (ROOT / path).is_file(), path

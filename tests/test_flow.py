@@ -4,9 +4,10 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,21 +286,11 @@ def test_verify_notices_an_output_that_was_not_reduced(pico: Path, tmp_path: Pat
 
 # --- being killed -----------------------------------------------------------------------------------------------------
 
-CHILD = """
-import sys, time, torch, laser
-from pathlib import Path
-torch.set_num_threads(1)
-source, plan, out = map(Path, sys.argv[1:])
-def tick(matrix, seconds):
-    print(matrix.name, flush=True)
-    time.sleep(0.02)  # so that the parent can choose its moment
-crew = laser.choose_crew("cpu", workers=2)
-laser.reduce(laser.open_checkpoint(source), laser.Plan.load(plan), out, crew=crew, resume=True, tick=tick)
-"""
-
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_byte_identical_and_computes_nothing_twice(pico: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_byte_identical_and_computes_nothing_twice(
+    pico: Path, tmp_path: Path, one_thread: None
+) -> None:
     checkpoint = laser.open_checkpoint(pico)
     plan = make_plan(scan(checkpoint), "mp-edge")
     plan.save(tmp_path / "plan.json")
@@ -307,27 +298,37 @@ def test_killed_and_resumed_is_byte_identical_and_computes_nothing_twice(pico: P
     out, computed, promised = tmp_path / "out", [], set()
     rng = random.Random(5)
     for attempt in range(6):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(pico), str(tmp_path / "plan.json"), str(out)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        assert child.stdout
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which are asleep
+            child = os.fork()
+        if child == 0:
+
+            def tick(matrix: laser.Matrix, *_: object, writer: int = writer) -> None:
+                os.write(writer, f"{matrix.name}\n".encode())
+                time.sleep(0.02)  # so that the parent can choose its moment
+
+            with suppress(BaseException):
+                reduce(checkpoint, plan, out, crew=laser.choose_crew("cpu", workers=2), resume=True, tick=tick)
+                os._exit(0)
+            os._exit(1)
+        os.close(writer)
         stop_after = rng.randint(1, 9) if attempt < 5 else 10**6
-        for count, line in enumerate(child.stdout, 1):
-            assert line.strip() not in promised, "a matrix that the journal holds was computed again"
-            computed.append(line.strip())
-            if count >= stop_after:
-                child.send_signal(signal.SIGKILL)
-                break
-        child.stdout.close()
-        child.wait()
-        if attempt < 5:
-            assert child.returncode == -signal.SIGKILL
+        with os.fdopen(reader) as lines:
+            for count, line in enumerate(lines, 1):
+                assert line.strip() not in promised, "a matrix that the journal holds was computed again"
+                computed.append(line.strip())
+                if count >= stop_after:
+                    os.kill(child, signal.SIGKILL)
+                    break
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if attempt == 5:
+            assert code == 0
+        else:
+            assert code == -signal.SIGKILL
             assert not (out / INDEX).exists()
-            lines = (out / JOURNAL).read_text().splitlines(keepends=True)
-            promised = {json.loads(x).get("matrix") for x in lines if x.endswith("\n")} - {None}
+            kept = (out / JOURNAL).read_text().splitlines(keepends=True)
+            promised = {json.loads(x).get("matrix") for x in kept if x.endswith("\n")} - {None}
     assert snapshot(out) == snapshot(tmp_path / "undisturbed")
     assert set(computed) == plan.reductions.keys()
     assert len(computed) <= len(plan.reductions) + 5  # at most the one in flight at each kill

@@ -2,28 +2,19 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from disk_faults import forked, snapshot
 
 import laser.cli.run
 from laser.checkpoint import swap
 from laser.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OLD = ["run", "pico", "-o", "out", "--rule", "rank:3", "--roles", "q", "--no-search"]
 NEW = ["run", "pico", "-o", "out", "--rule", "rank:4", "--roles", "q", "--no-search", "--leaderboard"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """OpenMP's pool does not survive a fork."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ran(folder: Path, words: list[str], board: Callable[..., None] = lambda *_: None) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from conftest import Run, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
-from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import LESS, VERBS, main, memory
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
@@ -507,7 +508,7 @@ def test_out_of_memory_is_one_line(
     code, _, err = run("scan", model, "-o", tmp_path / "s")
     assert code == 1 and "what is finished is kept, run the same command again" in err
     on_device = any(word in str(error) for word in ("CUDA", "MPS", "Invalid"))
-    assert ("try --device cpu;" if on_device else "try --device cpu --workers 1;") in err
+    assert ("begin anew with --force and --device cpu\n" if on_device else "try --device cpu --workers 1;") in err
 
 
 def test_numpy_and_other_wrappers_are_known_and_other_errors_are_not() -> None:
@@ -527,6 +528,77 @@ def test_what_to_try_is_what_the_verb_has(run: Run) -> None:
             told = run(verb, "--help")[1]
             for option in (word for word in less.way.split() if word.startswith("--")):
                 assert option in told, (less.way, verb)
+
+
+MEASURED = "m -o new.json --spectra s.safetensors --text text.txt --windows 2 --held-out-windows 2 --window"
+# What is asked first, how many reads it gets, and what memory is saved with. Each of the ways that a journal can take.
+SAVINGS = {
+    "scan": ("m -o new --roles q", 2, ["--device cpu --workers 1"]),
+    "reduce": ("m p.json -o new", 2, ["--device cpu --workers 1"]),
+    "run": ("m -o new --no-search --rule rank:4 --roles q", 2, ["--device cpu --workers 1"]),
+    "search": (f"{MEASURED} 32 --no-stream", 60, ["--stream", "--window 16"]),
+    "calibrate": (
+        "m -o new --text text.txt --window 32 --windows 2 --roles q",
+        90,
+        ["--window 24"],
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", SAVINGS)
+def test_what_is_said_to_be_kept_is_kept_and_what_begins_anew_does(
+    verb: str, run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (words, reads, ways), read = SAVINGS[verb], Checkpoint.read
+    begun = [*verb.split(), *words.split()]
+    left = [reads]
+
+    def counted(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return read(*arguments)
+
+    def start() -> str:
+        for path in tmp_path.glob("new*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (tmp_path / "search.jsonl").unlink(missing_ok=True)
+        left[0] = reads
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "read", counted)
+            code, _, err = run(*begun)
+        assert code == 1 and err.startswith("laser: out of memory (") and "what is finished is kept" in err
+        return err
+
+    for way in ways:
+        option = way.split()[0]
+        told, _, anew = start().partition("or begin anew with --force and ")
+        assert option in told + anew
+        resume = ["--resume"] * (verb in ("reduce", "run"))
+        again = [word for word in begun if word != "--no-stream"] + way.split()
+        if option in anew:
+            code, _, err = run(*again, *resume)
+            assert code == 1 and "belongs to another" in err, err
+            resume = ["--force"]
+        code, _, err = run(*again, *resume)
+        assert code == 0, err
+
+
+def test_what_does_nothing_is_not_advised(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('rule = "rank:4"\n')
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("laser.cli.run.run_flow", fail)
+    code, _, err = run("run", made / "m", "-o", tmp_path / "out", "--recipe", recipe)
+    assert code == 1 and "try --device cpu --workers 1; what is finished is kept" in err
+    assert not any(option in err for option in ("--stream", "--window", "--no-leaderboard"))
 
 
 # Verb -> the rest of its command line, and where memory runs out in it.

@@ -28,14 +28,69 @@ def test_every_loader_is_told_to_run_no_code_of_a_model() -> None:
     assert calls >= 9
 
 
-@pytest.mark.parametrize(("wait", "number"), [(0.25, signal.SIGTERM), (0.8, signal.SIGINT)])
+def wait_for_handler(process: int) -> None:
+    """Until it catches SIGTERM, which laser does before it imports a library; on a busy machine that takes a while."""
+    status = Path(f"/proc/{process}/status")
+    while status.exists() and not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> signal.SIGTERM - 1 & 1:
+        time.sleep(0.01)
+
+
+def at_a_terminal() -> None:
+    """Also where the tests themselves were started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("wait", "number"), [(0.0, signal.SIGTERM), (0.5, signal.SIGINT), (0.2, signal.SIGHUP)])
 def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float, number: signal.Signals) -> None:
-    child = subprocess.Popen([sys.executable, "-m", "laser", "devices"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    words = [sys.executable, "-m", "laser", "devices"]
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=at_a_terminal)
+    wait_for_handler(child.pid)
     time.sleep(wait)
     child.send_signal(number)
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (130, b"laser: interrupted; nothing was written\n")
+    code = 129 if number == signal.SIGHUP else 130
+    assert (child.returncode, err) == (code, b"laser: interrupted; nothing was written\n")
+
+
+# A scan that waits, and says so, where the first matrix is read.
+WAITING = """
+import sys, time
+from laser.checkpoint.reader import Checkpoint
+def wait(*_):
+    print("here", flush=True)
+    time.sleep(60)
+Checkpoint.read = wait
+sys.argv = ["laser", "scan", sys.argv[1], "-o", sys.argv[2], "--workers", "1"]
+from laser.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
+    words = [sys.executable, "-c", WAITING.replace("sleep(60)", "sleep(1)"), str(pico), str(tmp_path / "s")]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=at_a_terminal)
+    assert child.stdout is not None and child.stderr is not None and child.stdout.readline() == b"here\n"
+    if closed:
+        child.stderr.close()
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(timeout=60) == 129
+    if not closed:
+        told = child.stderr.read()
+        assert told == b"laser: interrupted; what is finished is kept, run the same command again\n"
+        child.stderr.close()
+    child.stdout.close()
+
+
+def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
+    words = 'trap "" HUP; exec "$0" -c "$1" "$2" "$3"'
+    code = WAITING.replace("sleep(60)", "sleep(1); sys.stderr.write('on'); sys.stderr.flush(); import os; os._exit(7)")
+    command = ["sh", "-c", words, sys.executable, code, str(pico), str(tmp_path / "s")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline() == b"here\n"
+    child.send_signal(signal.SIGHUP)
+    assert child.communicate(timeout=60)[1] == b"on" and child.returncode == 7
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -47,7 +102,7 @@ def test_a_full_disk_behind_stdout_is_one_line(buffered: bool, monkeypatch: pyte
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, which Linux has")
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([sys.executable, "-m", "laser", "devices"], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "laser", "scan", "--help"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and done.stderr.startswith(b"laser: cannot write: ")
     assert done.stderr.count(b"\n") == 1
 

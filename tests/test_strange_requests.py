@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -15,7 +16,8 @@ from conftest import Run
 
 import laser
 from laser.checkpoint.pickles import read_pickle
-from laser.errors import CheckpointError
+from laser.checkpoint.reader import INDEX
+from laser.errors import CheckpointError, DoubtWarning
 from laser.evaluation.causal import build_causal
 
 
@@ -27,6 +29,27 @@ def test_a_link_that_leads_to_itself_is_no_output(pico: Path, tmp_path: Path, ru
     loop.symlink_to(loop)
     code, _, error = run(*words.format(m=pico, l=loop).split())
     assert code == 1 and "is a link that leads to itself; remove it" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["nowhere", "nowhere/below"])
+def test_a_link_to_nothing_is_no_output(pico: Path, tmp_path: Path, run: Run, target: str) -> None:
+    link, spectra, plan = tmp_path / "link.svg", tmp_path / "s", tmp_path / "p"
+    link.symlink_to(target)
+    assert run("scan", pico, "-o", spectra, "--roles", "q")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4")[0] == 0
+    for words in (
+        ("scan", pico, "-o", link),
+        ("plan", spectra, "-o", link, "--rule", "rank:4"),
+        ("plot", spectra, "-o", link, "--heat", "kept"),
+        ("reduce", pico, plan, "-o", link),
+        ("reduce", pico, plan, "-o", link, "--dry-run"),
+        ("run", pico, "-o", link, "--no-search", "--rule", "rank:4"),
+        ("run", pico, "-o", link, "--no-search", "--rule", "rank:4", "--force"),
+        ("convert", pico, "-o", link),
+    ):
+        code, _, error = run(*words)
+        assert code == 1 and f"{link} is a link to {target}, which is not there; remove it" in error, (words, error)
+        assert link.is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_json_without_a_standard_output(pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +70,29 @@ def test_a_fifo_is_no_missing_record(pico: Path, tmp_path: Path, run: Run) -> No
     ):
         code, _, error = run(*words)
         assert code == 1 and "it is a FIFO, expected a regular file" in error, error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory", "Too many levels of symbolic links"])
+def test_weights_that_are_no_file_are_not_missing(pico: Path, run: Run, name: str, kind: str) -> None:
+    path = pico / name
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as bound:
+        if kind == "a FIFO":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")
+        elif kind == "a socket":
+            here = Path.cwd()
+            os.chdir(pico)  # an address has no room for a long path
+            bound.bind(name)
+            os.chdir(here)
+        elif kind == "a directory":
+            path.mkdir()
+        else:
+            path.symlink_to(path)
+        code, _, error = run("scan", pico, "--dry-run")
+    assert code == 1 and f"cannot read {path}: " in error and kind in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
@@ -74,9 +120,55 @@ def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Pa
     assert real[0] == dry[0] != 0 and real[2] == dry[2]
 
 
-def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run) -> None:
-    code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", "--limit", 3)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dtype", "nonsense"],
+        ["--dtype", "bfloat16"],  # of a model that is not quantised
+        ["--method", "nonsense"],
+        ["--evict"],
+        ["--moments", "/nonexistent"],
+        ["--fresh", "/nonexistent"],
+        ["--precision", "float32", "--resume"],  # of a finished output in float64
+        [],  # which is there
+    ],
+)
+def test_a_dry_run_of_a_reduction_refuses_what_the_reduction_does(
+    pico: Path, tmp_path: Path, run: Run, words: list[str]
+) -> None:
+    spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "o"
+    assert run("scan", pico, "-o", spectra, "--roles", "q")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4")[0] == 0
+    if not words or "--resume" in words:
+        assert run("reduce", pico, plan, "-o", out)[0] == 0
+    asked = ("reduce", pico, plan, "-o", out, *words)
+    real, dry = run(*asked), run(*asked, "--dry-run")
+    assert real[0] == dry[0] != 0 and real[2] == dry[2], (real, dry)
+    if "--resume" in words:  # nor of an unfinished one
+        (out / "laser.json").unlink()
+        real, dry = run(*asked), run(*asked, "--dry-run")
+        assert real[0] == dry[0] == 1 and real[2] == dry[2], (real, dry)
+
+
+@pytest.mark.parametrize("words", [["--limit", "3"], ["--tasks", "winogrande"]])
+def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run: Run, words: list[str]) -> None:
+    code, _, error = run("run", pico, "-o", tmp_path / "o", "--no-search", *words)
     assert code == 2 and "try --leaderboard" in error
+
+
+def test_bits_that_fill_no_whole_bytes_are_told_as_bits(pico: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}).encode()
+    path = next(pico.glob("*.safetensors"))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match=r"a holds 1 bytes, expected 12 bits, which fill no whole bytes, for F4"):
+        laser.open_checkpoint(pico)
+
+
+def test_metadata_of_an_index_that_are_a_list(pico: Path) -> None:
+    index = json.loads((pico / INDEX).read_text())
+    (pico / INDEX).write_text(json.dumps(index | {"metadata": [1]}))
+    with pytest.warns(DoubtWarning, match="has metadata that are no object, without which"):
+        laser.open_checkpoint(pico)
 
 
 def test_the_tokenizer_of_a_gguf_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ LONGEST_WAIT = 300.0  # seconds that a server may ask for
 AGAIN = (408, 429, 500, 502, 503, 504)
 WINDOW = 60.0  # seconds of waiting over which a rate is measured
 LEAST_RATE = 1024.0  # bytes/s; at it 1 GB takes 11 days, so nobody's connection is meant by what is slower
+PIECE = 1 << 16  # bytes that are sent between two looks at the clock
 LARGEST_LISTING = 100_000_000  # bytes; also of a file whose size the server does not tell
 LARGEST_ERROR = 1_000_000  # bytes of the body of a refusal
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -41,13 +42,15 @@ def _ask(request: Any) -> None:
     from huggingface_hub import constants
 
     reading = request.method in ("GET", "HEAD")
+    where = f"{request.url.host}{request.url.path}"[:200]
     longest = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) if reading else LONGEST_WAIT  # a commit takes its time
     limits = request.extensions.get("timeout") or {}
     request.extensions["timeout"] = {
         kind: longest if limits.get(kind) is None else limits[kind] for kind in ("connect", "read", "write", "pool")
     }
-    if reading:
-        request.headers["Accept-Encoding"] = "identity"
+    request.headers["Accept-Encoding"] = "identity"
+    if not reading:
+        request.stream = _paced(request.stream, where)
 
 
 def _look(answer: Any) -> None:
@@ -62,6 +65,8 @@ def _look(answer: Any) -> None:
             "check HF_ENDPOINT and proxies"
         )
 
+    if status == 409 and path.endswith("/api/repos/create"):  # the client would ask again without end or pause
+        raise CheckpointError(f"{where}: it is there, or is being made (status 409); run the same command again")
     if status in AGAIN:
         asked_wait(answer, where)
     commit, linked = headers.get("X-Repo-Commit"), headers.get("X-Linked-Etag")
@@ -73,7 +78,7 @@ def _look(answer: Any) -> None:
     for name in ("X-Linked-Size", "Content-Length"):
         if name in headers and not SIZE.fullmatch(headers[name]):
             raise refuse(name, headers[name], "a size in bytes")
-    if headers.get("Content-Encoding", "identity").lower() != "identity" and request.method == "GET":
+    if headers.get("Content-Encoding", "identity").lower() != "identity" and request.method != "HEAD":
         raise refuse("Content-Encoding", headers["Content-Encoding"], "none, which was asked for")
     target = headers.get("Location")
     if target is not None and 300 <= status < 400:
@@ -94,9 +99,8 @@ def _look(answer: Any) -> None:
 
 def _guarded(stream: Any, where: str, largest: int) -> Any:
     """The body, given up where it comes too slowly or does not end. Time spent on what has arrived does not count."""
-    base = next(c for c in type(stream).__mro__ if c.__name__ == "SyncByteStream")
 
-    class Guarded(base):
+    class Guarded(_kind_of(stream)):
         def __iter__(self) -> Iterator[bytes]:
             pieces, so_far, waited, since = iter(stream), 0, 0.0, 0
             while True:
@@ -122,12 +126,40 @@ def _guarded(stream: Any, where: str, largest: int) -> Any:
     return Guarded()
 
 
-def require_rate(count: int, seconds: float, where: str) -> None:
+def _paced(stream: Any, where: str) -> Any:
+    """What is sent, given up where it is taken too slowly."""
+
+    class Paced(_kind_of(stream)):
+        def __iter__(self) -> Iterator[bytes]:
+            waited, since = 0.0, 0
+            for whole in stream:
+                for at in range(0, len(whole), PIECE):
+                    piece = whole[at : at + PIECE]
+                    before = time.monotonic()
+                    yield piece
+                    waited, since = waited + time.monotonic() - before, since + len(piece)
+                    if waited >= WINDOW:
+                        require_rate(since, waited, where, "takes")
+                        waited, since = 0.0, 0
+
+        def close(self) -> None:
+            stream.close()
+
+    return Paced()
+
+
+def _kind_of(stream: Any) -> type:
+    """The class that the client asks of a body. Its library (httpx, then httpx2) depends on the client's version."""
+    return next(c for c in type(stream).__mro__ if c.__name__ == "SyncByteStream")
+
+
+def require_rate(count: int, seconds: float, where: str, what: str = "sends") -> None:
     """Raises CheckpointError where `count` bytes in so many seconds are less than LEAST_RATE."""
     if count / seconds < LEAST_RATE:
+        kept = "whole files in the cache are kept" if what == "sends" else "files that were sent whole are kept"
         raise CheckpointError(
             f"{where}: the Hub is too slow: found {count / seconds:.0f} bytes/s in {seconds:.0f} s, expected at least "
-            f"{LEAST_RATE:.0f}; whole files in the cache are kept, run the same command again on a better connection"
+            f"{LEAST_RATE:.0f}; {kept}, run the same command again on a better connection"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from laser.checkpoint.files import disk_errors
 from laser.checkpoint.headers import BITS, TensorInfo
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.locks import claimed, require_led
 from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.virtual import Entry, virtual_shard
 from laser.errors import OutputError
@@ -55,6 +55,7 @@ def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def require_new(out: Path) -> None:
     """Raises OutputError where `write_directory` would find something in its way."""
+    require_led(out)
     if out.exists():
         raise OutputError(f"{out} exists; try another -o, or remove it yourself")
 

@@ -132,10 +132,7 @@ class Journal:
         shapes: Sequence[Mapping[str, Any]] | None = None,
         anew: bool = False,
     ) -> None:
-        self.path, self._run = path, run
-        self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
-        self.entries: list[dict[str, Any]] = []
-        self._last = b""
+        self._begin(path, run, shapes)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -148,6 +145,20 @@ class Journal:
             self._file.truncate(whole)
         if not whole:
             self._append(run)
+
+    def _begin(self, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None) -> None:
+        self.path, self._run = path, run
+        self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
+        self.entries: list[dict[str, Any]] = []
+        self._last = b""
+
+    @classmethod
+    def require(cls, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Raises as opening it would where the journal at `path`, if there is one, is of another run."""
+        looked = cls.__new__(cls)
+        looked._begin(path, run, shapes)
+        if path.exists():
+            looked._load(run)
 
     def _load(self, run: Mapping[str, Any]) -> int:
         """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
@@ -258,6 +269,14 @@ def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
     """Whether a file was a journal once, whole or torn or damaged, and no file of somebody else."""
     begun = json.dumps(dict(run)).encode()[:12]
     return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
+
+
+def was_journal(path: Path, kind: str) -> bool:
+    """Whether the file at `path` is, or was before it was damaged, a journal of this kind."""
+    try:
+        return _is_journal(read_regular(path, math.inf), {"kind": kind})
+    except OSError:
+        return False
 
 
 def journal_is_whole(path: Path) -> bool:

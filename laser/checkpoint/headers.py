@@ -201,8 +201,9 @@ def _tensor(file: str, key: str, entry: Any, base: int, size: int) -> TensorInfo
         )
     expected = math.prod(shape) * BITS[dtype]
     if (offsets[1] - offsets[0]) * 8 != expected:
+        needed = _short(expected // 8) if expected % 8 == 0 else f"{_short(expected)} bits, which fill no whole bytes,"
         raise CheckpointError(
-            f"{file}: {key} holds {offsets[1] - offsets[0]} bytes, expected {_short(expected // 8)} for {dtype} "
+            f"{file}: {key} holds {offsets[1] - offsets[0]} bytes, expected {needed} for {dtype} "
             f"{_short(shape)}; download it again"
         )
     if not expected and math.prod(n for n in shape if n) >> 63:  # nothing of it is stored, and no library can make it

@@ -25,9 +25,9 @@ from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
 from laser.checkpoint.regular import read_regular
-from laser.checkpoint.side_files import WEIGHTS, modules_of
+from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
-from laser.errors import CheckpointError, LaserError, first_line
+from laser.errors import LONGEST, CheckpointError, LaserError, first_line
 
 T = TypeVar("T")
 # Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.
@@ -117,7 +117,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     with hub_errors(repo, revision):
-        names = sorted(_plain(repo, HfApi().model_info(repo, revision=revision).siblings))
+        names = sorted(plain_names(repo, HfApi().model_info(repo, revision=revision).siblings))
         return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
 
 
@@ -135,20 +135,34 @@ def listing(hub: Hub) -> frozenset[str]:
             return here
     try:
         with hub_errors(hub.repo, hub.revision):
-            return frozenset(_names(hub) if whole else _patiently(lambda: _names(hub), hub.repo))
+            names = _names(hub) if whole else _patiently(lambda: _names(hub), hub.repo)
     except CheckpointError:
         if not whole:
             raise
         return here
+    _require_apart(hub, names)
+    return frozenset(names)
 
 
 def _names(hub: Hub) -> list[str]:
     from huggingface_hub import HfApi
 
-    return _plain(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+    return plain_names(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
 
 
-def _plain(repo: str, siblings: Sequence[Any] | None) -> list[str]:
+def _require_apart(hub: Hub, names: Sequence[str]) -> None:
+    """Raises CheckpointError for names of which the cache's disk would keep one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(folded(name), name)
+        if twin != name and is_one_file(hub.folder / "CONFIG.JSON", hub.folder / "config.json"):
+            raise CheckpointError(
+                f"{hub.repo} holds {twin} and {name}, and the disk of the Hub's cache makes no difference between the "
+                "two; set HF_HUB_CACHE to a directory on another disk, and remove this model from the old one"
+            )
+
+
+def plain_names(repo: str, siblings: Sequence[Any] | None) -> list[str]:
     """Names of a listing. Raises CheckpointError for one that is no path inside a repository."""
     names = [file.rfilename for file in siblings or ()]
     if hostile := next((name for name in names if not isinstance(name, str) or not is_inside(name)), None):
@@ -326,10 +340,11 @@ def _cause(error: BaseException) -> str:
 
 
 @contextmanager
-def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
     """What the Hub's client raises, as a CheckpointError that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
+        BadRequestError,
         EntryNotFoundError,
         FileMetadataError,
         GatedRepoError,
@@ -343,7 +358,13 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
     try:
         session()
-        yield
+        failed: BaseException | None = None
+        try:
+            yield
+        except RuntimeError as error:  # of a thread that sends a file: it says which, its cause what is wrong
+            failed = error.__cause__ or error
+        if failed is not None:
+            raise failed
     except LaserError:
         raise
     except GatedRepoError as error:
@@ -373,11 +394,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise CheckpointError(f"{repo} is not a Hub id ({error}); try org/name or a directory") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        remedy = {401: "log in with `hf auth login`", 403: "log in with `hf auth login` as someone who may read it"}
-        raise CheckpointError(
-            f"{repo}: the Hub answered with status {status}; {remedy.get(status, 'run the same command again later')}"
-        ) from error
+        raise CheckpointError(_status(repo, error, writing)) from error
     except transport_errors() as error:
         _require_address(repo, error)
         if told := _of_the_cache(error):
@@ -387,10 +404,35 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
         ) from error
     except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
+        if isinstance(error.__cause__, BadRequestError):
+            raise CheckpointError(
+                f"{repo}: the Hub refuses what is sent ({' '.join(str(error).split())[:LONGEST]}); mend that, and run "
+                "the same command again"
+            ) from error
         raise CheckpointError(
             f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
             "and proxies, or run the same command again later"
         ) from error
+
+
+def _status(repo: str, error: Any, writing: bool) -> str:
+    """What to say of an answer that refuses."""
+    status, told = error.response.status_code, ""
+    if writing and status in (409, 412):
+        return (
+            f"{repo}: somebody has committed to it meanwhile, or it is being made (status {status}); run the same "
+            "command again"
+        )
+    if writing and status in (400, 413, 422) and error.server_message:
+        told = f" ({' '.join(str(error.server_message).split())[:LONGEST]})"
+    as_who = "write to it" if writing else "read it"
+    remedy = {
+        401: "log in with `hf auth login`",
+        403: f"log in with `hf auth login` as someone who may {as_who}",
+        **dict.fromkeys((400, 413, 422), "mend what it refuses, and run the same command again" if told else ""),
+    }
+    advice = remedy.get(status) or "run the same command again later"
+    return f"{repo}: the Hub answered with status {status}{told}; {advice}"
 
 
 def _require_address(repo: str, error: BaseException) -> None:

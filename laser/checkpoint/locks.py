@@ -40,6 +40,12 @@ def real(path: Path) -> Path:
         raise OutputError(f"{path} is a link that leads to itself; remove it, or try another -o") from error
 
 
+def require_led(path: Path) -> None:
+    """Raises OutputError for a link to what is not there: it would be replaced, or followed, as no one asked."""
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link to {path.readlink()}, which is not there; remove it, or try another -o")
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.

@@ -49,7 +49,9 @@ from laser.checkpoint.weights import (
     indexes,
     merge,
     nothing_found,
+    order,
     read_by_vllm,
+    require_absent,
     start_of,
 )
 from laser.errors import CheckpointError, DoubtWarning
@@ -221,6 +223,8 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     names = files_in(path) if hub is None else listing(hub)
     start = start_of(names, config, place)
     if start is None:
+        for name in order(config) if hub is None else ():
+            require_absent(path / name)
         if told := recognised(hub.repo, hub.commit) if hub else what_lies_in(path):
             raise CheckpointError(told)
         raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
@@ -297,6 +301,7 @@ def _index(path: Path, hub: Hub | None, names: Collection[str]) -> dict[str, Any
         if not shard.endswith(suffix):
             raise CheckpointError(f"{path.name}: {tensor} is in {shard!r}, expected a {suffix} file")
         if hub is None and shard not in names:
+            require_absent(path.parent / shard)
             other = next((f", or remove the index, and {name} is read" for name in ORDER[2:] if name in names), "")
             raise CheckpointError(
                 f"{path.name} names {shard}, which is missing from {path.parent}; finish the download and try again"

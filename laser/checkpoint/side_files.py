@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from laser.checkpoint.regular import LARGEST, open_regular, read_regular
@@ -49,6 +50,19 @@ MODULES = "modules.json"  # sentence-transformers: which subfolders are modules 
 def is_weights(name: str) -> bool:
     """Whether a file of that name holds weights, in any format, or belongs to such files."""
     return bool(_WEIGHTS.fullmatch(name.lower()) or _STATE.fullmatch(name))
+
+
+def folded(name: str) -> str:
+    """The same for names that a disk may take for one: those of macOS and Windows make no difference of case."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def is_one_file(a: Path, b: Path) -> bool:
+    """Whether two paths whose names differ by case only lead to one file, as on a disk that makes no difference."""
+    try:
+        return a.samefile(b) and a not in a.parent.iterdir()
+    except OSError:
+        return False
 
 
 def modules_of(folder: Path) -> tuple[str, ...]:
@@ -88,10 +102,15 @@ _OPENED = re.compile(
 )
 
 
+def is_opened(name: str) -> bool:
+    """Whether transformers opens a file of that name beside the weights."""
+    return bool(_OPENED.fullmatch(name.lower()))
+
+
 def require_small_files(folder: Path) -> None:
     """Raises CheckpointError where transformers, asked to open a folder, would wait for ever or read without end."""
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if not _OPENED.fullmatch(path.name.lower()) or path.is_dir():
+        if not is_opened(path.name) or path.is_dir():
             continue
         try:
             with open_regular(path) as file:
@@ -106,7 +125,7 @@ def require_small_files(folder: Path) -> None:
 
 def foreign_links(folder: Path) -> list[Path]:
     """What transformers opens beside the weights and is a link to another place: without it a copy does not load."""
-    opened = (path for path in sorted(folder.iterdir()) if _OPENED.fullmatch(path.name.lower()))
+    opened = (path for path in sorted(folder.iterdir()) if is_opened(path.name))
     return [path for path in opened if path.is_symlink() and not path.is_dir() and own_file(folder, path) is None]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from laser.checkpoint.formats import NO_MODEL
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, header_text, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.regular import read_regular, require_regular
 from laser.checkpoint.side_files import ADAPTER
 from laser.errors import CheckpointError
 
@@ -36,6 +36,16 @@ COMPARED = 4 << 30  # bytes of copies that are looked at when a model is opened
 def files_in(folder: Path, pattern: str = "*") -> frozenset[str]:
     """Names of the files in a directory that can be opened, as the Hub would list them."""
     return frozenset(p.relative_to(folder).as_posix() for p in folder.glob(pattern) if p.is_file())
+
+
+def require_absent(path: Path) -> None:
+    """Raises CheckpointError for what `files_in` passes over and yet is there: a FIFO, a device, a link to itself."""
+    try:
+        require_regular(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; put the file itself there") from error
 
 
 def order(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -271,7 +281,8 @@ def disagreements(
     if index is not None:
         yield from _index(merged, index["weight_map"])
         if not isinstance(index.get("metadata"), dict):
-            yield f"{start} has no metadata, without which transformers does not load it; an output's index has some"
+            found = "metadata that are no object" if index.get("metadata") is not None else "no metadata"
+            yield f"{start} has {found}, without which transformers does not load it; an output's index has some"
 
 
 def _copies(merged: Merged) -> Iterator[str]:

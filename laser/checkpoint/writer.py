@@ -34,7 +34,7 @@ from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoi
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
-from laser.checkpoint.locks import real
+from laser.checkpoint.locks import real, require_led
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
 from laser.checkpoint.regular import open_regular, read_regular
@@ -49,7 +49,7 @@ from laser.checkpoint.shards import (
     settle,
     untouched,
 )
-from laser.checkpoint.side_files import foreign_links, modules_of, own_file, stays_behind
+from laser.checkpoint.side_files import folded, foreign_links, is_one_file, modules_of, own_file, stays_behind
 from laser.errors import OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -150,6 +150,7 @@ def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
 def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
+    require_led(out)
     if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
@@ -158,6 +159,22 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
         if not is_settled(source, out):
             _require_no_link(out)
+
+
+def _settled(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of a finished output. Raises OutputError where it is another run's."""
+    document = read_outcome(out)
+    if differences(document.get("run") or {}, run):
+        raise OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
+    return document
+
+
+def require_run(source: Checkpoint, out: Path, run: Mapping[str, Any]) -> None:
+    """Raises as `write_checkpoint` where what lies in `out` is of another run; changes nothing."""
+    if is_settled(source, out):
+        _settled(out, run)
+    else:
+        Journal.require(out / JOURNAL, run, SHAPES)
 
 
 def write_checkpoint(
@@ -181,11 +198,7 @@ def write_checkpoint(
     CheckpointError for weights that were damaged in the Hub's cache.
     """
     if is_settled(source, out):
-        document = read_outcome(out)
-        if differences(document.get("run") or {}, run):
-            raise OutputError(
-                f"{out} holds the finished output of another run; try another -o, or --force to replace it"
-            )
+        document = _settled(out, run)
         require_intact(source, out, document, touched, on_check)
         return document
     if source.hub is not None:
@@ -449,7 +462,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
     read |= {"pytorch_model.bin.index.json"} if read else set()
-    modules, left_out = modules_of(source.path), []
+    modules, left_out, written = modules_of(source.path), [], {folded(name): name for name in ours}
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
@@ -463,6 +476,12 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         if stays_behind(source.path, relative, modules):
             left_out += [] if str(relative) in read else [str(relative)]
             continue
+        twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
+        if twin != relative.as_posix() and is_one_file(out / relative, out / twin):
+            raise OutputError(
+                f"{source.path} holds {twin} and {relative}, and the disk of {out} makes no difference between the "
+                "two; try a directory on another disk, or a source without one of them"
+            )
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) == "config.json":

@@ -7,13 +7,15 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import typer
 
 from laser.checkpoint.families import DoubtWarning
@@ -57,6 +59,12 @@ def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
     return _INTERRUPTED.get(verb, "nothing was written")
 
 
+@cache
+def _commands() -> Any:
+    """click's commands, made once: typer would make them at every call, and take 0.06 s."""
+    return typer.main.get_command(app)
+
+
 @app.callback()
 def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
     """The options that stand before a verb; `main` reads --debug wherever it stands."""
@@ -84,7 +92,7 @@ def _verb(arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> None:
     """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
     try:
-        app(arguments, prog_name="laser")
+        _commands()(arguments, prog_name="laser")
     except SystemExit:  # how typer ends, whatever came of it
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -122,40 +130,58 @@ ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer s
 
 @dataclass(frozen=True)
 class Less:
-    """What asks for less memory. unless: words of a command line that has it already, or where it does nothing. where:
-    on which side, "host" or "device", it helps; both where that is empty."""
+    """What asks for less memory. unless: words of a command line that has it already, or does not take it. where: on
+    which side, "host" or "device", it helps; both where that is empty."""
 
     way: str
     verbs: tuple[str, ...]
-    unless: tuple[str, ...]
+    unless: tuple[str, ...] = ()
     where: str = ""
+
+    def changes(self, verb: str, given: str, side: str) -> bool:
+        """Whether what this verb has finished is of another run then."""
+        alone = not (torch.cuda.is_available() or torch.backends.mps.is_available())  # the host is the only device
+        same = side == "host" and (alone or "--device cpu" in given)
+        return any(option in self.way.split() for option in BOUND.get(verb, ()) if not (same and option == "--device"))
 
 
 # The mildest first.
 LESS = (
-    Less("--stream", ("eval", "search", "run"), ("--stream", "--no-search")),
+    Less("--stream", ("eval", "search", "run"), ("--stream",)),
     Less("--device cpu --workers 1", ("scan", "reduce", "run"), ("--workers", "--engine"), "host"),
-    Less("--no-leaderboard", ("run",), ("--no-leaderboard", "--no-search")),
+    Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
-    Less("a smaller --window", ("eval", "search", "run", "calibrate"), ("--no-search",)),
+    Less("a smaller --window", ("eval", "search", "run", "calibrate")),
     Less("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
     Less("--device cpu", DEVICES, ("--device cpu",), "device"),
 )
+# Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
+BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "reduce"), ("--device",))
+BOUND |= {"run": ("--device", "--window"), "search": ("--device", "--window", "--dtype")}
+BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
 
 
-def out_of_memory(error: BaseException, arguments: list[str]) -> str:
-    """One line: what failed, what to try that this command line does not have already, and what was kept."""
+def out_of_memory(error: BaseException, arguments: list[str], idle: Collection[str] = ()) -> str:
+    """One line: what failed, what to try that this command line does not have already, and what was kept.
+
+    idle: options that do nothing in it."""
     verb, message = _verb(arguments), first_line(error)
     side = "device" if any(name in message.lower() for name in ACCELERATORS) else "host"
     given = " ".join(arguments).replace("=", " ")
-    words = [
-        less.way
+    helps = [
+        less
         for less in LESS
-        if verb in less.verbs and less.where in ("", side) and not any(f" {word}" in given for word in less.unless)
+        if verb in less.verbs
+        and less.where in ("", side)
+        and not any(f" {word}" in given for word in less.unless)
+        and not any(option in less.way.split() for option in idle)
     ]
+    words = [less.way for less in helps if not less.changes(verb, given, side)]
+    anew = [less.way for less in helps if less.changes(verb, given, side)]
     tries = f"try {', or '.join(words)}" if words else "try a machine with more, or end what else runs here"
     kept = f"; {_INTERRUPTED[verb]}" if verb in _INTERRUPTED else ""
-    return f"out of memory ({message}); {tries}{kept}"
+    afresh = f"; or begin anew with --force and {', or '.join(anew)}" if anew else ""
+    return f"out of memory ({message}); {tries}{kept}{afresh}"
 
 
 def _say(line: str, code: int) -> int:
@@ -197,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         full = out_of_memory_in(error)
         if full is not None and not isinstance(full, OutOfMemory):  # also where it was taken for a damaged file
-            return _say(f"laser: {out_of_memory(full, arguments)}", 1)
+            return _say(f"laser: {out_of_memory(full, arguments, held.idle)}", 1)
         if isinstance(error, LaserError):
             return _say(f"laser: {error}", error.exit_code)
         if isinstance(error, OSError):

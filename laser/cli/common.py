@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed, real
+from laser.checkpoint.locks import claimed, real, require_led
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.errors import OutputError
 from laser.moments import Moments
@@ -64,10 +64,12 @@ def moments_of(path: Path | None) -> Moments | None:
 
 @dataclass
 class Held:
-    """What a verb keeps for itself until it ends, and the files that it is to write, as they were when it began."""
+    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, and those
+    of its options that do nothing as it was called."""
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
+    idle: set[str] = field(default_factory=set)
 
     def written(self) -> dict[Path, bool]:
         """Whether each file is there, whole: they appear by a rename, as another file."""
@@ -109,10 +111,18 @@ def to_write(path: Path) -> None:
         held.files[path] = _which(path)
 
 
+def do_nothing(*options: str) -> None:
+    """These options do nothing in this call of the verb: they are not advised."""
+    if (held := _verb.get()) is not None:
+        held.idle.update(options)
+
+
 def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
-    if not real(path).parent.is_dir():
-        raise OutputError(f"there is no directory {real(path).parent}; make it, or try another -o")
+    place = real(path)
+    require_led(path)
+    if not place.parent.is_dir():
+        raise OutputError(f"there is no directory {place.parent}; make it, or try another -o")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)

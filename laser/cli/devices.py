@@ -10,6 +10,7 @@ import typer
 
 from laser.cli import common
 from laser.cli.common import say
+from laser.errors import RecordError
 from laser.spectral.devices import available, choose_device, exact_products, free_bytes
 from laser.spectral.measuring import choose_method, measure_device
 from laser.spectral.probe import Probe, cache_path
@@ -30,9 +31,13 @@ def devices(
     here, chosen = available(), choose_device(device, precision)
     if probe:
         measured, path = measure_device(chosen, disk=disk), cache_path()
-        measured.save(path)
+        try:
+            measured.save(path)
+        except OSError as error:  # what was measured is told all the same
+            say(f"laser: warning: {path} cannot be written ({error.strerror}): not kept", aside=True)
+            path = None
     else:
-        measured, path = Probe.load(chosen.label), None
+        measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
     if as_json:
@@ -59,6 +64,15 @@ def devices(
         say(f"kept in {path}" if path else f"measured {measured.measured}; --probe measures again")
     else:
         say("speed not measured; try --probe")
+
+
+def _kept(label: str) -> Probe | None:
+    """The probe of this device; None where there is none, or none that can be read, which is said."""
+    try:
+        return Probe.load(label)
+    except RecordError as error:
+        say(f"laser: warning: {error}", aside=True)
+        return None
 
 
 def _print_probe(probe: Probe) -> None:

@@ -12,6 +12,7 @@ import typer
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
+from laser.checkpoint.writer import require_run
 from laser.cli import common
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
@@ -21,6 +22,7 @@ from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.reasons import Kind
+from laser.reduction import prepare
 from laser.reduction import reduce as reduce_checkpoint
 from laser.spectra import Spectra, check_scan
 from laser.spectral.devices import choose_device
@@ -171,8 +173,10 @@ def reduce(
     method, _ = choose_method(method, crew.devices[0])
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
     if dry_run:
-        wanted.require(checkpoint)
-        require_place(checkpoint, output, resume=resume, force=force)
+        written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
+        require_place(written, output, resume=resume, force=force)
+        if resume and not force:
+            require_run(written, output, asked)
         return print_estimate(checkpoint, touched, crew, as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:

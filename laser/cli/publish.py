@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,13 @@ from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
 
+Tasks = Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")]
+
+
+def named(tasks: str | None) -> tuple[str, ...] | None:
+    """The tasks of --tasks; None for all."""
+    return None if tasks is None else tuple(part for part in tasks.replace(" ", "").split(",") if part)
+
 
 def leaderboard(
     model: common.Model,
@@ -31,7 +39,7 @@ def leaderboard(
         Path | None,
         typer.Option("-o", "--output", help=f"The record to write; for an output of laser, OUT/{LEADERBOARD}."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")] = None,
+    tasks: Tasks = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Only the first N rows of each (of each subject).")
     ] = None,
@@ -49,7 +57,7 @@ def leaderboard(
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    names = tuple(part for part in tasks.replace(" ", "").split(",") if part) if tasks is not None else None
+    names = named(tasks)
     require_request(names, limit, data)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
@@ -112,7 +120,13 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
 
 
 def leaderboards(
-    checkpoint: Checkpoint, out: Path, name: str, device: str, data: Path | None, limit: int | None
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str,
+    device: str,
+    tasks: tuple[str, ...] | None,
+    data: Path | None,
+    limit: int | None,
 ) -> None:
     """Source and result of a run on the same rows, each into its record, where the card looks for them.
 
@@ -121,10 +135,10 @@ def leaderboards(
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, limit=limit, data=data, again=True)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, tasks, limit, data, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, limit=limit, data=data, name=name, again=True)
+        _measure_tasks(result, out / LEADERBOARD, device, tasks, limit, data, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
@@ -182,14 +196,30 @@ def push(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="The branch; default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on."""
-    address = push_directory(output, repo, private=private, revision=revision)
+    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
+
+    It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
+    """
+    pushed = push_directory(output, repo, private=private, revision=revision)
     if as_json:
-        return common.print_json({"output": str(output), "repo": repo, "address": address})
-    say(f"{output} uploaded to {address}")
+        return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
+    for names, what in (
+        (pushed.replaced, "replaced on the Hub"),
+        (pushed.beside, "left on the Hub, as they were there"),
+    ):
+        if names:
+            say(f"{what}: {some(names)}")
+    say(f"{output} uploaded to {pushed.address}, commit {pushed.commit[:12]}")
+
+
+def some(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def card(

@@ -25,7 +25,7 @@ from laser.cli.flow import (
     TwoSided,
 )
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
-from laser.cli.publish import leaderboards
+from laser.cli.publish import Tasks, leaderboards, named
 from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
 from laser.engine.estimate import Measuring, Meter, estimate
 from laser.engine.workers import choose_crew
@@ -82,6 +82,7 @@ def run(
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
+    tasks: Tasks = None,
     data: Annotated[Path | None, typer.Option("--data", help="Rows of the tasks, without the Hub.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each task.")] = None,
     device: Annotated[
@@ -146,6 +147,8 @@ def run(
         known.source.require(checkpoint, "moments")
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
+    common.do_nothing(*(() if searching else ("--stream", "--window")), *(() if wants_board else ("--no-leaderboard",)))
+
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
         return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
@@ -153,10 +156,12 @@ def run(
     matrices = chosen_of(matrices, chosen)
     measuring: list[Measuring] = []
     workload = board = measure = None
-    if not wants_board and (data is not None or limit is not None):
-        raise UsageError("--data and --limit are for the leaderboard, which this run leaves out; try --leaderboard")
+    if not wants_board and any(x is not None for x in (tasks, data, limit)):
+        raise UsageError(
+            "--tasks, --data and --limit are for the leaderboard, which this run leaves out; try --leaderboard"
+        )
     if wants_board:
-        workload = require_leaderboard(checkpoint, data=data, limit=limit, counted=dry_run)
+        workload = require_leaderboard(checkpoint, tasks=named(tasks), data=data, limit=limit, counted=dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         measure = _measure(
@@ -214,7 +219,7 @@ def run(
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
-            leaderboards(checkpoint, place, output.resolve().name, here().name, data, limit)
+            leaderboards(checkpoint, place, output.resolve().name, here().name, named(tasks), data, limit)
             command = (_command(checkpoint, output),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, as_json)

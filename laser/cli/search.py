@@ -23,7 +23,7 @@ from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
-from laser.flow import scan_into
+from laser.flow import scan_into, tidy_spectra
 from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA, candidates_of
 from laser.search.foretold import possible_candidates
@@ -117,6 +117,8 @@ def search(
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)
+    if measured is not None:
+        tidy_spectra(spectra)
     texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if dry_run else "weights")

@@ -16,8 +16,8 @@ import torch
 
 from laser.checkpoint.families import DoubtWarning
 from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
-from laser.evaluation.layout import decoder_of, require_hub_format
+from laser.errors import CheckpointError, LaserError, UsageError, is_out_of_memory
+from laser.evaluation.layout import cannot_build, decoder_of, load_config, require_hub_format
 from laser.evaluation.text import Window
 
 # Architectures that score a text, or fill gaps in it, and do not continue it.
@@ -48,16 +48,11 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     Raises UsageError for what is no causal language model, CheckpointError for a config that transformers does not
     know or cannot build.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     require_hub_format(checkpoint.path)
-    try:
-        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise cannot_build(checkpoint, error) from error
+    config = load_config(checkpoint.path, checkpoint.name)
     _require_possible(checkpoint, config)
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     if getattr(config, "is_encoder_decoder", False):
@@ -74,7 +69,7 @@ def build_causal(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise cannot_build(checkpoint, error) from error
+        raise cannot_build(checkpoint.name, error) from error
     # GPT-NeoX has an is_decoder that nobody reads; in families that can look across it turns the causal mask on.
     if getattr(model.config, "is_decoder", True) is False and hasattr(model.config, "add_cross_attention"):
         raise no_causal_model(checkpoint, "each token sees those that follow, is_decoder is false")
@@ -95,13 +90,6 @@ def _require_possible(checkpoint: Checkpoint, config: Any) -> None:
                 f"{checkpoint.name}/config.json: {key} is {told[key]}, expected at most {limit} beside "
                 f"{len(checkpoint.tensors)} tensors; download it again"
             )
-
-
-def cannot_build(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{checkpoint.name}/config.json: transformers cannot build it ({type(error).__name__}: {first_line(error)}); "
-        "use the config that belongs to these weights"
-    )
 
 
 def say_unused(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -89,6 +89,29 @@ def require_hub_format(path: Path) -> None:
         require_small_files(path)
 
 
+def load_config(path: Path, name: str) -> Any:
+    """The config of the model in `path` as transformers takes it. Raises CheckpointError for one that it does not."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if not isinstance(named := getattr(config, "architectures", None) or [], list):
+            raise TypeError(f"architectures is {named!r}, expected a list of names")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise cannot_build(name, error) from error
+    return config
+
+
+def cannot_build(name: str, error: Exception) -> CheckpointError:
+    """What to say of the model `name`, of whose config transformers makes nothing."""
+    return CheckpointError(
+        f"{name}/config.json: transformers cannot build it ({type(error).__name__}: {first_line(error)}); "
+        "use the config that belongs to these weights"
+    )
+
+
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from io import StringIO
@@ -42,7 +42,18 @@ from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
-from laser.errors import CheckpointError, NumericalError, RecordError, UsageError, first_line, is_out_of_memory
+from laser.errors import (
+    CheckpointError,
+    NumericalError,
+    OutputError,
+    RecordError,
+    UsageError,
+    disk_error_in,
+    first_line,
+    is_out_of_memory,
+    not_finite,
+    remedy,
+)
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
@@ -151,6 +162,18 @@ class Leaderboard:
                 raise RecordError(f"{path}: {name} is not that of its tasks; {AGAIN}")
         require_sealed(document, path, KIND)
         return record
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and notes of lm-eval, `datasets` and transformers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _scores_of(entries: Sequence[Any], path: Path) -> list[TaskScore]:
@@ -278,7 +301,7 @@ def run_leaderboard(
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
-    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+    with _folder() as folder:
         # All task files before the model is loaded: a missing file shows at once and not after hours.
         names: dict[str, list[str]] = {}
         for task in chosen:
@@ -365,7 +388,7 @@ def require_leaderboard(
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = tokens = 0.0
-    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+    with _folder() as folder:
         for task in chosen:
             names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
             for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
@@ -391,16 +414,9 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
     return len(task.instances) * rows / sample, tokens * rows / sample
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's bars and notes about the prompts that it builds."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """For the tasks' files while lm-eval reads them. What cannot be removed from it again is no reason to stop."""
+    return tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
 
 
 def _asked(
@@ -463,6 +479,7 @@ def _lm_eval(module: str) -> Any:
     return importlib.import_module(f"lm_eval.{module}")
 
 
+@_quiet()
 def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
     """The checkpoint's weights and tokenizer as lm-eval takes them.
 
@@ -506,10 +523,17 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
     """lm-eval's tasks of the files in `folder`, with their rows. Raises UsageError for rows that are not there."""
     try:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
-        return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+        # A download shows how far it is, on a terminal.
+        with nullcontext() if sys.stderr is not None and sys.stderr.isatty() else _quiet():
+            return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
         if is_out_of_memory(error):
             raise
+        if (disk := disk_error_in(error)) is not None:
+            place = disk.filename or f"{folder} and the cache of Hugging Face's datasets"
+            raise OutputError(
+                f"the rows of {task.name} cannot be kept in {place}: {disk.strerror}; {remedy(disk)}"
+            ) from error
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"
@@ -539,7 +563,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     for name in names:
         samples = [s for s in result["samples"][name] if s["filter"] == picked]
         for sample in samples:
-            _check_finite(sample, name)
+            _check_finite(sample, name, model.model.dtype)
             # The row beside the prompts that were made of it: mc2 reads the right answers from the row alone.
             told = [sample["doc_hash"], sample["arguments"], sample["target"]]
             asked.update(json.dumps(told, sort_keys=True, default=str).encode())
@@ -547,7 +571,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
         subjects.append((subject_of(task, name), len(samples)))
     undefined = sum(map(math.isnan, rows))
     if undefined and task.metric != "mc2":
-        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; try --dtype float32 and --force")
+        raise NumericalError(f"{names[0]}: {undefined} scores are NaN; {not_finite(model.model.dtype, IN_FLOAT32)}")
     # mc2 is the share of the right answers in the sum of all answers' probabilities. Where all of them underflow it is
     # 0/0. The leaderboard gave a model with such a row 0 for the task; here the row counts 0, and all rows if all are.
     rows = [0.0 if math.isnan(x) else x for x in rows]
@@ -561,11 +585,14 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
     )
 
 
-def _check_finite(sample: Mapping[str, Any], name: str) -> None:
+# Of a run, which takes the dtype as stored, too.
+IN_FLOAT32 = "laser leaderboard with --dtype float32 and --force (laser run: with --no-leaderboard before it)"
+
+
+def _check_finite(sample: Mapping[str, Any], name: str, dtype: object) -> None:
     """NaN likelihoods would be scored like any others: the first choice would simply win."""
     for response in sample["filtered_resps"]:
         if isinstance(response, (tuple, list)) and math.isnan(float(response[0])):
             raise NumericalError(
-                f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; "
-                "try --dtype float32 and --force, and `laser verify` on the model"
+                f"{name}, row {sample['doc_id']}: the model's log-likelihood is NaN; {not_finite(dtype, IN_FLOAT32)}"
             )

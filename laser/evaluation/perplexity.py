@@ -18,7 +18,7 @@ import numpy as np
 
 from laser.checkpoint.files import read_json, require_sealed, sealed, to_json, write_atomically
 from laser.checkpoint.records import decode
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
 
@@ -168,7 +168,7 @@ def record_of(
         if not math.isfinite(loss):
             raise NumericalError(
                 f"{model}: the loss of window {number} of {len(losses)} of {windows.text} is {loss}; the weights or "
-                f"activations overflow in {dtype}, try --dtype float32 or look for NaN with `laser scan`"
+                f"activations overflow in {dtype}; {not_finite(dtype, '--dtype float32')}"
             )
     nll, error = weighted_mean(losses, counts)
     return Perplexity(

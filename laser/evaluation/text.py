@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
-from laser.evaluation.layout import require_hub_format
+from laser.evaluation.layout import load_config, require_hub_format
 from laser.evaluation.rows import Row, holds_rows, read_content, require_characters, rows_of
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
@@ -147,7 +147,8 @@ def _checked(text: Text) -> Text:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer in a checkpoint directory. Raises LaserError where there is none; never runs the model's code."""
+    """The tokenizer in a checkpoint directory. Raises LaserError where there is none, CheckpointError for a
+    config.json that is of no model; never runs the model's code."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -159,6 +160,8 @@ def load_tokenizer(model: str | Path) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the Rust library's own type
         if is_out_of_memory(error):
             raise
+        if (Path(model) / "config.json").exists():  # which it reads, too, to know which tokenizer there is
+            load_config(Path(model), Path(model).name)
         raise LaserError(
             f"{Path(model).name} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights"

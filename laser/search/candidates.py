@@ -73,7 +73,7 @@ def candidates_of(
     plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
     found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
-        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try other --rules")
+        raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try another rule")
     return plans, found
 
 

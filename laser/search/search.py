@@ -21,7 +21,7 @@ from scipy import stats
 from laser.checkpoint.files import sealed, spoiling
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.edits import NO_MOMENTS, require_same_moments
-from laser.errors import NumericalError, RecordError, UsageError
+from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
@@ -166,7 +166,7 @@ def search(
         if not all(map(math.isfinite, base)):
             raise NumericalError(
                 f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
-                f"{calibration.text}; try --dtype float32, or laser scan to find NaN in its weights"
+                f"{calibration.text}; {not_finite(model.dtype, 'laser search with --dtype float32 and --force')}"
             )
         if shortlist is not None:
             found = _shortlisted(found, shortlist, bench, device, log, moments)

@@ -83,9 +83,13 @@ class Probe:
             there = {}  # measured again in a minute: a damaged file is no reason to fail
         document = {"kind": KIND, "version": VERSION, "probes": there | {self.device: asdict(self)}}
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-        aside.replace(path)
+        try:
+            aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
         return path
 
     def _require(self) -> None:
@@ -135,6 +139,19 @@ def cache_path() -> Path:
     except RuntimeError:  # nobody's home: nothing is kept
         root = Path(os.devnull)
     return root / "laser" / "devices.json"
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it."""
+    for left in path.parent.glob(f"{path.name}.*.partial"):
+        number = left.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        if number.isdecimal():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except (OSError, OverflowError):  # it lives, and is another's; or no process has such a number
+                continue
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     rule = RULES[name]
     if rule.argument is None:
         if text:
-            raise UsageError(f"rule {name!r} takes no argument, found {text!r}; try --rule {name}")
+            raise UsageError(f"rule {name!r} takes no argument, found {text!r}; try {name} alone")
         return rule, 0.0
     if not text and rule.default is not None:
         return rule, rule.default
@@ -211,7 +211,7 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     except ValueError:
         value = float("nan")
     if not rule.valid(value):
-        raise UsageError(f"rule {name!r} needs {rule.expected}, found {text!r}; try --rule {name}:{rule.argument}")
+        raise UsageError(f"rule {name!r} needs {rule.expected}, found {text!r}; try {name}:{rule.argument}")
     return rule, value
 
 

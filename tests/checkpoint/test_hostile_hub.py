@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub, connect, serving
+from hub_server import Bytes, Hub, connect, serving
 from huggingface_hub import close_session
 
 from laser.checkpoint import answers, ranges
@@ -376,3 +376,38 @@ def test_an_endpoint_that_is_no_address_is_called_that(
     code, _, err = run("scan", "maker/pico", "--dry-run")
     assert code == 1 and err.count("\n") == 1
     assert f"HF_ENDPOINT is {endpoint!r}, which is no address of a Hub" in err
+
+
+@pytest.mark.parametrize("name", ["Config.JSON", "MODEL-00002-OF-00003.safetensors", "Tokenizer.json"])
+@pytest.mark.parametrize("case_counts", [True, False])
+def test_names_that_differ_by_case_only(
+    hub: Hub, pico: Path, tmp_path: Path, name: str, case_counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that makes no difference of case, one of the two would be taken for the other."""
+    hub.repos[ID].files |= {name: Bytes(b"{}"), "tokenizer.json": Bytes(b"[]")}
+    if case_counts:
+        assert open_checkpoint(ID, "weights").identity == open_checkpoint(pico).identity
+        return
+    monkeypatch.setattr("laser.checkpoint.hub.is_one_file", lambda a, b: a.name.lower() == b.name.lower())
+    line = refused(hub, tmp_path)
+    assert name in line and "the disk of the Hub's cache makes no difference between the two" in line
+
+
+@pytest.mark.parametrize("case_counts", [True, False])
+def test_an_output_has_both_of_names_that_differ_by_case(
+    pico: Path, tmp_path: Path, case_counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pico / "Config.JSON").write_text("{}")
+    (pico / "notes").mkdir()
+    for name in ("a.txt", "A.txt"):
+        (pico / "notes" / name).write_text(name)
+    plan = make_plan(scan(open_checkpoint(pico), Selection(roles=("q",))), "rank:4")
+    if case_counts:
+        reduce(open_checkpoint(pico), plan, tmp_path / "out")
+        for name in ("config.json", "Config.JSON", "notes/a.txt", "notes/A.txt"):
+            assert (tmp_path / "out" / name).read_bytes() == (pico / name).read_bytes()
+        return
+    monkeypatch.setattr("laser.checkpoint.writer.is_one_file", lambda a, b: a.name.lower() == b.name.lower())
+    with pytest.raises(LaserError, match="makes no difference between the two"):
+        reduce(open_checkpoint(pico), plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "laser.json").exists()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from safetensors.torch import load_file, save_file
 
 from laser.checkpoint.files import Journal
@@ -169,6 +170,17 @@ def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) 
     assert not comparable(board, alone)
 
 
+@needs_lm_eval
+def test_a_run_takes_tasks(speaker: Path, data: Path, tmp_path: Path, run: Run) -> None:
+    (data / TASKS["gsm8k"].file).unlink()
+    words = ("run", speaker, "-o", tmp_path / "out", "--no-search", "--rule", "rank:4", "--roles", "q")
+    code, _, error = run(*words, "--leaderboard", "--data", data)
+    assert code == 2 and "leave the task out with --tasks" in error
+    assert run(*words, "--leaderboard", "--data", data, "--tasks", "winogrande")[0] == 0
+    for record in ("leaderboard-source.json", "leaderboard.json"):
+        assert list(Leaderboard.load(tmp_path / "out/laser" / record).by_task) == ["winogrande"]
+
+
 @pytest.mark.slow
 @needs_lm_eval
 def test_what_is_counted_beforehand_is_what_the_model_is_asked(
@@ -248,8 +260,11 @@ def test_nan_likelihoods_are_an_error_and_not_a_score(speaker: Path, data: Path)
     tensors = load_file(speaker / "model.safetensors")
     tensors["lm_head.weight"][5] = math.nan
     save_file(tensors, speaker / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=r"laser_winogrande, row 0.*NaN"):
+    with pytest.raises(NumericalError, match=r"laser_winogrande, row 0.*NaN; try laser scan") as told:
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=("winogrande",))
+    assert "--dtype" not in str(told.value)  # it is float32 already
+    with pytest.raises(NumericalError, match=r"NaN; try laser leaderboard with --dtype float32"):
+        run_leaderboard(open_checkpoint(speaker), data=data, tasks=("winogrande",), dtype="bfloat16")
 
 
 @needs_lm_eval

@@ -7,12 +7,15 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pico_language import TEXT, write_tokenizer
 
-from laser.errors import LaserError, RecordError, UsageError
+import laser
+from laser.errors import CheckpointError, LaserError, RecordError, UsageError
+from laser.evaluation.causal import build_causal
 from laser.evaluation.text import Text, cut_windows, dataset_text, default_text, load_tokenizer, read_text
 
 
@@ -255,6 +258,22 @@ def test_a_dataset_is_read_by_the_library(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     with pytest.raises(RecordError, match="row 2: expected a text in field 'text', found null"):
         dataset_text(str(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", [{"num_attention_heads": "four"}, {"hidden_size": None}, {"vocab_size": [1]}])
+def test_a_config_that_stops_the_tokenizer_is_named(speaker: Path, wrong: dict[str, Any]) -> None:
+    config = json.loads((speaker / "config.json").read_text())
+    (speaker / "tokenizer_config.json").unlink()  # then transformers asks the config which tokenizer there is
+    (speaker / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(CheckpointError, match=r"^speaker/config.json: transformers cannot build it"):
+        load_tokenizer(speaker)
+
+
+def test_architectures_that_are_no_list_are_refused(speaker: Path) -> None:
+    config = json.loads((speaker / "config.json").read_text())
+    (speaker / "config.json").write_text(json.dumps(config | {"architectures": 3}))
+    with pytest.raises(CheckpointError, match="architectures is 3, expected a list of names"):
+        build_causal(laser.open_checkpoint(speaker))
 
 
 def test_a_missing_tokenizer_is_named(pico: Path) -> None:
