@@ -3,8 +3,7 @@
     python benchmarks/bench_calibrate.py MODEL --text FILE [--windows 8] [--window 256] [--repeat 1] [--as-mixtral 2x4]
 
 Each runs in a process of its own, once each way in turn. CPU seconds stand beside wall seconds, for shared machines.
-The allowed ratio is 2.5. "with 19 nulls" is calibrate and then, for every matrix that it met, the largest singular
-value of 19 permutations on those inputs, as `laser scan --moments --null 19` measures it. --as-mixtral
+The allowed ratio is 2.5. --as-mixtral
 LAYERSxEXPERTS: random weights in the shapes of Mixtral-8x7B, 14336 x 4096, with the tokenizer of MODEL.
 """
 
@@ -20,7 +19,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import smoke
 from synthetic import Sizes, write_synthetic_mixtral
@@ -34,13 +32,10 @@ def main() -> None:
     parser.add_argument("--window", default="256")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--as-mixtral")
-    parser.add_argument("--nulls", type=Path, help=argparse.SUPPRESS)
     asked = smoke.parse(
         parser,
         lambda folder: [smoke.pico(folder), "--text", smoke.text(folder), "--windows", 2, "--window", 32],
     )
-    if asked.nulls:
-        return nulls(asked.model, asked.nulls)
     cut = ["--text", asked.text, "--windows", asked.windows, "--window", asked.window]
     with tempfile.TemporaryDirectory() as directory:
         out, model = Path(directory) / "moments.safetensors", asked.model
@@ -49,22 +44,16 @@ def main() -> None:
         commands = {
             "eval --stream": ["eval", model, "--stream", *cut],
             "calibrate": ["calibrate", model, "-o", str(out), "--force", *cut],
-            "with 19 nulls": [model, "--nulls", str(out)],
             "calibrate --diagonal": ["calibrate", model, "-o", str(out), "--force", "--diagonal", *cut],
         }
         weights: dict[str, int] = {}
         print("| command | wall s | CPU s | peak GB | wall, ratio | CPU, ratio | file GB |\n" + "|---" * 7 + "|")
         for _ in range(asked.repeat):
             first: tuple[float, float] | None = None
-            alone = (0.0, 0.0, 0)
             for name, words in commands.items():
-                program = [__file__, "--text", asked.text] if name == "with 19 nulls" else ["-m", "laser"]
-                wall, cpu, peak = measured([sys.executable, *program, *words])
+                wall, cpu, peak = measured([sys.executable, "-m", "laser", *words])
                 first = first or (wall, cpu)
                 size = f"{out.stat().st_size / 1e9:.3f}" if name != "eval --stream" else ""
-                if name == "with 19 nulls":
-                    wall, cpu, peak = wall + alone[0], cpu + alone[1], max(peak, alone[2])
-                alone = wall, cpu, peak
                 weights[name] = out.stat().st_size if out.exists() else 0
                 print(
                     f"| {name} | {wall:.1f} | {cpu:.1f} | {peak / 1e6:.2f} | {wall / first[0]:.2f} | "
@@ -73,23 +62,6 @@ def main() -> None:
                 )
         if asked.smoke:
             assert weights["eval --stream"] == 0 < weights["calibrate --diagonal"] < weights["calibrate"], weights
-
-
-def nulls(model: str, path: Path) -> None:
-    """By as many workers as a scan has. Imported here: a process's peak counts what the one that started it held."""
-    import laser
-    from laser.engine.workers import Crew, dearest_first, visit
-    from laser.moments import Moments
-    from laser.spectral.data_null import null_in_metric
-
-    checkpoint, moments = laser.open_checkpoint(model), Moments.load(path)
-    matrices = [m for m in laser.list_matrices(checkpoint) if moments.tokens(m.name)]
-
-    def work(matrix: laser.Matrix, W: Any, device: laser.Device) -> None:
-        null_in_metric(W, moments.metric(matrix.name, W), 19, device)
-
-    for _ in visit(checkpoint, dearest_first(matrices), work, Crew((laser.choose_device("cpu"),))):
-        pass
 
 
 def write_mixtral(source: Path, path: Path, size: str) -> Path:

@@ -23,6 +23,7 @@ import smoke
 from laser.checkpoint.families import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.plan import empty_plan
+from laser.reasons import Kind, Why
 from laser.reduction import reduce
 from laser.spectra import Source, Spectra
 
@@ -30,7 +31,8 @@ from laser.spectra import Source, Spectra
 def no_spectra(checkpoint: Checkpoint) -> Spectra:
     """A record without a scan: the empty plan needs only the names."""
     matrices = tuple(list_matrices(checkpoint))
-    return Spectra(Source.of(checkpoint), matrices, {}, {m.name: "not scanned" for m in matrices}, "gram", "cpu")
+    why = Why(Kind.NOT_SCANNED, "not scanned")
+    return Spectra(Source.of(checkpoint), matrices, {}, {m.name: why for m in matrices}, "gram", "cpu")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/measure_data_metric.py MODEL --out DIR --calibrate train.txt --text test.txt --text other.txt
         [--layers 2,8,15,22,28] [--roles q,k,v,o,gate,up,down] [--experts 0,1] [--shares 0.75,0.5,0.25,0.1]
-        [--rules laser-rmt,mp-edge,data:parallel:0.05] [--windows 8] [--skip 0] [--window 256] [--report]
+        [--rules laser-rmt,mp-edge,data:energy:0.99] [--windows 8] [--skip 0] [--window 256] [--report]
 
 Every measured edit is a line of DIR/edits.jsonl: killed and run again, none is measured twice. --report prints the
 tables of what is there, in Markdown, and measures nothing. Changes of the loss are paired, in thousandths of a nat per
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--roles", default="q,k,v,o,gate,up,down")
     parser.add_argument("--experts", default="")
     parser.add_argument("--shares", default="0.75,0.5,0.25,0.1")
-    parser.add_argument("--rules", default="laser-rmt,mp-edge,data:parallel:0.05")
+    parser.add_argument("--rules", default="laser-rmt,mp-edge,data:energy:0.99")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--skip", type=int, default=0, help="windows at the beginning of each text to leave out")
     parser.add_argument("--window", type=int, default=256)

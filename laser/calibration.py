@@ -31,12 +31,10 @@ from laser.moments import VERSION, Moments, Site, fingerprint, pack
 from laser.selection import Selection
 from laser.spectra import Source
 from laser.spectral.devices import full_precision
-from laser.spectral.second_moments import nystrom, own_directions
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
-# by their outputs' moment, and for the null by the directions of the first SKETCH of them and the diagonal of the rest:
-# 60 MB beside 128.
-FULL_SIDE, SKETCH = 4096, 1024
+# by the moment of their outputs.
+FULL_SIDE = 4096
 ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
@@ -47,17 +45,12 @@ class Accumulator:
         self.met, self.form, self.names = met, form, met.names
         self.tokens, self.fourth_ = 0, 0.0
         self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
-        self.test_: torch.Tensor | None = None  # (n, up to SKETCH), orthonormal
-        self.image_: torch.Tensor | None = None  # C times it, (n, up to SKETCH), float64
-        self.loudness_: torch.Tensor | None = None  # (n,), float64: the diagonal beside that image
         self._waiting: list[torch.Tensor] = []
-        self._first: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Inputs x (T, n) and outputs y (T, m)."""
         self.tokens += len(x)
         if self.form == "outputs":
-            self._gather(x.float())
             x = y[:, self.met.rows[0]]
         self._waiting.append(x.detach().clone())
         if sum(map(len, self._waiting)) >= ROWS:
@@ -80,31 +73,9 @@ class Accumulator:
         part = part.cpu()
         self.total_ = part.double() if self.total_ is None else self.total_.add_(part)
 
-    def _gather(self, x: torch.Tensor) -> None:
-        """Inputs x (T, n), once their first SKETCH have given the directions."""
-        if self.test_ is not None:
-            self._sketch(x, self.test_)
-        else:
-            self._first.append(x.clone())
-            if sum(map(len, self._first)) >= SKETCH:
-                self._start()
-
-    def _start(self) -> None:
-        x = torch.cat(self._first)
-        self._first.clear()
-        self.test_ = own_directions(x[:SKETCH].cpu().double()).float().to(x.device)
-        self._sketch(x, self.test_)
-
-    def _sketch(self, x: torch.Tensor, test: torch.Tensor) -> None:
-        image, loudness = (x.T @ (x @ test)).cpu().double(), x.square().sum(0).cpu().double()
-        self.image_ = image if self.image_ is None else self.image_.add_(image)
-        self.loudness_ = loudness if self.loudness_ is None else self.loudness_.add_(loudness)
-
     def finish(self, layer: int, weights: tuple[str, ...]) -> tuple[Site, dict[str, torch.Tensor]]:
         """The site and its tensors, means over the tokens; no tensors where there were none."""
         self.flush()
-        if self._first:
-            self._start()
         key, tensors = self.met.names[0], {}
         if self.total_ is not None:
             mean = self.total_ / self.tokens
@@ -112,10 +83,6 @@ class Accumulator:
                 tensors[f"{key}.diagonal"] = mean
             else:
                 tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = pack(mean)
-            if self.test_ is not None and self.image_ is not None and self.loudness_ is not None:
-                image, loudness = self.image_ / self.tokens, self.loudness_ / self.tokens
-                B, rest = nystrom(image, self.test_.cpu().double(), loudness)
-                tensors |= {f"{key}.sketch": B.float(), f"{key}.rest": rest}
         fourth = self.fourth_ / max(self.tokens, 1)
         return Site(key, layer, self.form, self.tokens, fourth, self.names, weights), tensors
 
@@ -211,7 +178,7 @@ def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenie
     if tokens < smallest and not lenient:
         raise UsageError(
             f"{windows.text} gives {tokens} tokens, and the smallest of these matrices has {smallest} dimensions: no "
-            "matrix can be seen from all sides; try more --windows or a longer --text, or --shrink"
+            "matrix can be seen from all sides; try more --windows or a longer --text, or --ledoit-wolf"
         )
 
 
@@ -222,8 +189,8 @@ def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], wi
         most, matrix = max(met, key=lambda pair: pair[0])
         raise UsageError(
             f"{windows.text} is too short: no expert of layer {matrix.layer} met as many tokens as it has dimensions, "
-            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, --shrink, "
-            "or --roles q,k,v,o"
+            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, "
+            "--ledoit-wolf, or --roles q,k,v,o"
         )
 
 

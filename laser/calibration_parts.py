@@ -24,7 +24,7 @@ from laser.checkpoint.cuts import bytes_of
 from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.headers import read_header
-from laser.checkpoint.joining import join, read_json_header
+from laser.checkpoint.joining import join
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
@@ -161,9 +161,8 @@ class Parts:
         """The sites' files as one at `path`, with the record that tells of them."""
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
-            told = read_json_header(file)[0]["__metadata__"]
-            site = site_of(parse(told["site"]), str(file))
             with safe_open(file, framework="pt") as opened:
+                site = site_of(parse((opened.metadata() or {})["site"]), str(file))
                 here = {name: sha256_of(opened.get_tensor(name)) for name in opened.keys()}
             digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())
             sites.append(site)

@@ -20,6 +20,7 @@ from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
 from laser.plan import Plan, Treatment
 from laser.publication import write_card
+from laser.reasons import Kind
 from laser.reduction import Outcome, plan_as_measured, reduce
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, scan
@@ -135,7 +136,7 @@ def _there(
     wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
     tried = {m.name for m in there.matrices if m.no_spectrum is None}
     reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
-    done = there.values.keys() | {name for name, why in reasons if why.startswith("skipped")}
+    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
     if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}

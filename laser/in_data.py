@@ -7,14 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.records import decode, require_keys, value_of
 from laser.errors import RecordError, UsageError
-from laser.spectral.data_metric import data_values
-from laser.spectral.data_null import both_nulls
-from laser.spectral.devices import Device
+from laser.reasons import Kind, Why
 from laser.spectral.rules import energy_share, signal_to_noise
 
 if TYPE_CHECKING:
@@ -23,8 +20,7 @@ if TYPE_CHECKING:
     from laser.plan import PlanLine
     from laser.spectra import Spectra
 
-UNSEEN = "not seen enough"  # how a plan's reason begins for a matrix that met fewer inputs than it has dimensions
-DATA, NULL = "laser.data.", "laser.data-null."  # before a tensor's name in the spectra file
+DATA = "laser.data."  # before a tensor's name in the spectra file
 
 Vectors = Mapping[str, NDArray[np.float64]]
 
@@ -57,25 +53,23 @@ class Calibration:
 @dataclass(frozen=True)
 class InData:
     """By name: how many inputs a matrix met, for those that were calibrated; singular values (p,) of W C^(1/2),
-    descending; the largest ones (draws,) of its permutations; and why there are none. `calibration` says on which text
-    (moments.Calibration)."""
+    descending; and why there are none. `calibration` says on which text (moments.Calibration)."""
 
     calibration: Mapping[str, Any]
     seen: Mapping[str, int]
     values: Vectors = field(default_factory=dict)
-    nulls: Vectors = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def vectors(self) -> dict[str, NDArray[np.float64]]:
         """Everything under the names that the file has."""
-        return {DATA + n: v for n, v in self.values.items()} | {NULL + n: v for n, v in self.nulls.items()}
+        return {DATA + n: v for n, v in self.values.items()}
 
     def header(self) -> dict[str, Any]:
         return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
 
     def wrong(self, sides: Mapping[str, int]) -> str | None:
         """What in it contradicts the rest of a file whose matrices have these smaller sides."""
-        for name in (*self.values, *self.nulls, *self.failed):
+        for name in (*self.values, *self.failed):
             if name not in self.seen:
                 return f"{name} is measured in the metric of the data, and its data do not say how many inputs it met"
         for name, tokens in self.seen.items():
@@ -90,9 +84,8 @@ class InData:
             return None
         seen = {name: moments.sites[name].tokens for name in names if name in moments.sites}
         values = {n: found[n].data for n in seen if len(found[n].data)}
-        nulls = {n: found[n].data_null for n in seen if len(found[n].data_null)}
         failed = {n: why for n in seen if (why := found[n].data_failed)}
-        return InData(asdict(moments.calibration), seen, values, nulls, failed)
+        return InData(asdict(moments.calibration), seen, values, failed)
 
     @staticmethod
     def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
@@ -108,16 +101,8 @@ class InData:
         for key in header:
             value_of(kinds[key], header[key], key, where, remedy)
         Calibration.decoded(header["calibration"], f"{where}: its calibration", remedy)
-        values, nulls = ({n.removeprefix(p): v for n, v in vectors.items() if n.startswith(p)} for p in (DATA, NULL))
-        return InData(header["calibration"], header["seen"], values, nulls, header.get("failed", {}))
-
-
-def measure_in_data(
-    W: torch.Tensor, name: str, moments: Moments, draws: int, device: Device
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """The values of W (m, n) in the data's metric; the largest ones of its permutations, plain and in that metric."""
-    metric = moments.metric(name, W)
-    return data_values(W, metric, device), *both_nulls(W, metric, draws, device)
+        values = {n.removeprefix(DATA): v for n, v in vectors.items() if n.startswith(DATA)}
+        return InData(header["calibration"], header["seen"], values, header.get("failed", {}))
 
 
 def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
@@ -135,13 +120,17 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
         if name in data.values and data.seen[name] >= (p if fewest is None else fewest):
             values[name] = data.values[name]
         elif name in data.failed:
-            skipped[name] = f"skipped: {data.failed[name]}"
+            skipped[name] = Why(Kind.FAILED, f"skipped: {data.failed[name]}")
         elif name in data.seen:
-            met = f"met {data.seen[name]} tokens of the calibration, and it has {p} dimensions"
-            skipped[name] = f"{UNSEEN}: {met}"
+            skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
         elif name in spectra.values:
-            skipped[name] = "not calibrated"
-    return replace(spectra, values=values, nulls=data.nulls, skipped=skipped, kurtosis={})
+            skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
+    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
+
+
+def met_by(tokens: int, p: int) -> str:
+    """How many inputs a matrix met, and how many it should have met at the least."""
+    return f"met {tokens} tokens of the calibration, and it has {p} dimensions"
 
 
 def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:
@@ -154,9 +143,8 @@ def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int)
     rank = min(rank, shown)
     line = replace(line, rank=rank, metric="data", tokens=tokens)
     if rank == len(s):
-        return replace(line, reason=f"the rule keeps all {rank} values")
-    reason = f"{line.reason}; in the metric of {tokens} tokens"
-    if rank == shown:
-        reason += f", which show {shown} directions"
+        return replace(line, why=Why(Kind.ALL_KEPT, f"the rule keeps all {rank} values"))
+    directions = f", which show {shown} directions" if rank == shown else ""
+    why = line.why.also(f"in the metric of {tokens} tokens{directions}")
     snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
-    return replace(line, action="reduce", snr=snr, energy_kept=energy, reason=reason)
+    return replace(line, action="reduce", snr=snr, energy_kept=energy, why=why)

@@ -15,7 +15,7 @@ from laser.errors import RecordError
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
-ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str, "data_null": str}
+ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Measured:
     null: NDArray[np.float64]
     kurtosis: float | None = None
     skipped: str | None = None
-    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # both again in the data's metric
-    data_null: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # the values again in the data's metric
     data_failed: str | None = None  # why not in the data's metric
     note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
 
@@ -35,7 +34,7 @@ class Measured:
 def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     """A line of a journal."""
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
-    vectors |= {"data": _encode(measured.data), "data_null": _encode(measured.data_null)}
+    vectors |= {"data": _encode(measured.data)}
     told = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
     return told | {"data_failed": measured.data_failed} | vectors
 
@@ -45,10 +44,10 @@ def from_entry(entry: Any, where: str) -> Measured:
     try:
         if not isinstance(entry, Mapping) or not has_shape(entry, ENTRY):
             raise ValueError
-        values, null, data, data_null = (_decode(entry[key]) for key in ("values", "null", "data", "data_null"))
+        values, null, data = (_decode(entry[key]) for key in ("values", "null", "data"))
     except ValueError:
         raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
-    told = entry["kurtosis"], entry["skipped"], data, data_null, entry["data_failed"], entry["note"]
+    told = entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"]
     return Measured(values, null, *told)
 
 

@@ -25,7 +25,7 @@ from laser.in_data import Calibration as Calibration
 from laser.spectra import Source
 from laser.spectral.data_metric import Metric
 
-KIND, VERSION = "moments", 4
+KIND, VERSION = "moments", 5
 AGAIN = "try laser calibrate again with this version of laser"
 FORMS = ("full", "diagonal", "outputs")  # see Metric
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
@@ -77,22 +77,14 @@ class Moments:
             )
         m, n = W.shape
         k = m if site.form == "outputs" else n
-        shapes: dict[str, tuple[int | None, ...]] = {"diagonal": (k,)}
-        if site.form != "diagonal":
-            shapes |= {
-                "correlations": (k, k),
-                **({"sketch": (n, None), "rest": (n,)} if site.form == "outputs" else {}),
-            }
-        known = {part: self._tensor(f"{site.key}.{part}", shape) for part, shape in shapes.items()}
-        diagonal = known.pop("diagonal")
+        diagonal = self._tensor(f"{site.key}.diagonal", (k,))
         if site.form == "diagonal":
             return Metric("diagonal", diagonal, site.tokens)
-        moment = unpack(known.pop("correlations"), diagonal)
-        known = {part: tensor.double() for part, tensor in known.items()}
-        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, **known)
+        moment = unpack(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
+        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
 
-    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        """Raises RecordError for one that is not as calibration wrote it; None in `shape` is any number."""
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Raises RecordError for one that is not as calibration wrote it."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(name)
@@ -101,9 +93,8 @@ class Moments:
             raise RecordError(f"{self.path} is not a readable moments file ({told}); calibrate again") from error
         if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
-        dtype = torch.float32 if name.endswith((".correlations", ".sketch")) else torch.float64
-        fits = len(tensor.shape) == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-        if tensor.dtype != dtype or not fits or not torch.isfinite(tensor).all():
+        dtype = torch.float32 if name.endswith(".correlations") else torch.float64
+        if tensor.dtype != dtype or tensor.shape != shape or not torch.isfinite(tensor).all():
             told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
             raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
         return tensor

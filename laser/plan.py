@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,8 @@ from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomicall
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
 from laser.errors import RecordError, UsageError
-from laser.in_data import Calibration, in_data_metric, line_in_data
+from laser.in_data import Calibration, in_data_metric, line_in_data, met_by
+from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
@@ -28,12 +28,13 @@ from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_r
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
-KIND, VERSION, EARLIER = "plan", 2, 1  # the earlier one is like it, but of a model on the Hub alone knows the weights
+KIND, VERSION = "plan", 3
+EARLIER = (2, 1)  # with reasons that are texts alone; the first knows the weights only of a model on the Hub
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
-COVERAGE = ("action", "reason", "matrices", "parameters")
+COVERAGE = ("action", "kind", "matrices", "parameters")
 AGAIN = "mend it or plan again"
 HEADER = ("kind", "version", "calibration", "coverage", "edited", "digest")
 SELECTION: dict[str, Any] = {
@@ -44,7 +45,6 @@ SELECTION: dict[str, Any] = {
     "lowest_snr": int | None,
     "accept": str,
 }
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PlanLine:
     layer: int | None
     expert: int | None
     action: str  # reduce, keep or skip
-    reason: str
+    why: Why
     rank: int | None = None  # of the result
     full_rank: int | None = None  # p
     threshold: float | None = None  # in the unit of the singular values
@@ -74,6 +74,7 @@ class PlanLine:
     tokens: int | None = None
     parameters: int = 0  # numbers in it
     stack: str = ""  # whose layers are counted: "" the language model's own
+    unseen: str = ""  # said where it met too few inputs of the calibration, whatever else became of it
 
     @property
     def gains(self) -> Gains:
@@ -93,8 +94,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
-        made = [self.rule, dict(self.selection), [asdict(line) for line in self.lines]]
-        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.rule, self.selection, [asdict(line) for line in self.lines])
 
     @property
     def reductions(self) -> dict[str, PlanLine]:
@@ -109,13 +109,11 @@ class Plan:
         """Matrices and parameters by what happens to them and why; `unaccounted` is what no line speaks of: 0."""
         rows: dict[tuple[str, str], list[int]] = {}
         for line in self.lines:
-            # Reasons differ in their numbers and details; what is counted is their beginning.
-            why = "by the rule" if line.action == "reduce" else NUMBER.sub("N", re.split("[:;]", line.reason)[0])
-            counts = rows.setdefault((line.action, why), [0, 0])
+            counts = rows.setdefault((line.action, line.why.kind), [0, 0])
             counts[0] += 1
             counts[1] += line.parameters
         if self.source.unindexed:
-            rows["keep", "in a shard, but not in the index"] = [0, self.source.unindexed]
+            rows["keep", Kind.UNINDEXED] = [0, self.source.unindexed]
         told = [dict(zip(COVERAGE, (*row, *counts), strict=True)) for row, counts in rows.items()]
         accounted = sum(counts[1] for counts in rows.values())
         total = accounted if self.source.parameters is None else self.source.parameters
@@ -127,7 +125,7 @@ class Plan:
     @staticmethod
     def load(path: Path) -> Plan:
         """Raises RecordError for a plan that is missing, damaged, of another version, or that contradicts itself."""
-        return Plan.from_document(read_json(path, KIND, VERSION, EARLIER), path)
+        return Plan.from_document(read_json(path, KIND, VERSION, *EARLIER), path)
 
     @staticmethod
     def from_document(document: Any, path: Path) -> Plan:
@@ -159,7 +157,8 @@ class Plan:
             Calibration.decoded(calibration, f"{whole}: its calibration", AGAIN)
         if not isinstance(document["lines"], (list, tuple)):  # a tuple where it was never on the disk
             raise RecordError(f"{whole}: lines is {shown(document['lines'])}, expected a list; {AGAIN}")
-        lines = tuple(_line(number, found, whole) for number, found in enumerate(document["lines"], 1))
+        earlier = document.get("version") in EARLIER
+        lines = tuple(_line(number, found, whole, earlier) for number, found in enumerate(document["lines"], 1))
         first: dict[str, int] = {}
         for number, line in enumerate(lines, 1):
             if why := _contradiction(line, calibration is not None):
@@ -170,7 +169,8 @@ class Plan:
                     "take one of the two out"
                 )
         plan = Plan(source, rule, selection, lines, calibration, edited)
-        return plan if digest in (None, plan.digest) else replace(plan, edited=True)
+        expected = digest_of(rule, selection, [_as_earlier(line) for line in lines]) if earlier else plan.digest
+        return plan if digest in (None, expected) else replace(plan, edited=True)
 
     def unlike(self, matrices: Sequence[Matrix]) -> list[str]:
         """Where the lines are not those of a checkpoint that holds these matrices, each with its line."""
@@ -208,9 +208,26 @@ class Plan:
                 raise RecordError(f"the plan's source has {key} {told}, found {there}; plan again")
 
 
-def _line(number: int, found: Any, whole: str) -> PlanLine:
+def digest_of(rule: str, selection: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([rule, dict(selection), lines], sort_keys=True).encode()).hexdigest()
+
+
+def _line(number: int, found: Any, whole: str, earlier: bool) -> PlanLine:
     name = f" ({found['name']})" if isinstance(found, dict) and isinstance(found.get("name"), str) else ""
-    return decode(PlanLine, found, f"{whole}: line {number}{name}", "mend the line or plan again")
+    where, remedy = f"{whole}: line {number}{name}", "mend the line or plan again"
+    if earlier and isinstance(found, dict):
+        reason = value_of(str, found.get("reason"), "reason", where, remedy)
+        found = {key: value for key, value in found.items() if key != "reason"}
+        found |= {"why": asdict(earlier_reason(reason, found.get("action") == "reduce"))}
+        found |= {"unseen": earlier_unseen(reason)}
+    return decode(PlanLine, found, where, remedy)
+
+
+def _as_earlier(line: PlanLine) -> dict[str, Any]:
+    """A line as versions up to 2 had it."""
+    return {key: value for key, value in asdict(line).items() if key not in ("why", "unseen")} | {
+        "reason": line.why.text
+    }
 
 
 def _contradiction(line: PlanLine, calibrated: bool) -> str | None:
@@ -325,12 +342,12 @@ def make_plan(
         if metric == "data":
             raise UsageError(
                 "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
-                "laser plan --fewest-tokens, with moments of laser calibrate --shrink"
+                "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
             )
         for line in lines:
             if line.action == "skip":
                 raise UsageError(
-                    f"no selected matrix has a spectrum: {line.name} is {line.reason}; try other layers or roles, or "
+                    f"no selected matrix has a spectrum: {line.name} is {line.why.text}; try other layers or roles, or "
                     "a release of the model without this"
                 )
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
@@ -387,7 +404,16 @@ def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
 def empty_plan(spectra: Spectra) -> Plan:
     """The plan that reduces nothing: its output is the source, byte for byte."""
     lines = tuple(
-        PlanLine(m.name, m.role, m.layer, m.expert, "keep", "empty plan", parameters=m.parameters, stack=m.stack)
+        PlanLine(
+            m.name,
+            m.role,
+            m.layer,
+            m.expert,
+            "keep",
+            Why(Kind.EMPTY, "empty plan"),
+            parameters=m.parameters,
+            stack=m.stack,
+        )
         for m in spectra.matrices
     )
     return Plan(spectra.source, "none", Selection().describe() | {"lowest_snr": None}, lines)
@@ -395,20 +421,26 @@ def empty_plan(spectra: Spectra) -> Plan:
 
 def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: Selection) -> PlanLine:
     """What `treatment` does to one matrix of the spectra, by its own values alone."""
-    line = PlanLine(matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", "", parameters=matrix.parameters)
-    line = replace(line, stack=matrix.stack)
+    line = PlanLine(
+        matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", Why(Kind.RULE, ""),
+        parameters=matrix.parameters, stack=matrix.stack,
+    )  # fmt: skip
     why = selection.why_not(matrix)
     if why is None and matrix.name not in spectra.values:
-        why = spectra.skipped.get(matrix.name, "not scanned")
+        why = spectra.skipped.get(matrix.name, Why(Kind.NOT_SCANNED, "not scanned"))
     if why is not None:
-        return replace(line, action="skip" if why.startswith("skipped") else "keep", reason=why)
+        unseen = ""
+        if why.kind is Kind.UNSEEN and spectra.data is not None:
+            unseen = met_by(spectra.data.seen[matrix.name], min(matrix.shape))
+        return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
     near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
-    near = f"; {near}" if near else ""
     if (spikes := crowd(treatment.rule, s, shape)) is not None:
-        near += f"; {spikes} of {len(s)} values stand out, more than this rule can tell from noise"
-    line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, reason=cut.reason + near)
+        crowded = f"{spikes} of {len(s)} values stand out, more than this rule can tell from noise"
+        near = f"{near}; {crowded}" if near else crowded
+    why = Why(Kind.RULE, cut.reason).also(near)
+    line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, why=why)
     if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
     if treatment.metric == "data" and spectra.data is not None:
@@ -437,25 +469,24 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         noise=None if gains.plain else fit.sigma,
     )
     if treatment.two_sided:
-        line = replace(line, reason=f"{line.reason}; {below} under the lower edge {lower:.4g} kept")
+        line = replace(line, why=line.why.also(f"{below} under the lower edge {lower:.4g} kept"))
     if treatment.shrink:
-        line = replace(line, reason=f"{line.reason}; shrunk for {treatment.shrink} loss")
+        line = replace(line, why=line.why.also(f"shrunk for {treatment.shrink} loss"))
     heavy = ""
     if shift is not None and shift > HEAVY:
         heavy = f"heavy tails: excess kurtosis {kurtosis:.3g} moves the edge by {shift:.2g} Tracy-Widom units"
     if fit.level < FLAG_LEVEL:
-        line = replace(line, reason=f"{line.reason}; the bulk is not such noise: {_describe(fit)}")
-    if heavy:
-        line = replace(line, reason=f"{line.reason}; {heavy}")
+        line = replace(line, why=line.why.also(f"the bulk is not such noise: {_describe(fit)}"))
+    line = replace(line, why=line.why.also(heavy))
+    kept_whole = None
     if np.all(g == 1):
-        return replace(line, action="keep", reason=f"the rule keeps all {len(s)} values{near}")
-    if np.all(g[s > 0] == 1):
-        why = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
-        return replace(line, action="keep", reason=why)
-    if treatment.require_fit is not None and fit.level < treatment.require_fit:
-        why = f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}"
-        return replace(line, action="keep", reason=why)
-    return line
+        kept_whole = Why(Kind.ALL_KEPT, f"the rule keeps all {len(s)} values").also(near)
+    elif np.all(g[s > 0] == 1):
+        told = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
+        kept_whole = Why(Kind.ALL_KEPT, told)
+    elif treatment.require_fit is not None and fit.level < treatment.require_fit:
+        kept_whole = Why(Kind.NOT_NOISE, f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}")
+    return replace(line, action="keep", why=kept_whole) if kept_whole else line
 
 
 def _describe(fit: NoiseFit) -> str:
@@ -473,10 +504,10 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
     )
     lowest = {line.name: place for place, line in enumerate(ranked[:count], 1)}
     return [
-        replace(line, reason=f"{line.reason}; SNR {line.snr:.4g} is number {lowest[line.name]} from below")
+        replace(line, why=line.why.also(f"SNR {line.snr:.4g} is number {lowest[line.name]} from below"))
         if line.name in lowest
         else line
         if line.action != "reduce"
-        else replace(line, action="keep", reason=f"{_snr(line)} is not among the {count} lowest")
+        else replace(line, action="keep", why=Why(Kind.NOT_LOWEST, f"{_snr(line)} is not among the {count} lowest"))
         for line in lines
     ]

@@ -74,10 +74,6 @@ def write_card(
     base_model: str | None = None,
     hash_source: bool = False,
     losses: Losses | None = None,
-    before: Path | None = None,
-    after: Path | None = None,
-    eval_before: Path | None = None,
-    eval_after: Path | None = None,
     trials: Sequence[Mapping[str, Any]] | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
@@ -85,9 +81,8 @@ def write_card(
     """Write OUT/README.md from the records in `out`; returns its path.
 
     source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used,
-    or else only what was copied from it: then licence and language are not known. before, after: leaderboard records
-    elsewhere than in OUT/laser, and eval_before, eval_after those of `laser eval`. hash_source: read the source's
-    shards for their sha256 (the time of reading them).
+    or else only what was copied from it: then licence and language are not known. hash_source: read the source's shards
+    for their sha256 (the time of reading them). Records of evaluations and leaderboards are those in OUT/laser.
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser, or somebody
     is at work on OUT.
     """
@@ -107,10 +102,7 @@ def write_card(
         if losses is None and trials is None and (out / SEARCH).exists():
             losses, trials = _searched(out / SEARCH, made_of)
             _require_search_of(outcome.plan, trials, out / SEARCH)
-        a = _record(Perplexity, eval_before or out / EVAL_SOURCE, eval_before, made_of)
-        b = _record(Perplexity, eval_after or out / EVAL, eval_after, made)
-        if (eval_before or eval_after) and not (a and b):
-            raise UsageError("one evaluation alone compares nothing; give both --eval-before and --eval-after")
+        a, b = _record(Perplexity, out / EVAL_SOURCE, made_of), _record(Perplexity, out / EVAL, made)
         if a and b:
             change = difference(a, b)
             losses = losses_of(a, b, change, a.text, change.unlike)
@@ -122,8 +114,8 @@ def write_card(
             about,
             run=CardRun("; ".join(rules) or None, versions(), commands),
             losses=losses,
-            before=_record(Leaderboard, before or out / LEADERBOARD_SOURCE, before, made_of),
-            after=_record(Leaderboard, after or out / LEADERBOARD, after, made),
+            before=_record(Leaderboard, out / LEADERBOARD_SOURCE, made_of),
+            after=_record(Leaderboard, out / LEADERBOARD, made),
             trials=trials,
         )
         if base_model is not None and f"base_model: {base_model}\n" not in text:
@@ -251,9 +243,9 @@ def _read_source(path: Path) -> dict[str, Any]:
     return document
 
 
-def _record(kind: type[Measured], path: Path, asked: Path | None, of: Source) -> Measured | None:
-    """The record at `path`; None where it is absent and was not asked for."""
-    if asked is None and not path.exists():
+def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
+    """The record at `path`; None where it is absent."""
+    if not path.exists():
         return None
     record = kind.load(path)
     weights = fingerprint_in(record.weights)

@@ -31,6 +31,7 @@ from laser.errors import NumericalError, RecordError, UsageError
 from laser.moments import Moments
 from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
+from laser.reasons import Kind, Why
 from laser.spectral.certificate import Truncation
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, truncate
@@ -171,8 +172,8 @@ def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
     if held and same:
         return line
     found = {"rank": record["rank"], "energy_kept": record["energy_kept"], "snr": record["snr"]}
-    why = f"rank {record['rank']} by its line and not by the rule; figures as measured"
-    return replace(line, threshold=line.threshold if held else None, reason=why, **found)
+    why = Why(Kind.MEASURED, f"rank {record['rank']} by its line and not by the rule; figures as measured")
+    return replace(line, threshold=line.threshold if held else None, why=why, **found)
 
 
 def plan_as_measured(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Plan:

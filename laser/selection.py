@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from laser.checkpoint.families import ALIASES, KEPT_STACKS, PROTECTED, Matrix
 from laser.errors import UsageError
+from laser.reasons import Kind, Why
 
 MAIN = "decoder"  # what the language model's own layers may be called; they need no name
 
@@ -42,33 +43,33 @@ class Selection:
             "exclude": self.exclude,
         }
 
-    def why_not(self, matrix: Matrix) -> str | None:
+    def why_not(self, matrix: Matrix) -> Why | None:
         """None if the matrix is selected and has a spectrum, else the reason why it is left alone."""
         why = self._not_asked(matrix)
-        return f"skipped: {matrix.no_spectrum}" if why is None and matrix.no_spectrum else why
+        return Why(Kind.FAILED, f"skipped: {matrix.no_spectrum}") if why is None and matrix.no_spectrum else why
 
     def skipped(self, matrices: Sequence[Matrix]) -> dict[str, str]:
         """What is selected and has no spectrum for how it is stored: name -> why."""
-        asked = (m for m in matrices if m.no_spectrum and self._not_asked(m) is None)
-        return {m.name: self.why_not(m) or "" for m in asked}
+        found = {m.name: self.why_not(m) for m in matrices if m.no_spectrum}
+        return {name: why.text for name, why in found.items() if why is not None and why.kind is Kind.FAILED}
 
-    def _not_asked(self, matrix: Matrix) -> str | None:
+    def _not_asked(self, matrix: Matrix) -> Why | None:
         roles = {r for role in self.roles for r in (role, ALIASES.get(role, role))}
         stacks = {str(entry).partition(":")[0] for entry in self.layers}
         if not matrix.is_matrix:
-            return f"not a matrix: shape {list(matrix.shape)}"
+            return Why(Kind.NOT_A_MATRIX, f"not a matrix: shape {list(matrix.shape)}")
         if roles and matrix.role not in roles:
-            return f"role {matrix.role} not selected"
+            return Why(Kind.NOT_SELECTED, f"role {matrix.role} not selected")
         if not roles and matrix.role in PROTECTED and matrix.role not in stacks:
-            return f"role {matrix.role} is kept unless asked for"
+            return Why(Kind.PROTECTED, f"role {matrix.role} is kept unless asked for")
         if matrix.stack in KEPT_STACKS and matrix.stack not in stacks | roles:
-            return f"stack {matrix.stack} is kept unless asked for"
+            return Why(Kind.PROTECTED, f"stack {matrix.stack} is kept unless asked for")
         if self.layers and not {matrix.place, f"{matrix.stack or MAIN}:all"} & set(self.layers):
-            return f"layer {matrix.place} not selected"
+            return Why(Kind.NOT_SELECTED, f"layer {matrix.place} not selected")
         if self.include is not None and not re.search(self.include, matrix.name):
-            return "not included by the expression"
+            return Why(Kind.NOT_SELECTED, "not included by the expression")
         if self.exclude is not None and re.search(self.exclude, matrix.name):
-            return "excluded by the expression"
+            return Why(Kind.NOT_SELECTED, "excluded by the expression")
         return None
 
     def check(self, matrices: Sequence[Matrix]) -> None:

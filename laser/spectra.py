@@ -27,10 +27,11 @@ from laser.checkpoint.records import decode, parse, require_finite, require_keys
 from laser.checkpoint.regular import require_regular
 from laser.engine.workers import Crew, dearest_first, near, visit
 from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
-from laser.in_data import DATA, InData, measure_in_data
-from laser.in_data import NULL as DATA_NULL
+from laser.in_data import DATA, InData
 from laser.measured import ENTRY, Measured, from_entry, to_entry
+from laser.reasons import Kind, Why, earlier_reason
 from laser.selection import Selection
+from laser.spectral.data_metric import data_values
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS
 from laser.spectral.factorise import measure as measure_values
@@ -40,10 +41,11 @@ from laser.spectral.spectrum import excess_kurtosis
 if TYPE_CHECKING:
     from laser.moments import Moments
 
-KIND, VERSION = "spectra", 2
+KIND, VERSION, EARLIER = "spectra", 3, 2  # the earlier one has reasons that are texts alone
 LARGEST_INTEGER = 2**63 - 1
 AGAIN = "try laser scan again with this version of laser"
 SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
+GONE = "laser.data-null."  # before others in files of earlier versions, which nobody reads any more
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
 
 
@@ -126,14 +128,14 @@ class Spectra:
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
     empty unless the scan was asked for them.
-    data: all of that again in the metric of the data, where the scan was given moments
+    data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     """
 
     source: Source
     matrices: tuple[Matrix, ...]
     values: Mapping[str, NDArray[np.float64]]
-    skipped: Mapping[str, str]  # name -> why it has no values
+    skipped: Mapping[str, Why]  # name -> why it has no values
     method: str
     device: str
     nulls: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -160,7 +162,8 @@ class Spectra:
 
     def _extra(self, name: str) -> dict[str, Any]:
         note = {"note": self.notes[name]} if name in self.notes else {}
-        return {"skipped": self.skipped.get(name), "kurtosis": self.kurtosis.get(name)} | note
+        why = self.skipped.get(name)
+        return {"skipped": why and asdict(why), "kurtosis": self.kurtosis.get(name)} | note
 
     @staticmethod
     def load(path: Path) -> Spectra:
@@ -171,7 +174,7 @@ class Spectra:
             require_regular(path)
             with safe_open(path, framework="numpy") as file:
                 header = parse((file.metadata() or {}).get("laser", "null"))
-                check_header(header, path, KIND, VERSION)
+                check_header(header, path, KIND, VERSION, EARLIER)
                 vectors = {name: file.get_tensor(name) for name in file.keys()}
         # NumPy knows not every dtype that safetensors does, and says so in ways of its own.
         except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, OSError, MemoryError) as error:
@@ -181,10 +184,11 @@ class Spectra:
         require_finite(header, f"{path}: its header", AGAIN)
         method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
         rows = value_of(list, header["matrices"], "matrices", f"{path}: its header", AGAIN)
-        decoded = [_decoded(row, number, path) for number, row in enumerate(rows, 1)]
+        earlier = header["version"] == EARLIER
+        decoded = [_decoded(row, number, path, earlier) for number, row in enumerate(rows, 1)]
         skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
         matrices = tuple(matrix for matrix, _ in decoded)
-        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, DATA_NULL))}
+        values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, GONE))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
         source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
         kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
@@ -215,17 +219,19 @@ def _row(matrix: Matrix) -> dict[str, Any]:
 class _Extra:
     """What a row of the file says besides the matrix itself."""
 
-    skipped: str | None
+    skipped: Why | None
     kurtosis: float | None = None
     note: str = ""
 
 
-def _decoded(row: Any, number: int, path: Path) -> tuple[Matrix, _Extra]:
+def _decoded(row: Any, number: int, path: Path, earlier: bool) -> tuple[Matrix, _Extra]:
     """A row of the file. Raises RecordError naming it."""
     where = f"{path}: matrix {number}"
     if isinstance(row, dict):
         where += f" ({row['name']})" if isinstance(row.get("name"), str) else ""
         own = {f.name for f in fields(_Extra)}
+        if earlier and isinstance(row.get("skipped"), str):
+            row = row | {"skipped": asdict(earlier_reason(row["skipped"]))}
         # Files of laser 0.1 knew no other tensor, and FP8 only with scales.
         row = {"tensor": row.get("name"), "scaled": str(row.get("dtype")).startswith("F8")} | row
         extra = decode(_Extra, {k: x for k, x in row.items() if k in own}, where, AGAIN, ("kurtosis", "note"))
@@ -255,11 +261,10 @@ def _wrong(spectra: Spectra) -> str | None:
                 return f"{name} has {s.dtype} values of shape {list(s.shape)}, expected float64 {[sides[name]]}"
             if not np.isfinite(s).all() or (s < 0).any() or (np.diff(s) > 0).any():
                 return f"{name} has values that are not falling, finite and 0 or more, as singular values are"
-    for nulls in (spectra.nulls, data.nulls if data else {}):
-        for name, null in nulls.items():
-            plain = null.dtype == np.float64 and null.ndim == 1
-            if not sides.get(name) or not plain or not np.isfinite(null).all() or (null < 0).any():
-                return f"{name} has permutations that are not a list of finite float64 values of 0 or more"
+    for name, null in spectra.nulls.items():
+        plain = null.dtype == np.float64 and null.ndim == 1
+        if not sides.get(name) or not plain or not np.isfinite(null).all() or (null < 0).any():
+            return f"{name} has permutations that are not a list of finite float64 values of 0 or more"
     return None
 
 
@@ -302,8 +307,8 @@ def scan(
     the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
     NaN or Inf, or one that no method can factorise,
     is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs. With `moments` all of that is measured once more in the metric of the data,
-    where a matrix was calibrated.
+    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
+    the data, where a matrix was calibrated.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -349,29 +354,27 @@ def scan(
 def _measure(
     matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
 ) -> Measured:
-    if moments is None or not moments.tokens(matrix.name):
-        return measure(near(W, device), device, method, null_draws)
-    plain = measure(near(W, device), device, method, 0)
-    if plain.skipped is not None:
-        return plain
+    found = measure(near(W, device), device, method, null_draws)
+    if moments is None or not moments.tokens(matrix.name) or found.skipped is not None:
+        return found
     try:
-        data, null, data_null = measure_in_data(W, matrix.name, moments, null_draws, device)
+        return replace(found, data=data_values(W, moments.metric(matrix.name, W), device))
     except (NumericalError, UsageError) as error:  # the plain spectrum stands
-        return replace(measure(W, device, method, null_draws), data_failed=str(error))
-    return replace(plain, null=null, data=data, data_null=data_null)
+        return replace(found, data_failed=str(error))
 
 
 def assemble(
     checkpoint: Checkpoint,
     matrices: Sequence[Matrix],
     found: Mapping[str, Measured],
-    skipped: Mapping[str, str],
+    skipped: Mapping[str, Why],
     method: str,
     device: str,
     null_draws: int,
 ) -> Spectra:
     """The record of what was found, in file order whatever the order in which it was found."""
-    reasons = dict(skipped) | {name: m.skipped for name, m in found.items() if m.skipped is not None}
+    failed = {name: Why(Kind.FAILED, m.skipped) for name, m in found.items() if m.skipped is not None}
+    reasons = dict(skipped) | failed
     whole = {m.name: found[m.name] for m in matrices if m.name in found and found[m.name].skipped is None}
     values = {name: m.values for name, m in whole.items()}
     nulls = {name: m.null for name, m in whole.items()} if null_draws else {}

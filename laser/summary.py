@@ -13,6 +13,7 @@ from laser.checkpoint.families import place_of
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
+from laser.reasons import Kind
 from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
@@ -256,7 +257,7 @@ def summarise(
     warn_of_crowds(spectra, rule, [row.name for row in rows])
     if not rows:
         raise UsageError("no selected matrix was scanned; try the layers and roles of the scan, or scan again")
-    skipped = tuple((name, why) for name, why in spectra.skipped.items() if why.startswith("skipped"))
+    skipped = tuple((name, why.text) for name, why in spectra.skipped.items() if why.kind is Kind.FAILED)
     calibration = None if spectra.data is None else spectra.data.calibration
     return Summary(spectra.source, rule, tuple(rows), skipped, calibration)
 

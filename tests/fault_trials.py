@@ -121,7 +121,7 @@ def filled(words: Sequence[str], inputs: Mapping[str, str]) -> list[str]:
 REDUCE = ("reduce", "{model}", "{plan}", "-o", "o")
 ONE_PASS = ("run", "{model}", "-o", "o", *RULE, "--no-search")
 SEARCH = ("run", "{model}", "-o", "o", *RULE, "--search", "--text", "{text}", *WINDOWS, "--held-out-windows", "2")
-CALIBRATE = ("calibrate", "{model}", "-o", "mo", "--text", "{text}", *WINDOWS, "--roles", "q,w2", "--shrink")
+CALIBRATE = ("calibrate", "{model}", "-o", "mo", "--text", "{text}", *WINDOWS, "--roles", "q,w2", "--ledoit-wolf")
 EVAL = ("eval", "{model}", "-o", "e.json", "--text", "{text}", *WINDOWS)
 BOARD = ("leaderboard", "{model}", "-o", "b.json", "--data", "{rows}", "--tasks", "arc_challenge", "--limit", "1")
 

@@ -164,7 +164,7 @@ class Kind:
 
 
 ON_TEXT = ("--text", "t.txt", "--window", "32", "--windows", "4")
-CALIBRATE = ("calibrate", "m", "-o", "c", "--shrink", *ON_TEXT)
+CALIBRATE = ("calibrate", "m", "-o", "c", "--ledoit-wolf", *ON_TEXT)
 SEARCH = ("search", "m", "-o", "new", "--spectra", "s", "--lowest-snr", "2", "--held-out-windows", "2")
 SEARCH = (*SEARCH, "--accept", "any-drop", *ON_TEXT)
 RUN = ("run", "m", "-o", "run", "--rule", "rank:4", "--no-search")
@@ -384,7 +384,7 @@ def _build(folder: Path) -> Path:
             assert main(list(words)) == code, words
 
     made("scan", "m", "-o", "s")
-    made("calibrate", "m", "-o", "moments", "--shrink", *ON_TEXT)
+    made("calibrate", "m", "-o", "moments", "--ledoit-wolf", *ON_TEXT)
     made("scan", "m", "-o", "sd", "--moments", "moments")
     made("plan", "s", "-o", "plan.json", "--rule", "rank:4")
     made(*REDUCE, "out")

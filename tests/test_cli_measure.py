@@ -111,7 +111,9 @@ def test_a_text_shorter_than_asked_for_is_said(model: str, tmp_path: Path, capsy
     options = ["--rules", "fraction:0.5", "--layers", "2", "--roles", "q", "--held-out-windows", 9]
     assert run("search", model, "-o", tmp_path / "p.json", *text, *options, "--windows", 3) == 0
     assert "only 1 of the 9 windows that were asked for: short.txt has no more" in capsys.readouterr().out
-    assert run("calibrate", model, *text, "-o", tmp_path / "moments", "--roles", "q", "--shrink", "--windows", 7) == 0
+    assert (
+        run("calibrate", model, *text, "-o", tmp_path / "moments", "--roles", "q", "--ledoit-wolf", "--windows", 7) == 0
+    )
     assert "only 4 of the 7 windows that were asked for" in capsys.readouterr().out
 
 

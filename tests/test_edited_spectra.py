@@ -86,7 +86,7 @@ def test_spectra_of_an_earlier_version_are_refused_with_the_command(pico: Path, 
     for key in ("parameters", "unindexed", "content", "samples"):
         del header["source"][key]
     save_file(vectors, path, {"laser": json.dumps(header | {"version": 1})})
-    with pytest.raises(RecordError, match=r"version 1, expected 'spectra' version 2; .*`laser scan MODEL -o FILE`"):
+    with pytest.raises(RecordError, match=r"version 1, expected 'spectra' version 3; .*`laser scan MODEL -o FILE`"):
         Spectra.load(path)
 
 
@@ -180,7 +180,7 @@ def test_what_was_cut_once_is_kept_by_the_next_cut(make_pico: Callable[..., Path
             plan = laser.make_plan(spectra, rule, lowest_snr=lowest)
             assert not {line.layer for line in plan.reductions.values()} & {0, 1}
             assert all(line.snr is not None for line in plan.reductions.values())
-    assert "are 0" in laser.make_plan(spectra, "rank:20").lines[0].reason
+    assert "are 0" in laser.make_plan(spectra, "rank:20").lines[0].why.text
     assert set(laser.make_plan(spectra, "rank:11").reductions) == set(spectra.values)  # what is there can be cut
     code, said, _ = run("run", again.path, "-o", tmp_path / "twice", "--rule", "laser-rmt", "--no-search")
     assert code == 0 and "2 to keep" in said
@@ -199,5 +199,5 @@ def test_tiny_levels_are_answered_and_those_without_a_quantile_refused(pico: Pat
 def test_weights_in_the_place_of_spectra_are_refused(tmp_path: Path) -> None:
     weights = {"w": torch.ones(2, 2, dtype=torch.bfloat16)}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecordError, match="no record of laser, expected 'spectra' version 2; laser scan MODEL -o"):
+    with pytest.raises(RecordError, match="no record of laser, expected 'spectra' version 3; laser scan MODEL -o"):
         Spectra.load(tmp_path / "model.safetensors")

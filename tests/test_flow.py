@@ -24,6 +24,7 @@ from laser.engine.workers import Crew
 from laser.errors import RecordError, UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, empty_plan, make_plan
+from laser.reasons import Kind, Why
 from laser.reduction import Outcome, reduce
 from laser.selection import Selection, parse_layers
 from laser.spectra import Spectra, scan
@@ -52,7 +53,9 @@ def test_scan_measures_what_numpy_measures(pico: Path) -> None:
         wanted = np.linalg.svd(tensors[name].double().numpy(), compute_uv=False)
         assert s == pytest.approx(wanted, abs=1e-7 * wanted[0])
     assert spectra.values.keys() | spectra.skipped.keys() == tensors.keys()
-    assert spectra.skipped["model.layers.0.block_sparse_moe.gate.weight"] == "role router is kept unless asked for"
+    assert spectra.skipped["model.layers.0.block_sparse_moe.gate.weight"] == Why(
+        Kind.PROTECTED, "role router is kept unless asked for"
+    )
 
 
 def test_spectra_and_plan_survive_saving(pico: Path, tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_plan_has_a_line_for_every_tensor_with_a_reason(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     plan = make_plan(scan(checkpoint, Selection(roles=("w2",))), "mp-edge")
     assert [line.name for line in plan.lines] == list(checkpoint.tensors)
-    assert all(line.reason for line in plan.lines)
+    assert all(line.why.text for line in plan.lines)
 
 
 def test_protected_roles_are_reduced_when_asked_for(pico: Path) -> None:
@@ -143,7 +146,7 @@ def test_not_finite_is_skipped_by_name(make_pico: Callable[..., Path], tmp_path:
     checkpoint = laser.open_checkpoint(make_pico(tensors=tensors))
     plan = make_plan(scan(checkpoint), "mp-edge")
     line = next(x for x in plan.lines if x.name == name)
-    assert line.action == "skip" and line.reason == "skipped: not finite (1 NaN or Inf of 512)"
+    assert line.action == "skip" and line.why.text == "skipped: not finite (1 NaN or Inf of 512)"
     reduce(checkpoint, plan, tmp_path / "out")
     assert verify(checkpoint, tmp_path / "out").problems == ()
 
@@ -171,7 +174,7 @@ def test_eight_bit_floats_are_skipped_with_advice(make_pico: Callable[..., Path]
     name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     spectra = scan(laser.open_checkpoint(make_pico(tensors=tensors)))
-    assert "no scales" in spectra.skipped[name] and spectra.skipped[name].startswith("skipped")
+    assert "no scales" in spectra.skipped[name].text and spectra.skipped[name].kind is Kind.FAILED
 
 
 def test_plan_of_another_checkpoint_is_refused(pico: Path, make_pico: Callable[..., Path], tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_damaged_records_are_refused(pico: Path, tmp_path: Path) -> None:
     document = json.loads(plan.to_json())
     reduced = next(i for i, line in enumerate(document["lines"]) if line["action"] == "reduce")
     for change, message in [
-        (lambda d: d.update(version=99), "version 99, expected 'plan' version 2"),
+        (lambda d: d.update(version=99), "version 99, expected 'plan' version 3"),
         (lambda d: d.pop("lines"), "not a whole plan"),
         (lambda d: d["lines"][reduced].update(rank=10**6), "rank 1000000 of"),
         (lambda d: d["lines"][reduced].update(rank=-1), "rank -1 of"),

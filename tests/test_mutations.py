@@ -128,7 +128,7 @@ def test_a_mutated_model_is_right_or_refused(sources: dict[str, Path], model: st
 def check(model: str, source: Path, out: Path, plan: laser.Plan) -> None:
     """Every stored number is in a line with its reason; what was reduced has its rank, what was not is as it was."""
     assert plan.coverage["unaccounted"] == 0
-    assert all(line.reason for line in plan.lines)
+    assert all(line.why.text for line in plan.lines)
     raw, written = source.joinpath("model.safetensors").read_bytes(), out.joinpath("model.safetensors").read_bytes()
     length = 8 + struct.unpack("<Q", raw[:8])[0]
     assert written[:length] == raw[:length] and len(written) == len(raw)

@@ -126,7 +126,7 @@ def test_not_finite_is_skipped_and_the_rest_done(make_pico: Callable[..., Path],
     tensors[name][3, 4] = float("nan")
     source = make_pico(tensors=tensors)
     result = flow(source, tmp_path / "out", "mp-edge", single=True)
-    assert result.spectra.skipped[name] == "skipped: not finite (1 NaN or Inf of 512)"
+    assert result.spectra.skipped[name].text == "skipped: not finite (1 NaN or Inf of 512)"
     assert name not in result.plan.reductions and len(result.spectra.values) == 17
     assert verify(laser.open_checkpoint(source), tmp_path / "out").problems == ()
 

@@ -21,17 +21,17 @@ EVERYWHERE = ("--device tpu", "--layers 99", "--layers 2-1", "--roles nose", "--
 WRONG: dict[str, tuple[str, ...]] = {
     "scan {model} -o {new}": (
         *(*EVERYWHERE, "--precision bf16", "--method magic", "--null -1", "--workers 0", "--engine none"),
-        *("--devices cpu,tpu", "--moments {missing}", "--moments {spectra}", "--moments {others_moments}"),
+        *("--device cpu,tpu", "--moments {missing}", "--moments {spectra}", "--moments {others_moments}"),
     ),
     "scan {model} -o": ("{there}", "{folder}/none/s", "{model}/s", "{folder}", "{there} --force"),
     "reduce {model} {plan} -o {new}": (
-        *("--device tpu", "--precision bf16", "--method magic", "--workers 0", "--engine none", "--devices cpu,tpu"),
+        *("--device tpu", "--precision bf16", "--method magic", "--workers 0", "--engine none", "--device cpu,tpu"),
         *("--moments {missing}", "--fresh {missing}", "--fresh {others_moments}", "--evict", "--dtype float8"),
     ),
     "reduce {model}": ("{missing} -o {new}", "{others_plan} -o {new}", "{spectra} -o {new}"),
     "reduce {model} {plan} -o": ("{output}", "{text}", "{model}", "{model}/in", "{folder} --force", "{text}/in"),
     "run {model} -o {new} --no-search": (
-        *(*EVERYWHERE, "--precision bf16", "--method magic", "--workers 0", "--engine none", "--devices cpu,tpu"),
+        *(*EVERYWHERE, "--precision bf16", "--method magic", "--workers 0", "--engine none", "--device cpu,tpu"),
         *("--rule nose", "--rule energy:2", "--rule rank:x", "--rule mp-edge,mp-median", "--rule data:mp-edge"),
         *("--rule data:energy:0.9", "--moments {missing}", "--moments {others_moments}", "--recipe {missing}"),
         *("--recipe {text}", "--lowest-snr 0", "--lowest-snr x", "--shrink nose", "--require-fit 2"),
@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[str, ...]] = {
         *("--require-fit 2", "--layers 99", "--roles nose", "--include [", "--fewest-tokens -1"),
     ),
     "push": ("{missing} a/b", "{folder} a/b", "{output} a/b/c", "{output} nose/../x"),
-    "card": ("{missing}", "{folder}", "{output} --source {missing}", "{output} --before {missing}"),
+    "card": ("{missing}", "{folder}", "{output} --source {missing}"),
     "convert": ("{missing} -o {new}", "{model} -o {new}", "{model} -o {output}", "{folder} -o {new}"),
 }
 CASES = [(command, words) for command, several in WRONG.items() for words in several]
@@ -149,7 +149,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = at["other" if whose else "model"]
         laser("scan", model, "-o", at[whose + "spectra"])
         laser("plan", at[whose + "spectra"], "-o", at[whose + "plan"], "--rule", "fraction:0.5", "--roles", "q")
-        laser("calibrate", model, "-o", at[whose + "moments"], *words, "--windows", "8", "--shrink")
+        laser("calibrate", model, "-o", at[whose + "moments"], *words, "--windows", "8", "--ledoit-wolf")
     laser("scan", at["model"], "-o", at["few"], "--layers", "0")
     laser("reduce", at["model"], at["plan"], "-o", at["output"])
     laser("eval", at["model"], "-o", at["record"], *words, "--windows", "2")

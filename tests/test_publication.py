@@ -90,21 +90,19 @@ def test_the_card_comes_from_the_records(reduced: tuple[Checkpoint, Path]) -> No
     assert verify(source, out).problems == ()
 
 
-def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluations_by_hand_are_told(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
-    loss(source, 2.0, 2.5, 1.5).save(out / "before.json")
-    loss(open_checkpoint(out), 2.25, 2.75, 1.5).save(out / "after.json")
-    assert main(["card", str(out), "--eval-before", f"{out}/before.json", "--eval-after", f"{out}/after.json"]) == 0
+    (out / EVAL).parent.mkdir()
+    loss(source, 2.0, 2.5, 1.5).save(out / EVAL_SOURCE)
+    loss(open_checkpoint(out), 2.25, 2.75, 1.5).save(out / EVAL)
+    assert main(["card", str(out)]) == 0
     text = (out / "README.md").read_text()
     assert "wiki" in text and "2.0000 ± 0.2887" in text and "+0.1667 ± 0.0833" in text and "worse" in text
-    (out / "before.json").rename(out / EVAL_SOURCE)
-    (out / "after.json").rename(out / EVAL)
-    assert write_card(out).read_text() == text  # where the card looks for them
+    (out / EVAL).unlink()
+    assert "wiki" not in write_card(out).read_text()  # one alone compares nothing
 
 
-def test_evaluations_of_two_precisions_are_not_judged(
-    reduced: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluations_of_two_precisions_are_not_judged(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     after = replace(loss(open_checkpoint(out), 2.25, 2.75, 1.75), dtype="bfloat16", device="cuda:0")
     (out / EVAL).parent.mkdir()
@@ -113,10 +111,6 @@ def test_evaluations_of_two_precisions_are_not_judged(
     text = write_card(out).read_text()
     assert text.count("not like with like: dtype float32 against bfloat16, device cpu against cuda") == 2
     assert "Worse than the source" not in text and "**worse**" not in text
-    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 0  # the other lies in its place
-    (out / EVAL).unlink()
-    assert main(["card", str(out), "--eval-before", str(out / EVAL_SOURCE)]) == 2
-    assert "give both --eval-before and --eval-after" in capsys.readouterr().err
 
 
 def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
@@ -219,8 +213,6 @@ def test_records_of_other_weights_are_refused(reduced: tuple[Checkpoint, Path]) 
             write_card(out, source)
         (out / file).unlink()
     assert not (out / "README.md").exists()
-    with pytest.raises(RecordError, match="no such file"):
-        write_card(out, source, before=out / "nothing.json")
 
 
 def test_a_card_needs_an_output_and_its_own_source(

@@ -74,7 +74,7 @@ def test_two_sided_keeps_what_lies_under_the_lower_edge(make_pico: Callable[...,
     two = make_plan(spectra, "gavish-donoho", two_sided=True).lines[0]
     assert (one.rank, one.below) == (1, 0)
     assert (two.rank, two.below) == (4, 3)
-    assert two.gains == Gains(1, 3, None, two.noise) and "3 under the lower edge" in two.reason
+    assert two.gains == Gains(1, 3, None, two.noise) and "3 under the lower edge" in two.why.text
 
 
 @pytest.mark.slow
@@ -88,12 +88,12 @@ def test_a_bulk_that_is_no_noise_is_flagged_and_kept_on_demand(make_pico: Callab
     tensors = {name.format(r): torch.from_numpy(W.astype(np.float32)) for r, W in (("k", plain), ("q", uneven))}
     spectra = scan(laser.open_checkpoint(make_pico(tensors=tensors, shards=1)))
     k, q = make_plan(spectra, "mp-edge").lines
-    assert k.fit_level is not None and k.fit_level > 0.05 and "not such noise" not in k.reason
-    assert q.fit_level == 0.005 and q.fit is not None and f"distance {q.fit:.3g}, level 0.005" in q.reason
+    assert k.fit_level is not None and k.fit_level > 0.05 and "not such noise" not in k.why.text
+    assert q.fit_level == 0.005 and q.fit is not None and f"distance {q.fit:.3g}, level 0.005" in q.why.text
     assert [line.action for line in (k, q)] == ["reduce", "reduce"]
     plan = make_plan(spectra, "mp-edge", require_fit=0.05)
     assert [line.action for line in plan.lines] == ["reduce", "keep"]
-    assert plan.selection["require_fit"] == 0.05 and "not noise at level 0.05" in plan.lines[1].reason
+    assert plan.selection["require_fit"] == 0.05 and "not noise at level 0.05" in plan.lines[1].why.text
     # Rows of unequal variance are what BEMA models: it finds the one spike, and its fit is good.
     bema = make_plan(spectra, "bema", require_fit=0.05).lines[1]
     assert (bema.action, bema.rank) == ("reduce", 1)
@@ -155,6 +155,6 @@ def test_heavy_tails_of_the_entries_are_said_in_the_plan(make_pico: Callable[...
     tensors = {name.format(role): torch.from_numpy(W.astype(np.float32)) for role, W in drawn}
     spectra = scan(laser.open_checkpoint(make_pico(tensors=tensors, shards=1)))
     k, q = make_plan(spectra, "laser-rmt").lines
-    assert k.edge_shift is not None and abs(k.edge_shift) < 0.1 and "heavy tails" not in k.reason
+    assert k.edge_shift is not None and abs(k.edge_shift) < 0.1 and "heavy tails" not in k.why.text
     assert q.edge_shift is not None and q.edge_shift > 0.3
-    assert f"heavy tails: excess kurtosis {spectra.kurtosis[q.name]:.3g} moves the edge by" in q.reason
+    assert f"heavy tails: excess kurtosis {spectra.kurtosis[q.name]:.3g} moves the edge by" in q.why.text

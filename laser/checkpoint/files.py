@@ -190,12 +190,10 @@ class Journal:
 
     def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
         """The entry of a line; None for one that was not written like that, or does not follow the one before."""
-        match = CHECKED.search(line)
-        if not match or not line.endswith(b"\n"):
+        written = _written(line, self._last)
+        if written is None:
             return None
-        body = line[: match.start()] + b"}"
-        if _check(self._last, body) != match[1]:
-            return None
+        body, check = written
         try:
             entry = parse(body)
         except ValueError:
@@ -203,7 +201,7 @@ class Journal:
         free = first or self._shapes is None
         if not isinstance(entry, dict) or not (free or any(has_shape(entry, shape) for shape in self._shapes or ())):
             return None
-        self._last = match[1]
+        self._last = check
         return entry
 
     def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
@@ -285,11 +283,20 @@ def journal_is_whole(path: Path) -> bool:
     """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
     last = b""
     for line in read_regular(path, math.inf).splitlines(keepends=True):
-        match = CHECKED.search(line)
-        if not match or not line.endswith(b"\n") or _check(last, line[: match.start()] + b"}") != match[1]:
+        written = _written(line, last)
+        if written is None:
             return False
-        last = match[1]
+        last = written[1]
     return bool(last)
+
+
+def _written(line: bytes, last: bytes) -> tuple[bytes, bytes] | None:
+    """A line's JSON and its checksum, where it is as it was written after the line whose checksum is `last`."""
+    match = CHECKED.search(line)
+    if not match or not line.endswith(b"\n"):
+        return None
+    body = line[: match.start()] + b"}"
+    return (body, match[1]) if _check(last, body) == match[1] else None
 
 
 def _check(before: bytes, body: bytes) -> bytes:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,13 @@ def check_length(name: str, size: int, length: int) -> None:
         )
     if length > MAX_HEADER:
         raise CheckpointError(f"{name}: header of {length} bytes, expected at most {MAX_HEADER}; not a model")
+
+
+def header_text(entries: Mapping[str, Any]) -> bytes:
+    """The JSON text of a safetensors header, padded to a multiple of 8 bytes as every reader expects. Its length, in 8
+    bytes, stands before it in a file."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def parse_header(name: str, path: Path, size: int, header: bytes, data: Data | None = None) -> Shard:

@@ -318,23 +318,16 @@ def _patiently(ask: Callable[[], T], what: str) -> T:
 
 
 def drop(hub: Hub, name: str) -> None:
-    """Remove a file from the cache: its link, and its content unless another snapshot links to it too."""
-    link = hub.folder / name
-    if not link.exists():
+    """Remove a file from the cache: its link, and its content unless something else there links to it too."""
+    from huggingface_hub import scan_cache_dir
+
+    place = hub.folder.resolve() / name
+    if not place.is_symlink() and not place.exists():
         return
-    content = link.parent / link.readlink() if link.is_symlink() else None
-    link.unlink()
-    others = (p for p in hub.folder.parent.glob(f"*/{name}") if p.is_symlink())
-    if content is None or any(p.parent / p.readlink() == content for p in others):
-        return
-    shared = content.resolve() if content.is_symlink() else None
-    content.unlink(missing_ok=True)
-    if shared is not None:  # newer caches keep one copy for all models; only they know who else uses it
-        try:
-            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
-        except ImportError:
-            return
-        sweep_shared_blob(shared, cache_dir=hub.folder.parents[2])
+    found = scan_cache_dir(hub.folder.parents[2])
+    files = (file for repo in found.repos for revision in repo.revisions for file in revision.files)
+    found.delete_files(*(file for file in files if file.file_path == place)).execute()
+    place.unlink(missing_ok=True)  # in a folder that the client takes for damaged
 
 
 def _cause(error: BaseException) -> str:

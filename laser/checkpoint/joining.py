@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.files import disk_errors
-from laser.checkpoint.headers import file_pieces
+from laser.checkpoint.headers import file_pieces, header_text, read_header
 from laser.checkpoint.locks import replacing
-from laser.checkpoint.regular import open_regular
-
-
-def read_json_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file of our own, and where its data begin."""
-    with open_regular(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
 
 
 def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
@@ -28,15 +19,14 @@ def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     ranges, at = [], 0
     for part in parts:
-        entries, start = read_json_header(part)
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            header[name] = entry | {"data_offsets": [at + x for x in entry["data_offsets"]]}
-        size = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        ranges.append((part, start, start + size))
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        shard = read_header(part)
+        begin = len(shard.header)
+        for info in shard.tensors:
+            offsets = [at + info.start - begin, at + info.end - begin]
+            header[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        ranges.append((part, begin, shard.size))
+        at += shard.size - begin
+    text = header_text(header)
     with disk_errors(path), replacing(path) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for part, start, end in ranges:

@@ -8,7 +8,8 @@ import reprlib
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from enum import StrEnum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from laser.checkpoint.headers import is_deep
@@ -113,6 +114,13 @@ def _as(hint: Any, found: Any) -> Any:
         return tuple(map(_as, each, found))
     if origin is not None and isinstance(found, dict) and issubclass(origin, Mapping):
         return {_as(inside[0], key): _as(inside[1], x) for key, x in found.items()}
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(found, dict):
+        hints = get_type_hints(hint)
+        if found.keys() != hints.keys():
+            raise TypeError
+        return hint(**{key: _as(one, found[key]) for key, one in hints.items()})
+    if isinstance(hint, type) and issubclass(hint, StrEnum) and found in list(hint):
+        return hint(found)
     if hint is float and isinstance(found, int | float) and type(found) is not bool and abs(found) <= LARGEST:
         return found
     if isinstance(hint, type) and type(found) is hint and hint is not float:
@@ -127,6 +135,8 @@ def words(hint: Any) -> str:
         return " or ".join(words(one) for one in inside)
     if origin is tuple:
         return f"a list, each {words(inside[0])}" if inside[-1] is Ellipsis else "a list"
+    if is_dataclass(hint):
+        return f"an object of {' and '.join(field.name for field in fields(hint))}, each as laser writes it"
     return WORDS.get(hint, "an object")
 
 

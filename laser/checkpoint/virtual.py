@@ -6,7 +6,6 @@ behind it deals with one layout only, and writing it out gives a safetensors fil
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from laser.checkpoint.headers import BITS, TORCH, Shard, parse_header
+from laser.checkpoint.headers import BITS, TORCH, Shard, header_text, parse_header
 
 # (name, dtype as the header spells it, shape)
 Entry = tuple[str, str, tuple[int, ...]]
@@ -34,8 +33,7 @@ def make_header(entries: Sequence[Entry]) -> bytes:
         end = at + math.prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
+    return header_text(header)
 
 
 def virtual_shard(name: str, path: Path, entries: Sequence[Entry], tensor: Callable[[str], torch.Tensor]) -> Shard:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.formats import NO_MODEL
-from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, parse_header, pieces
+from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, header_text, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
 from laser.checkpoint.regular import read_regular, require_regular
 from laser.checkpoint.side_files import ADAPTER
@@ -172,8 +172,7 @@ def without(shard: Shard, names: Collection[str]) -> Shard:
             header[info.name] = text[info.name] | {"data_offsets": [at, at + size]}
             places.append((at, at + size, info.start))
             at += size
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw = header_text(header)
     base = 8 + len(raw)
     made = parse_header(shard.name, shard.path, base + at, raw)
 

@@ -148,12 +148,12 @@ class Less:
 # The mildest first.
 LESS = (
     Less("--stream", ("eval", "search", "run"), ("--stream",)),
-    Less("--device cpu --workers 1", ("scan", "reduce", "run"), ("--workers", "--engine", "--devices"), "host"),
+    Less("--device cpu --workers 1", ("scan", "reduce", "run"), ("--workers", "--engine"), "host"),
     Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
     Less("a smaller --window", ("eval", "search", "run", "calibrate")),
     Less("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
-    Less("--device cpu", DEVICES, ("--device cpu", "--devices"), "device"),
+    Less("--device cpu", DEVICES, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
 BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "reduce"), ("--device",))

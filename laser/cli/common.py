@@ -31,7 +31,9 @@ Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1
 Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
 Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
-Devices = Annotated[str | None, typer.Option("--devices", help="Several: cuda:0,cuda:1, or all; two workers each.")]
+DeviceNames = Annotated[
+    str, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="On the cpu, one thread each; default: as cores and memory allow.")
 ]
@@ -195,7 +197,7 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
     skipped = [line for line in lines if line.action == "skip"]
     say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     for line in skipped[:limit]:
-        say(f"  {line.name}: {line.reason}")
+        say(f"  {line.name}: {line.why.text}")
 
 
 def _removed(kept: float | None) -> str:

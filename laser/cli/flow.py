@@ -21,6 +21,7 @@ from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.flow import scan_into
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
+from laser.reasons import Kind
 from laser.reduction import prepare
 from laser.reduction import reduce as reduce_checkpoint
 from laser.spectra import Spectra, check_scan
@@ -49,8 +50,7 @@ def scan(
     roles: common.Roles = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
-    device: common.DeviceName = "auto",
-    devices: common.Devices = None,
+    device: common.DeviceNames = "auto",
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
@@ -67,7 +67,7 @@ def scan(
     """
     checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
     method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
-    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
+    crew = choose_crew(device, precision, workers=workers, engine=engine)
     check_scan(method, null)
     known = common.moments_of(moments)
     if known is not None:
@@ -87,7 +87,7 @@ def scan(
                 "output": str(output),
                 "source": asdict(spectra.source),
                 "scanned": len(spectra.values),
-                "skipped": dict(spectra.skipped),
+                "skipped": {name: asdict(why) for name, why in spectra.skipped.items()},
                 "device": spectra.device,
                 **took(meter, foretold.scan_seconds, foretold),
             }
@@ -145,8 +145,7 @@ def reduce(
     model: common.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
     output: Output,
-    device: common.DeviceName = "auto",
-    devices: common.Devices = None,
+    device: common.DeviceNames = "auto",
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
@@ -168,7 +167,7 @@ def reduce(
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
-    crew = choose_crew(device, precision, workers=workers, devices=devices, engine=engine)
+    crew = choose_crew(device, precision, workers=workers, engine=engine)
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     method, _ = choose_method(method, crew.devices[0])
@@ -234,5 +233,5 @@ def _print_spectra(spectra: Spectra) -> None:
         rows.append((role, len(ms), "x".join(map(str, ms[0].shape)), *means))
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
     for name, why in spectra.skipped.items():
-        if why.startswith("skipped"):
-            say(f"{name}: {why}")
+        if why.kind is Kind.FAILED:
+            say(f"{name}: {why.text}")

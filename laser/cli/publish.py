@@ -229,15 +229,15 @@ def card(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
-    before: Annotated[Path | None, typer.Option("--before", help="Leaderboard record of the source.")] = None,
-    after: Annotated[Path | None, typer.Option("--after", help="Leaderboard record of OUT.")] = None,
-    eval_before: Annotated[Path | None, typer.Option("--eval-before", help="Record of laser eval SOURCE.")] = None,
-    eval_after: Annotated[Path | None, typer.Option("--eval-after", help="Record of laser eval OUT.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
     force: common.Force = False,
     as_json: common.Json = False,
 ) -> None:
-    """Write OUT/README.md, the model card, from the records in OUT."""
+    """Write OUT/README.md, the model card, from the records in OUT.
+
+    In OUT/laser it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
+    leaderboard.json (laser leaderboard -o): what was measured of the source, and of OUT.
+    """
     for record in (SOURCE, CARD):
         common.to_write(output / record)
     with common.Checking() as check:
@@ -248,10 +248,6 @@ def card(
         name=name,
         base_model=base_model,
         hash_source=hash_source,
-        before=before,
-        after=after,
-        eval_before=eval_before,
-        eval_after=eval_after,
         force=force,
     )
     if as_json:

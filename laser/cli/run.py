@@ -85,8 +85,9 @@ def run(
     tasks: Tasks = None,
     data: Annotated[Path | None, typer.Option("--data", help="Rows of the tasks, without the Hub.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each task.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cuda, mps or cpu.")] = None,
-    devices: common.Devices = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all.")
+    ] = None,
     workers: common.Workers = None,
     engine: common.Engine = "threads",
     precision: common.Precision = "auto",
@@ -134,7 +135,7 @@ def run(
     elif DATA in wanted and moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     kind = device or flags.get("device", "auto")
-    crew = choose_crew(kind, precision, workers=workers, devices=devices, engine=engine)
+    crew = choose_crew(kind, precision, workers=workers, engine=engine)
     draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
     method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)

@@ -78,11 +78,7 @@ def estimate(
     there = {name: b / probe.to_device if probe.to_device else 0.0 for name, b in size.items()}
     back = {name: b / probe.to_host if probe.to_host else 0.0 for name, b in size.items()}
     values = [probe.values_seconds(m, n) + there[x.name] for x, m, n in shapes]
-    nulls = [
-        draws * (probe.null_seconds(m, n) + probe.null_seconds(m, n, True) * in_data)
-        + (probe.data_seconds(m, n) if in_data else 0.0)
-        for _, m, n in shapes
-    ]
+    nulls = [draws * probe.null_seconds(m, n) + (probe.data_seconds(m, n) if in_data else 0.0) for _, m, n in shapes]
     cuts = [
         probe.truncate_seconds(m, n, (ranks or {}).get(x.name)) + there[x.name] + back[x.name] for x, m, n in shapes
     ]

@@ -77,10 +77,9 @@ def choose_crew(
     precision: str = "auto",
     *,
     workers: int | None = None,
-    devices: str | None = None,
     engine: str = "threads",
 ) -> Crew:
-    """The crew of a command line. `devices`: "cuda:0,cuda:1", or "all" for every CUDA device; else `device`.
+    """The crew of a command line. `device`: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any.
 
     Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
     differ.
@@ -89,12 +88,11 @@ def choose_crew(
         raise UsageError(f"no engine is called {engine!r}; try --engine threads, ray or ray://HOST:PORT")
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers do nothing; try --workers 1")
-    if devices == "all":
-        count = torch.cuda.device_count()
-        devices = ",".join(f"cuda:{i}" for i in range(count)) or device
-    names = [name for name in (devices or device).split(",") if name]
+    if device == "all":
+        device = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "auto"
+    names = [name for name in device.split(",") if name]
     if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) != len(names):
-        raise UsageError(f"--devices {devices} must name different devices of one kind; try --devices cuda:0,cuda:1")
+        raise UsageError(f"--device {device} must name different devices of one kind; try --device cuda:0,cuda:1")
     if engine == "threads":
         chosen = tuple(choose_device(name, precision) for name in names)
     else:
@@ -105,7 +103,7 @@ def choose_crew(
         told = ", ".join(found.label for found in chosen)
         raise UsageError(f"found {told}, expected one precision on all devices; try --precision float32")
     if workers is not None and not chosen[0].host_blas:
-        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --devices, or without --workers")
+        raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --device cpu, or without --workers")
     return Crew(chosen, workers, engine)
 
 

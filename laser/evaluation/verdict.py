@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 UNDECIDED = "no difference beyond one standard error"
@@ -41,6 +42,24 @@ def device_class(device: str) -> str:
     return device.partition(":")[0]
 
 
+class Direction(StrEnum):
+    """What programs go by; the words of a verdict are for people."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    SAME = "same"  # or the difference is within its error
+    NOT_COMPARED = "not compared"  # not measured in the same way, or on one model only
+
+
+def direction(change: float, se: float | None, *, lower_is_better: bool, unlike: bool = False) -> Direction:
+    """Which way a change goes; `se` is None where its error is not known, and then any change has a direction."""
+    if unlike:
+        return Direction.NOT_COMPARED
+    if change == 0 or (se is not None and abs(change) <= se):
+        return Direction.SAME
+    return Direction.BETTER if (change < 0) == lower_is_better else Direction.WORSE
+
+
 def judge(
     change: float,
     se: float | None,
@@ -60,5 +79,5 @@ def judge(
         return UNDECIDED
     if change == 0:
         return "no difference"
-    word = "better" if (change < 0) == lower_is_better else "worse"
+    word = direction(change, se, lower_is_better=lower_is_better)
     return word if se is not None else f"{word}, by an unknown error (too few {units})"

@@ -125,11 +125,6 @@ def card(
     return text
 
 
-def read_metadata(readme: str | None) -> Mapping[str, Any]:
-    """What a card inherits from the source's README; empty where there is nothing or it is not valid."""
-    return read_source_card(readme).entries
-
-
 def base_model(source: CardSource, inherited: Mapping[str, Any]) -> tuple[str | list[str] | None, str]:
     """(what the metadata's base_model says, where that comes from). Only valid Hub ids, or nothing: no local path.
 

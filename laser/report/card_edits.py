@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from laser.reasons import Kind
 from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def _left_out(files: Sequence[str]) -> str:
 
 
 def count(plan: Plan) -> tuple[int, int]:
-    """(matrices, tensors). A plan line has no shape, but the reason of a tensor that is no matrix says so."""
-    return sum(not line.reason.startswith("not a matrix") for line in plan.lines), len(plan.lines)
+    """(matrices, tensors). A plan line has no shape, but its reason says of a tensor that it is no matrix."""
+    return sum(line.why.kind is not Kind.NOT_A_MATRIX for line in plan.lines), len(plan.lines)
 
 
 def _removed(outcome: Outcome, line: PlanLine) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from laser.in_data import UNSEEN
 from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ def metric(outcome: Outcome) -> str | None:
     if fresh := outcome.run.get("fresh"):
         name, digest = cell(str(fresh["text"])), code(str(fresh["text_sha256"]))
         text.append(f"Fresh text: {name} (sha256 {digest}; {fresh['tokens']} tokens in {fresh['windows']} windows).")
-    unseen = [line for line in plan.lines if UNSEEN in line.reason and line.action != "reduce"]
+    unseen = [line for line in plan.lines if line.unseen and line.action != "reduce"]
     if unseen:
         text.append(f"**Not seen enough, and kept: {len(unseen)} matrices.** Few tokens say little of a matrix.")
-        rows = [(code(line.name), cell(line.reason.rpartition(f"{UNSEEN}: ")[2])) for line in unseen]
+        rows = [(code(line.name), cell(line.unseen)) for line in unseen]
         text.append(_folded(table(("matrix", "why"), rows), len(rows), "matrices that were not seen enough"))
     return "\n\n".join(text)
 

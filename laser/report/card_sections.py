@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.verdict import Direction
 from laser.report import chat
 from laser.report.card_edits import count
 from laser.report.comparison import Losses, Row
@@ -50,8 +51,8 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
     if not rows:
         parts.append("**Nothing was measured.** Whether this model is better or worse than its source is not known.")
         return "\n\n".join(parts)
-    worse = [row.what for row in rows if row.worse]
-    better = [row.what for row in rows if row.better]
+    worse = [row.what for row in rows if row.direction is Direction.WORSE]
+    better = [row.what for row in rows if row.direction is Direction.BETTER]
     odd = list(dict.fromkeys(str(difference) for row in rows for difference in row.unlike))
     if odd:
         parts.append(
@@ -60,9 +61,9 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
         )
     if worse:
         parts.append(f"**Worse than the source** on: {cell('; '.join(worse))}.")
-    elif odd and not any(row.compared for row in rows):
+    elif odd and not any(row.direction is not Direction.NOT_COMPARED for row in rows):
         pass  # what there is to say stands above
-    elif not any(row.compared for row in rows):
+    elif not any(row.direction is not Direction.NOT_COMPARED for row in rows):
         parts.append("**Nothing was measured on both models**, so whether this one is worse is not known.")
     elif not better:
         parts.append("No line below shows a difference beyond its error: no gain was measured.")
@@ -72,7 +73,7 @@ def measured(rows: Sequence[Row], losses: Losses | None, before: Leaderboard | N
             cell(r.before),
             cell(r.after),
             cell(r.change),
-            f"**{cell(r.verdict)}**" if r.worse else cell(r.verdict),
+            f"**{cell(r.verdict)}**" if r.direction is Direction.WORSE else cell(r.verdict),
         )
         for r in rows
     ]

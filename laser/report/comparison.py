@@ -11,7 +11,7 @@ from typing import NotRequired, Protocol, TypedDict
 
 from laser.evaluation.leaderboard import Leaderboard, TaskScore, average, circumstances, comparable, difference
 from laser.evaluation.lm_tasks import TASKS
-from laser.evaluation.verdict import UNDECIDED, Unlike, judge
+from laser.evaluation.verdict import UNDECIDED, Direction, Unlike, direction, judge
 
 __all__ = ["UNDECIDED", "Loss", "Losses", "Row", "compare", "judge", "leaderboard_rows", "loss_rows", "losses_of"]
 
@@ -75,20 +75,8 @@ class Row:
     after: str
     change: str
     verdict: str
+    direction: Direction
     unlike: tuple[Unlike, ...] = ()
-
-    @property
-    def worse(self) -> bool:
-        return self.verdict.startswith("worse")
-
-    @property
-    def better(self) -> bool:
-        return self.verdict.startswith("better")
-
-    @property
-    def compared(self) -> bool:
-        """Whether the line says which model is better, or that neither is."""
-        return not self.unlike and self.verdict not in (NOT_PAIRED, ALONE)
 
 
 def loss_rows(losses: Losses) -> list[Row]:
@@ -96,6 +84,7 @@ def loss_rows(losses: Losses) -> list[Row]:
     before, after, change = losses["source"], losses["result"], losses["difference"]
     unlike = losses.get("unlike", ())
     verdict = judge(change["nll"], change["se"], lower_is_better=True, units="windows", differences=unlike)
+    way = direction(change["nll"], change["se"], lower_is_better=True, unlike=bool(unlike))
     of = f"{before['text']} ({before['tokens']} tokens in {before['windows']} windows)"
     loss = Row(
         f"loss on {of}, nats per token",
@@ -103,9 +92,11 @@ def loss_rows(losses: Losses) -> list[Row]:
         _value(after["nll"], after["se"], 4),
         _value(change["nll"], change["se"], 4, sign=True),
         verdict,
+        way,
         unlike,
     )
-    return [loss, Row(f"perplexity on {before['text']}", _perplexity(before), _perplexity(after), "", verdict, unlike)]
+    perplexity = f"perplexity on {before['text']}"
+    return [loss, Row(perplexity, _perplexity(before), _perplexity(after), "", verdict, way, unlike)]
 
 
 def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:
@@ -126,7 +117,7 @@ def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> l
             steps.append((step.mean, step.stderr))
             rows.append(_judged(what, _score(a), _score(b), step.mean, step.stderr, unlike))
         else:
-            rows.append(Row(what, _score(a), _score(b), "", NOT_PAIRED if a and b else ALONE))
+            rows.append(Row(what, _score(a), _score(b), "", NOT_PAIRED if a and b else ALONE, Direction.NOT_COMPARED))
     if before and after and old.keys() == new.keys() and len(old) > 1:
         what = f"average of the {len(old)} tasks"
         first = _percent(before.average, before.average_stderr)
@@ -134,13 +125,14 @@ def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> l
         if len(steps) == len(old):
             rows.append(_judged(what, first, second, *average(steps), unlike))
         else:
-            rows.append(Row(what, first, second, "", NOT_PAIRED))
+            rows.append(Row(what, first, second, "", NOT_PAIRED, Direction.NOT_COMPARED))
     return rows
 
 
 def _judged(what: str, a: str, b: str, change: float, se: float | None, unlike: tuple[Unlike, ...]) -> Row:
     verdict = judge(change, se, lower_is_better=False, differences=unlike)
-    return Row(what, a, b, _percent(change, se, sign=True), verdict, unlike)
+    way = direction(change, se, lower_is_better=False, unlike=bool(unlike))
+    return Row(what, a, b, _percent(change, se, sign=True), verdict, way, unlike)
 
 
 def compare(losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:

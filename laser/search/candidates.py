@@ -13,6 +13,7 @@ from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
 from laser.moments import Moments
 from laser.plan import Plan, make_plan
+from laser.reasons import Kind, Why
 from laser.search.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
@@ -55,7 +56,8 @@ def without_idle(spectra: Spectra, model: LayeredModel) -> Spectra:
     """The spectra of what the model runs. A matrix that it does not run (of an MTP layer, a leftover head, a tower of
     another modality) changes no loss, so it is kept, with that reason, and says nothing about the rest."""
     idle = {name for name in spectra.values if not model.runs(name)}
-    skipped = {**spectra.skipped, **dict.fromkeys(idle, "the model that transformers runs does not use it")}
+    why = Why(Kind.UNUSED, "the model that transformers runs does not use it")
+    skipped = {**spectra.skipped, **dict.fromkeys(idle, why)}
     return replace(spectra, values={n: v for n, v in spectra.values.items() if n not in idle}, skipped=skipped)
 
 

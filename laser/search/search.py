@@ -26,9 +26,9 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
-from laser.in_data import UNSEEN
 from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
+from laser.reasons import Kind, Why
 from laser.search.candidates import (
     DATA,
     ORDERS,
@@ -301,21 +301,22 @@ def _plan(
         for name in trial.ranks:
             told.setdefault(name, []).append(trial.told())
     data = [line for plan in plans.values() if plan.calibration for line in plan.lines]
-    unseen = {line.name: line.reason for line in data if line.reason.startswith(UNSEEN)}
+    unseen = {line.name: line for line in data if line.why.kind is Kind.UNSEEN}
     lines = []
     for line in first.lines:
         name = line.name
         if name in kept:
             trial = kept[name]
             chosen = plans[trial.rule].reductions[name]
-            lines.append(replace(chosen, reason=f"accepted, {objective.unit} {trial.told()}"))
+            lines.append(replace(chosen, why=Why(Kind.ACCEPTED, f"accepted, {objective.unit} {trial.told()}")))
             continue
         if name in told:
-            line = replace(line, action="keep", reason=f"rejected, {objective.unit} " + "; ".join(told[name]))
+            why = Why(Kind.REJECTED, f"rejected, {objective.unit} " + "; ".join(told[name]))
+            line = replace(line, action="keep", why=why)
         elif line.action == "reduce":
-            line = replace(line, action="keep", reason="not tried: not on the shortlist")
-        if name in unseen and unseen[name] not in line.reason:
-            line = replace(line, reason=f"{line.reason}; {unseen[name]}")
+            line = replace(line, action="keep", why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))
+        if name in unseen and not line.unseen:
+            line = replace(line, why=line.why.also(unseen[name].why.text), unseen=unseen[name].unseen)
         lines.append(line)
     calibration = next((plan.calibration for plan in plans.values() if plan.calibration), None)
     return Plan(first.source, ",".join(plans), asked, tuple(lines), calibration)

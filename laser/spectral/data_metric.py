@@ -31,7 +31,6 @@ from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
 from laser.spectral.factorise import check_storage
-from laser.spectral.second_moments import shrinkage
 from laser.spectral.unit import in_unit, largest_entry
 
 INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
@@ -42,9 +41,9 @@ class Metric:
     """What is known of the inputs of one W (m, n). Moments are float64 means over `tokens` inputs.
 
     form: what `moment` is: "full" C (n, n); "diagonal" its diagonal (n,); "outputs" W C W^T (m, m), for inputs so wide
-        that C is never formed; then C itself is known, for the null, as sketch sketch^T + diag(rest)
+        that C is never formed
     fourth: mean of ||x||^4 ("outputs": of ||y||^4), what Ledoit-Wolf shrinkage goes by
-    shrink: whether to shrink `moment` (second_moments.py)
+    shrink: whether to shrink `moment`, see `shrinkage`
     """
 
     form: str
@@ -52,8 +51,6 @@ class Metric:
     tokens: int
     fourth: float = 0.0
     shrink: bool = False
-    sketch: torch.Tensor | None = None  # (n, k)
-    rest: torch.Tensor | None = None  # (n,)
 
     def check(self, W: torch.Tensor) -> None:
         """Raises UsageError where this is the metric of a matrix of another shape."""
@@ -77,9 +74,9 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
 
     Raises NumericalError for NaN or Inf in W, UsageError for the metric of another matrix.
     """
-    W, metric, u = check_matrix(W, metric)
+    W, metric, u = _in_unit(W, metric)
     with full_precision():
-        G = gram_in_metric(W, metric, device)[0]
+        G = _gram(W, metric, device)[0]
         with host_threads(G.shape[0]):
             values = np.linalg.eigvalsh(G.numpy())
     return _to_values(values, metric) * u
@@ -93,9 +90,9 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     that the data show, NumericalError where the certificate is missed.
     """
     storage = W.dtype
-    W, metric, u = check_matrix(W, metric)
+    W, metric, u = _in_unit(W, metric)
     with full_precision():
-        G, half, C_half = gram_in_metric(W, metric, device)
+        G, half, C_half = _gram(W, metric, device)
         with host_threads(G.shape[0]):
             eigenvalues, V = _eigh(G)
         s = _to_values(eigenvalues, metric)
@@ -142,10 +139,10 @@ def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, 
     In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`: C is not
     known, and E||y||^2 - E||U^T y||^2 is.
     """
-    W, metric, u = check_matrix(W, metric)
+    W, metric, u = _in_unit(W, metric)
     wide, narrow = W.double(), B.double() / u
     if metric.form == "outputs":
-        G = gram_in_metric(wide, metric, device)[0]
+        G = _gram(wide, metric, device)[0]
         lost, total = _beyond(_leading(narrow, rank, device), G), float(torch.trace(G))
     else:
         lost, total = (_mean_square(x, metric, device) for x in (wide - narrow, wide))
@@ -159,11 +156,11 @@ def rounding_error(
 
     Drawn: such errors are independent of one another. In the form "outputs" they turn the projection of rank `rank`.
     """
-    W, metric, u = check_matrix(W, metric)
+    W, metric, u = _in_unit(W, metric)
     wide, narrow, E = W.double(), B.double() / u, E.double() / u
     drawn = E * torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if metric.form == "outputs":
-        G = gram_in_metric(wide, metric, device)[0]
+        G = _gram(wide, metric, device)[0]
         one, other = (_leading(x, rank, device) for x in (narrow, narrow + drawn))
         total, both = float(torch.trace(G)), float(((one.T @ G @ other) * (one.T @ other)).sum())
         error = 2 * total - _beyond(one, G) - _beyond(other, G) - 2 * both  # tr (P - Q) G (P - Q)
@@ -175,7 +172,7 @@ def rounding_error(
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
 
 
-def check_matrix(W: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, Metric, float]:
+def _in_unit(W: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, Metric, float]:
     """W in its unit (unit.py), the metric of that, and the unit. Raises as `data_values`."""
     check_storage(W.dtype)
     metric.check(W)
@@ -185,7 +182,21 @@ def check_matrix(W: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, Metric,
     return W, metric, u
 
 
-def shrinkage_in_metric(W: torch.Tensor, metric: Metric, device: Device) -> tuple[float, float]:
+def shrinkage(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor) -> tuple[float, float]:
+    """(1 - a, a mu) of (1 - a) S + a mu T: Ledoit and Wolf (2004), section 3.2, for a second moment S and T (k, k).
+
+    mu = <S, T> / <T, T>; a = min(1, b / d) with b = (E||z||^4 - ||S||^2) / tokens, the variance of S, and
+    d = ||S - mu T||^2, its distance from the target. T = I is theirs; for outputs y = W x, T = W W^T is what inputs
+    without any structure would give. A zero S stays as it is.
+    """
+    mu = float((S * target).sum() / (target * target).sum().clamp_min(1e-300))
+    distance = float(((S - mu * target) ** 2).sum())
+    variance = max(fourth - float((S * S).sum()), 0.0) / max(tokens, 1)
+    a = min(1.0, variance / distance) if distance > 0 else 0.0
+    return 1 - a, a * mu
+
+
+def _shrinkage_of(W: torch.Tensor, metric: Metric, device: Device) -> tuple[float, float]:
     """(keep, add): the second moment of the inputs that counts is keep * C + add * I."""
     if not metric.shrink or metric.form == "diagonal":
         return 1.0, 0.0
@@ -198,7 +209,7 @@ def shrinkage_in_metric(W: torch.Tensor, metric: Metric, device: Device) -> tupl
 
 
 def _inputs(W: torch.Tensor, metric: Metric, device: Device) -> torch.Tensor:
-    keep, add = shrinkage_in_metric(W, metric, device)
+    keep, add = _shrinkage_of(W, metric, device)
     if add == 0:
         return metric.moment
     return (keep * metric.moment).add_(torch.eye(len(metric.moment), dtype=torch.float64), alpha=add)
@@ -215,7 +226,7 @@ def _beyond(U: torch.Tensor, M: torch.Tensor) -> float:
     return max(float(torch.trace(M) - (U * (M @ U)).sum()), 0.0)
 
 
-def gram_in_metric(
+def _gram(
     W: torch.Tensor, metric: Metric, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(p, p) with the squared data values as eigenvalues, float64 on the host; where W is tall also W C^(1/2), and
@@ -223,7 +234,7 @@ def gram_in_metric(
     m, n = W.shape
     wide, C_half = W.double(), None
     if metric.form == "outputs":
-        keep, add = shrinkage_in_metric(wide, metric, device)
+        keep, add = _shrinkage_of(wide, metric, device)
         return metric.moment if add == 0 else keep * metric.moment + add * _product(wide, wide.T, device), None, None
     if metric.form == "diagonal":
         half = wide * metric.moment.clamp_min(0).sqrt()

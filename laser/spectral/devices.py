@@ -89,6 +89,8 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
 
     Raises UsageError for a device that is not there or a precision that it lacks.
     """
+    if name == "all" or "," in name:
+        raise UsageError(f"several devices are for scan, reduce and run, found --device {name}; try --device auto")
     base, colon, index = name.partition(":")
     if base not in NAMES:
         raise UsageError(f"unknown device {name!r}; try --device {'|'.join(NAMES)}")

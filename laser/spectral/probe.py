@@ -60,9 +60,9 @@ class Probe:
         root = interpolate(self.eigenvectors, n) if m > n else 0.0
         return root + 2 * m * n * n / self.product + self.values_seconds(m, n)
 
-    def null_seconds(self, m: int, n: int, in_data: bool = False) -> float:
-        """Foretold seconds of one permutation; in the metric of a moment (n, n) that is multiplied, too."""
-        return interpolate(self.null, m * n + (n * n // 2 if in_data else 0), beyond=1)
+    def null_seconds(self, m: int, n: int) -> float:
+        """Foretold seconds of one permutation."""
+        return interpolate(self.null, m * n, beyond=1)
 
     def truncate_seconds(self, m: int, n: int, rank: int | None = None) -> float:
         """Foretold seconds of a truncation of (m, n) to `rank`, by default the dearest one, p / 2.

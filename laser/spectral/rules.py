@@ -173,7 +173,6 @@ RULES: dict[str, Rule] = {
         _parallel,
         "Horn 1965, Dobriban 2020: the matrix against its own permutations",
         needs_null=True,
-        any_metric=True,
         argument="ALPHA",
         default=0.05,
         valid=lambda x: 0 < x < 1,

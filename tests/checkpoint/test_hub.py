@@ -11,6 +11,8 @@ from hub_server import TOKEN, Bytes, Fault, Hub, connect, serving
 from huggingface_hub import close_session
 
 from laser.checkpoint import ranges
+from laser.checkpoint.hub import Hub as Origin
+from laser.checkpoint.hub import drop
 from laser.checkpoint.reader import INDEX, open_checkpoint
 from laser.errors import CheckpointError, RecordError, UsageError
 from laser.plan import make_plan
@@ -148,6 +150,24 @@ def test_evict_leaves_no_shard_and_resumes_without_the_finished_ones(
     assert not verify(open_checkpoint(ID), tmp_path / "out").problems  # by ranges again
     with pytest.raises(UsageError, match="is a directory, and a source is never changed"):
         reduce(open_checkpoint(pico), plan, tmp_path / "other", evict=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_another_revision_still_uses_stays_in_the_cache(tmp_path: Path, damaged: bool) -> None:
+    repo = tmp_path / "models--maker--pico"
+    content = repo / "blobs" / "content"
+    content.parent.mkdir(parents=True)
+    content.write_bytes(b"weights")
+    links = [repo / "snapshots" / (commit * 40) / "x.safetensors" for commit in "ab"]
+    for link in links:
+        link.parent.mkdir(parents=True)
+        link.symlink_to("../../blobs/content")
+    if damaged:  # the client passes over a model whose cache it cannot read
+        (links[0].parent / "lost").symlink_to("../../blobs/lost")
+    for number, link in enumerate(links):
+        drop(Origin("maker/pico", None, link.parent.name, link.parent), link.name)
+        drop(Origin("maker/pico", None, link.parent.name, link.parent), "not-there")
+        assert not link.is_symlink() and content.exists() == (damaged or number == 0)
 
 
 def test_one_file_and_pickles(hub: Hub, make_pico: Callable[..., Path], tmp_path: Path) -> None:

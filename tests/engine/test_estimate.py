@@ -57,7 +57,7 @@ def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) ->
     assert drawn.visit_seconds > plain.visit_seconds and drawn.reduce_seconds == plain.reduce_seconds
     both = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19, in_data=True)
     assert both.peak_bytes > drawn.peak_bytes
-    assert both.scan_seconds > 2 * plain.scan_seconds + 2.5 * (drawn.scan_seconds - plain.scan_seconds)
+    assert both.scan_seconds - drawn.scan_seconds > plain.scan_seconds  # a second spectrum, and no second permutations
 
 
 def test_the_slower_of_disk_and_arithmetic_decides(pico: Path) -> None:

@@ -178,8 +178,8 @@ def test_the_device_is_chosen_where_the_gpus_are(cluster: Any, monkeypatch: pyte
         with pytest.raises(UsageError, match=r"^device 'cuda' is not available: no CUDA device found by torch; try"):
             choose_crew("auto", engine="ray")
         monkeypatch.setattr(ray_engine, "choose_device", chosen)
-        for device, several in (("auto", None), ("cuda", None), ("auto", "cuda:3,cuda:5")):
-            crew = choose_crew(device, engine="ray", precision="float32", devices=several)
+        for device in ("auto", "cuda", "cuda:3,cuda:5"):
+            crew = choose_crew(device, engine="ray", precision="float32")
             assert crew == Crew((Device("cuda", torch.float32, False, "saw 0"),), engine="ray")
     finally:
         cluster.remove_node(node)

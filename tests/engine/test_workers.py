@@ -33,7 +33,6 @@ from laser.reduction import by_shard, reduce
 from laser.spectra import scan
 from laser.spectral import devices, factorise
 from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
-from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device, choose_device
 
 CPU = choose_device("cpu")
@@ -144,7 +143,6 @@ def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyP
     W, X = (torch.randn(size, 40, generator=generator) for size in (30, 300))
     metric = Metric("full", (X.T @ X / 300).double(), 300)
     assert (data_values(W, metric, full) == data_values(W, metric, CPU)).all()
-    assert (null_in_metric(W, metric, 2, full) == null_in_metric(W, metric, 2, CPU)).all()
     assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
 
 
@@ -271,13 +269,13 @@ def test_a_read_that_fails_is_raised(pico: Path) -> None:
     [
         ({"workers": 0}, "0 workers do nothing"),
         ({"engine": "slurm"}, "no engine is called 'slurm'; try --engine threads, ray"),
-        ({"devices": "cpu,cuda:0"}, "different devices of one kind"),
-        ({"devices": "cuda:0,cuda:0"}, "different devices of one kind"),
+        ({"device": "cpu,cuda:0"}, "different devices of one kind"),
+        ({"device": "cuda:0,cuda:0"}, "different devices of one kind"),
     ],
 )
 def test_crews_that_cannot_be(asked: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_crew("cpu", **asked)  # pyright: ignore[reportArgumentType]
+        choose_crew(**{"device": "cpu"} | asked)  # pyright: ignore[reportArgumentType]
 
 
 def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +285,10 @@ def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatc
 
     monkeypatch.setattr(workers, "choose_device", chosen)
     with pytest.raises(UsageError, match=r"found cuda:0 float64, cuda:1 float32, expected one.*--precision float32"):
-        choose_crew(devices="cuda:0,cuda:1")
-    assert choose_crew(precision="float32", devices="cuda:0,cuda:1").label == "cuda float32"
+        choose_crew("cuda:0,cuda:1")
+    assert choose_crew("cuda:0,cuda:1", "float32").label == "cuda float32"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [device.name for device in choose_crew("all", "float32").devices] == ["cuda:0", "cuda:1", "cuda:2"]
 
 
 def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:

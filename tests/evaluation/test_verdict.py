@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from laser.errors import UsageError
 from laser.evaluation.perplexity import Perplexity, difference, weighted_mean
-from laser.evaluation.verdict import UNDECIDED, Unlike, device_class, judge, unlike
+from laser.evaluation.verdict import UNDECIDED, Direction, Unlike, device_class, direction, judge, unlike
 
 UNKNOWN = "by an unknown error (too few rows)"
 NUMBERS = st.floats(-10, 10, allow_nan=False)
@@ -26,6 +26,8 @@ def test_the_judgement_against_a_table(change: float, se: float | None, lower: b
         assert told == ("no difference" if change == 0 else f"{told.partition(',')[0]}, {UNKNOWN}")
     else:
         assert (told == UNDECIDED) == (abs(change) <= se)
+    way = direction(change, se, lower_is_better=lower)
+    assert (way is Direction.BETTER, way is Direction.WORSE) == (told.startswith("better"), told.startswith("worse"))
     assert told.startswith("better") == ((se is None or abs(change) > se) and change != 0 and (change < 0) == lower)
     odd = judge(change, se, lower_is_better=lower, differences=(Unlike("dtype", "float32", "bfloat16"),))
     assert odd == "not like with like: dtype float32 against bfloat16"

@@ -19,14 +19,15 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
-from laser.evaluation.verdict import Unlike
+from laser.evaluation.verdict import Direction, Unlike
 from laser.plan import Plan, PlanLine
+from laser.reasons import Kind, Why
 from laser.reduction import Outcome
 from laser.report import chat, rendering
-from laser.report.card import CardRun, CardSource, base_model, card, check_metadata, read_metadata
+from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
-from laser.report.source_card import licence_of
+from laser.report.source_card import licence_of, read_source_card
 from laser.report.visible import visible
 from laser.spectra import Source
 
@@ -47,8 +48,8 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}
 
 def line(name: str, role: str = "w1", rank: int | None = 10, layer: int = 3) -> PlanLine:
     if rank is None:
-        return PlanLine(name, role, layer, None, "keep", "not among the lowest")
-    return PlanLine(name, role, layer, 0, "reduce", "why", rank, 48, 1.0, 0.1, 0.7, 0.8)
+        return PlanLine(name, role, layer, None, "keep", Why(Kind.NOT_LOWEST, "not among the lowest"))
+    return PlanLine(name, role, layer, 0, "reduce", Why(Kind.RULE, "why"), rank, 48, 1.0, 0.1, 0.7, 0.8)
 
 
 def outcome_of(*lines: PlanLine, rule: str = "laser-rmt", **selection: Any) -> Outcome:
@@ -256,7 +257,7 @@ def test_boards_that_were_measured_otherwise_are_not_judged(
     assert {r.verdict for r in compare(None, before, after)} == {"worse"}
     after = dataclasses.replace(after, **change)
     rows = compare(None, before, after)
-    assert len(rows) == 7 and not any(r.worse or r.better or r.compared for r in rows)
+    assert len(rows) == 7 and {r.direction for r in rows} == {Direction.NOT_COMPARED}
     assert all(r.verdict.startswith("not like with like: ") and all(t in r.verdict for t in told) for r in rows)
     text = card("m", outcome_of(), source, before=before, after=after)
     assert "**Not like with like**: source and this model were measured with" in text
@@ -441,7 +442,7 @@ def test_base_model_is_a_hub_id_or_nothing(
     changes: dict[str, Any], expected: str | None, origin: str, source: CardSource
 ) -> None:
     about = dataclasses.replace(source, **changes)
-    assert base_model(about, read_metadata(about.readme)) == (expected, origin)
+    assert base_model(about, read_source_card(about.readme).entries) == (expected, origin)
     assert metadata(card("m", outcome_of(), about)).get("base_model") == expected
 
 
@@ -483,7 +484,7 @@ READ = {"license": "mit", "language": ["en", "no"]}
 )
 def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource) -> None:
     about = dataclasses.replace(source, readme=readme, hub_id=None)
-    assert read_metadata(readme).items() >= READ.items()
+    assert read_source_card(readme).entries.items() >= READ.items()
     text = card("m", outcome_of(), about)
     found = metadata(text)
     assert {key: found.get(key) for key in READ} == READ and "base_model" not in found

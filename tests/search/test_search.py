@@ -105,7 +105,7 @@ def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None
     assert Plan.load(tmp_path / "plan.json").reductions == result.plan.reductions
     for line in result.plan.lines:
         tried = [t for t in result.trials if t.label == line.name]
-        assert line.reason.startswith(("accepted", "rejected")) == bool(tried)
+        assert line.why.text.startswith(("accepted", "rejected")) == bool(tried)
 
 
 def test_each_decision_against_a_slow_reference(model_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     assert broken not in result.plan.reductions
     assert all(t.d is not None for t in result.trials if t.label != broken)
     line = next(line for line in result.plan.lines if line.name == broken)
-    assert "not finite" in line.reason
+    assert "not finite" in line.why.text
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_gradients_predict_small_removals(model_path: Path) -> None:
     few = run(model_path, ("fraction:0.97",), shortlist=4, selection=names, accept="any-drop")
     lowest = sorted(result.trials, key=lambda t: t.predicted or 0.0)[:4]
     assert {t.label for t in few.trials} == {t.label for t in lowest}
-    reasons = [line.reason for line in few.plan.lines]
+    reasons = [line.why.text for line in few.plan.lines]
     assert reasons.count("not tried: not on the shortlist") == 8
 
 

@@ -69,7 +69,7 @@ def record(s: np.ndarray) -> Spectra:
 def test_plan_and_table_say_so(rule: str, tmp_path: Path, run: object) -> None:
     with pytest.warns(CrowdWarning, match="q_proj.weight .* of 192.*try mp-edge in its place"):
         plan = laser.make_plan(record(planted(60)), rule)
-    assert "of 192 values stand out, more than this rule can tell from noise" in plan.lines[0].reason
+    assert "of 192 values stand out, more than this rule can tell from noise" in plan.lines[0].why.text
     with pytest.warns(CrowdWarning, match="try mp-edge in its place"):
         summarise(record(planted(60)), rule)
     record(planted(60)).save(tmp_path / "s")

@@ -13,13 +13,11 @@ from laser.spectral.data_metric import (
     relative_error,
     root,
     rounding_error,
+    shrinkage,
     truncate_in_metric,
 )
-from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import choose_device
 from laser.spectral.factorise import singular_values, truncate
-from laser.spectral.permutation import permuted
-from laser.spectral.second_moments import nystrom, own_directions, shrinkage
 
 CPU = choose_device("cpu")
 SHAPES = ((40, 24), (24, 40), (32, 32), (5, 7))
@@ -100,49 +98,8 @@ def test_the_three_forms_agree_where_they_know_the_same(shape: tuple[int, int]) 
     d = C.diagonal().clone()
     alone, whole = Metric("diagonal", d, len(X)), Metric("full", torch.diag(d), len(X))
     assert data_values(W, alone, CPU) == pytest.approx(data_values(W, whole, CPU), rel=1e-6)
-    assert null_in_metric(W, alone, 2, CPU) == pytest.approx(null_in_metric(W, whole, 2, CPU), rel=1e-4)
     found = [truncate_in_metric(W, 3, metric, CPU).matrix for metric in (alone, whole)]
     assert torch.allclose(found[0], found[1], atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_null_is_the_largest_answer_of_the_permuted_matrix(shape: tuple[int, int]) -> None:
-    W, X = drawn(*shape)
-    slow = [float(torch.linalg.svdvals(X @ permuted(W, seed).double().T)[0]) / math.sqrt(len(X)) for seed in range(3)]
-    assert null_in_metric(W, full(X), 3, CPU) == pytest.approx(slow, rel=1e-5)
-    C = X.T @ X / len(X)
-    test = torch.randn(shape[1], shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    B, rest = nystrom(C @ test, test, C.diagonal())
-    M = W.double() @ C @ W.double().T
-    assert null_in_metric(W, Metric("outputs", M, 300, sketch=B, rest=rest), 3, CPU) == pytest.approx(slow, rel=1e-4)
-
-
-@pytest.mark.parametrize("decay", [-0.5, -1.0, -1.5])
-def test_the_directions_of_some_inputs_give_the_null_to_one_percent(decay: float) -> None:
-    """Of one input in twenty, where as many random directions are up to 5 % too low."""
-    generator = torch.Generator().manual_seed(0)
-    n, k = 300, 40
-    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
-    eigenvalues = torch.arange(1, n + 1, dtype=torch.float64) ** decay
-    X = (torch.randn(800, n, generator=generator, dtype=torch.float64) * eigenvalues.sqrt()) @ Q.T
-    C, test = X.T @ X / len(X), own_directions(X[:k])
-    assert torch.allclose(test.T @ test, torch.eye(k, dtype=torch.float64), atol=1e-9)
-    B, rest = nystrom(C @ test, test, C.diagonal())
-    assert torch.allclose(B.square().sum(1) + rest, C.diagonal())
-    W = torch.randn(60, n, generator=generator)
-    M = W.double() @ C @ W.double().T
-    exact = null_in_metric(W, Metric("full", C, 800), 3, CPU)
-    assert null_in_metric(W, Metric("outputs", M, 800, sketch=B, rest=rest), 3, CPU) == pytest.approx(exact, rel=0.01)
-
-
-def test_few_inputs_are_known_whole_by_their_own_directions() -> None:
-    """Zero ones and repeated ones among them, as float32 products give them."""
-    X = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
-    X = torch.cat([X, X[:3], torch.zeros(2, 40)])
-    test = own_directions(X.double())
-    image = (X.T @ (X @ test.float())).double()
-    B, rest = nystrom(image, test, X.double().square().sum(0))
-    assert torch.allclose(B @ B.T, X.double().T @ X.double(), atol=1e-4) and rest.max() < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [12, 300])
@@ -150,15 +107,12 @@ def test_shrunk_moments_of_outputs_are_those_of_shrunk_inputs(tokens: int) -> No
     W, X = drawn(24, 40, tokens)
     wide, C = W.double(), X.T @ X / len(X)
     Y = X @ wide.T
-    test = own_directions(X)
-    B, rest = nystrom(C @ test, test, C.diagonal())
     fourth = float(Y.square().sum(1).square().mean())
-    metric = Metric("outputs", Y.T @ Y / len(X), tokens, fourth, True, B, rest)
+    metric = Metric("outputs", Y.T @ Y / len(X), tokens, fourth, True)
     keep, add = shrinkage(metric.moment, fourth, tokens, wide @ wide.T)
     assert 0 < keep < 1
     explicit = Metric("full", keep * C + add * torch.eye(40, dtype=torch.float64), 10**6)
     assert data_values(W, metric, CPU) == pytest.approx(data_values(W, explicit, CPU), rel=1e-6)
-    assert null_in_metric(W, metric, 3, CPU) == pytest.approx(null_in_metric(W, explicit, 3, CPU), rel=1e-4)
     found, same = (truncate_in_metric(W, 9, known, CPU) for known in (metric, explicit))
     assert torch.allclose(found.matrix, same.matrix, atol=1e-5)
     assert found.certificate.energy_kept == pytest.approx(same.certificate.energy_kept)
@@ -211,21 +165,6 @@ def test_shrinkage_lowers_the_error_of_few_tokens_and_vanishes_with_many() -> No
     assert keep > 0.98
     zero = torch.zeros(3, 3, dtype=torch.float64)
     assert shrinkage(zero, 0.0, 5, torch.eye(3, dtype=torch.float64))[1] == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
-def test_noise_on_any_inputs_keeps_one_value_in_a_twentieth_of_the_draws(shape: tuple[int, int]) -> None:
-    """The exact level of a permutation test, whatever C: P(s_1 over the largest of 19 draws) = 1/20."""
-    _, X = drawn(*shape)
-    metric, over, kept = full(X), 0, []
-    for seed in range(100):
-        W = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-        top = null_in_metric(W, metric, 19, CPU).max()
-        kept.append(int(np.count_nonzero(data_values(W, metric, CPU) > top)))
-        over += kept[-1] > 0
-    assert 1 <= over <= 13  # mean 5, four standard errors of 2.2 to either side, cut at 1
-    assert np.mean(np.array(kept) <= 1) >= 0.95
 
 
 def test_bad_input_is_refused() -> None:

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from laser.spectral import factorise, gram, projector
 from laser.spectral.data_metric import Metric, data_values
-from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
 from laser.spectral.permutation import largest_singular_value, null_largest
@@ -176,20 +175,6 @@ def test_the_null_and_the_precision_probe_use_native_operators_only(guard: Guard
     assert exact_products(torch.device("cpu"))
 
 
-def test_the_null_of_the_data_uses_native_operators_only(guard: Guard) -> None:
-    """With moments in float32, as they are when they go to the device."""
-    W, x = weights((30, 40)).float(), weights((300, 40)).float()
-    C, d = x.T @ x / 300, (x * x).sum(dim=0) / 300
-    metrics = (
-        Metric("full", C, 300),
-        Metric("diagonal", d, 300),
-        Metric("outputs", W @ C @ W.T, 300, sketch=x.T, rest=d),
-    )
-    for metric in metrics:
-        null = null_in_metric(W, metric, 2, MPS_LIKE)
-        assert (null > 1).all() and null.dtype == np.float64
-
-
 def test_the_guard_refuses_what_is_not_there(guard: Guard) -> None:
     with pytest.raises(AssertionError, match="not on the list"):
         torch.linalg.svdvals(torch.ones(4, 4))
@@ -290,9 +275,8 @@ def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
         W = torch.empty(m, 40, dtype=torch.bfloat16)
         for metric in (Metric("full", x.T @ x, 300), Metric("diagonal", x.sum(dim=0), 300)):
             assert data_values(W, metric, device).shape == (min(m, 40),)
-            assert null_in_metric(W, metric, 1, device).shape == (1,)
-        wide = Metric("outputs", torch.empty(m, m, dtype=torch.float64), 300, sketch=x.T, rest=x.sum(dim=0))
-        assert data_values(W, wide, device).shape == (m,) and null_in_metric(W, wide, 1, device).shape == (1,)
+        wide = Metric("outputs", torch.empty(m, m, dtype=torch.float64), 300)
+        assert data_values(W, wide, device).shape == (m,)
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)

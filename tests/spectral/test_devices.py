@@ -110,6 +110,9 @@ def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_device(name)
     with pytest.raises(UsageError, match="no float64"):
         choose_device("mps", "float64")
+    for name in ("all", "cuda:0,cuda:1"):
+        with pytest.raises(UsageError, match=f"for scan, reduce and run, found --device {name}; try --device auto"):
+            choose_device(name)
     with pytest.raises(UsageError, match="unknown device"):
         choose_device("tpu")
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from silverstein import cdf, distance, stieltjes
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.data_metric import Metric, data_values
 from laser.spectral.devices import choose_device
 from laser.spectral.permutation import permuted
-from laser.spectral.silverstein import cdf, distance, stieltjes
 
 SHAPES = ((60, 120), (120, 60), (80, 80))
 POPULATIONS = {

@@ -12,7 +12,6 @@ import torch
 from laser.errors import NumericalError
 from laser.spectral import factorise, unit
 from laser.spectral.data_metric import Metric, data_values, relative_error, truncate_in_metric
-from laser.spectral.data_null import null_in_metric
 from laser.spectral.devices import choose_device
 from laser.spectral.factorise import METHODS, measure, singular_values, truncate
 from laser.spectral.noise import fit_noise
@@ -136,7 +135,6 @@ def test_the_metric_of_the_data_scales(c: float, device: factorise.Device) -> No
             assert torch.allclose(other.matrix / c, one.matrix, atol=1e-5)
             lost = 1 - energy_share(s, np.arange(len(s)) < 5)
             assert relative_error(W * c, other.matrix, 5, metric) == pytest.approx(lost, abs=1e-5)
-            assert np.allclose(null_in_metric(W * c, metric, 2, device) / c, null_in_metric(W, metric, 2, device))
 
 
 @pytest.mark.parametrize("c", EDGES)

@@ -7,8 +7,8 @@ n grow, the eigenvalues of W C W^T / n spread by a law whose Stieltjes transform
     z = -1 / v + (1 / n) sum_j t_j / (1 + (m / n) t_j v),
 
 Im v > 0; the density at x is Im v(x + i0) / pi. For C = I it is the law of marchenko_pastur.py. Here x is a singular
-value of W C^(1/2) in the unit sigma * sqrt(n), so an eigenvalue is x^2. This is the check of the null in the data's
-metric: permuted weights must look like that, whatever the inputs.
+value of W C^(1/2) in the unit sigma * sqrt(n), so an eigenvalue is x^2. The singular values in the data's
+metric are checked against it.
 """
 
 from __future__ import annotations
