@@ -49,6 +49,7 @@ MASKED |= {"check", "vectors", "digest", "calibration.identity", "run.plan", "ru
 DEVICES = {"available", "reason", "free_bytes", "probe", "exact_products"}  # of `laser devices`
 VERSIONS = ("python", "laser-rmt", "torch", "transformers", "safetensors", "numpy", "lm-eval")  # rows of a card's table
 SIGNIFICANT, DECIMALS = 6, 3
+MACHINE = "(last digits of the machine)"
 HOST = ("--device", "cpu", "--workers", "1")
 MEASURE = ("--text", "text.txt", "--window", "32", "--windows", "4", "--device", "cpu")
 NULL = ("--rules", "mp-edge,laser-rmt", "--layers", "0", "--roles", "q,w1")
@@ -283,6 +284,30 @@ def changes(found: Mapping[str, str], kept: Mapping[str, str]) -> str:
 
 
 def read() -> dict[str, str]:
+    return {name: digest for name, digest in _kept().items() if name != MACHINE}
+
+
+def is_of_this_machine() -> bool:
+    """Whether the goldens were made where last digits are as here; elsewhere a number may be rounded the other way."""
+    return _kept().get(MACHINE) == machine()
+
+
+def machine() -> str:
+    """What the last digits of products, factorisations and exponentials are here, as a digest."""
+    W = torch.randn(96, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S, x = torch.linalg.svdvals(W), W.float()
+    several = (
+        W.T @ W,
+        S,
+        torch.linalg.eigh(W.T @ W)[1],
+        x.T @ x,
+        torch.softmax(x @ x.T, -1),
+        torch.nn.functional.silu(x),
+    )
+    return hashlib.sha256(b"".join(each.contiguous().numpy().tobytes() for each in several)).hexdigest()[:16]
+
+
+def _kept() -> dict[str, str]:
     return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
@@ -295,6 +320,6 @@ if __name__ == "__main__":
         found = make(Path(folder), into)
     different = changes(found, read())
     if "--write" in sys.argv:
-        KEPT.write_text(json.dumps(found, indent=1) + "\n")
+        KEPT.write_text(json.dumps({MACHINE: machine()} | found, indent=1) + "\n")
     print(different or f"{len(found)} goldens as they were")
     sys.exit("--write" not in sys.argv and bool(different))

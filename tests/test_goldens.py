@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from goldens import changes, make, plain, read
+from goldens import changes, is_of_this_machine, make, plain, read
 
 
 @pytest.mark.slow
@@ -14,6 +14,10 @@ from goldens import changes, make, plain, read
 )
 def test_nothing_changed_unsaid(tmp_path: Path) -> None:
     """Where a change is meant: python tests/goldens.py --write, and the commit says which golden changed, and why."""
+    if not is_of_this_machine():
+        pytest.skip(
+            "the goldens were made on a machine whose last digits differ: compare with those of a commit before"
+        )
     assert changes(make(tmp_path), read()) == ""
 
 
