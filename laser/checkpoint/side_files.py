@@ -144,9 +144,12 @@ def own_file(folder: Path, path: Path) -> Path | None:
         return None
     if target == place / path.name:
         return target
-    model = folder.parent.parent
-    if folder.parent.name != "snapshots" or not model.name.startswith("models--"):
+    snapshots = next(
+        (p for p in folder.parents if p.name == "snapshots"), None
+    )  # a model may be a folder of its repository
+    if snapshots is None or not snapshots.parent.name.startswith("models--"):
         return None
+    model = snapshots.parent
     blobs = (model / "blobs").resolve()
     blob = Path(os.path.normpath(place / path.readlink()))
     if blob.parent.resolve() != blobs:
