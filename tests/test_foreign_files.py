@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import laser.publication
 from laser.checkpoint import fingerprint
+from laser.checkpoint.push import _require_as_written
 from laser.checkpoint.writer import JOURNAL
 from laser.errors import RecordError
 
@@ -149,3 +152,66 @@ def test_one_file_is_not_two(made: Path, run: Run) -> None:
     both = made / "both.json"
     assert run("spectra", made / "s", "--snr-json", both, "--unfrozen-yaml", both.parent / "." / "x/../both.json")[0]
     assert not both.exists()
+
+
+def test_every_side_file_is_summed(pico: Path, made: Path, run: Run) -> None:
+    """Only laser's own locks and temporary files are left out: a model may have a uv.lock."""
+    (pico / "uv.lock").write_text("version = 1\n")
+    (pico / "1_Pooling").mkdir()
+    (pico / "1_Pooling" / "config.json").write_text("{}")
+    (pico / "1_Pooling" / "a.tmp").write_text("a\n")
+    out = made / "with-lock"
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    for name in ("uv.lock", "1_Pooling/a.tmp"):
+        text = (out / name).read_text()
+        (out / name).write_text("altered\n")
+        code, told, _ = run("verify", pico, out)
+        assert code == 1 and f"{name}: found sha256" in told
+        (out / name).write_text(text)
+    assert run("verify", pico, out)[0] == 0
+    _require_as_written(out, json.loads((out / "laser.json").read_text()))  # nor has push anything against them
+
+
+def test_a_model_in_a_folder_of_its_repository(pico: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    """In the Hub's cache its files are links into blobs as well, only from further down."""
+    repository = tmp_path / "hub" / "models--org--name"
+    folder, blobs = repository / "snapshots" / ("a" * 40) / "deep" / "model", repository / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(pico.iterdir())):
+        shutil.copy(path, blobs / f"{number:040x}")
+        (folder / path.name).symlink_to(f"../../../../blobs/{number:040x}")
+    assert run("reduce", folder, made / "p.json", "-o", made / "deep")[0] == 0
+    assert run("verify", folder, made / "deep")[0] == 0
+    assert contents(made / "deep") == contents(made / "out")
+    outside = tmp_path / "outside.json"
+    (pico / "config.json").rename(outside)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(outside)
+    code, _, error = run("reduce", folder, made / "p.json", "-o", made / "no")
+    assert code == 1 and "what a link leads to is not published" in error
+
+
+def test_what_of_a_source_cannot_be_read(pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is named before the work, as the source's; a folder is listed as left out."""
+    (pico / "notes").mkdir()
+    (pico / "notes" / "a.txt").write_text("a\n")
+    opened, access = os.open, os.access
+
+    def refusing(path: str, flags: int, *rest: int, **more: int) -> int:
+        if str(path) == str(pico / "tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != pico / "notes" and access(path, mode))
+    assert run("reduce", pico, made / "p.json", "-o", made / "o")[0] == 0
+    assert "notes (a directory that cannot be read)" in json.loads((made / "o" / "laser.json").read_text())["left_out"]
+    (pico / "tokenizer.json").write_text("{}")
+    for words in (
+        ("reduce", pico, made / "p.json", "-o", made / "o2"),
+        ("run", pico, "-o", made / "o2", "--no-search", "--rule", "rank:4"),
+    ):
+        code, _, error = run(*words)
+        assert code == 1 and f"cannot read {pico / 'tokenizer.json'}: Permission denied" in error
+        assert not (made / "o2").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 from laser.checkpoint.files import is_sealed
 from laser.checkpoint.headers import sha256_of
+from laser.checkpoint.locks import PASSING
 from laser.checkpoint.reader import INDEX, OUTCOME
 from laser.checkpoint.records import named, parse, value_of
 from laser.checkpoint.regular import read_regular
@@ -24,7 +25,7 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
     for path in sorted(out.rglob("*")):
         relative = path.relative_to(out)
         ours = relative.parts[0] == folder or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
-        passing = path.name.endswith((".partial", ".tmp", ".lock"))
+        passing = PASSING.fullmatch(path.name) or relative.as_posix().removesuffix(".partial") in aside
         if path.is_file() and not ours and not passing:
             sums[relative.as_posix()] = sha256_of(path)
     return sums

@@ -28,6 +28,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# Names of locks and of temporary files, which are gone when whoever works there ends.
+PASSING = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")
 _SAYS = b'{"pid": '  # how a lock of laser begins, unless it is empty
 _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
 

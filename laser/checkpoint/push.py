@@ -17,7 +17,7 @@ from laser.checkpoint.answers import COMMIT
 from laser.checkpoint.at_rest import CARD, damage
 from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.locks import PASSING, claimed
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import folded, is_opened, is_weights
@@ -86,7 +86,7 @@ def _require_as_written(out: Path, outcome: Mapping[str, Any]) -> None:
         name = path.relative_to(out).as_posix()
         if name.split("/")[0] == NOTES:
             continue
-        strange = path.is_symlink() or path.name.endswith((".lock", ".tmp"))
+        strange = path.is_symlink() or PASSING.fullmatch(path.name)
         if strange or (not path.is_dir() and name not in known and not name.startswith(f"{RECORDS}/")):
             raise OutputError(
                 f"{out} holds {name}, which laser did not write, and which would be public; move it away first"

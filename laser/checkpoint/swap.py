@@ -28,6 +28,7 @@ from laser.checkpoint.writer import (
     require_apart,
     require_ours,
     require_room,
+    require_side_files,
     require_usable,
 )
 from laser.errors import OutputError
@@ -94,6 +95,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
         require_usable(source, out, resume=resume)
     elif place != out:
         require_ours(source, out)
+    require_side_files(source)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}
     require_room(source, place, there)
 

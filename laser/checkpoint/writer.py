@@ -20,9 +20,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoi
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
-from laser.checkpoint.locks import real, require_led
+from laser.checkpoint.locks import PASSING, real, require_led
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
-from laser.checkpoint.regular import open_regular, read_regular
+from laser.checkpoint.regular import open_regular, read_regular, require_regular
 from laser.checkpoint.shards import (
     Job,
     begin,
@@ -50,7 +50,7 @@ from laser.checkpoint.shards import (
     untouched,
 )
 from laser.checkpoint.side_files import folded, foreign_links, is_one_file, modules_of, own_file, stays_behind
-from laser.errors import OutputError
+from laser.errors import CheckpointError, OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -105,7 +105,6 @@ _KEPT = re.compile(
     r"(journal\.jsonl|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
     r"(\.partial)?"
 )
-_HALF = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")  # locks and temporary files of what stands beside them
 
 
 def require_ours(source: Checkpoint, out: Path) -> None:
@@ -121,9 +120,11 @@ def require_ours(source: Checkpoint, out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass  # unfinished, or of an older laser: it does not say what it wrote
     known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
-    foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _HALF.fullmatch(p.name)]
+    foreign = [
+        p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not PASSING.fullmatch(p.name)
+    ]
     if (out / RECORDS).is_dir():
-        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _HALF.fullmatch(p.name))]
+        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or PASSING.fullmatch(p.name))]
     if foreign:
         raise OutputError(
             f"{out} holds {min(foreign).relative_to(out)}, which laser did not write, and --force would remove it; "
@@ -457,16 +458,20 @@ def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> Non
         )
 
 
-def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
-    """Everything that may travel (side_files.py), byte for byte; returns what was left out on purpose."""
+def _travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
+    """The source's files that may travel (side_files.py), by their place in it; and what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
     read |= {"pytorch_model.bin.index.json"} if read else set()
-    modules, left_out, written = modules_of(source.path), [], {folded(name): name for name in ours}
+    modules, left_out, files = modules_of(source.path), [], {}
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
-        if hidden or str(relative) in ours or (path.is_dir() and not path.is_symlink()):
+        if hidden or str(relative) in ours:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if not (os.access(path, os.R_OK | os.X_OK) or path.name.startswith(".")):
+                left_out.append(f"{relative} (a directory that cannot be read)")
             continue
         own = own_file(source.path, path)
         if own is None and str(relative) not in read:
@@ -476,6 +481,30 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         if stays_behind(source.path, relative, modules):
             left_out += [] if str(relative) in read else [str(relative)]
             continue
+        files[relative] = own
+    return files, left_out
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; download it again, or remove it") from error
+
+
+def require_side_files(source: Checkpoint) -> None:
+    """Raises CheckpointError where a file that is to travel cannot be read: it would be copied behind the scan."""
+    for relative, own in _travelling(source)[0].items():
+        with _reading(source.path / relative):
+            require_regular(own)
+
+
+def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
+    """Everything that may travel, byte for byte; returns what was left out on purpose."""
+    files, left_out = _travelling(source)
+    written = {folded(name): name for name in {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}}
+    for relative, own in files.items():
         twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
         if twin != relative.as_posix() and is_one_file(out / relative, out / twin):
             raise OutputError(
@@ -486,10 +515,18 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
             if str(relative) == "config.json":
                 (out / relative).write_bytes(source.config_bytes)  # a view in another dtype has its own
-            else:
-                with open_regular(own, follow=False) as file, (out / relative).open("wb") as target:
-                    shutil.copyfileobj(file, target, CHUNK)
+                continue
+            with (out / relative).open("wb") as target:
+                for piece in _pieces(own, source.path / relative):
+                    target.write(piece)
     return left_out
+
+
+def _pieces(own: Path, path: Path) -> Iterator[bytes]:
+    """The bytes of a source's file, called `path`; what cannot be read is told of the source and not of the output."""
+    with _reading(path), open_regular(own, follow=False) as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def _sync_directory(path: Path) -> None:
