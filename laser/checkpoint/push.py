@@ -17,11 +17,11 @@ from laser.checkpoint.answers import COMMIT
 from laser.checkpoint.at_rest import CARD, damage
 from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
-from laser.checkpoint.locks import PASSING, claimed
+from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.regular import read_regular
 from laser.checkpoint.side_files import folded, is_opened, is_weights
-from laser.checkpoint.writer import JOURNAL, RECORDS
+from laser.checkpoint.writer import JOURNAL, is_kept
 from laser.errors import CheckpointError, LaserError, OutputError, UsageError
 
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
@@ -84,10 +84,9 @@ def _require_as_written(out: Path, outcome: Mapping[str, Any]) -> None:
     known = {*outcome.get("files", ()), *outcome.get("shards", ()), INDEX, OUTCOME, CARD}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if name.split("/")[0] == NOTES:
+        if name.split("/")[0] == NOTES or (path.is_dir() and not path.is_symlink()):
             continue
-        strange = path.is_symlink() or PASSING.fullmatch(path.name)
-        if strange or (not path.is_dir() and name not in known and not name.startswith(f"{RECORDS}/")):
+        if path.is_symlink() or (name not in known and not is_kept(name)):
             raise OutputError(
                 f"{out} holds {name}, which laser did not write, and which would be public; move it away first"
             )

@@ -107,6 +107,12 @@ _KEPT = re.compile(
 )
 
 
+def is_kept(name: str) -> bool:
+    """Whether laser calls a record in an output so; the name is its path there."""
+    folder, _, record = name.partition("/")
+    return folder == RECORDS and bool(_KEPT.fullmatch(record))
+
+
 def require_ours(source: Checkpoint, out: Path) -> None:
     """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
     if not is_ours(out):
