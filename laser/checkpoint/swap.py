@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed, real
+from laser.checkpoint.locks import claimed, real, short
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -102,7 +102,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
 
 def _beside(out: Path, end: str) -> Path:
     target = real(out)
-    return target.with_name(f".{target.name[:200]}.{end}")
+    return target.with_name(f".{short(target.name)}.{end}")
 
 
 def _require_own(folder: Path) -> None:
