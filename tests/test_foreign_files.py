@@ -172,6 +172,30 @@ def test_every_side_file_is_summed(pico: Path, made: Path, run: Run) -> None:
     _require_as_written(out, json.loads((out / "laser.json").read_text()))  # nor has push anything against them
 
 
+def test_what_a_desktop_puts_everywhere_is_of_no_concern(pico: Path, made: Path, run: Run) -> None:
+    """Finder writes .DS_Store into what is looked at, and ._NAME beside each NAME on a disk of another system."""
+    out, names = made / "looked-at", (".DS_Store", "._config.json", f"._{SHARD}", "Thumbs.db", "desktop.ini")
+    out.mkdir()
+    for folder, text in ((pico, "source"), (out, "empty")):
+        for name in names:
+            (folder / name).write_text(text)
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    (out / "laser").mkdir(exist_ok=True)
+    for folder in (out, out / "laser"):
+        for name in names:
+            (folder / name).write_text("output")
+    document = json.loads((out / "laser.json").read_text())
+    assert not set(names) & document["files"].keys() and not document["left_out"]
+    _require_as_written(out, document)
+    for words in (
+        ("verify", pico, out),
+        ("reduce", pico, made / "p.json", "-o", out, "--resume"),
+        ("reduce", pico, made / "p.json", "-o", out, "--force"),
+    ):
+        code, _, error = run(*words)
+        assert (code, error) == (0, ""), words
+
+
 def test_a_model_in_a_folder_of_its_repository(pico: Path, made: Path, run: Run, tmp_path: Path) -> None:
     """In the Hub's cache its files are links into blobs as well, only from further down."""
     repository = tmp_path / "hub" / "models--org--name"

@@ -13,6 +13,7 @@ from laser.checkpoint.locks import PASSING
 from laser.checkpoint.reader import INDEX, OUTCOME
 from laser.checkpoint.records import named, parse, value_of
 from laser.checkpoint.regular import read_regular
+from laser.checkpoint.side_files import is_desktops
 from laser.errors import RecordError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -26,7 +27,7 @@ def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
         relative = path.relative_to(out)
         ours = relative.parts[0] == folder or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
         passing = PASSING.fullmatch(path.name) or relative.as_posix().removesuffix(".partial") in aside
-        if path.is_file() and not ours and not passing:
+        if path.is_file() and not (ours or passing or is_desktops(path.name)):
             sums[relative.as_posix()] = sha256_of(path)
     return sums
 

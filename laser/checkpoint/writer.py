@@ -49,7 +49,15 @@ from laser.checkpoint.shards import (
     settle,
     untouched,
 )
-from laser.checkpoint.side_files import folded, foreign_links, is_one_file, modules_of, own_file, stays_behind
+from laser.checkpoint.side_files import (
+    folded,
+    foreign_links,
+    is_desktops,
+    is_one_file,
+    modules_of,
+    own_file,
+    stays_behind,
+)
 from laser.errors import CheckpointError, OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -113,10 +121,14 @@ def is_kept(name: str) -> bool:
     return folder == RECORDS and bool(_KEPT.fullmatch(record))
 
 
+def _is_passing(name: str) -> bool:
+    return bool(PASSING.fullmatch(name)) or is_desktops(name)
+
+
 def require_ours(source: Checkpoint, out: Path) -> None:
     """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
     if not is_ours(out):
-        if not any(out.iterdir()):
+        if all(is_desktops(p.name) for p in out.iterdir()):
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     known = {s.name for s in source.shards} | {p.name for p in source.path.iterdir()}
@@ -126,11 +138,9 @@ def require_ours(source: Checkpoint, out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass  # unfinished, or of an older laser: it does not say what it wrote
     known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
-    foreign = [
-        p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not PASSING.fullmatch(p.name)
-    ]
+    foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _is_passing(p.name)]
     if (out / RECORDS).is_dir():
-        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or PASSING.fullmatch(p.name))]
+        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _is_passing(p.name))]
     if foreign:
         raise OutputError(
             f"{out} holds {min(foreign).relative_to(out)}, which laser did not write, and --force would remove it; "
@@ -158,7 +168,7 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
     require_led(out)
-    if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
+    if out.is_dir() and any(p.name != RECORDS and not is_desktops(p.name) for p in out.iterdir()):
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
@@ -473,7 +483,7 @@ def _travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
-        if hidden or str(relative) in ours:
+        if hidden or str(relative) in ours or is_desktops(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
             if not (os.access(path, os.R_OK | os.X_OK) or path.name.startswith(".")):
