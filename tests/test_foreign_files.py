@@ -8,13 +8,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
 from safetensors.torch import load_file, save_file
 
 import laser.publication
-from laser.checkpoint import fingerprint
+from laser.checkpoint import fingerprint, writer
 from laser.checkpoint.push import _require_as_written
 from laser.checkpoint.writer import JOURNAL
 from laser.errors import RecordError
@@ -239,3 +240,91 @@ def test_what_of_a_source_cannot_be_read(pico: Path, made: Path, run: Run, monke
         code, _, error = run(*words)
         assert code == 1 and f"cannot read {pico / 'tokenizer.json'}: Permission denied" in error
         assert not (made / "o2").exists()
+
+
+def during(monkeypatch: pytest.MonkeyPatch, what: Callable[[], object]) -> None:
+    """Do this while the third matrix is written."""
+    put, calls = writer.put, iter([None, None, what])
+
+    def putting(*arguments: Any) -> str | None:
+        if act := next(calls, None):
+            act()
+        return put(*arguments)
+
+    monkeypatch.setattr(writer, "put", putting)
+
+
+@pytest.mark.parametrize("act", ["altered", "removed"])
+def test_a_side_file_that_changes_while_the_output_is_written(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """What laser.json says of it is what was copied, and nothing unfinished looks whole."""
+    out = made / "o"
+    file = out / "config.json"
+    during(monkeypatch, lambda: file.write_text("{}") if act == "altered" else file.unlink())
+    code, _, error = run("reduce", pico, made / "p.json", "-o", out)
+    assert code == 1 and "changed meanwhile; run the same command again, with --resume" in error
+    assert not (out / "laser.json").exists()
+    assert run("reduce", pico, made / "p.json", "-o", out, "--resume")[0] == 0
+    assert contents(out) == contents(made / "out")
+
+
+def test_what_somebody_puts_into_an_output_is_not_called_laser_s(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made / "o"
+    during(monkeypatch, lambda: (out / "mine.txt").write_text("mine"))
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    assert "mine.txt" not in json.loads((out / "laser.json").read_text())["files"]
+    assert run("reduce", pico, made / "p.json", "-o", out, "--force")[0] == 1
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_what_somebody_puts_into_an_earlier_output_while_force_is_at_work(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = made / "out", contents(made / "out")
+    during(monkeypatch, lambda: (out / "mine.txt").write_text("mine"))
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    code, _, error = run(*again)
+    assert code == 1 and "holds mine.txt, which laser did not write" in error and "with --resume: all is done" in error
+    assert contents(out) == before | {"mine.txt": b"mine"}
+    (out / "mine.txt").rename(made / "mine.txt")
+    monkeypatch.setattr(writer, "put", None)  # nothing is left to do
+    assert run(*again, "--resume")[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_earlier_output_that_is_removed_while_force_is_at_work(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """What is done is kept: the new output takes the place, at once or when the command goes on."""
+    out, before = made / "out", contents(made / "out")
+
+    def remove() -> None:
+        shutil.rmtree(out)
+        if killed:
+            raise KeyboardInterrupt
+
+    during(monkeypatch, remove)
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    assert run(*again)[0] == (130 if killed else 0)
+    if killed:
+        done = sum(b'"matrix"' in line for line in (made / ".out.new" / JOURNAL).read_bytes().splitlines())
+        assert done == 2 and run(*again, "--resume")[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()
+
+
+def test_force_anew_leaves_no_half_behind(pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, before = made / "out", contents(made / "out")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    during(monkeypatch, stop)
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    assert run(*again)[0] == 130 and (made / ".out.new").is_dir()
+    shutil.rmtree(out)
+    assert run(*again)[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()

@@ -17,6 +17,7 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.at_rest import CARD, check_names, damage, sums_of
+from laser.checkpoint.at_rest import CARD, check_names, damage
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
@@ -229,7 +230,7 @@ def write_checkpoint(
         require_room(source, out, hashes)
         if source.hub is not None:
             side_files(source.hub)
-        left_out = _copy_side_files(source, out)
+        files, left_out = _copy_side_files(source, out)
         inside: dict[str, list[Matrix]] = {}
         for matrix in touched:
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
@@ -247,7 +248,7 @@ def write_checkpoint(
             "left_out": [*left_out, *source.left_out]
         }
         document = {**document, "run": document.get("run", run)}
-        files = sums_of(out, {s.name for s in source.shards}, RECORDS)
+        _require_there(out, files)
         document = sealed(document | {"files": files})
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
@@ -258,6 +259,12 @@ def write_checkpoint(
         _sync_directory(out)
         journal.remove()
     return document
+
+
+def _require_there(out: Path, files: Mapping[str, str]) -> None:
+    """Raises OutputError where a side file is not, or no more, as it was copied hours ago."""
+    for problem in damage(out, sealed({"files": files})):
+        raise OutputError(f"{out / problem} it was changed meanwhile; run the same command again, with --resume")
 
 
 def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
@@ -516,9 +523,10 @@ def require_side_files(source: Checkpoint) -> None:
             require_regular(own)
 
 
-def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
-    """Everything that may travel, byte for byte; returns what was left out on purpose."""
+def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], list[str]]:
+    """Everything that may travel, byte for byte; returns their sha256 by name, and what was left out on purpose."""
     files, left_out = _travelling(source)
+    sums: dict[str, str] = {}
     written = {folded(name): name for name in {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}}
     for relative, own in files.items():
         twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
@@ -529,13 +537,16 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
             )
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            if str(relative) == "config.json":
-                (out / relative).write_bytes(source.config_bytes)  # a view in another dtype has its own
-                continue
+            digest = hashlib.sha256()
+            # A view in another dtype has a config of its own.
+            own_config = str(relative) == "config.json"
+            pieces = iter([source.config_bytes]) if own_config else _pieces(own, source.path / relative)
             with (out / relative).open("wb") as target:
-                for piece in _pieces(own, source.path / relative):
+                for piece in pieces:
                     target.write(piece)
-    return left_out
+                    digest.update(piece)
+        sums[relative.as_posix()] = digest.hexdigest()
+    return sums, left_out
 
 
 def _pieces(own: Path, path: Path) -> Iterator[bytes]:
