@@ -14,6 +14,7 @@ A message names the file or tensor, shows found and expected, and ends with what
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 LONGEST_MESSAGE = 2000  # characters of one of ours; of a longer one, the beginning and the end, which says what to try
 LONGEST = 200  # characters of another library's message that one of ours repeats
@@ -87,17 +88,32 @@ def out_of_memory_in(error: BaseException | None) -> BaseException | None:
     torch.OutOfMemoryError is a RuntimeError, NumPy's _ArrayMemoryError a MemoryError, and an OSError says ENOMEM. What
     was being handled when an error of laser's own was raised counts only where that says `from`.
     """
+    for each in _chain(error):
+        if isinstance(each, MemoryError | OutOfMemory) or (isinstance(each, OSError) and each.errno == errno.ENOMEM):
+            return each
+        told = f"{type(each).__name__}: {each}".lower().replace("outofmemory", "out of memory")
+        if isinstance(each, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
+            return each
+    return None
+
+
+_OF_A_DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG EMFILE ENFILE".split()}
+
+
+def disk_error_in(error: BaseException | None) -> OSError | None:
+    """The error of a disk that cannot be written or read: this one, one that it was raised from, or None."""
+    found = (each for each in _chain(error) if isinstance(each, OSError) and each.errno in _OF_A_DISK)
+    return next(found, None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
     seen: list[BaseException] = []  # an error can be among its own causes
     while error is not None and error not in seen:
         seen.append(error)
-        if isinstance(error, MemoryError | OutOfMemory) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return error
-        told = f"{type(error).__name__}: {error}".lower().replace("outofmemory", "out of memory")
-        if isinstance(error, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
-            return error
+        yield error
         implied = None if error.__suppress_context__ or isinstance(error, LaserError) else error.__context__
         error = error.__cause__ or implied
-    return None
 
 
 class NumericalError(LaserError):

@@ -310,7 +310,7 @@ def test_an_interrupted_verb_says_how_it_goes_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise SystemExit(130)
 
-    monkeypatch.setattr("laser.cli.app", interrupted)
+    monkeypatch.setattr("laser.cli._commands", lambda: interrupted)
     assert main([verb, "model"]) == 130 and told in capsys.readouterr().err
 
 

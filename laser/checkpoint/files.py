@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -51,14 +51,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def tidy_up(work: Path, result: Path) -> None:
+def tidy_up(work: Path, result: Path, remove: Callable[[Path], None] = shutil.rmtree) -> None:
     """Remove what an unfinished `result` was kept in, a file or a directory, now that the result is whole.
 
-    Raises OutputError that says so where it cannot be removed.
+    remove: how a directory goes. Raises OutputError that says so where it cannot be removed.
     """
     try:
         if work.is_dir():
-            shutil.rmtree(work)
+            remove(work)
         else:
             work.unlink(missing_ok=True)
     except OSError as error:

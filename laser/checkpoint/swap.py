@@ -79,7 +79,7 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
                 except OutputError as error:
                     raise OutputError(f"{error}, and run the same command again with --resume: all is done") from error
             _exchange(new, target, old)
-        tidy_up(old, out)
+        tidy_up(old, out, _remove)
 
 
 def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
@@ -93,7 +93,7 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
     if not new.exists() and is_settled(source, old) and not _is_later(target, old):  # killed before the exchange
         old.rename(new)
         return False
-    shutil.rmtree(old)
+    _remove(old)
     return True
 
 
@@ -120,13 +120,26 @@ def _beside(out: Path, end: str) -> Path:
 
 def _require_own(folder: Path) -> None:
     """Raises OutputError for a directory of the name that an exchange uses, which laser did not make."""
-    if folder.is_dir() and not is_ours(folder) and any(p.name != RECORDS for p in folder.iterdir()):
+    try:
+        foreign = folder.is_dir() and not is_ours(folder) and any(p.name != RECORDS for p in folder.iterdir())
+    except FileNotFoundError:  # another process has just removed its own
+        return
+    if foreign:
         raise OutputError(f"{folder} was not made by laser, which needs the name; move it away")
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
+    """A directory of laser. The file that says so goes last: what a kill leaves of it is still laser's."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    last = folder / (OUTCOME if (folder / OUTCOME).exists() else JOURNAL)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a directory before the directory
+        if path.is_symlink() or not path.is_dir():
+            if path != last:
+                path.unlink()
+        elif path not in last.parents:
+            path.rmdir()
+    shutil.rmtree(folder)
 
 
 def _is_later(one: Path, other: Path) -> bool:

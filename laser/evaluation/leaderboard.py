@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from io import StringIO
@@ -45,11 +45,14 @@ from laser.checkpoint.side_files import require_small_files
 from laser.errors import (
     CheckpointError,
     NumericalError,
+    OutputError,
     RecordError,
     UsageError,
+    disk_error_in,
     first_line,
     is_out_of_memory,
     not_finite,
+    remedy,
 )
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal
@@ -159,6 +162,18 @@ class Leaderboard:
                 raise RecordError(f"{path}: {name} is not that of its tasks; {AGAIN}")
         require_sealed(document, path, KIND)
         return record
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and notes of lm-eval, `datasets` and transformers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _scores_of(entries: Sequence[Any], path: Path) -> list[TaskScore]:
@@ -286,7 +301,7 @@ def run_leaderboard(
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
-    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+    with _folder() as folder:
         # All task files before the model is loaded: a missing file shows at once and not after hours.
         names: dict[str, list[str]] = {}
         for task in chosen:
@@ -373,9 +388,10 @@ def require_leaderboard(
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = tokens = 0.0
-    with tempfile.TemporaryDirectory(prefix="laser-tasks-") as folder:
+    with _folder() as folder:
         for task in chosen:
-            names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
+            with disk_errors(Path(folder)):
+                names, _ = write_tasks(task, packaged, Path(folder, task.name), data)
             for each in _load_rows(task, Path(folder, task.name), names)["tasks"].values():
                 if counted:
                     one, several = _work_of(each, tokenizer, limit)
@@ -400,15 +416,12 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's bars and notes about the prompts that it builds."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+def _folder() -> Iterator[str]:
+    """For the tasks' files while lm-eval reads them. What cannot be removed from it again is no reason to stop."""
+    with disk_errors(Path(tempfile.gettempdir())):
+        made = tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield folder
 
 
 def _asked(
@@ -471,6 +484,7 @@ def _lm_eval(module: str) -> Any:
     return importlib.import_module(f"lm_eval.{module}")
 
 
+@_quiet()
 def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
     """The checkpoint's weights and tokenizer as lm-eval takes them.
 
@@ -514,10 +528,17 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
     """lm-eval's tasks of the files in `folder`, with their rows. Raises UsageError for rows that are not there."""
     try:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
-        return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
+        # A download shows how far it is, on a terminal.
+        with nullcontext() if sys.stderr is not None and sys.stderr.isatty() else _quiet():
+            return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
         if is_out_of_memory(error):
             raise
+        if (disk := disk_error_in(error)) is not None:
+            place = disk.filename or f"{folder} and the cache of Hugging Face's datasets"
+            raise OutputError(
+                f"the rows of {task.name} cannot be kept in {place}: {disk.strerror}; {remedy(disk)}"
+            ) from error
         raise UsageError(
             f"the rows of {task.name} cannot be loaded ({first_line(error)}); try --data FOLDER, or leave the task "
             "out with --tasks"

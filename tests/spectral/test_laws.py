@@ -162,7 +162,7 @@ def test_signal_to_noise_is_undefined_and_not_infinite() -> None:
         ("energy:1.5", r"needs a number in \(0, 1\], found '1.5'"),
         ("rank:2.5", "whole number"),
         ("tracy-widom:nan", "level between 0 and 1"),
-        ("fraction:x", "--rule fraction:RHO"),
+        ("fraction:x", "try fraction:RHO"),
     ],
 )
 def test_bad_rules_are_explained(spec: str, message: str) -> None:
