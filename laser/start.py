@@ -26,6 +26,11 @@ def begin() -> None:
         raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
     if is_command() and not is_address(os.environ.get("HF_ENDPOINT", "")):
         raise SystemExit(f"laser: HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it")
+    if is_command():
+        try:
+            Path.cwd()
+        except OSError as error:
+            raise SystemExit(f"laser: the current directory: {error.strerror}; cd to one that is there") from error
     if is_command() and threading.current_thread() is threading.main_thread():
         on_interrupt(too_early)
 

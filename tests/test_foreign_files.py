@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
 from safetensors.torch import load_file, save_file
 
 import laser.publication
-from laser.checkpoint import fingerprint
+from laser.checkpoint import fingerprint, writer
+from laser.checkpoint.push import _require_as_written
 from laser.checkpoint.writer import JOURNAL
 from laser.errors import RecordError
 
@@ -149,3 +153,178 @@ def test_one_file_is_not_two(made: Path, run: Run) -> None:
     both = made / "both.json"
     assert run("spectra", made / "s", "--snr-json", both, "--unfrozen-yaml", both.parent / "." / "x/../both.json")[0]
     assert not both.exists()
+
+
+def test_every_side_file_is_summed(pico: Path, made: Path, run: Run) -> None:
+    """Only laser's own locks and temporary files are left out: a model may have a uv.lock."""
+    (pico / "uv.lock").write_text("version = 1\n")
+    (pico / "1_Pooling").mkdir()
+    (pico / "1_Pooling" / "config.json").write_text("{}")
+    (pico / "1_Pooling" / "a.tmp").write_text("a\n")
+    out = made / "with-lock"
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    for name in ("uv.lock", "1_Pooling/a.tmp"):
+        text = (out / name).read_text()
+        (out / name).write_text("altered\n")
+        code, told, _ = run("verify", pico, out)
+        assert code == 1 and f"{name}: found sha256" in told
+        (out / name).write_text(text)
+    assert run("verify", pico, out)[0] == 0
+    _require_as_written(out, json.loads((out / "laser.json").read_text()))  # nor has push anything against them
+
+
+def test_what_a_desktop_puts_everywhere_is_of_no_concern(pico: Path, made: Path, run: Run) -> None:
+    """Finder writes .DS_Store into what is looked at, and ._NAME beside each NAME on a disk of another system."""
+    out, names = made / "looked-at", (".DS_Store", "._config.json", f"._{SHARD}", "Thumbs.db", "desktop.ini")
+    out.mkdir()
+    for folder, text in ((pico, "source"), (out, "empty")):
+        for name in names:
+            (folder / name).write_text(text)
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    (out / "laser").mkdir(exist_ok=True)
+    for folder in (out, out / "laser"):
+        for name in names:
+            (folder / name).write_text("output")
+    document = json.loads((out / "laser.json").read_text())
+    assert not set(names) & document["files"].keys() and not document["left_out"]
+    _require_as_written(out, document)
+    for words in (
+        ("verify", pico, out),
+        ("reduce", pico, made / "p.json", "-o", out, "--resume"),
+        ("reduce", pico, made / "p.json", "-o", out, "--force"),
+    ):
+        code, _, error = run(*words)
+        assert (code, error) == (0, ""), words
+
+
+def test_a_model_in_a_folder_of_its_repository(pico: Path, made: Path, run: Run, tmp_path: Path) -> None:
+    """In the Hub's cache its files are links into blobs as well, only from further down."""
+    repository = tmp_path / "hub" / "models--org--name"
+    folder, blobs = repository / "snapshots" / ("a" * 40) / "deep" / "model", repository / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(pico.iterdir())):
+        shutil.copy(path, blobs / f"{number:040x}")
+        (folder / path.name).symlink_to(f"../../../../blobs/{number:040x}")
+    assert run("reduce", folder, made / "p.json", "-o", made / "deep")[0] == 0
+    assert run("verify", folder, made / "deep")[0] == 0
+    assert contents(made / "deep") == contents(made / "out")
+    outside = tmp_path / "outside.json"
+    (pico / "config.json").rename(outside)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(outside)
+    code, _, error = run("reduce", folder, made / "p.json", "-o", made / "no")
+    assert code == 1 and "what a link leads to is not published" in error
+
+
+def test_what_of_a_source_cannot_be_read(pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is named before the work, as the source's; a folder is listed as left out."""
+    (pico / "notes").mkdir()
+    (pico / "notes" / "a.txt").write_text("a\n")
+    opened, access = os.open, os.access
+
+    def refusing(path: str, flags: int, *rest: int, **more: int) -> int:
+        if str(path) == str(pico / "tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != pico / "notes" and access(path, mode))
+    assert run("reduce", pico, made / "p.json", "-o", made / "o")[0] == 0
+    assert "notes (a directory that cannot be read)" in json.loads((made / "o" / "laser.json").read_text())["left_out"]
+    (pico / "tokenizer.json").write_text("{}")
+    for words in (
+        ("reduce", pico, made / "p.json", "-o", made / "o2"),
+        ("run", pico, "-o", made / "o2", "--no-search", "--rule", "rank:4"),
+    ):
+        code, _, error = run(*words)
+        assert code == 1 and f"cannot read {pico / 'tokenizer.json'}: Permission denied" in error
+        assert not (made / "o2").exists()
+
+
+def during(monkeypatch: pytest.MonkeyPatch, what: Callable[[], object]) -> None:
+    """Do this while the third matrix is written."""
+    put, calls = writer.put, iter([None, None, what])
+
+    def putting(*arguments: Any) -> str | None:
+        if act := next(calls, None):
+            act()
+        return put(*arguments)
+
+    monkeypatch.setattr(writer, "put", putting)
+
+
+@pytest.mark.parametrize("act", ["altered", "removed"])
+def test_a_side_file_that_changes_while_the_output_is_written(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """What laser.json says of it is what was copied, and nothing unfinished looks whole."""
+    out = made / "o"
+    file = out / "config.json"
+    during(monkeypatch, lambda: file.write_text("{}") if act == "altered" else file.unlink())
+    code, _, error = run("reduce", pico, made / "p.json", "-o", out)
+    assert code == 1 and "changed meanwhile; run the same command again, with --resume" in error
+    assert not (out / "laser.json").exists()
+    assert run("reduce", pico, made / "p.json", "-o", out, "--resume")[0] == 0
+    assert contents(out) == contents(made / "out")
+
+
+def test_what_somebody_puts_into_an_output_is_not_called_laser_s(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made / "o"
+    during(monkeypatch, lambda: (out / "mine.txt").write_text("mine"))
+    assert run("reduce", pico, made / "p.json", "-o", out)[0] == 0
+    assert "mine.txt" not in json.loads((out / "laser.json").read_text())["files"]
+    assert run("reduce", pico, made / "p.json", "-o", out, "--force")[0] == 1
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_what_somebody_puts_into_an_earlier_output_while_force_is_at_work(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = made / "out", contents(made / "out")
+    during(monkeypatch, lambda: (out / "mine.txt").write_text("mine"))
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    code, _, error = run(*again)
+    assert code == 1 and "holds mine.txt, which laser did not write" in error and "with --resume: all is done" in error
+    assert contents(out) == before | {"mine.txt": b"mine"}
+    (out / "mine.txt").rename(made / "mine.txt")
+    monkeypatch.setattr(writer, "put", None)  # nothing is left to do
+    assert run(*again, "--resume")[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_earlier_output_that_is_removed_while_force_is_at_work(
+    pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """What is done is kept: the new output takes the place, at once or when the command goes on."""
+    out, before = made / "out", contents(made / "out")
+
+    def remove() -> None:
+        shutil.rmtree(out)
+        if killed:
+            raise KeyboardInterrupt
+
+    during(monkeypatch, remove)
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    assert run(*again)[0] == (130 if killed else 0)
+    if killed:
+        done = sum(b'"matrix"' in line for line in (made / ".out.new" / JOURNAL).read_bytes().splitlines())
+        assert done == 2 and run(*again, "--resume")[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()
+
+
+def test_force_anew_leaves_no_half_behind(pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, before = made / "out", contents(made / "out")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    during(monkeypatch, stop)
+    again = ("reduce", pico, made / "p.json", "-o", out, "--force")
+    assert run(*again)[0] == 130 and (made / ".out.new").is_dir()
+    shutil.rmtree(out)
+    assert run(*again)[0] == 0
+    assert contents(out) == before and not (made / ".out.new").exists()

@@ -113,6 +113,13 @@ def test_without_stderr_nothing_is_said_on_stdout() -> None:
     assert (done.returncode, done.stdout) == (1, b"")
 
 
+def test_a_current_directory_that_is_gone(tmp_path: Path) -> None:
+    words = f'cd "{tmp_path}" && mkdir gone && cd gone && rmdir ../gone; exec "{sys.executable}" -m laser devices'
+    done = subprocess.run(["sh", "-c", words], capture_output=True)
+    told = b"laser: the current directory: No such file or directory; cd to one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", told)
+
+
 def test_windows_is_told_in_one_line() -> None:
     code = "import sys; sys.platform = 'win32'; import laser"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)

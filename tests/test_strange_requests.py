@@ -156,6 +156,39 @@ def test_rows_without_a_leaderboard_are_refused(pico: Path, tmp_path: Path, run:
     assert code == 2 and "try --leaderboard" in error
 
 
+def test_records_have_a_place_in_an_output_without_records(speaker: Path, tmp_path: Path, run: Run, text: Path) -> None:
+    """As README says it, right behind a plain reduction, which leaves no folder of records."""
+    spectra, plan, out = tmp_path / "s", tmp_path / "p", tmp_path / "o"
+    assert run("scan", speaker, "-o", spectra, "--roles", "q")[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "rank:4")[0] == 0
+    assert run("reduce", speaker, plan, "-o", out)[0] == 0
+    assert not (out / "laser").exists()
+    words = ("--text", text, "--window", "16", "--windows", "2")
+    assert run("eval", speaker, *words, "-o", out / "laser" / "eval-source.json")[0] == 0
+    code, _, error = run("eval", speaker, *words, "-o", tmp_path / "laser" / "eval.json")
+    assert code == 1 and f"there is no directory {tmp_path / 'laser'}" in error
+
+
+@pytest.mark.parametrize("name", ["\u6f22" * 83, "\u00e9" * 127, "a" * 255, os.fsdecode(b"\xff" * 250)])
+def test_the_longest_names(pico: Path, tmp_path: Path, run: Run, name: str) -> None:
+    """Names are as long as the system takes, in bytes: what is made beside them is no longer."""
+    spectra, plan = tmp_path / "s", tmp_path / name
+    try:
+        plan.touch()
+    except OSError:
+        pytest.skip("a file system that takes no such name")
+    plan.unlink()
+    assert run("scan", pico, "-o", spectra, "--roles", "q", "--layers", "0")[0] == 0
+    for force in ([], ["--force"]):
+        code, _, error = run("plan", spectra, "-o", plan, "--rule", "rank:4", *force)
+        assert code == 0, error
+    out = tmp_path / "o" / name
+    for force in ([], ["--force"]):
+        code, _, error = run("reduce", pico, plan, "-o", out, *force)
+        assert code == 0, error
+    assert [p.name for p in out.parent.iterdir()] == [name]
+
+
 def test_bits_that_fill_no_whole_bytes_are_told_as_bits(pico: Path) -> None:
     header = json.dumps({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}).encode()
     path = next(pico.glob("*.safetensors"))

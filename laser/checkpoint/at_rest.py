@@ -9,25 +9,13 @@ from typing import Any
 
 from laser.checkpoint.files import is_sealed
 from laser.checkpoint.headers import sha256_of
-from laser.checkpoint.reader import INDEX, OUTCOME
+from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.records import named, parse, value_of
 from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CARD = "README.md"  # ours, made again at will, and people's to edit
-
-
-def sums_of(out: Path, aside: set[str], folder: str) -> dict[str, str]:
-    """sha256 by name of every file of an output but its shards (`aside`), laser's records in `folder`, and the card."""
-    sums = {}
-    for path in sorted(out.rglob("*")):
-        relative = path.relative_to(out)
-        ours = relative.parts[0] == folder or relative.as_posix() in aside | {INDEX, OUTCOME, CARD}
-        passing = path.name.endswith((".partial", ".tmp", ".lock"))
-        if path.is_file() and not ours and not passing:
-            sums[relative.as_posix()] = sha256_of(path)
-    return sums
 
 
 def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:

@@ -28,6 +28,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# Names of locks and of temporary files, which are gone when whoever works there ends.
+PASSING = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")
 _SAYS = b'{"pid": '  # how a lock of laser begins, unless it is empty
 _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
 
@@ -46,6 +48,11 @@ def require_led(path: Path) -> None:
         raise OutputError(f"{path} is a link to {path.readlink()}, which is not there; remove it, or try another -o")
 
 
+def short(name: str) -> str:
+    """The beginning of a file's name, to which some can be added: systems take 255 bytes, not characters."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.
@@ -53,7 +60,7 @@ def claimed(path: Path) -> Iterator[None]:
     Raises OutputError at once where another process, or another thread, is at work on it, saying which.
     """
     place = real(path)
-    lock = place.with_name(f".{place.name[:200]}.lock")
+    lock = place.with_name(f".{short(place.name)}.lock")
     key = (str(lock), get_ident())
     if key in _held:
         yield
@@ -149,7 +156,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     _sweep(path)
     while True:
-        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{short(path.name)}.{secrets.token_hex(4)}.tmp")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if fcntl is None or (_lock(handle, path) and _is_at(handle, temporary)):
             break
@@ -170,7 +177,7 @@ def _sweep(path: Path) -> None:
     """Remove temporary files of `path` that no living process holds."""
     if fcntl is None:
         return
-    ours = re.compile(rf"\.{re.escape(path.name[:200])}\.[0-9a-f]{{8}}\.tmp")
+    ours = re.compile(rf"\.{re.escape(short(path.name))}\.[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
         left = [p for p in path.parent.iterdir() if ours.fullmatch(p.name)]
         for temporary in left:

@@ -20,8 +20,8 @@ from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.regular import read_regular
-from laser.checkpoint.side_files import folded, is_opened, is_weights
-from laser.checkpoint.writer import JOURNAL, RECORDS
+from laser.checkpoint.side_files import folded, is_desktops, is_opened, is_weights
+from laser.checkpoint.writer import JOURNAL, is_kept
 from laser.errors import CheckpointError, LaserError, OutputError, UsageError
 
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
@@ -57,9 +57,14 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
         files = {
             name: path
             for path in sorted(out.rglob("*"))
-            if path.is_file() and (name := path.relative_to(out).as_posix()).split("/")[0] != NOTES
+            if path.is_file() and not _is_aside(name := path.relative_to(out).as_posix())
         }
         return _Push(out, repo, revision, files, outcome["shards"]).run(private)
+
+
+def _is_aside(name: str) -> bool:
+    """Whether a file of an output, by its path there, is no part of it and not uploaded."""
+    return name.split("/")[0] == NOTES or is_desktops(name.rpartition("/")[2])
 
 
 def _finished(out: Path) -> Mapping[str, Any]:
@@ -84,10 +89,9 @@ def _require_as_written(out: Path, outcome: Mapping[str, Any]) -> None:
     known = {*outcome.get("files", ()), *outcome.get("shards", ()), INDEX, OUTCOME, CARD}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if name.split("/")[0] == NOTES:
+        if _is_aside(name) or (path.is_dir() and not path.is_symlink()):
             continue
-        strange = path.is_symlink() or path.name.endswith((".lock", ".tmp"))
-        if strange or (not path.is_dir() and name not in known and not name.startswith(f"{RECORDS}/")):
+        if path.is_symlink() or (name not in known and not is_kept(name)):
             raise OutputError(
                 f"{out} holds {name}, which laser did not write, and which would be public; move it away first"
             )

@@ -47,6 +47,15 @@ ADAPTER = "adapter_config.json"
 MODULES = "modules.json"  # sentence-transformers: which subfolders are modules of the model
 
 
+# What a desktop puts into every folder that it shows, on its own and at any time: Finder, and Windows' Explorer.
+_DESKTOP = re.compile(r"\.ds_store|\._.*|thumbs\.db|desktop\.ini")
+
+
+def is_desktops(name: str) -> bool:
+    """Whether a desktop keeps a file of that name: it belongs to no model, and says nothing of whose a folder is."""
+    return bool(_DESKTOP.fullmatch(name.lower()))
+
+
 def is_weights(name: str) -> bool:
     """Whether a file of that name holds weights, in any format, or belongs to such files."""
     return bool(_WEIGHTS.fullmatch(name.lower()) or _STATE.fullmatch(name))
@@ -144,9 +153,12 @@ def own_file(folder: Path, path: Path) -> Path | None:
         return None
     if target == place / path.name:
         return target
-    model = folder.parent.parent
-    if folder.parent.name != "snapshots" or not model.name.startswith("models--"):
+    snapshots = next(
+        (p for p in folder.parents if p.name == "snapshots"), None
+    )  # a model may be a folder of its repository
+    if snapshots is None or not snapshots.parent.name.startswith("models--"):
         return None
+    model = snapshots.parent
     blobs = (model / "blobs").resolve()
     blob = Path(os.path.normpath(place / path.readlink()))
     if blob.parent.resolve() != blobs:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed, real
+from laser.checkpoint.locks import claimed, real, short
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -28,6 +28,7 @@ from laser.checkpoint.writer import (
     require_apart,
     require_ours,
     require_room,
+    require_side_files,
     require_usable,
 )
 from laser.errors import OutputError
@@ -48,6 +49,13 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
     with claimed(out):
         with disk_errors(out):
             swapped = _recover(source, target, new, old)
+            if force and new.is_dir() and not target.exists():  # the earlier output was removed meanwhile
+                _require_own(new)
+                if resume:
+                    new.rename(target)
+                    swapped = True
+                else:
+                    _remove(new)
         if not force or not target.exists() or (swapped and resume):
             prepare_output(source, out, resume=resume)
             yield out
@@ -65,6 +73,11 @@ def writing(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Iter
                 shutil.rmtree(new, ignore_errors=True)  # refused before there was any work to keep
             raise
         with disk_errors(out):
+            if target.exists():  # again: hours have passed, and whatever somebody has put there would go with it
+                try:
+                    require_ours(source, out)
+                except OutputError as error:
+                    raise OutputError(f"{error}, and run the same command again with --resume: all is done") from error
             _exchange(new, target, old)
         tidy_up(old, out, _remove)
 
@@ -86,21 +99,23 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
 
 def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
     """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
-    place = _beside(out, "new") if force and out.exists() else out
+    new = _beside(out, "new")
+    place = new if force and (out.exists() or new.exists()) else out
     require_apart(source, out)
-    for folder in (_beside(out, "new"), _beside(out, "old")):
+    for folder in (new, _beside(out, "old")):
         _require_own(folder)
     if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
         require_usable(source, out, resume=resume)
-    elif place != out:
+    elif out.exists():
         require_ours(source, out)
+    require_side_files(source)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}
     require_room(source, place, there)
 
 
 def _beside(out: Path, end: str) -> Path:
     target = real(out)
-    return target.with_name(f".{target.name[:200]}.{end}")
+    return target.with_name(f".{short(target.name)}.{end}")
 
 
 def _require_own(folder: Path) -> None:
@@ -135,6 +150,9 @@ def _is_later(one: Path, other: Path) -> bool:
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """`new` in the place of `target`, which becomes `old`: at once where the system can, so that no kill falls
     between. Where it fails, `target` is as it was."""
+    if not target.exists():  # removed meanwhile
+        new.rename(target)
+        return
     if sys.platform == "linux":
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if swap is not None:

@@ -18,7 +18,7 @@ from laser.checkpoint.formats import NO_MODEL
 from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, header_text, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
 from laser.checkpoint.regular import read_regular, require_regular
-from laser.checkpoint.side_files import ADAPTER
+from laser.checkpoint.side_files import ADAPTER, is_desktops
 from laser.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -35,7 +35,8 @@ COMPARED = 4 << 30  # bytes of copies that are looked at when a model is opened
 
 def files_in(folder: Path, pattern: str = "*") -> frozenset[str]:
     """Names of the files in a directory that can be opened, as the Hub would list them."""
-    return frozenset(p.relative_to(folder).as_posix() for p in folder.glob(pattern) if p.is_file())
+    found = (p for p in folder.glob(pattern) if p.is_file() and not is_desktops(p.name))
+    return frozenset(p.relative_to(folder).as_posix() for p in found)
 
 
 def require_absent(path: Path) -> None:

@@ -17,27 +17,28 @@ The header bytes of a shard are reused, so names, shapes, dtypes, order, offsets
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from laser.checkpoint.at_rest import CARD, check_names, damage, sums_of
+from laser.checkpoint.at_rest import CARD, check_names, damage
 from laser.checkpoint.families import Matrix, list_matrices
 from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
 from laser.checkpoint.fingerprint import differences, require_unchanged
 from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
-from laser.checkpoint.locks import real, require_led
+from laser.checkpoint.locks import PASSING, real, require_led
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.records import parse, require_keys, value_of
-from laser.checkpoint.regular import open_regular, read_regular
+from laser.checkpoint.regular import open_regular, read_regular, require_regular
 from laser.checkpoint.shards import (
     Job,
     begin,
@@ -49,8 +50,16 @@ from laser.checkpoint.shards import (
     settle,
     untouched,
 )
-from laser.checkpoint.side_files import folded, foreign_links, is_one_file, modules_of, own_file, stays_behind
-from laser.errors import OutputError
+from laser.checkpoint.side_files import (
+    folded,
+    foreign_links,
+    is_desktops,
+    is_one_file,
+    modules_of,
+    own_file,
+    stays_behind,
+)
+from laser.errors import CheckpointError, OutputError
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -105,13 +114,22 @@ _KEPT = re.compile(
     r"(journal\.jsonl|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
     r"(\.partial)?"
 )
-_HALF = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")  # locks and temporary files of what stands beside them
+
+
+def is_kept(name: str) -> bool:
+    """Whether laser calls a record in an output so; the name is its path there."""
+    folder, _, record = name.partition("/")
+    return folder == RECORDS and bool(_KEPT.fullmatch(record))
+
+
+def _is_passing(name: str) -> bool:
+    return bool(PASSING.fullmatch(name)) or is_desktops(name)
 
 
 def require_ours(source: Checkpoint, out: Path) -> None:
     """Raises OutputError unless `--force` may replace all of a directory: laser made it, and what is in it."""
     if not is_ours(out):
-        if not any(out.iterdir()):
+        if all(is_desktops(p.name) for p in out.iterdir()):
             return
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     known = {s.name for s in source.shards} | {p.name for p in source.path.iterdir()}
@@ -121,9 +139,9 @@ def require_ours(source: Checkpoint, out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass  # unfinished, or of an older laser: it does not say what it wrote
     known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
-    foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _HALF.fullmatch(p.name)]
+    foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _is_passing(p.name)]
     if (out / RECORDS).is_dir():
-        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _HALF.fullmatch(p.name))]
+        foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _is_passing(p.name))]
     if foreign:
         raise OutputError(
             f"{out} holds {min(foreign).relative_to(out)}, which laser did not write, and --force would remove it; "
@@ -151,7 +169,7 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
     """Raises OutputError where `prepare_output` would; makes and removes nothing."""
     require_apart(source, out)
     require_led(out)
-    if out.is_dir() and any(p.name != RECORDS for p in out.iterdir()):
+    if out.is_dir() and any(p.name != RECORDS and not is_desktops(p.name) for p in out.iterdir()):
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
@@ -212,7 +230,7 @@ def write_checkpoint(
         require_room(source, out, hashes)
         if source.hub is not None:
             side_files(source.hub)
-        left_out = _copy_side_files(source, out)
+        files, left_out = _copy_side_files(source, out)
         inside: dict[str, list[Matrix]] = {}
         for matrix in touched:
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
@@ -230,7 +248,7 @@ def write_checkpoint(
             "left_out": [*left_out, *source.left_out]
         }
         document = {**document, "run": document.get("run", run)}
-        files = sums_of(out, {s.name for s in source.shards}, RECORDS)
+        _require_there(out, files)
         document = sealed(document | {"files": files})
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
@@ -241,6 +259,12 @@ def write_checkpoint(
         _sync_directory(out)
         journal.remove()
     return document
+
+
+def _require_there(out: Path, files: Mapping[str, str]) -> None:
+    """Raises OutputError where a side file is not, or no more, as it was copied hours ago."""
+    for problem in damage(out, sealed({"files": files})):
+        raise OutputError(f"{out / problem} it was changed meanwhile; run the same command again, with --resume")
 
 
 def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
@@ -457,16 +481,20 @@ def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> Non
         )
 
 
-def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
-    """Everything that may travel (side_files.py), byte for byte; returns what was left out on purpose."""
+def _travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
+    """The source's files that may travel (side_files.py), by their place in it; and what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
     read |= {"pytorch_model.bin.index.json"} if read else set()
-    modules, left_out, written = modules_of(source.path), [], {folded(name): name for name in ours}
+    modules, left_out, files = modules_of(source.path), [], {}
     for path in sorted(source.path.rglob("*")):
         relative = path.relative_to(source.path)
         hidden = any(part.startswith(".") for part in relative.parts[:-1]) or relative.parts[0] == RECORDS
-        if hidden or str(relative) in ours or (path.is_dir() and not path.is_symlink()):
+        if hidden or str(relative) in ours or is_desktops(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if not (os.access(path, os.R_OK | os.X_OK) or path.name.startswith(".")):
+                left_out.append(f"{relative} (a directory that cannot be read)")
             continue
         own = own_file(source.path, path)
         if own is None and str(relative) not in read:
@@ -476,6 +504,31 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
         if stays_behind(source.path, relative, modules):
             left_out += [] if str(relative) in read else [str(relative)]
             continue
+        files[relative] = own
+    return files, left_out
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; download it again, or remove it") from error
+
+
+def require_side_files(source: Checkpoint) -> None:
+    """Raises CheckpointError where a file that is to travel cannot be read: it would be copied behind the scan."""
+    for relative, own in _travelling(source)[0].items():
+        with _reading(source.path / relative):
+            require_regular(own)
+
+
+def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], list[str]]:
+    """Everything that may travel, byte for byte; returns their sha256 by name, and what was left out on purpose."""
+    files, left_out = _travelling(source)
+    sums: dict[str, str] = {}
+    written = {folded(name): name for name in {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}}
+    for relative, own in files.items():
         twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
         if twin != relative.as_posix() and is_one_file(out / relative, out / twin):
             raise OutputError(
@@ -484,12 +537,23 @@ def _copy_side_files(source: Checkpoint, out: Path) -> list[str]:
             )
         with disk_errors(out / relative):
             (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            if str(relative) == "config.json":
-                (out / relative).write_bytes(source.config_bytes)  # a view in another dtype has its own
-            else:
-                with open_regular(own, follow=False) as file, (out / relative).open("wb") as target:
-                    shutil.copyfileobj(file, target, CHUNK)
-    return left_out
+            digest = hashlib.sha256()
+            # A view in another dtype has a config of its own.
+            own_config = str(relative) == "config.json"
+            pieces = iter([source.config_bytes]) if own_config else _pieces(own, source.path / relative)
+            with (out / relative).open("wb") as target:
+                for piece in pieces:
+                    target.write(piece)
+                    digest.update(piece)
+        sums[relative.as_posix()] = digest.hexdigest()
+    return sums, left_out
+
+
+def _pieces(own: Path, path: Path) -> Iterator[bytes]:
+    """The bytes of a source's file, called `path`; what cannot be read is told of the source and not of the output."""
+    with _reading(path), open_regular(own, follow=False) as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def _sync_directory(path: Path) -> None:

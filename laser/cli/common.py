@@ -17,7 +17,9 @@ from tqdm import tqdm
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
 from laser.checkpoint.locks import claimed, real, require_led
+from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
+from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
 from laser.moments import Moments
 from laser.report.visible import visible
@@ -121,7 +123,8 @@ def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
     place = real(path)
     require_led(path)
-    if not place.parent.is_dir():
+    records = place.parent.name == RECORDS and (place.parent.parent / OUTCOME).is_file()
+    if not place.parent.is_dir() and not records:  # an output's own folder of records is made by whoever is first
         raise OutputError(f"there is no directory {place.parent}; make it, or try another -o")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file; try another name")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.files import disk_errors, tidy_up
+from laser.checkpoint.files import tidy_up
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
@@ -74,9 +74,6 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        if not dry_run:
-            with disk_errors(output):
-                output.parent.mkdir(exist_ok=True)
         common.refuse_to_overwrite(output, force, "leaderboard")
     workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
