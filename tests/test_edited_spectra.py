@@ -30,7 +30,7 @@ def row(header: Header) -> dict[str, Any]:
 
 
 CHANGES: list[tuple[Callable[[Header, Vectors], object], str]] = [
-    (lambda h, v: h.update(version=3), "version 3"),
+    (lambda h, v: h.update(version=4), "version 4"),
     (lambda h, v: h.update(shiny=True), "has a key 'shiny'"),
     (lambda h, v: h.pop("method"), "has no key 'method'"),
     (lambda h, v: h.update(device=None), "device is null, expected a text"),

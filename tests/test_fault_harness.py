@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,10 +189,9 @@ def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, m
     (tmp_path / "work").mkdir()
     (tmp_path / "work.partial").write_bytes(b"x")
     monkeypatch.setattr(Path, "unlink", full)
-    monkeypatch.setattr(shutil, "rmtree", full)
     for name in ("work", "work.partial"):
         with pytest.raises(OutputError, match=rf"out is written, but .*{name} cannot be removed .*remove it yourself"):
-            tidy_up(tmp_path / name, tmp_path / "out")
+            tidy_up(tmp_path / name, tmp_path / "out", full)
 
 
 def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

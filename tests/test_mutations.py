@@ -104,7 +104,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(model=st.sampled_from(sorted(MODELS)), data=st.data())
 def test_a_mutated_model_is_right_or_refused(sources: dict[str, Path], model: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ def test_the_solution_solves_and_has_a_positive_density(shape: tuple[int, int], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "kind"), [*zip((*SHAPES, SHAPES[0]), POPULATIONS, strict=True)])
+@pytest.mark.parametrize(("shape", "kind"), [*zip(SHAPES, [*POPULATIONS][1:], strict=True)])
 def test_gaussian_noise_permuted_or_not_has_the_law_s_spectrum(shape: tuple[int, int], kind: str) -> None:
     m, n = shape
     t = POPULATIONS[kind](n)
