@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that has to hold: format, lint, types, help pages, tests. Installs what it needs into .venv first.
 #
-#   bash scripts/test.sh [PYTEST ARGUMENTS]         all of it, in under eight minutes on two cores
+#   bash scripts/test.sh [PYTEST ARGUMENTS]         all of it; the tests alone take under ten minutes on two cores
 #   bash scripts/test.sh fast [AREA] [ARGUMENTS]    only the tests that are not marked slow, in under three minutes: of
 #                                                   every area, or of tests/AREA and tests/test_AREA*.py
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh" test

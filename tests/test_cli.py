@@ -302,6 +302,7 @@ def test_a_missing_record_names_a_verb_that_there_is(
         ("reduce", "run the command again with --resume"),
         ("scan", "what is finished is kept, run the same command again"),
         ("eval", "nothing was written"),
+        ("scan --dry-run", "nothing was written"),
     ],
 )
 def test_an_interrupted_verb_says_how_it_goes_on(
@@ -311,7 +312,7 @@ def test_an_interrupted_verb_says_how_it_goes_on(
         raise SystemExit(130)
 
     monkeypatch.setattr("laser.cli._commands", lambda: interrupted)
-    assert main([verb, "model"]) == 130 and told in capsys.readouterr().err
+    assert main([*verb.split(), "model"]) == 130 and told in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -49,6 +49,11 @@ _INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _G
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
 
 
+def _going_on(arguments: list[str]) -> str:
+    """The verb whose work is kept where it ends early; "" for a dry run, which makes nothing to go on with."""
+    return "" if "--dry-run" in arguments else _verb(arguments)
+
+
 def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
     """What is left of an interrupted verb, and how to go on. written: whether each of its files is there already."""
     there = [str(path) for path, whole in written.items() if whole]
@@ -100,7 +105,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _interrupted(arguments: list[str], held: common.Held) -> int:
-    return _say(f"laser: interrupted; {left_behind(_verb(arguments), held.written())}", 130)
+    return _say(f"laser: interrupted; {left_behind(_going_on(arguments), held.written())}", 130)
 
 
 def _disk(error: OSError) -> int:
@@ -176,10 +181,11 @@ def out_of_memory(error: BaseException, arguments: list[str], idle: Collection[s
         and not any(f" {word}" in given for word in less.unless)
         and not any(option in less.way.split() for option in idle)
     ]
-    words = [less.way for less in helps if not less.changes(verb, given, side)]
-    anew = [less.way for less in helps if less.changes(verb, given, side)]
+    goes_on = _going_on(arguments)
+    words = [less.way for less in helps if not goes_on or not less.changes(verb, given, side)]
+    anew = [less.way for less in helps if less.way not in words]
     tries = f"try {', or '.join(words)}" if words else "try a machine with more, or end what else runs here"
-    kept = f"; {_INTERRUPTED[verb]}" if verb in _INTERRUPTED else ""
+    kept = f"; {_INTERRUPTED[goes_on]}" if goes_on in _INTERRUPTED else ""
     afresh = f"; or begin anew with --force and {', or '.join(anew)}" if anew else ""
     return f"out of memory ({message}); {tries}{kept}{afresh}"
 
