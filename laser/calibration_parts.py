@@ -25,6 +25,7 @@ from laser.checkpoint.files import disk_errors, write_atomically
 from laser.checkpoint.fingerprint import differences, fingerprint_in
 from laser.checkpoint.headers import read_header
 from laser.checkpoint.joining import join
+from laser.checkpoint.locks import PASSING
 from laser.checkpoint.records import has_shape, parse
 from laser.checkpoint.regular import require_regular
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
@@ -34,14 +35,12 @@ from laser.spectra import Source
 
 STATES = "states.safetensors"
 
-_OWN = re.compile(
-    r"(layer-\d{5}-\d{5}|states)\.safetensors|\..+\.(lock|[0-9a-f]{8}\.tmp)"
-)  # what lies in a partial directory
+_OWN = re.compile(r"(layer-\d{5}-\d{5}|states)\.safetensors")  # what lies in a partial directory
 
 
 def _is_foreign(path: Path) -> bool:
     """Whether laser did not write this: by its name, or since it is no file, or safetensors that say nothing of it."""
-    if not _OWN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+    if not (_OWN.fullmatch(path.name) or PASSING.fullmatch(path.name)) or path.is_symlink() or not path.is_file():
         return True
     if path.suffix != ".safetensors":
         return False

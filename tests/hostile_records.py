@@ -181,7 +181,7 @@ KINDS = (
     Kind("outcome", "out/laser.json", (VERIFY, CARD, (*REDUCE, "out", "--resume")), sealed=False),
     Kind("eval", "out/laser/eval.json", (("eval", "out/laser/eval.json", "e2.json"), CARD, VERIFY)),
     Kind("leaderboard", "out/laser/leaderboard.json", (CARD, VERIFY)),
-    Kind("search", "out/laser/search.json", (CARD,)),
+    Kind("search", "found/laser/search.json", (("card", "found"),)),
     Kind("source", "out/laser/source.json", (CARD, (*CARD, "--source", "m"))),
     Kind("journal of a scan", "j.partial", (("scan", "m", "-o", "j"),), "lines"),
     Kind("journal of reduce", "half/laser/journal.jsonl", ((*REDUCE, "half", "--resume"),), "lines"),
@@ -304,7 +304,9 @@ def hostile(kind: Kind, folder: Path, draw: random.Random, again: bool) -> str:
 
 def made_by(verb: tuple[str, ...], folder: Path) -> dict[str, str]:
     """What a verb has made: sha256 by name of the file after -o, or of the weights and records in the directory."""
-    path = folder / (verb[verb.index("-o") + 1] if "-o" in verb else "out/README.md")
+    path = folder / (
+        verb[verb.index("-o") + 1] if "-o" in verb else f"{verb[1] if verb[0] == 'card' else 'out'}/README.md"
+    )
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("laser/plan.json")]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -398,7 +400,10 @@ def _build(folder: Path) -> Path:
     for name, checkpoint in (("leaderboard.json", out), ("leaderboard-source.json", m)):
         board(checkpoint).save(folder / "out/laser" / name)
     trials = [json.loads(x) for x in (folder / "search.jsonl").read_text().splitlines() if '"trial"' in x]
-    (folder / "out/laser/search.json").write_text(json.dumps(seal(searched(m, trials)), indent=1) + "\n")
+    made("reduce", "m", "new", "-o", "found")  # a card speaks of a search only beside the output of its plan
+    (folder / "found/laser").mkdir(exist_ok=True)
+    (folder / "found/laser/search.json").write_text(json.dumps(seal(searched(m, trials)), indent=1) + "\n")
+    made("card", "found", "--source", "m")
     (folder / "new").unlink()  # the plan of that search
     with mock.patch("laser.cli.common.Progress.__call__", stop_after(5)):
         made("scan", "m", "-o", "j", code=130)
