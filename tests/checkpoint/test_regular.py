@@ -22,11 +22,11 @@ from laser.checkpoint.headers import read_header
 from laser.checkpoint.reader import INDEX
 from laser.checkpoint.regular import LARGEST, read_regular
 from laser.checkpoint.side_files import own_file
+from laser.cli.recipe import load_recipe
 from laser.errors import CheckpointError, DoubtWarning, LaserError, OutputError, RecordError
 from laser.evaluation.rows import read_content
 from laser.evaluation.text import load_tokenizer
 from laser.plan import Plan
-from laser.recipe import load_recipe
 from laser.spectra import Spectra
 
 
