@@ -17,7 +17,8 @@ import typer
 
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
-from laser.engine.workers import Crew, choose_crew
+from laser.engine.crew import Crew
+from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from typer.models import OptionInfo
 
-from laser.checkpoint.records import named
-from laser.checkpoint.regular import read_regular
 from laser.cli import common
 from laser.errors import RecordError, UsageError, first_line
+from laser.files import read_regular
+from laser.records import named
 
 
 def packaged() -> list[str]:
