@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.replaceable import require_replaceable
 from laser.cli import common
 from laser.engine.crew import Crew
 from laser.engine.workers import choose_crew
-from laser.errors import UsageError
+from laser.errors import OutputError, UsageError
 from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
@@ -272,8 +273,17 @@ class Force:
     force: bool = option(False, "Replace an earlier output.", "--force")
 
     def claim(self, path: Path, kind: str | None = None) -> None:
-        """See `common.refuse_to_overwrite`."""
-        common.refuse_to_overwrite(path, self.force, kind)
+        """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
+
+        Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process
+        is at work on it. With --force a file of the same `kind` that laser made may be replaced.
+        """
+        common.keep_file(path)
+        if path.exists() and not self.force:
+            raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+        if path.exists():
+            require_replaceable(path, kind)
+        common.to_write(path)
 
 
 @dataclass(frozen=True)
