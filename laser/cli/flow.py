@@ -81,7 +81,6 @@ def plan(
     output: options.Output,
     how: options.Rule,
     lowest: options.Lowest,
-    metric: Annotated[str, typer.Option("--metric", help="plain, or data: by what the outputs lose.")] = "plain",
     fewest_tokens: Annotated[
         int | None, typer.Option("--fewest-tokens", help="Keep a matrix that met fewer; default: its smaller side.")
     ] = None,
@@ -92,7 +91,7 @@ def plan(
     if how.rule is None:
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
     count = lowest.count()
-    Treatment(how.rule, **how.treatment(), metric=metric).check()
+    Treatment(how.rule, **how.treatment()).check()
     record.claim(output, "plan")
     made = make_plan(
         Spectra.load(spectra),
@@ -100,7 +99,6 @@ def plan(
         which.selection(),
         lowest_snr=count,
         **how.treatment(),
-        metric=metric,
         fewest_tokens=fewest_tokens,
     )
     made.save(output)

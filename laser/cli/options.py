@@ -154,13 +154,15 @@ class Inputs:
 class Rule:
     """By which rule a matrix is cut, and how."""
 
-    rule: str | None = option(None, f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")
+    rule: str | None = option(
+        None, f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}; data:NAME: by what the outputs lose."
+    )
     shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
     two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
     require_fit: float | None = option(None, "Keep a matrix whose bulk fits noise at a lower level than this.")
 
     def treatment(self) -> dict[str, Any]:
-        """What a Treatment takes beside its rule and its metric."""
+        """What a Treatment takes beside its rule."""
         return {"shrink": self.shrink, "two_sided": self.two_sided, "require_fit": self.require_fit}
 
 

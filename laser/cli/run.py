@@ -32,12 +32,11 @@ from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
 from laser.publication import SEARCH, write_card
 from laser.records import to_json
-from laser.search.candidates import DATA, family_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import check_objectives, check_request, result_document
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.rules import draws_needed
+from laser.spectral.rules import draws_needed, metric_in
 
 
 def run(
@@ -80,17 +79,17 @@ def run(
     chosen, treatment = which.selection(), how.treatment()
     rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]
     for each in rules:
-        Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
+        Treatment(each, **treatment).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     if searching:
         calibrated = moments.moments is not None
         check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
         check_objective("loss", None, text)
-    elif DATA in wanted and moments.moments is None:
+    elif metric_in(wanted) != "plain" and moments.moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     crew = compute.crew()
-    draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
+    draws = max((draws_needed(each) for each in rules), default=0)
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
@@ -131,8 +130,7 @@ def run(
 
     def choose(spectra: Spectra) -> Plan:
         if not searching:
-            bare, metric = wanted.removeprefix(DATA), family_of(wanted)
-            return make_plan(spectra, bare, chosen, lowest_snr=count, metric=metric, **treatment)
+            return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
         assert measure is not None
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,

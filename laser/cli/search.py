@@ -24,13 +24,13 @@ from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, check_cut, cut_windows, load_tokenizer
 from laser.files import real
 from laser.pipeline import scan_into, tidy_spectra
-from laser.search.candidates import DATA, candidates_of
+from laser.search.candidates import candidates_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
 from laser.search.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
-from laser.spectral.rules import RULES, draws_needed
+from laser.spectral.rules import BY_DATA, RULES, draws_needed
 
 
 def search(
@@ -111,7 +111,7 @@ def search(
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
     )
-    draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
+    draws = max((draws_needed(rule) for rule in wanted), default=0)
     if work.dry_run:
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
@@ -227,7 +227,7 @@ def objectives_of(
 def _grid(text: str) -> list[str]:
     """`fraction:0.9,0.6` or `data:fraction:0.9,0.6` to its rules. Raises UsageError without arguments; rules check the
     rest."""
-    metric = DATA if text.startswith(DATA) else ""
+    metric = BY_DATA if text.startswith(BY_DATA) else ""
     name, _, arguments = text.removeprefix(metric).partition(":")
     found = [f"{metric}{name}:{argument}" for argument in arguments.split(",") if argument]
     if not found:
