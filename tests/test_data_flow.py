@@ -149,7 +149,7 @@ def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_
     checkpoint, written = laser.open_checkpoint(speaker), laser.open_checkpoint(out)
     known = Moments.load(moments)
     for line in lines:
-        edit = cut_of(checkpoint, {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
+        edit = cut_of(checkpoint, "data:rank:1", {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
         assert torch.equal(written.read(line.name), edit[line.name])
 
 
@@ -262,7 +262,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=64, limit=1)
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("w1", "w3"), layers=(1,)))
     laser.scan(checkpoint, Selection(roles=("w1", "q"), layers=(1,)), moments=moments).save(tmp_path / "s")
-    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "rank:3", metric="data")
+    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "data:rank:3")
     reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons["model.layers.1.self_attn.q_proj.weight"] == "not calibrated"
     unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: met")}

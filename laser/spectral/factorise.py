@@ -263,7 +263,7 @@ def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
     The checks for NaN and the kurtosis then need no second copy. Otherwise W as it is, which the ladder streams in
     blocks of rows; always so where the host has the eigensolver.
     """
-    if device.host_eigensolver or W.device == device.torch_device:
+    if device.host_eigensolver:
         return W
     free = free_bytes(device)
     if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
