@@ -17,8 +17,8 @@ from laser.evaluation.perplexity import Difference, Perplexity, difference
 from laser.moments import Moments
 from laser.null import NullTest, null_test
 from laser.plan import Plan, PlanLine, empty_plan, make_plan
-from laser.publication import write_card
 from laser.reduction import Outcome, reduce
+from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import Spectra, scan
 from laser.spectral.certificate import Certificate, Truncation

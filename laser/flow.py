@@ -19,9 +19,9 @@ from laser.errors import OutputError
 from laser.moments import Moments
 from laser.one_pass import reduce_in_one_pass
 from laser.plan import Plan, Treatment
-from laser.publication import write_card
 from laser.reasons import Kind
 from laser.reduction import Outcome, plan_as_measured, reduce
+from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import Source, Spectra, scan
 

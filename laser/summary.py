@@ -12,9 +12,9 @@ from typing import Any
 from laser.checkpoint.families import place_of
 from laser.checkpoint.files import to_json
 from laser.errors import UsageError
+from laser.escape import visible
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
-from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Source, Spectra
 from laser.spectral.noise import estimate, fit_noise

@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": {"errors", "spectral", "checkpoint"},
     "spine": {"errors", "spectral", "checkpoint", "evaluation", "engine", "report"},
     "search": {"errors", "spectral", "checkpoint", "evaluation", "spine"},
-    "report": {"errors", "spine", "evaluation"},  # for their records only: it may not compute
+    "report": {"errors", "spectral", "checkpoint", "evaluation", "spine"},
     "cli": {"errors", "spectral", "checkpoint", "evaluation", "engine", "spine", "search", "report"},
 }
 

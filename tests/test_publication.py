@@ -24,7 +24,8 @@ from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.perplexity import Perplexity, record_of
 from laser.evaluation.text import Window, Windows
 from laser.plan import make_plan
-from laser.publication import (
+from laser.reduction import Outcome, reduce
+from laser.report.publish import (
     EVAL,
     EVAL_SOURCE,
     LEADERBOARD,
@@ -35,7 +36,6 @@ from laser.publication import (
     hub_origin,
     write_card,
 )
-from laser.reduction import Outcome, reduce
 from laser.spectra import Source, scan
 from laser.verification import verify
 

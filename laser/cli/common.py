@@ -21,8 +21,8 @@ from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
+from laser.escape import visible
 from laser.moments import Moments
-from laser.report.visible import visible
 from laser.selection import Selection, parse_layers, parse_roles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]

@@ -20,9 +20,9 @@ from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
-from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 from laser.reduction import Outcome
 from laser.report.comparison import Row, leaderboard_rows
+from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 from laser.spectral.devices import choose_device
 
 Tasks = Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")]

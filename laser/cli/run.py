@@ -38,8 +38,8 @@ from laser.evaluation.text import WINDOW, Text, load_tokenizer
 from laser.flow import records_of
 from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
-from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
+from laser.report.publish import SEARCH, write_card
 from laser.search.candidates import DATA, family_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import check_objectives, check_request, result_document

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from laser.errors import RecordError
+from laser.escape import visible
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
 from laser.report import card_edits as edits
@@ -22,7 +23,6 @@ from laser.report.card_loading import is_release, loading
 from laser.report.card_metric import metric
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, read_source_card
-from laser.report.visible import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

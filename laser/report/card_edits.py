@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from laser.escape import cell, code, table
 from laser.reasons import Kind
-from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
     from laser.plan import Plan, PlanLine

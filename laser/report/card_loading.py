@@ -7,9 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from laser.escape import fence, visible
 from laser.report import chat
-from laser.report.markdown import fence
-from laser.report.visible import visible
 
 if TYPE_CHECKING:
     from laser.report.card import CardSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from laser.report.markdown import cell, code, table
+from laser.escape import cell, code, table
 
 if TYPE_CHECKING:
     from laser.plan import PlanLine

@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from laser.escape import cell, code, fence, table
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Direction
 from laser.report import chat
 from laser.report.card_edits import count
 from laser.report.comparison import Losses, Row
-from laser.report.markdown import cell, code, fence, table
 from laser.report.source_card import LICENCE
 
 if TYPE_CHECKING:
