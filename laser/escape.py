@@ -7,7 +7,6 @@ the page.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 
 def visible(text: object) -> str:
@@ -34,12 +33,6 @@ def code(text: object) -> str:
     # GitHub takes backslashes before a bar in pairs, and after an even number of them the bar ends the cell.
     line = re.sub(r"(\\*)\|", lambda m: m[1] + "\\" * (1 + len(m[1]) % 2) + "|", line)
     return f"`{line}`" if line else ""
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows of ready cells (see `cell` and `code`); the columns numbered in `right` are aligned to the right."""
-    rule = ["---:" if i in right else "---" for i in range(len(headings))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
 
 
 def fence(text: str, language: str = "") -> str:

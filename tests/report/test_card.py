@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -736,6 +737,12 @@ def test_no_figure_is_nan(source: CardSource) -> None:
         text = card("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
         assert not re.search(r"\b(nan|inf|None)\b", text)
     assert "above 5e21" in card("m", outcome_of(), source, losses=huge)
+
+
+def test_only_fences_hold_what_is_not_escaped() -> None:
+    text = (resources.files("laser.report") / "card.md.jinja").read_text(encoding="utf-8")
+    text = re.sub(r"{#.*?#}|{% filter fence.*?{% endfilter", "", text, flags=re.DOTALL)
+    assert "{{ name }}" in text and not re.search(r"\|\s*safe\b", text)
 
 
 def test_every_section_is_there_in_order(source: CardSource) -> None:
