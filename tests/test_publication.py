@@ -16,15 +16,17 @@ import pytest
 import torch
 import yaml
 
-from laser.checkpoint.files import sealed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.perplexity import Perplexity, record_of
 from laser.evaluation.text import Window, Windows
+from laser.outcome import Outcome
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import Outcome, reduce
+from laser.records import sealed
 from laser.report.publish import (
     EVAL,
     EVAL_SOURCE,
@@ -36,7 +38,6 @@ from laser.report.publish import (
     hub_origin,
     write_card,
 )
-from laser.spectra import Source, scan
 from laser.verification import verify
 
 

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.answers import bare, hub_errors, session, transport_errors
 from laser.checkpoint.formats import what_lies_on_hub
-from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.safetensors import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import CheckpointError
+from laser.files import read_regular
 
 T = TypeVar("T")
 # Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.

@@ -22,6 +22,7 @@ from laser.escape import cell, code, fence, visible
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Direction
+from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind
 from laser.report import chat
@@ -31,8 +32,6 @@ from laser.report.source_card import LICENCE, SourceCard, read_source_card
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from jinja2 import Template
-
-    from laser.reduction import Outcome
 
 TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
 INHERITED = (*LICENCE, "language")

@@ -16,9 +16,9 @@ from report.browser import CHROMIUM, Browser
 
 import laser
 from laser.escape import visible
+from laser.pipeline import scan
 from laser.report.page import render
 from laser.report.plots import histogram_of
-from laser.spectra import scan
 from laser.summary import summarise
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

@@ -13,7 +13,8 @@ import pytest
 import laser
 from laser.errors import UsageError
 from laser.escape import visible
-from laser.spectra import Spectra, scan
+from laser.pipeline import scan
+from laser.spectra import Spectra
 from laser.summary import Summary, summarise
 
 pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
