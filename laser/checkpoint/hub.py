@@ -112,13 +112,14 @@ def _is_whole(folder: Path) -> bool:
 def recognised(repo: str, revision: str | None) -> str | None:
     """What a repository without config.json or without weights is, by the names of its files; None where that is not
     known, or where the Hub is off line."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return None
     with hub_errors(repo, revision):
-        names = sorted(plain_names(repo, HfApi().model_info(repo, revision=revision).siblings))
-        return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
+        return what_lies_on_hub(
+            repo, sorted(_names(repo, revision)), lambda name: read_regular(_to_cache(repo, name, revision))
+        )
 
 
 def listing(hub: Hub) -> frozenset[str]:
@@ -134,7 +135,8 @@ def listing(hub: Hub) -> frozenset[str]:
             return here
     try:
         with hub_errors(hub.repo, hub.revision):
-            names = _names(hub) if whole else _patiently(lambda: _names(hub), hub.repo)
+            asked = (hub.repo, hub.commit)
+            names = _names(*asked) if whole else _patiently(lambda: _names(*asked), hub.repo)
     except CheckpointError:
         if not whole:
             raise
@@ -150,10 +152,10 @@ def _is_known_to_be_absent(hub: Hub, name: str) -> bool:
     return found is not None and not isinstance(found, str)  # it is not known, or the file's path
 
 
-def _names(hub: Hub) -> list[str]:
+def _names(repo: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
-    return plain_names(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+    return plain_names(repo, HfApi().model_info(repo, revision=revision).siblings)
 
 
 def _require_apart(hub: Hub, names: Sequence[str]) -> None:
@@ -278,11 +280,10 @@ def _remote_file(hub: Hub, name: str) -> RemoteFile:
 def _fetch(file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
     """Bytes [start, end) of a file, in pieces as they arrive. Raises CheckpointError.
 
-    The client's own backoff waits where the server asks for it. A connection that breaks is ours: the client has no
-    way to go on behind the bytes that have arrived, but into a file, and closes with the broken connection all others,
-    on which answers are looked at.
+    The client's backoff is for answers that ask for it. Connections that break are ours: only into a file can the
+    client go on behind the bytes that have arrived.
     """
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import build_hf_headers, http_stream_backoff
 
@@ -293,9 +294,7 @@ def _fetch(file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
         before, reason = start, "connection closed early"
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
         try:
-            with http_stream_backoff(
-                "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
-            ) as answer:
+            with http_stream_backoff("GET", url, headers=headers, retry_on_exceptions=()) as answer:
                 _require_range(answer, file, start)
                 for piece in answer.iter_bytes():  # as it comes: pieces of a size would be lost with a connection
                     if start + len(piece) > end:
