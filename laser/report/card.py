@@ -28,6 +28,7 @@ from laser.reasons import Kind
 from laser.report import chat
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, SourceCard, read_source_card
+from laser.search.runner import Trial
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -78,12 +79,12 @@ def card(
     losses: Losses | None = None,
     before: Leaderboard | None = None,
     after: Leaderboard | None = None,
-    trials: Sequence[Mapping[str, Any]] | None = None,
+    trials: Sequence[Trial] = (),
 ) -> str:
     """The whole card as text.
 
     losses: the same text under source and result. before, after: the leaderboard's tasks on either. trials: what a
-    search tried, each with label, rule, ranks (tensor -> rank), d, se and accepted.
+    search tried.
     Raises RecordError where the metadata would not be valid.
     """
     from huggingface_hub import ModelCard, ModelCardData

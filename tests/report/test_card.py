@@ -30,6 +30,7 @@ from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.source_card import licence_of, read_source_card
+from laser.search.runner import Trial
 
 README = """---
 license: apache-2.0
@@ -326,8 +327,8 @@ def test_limits_of_the_rule(rule: str, words: str, source: CardSource) -> None:
 
 
 def test_search_trials_are_listed(source: CardSource) -> None:
-    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> dict[str, Any]:
-        return {"label": label, "rule": "mp-edge", "ranks": {"a": 10, "b": 12}, "d": d, "se": se, "accepted": accepted}
+    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> Trial:
+        return Trial(label, "mp-edge", {"a": 10, "b": 12}, False, d, se, accepted, None, 0, 0.0)
 
     trials = [trial("3.w1", -0.0012, 0.0005, True), trial("2|q", 0.01, None, False), trial("1.v", None, None, False)]
     text = card("m", outcome_of(), source, trials=trials)
