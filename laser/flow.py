@@ -16,7 +16,7 @@ from laser.moments import Moments
 from laser.outcome import Outcome, plan_as_measured
 from laser.pipeline import of_another_run, records_of, reduce, reduce_in_one_pass, scan_into, spectra_there
 from laser.plan import Plan, Treatment
-from laser.publication import write_card
+from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import Spectra
 

@@ -12,10 +12,10 @@ from typing import Any
 from laser.checkpoint.matrices import place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
+from laser.escape import visible
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
-from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.noise import estimate, fit_noise

@@ -18,9 +18,9 @@ from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.replaceable import require_outside_models
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
+from laser.escape import visible
 from laser.files import claimed, real, require_led
 from laser.records import to_json
-from laser.report.visible import visible
 
 
 @dataclass
