@@ -27,7 +27,8 @@ MOST_ON_AVERAGE, MOST = 18, 40
 # A point, and what may close after it, before a space and what a sentence may begin with. A dot inside of a number or a
 # file's name has no space behind it, and one before a small letter ends nothing.
 END = re.compile(r"[.!?][)\]\"'*_]*\s+(?=[(\[\"'*_]*[`A-Z0-9])")
-ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|Fig|Eq|No|Dr|al)|\b[A-Z])\.$")
+ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|Fig|Eq|No|Dr|al)\.$")
+FIELD = re.compile(r"^(\w+(?:, \w+)*: )", flags=re.MULTILINE)  # a line of a docstring that says what a field is
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -83,7 +84,7 @@ def source(path: Path, name: str) -> Iterator[Sentence]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(node):
-                yield from sentences(docstring, name, node.body[0].lineno)
+                yield from sentences(FIELD.sub(r"- \1", docstring), name, node.body[0].lineno)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
     block: list[str] = []

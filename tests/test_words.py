@@ -20,7 +20,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         "It takes 0.5 s, i.e. Nothing. Then it ends.",
         "Open `config.json` or README.md here. `--resume` goes on.",
-        "See Marchenko et al. 1967 and cf. Fig. 3 of J. Doe. **Here** it ends.",
+        "See Marchenko et al. 1967 and cf. Fig. 3 there. **Here** it ends.",
         "Is it so? (It is not.)",
         "Keep A,B,.. per layer... and go on.\nThen stop.",
     ],

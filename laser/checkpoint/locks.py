@@ -102,14 +102,14 @@ def _take(lock: Path, path: Path) -> int:
 
 
 def _say_who(handle: int, lock: Path) -> None:
-    """For the message to others. The lock holds without it, so a full disk is told by what is to be written."""
+    """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
     told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         os.truncate(handle, 0)
         os.write(handle, json.dumps(told).encode())
     except OSError:
         with suppress(OSError):
-            os.truncate(handle, 0)  # half of it, or whoever held it before, would be told
+            os.truncate(handle, 0)  # half of it, or whoever held it before, would be named
 
 
 def _lock(handle: int, path: Path) -> bool:

@@ -550,7 +550,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], lis
 
 
 def _pieces(own: Path, path: Path) -> Iterator[bytes]:
-    """The bytes of a source's file, called `path`; what cannot be read is told of the source and not of the output."""
+    """The bytes of a source's file, called `path`; what cannot be read is an error of the source, not of the output."""
     with _reading(path), open_regular(own, follow=False) as file:
         while piece := file.read(CHUNK):
             yield piece

@@ -20,8 +20,8 @@ from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
 MARGIN, LEAST = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
-# Of arrays (tokens, rows + columns of the largest matrix) that a layer holds at a time, such as gate, up, their product
-# and norms; of stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
+# How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
+# STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).
 PLAIN, STACKED = 4.0, 2.5
 SCORES, SCAN = 3, 3  # arrays of attention's scores where they are made at all; of states of a scan (GPT-OSS, Mamba)

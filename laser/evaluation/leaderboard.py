@@ -220,9 +220,9 @@ def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float |
 def mean_and_error(rows: Sequence[float], sizes: Sequence[int]) -> tuple[float, float | None]:
     """Mean over groups of equal weight (`sizes` rows each, in order) of their means, and its standard error.
 
-    A group's variance is that of its own rows. A group of one row has none to show; for it stands its distance from
-    the mean of all groups, which counts what groups differ by as error and so is too large rather than too small
-    (collapsed strata, Cochran 1977, section 5A.12). None for a single row.
+    A group's variance is that of its own rows. A group of one row has none to show: its distance from the mean of all
+    groups stands for it (collapsed strata, Cochran 1977, section 5A.12). That counts what groups differ by as error,
+    and so is too large rather than too small. None for a single row.
     """
     ends = np.cumsum(sizes).tolist()
     groups = [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
@@ -287,9 +287,11 @@ def run_leaderboard(
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
 
-    data: folder of local rows (see lm_tasks); None takes them from the Hub. limit: the first rows of each task only
-    (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
-    checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
+    data: folder of local rows (see lm_tasks); None takes them from the Hub
+    limit: the first rows of each task only (of each subject for MMLU), for a quick look; not the leaderboard's numbers
+    dtype: "auto" is the checkpoint's own
+
+    No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
     that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
     `anew` drops the journal of another measurement. `known` is returned if it is the record of this one.
     `tick` is called after each task.
@@ -361,7 +363,7 @@ def run_leaderboard(
     )
 
 
-SAMPLE = 4  # rows of each task file whose prompts are built to foretell the rest
+SAMPLE = 4  # rows of each task file whose prompts are built to estimate the rest
 
 
 @dataclass(frozen=True)
@@ -479,7 +481,7 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 def _lm_eval(module: str) -> Any:
-    """A module of lm-eval, imported when met. Untyped: its decorators hide its signatures from a type checker, which
+    """A module of lm-eval, imported when needed. Untyped: its decorators hide its signatures from a type checker, which
     moreover must pass where lm-eval is not installed."""
     return importlib.import_module(f"lm_eval.{module}")
 

@@ -37,7 +37,7 @@ MATMULS = (
     torch.Tensor.bmm,
 )
 
-# (what was met, inputs (T, n), outputs without bias (T, m of all rows))
+# (which matrices, inputs (T, n), outputs without bias (T, m of all rows))
 Listener = Callable[[Met, torch.Tensor, torch.Tensor], None]
 
 

@@ -71,7 +71,7 @@ def judge(
     """better, worse or undecided; where no error is known, the direction and that it proves nothing.
 
     se: standard error of `change`, None where a single one of the `units` was measured. differences: what was not the
-    same in the two measurements; with any, no direction is told.
+    same in the two measurements; with any, no direction is stated.
     """
     if differences:
         return f"{UNLIKE}: {', '.join(map(str, differences))}"

@@ -22,7 +22,7 @@ from laser.spectral.devices import Device
 from laser.spectral.factorise import truncate
 
 ORDERS = ("layers", "snr")
-DATA = "data:"  # before a rule that is asked in the metric of the data
+DATA = "data:"  # before a rule that goes by the data: E||W x||^2 over the calibration inputs x
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,12 @@ def search(
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
 
-    Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them, or with `shortlist` K those
-    with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
+    Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them. With `shortlist` K they are
+    those with the lowest first-order change of the loss. Each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
     then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none;
     `anew` drops the trials of another search.
-    A rule `data:NAME` is asked in the metric of the data and needs the `moments` that `spectra` were scanned with.
+    A rule `data:NAME` goes by the data (see `data_metric`) and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration

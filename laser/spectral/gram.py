@@ -62,7 +62,7 @@ def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains
 
 def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """x on `device` and in `dtype`. The narrower of the two dtypes is what is copied: there is less of it, and float64
-    never meets a device that has none."""
+    never reaches a device that has none."""
     return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
 
 
@@ -99,8 +99,8 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
     """A^T A for the tall A (q, p) of W -> (p, p).
 
     The host uses NumPy's BLAS and LAPACK for everything. torch, NumPy and SciPy each bring a pool of threads that spin
-    while they wait, and two of them on the same cores cost more than the arithmetic; and of NumPy and SciPy only NumPy
-    lets go of Python's lock meanwhile, without which two workers are as slow as one (LOG.md).
+    while they wait, and two of them on the same cores cost more than the arithmetic. Of NumPy and SciPy only NumPy lets
+    go of Python's lock meanwhile, without which two workers are as slow as one (LOG.md).
     """
     p = min(W.shape)
     total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
