@@ -32,28 +32,31 @@ READERS = 16  # reads under way at a time, so that a disk far away is waited for
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """samples: sha256 over bytes of every tensor; None where they lie on the Hub. content: one hash over the hashes
-    that the Hub has of the files; None elsewhere."""
+    """Which weights these are, by hashes of them.
+
+    samples: sha256 over bytes of every tensor; None where they lie on the Hub
+    content: one hash over the hashes that the Hub has of the files; None elsewhere
+    """
 
     samples: str | None = None
     content: str | None = None
 
     def told(self) -> dict[str, str]:
-        """For records: what is known."""
+        """The hashes that are known, for records."""
         known = {"content": self.content, "samples": self.samples}
         return {kind: digest for kind, digest in known.items() if digest}
 
     @property
     def short(self) -> str:
-        """For messages."""
+        """The first digits of a hash, for messages."""
         return (self.samples or self.content or "unknown")[:12]
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> Fingerprint:
-    """Of the weights as they are now."""
+    """The fingerprint of the weights as they are now."""
     content = checkpoint.hub.content if checkpoint.hub else None
     remote = checkpoint.hub is not None and not all(shard.path.exists() for shard in checkpoint.shards)
-    # A server that tells no hashes is asked for ranges: slow, but not wrong.
+    # A server that states no hashes is asked for ranges: slow, but not wrong.
     return Fingerprint(None if remote and content else samples_of(checkpoint.shards), content)
 
 
@@ -115,7 +118,7 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
 
 
 def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
-    """What a record or journal tells of weights."""
+    """What a record or journal states of weights."""
     samples, content = (told if isinstance(told := record.get(key), str) else None for key in ("samples", "content"))
     return Fingerprint(samples, content)
 

@@ -42,7 +42,11 @@ RESAVE = "from transformers import AutoModelForCausalLM as M; M.from_pretrained(
 
 @dataclass(frozen=True)
 class Format:
-    """pattern: of a file's path inside the folder; what: of what it is a sign; remedy: what to do.
+    """One format that people bring: how it is recognised, and what to do about it.
+
+    pattern: of a file's path inside the folder
+    what: of what it is a sign
+    remedy: what to do
 
     A remedy may name:
 

@@ -107,7 +107,7 @@ def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """sha256 of a file's bytes, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

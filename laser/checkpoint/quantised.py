@@ -40,7 +40,11 @@ METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4"
 
 @dataclass(frozen=True)
 class Fp8:
-    """Which tensors are FP8 with scales. scales: weight -> its scale tensor; block: rows and columns of a block."""
+    """Which tensors are FP8 with scales.
+
+    scales: weight -> its scale tensor
+    block: rows and columns of a block
+    """
 
     scales: Mapping[str, str]
     block: tuple[int, int] = BLOCK

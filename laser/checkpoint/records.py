@@ -154,7 +154,7 @@ def shown(found: Any, quote: str = '"') -> str:
 
 
 def named(found: Any) -> str:
-    """The same in the quotes of a name."""
+    """A value as its file has it, shortened, in the quotes of a name."""
     return shown(found, "'")
 
 

@@ -32,7 +32,7 @@ def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
 
 
 def raw_regular(path: Path, *, follow: bool = True) -> io.FileIO:
-    """The same without a buffer."""
+    """The file at `path` as `open_regular` opens it, without a buffer."""
 
     def opened(name: str, flags: int) -> int:
         _require(path.stat())  # before it is opened, for opening a device may already do something

@@ -166,7 +166,7 @@ class Leaderboard:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and notes of lm-eval, `datasets` and transformers."""
+    """Silence the bars and notes of lm-eval, `datasets` and transformers inside."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -419,7 +419,7 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
 
 @contextmanager
 def _folder() -> Iterator[str]:
-    """For the tasks' files while lm-eval reads them. What cannot be removed from it again is no reason to stop."""
+    """A folder for the tasks' files while lm-eval reads them. What stays in it is no reason to stop."""
     with disk_errors(Path(tempfile.gettempdir())):
         made = tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
     with made as folder:

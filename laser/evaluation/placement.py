@@ -45,8 +45,11 @@ Ways = Sequence[tuple[str, Asked]]
 
 @dataclass(frozen=True)
 class Placement:
-    """What was chosen. told: what to say of it, None where there was no choice; left: bytes of the host's memory that
-    stay free beside it, None where that is not known."""
+    """How a model is run, as it was chosen.
+
+    left: bytes of the host's memory that stay free beside it, None where that is not known
+    told: what to say of the choice, None where there was none
+    """
 
     stream: bool
     needs: Needs

@@ -49,7 +49,7 @@ def run_one_expert_at_a_time(model: LayeredModel) -> None:
 
 
 class Tap(TorchFunctionMode):
-    """Inside, `listen` is told of every product of decoder layer `layer` with one of the `matrices`."""
+    """Inside, `listen` is called with every product of decoder layer `layer` with one of the `matrices`."""
 
     def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()

@@ -27,8 +27,10 @@ DATA = "data:"  # before a rule that goes by the data: E||W x||^2 over the calib
 
 @dataclass(frozen=True)
 class Candidate:
-    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice in
-    the same metric."""
+    """Matrices that are edited together.
+
+    options: (rule, tensor name -> rank), mildest first, no rank twice in the same metric
+    """
 
     label: str
     piece: int  # the first piece of the model that it touches
@@ -118,8 +120,10 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
 def cut_of(
     checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
 ) -> dict[str, torch.Tensor]:
-    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks. With `moments` in
-    the metric of the data."""
+    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks.
+
+    With `moments` they are cut by the data.
+    """
     found = {}
     for name, rank in ranks.items():
         W = read_matrix(checkpoint, name)

@@ -39,8 +39,10 @@ class Passes:
 def possible_candidates(
     matrices: Sequence[Matrix], model: LayeredModel, rules: Sequence[str], grid: bool
 ) -> list[Candidate]:
-    """Before the spectra are known: as though every rule reduced every matrix that the model runs, each to another
-    rank."""
+    """The candidates that there can be, before the spectra are known.
+
+    As though every rule reduced every matrix that the model runs, each to another rank.
+    """
     running = [m for m in matrices if m.is_matrix and model.runs(m.name)]
     if not grid:
         options = {m.name: tuple((rule, {m.name: 0}) for rule in rules) for m in running}

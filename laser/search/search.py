@@ -71,7 +71,7 @@ class Report:
 
     @property
     def unit_name(self) -> str:
-        """What a value stands for."""
+        """What a value is of, in the plural."""
         return "windows" if self.objective == "loss" else "questions"
 
 
@@ -84,8 +84,10 @@ class SearchResult:
     rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
 
     def families(self) -> dict[str, dict[str, int]]:
-        """Per metric, plain and data: trials, accepted ones, matrices that the plan reduces, and candidates on which it
-        had the best trial. What `--rules laser-rmt,data:energy:0.99` asks is which of them wins."""
+        """Counts per metric, plain and data: which of them wins.
+
+        They are trials, accepted ones, matrices that the plan reduces, and candidates on which it had the best trial.
+        """
         best: dict[str, Trial] = {}
         for trial in self.trials:
             if trial.d is not None and trial.d < (best[trial.label].d or 0.0 if trial.label in best else math.inf):
@@ -252,7 +254,7 @@ def _shortlisted(
     )
     if len(entry["predicted"]) != len(found):
         raise RecordError(
-            f"the journal of the search foretells {len(entry['predicted'])} changes, expected {len(found)}; start "
+            f"the journal of the search predicts {len(entry['predicted'])} changes, expected {len(found)}; start "
             "afresh with --force"
         )
     told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]

@@ -254,7 +254,7 @@ def _pools() -> ThreadpoolController:
 
 @contextmanager
 def host_threads(p: int) -> Iterator[None]:
-    """Inside, torch has one thread, so that NumPy's BLAS has the cores to itself, and BLAS has one for a small matrix.
+    """Give NumPy's BLAS the cores to itself: inside, torch has one thread, and BLAS has one for a small matrix.
 
     Pools of threads that spin while they wait cost more than they bring where others want the same cores. With a second
     busy process on 2 cores, a matrix of 1536 x 576 took 0.25 s and more with two BLAS threads, and 0.07 s with one. On

@@ -72,7 +72,7 @@ def number(scalar: torch.Tensor) -> float:
 
 
 def to_host(vector: torch.Tensor) -> NDArray[np.float64]:
-    """In float64, converted on the host: not every device has it."""
+    """The vector in float64 on the host, and converted there: not every device has float64."""
     return vector.cpu().numpy().astype(np.float64)
 
 
@@ -120,8 +120,10 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
 
 
 def trace_of(G: torch.Tensor) -> float:
-    """Raises NumericalError where it is not finite: then a weight is not, or its
-    square leaves the precision; and LAPACK need not come back from such a matrix."""
+    """The trace of a Gram matrix. Raises NumericalError where it is not finite.
+
+    Then a weight is not finite, or its square leaves the precision, and LAPACK need not come back from such a matrix.
+    """
     trace = float(np.sum(to_host(torch.diagonal(G))))
     if not np.isfinite(trace):
         raise NumericalError("the Gram matrix is not finite")
@@ -135,7 +137,7 @@ def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
 
 
 def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
-    """Ascending. NumPy's on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
+    """Eigenvalues, ascending. By NumPy on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
     if device.host_eigensolver:
         return np.linalg.eigvalsh(G.cpu().numpy()).astype(np.float64)
     return to_host(torch.linalg.eigvalsh(G))
@@ -150,8 +152,11 @@ def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], 
 
 
 def to_singular_values(eigenvalues: NDArray[np.float64], dtype: torch.dtype, trace: float) -> NDArray[np.float64]:
-    """Roots of ascending eigenvalues (p,) of a Gram matrix of this trace. Raises NumericalError where they are not
-    finite or do not add up to the trace, the one law of all eigenvalues that costs nothing to check."""
+    """Singular values (p,), descending: roots of ascending eigenvalues (p,) of a Gram matrix of this trace.
+
+    Raises NumericalError where they are not finite or do not add up to the trace, the one law of all eigenvalues that
+    costs nothing to check.
+    """
     if not np.isfinite(eigenvalues).all():
         raise NumericalError("the eigensolver returned NaN or Inf")
     p, missing = len(eigenvalues), abs(float(np.sum(eigenvalues)) - trace)

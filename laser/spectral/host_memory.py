@@ -46,7 +46,7 @@ def host_free_bytes(mapped: int = 0, root: Path = Path("/")) -> int | None:
 
 
 def _of_the_system(root: Path) -> Iterator[int]:
-    """What would be given without swapping."""
+    """Bytes that the system would give without swapping."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.M)
     if found:
         yield 1024 * int(found[1])
@@ -60,7 +60,7 @@ def _of_the_system(root: Path) -> Iterator[int]:
 
 
 def _of_a_mac(told: str) -> Iterator[int]:
-    """By the output of vm_stat: pages that are free, or that may be dropped."""
+    """Bytes in pages that are free, or that may be dropped, by the output of vm_stat."""
     size = re.search(r"page size of (\d+) bytes", told)
     pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", told, re.M)
     if size and pages:

@@ -78,8 +78,10 @@ def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
 
 
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
-    """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
-    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
+    """The edge, two standard errors above that of the IQR's own estimate: an interquartile range is a noisy statistic.
+
+    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median.
+    """
     error = standard_error(shape, "iqr")
     if not _iqr_tells(shape):
         cut = _mp_median(s, shape, 0.0)

@@ -37,8 +37,10 @@ class Tail:
 
 @dataclass(frozen=True)
 class Description:
-    """largest: s_1, in the unit of s;  norm: ||W||_F;  the ranks are numbers of singular values.
+    """One spectrum in numbers. The ranks are numbers of singular values.
 
+    largest: s_1, in the unit of s
+    norm: ||W||_F
     stable_rank: ||W||_F^2 / s_1^2, 1 for rank one, p when all values are equal
     effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli 2007), between 1 and p
     energy_ranks: fewest values that hold each share in ENERGIES of the squared sum
