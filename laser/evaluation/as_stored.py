@@ -1,4 +1,4 @@
-"""How transformers is asked for the weights that are stored, and for nothing that the files beside them would add."""
+"""Have transformers load the weights that are stored, and nothing that the files beside them add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model without weights, and how to fill it: each parameter in memory and the tensors on disk that make it.
+"""The model without weights, and how to fill it: which tensors on disk make each parameter.
 
 What a tensor on disk is called in memory is asked of transformers' own loader, name by name. It knows prefixes that are
 added or dropped, and names of older checkpoints. It also knows the experts of a layer, which most checkpoints store one

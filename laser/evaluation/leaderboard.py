@@ -1,4 +1,4 @@
-"""leaderboard: the six tasks of the Open LLM Leaderboard (version 1) through lm-eval, as one record.
+"""leaderboard: the Open LLM Leaderboard's six tasks (version 1) through lm-eval, as one record.
 
 The same function measures a source and its reduction. Values are in [0, 1]. Every row's own score is kept, so that two
 records of the same rows can be compared row by row, which is far sharper than comparing two averages.

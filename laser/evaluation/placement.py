@@ -1,7 +1,8 @@
-"""Whether a model is loaded whole or run layer by layer: what it needs against what is free, before it is loaded.
+"""Whether a model is loaded whole or run layer by layer, decided before it is loaded.
 
-What is free is asked of a function, so that this room knows no device's library. A choice of the user's wins; one that
-cannot be met is refused with the flags that can, each of them held against what is free before it is named.
+What it needs is held against what is free. A function says what is free, so that this room knows no device's library. A
+choice of the user's wins. One that cannot be met is refused with the flags that can, each of them held against what is
+free before it is named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Listening in on a layer: every product with a weight, its inputs and its outputs, whatever module makes it.
+"""Listen in on a layer: every product with a weight, its inputs and outputs, whatever module makes it.
 
 Hooks on modules would miss the experts, which are slices of 3-D parameters and no modules. So the calls of torch that
 multiply are watched, and the weight in a call is known by where its memory lies. An expert's inputs are then by

@@ -1,4 +1,4 @@
-"""Verdicts: what the difference of two measurements says, in the same words for eval, search, leaderboard and card.
+"""Verdicts: what the difference of two measurements says. Eval, search, leaderboard and card use the same words.
 
 A difference counts when it is larger than one standard error, paired over the same windows or rows. One standard error
 is a low bar: it is meant to bring harm to light, not to prove a gain. Two measurements that were made in different

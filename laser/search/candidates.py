@@ -1,4 +1,7 @@
-"""What a search tries, in which order: one matrix or one cell of matrices, each at the ranks of one or more rules."""
+"""What a search tries, in which order.
+
+A candidate is one matrix, or one cell of matrices, at the ranks of one or more rules.
+"""
 
 from __future__ import annotations
 

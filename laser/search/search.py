@@ -1,4 +1,4 @@
-"""search: keep an edit only if the model gets no worse by it, measured; the result is a plan and every trial.
+"""search: keep an edit only if the model gets no worse by it, measured. The result is a plan and every trial.
 
 Candidates are tried one at a time on top of what has been kept. With d the mean paired change of the calibration
 objective and se its standard error over windows, `better` (default) keeps an edit if d <= -se, `no-worse` if d <= se,

@@ -1,4 +1,4 @@
-"""Singular values and truncations of W in the metric of the data: E||W x||^2 over the calibration inputs x.
+"""Singular values and truncations by the data: in the metric E||W x||^2, x the calibration inputs.
 
 With x the inputs of W (m, n) and C = E[x x^T] (n, n) their second moment (not centred: a layer sees the mean, too),
 

@@ -1,4 +1,4 @@
-"""Singular values of noise whose rows (or columns) differ in variance: the Marchenko-Pastur law with a population.
+"""The Marchenko-Pastur law of noise whose rows (or columns) differ in variance.
 
 Model of Ke, Ma and Lin (2021), section 2: W = D^(1/2) Z of shape (P, Q). Z has independent entries of mean 0 and
 deviation sigma. D is diagonal with entries tau_i drawn from a gamma law of mean 1 and shape theta (variance 1 / theta;

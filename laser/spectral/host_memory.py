@@ -1,5 +1,6 @@
-"""How many bytes this process may still take on the host, the least that the system, its containers and its own limits
-leave, and how many it has taken. Nothing else in laser reads them.
+"""How much of the host's memory this process has taken, and how much it may still take.
+
+That is the least that the system, its containers and its own limits leave. Nothing else in laser reads them.
 
 A container's limit counts with those of all that it lies in. Cached pages of files that nobody has mapped are not
 counted as used, since the kernel gives them back before it refuses (Documentation/admin-guide/cgroup-v2.rst, and

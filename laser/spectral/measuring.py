@@ -1,4 +1,4 @@
-"""Measuring a Probe: a few products, eigenproblems and copies on a device, each the faster of two runs.
+"""Measure a Probe: a few products, eigenproblems and copies on a device. Each is the faster of two runs.
 
 On the host everything is measured with one BLAS thread, as a worker has. On a device without LAPACK the probe also
 decides the method: eigenvectors on the host, or the projector, whichever takes less time there.

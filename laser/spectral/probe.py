@@ -1,4 +1,4 @@
-"""What this machine can do: the constants behind --dry-run, measured once by `laser devices --probe` and kept.
+"""What this machine can do: the constants behind --dry-run. `laser devices --probe` measures and keeps them.
 
 One JSON document in the user's cache directory holds a Probe per device label ("cpu float64", "cuda:0 float64"). The
 cost model is that of a Gram matrix: products grow as m * n * p and the eigenproblem as p^3, and a rate measured at one

@@ -1,4 +1,4 @@
-"""The method `projector`: a truncation by matrix products alone, for devices without LAPACK (Apple MPS).
+"""The method `projector`: a truncation by matrix products alone. It is for devices without LAPACK (Apple MPS).
 
 With A (q, p) the tall one of W and W^T, G = A^T A and tau between s_r and s_{r+1}, let B = G - tau^2 I:
 

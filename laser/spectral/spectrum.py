@@ -1,5 +1,7 @@
-"""Describe a spectrum: how its energy is spread, how heavy its tail is, how far the entries' tails move the edge of
-noise, and how near a singular value lies to the threshold of a rule."""
+"""Describe a spectrum in numbers.
+
+They say how its energy is spread, how heavy its tail is, how far the entries' tails move the edge of noise, and how
+near a singular value lies to the threshold of a rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaling by a power of two, so that no square and no fourth power leaves the range of float32 or float64.
+"""Scale by a power of two, so that no square or fourth power leaves float32's or float64's range.
 
 Gram matrices, energies and certificates square what they are given, and float32 ends at 1e-38: of entries of 1e-24 the
 squares are 0. Every function of this package that squares entries or singular values first asks here for a unit. It is
