@@ -1,4 +1,4 @@
-"""Files on disk: only regular ones are opened, one process at a time writes, and a file appears whole or not at all.
+"""Files on disk: only regular ones are opened, and one is written by one process, whole or not.
 
 A FIFO waits for ever for somebody to write, /dev/zero has no end, and opening some devices does something. What is no
 regular file is an OSError here, as a missing one is, so that whoever opens says which file it was and what to try.

@@ -1,4 +1,4 @@
-"""Records: their JSON to frozen dataclasses and back, sealed by a checksum, and journals of what is finished.
+"""Records: their JSON to frozen dataclasses and back, sealed, and journals of what is finished.
 
 What is missing, unknown or of another type in a record is a RecordError. Every record says which weights it is of.
 """

@@ -1,4 +1,4 @@
-"""What the tensors of each model family are called and how they are stored: a row per kind of tensor, no code.
+"""FAMILIES: what each model family's tensors are called and how they are stored, as rows.
 
 Roles that are measured and reduced:
 

@@ -1,8 +1,9 @@
-"""Which weights these are: names, shapes and headers of two fine-tunes are equal, so their bytes are looked at.
+"""Which weights these are, by their bytes.
 
-A small checkpoint is read whole. Of a larger one every tensor gives its first and last bytes and a few places between,
-chosen by its name: some thousand short reads, whatever the size. Shards that lie on the Hub are not sampled, for there
-the Hub's own hashes of the files are known. Both kinds are kept where both are known; see `agree`.
+Names, shapes and headers of two fine-tunes are equal, so bytes are looked at. A small checkpoint is read whole. Of a
+larger one every tensor gives its first and last bytes and a few places between, chosen by its name: some thousand short
+reads, whatever the size. Shards that lie on the Hub are not sampled, for there the Hub's own hashes of the files are
+known. Both kinds are kept where both are known; see `agree`.
 """
 
 from __future__ import annotations

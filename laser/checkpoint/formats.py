@@ -1,4 +1,4 @@
-"""What people bring that is no checkpoint of the Hub's format: what it is, and what makes one of it.
+"""What people bring that is no checkpoint of the Hub's format, and what makes one of it.
 
 Recognised by the names of files alone, plus the adapter's own config; nothing is opened that could be large. A row of
 the table per format; the first that matches is named.

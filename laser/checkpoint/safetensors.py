@@ -1,4 +1,4 @@
-"""The safetensors layout: headers checked before they are believed, and the bytes behind them, wherever they lie.
+"""The safetensors layout: headers, checked before they are believed, and the bytes behind them.
 
 8 bytes of little-endian header length, a JSON header, the tensors without holes, as
 https://github.com/huggingface/safetensors has it. Every number is checked against the file's size.

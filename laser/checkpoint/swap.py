@@ -1,4 +1,4 @@
-"""Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
+"""Where an output is written: beside an earlier one, whose place it takes when it is whole.
 
 What lies on the disk meanwhile:
 

@@ -1,4 +1,6 @@
-"""Shard in, shard out: header verbatim, untouched bytes copied in the kernel, touched matrices written in place.
+"""Write the reduced checkpoint, shard by shard.
+
+Headers stay verbatim, untouched bytes are copied in the kernel, touched matrices are written in place.
 
 Order of events, so that being killed at any byte loses nothing and leaves nothing that looks whole:
 
