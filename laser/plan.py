@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
 from laser.files import write_atomically
-from laser.moments import Calibration
+from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import COMMANDS, decode, read_json, require_finite, require_keys, shown, to_json, value_of
 from laser.selection import Selection
@@ -29,11 +29,6 @@ from laser.spectral.noise import NoiseFit, estimate, fit_noise
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
-
-if TYPE_CHECKING:
-    from laser.plan import PlanLine
-    from laser.spectra import Spectra
-
 
 KIND, VERSION = "plan", 3
 EARLIER = (2, 1)  # with reasons that are texts alone; the first knows the weights only of a model on the Hub
@@ -213,6 +208,24 @@ class Plan:
             told, there = getattr(self.source, key), getattr(now, key)
             if told is not None and told != there:
                 raise RecordError(f"the plan's source has {key} {told}, found {there}; plan again")
+
+    def require_moments(self, moments: Moments | None) -> None:
+        """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
+        names = [line.name for line in self.reductions.values() if line.metric == "data"]
+        if not names:
+            return
+        told: Mapping[str, Any] = self.calibration or {}
+        if moments is None:
+            raise UsageError(
+                f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
+                f"laser calibrate on {told.get('text')}"
+            )
+        if moments.calibration.identity != told.get("identity"):
+            raise RecordError(
+                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+                f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with "
+                "these"
+            )
 
 
 def digest_of(rule: str, selection: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
@@ -453,8 +466,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     if treatment.metric == "data" and spectra.data is not None:
         return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
     estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
-    fit = fit_noise(s, shape, estimator)
-    noise = estimate(s, shape, estimator)
+    noise = cut.noise or estimate(s, shape, estimator)
+    fit = fit_noise(s, shape, estimator, noise)
     lower = noise.lower_edge(shape)
     below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
     kurtosis = spectra.kurtosis.get(matrix.name)

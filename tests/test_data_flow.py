@@ -20,7 +20,7 @@ from laser.moments import Moments
 from laser.plan import Plan
 from laser.search.candidates import cut_of
 from laser.selection import Selection
-from laser.spectral.data_metric import Metric
+from laser.spectral.data_metric import ByData
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
 
     metric_of = Moments.metric
 
-    def fail(self: Moments, name: str, W: torch.Tensor) -> Metric:
+    def fail(self: Moments, name: str, W: torch.Tensor) -> ByData:
         if "q_proj" in name:
             raise NumericalError("no")
         return metric_of(self, name, W)

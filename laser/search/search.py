@@ -24,8 +24,7 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
-from laser.moments import Moments
-from laser.pipeline import NO_MOMENTS, require_same_moments
+from laser.moments import NO_MOMENTS, Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import sealed, spoiling
@@ -150,7 +149,7 @@ def search(
     )
     check_objectives(calibration, held_out, accept, shortlist)
     if any(rule.startswith(DATA) for rule in rules):
-        require_same_moments(spectra, moments)
+        spectra.require_moments(moments)
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
