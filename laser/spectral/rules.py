@@ -202,6 +202,26 @@ RULES: dict[str, Rule] = {
 }
 
 
+BY_DATA = "data:"  # before a rule that is asked of the values in the metric of the data
+
+
+def metric_in(asked: str) -> str:
+    """In which metric a rule is asked: "data" for `data:NAME`, else "plain"."""
+    return "data" if asked.startswith(BY_DATA) else "plain"
+
+
+def rule_in(asked: str) -> str:
+    """The rule that is asked in whatever metric. Raises UsageError where it does not exist, or not in that metric."""
+    spec = asked.removeprefix(BY_DATA)
+    if metric_in(asked) != "plain" and not parse_rule(spec)[0].any_metric:
+        able = ", ".join(name for name, row in RULES.items() if row.any_metric)
+        raise UsageError(
+            f"rule {spec!r} supposes noise that is the same in all directions, and in the metric of the data no noise "
+            f"is; try one of {able}"
+        )
+    return spec
+
+
 def parse_rule(spec: str) -> tuple[Rule, float]:
     """`NAME` or `NAME:ARGUMENT` to a row of RULES and its argument. Raises UsageError with the whole list."""
     name, _, text = spec.partition(":")
@@ -224,9 +244,9 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     return rule, value
 
 
-def draws_needed(spec: str) -> int:
-    """How many permutations of each matrix rule `spec` asks a scan for; 0 for most. Raises UsageError as parse_rule."""
-    rule, argument = parse_rule(spec)
+def draws_needed(asked: str) -> int:
+    """How many permutations of each matrix a rule asks a scan for; 0 for most. Raises UsageError as `rule_in`."""
+    rule, argument = parse_rule(rule_in(asked))
     return fewest_draws(argument) if rule.needs_null else 0
 
 
