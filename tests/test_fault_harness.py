@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from disk_faults import DATA, End, Fault, forked, snapshot
+from disk_faults import DATA, End, Fault, forked
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
+from helpers import snapshot
 
 from laser import start
 from laser.checkpoint import files, swap

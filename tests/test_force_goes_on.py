@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_faults import forked, snapshot
+from disk_faults import forked
+from helpers import snapshot
 
 import laser.cli.run
 from laser.checkpoint import swap

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import mixtral_tensors
+from helpers import snapshot
 
 import laser
 from laser import one_pass
@@ -23,10 +24,6 @@ from laser.spectral.devices import choose_device
 from laser.verification import verify
 
 CREW = Crew((choose_device("cpu"),), 2)
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def flow(source: Path, out: Path, rule: str, *, single: bool, nulls: int = 0, **asked: Any) -> Result:
