@@ -40,12 +40,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
+from laser.checkpoint.source import Source
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.engine.workers import Crew, visit
-from laser.one_pass import judge
+from laser.engine.crew import Crew
+from laser.engine.workers import visit
+from laser.pipeline import by_shard, judge
 from laser.plan import Treatment
-from laser.reduction import by_shard
-from laser.spectra import Source
 from laser.spectral.host_memory import resident_bytes
 
 

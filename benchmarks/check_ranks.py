@@ -19,7 +19,7 @@ import numpy as np
 import smoke
 import torch
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.selection import Selection, parse_layers
 from laser.spectral.devices import HOST, choose_device, full_precision

@@ -17,19 +17,18 @@ from pathlib import Path
 import torch
 
 from laser.calibration_parts import Parts
-from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.files import tidy_up
-from laser.checkpoint.fingerprint import require_unchanged
+from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
+from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
+from laser.files import tidy_up
 from laser.moments import VERSION, Moments, Site, fingerprint, pack
 from laser.selection import Selection
-from laser.spectra import Source
 from laser.spectral.devices import full_precision
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import tidy_up, was_journal
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import RECORDS, OnCheck, is_settled
-from laser.engine.workers import Crew
-from laser.errors import OutputError
+from laser.checkpoint.writer import OnCheck, is_settled
+from laser.engine.crew import Crew
 from laser.moments import Moments
-from laser.one_pass import reduce_in_one_pass
+from laser.outcome import Outcome, plan_as_measured
+from laser.pipeline import _of_another_run, _there, records_of, reduce, reduce_in_one_pass, scan_into
 from laser.plan import Plan, Treatment
 from laser.publication import write_card
-from laser.reasons import Kind
-from laser.reduction import Outcome, plan_as_measured, reduce
 from laser.selection import Selection
-from laser.spectra import Source, Spectra, scan
+from laser.spectra import Spectra
 
 
 @dataclass(frozen=True)
@@ -115,81 +110,3 @@ def _run_in(
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
     return Result(spectra, plan, outcome)
-
-
-def records_of(out: Path) -> Path:
-    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
-    return out / RECORDS
-
-
-def _there(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    null_draws: int,
-    moments: Moments | None,
-) -> Spectra | None:
-    """The spectra at `path`, if they are those of this scan."""
-    there = Spectra.load(path)
-    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-    tried = {m.name for m in there.matrices if m.no_spectrum is None}
-    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
-    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
-        return None
-    drawn = {len(there.nulls.get(name, ())) for name in there.values}
-    known = there.data.calibration.get("identity") if there.data else None
-    same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
-
-
-def _of_another_run(out: Path) -> OutputError:
-    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
-
-
-def tidy_spectra(path: Path) -> None:
-    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = path.with_name(path.name + ".partial")
-    with suppress(OutputError), claimed(path):
-        if was_journal(partial, "scan journal"):
-            tidy_up(partial, path)
-
-
-def scan_into(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    tick: Callable[[Matrix], None] = lambda _: None,
-    null_draws: int = 0,
-    moments: Moments | None = None,
-    anew: bool = False,
-) -> Spectra:
-    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
-
-    `anew` measures again whatever is there, and drops the work of another scan.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with claimed(path):
-        if path.exists() and not anew:
-            there = _there(path, checkpoint, selection, crew, method, null_draws, moments)
-            if there is not None:
-                tidy_spectra(path)
-                return there
-        spectra = scan(
-            checkpoint,
-            selection,
-            crew=crew,
-            method=method,
-            journal=partial,
-            null_draws=null_draws,
-            moments=moments,
-            tick=tick,
-            anew=anew,
-        )
-        spectra.save(path)
-        tidy_up(partial, path)
-        return spectra

@@ -1,9 +1,4 @@
-"""moments: second moments of what each matrix meets on a text, the record that calibration writes.
-
-One safetensors file. A site is one place where inputs arrive: q, k and v share theirs, so do w1 and w3. Its moment is
-stored as correlations in float32 and the diagonal in float64: some channels of trained models are 10^4 times as loud as
-others, and rounding relative to the loudest would drown the rest.
-"""
+"""Spectra in the metric of the data: what scan measures beside the plain values where it is given moments."""
 
 from __future__ import annotations
 
@@ -11,19 +6,56 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from laser.checkpoint.cuts import bytes_of
-from laser.checkpoint.files import check_header, require_sealed, sealed
-from laser.checkpoint.records import decode, named, parse, require_finite, require_keys, value_of
-from laser.checkpoint.regular import require_regular
+from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError, first_line
-from laser.in_data import Calibration as Calibration
-from laser.spectra import Source
+from laser.files import require_regular
+from laser.records import (
+    check_header,
+    decode,
+    named,
+    parse,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    value_of,
+)
 from laser.spectral.data_metric import Metric
+
+if TYPE_CHECKING:
+    from laser.moments import Moments
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was calibrated on which text: told by every record that rests on it."""
+
+    identity: str  # sha256 over the moments and all of the below
+    text: str
+    text_sha256: str
+    windows_sha256: str
+    window: int
+    windows: int
+    tokens: int  # inputs of the whole model; an expert sees those that are routed to it
+    dtype: str
+    shrink: bool
+    diagonal: bool
+
+    @staticmethod
+    def decoded(found: Any, where: str, remedy: str) -> Calibration:
+        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
+        calibration = decode(Calibration, found, where, remedy)
+        for key in ("window", "windows", "tokens"):
+            if getattr(calibration, key) < 1:
+                raise RecordError(f"{where}: {key} is {getattr(calibration, key)}, expected 1 or more; {remedy}")
+        return calibration
+
 
 KIND, VERSION = "moments", 5
 AGAIN = "try laser calibrate again with this version of laser"

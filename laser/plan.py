@@ -10,23 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomically
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
+from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.in_data import Calibration, in_data_metric, line_in_data, met_by
+from laser.files import write_atomically
+from laser.moments import Calibration
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
+from laser.records import COMMANDS, decode, read_json, require_finite, require_keys, shown, to_json, value_of
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra, in_data_metric, met_by
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
 from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
+
+if TYPE_CHECKING:
+    from laser.plan import PlanLine
+    from laser.spectra import Spectra
+
 
 KIND, VERSION = "plan", 3
 EARLIER = (2, 1)  # with reasons that are texts alone; the first knows the weights only of a model on the Hub
@@ -511,3 +518,20 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
         else replace(line, action="keep", why=Why(Kind.NOT_LOWEST, f"{_snr(line)} is not among the {count} lowest"))
         for line in lines
     ]
+
+
+def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:
+    """A plan's line for a matrix of data values `s` (p,) that a rule cuts at `rank`.
+
+    No law of noise holds in the data's metric, so there is no fit to tell of. A rank over the number of directions that
+    show in the data becomes that number: nothing else makes a difference to these inputs.
+    """
+    shown = int(np.count_nonzero(s))
+    rank = min(rank, shown)
+    line = replace(line, rank=rank, metric="data", tokens=tokens)
+    if rank == len(s):
+        return replace(line, why=Why(Kind.ALL_KEPT, f"the rule keeps all {rank} values"))
+    directions = f", which show {shown} directions" if rank == shown else ""
+    why = line.why.also(f"in the metric of {tokens} tokens{directions}")
+    snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
+    return replace(line, action="reduce", snr=snr, energy_kept=energy, why=why)

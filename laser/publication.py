@@ -24,23 +24,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import disk_errors, read_json, require_sealed, sealed, to_json, write_atomically
-from laser.checkpoint.fingerprint import agree, fingerprint_in
-from laser.checkpoint.headers import is_deep, sha256_of
-from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, value_of
+from laser.checkpoint.safetensors import DEEPEST, sha256_of
 from laser.checkpoint.side_files import read_own
+from laser.checkpoint.source import Source
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity, difference
+from laser.files import claimed, disk_errors, write_atomically
+from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.reduction import Outcome
+from laser.records import (
+    agree,
+    decode,
+    fingerprint_in,
+    is_deep,
+    read_json,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    to_json,
+    value_of,
+)
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
-from laser.spectra import Source
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -350,7 +360,7 @@ def _object(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return _plain(found) if isinstance(found, dict) and not is_deep(found) else {}
+    return _plain(found) if isinstance(found, dict) and not is_deep(found, DEEPEST) else {}
 
 
 def _plain(value: Any) -> Any:

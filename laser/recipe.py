@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.records import named
-from laser.checkpoint.regular import read_regular
 from laser.errors import RecordError, UsageError, first_line
+from laser.files import read_regular
+from laser.records import named
 
 # flag -> type of its value, spelled as on the command line without the dashes
 FLAGS: dict[str, type] = {

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from laser.checkpoint.families import place_of
-from laser.checkpoint.files import to_json
+from laser.checkpoint.matrices import place_of
+from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
+from laser.records import to_json
 from laser.report.visible import visible
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 from laser.spectral.noise import estimate, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift

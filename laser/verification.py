@@ -1,4 +1,7 @@
-"""verify: is OUT what its plan says? Measured on the files themselves, without trusting what they claim."""
+"""What `verify` looks at last: the files of an output beside its weights, and the records of how it was made.
+
+Not the card: README.md is there to be edited.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,119 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laser.at_rest import damage_at_rest
-from laser.checkpoint.cuts import bytes_of
+from laser.checkpoint.at_rest import damage
 from laser.checkpoint.dequantised import as_bfloat16
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.fingerprint import require_unchanged
-from laser.checkpoint.headers import Shard, TensorInfo, pieces, sha256_of
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.regular import open_regular
-from laser.edits import check_projection, require_moments
+from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
+from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.source import require_unchanged
+from laser.checkpoint.writer import RECORDS
+from laser.errors import RecordError
+from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.perplexity import Perplexity
+from laser.files import open_regular, read_regular
 from laser.moments import Moments
-from laser.reduction import Outcome
+from laser.outcome import Outcome, plan_as_measured
+from laser.pipeline import require_moments
+from laser.plan import Plan, PlanLine
+from laser.records import is_sealed, journal_is_whole, parse
+from laser.spectra import Spectra
+from laser.spectral.data_metric import data_values, relative_error, rounding_error
 from laser.spectral.devices import Device, choose_device, in_float64
 from laser.spectral.factorise import singular_values
+from laser.spectral.rules import energy_share
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
+
+MEASURED: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(("eval.json", "eval-source.json"), Perplexity)
+MEASURED |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
+SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
+
+
+def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
+    """What is not as laser left it: side files, laser.json, and each record in OUT/laser."""
+    problems, folder, plan = damage(out), out / RECORDS, outcome.plan
+
+    def check(name: str, is_right: Callable[[Path], bool]) -> None:
+        try:
+            right = is_right(folder / name)
+        except (RecordError, OSError, ValueError) as error:
+            problems.append(f"{RECORDS}/{name}: {error}")
+            return
+        if not right:
+            problems.append(f"{RECORDS}/{name} is not as it was written; it was changed or damaged since")
+
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if {SPECTRA, PLAN} & there:  # of a whole run, which leaves these two, and one about its source
+        check(SPECTRA, lambda path: Spectra.load(path).source == plan.source)
+        check(PLAN, lambda path: _is_plan_of(path, outcome))
+        there.add(SOURCE)
+        if "accept" in plan.selection:  # chosen by a search
+            there |= {SEARCH, TRIALS}
+    for name, kind in MEASURED.items():
+        if name in there:
+            check(name, lambda path, kind=kind: bool(kind.load(path)))
+    if SEARCH in there:
+        check(SEARCH, lambda path: is_sealed(parse(read_regular(path))))
+    if TRIALS in there:
+        check(TRIALS, journal_is_whole)
+    if SOURCE in there:
+        check(SOURCE, lambda path: is_sealed(parse(read_regular(path))))
+    return problems
+
+
+def _is_plan_of(path: Path, outcome: Outcome) -> bool:
+    """Whether a plan is the one that was carried out, written as laser writes it."""
+    plan = Plan.load(path)
+    return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
+
+
+STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
+
+
+def check_projection(
+    W: torch.Tensor,
+    B: torch.Tensor,
+    half: torch.Tensor,
+    line: PlanLine,
+    device: Device,
+    moments: Moments | None,
+) -> list[str]:
+    """What is wrong with B as W (m, n) reduced in the metric of the data, up to rounding to the storage dtype: `half`
+    (m, n) is half a unit in the last place of each entry.
+
+    Without moments: B is some projection U U^T W of rank r, which is the same as: no singular value beyond r, and
+    B^T (W - B) = 0. With them also that it loses no more of the outputs than W itself says that rank r must.
+    """
+    source, (W, u) = W, in_unit(W)
+    B, half = B.double() / u, half.double() / u
+    wide, narrow = W.double(), B
+    E = half
+    rounding, norm = float(E.norm()), float(wide.norm())
+    if not norm:
+        return [] if not narrow.any() else [f"{line.name}: found values, expected zero, as the source's matrix is"]
+    problems, rank = [], line.rank or 0
+    beyond = float(np.linalg.norm(singular_values(B, device)[0][rank:]))
+    if not beyond <= rounding + 1e-5 * norm:
+        problems.append(f"{line.name}: {beyond / norm:.3e} of the norm lies beyond rank {rank}")
+    # With B = U U^T W + E the product is at most ||E|| (||B|| + ||W - B|| + ||E||).
+    left = float((narrow.T @ (wide - narrow)).norm())
+    most = (rounding + 1e-5 * norm) * (float(narrow.norm()) + float((wide - narrow).norm()) + rounding)
+    if not left <= most:
+        problems.append(
+            f"{line.name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W"
+        )
+    if moments is not None:
+        metric = moments.metric(line.name, source)
+        s, B, E = data_values(source, metric, device), B * u, E * u
+        lost = energy_share(s, np.arange(len(s)) >= rank) if s.any() else 0.0
+        found = relative_error(source, B, rank, metric, device)
+        slack = 3 * math.sqrt(rounding_error(source, B, E, rank, metric, device)) + 1e-5
+        if not (abs(math.sqrt(found) - math.sqrt(lost)) <= slack or abs(found - lost) <= STORED):
+            problems.append(f"{line.name}: {found:.4e} of the outputs' mean square is lost, expected {lost:.4e}")
+    return problems
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ fast)
 esac
 ruff format --check .
 ruff check .
+lint-imports
 pyright
 python scripts/render_docs.py --check
 # A file at a time on each of two cores, since one file's tests may share a cluster or a cache; in the order of

@@ -24,12 +24,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import laser
+from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.search.runner import Trial
 from laser.search.search import Report
-from laser.spectra import Source
 
 Place = tuple[Any, ...]
 Document = Any

@@ -24,7 +24,7 @@ from helpers import tensors_in
 from limits import Said
 
 import laser
-from laser.checkpoint.headers import read_bytes
+from laser.checkpoint.safetensors import read_bytes
 
 sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
 

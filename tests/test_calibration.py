@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
+from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, Site, header_of
 from laser.selection import Selection
-from laser.spectra import Source
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
 

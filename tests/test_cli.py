@@ -175,9 +175,9 @@ def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: P
 def test_interrupt_is_130_and_keeps_the_work(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laser.one_pass
+    import laser.pipeline
 
-    true, count = laser.one_pass.factorise, 0
+    true, count = laser.pipeline.factorise, 0
 
     def interrupt(*arguments: Any) -> Any:
         nonlocal count
@@ -188,7 +188,7 @@ def test_interrupt_is_130_and_keeps_the_work(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(laser.one_pass, "factorise", interrupt)
+        patch.setattr(laser.pipeline, "factorise", interrupt)
         code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
     assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0

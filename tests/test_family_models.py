@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from trainers import by_axolotl, by_scripts
 
 import laser
-from laser.checkpoint.cuts import Cut
-from laser.checkpoint.families import list_matrices
-from laser.checkpoint.family_table import FAMILIES
+from laser.checkpoint.families import FAMILIES
+from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.slices import Cut
 from laser.summary import ALWAYS_UNFROZEN, summarise
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -14,12 +14,12 @@ from disk_faults import DATA, End, Fault, forked
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
 from helpers import snapshot
 
-from laser import start
-from laser.checkpoint import files, swap
-from laser.checkpoint.files import Journal, tidy_up, write_atomically
-from laser.checkpoint.locks import claimed
+from laser import records, start
+from laser.checkpoint import swap
 from laser.cli import left_behind
 from laser.errors import OutputError
+from laser.files import claimed, tidy_up, write_atomically
+from laser.records import Journal
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
@@ -183,7 +183,7 @@ def test_forgetting_an_entry_is_one_step(tmp_path: Path, monkeypatch: pytest.Mon
         journal.append({"entry": 9})
     with Journal(path, run) as again:
         assert [entry["entry"] for entry in again.entries] == [0, 1, 9]
-    assert files.journal_is_whole(path)
+    assert records.journal_is_whole(path)
 
 
 def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

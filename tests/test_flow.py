@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 import laser
 from laser.checkpoint.reader import INDEX
 from laser.checkpoint.writer import JOURNAL
-from laser.engine.workers import Crew
+from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
-from laser.flow import scan_into
+from laser.outcome import Outcome
+from laser.pipeline import reduce, scan, scan_into
 from laser.plan import Plan, empty_plan, make_plan
 from laser.reasons import Kind, Why
-from laser.reduction import Outcome, reduce
 from laser.selection import Selection, parse_layers
-from laser.spectra import Spectra, scan
+from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.rules import RULES, apply_rule
 from laser.verification import verify

@@ -758,7 +758,7 @@ def test_out_of_memory_in_a_task_of_ray_is_one_line(
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.\nMore lines.")
 
-    monkeypatch.setattr("laser.engine.ray_engine.connect", lambda _: Cluster(answer))
+    monkeypatch.setattr("laser.engine.ray.connect", lambda _: Cluster(answer))
     monkeypatch.setattr("laser.checkpoint.reader.Checkpoint.read", fail)
     code, _, err = run("scan", made / "m", "-o", tmp_path / "new.safetensors", "--engine", "ray", "--device", "cpu")
     assert code == 1 and err.count("\n") == 1 and re.match(f"laser: {told}", err), err

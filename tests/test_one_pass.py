@@ -12,9 +12,9 @@ from conftest import mixtral_tensors
 from helpers import digits, snapshot
 
 import laser
-from laser import one_pass
+from laser import pipeline
 from laser.checkpoint.writer import JOURNAL
-from laser.engine.workers import Crew
+from laser.engine.crew import Crew
 from laser.errors import NumericalError
 from laser.flow import Result, run
 from laser.plan import Plan, Treatment, make_plan
@@ -87,7 +87,7 @@ def test_interrupted_and_resumed_it_is_byte_identical(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow(pico, tmp_path / "undisturbed" / "out", "mp-edge", single=True)
-    out, seen, true = tmp_path / "out", [], one_pass.judge
+    out, seen, true = tmp_path / "out", [], pipeline.judge
 
     def interrupted(matrix: laser.Matrix, *rest: Any, **options: Any) -> Any:
         if len(seen) == 9:
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_it_is_byte_identical(
         return true(matrix, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_pass, "judge", interrupted)
+        patch.setattr(pipeline, "judge", interrupted)
         with pytest.raises(KeyboardInterrupt):
             flow(pico, out, "mp-edge", single=True)
     lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_it_is_byte_identical(
         again.append(matrix.name)
         return true(matrix, *rest, **options)
 
-    monkeypatch.setattr(one_pass, "judge", counting)
+    monkeypatch.setattr(pipeline, "judge", counting)
     flow(pico, out, "mp-edge", single=True)
     assert not promised & set(again) and len(promised) + len(again) == 18
     assert snapshot(out) == snapshot(tmp_path / "undisturbed" / "out")
@@ -133,6 +133,6 @@ def test_a_truncation_that_fails_alone_is_an_error(pico: Path, tmp_path: Path, m
     def fail(*_: Any) -> None:
         raise NumericalError("certificate missed", 0.5)
 
-    monkeypatch.setattr(one_pass, "factorise", fail)
+    monkeypatch.setattr(pipeline, "factorise", fail)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: certificate missed"):
         flow(pico, tmp_path / "out", "mp-edge", single=True)

@@ -12,7 +12,7 @@ from pico_language import dense_tensors, make_model, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from laser.checkpoint import headers, reader
+from laser.checkpoint import reader, safetensors
 from laser.cli import main
 from laser.evaluation import layout
 
@@ -163,7 +163,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(shard: Any, start: int, end: int, *rest: Any) -> Any:
         found.append(f"{shard.name} {start} to {end}")
-        return headers.read_bytes(shard, start, end, *rest)
+        return safetensors.read_bytes(shard, start, end, *rest)
 
     for module in (reader, layout):
         monkeypatch.setattr(module, "read_bytes", counting)

@@ -16,13 +16,15 @@ import pytest
 import torch
 import yaml
 
-from laser.checkpoint.files import sealed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.perplexity import Perplexity, record_of
 from laser.evaluation.text import Window, Windows
+from laser.outcome import Outcome
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
 from laser.publication import (
     EVAL,
@@ -35,8 +37,7 @@ from laser.publication import (
     hub_origin,
     write_card,
 )
-from laser.reduction import Outcome, reduce
-from laser.spectra import Source, scan
+from laser.records import sealed
 from laser.verification import verify
 
 

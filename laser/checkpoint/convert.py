@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.files import disk_errors
-from laser.checkpoint.headers import BITS, TensorInfo
-from laser.checkpoint.locks import claimed, require_led
 from laser.checkpoint.reader import INDEX, Checkpoint
-from laser.checkpoint.virtual import Entry, virtual_shard
+from laser.checkpoint.safetensors import BITS, Entry, TensorInfo, virtual_shard
 from laser.errors import OutputError
+from laser.files import claimed, disk_errors, require_led
 
 MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.headers import Shard
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.virtual import virtual_shard
+from laser.checkpoint.safetensors import Shard, virtual_shard
 from laser.errors import UsageError
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.regular import open_regular, read_regular
 from laser.checkpoint.side_files import ADAPTER
+from laser.files import open_regular, read_regular
 
 GGUF = b"GGUF"  # how such a file begins
 LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins, in place of the file itself

@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.answers import session
 from laser.checkpoint.formats import what_lies_on_hub
-from laser.checkpoint.headers import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.safetensors import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
 from laser.errors import LONGEST, CheckpointError, LaserError, first_line
+from laser.files import read_regular
 
 T = TypeVar("T")
 # Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.

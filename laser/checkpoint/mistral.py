@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from laser.checkpoint.convert import assemble
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import RELEASE, Checkpoint
-from laser.checkpoint.records import shown
 from laser.errors import CheckpointError
+from laser.records import shown
 
 # our name for it -> the releases' names: 7B and 8x22B have the first, the first release of 8x7B the second
 PARAMS = {

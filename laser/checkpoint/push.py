@@ -15,14 +15,13 @@ from typing import Any
 
 from laser.checkpoint.answers import COMMIT
 from laser.checkpoint.at_rest import CARD, damage
-from laser.checkpoint.headers import parse_json
 from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
-from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.safetensors import parse_json
 from laser.checkpoint.side_files import folded, is_desktops, is_opened, is_weights
 from laser.checkpoint.writer import JOURNAL, is_kept
 from laser.errors import CheckpointError, LaserError, OutputError, UsageError
+from laser.files import claimed, read_regular
 
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
 COMMITTED = "and committed"

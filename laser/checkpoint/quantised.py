@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.headers import TensorInfo
+from laser.checkpoint.safetensors import TensorInfo
 from laser.errors import CheckpointError
 
 LARGEST = 448.0  # of float8_e4m3fn

@@ -17,8 +17,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from laser.checkpoint.regular import LARGEST, open_regular, read_regular
 from laser.errors import CheckpointError
+from laser.files import LARGEST, open_regular, read_regular
 
 # How files of weights end, in any format.
 WEIGHTS = (

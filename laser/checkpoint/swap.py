@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed, real, short
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -32,6 +30,7 @@ from laser.checkpoint.writer import (
     require_usable,
 )
 from laser.errors import OutputError
+from laser.files import claimed, disk_errors, real, short, tidy_up
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.formats import NO_MODEL
-from laser.checkpoint.headers import CHUNK, Shard, TensorInfo, header_text, parse_header, pieces
 from laser.checkpoint.pickles import PICKLE, PICKLE_INDEX, SUFFIXES
-from laser.checkpoint.regular import read_regular, require_regular
+from laser.checkpoint.safetensors import CHUNK, Shard, TensorInfo, header_text, parse_header, pieces
 from laser.checkpoint.side_files import ADAPTER, is_desktops
 from laser.errors import CheckpointError
+from laser.files import read_regular, require_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

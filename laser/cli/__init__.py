@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 import typer
 
-from laser.checkpoint.families import DoubtWarning
+from laser.checkpoint.matrices import DoubtWarning
 from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
 from laser.errors import LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 from laser.plan import CrowdWarning

@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from laser.calibration import calibrate as calibrate_checkpoint
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
 from laser.cli.common import say

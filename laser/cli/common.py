@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed, real, require_led
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
+from laser.files import claimed, real, require_led
 from laser.moments import Moments
+from laser.records import to_json
 from laser.report.visible import visible
 from laser.selection import Selection, parse_layers, parse_roles
 

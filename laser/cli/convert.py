@@ -10,12 +10,13 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new, write_directory
-from laser.checkpoint.fingerprint import require_stamp, require_unchanged, stamp_of
+from laser.checkpoint.fingerprint import require_stamp, stamp_of
 from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.side_files import read_own
+from laser.checkpoint.source import require_unchanged
 from laser.cli import common
 from laser.cli.common import say
 from laser.errors import CheckpointError, UsageError

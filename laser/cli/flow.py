@@ -9,22 +9,21 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
 from laser.checkpoint.writer import require_run
 from laser.cli import common
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
-from laser.engine.estimate import Meter, estimate
+from laser.engine.cost import Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
-from laser.flow import scan_into
+from laser.pipeline import check_scan, prepare, scan_into
+from laser.pipeline import reduce as reduce_checkpoint
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.reasons import Kind
-from laser.reduction import prepare
-from laser.reduction import reduce as reduce_checkpoint
-from laser.spectra import Spectra, check_scan
+from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
 from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES

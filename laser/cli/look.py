@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.families import list_matrices
-from laser.checkpoint.files import write_atomically
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common
 from laser.cli.common import say
 from laser.errors import UsageError
+from laser.files import write_atomically
 from laser.null import TESTED, check_test, null_test
 from laser.portrait import portrait
 from laser.report import page, plots

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.files import tidy_up
-from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory
@@ -20,8 +18,10 @@ from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
+from laser.files import tidy_up
+from laser.outcome import Outcome
 from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
-from laser.reduction import Outcome
+from laser.records import agree, fingerprint_in
 from laser.report.comparison import Row, leaderboard_rows
 from laser.spectral.devices import choose_device
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import to_json, write_atomically
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory
@@ -27,7 +26,7 @@ from laser.cli.flow import (
 from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
 from laser.cli.publish import Tasks, leaderboards, named
 from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
-from laser.engine.estimate import Measuring, Meter, estimate
+from laser.engine.cost import Measuring, Meter, estimate
 from laser.engine.workers import choose_crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
@@ -35,11 +34,13 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
-from laser.flow import records_of
+from laser.files import write_atomically
 from laser.flow import run as run_flow
+from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
+from laser.records import to_json
 from laser.search.candidates import DATA, family_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import check_objectives, check_request, result_document

@@ -9,21 +9,21 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.locks import real
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
-from laser.engine.workers import Crew
+from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
-from laser.flow import scan_into, tidy_spectra
+from laser.files import real
+from laser.pipeline import scan_into, tidy_spectra
 from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA, candidates_of
 from laser.search.foretold import possible_candidates

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from laser.checkpoint.files import disk_errors
+from laser.files import disk_errors
 
 # 2 GiB hold 128 windows of 512 tokens at hidden size 4096 in float32, and leave a 16 GB machine its room for a layer.
 MEMORY_LIMIT = 2 << 30

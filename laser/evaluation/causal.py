@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laser.checkpoint.families import DoubtWarning
+from laser.checkpoint.matrices import DoubtWarning
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, LaserError, UsageError, is_out_of_memory
 from laser.evaluation.layout import cannot_build, decoder_of, load_config, require_hub_format

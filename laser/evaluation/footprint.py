@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.headers import BITS
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.safetensors import BITS
 from laser.evaluation.layout import decoder_of, keep_dtypes, sources_of
 from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window

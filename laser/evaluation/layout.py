@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.headers import read_bytes
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.side_files import require_small_files
 from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 

@@ -28,20 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import (
-    Journal,
-    disk_errors,
-    read_json,
-    require_sealed,
-    sealed,
-    spoiling,
-    to_json,
-    write_atomically,
-)
-from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, value_of
 from laser.checkpoint.side_files import require_small_files
+from laser.checkpoint.source import require_unchanged
 from laser.errors import (
     CheckpointError,
     NumericalError,
@@ -59,6 +48,19 @@ from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
 from laser.evaluation.text import load_tokenizer
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
+from laser.files import disk_errors, write_atomically
+from laser.records import (
+    Journal,
+    decode,
+    read_json,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    spoiling,
+    to_json,
+    value_of,
+)
 
 KIND, VERSION = "leaderboard", 2
 AGAIN = "run laser leaderboard again, with --force"

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from laser.checkpoint.files import read_json, require_sealed, sealed, to_json, write_atomically
-from laser.checkpoint.records import decode
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
+from laser.files import write_atomically
+from laser.records import decode, read_json, require_sealed, sealed, to_json
 
 KIND, VERSION = "eval", 2
 MOST = 2**53  # tokens: whole numbers up to there are numbers of float64

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, UsageError, is_out_of_memory
 from laser.evaluation.activations import Activations, Store, keep_heap_flat

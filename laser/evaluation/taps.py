@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from laser.checkpoint.families import Matrix
+from laser.checkpoint.matrices import Matrix
 from laser.evaluation.streaming import LayeredModel
 
 

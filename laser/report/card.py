@@ -27,7 +27,7 @@ from laser.report.visible import visible
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from laser.reduction import Outcome
+    from laser.outcome import Outcome
 
 TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
 INHERITED = (*LICENCE, "language")

@@ -9,8 +9,8 @@ from laser.reasons import Kind
 from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
+    from laser.outcome import Outcome
     from laser.plan import Plan, PlanLine
-    from laser.reduction import Outcome
     from laser.report.card import CardRun
 
 UNFOLDED = 40  # rows that a table shows before the rest is folded away

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from laser.report.markdown import cell, code, table
 
 if TYPE_CHECKING:
+    from laser.outcome import Outcome
     from laser.plan import PlanLine
-    from laser.reduction import Outcome
 
 UNFOLDED = 40
 

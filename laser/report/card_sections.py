@@ -16,7 +16,7 @@ from laser.report.markdown import cell, code, fence, table
 from laser.report.source_card import LICENCE
 
 if TYPE_CHECKING:
-    from laser.reduction import Outcome
+    from laser.outcome import Outcome
     from laser.report.card import CardRun, CardSource
     from laser.report.source_card import SourceCard
 

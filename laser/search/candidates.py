@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from laser.checkpoint.families import read_matrix
+from laser.checkpoint.matrices import read_matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laser.checkpoint.families import Matrix
+from laser.checkpoint.matrices import Matrix
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
 from laser.search.candidates import Candidate

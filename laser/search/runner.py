@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.files import Journal
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.moments import Moments
+from laser.records import Journal
 from laser.search.candidates import DATA, Candidate, cut_of
 from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from scipy import stats
 
-from laser.checkpoint.files import sealed, spoiling
-from laser.checkpoint.fingerprint import require_unchanged
-from laser.edits import NO_MOMENTS, require_same_moments
+from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.moments import Moments
+from laser.pipeline import NO_MOMENTS, require_same_moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
+from laser.records import sealed, spoiling
 from laser.search.candidates import (
     DATA,
     ORDERS,
@@ -41,7 +41,7 @@ from laser.search.candidates import (
 from laser.search.runner import Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 
 KIND, VERSION = "search", 2  # of the record search.json, and of the journal behind it

@@ -17,10 +17,9 @@ from laser.checkpoint.hub import is_inside
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import main
 from laser.errors import CheckpointError, LaserError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
 from laser.selection import Selection
-from laser.spectra import scan
 
 ID = "maker/pico"
 SHARD = "model-00002-of-00003.safetensors"

@@ -16,10 +16,9 @@ from laser.checkpoint.hub import Hub as Origin
 from laser.checkpoint.hub import drop
 from laser.checkpoint.reader import INDEX, open_checkpoint
 from laser.errors import CheckpointError, RecordError, UsageError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.verification import verify
 
 ID = "maker/pico"

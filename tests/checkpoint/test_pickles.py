@@ -13,15 +13,14 @@ from helpers import snapshot, tensors_in
 from safetensors.torch import load_file
 
 from laser.checkpoint import writer
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.pickles import PICKLE_INDEX
 from laser.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from laser.checkpoint.writer import prepare_output, write_checkpoint
 from laser.errors import CheckpointError
+from laser.pipeline import reduce, scan
 from laser.plan import empty_plan, make_plan
-from laser.reduction import reduce
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.verification import verify
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
@@ -63,7 +62,7 @@ def test_scan_and_reduce_as_from_safetensors(pico: Path, pickled: Path, tmp_path
     assert snapshot(pickled) == before
 
 
-@pytest.mark.filterwarnings("ignore::laser.checkpoint.families.DoubtWarning")
+@pytest.mark.filterwarnings("ignore::laser.checkpoint.matrices.DoubtWarning")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_one_pickle_with_views_and_mixed_dtypes(make_pico: Callable[..., Path], tmp_path: Path, name: str) -> None:
     path = make_pico(shards=1)

@@ -15,14 +15,13 @@ from helpers import snapshot, tensors_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.quantised import dequantise, quantise, rounding
 from laser.checkpoint.reader import INDEX, open_checkpoint
 from laser.errors import CheckpointError, UsageError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.verification import verify
 
 BLOCK = (16, 16)

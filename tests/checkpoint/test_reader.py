@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from laser.checkpoint.headers import read_header
 from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.safetensors import read_header
 from laser.errors import CheckpointError, LaserError
 
 

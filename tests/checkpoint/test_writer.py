@@ -13,11 +13,11 @@ import torch
 from helpers import snapshot, tensors_in
 
 from laser.checkpoint import writer
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import Journal
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
 from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
 from laser.errors import LaserError, OutputError, RecordError
+from laser.records import Journal
 
 RUN = {"kind": "test"}
 Q1 = "model.layers.1.self_attn.q_proj.weight"

@@ -8,8 +8,8 @@ import torch
 from conftest import Run
 
 import laser
-from laser.engine.estimate import ELSEWHERE, Estimate, Meter, estimate
-from laser.engine.workers import Crew
+from laser.engine.cost import ELSEWHERE, Estimate, Meter, estimate
+from laser.engine.crew import Crew
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.probe import Probe
 

@@ -19,13 +19,13 @@ import torch
 from helpers import snapshot
 
 import laser
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.engine import ray_engine
-from laser.engine.workers import Crew, choose_crew, visit
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.engine import ray as ray_engine
+from laser.engine.crew import Crew
+from laser.engine.workers import choose_crew, visit
 from laser.errors import NumericalError, UsageError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
-from laser.spectra import scan
 from laser.spectral.devices import Device, choose_device
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")

@@ -8,7 +8,7 @@ import torch
 from families import CONFIGS, RANK, build, reduce_in_memory
 
 import laser
-from laser.checkpoint.families import read_matrix
+from laser.checkpoint.matrices import read_matrix
 from laser.errors import CheckpointError, UsageError
 from laser.evaluation.streaming import LayeredModel, token_losses
 from laser.evaluation.text import Window

@@ -16,20 +16,20 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from laser.checkpoint.source import Source
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Direction, Unlike
+from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
-from laser.reduction import Outcome
 from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
 from laser.report.markdown import cell, code, fence
 from laser.report.source_card import licence_of, read_source_card
 from laser.report.visible import visible
-from laser.spectra import Source
 
 README = """---
 license: apache-2.0

@@ -15,10 +15,10 @@ import pytest
 from report.browser import CHROMIUM, Browser
 
 import laser
+from laser.pipeline import scan
 from laser.portrait import portrait
 from laser.report.page import render
 from laser.report.visible import visible
-from laser.spectra import scan
 from laser.summary import summarise
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

@@ -12,9 +12,10 @@ import pytest
 
 import laser
 from laser.errors import UsageError
+from laser.pipeline import scan
 from laser.portrait import Portrait, portrait
 from laser.report.visible import visible
-from laser.spectra import Spectra, scan
+from laser.spectra import Spectra
 from laser.summary import Summary, summarise
 
 pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')

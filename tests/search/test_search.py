@@ -14,20 +14,19 @@ import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
-from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.objective import Accuracy, Loss, read_task
 from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
+from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.reduction import reduce
+from laser.records import Journal
 from laser.search.candidates import cut_of
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench, accepted
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.spectral.devices import choose_device
 
 CPU = choose_device("cpu")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import laser
-from laser.checkpoint.families import Matrix
+from laser.checkpoint.matrices import Matrix
+from laser.checkpoint.source import Source
 from laser.plan import CrowdWarning
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 from laser.spectral.noise import gamma_spectrum, gaussian_spectrum
 from laser.spectral.rules import apply_rule, crowd
 from laser.summary import summarise

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from laser.checkpoint.reader import open_checkpoint
+from laser.pipeline import scan
 from laser.plan import make_plan
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.spectral.devices import HOST
 from laser.spectral.gram import gram, values_by_gram
 from laser.spectral.projector import UNRESOLVED, matrix_sign

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.headers import BITS
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.engine.workers import Crew, peak_bytes
+from laser.checkpoint.safetensors import BITS
+from laser.engine.crew import Crew, peak_bytes
 from laser.errors import RecordError
 from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes

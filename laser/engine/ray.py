@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.headers import BITS
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.engine.workers import Crew, T, Visits, Work, do, quiet
+from laser.checkpoint.safetensors import BITS
+from laser.engine.crew import Crew, T, Visits, Work, do, quiet
 from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
 from laser.spectral.devices import Device, choose_device
 
