@@ -27,7 +27,7 @@ SHARD = "model-00001-of-00003.safetensors"
 @pytest.fixture
 def made(pico: Path, tmp_path: Path, run: Run) -> Path:
     """A folder with spectra `s`, a plan `p.json` and a finished output `out` of pico."""
-    assert run("scan", pico, "-o", tmp_path / "s")[0] == 0
+    assert run("scan", pico, "-o", tmp_path / "s", "--roles", "q,w1")[0] == 0
     assert run("plan", tmp_path / "s", "-o", tmp_path / "p.json", "--rule", "rank:4")[0] == 0
     assert run("reduce", pico, tmp_path / "p.json", "-o", tmp_path / "out")[0] == 0
     return tmp_path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import sampled
 from helpers import snapshot
 from hub_server import TOKEN, Bytes, Fault, Hub, Repo, connect, serving
 from huggingface_hub import close_session, constants
@@ -130,7 +131,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", sampled(FAULTS, 4))
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_interrupted_at_a_request(hub: Hub, out: Path, run: Run, request_: str, fault: str) -> None:
     method, path = REQUESTS[request_]
@@ -349,7 +350,7 @@ HOSTILE |= {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("what", sampled(HOSTILE, 4))
 def test_hostile_answers(
     hub: Hub, out: Path, run: Run, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
