@@ -103,7 +103,7 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
         text = cut_windows(read_text(asked.calibrate), tokenizer, length=asked.window, limit=asked.calibration_windows)
         calibrate(checkpoint, text, path, selection)
     moments = Moments.load(path)
-    draws = max(draws_needed(rule.removeprefix("data:")) for rule in asked.rules.split(","))
+    draws = max(draws_needed(rule) for rule in asked.rules.split(","))
     spectra = scan_into(
         asked.out / "spectra.safetensors",
         checkpoint,
@@ -144,8 +144,7 @@ def points(asked: argparse.Namespace, spectra: laser.Spectra) -> dict[str, dict[
     for name, s in spectra.values.items():
         found[name] = {f"{float(x):.0%}": max(1, int(float(x) * len(s))) for x in asked.shares.split(",")}
     for rule in asked.rules.split(","):
-        bare = rule.removeprefix("data:")
-        plan = laser.make_plan(spectra, bare, metric="plain" if bare == rule else "data")
+        plan = laser.make_plan(spectra, rule)
         for name, line in plan.reductions.items():
             if line.rank:
                 found[name][rule] = line.rank

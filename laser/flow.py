@@ -14,7 +14,7 @@ from laser.checkpoint.writer import OnCheck, is_settled
 from laser.engine.crew import Crew
 from laser.moments import Moments
 from laser.outcome import Outcome, plan_as_measured
-from laser.pipeline import _of_another_run, _there, records_of, reduce, reduce_in_one_pass, scan_into
+from laser.pipeline import of_another_run, records_of, reduce, reduce_in_one_pass, scan_into, spectra_there
 from laser.plan import Plan, Treatment
 from laser.publication import write_card
 from laser.selection import Selection
@@ -100,12 +100,12 @@ def _run_in(
     outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
     if outcome is not None:  # nothing of it is touched before it is known to be of this very run
         outcome.plan.source.require(checkpoint, "output")
-        if path.exists() and _there(path, checkpoint, selection, crew, method, null_draws, moments) is None:
-            raise _of_another_run(out)
+        if path.exists() and spectra_there(path, checkpoint, selection, crew, method, null_draws, moments) is None:
+            raise of_another_run(out)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
     if outcome is not None and plan_as_measured(plan, outcome.matrices) != outcome.plan:
-        raise _of_another_run(out)
+        raise of_another_run(out)
     plan.save(records_of(out) / "plan.json")
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)

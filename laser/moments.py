@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,8 @@ from laser.records import (
     sealed,
     value_of,
 )
-from laser.spectral.data_metric import Metric
-
-if TYPE_CHECKING:
-    from laser.moments import Moments
+from laser.spectral.data_metric import ByData
+from laser.spectral.metric import PLAIN, UNKNOWN, Metric
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,13 @@ class Calibration:
 
 KIND, VERSION = "moments", 5
 AGAIN = "try laser calibrate again with this version of laser"
-FORMS = ("full", "diagonal", "outputs")  # see Metric
+FORMS = ("full", "diagonal", "outputs")  # see ByData
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where inputs arrive. `matrices` are the tensors that they meet, `weights` their fingerprints; see `Metric` for
+    """Where inputs arrive. `matrices` are the tensors that they meet, `weights` their fingerprints; see `ByData` for
     form and fourth."""
 
     key: str
@@ -91,7 +89,7 @@ class Moments:
         """How many inputs the matrix met; 0 for one that was not calibrated."""
         return self.sites[name].tokens if name in self.sites else 0
 
-    def metric(self, name: str, W: torch.Tensor) -> Metric:
+    def metric(self, name: str, W: torch.Tensor) -> ByData:
         """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or met no token,
         RecordError for the matrix of that name of another model."""
         if name not in self.sites:
@@ -111,9 +109,9 @@ class Moments:
         k = m if site.form == "outputs" else n
         diagonal = self._tensor(f"{site.key}.diagonal", (k,))
         if site.form == "diagonal":
-            return Metric("diagonal", diagonal, site.tokens)
+            return ByData("diagonal", diagonal, site.tokens)
         moment = unpack(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
-        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
+        return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""
@@ -199,3 +197,16 @@ def unpack(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     """The second moment (k, k), float64."""
     scale = diagonal.clamp_min(0).sqrt()
     return correlations.double() * scale[:, None] * scale
+
+
+NO_MOMENTS = (
+    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser calibrate, "
+    "then --moments, and laser search --spectra with a file that is not there yet"
+)
+
+
+def metric_of(metric: str, name: str, W: torch.Tensor, moments: Moments | None) -> Metric:
+    """The metric that a plan's line or a rule names, of the matrix W (m, n) called `name`. Raises as Moments.metric."""
+    if metric == "plain":
+        return PLAIN
+    return UNKNOWN if moments is None else moments.metric(name, W)

@@ -1,4 +1,12 @@
-"""scan and reduce: every matrix visited once, measured, and cut where a plan or a rule says so."""
+"""Every matrix visited once: measured as a scan does, and cut where a plan or a rule says so.
+
+A scan needs eigenvalues, a reduction eigenvectors too, and those cost 2 to 4 times as much. Where every matrix is
+judged by its own spectrum, its eigenvectors are at hand when the verdict falls, and the scan comes for nothing: one
+pass. With --lowest-snr K, or a search, the verdict needs all spectra: then eigenvalues of all and eigenvectors of K are
+cheaper than eigenvectors of all, which nobody could keep either (as many bytes as the model in float64). So two passes
+stay. Eigenvalues by themselves and beside their vectors come from two LAPACK routines, so that singular values of one
+pass may differ from a scan's in the last digits.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +14,10 @@ import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +32,14 @@ from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
-from laser.engine.crew import Crew, dearest_first, near
+from laser.engine.crew import Crew, dearest_first
 from laser.engine.workers import visit
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.files import claimed, tidy_up
-from laser.moments import Moments
+from laser.moments import Moments, metric_of
 from laser.outcome import VERSION, Outcome, check_measured, describe_by, record_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
-from laser.reasons import Kind
+from laser.reasons import Kind, Why
 from laser.records import (
     Journal,
     spoiling,
@@ -39,36 +47,179 @@ from laser.records import (
 )
 from laser.selection import Selection
 from laser.spectra import ENTRY, InData, Measured, Spectra, assemble, from_entry, to_entry
-from laser.spectral.certificate import Truncation
-from laser.spectral.data_metric import data_values, relative_error, truncate_in_metric
+from laser.spectra import VERSION as SPECTRA
+from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.factorise import METHODS, truncate
-from laser.spectral.factorise import measure as measure_values
-from laser.spectral.factorise import visit as factorise
+from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
+from laser.spectral.metric import PLAIN
 from laser.spectral.permutation import null_largest
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import excess_kurtosis
 
-if TYPE_CHECKING:
-    from laser.moments import Moments
+# --- one visit --------------------------------------------------------------------------------------------------------
 
-from laser.spectra import VERSION as SPECTRA
+Judge = Callable[[Matrix, Measured], PlanLine]
 
 
-def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
-    try:
-        found = measure_values(W, device, method)
-        null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
-        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
-    except (NumericalError, UsageError) as error:
-        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
+class Visited(NamedTuple):
+    """What a visit to one matrix gave. measured: what a scan records; None where nobody asked. new (m, n): what takes
+    its place, on the host, and `record`, its entry in laser.json; None where it stays."""
+
+    measured: Measured | None
+    new: torch.Tensor | None = None
+    record: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is done with each matrix, on whatever worker: a scan has neither lines nor a judge, a reduction has the
+    `lines` of its plan, and one pass a `judge` that makes the line from what was measured.
+
+    null_draws: permutations that are measured too. moments: for lines in the metric of the data; a scan with them
+    measures in that metric as well. fresh: moments of another text, on which each edit is measured.
+    """
+
+    method: str
+    lines: Mapping[str, PlanLine] | None = None
+    judge: Judge | None = None
+    null_draws: int = 0
+    moments: Moments | None = None
+    fresh: Moments | None = None
+
+    def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        """W (m, n) on the host. What a scan cannot factorise is a reason; elsewhere it raises NumericalError."""
+        if self.lines is not None:
+            return self._cut(self.lines[matrix.name], W, device)
+        there = to_device_if_it_fits(W, device)
+        if self.judge is not None:
+            return self._judged(self.judge, matrix, there, device)
+        measured = self._scanned(there, device)
+        return Visited(measured if measured.skipped is not None else self._by_data(measured, matrix, W, device))
+
+    def _scanned(self, W: torch.Tensor, device: Device) -> Measured:
+        try:
+            found = PLAIN.values(W, device, self.method)
+            null = null_largest(W, self.null_draws, device)
+            return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
+        except (NumericalError, UsageError) as error:
+            return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
+
+    def _by_data(self, measured: Measured, matrix: Matrix, W: torch.Tensor, device: Device) -> Measured:
+        """With the values in the metric of the data, where the matrix was calibrated."""
+        if self.moments is None or not self.moments.tokens(matrix.name):
+            return measured
+        try:
+            values = self.moments.metric(matrix.name, W).values(W, device)
+            return replace(measured, data=values.singular_values)
+        except (NumericalError, UsageError) as error:  # the plain spectrum stands
+            return replace(measured, data_failed=str(error))
+
+    def _cut(self, line: PlanLine, W: torch.Tensor, device: Device) -> Visited:
+        try:
+            metric = metric_of(line.metric, line.name, W, self.moments)
+            found = metric.visit(W, lambda _: line.gains, device, self.method).truncation
+        except NumericalError as error:
+            raise NumericalError(f"{line.name}: {error}", error.residual) from error
+        assert found is not None, "gains were given"
+        new = found.matrix.cpu()
+        return Visited(None, new, record_of(line, found) | on_fresh_text(W, new, line, self.fresh))
+
+    def _judged(self, judge: Judge, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        line = None
+
+        def decide(s: Spectrum) -> Gains | None:
+            nonlocal line
+            line = judge(matrix, Measured(s, null, tails))
+            return line.gains if line.action == "reduce" else None
+
+        try:
+            null = null_largest(W, self.null_draws, device)
+            tails = excess_kurtosis(W, device)
+            found = PLAIN.visit(W, decide, device, self.method)
+        except (NumericalError, UsageError) as error:
+            scanned = self._scanned(W, device)
+            if scanned.skipped is None:  # only the truncation fails: no reason to skip, but one to stop
+                residual = error.residual if isinstance(error, NumericalError) else None
+                raise NumericalError(f"{matrix.name}: {error}", residual) from error
+            return Visited(scanned)
+        measured = Measured(found.values.singular_values, null, tails, note=found.values.told)
+        if found.truncation is None or line is None:
+            return Visited(measured)
+        return Visited(measured, found.truncation.matrix.cpu(), record_of(line, found.truncation))
+
+
+def judged(
+    matrix: Matrix,
+    measured: Measured,
+    *,
+    source: Source,
+    treatment: Treatment,
+    selection: Selection,
+    of: tuple[str, str],
+) -> PlanLine:
+    """The plan's line of one matrix by its own spectrum alone. of: the method and the device's label."""
+    nulls = {matrix.name: measured.null} if len(measured.null) else {}
+    kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
+    spectra = Spectra(source, (matrix,), {matrix.name: measured.values}, {}, *of, nulls, kurtosis)
+    return line_of(spectra, matrix, treatment, selection)
+
+
+def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
+    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any.
+
+    Where that knows outputs alone, as of inputs wider than 4096, it can tell of projections only: of no shrunk matrix.
+    """
+    if fresh is None or not fresh.tokens(line.name):
+        return {}
+    metric = fresh.metric(line.name, W)
+    if metric.form == "outputs" and (line.shrink or line.below):
+        return {}
+    return {"fresh_output_error": relative_error(W, B, line.rank or 0, metric)}
+
+
+def describe_failure(W: torch.Tensor, error: LaserError) -> str:
+    """The plan's reason for leaving a matrix alone."""
+    W = W.cpu()  # where W lies there may be no memory left to look at it
+    if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"
+    return f"skipped: {error}"
+
+
+# --- what is visited --------------------------------------------------------------------------------------------------
+
+
+def check_method(method: str) -> None:
+    """Raises UsageError for a method that does not exist."""
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+
+
+def selected_of(checkpoint: Checkpoint, selection: Selection) -> tuple[list[Matrix], dict[str, Why]]:
+    """Every matrix of the checkpoint, in file order, and why some are not visited.
+
+    Warns (DoubtWarning) about names that the table of families does not know. Raises UsageError for a selection that
+    matches nothing.
+    """
+    matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=3)
+    selection.check(matrices)
+    return matrices, {m.name: why for m in matrices if (why := selection.why_not(m))}
+
+
+def run_of(kind: str, version: int, checkpoint: Checkpoint, method: str, crew: Crew, **more: Any) -> dict[str, Any]:
+    """What a journal is identified by: neither its output's place nor who did the work."""
+    told = Source.of(checkpoint).told()
+    return {"kind": kind, "version": version, **told, "method": method, "device": crew.label} | more
+
+
+# --- scan -------------------------------------------------------------------------------------------------------------
 
 
 def check_scan(method: str, null_draws: int) -> None:
     """What can be refused of a scan before its model is opened. Raises UsageError."""
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    check_method(method)
     if null_draws < 0:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
@@ -103,20 +254,11 @@ def scan(
     check_scan(method, null_draws)
     if moments is not None:
         moments.source.require(checkpoint, "moments")
-    matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=2)
-    selection.check(matrices)
-    skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
-    run = {
-        "kind": "scan journal",
-        "version": SPECTRA,
-        **Source.of(checkpoint).told(),
-        "selection": selection.describe(),
-        "method": method,
-        "device": crew.label,
-        "null_draws": null_draws,
-    } | ({"moments": moments.calibration.identity} if moments else {})
+    matrices, skipped = selected_of(checkpoint, selection)
+    run = run_of(
+        "scan journal", SPECTRA, checkpoint, method, crew, selection=selection.describe(), null_draws=null_draws
+    )
+    run |= {"moments": moments.calibration.identity} if moments else {}
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -125,12 +267,13 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = partial(_measure, method=method, null_draws=null_draws, moments=moments)
+        work = Visit(method, null_draws=null_draws, moments=moments)
         with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
-            for matrix, measured, _ in visits:
-                found[matrix.name] = measured
+            for matrix, visited, _ in visits:
+                assert visited.measured is not None, "a scan measures"
+                found[matrix.name] = visited.measured
                 if log:
-                    log.append(to_entry(matrix.name, measured))
+                    log.append(to_entry(matrix.name, visited.measured))
                 tick(matrix)
         with spoiling(log):
             require_unchanged(checkpoint)
@@ -138,105 +281,85 @@ def scan(
     return replace(spectra, data=InData.of(moments, spectra.values, found))
 
 
-def _measure(
-    matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
-) -> Measured:
-    found = measure(near(W, device), device, method, null_draws)
-    if moments is None or not moments.tokens(matrix.name) or found.skipped is not None:
-        return found
-    try:
-        return replace(found, data=data_values(W, moments.metric(matrix.name, W), device))
-    except (NumericalError, UsageError) as error:  # the plain spectrum stands
-        return replace(found, data_failed=str(error))
+def records_of(out: Path) -> Path:
+    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
+    return out / RECORDS
 
 
-def describe_failure(W: torch.Tensor, error: LaserError) -> str:
-    """The plan's reason for leaving a matrix alone."""
-    W = W.cpu()  # where W lies there may be no memory left to look at it
-    if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
-        bad = int((~torch.isfinite(W)).sum())
-        return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"
-    return f"skipped: {error}"
-
-
-NO_MOMENTS = (
-    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser calibrate, "
-    "then --moments, and laser search --spectra with a file that is not there yet"
-)
-
-
-def reduced_in_data(W: torch.Tensor, line: PlanLine, device: Device, moments: Moments | None) -> Truncation:
-    """W (m, n) as its plan line says. Raises NumericalError where a certificate is missed."""
-    assert moments is not None  # require_moments
-    return truncate_in_metric(W, line.rank or 0, moments.metric(line.name, W), device)
-
-
-def require_moments(plan: Plan, moments: Moments | None) -> None:
-    """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
-    names = [line.name for line in plan.reductions.values() if line.metric == "data"]
-    if not names:
-        return
-    told: Mapping[str, Any] = plan.calibration or {}
-    if moments is None:
-        raise UsageError(
-            f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
-            f"laser calibrate on {told.get('text')}"
-        )
-    if moments.calibration.identity != told.get("identity"):
-        raise RecordError(
-            f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-            f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with these"
-        )
-
-
-def require_same_moments(spectra: Spectra, moments: Moments | None) -> None:
-    """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
-    known = None if spectra.data is None else spectra.data.calibration
-    if moments is None or known is None:
-        raise UsageError(NO_MOMENTS)
-    if moments.calibration.identity != known.get("identity"):
-        raise RecordError(
-            f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-            f"spectra were scanned with {str(known.get('identity'))[:12]} of {known.get('text')}; scan again with these"
-        )
-
-
-def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
-    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any.
-
-    Where that knows outputs alone, as of inputs wider than 4096, it can tell of projections only: of no shrunk matrix.
-    """
-    if fresh is None or not fresh.tokens(line.name):
-        return {}
-    metric = fresh.metric(line.name, W)
-    if metric.form == "outputs" and (line.shrink or line.below):
-        return {}
-    return {"fresh_output_error": relative_error(W, B, line.rank or 0, metric)}
-
-
-def cut(
-    matrix: Matrix,
-    W: torch.Tensor,
-    device: Device,
-    *,
-    lines: Mapping[str, PlanLine],
+def spectra_there(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
     method: str,
+    null_draws: int,
+    moments: Moments | None,
+) -> Spectra | None:
+    """The spectra at `path`, if they are those of this scan."""
+    there = Spectra.load(path)
+    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
+    tried = {m.name for m in there.matrices if m.no_spectrum is None}
+    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
+    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
+    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
+        return None
+    drawn = {len(there.nulls.get(name, ())) for name in there.values}
+    known = there.data.calibration.get("identity") if there.data else None
+    same = moments is None or known == moments.calibration.identity
+    return there if wanted == done and drawn <= {null_draws} and same else None
+
+
+def of_another_run(out: Path) -> OutputError:
+    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
+
+
+def tidy_spectra(path: Path) -> None:
+    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
+    partial = path.with_name(path.name + ".partial")
+    with suppress(OutputError), claimed(path):
+        if was_journal(partial, "scan journal"):
+            tidy_up(partial, path)
+
+
+def scan_into(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    tick: Callable[[Matrix], None] = lambda _: None,
+    null_draws: int = 0,
     moments: Moments | None = None,
-    fresh: Moments | None = None,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The reduction of one matrix W (m, n), wherever it runs: the new matrix and what was measured of it."""
-    line = lines[matrix.name]
-    try:
-        plain = line.metric == "plain"
-        result = (
-            truncate(near(W, device), line.gains, device, method)
-            if plain
-            else reduced_in_data(W, line, device, moments)
+    anew: bool = False,
+) -> Spectra:
+    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
+
+    `anew` measures again whatever is there, and drops the work of another scan.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with claimed(path):
+        if path.exists() and not anew:
+            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+            if there is not None:
+                tidy_spectra(path)
+                return there
+        spectra = scan(
+            checkpoint,
+            selection,
+            crew=crew,
+            method=method,
+            journal=partial,
+            null_draws=null_draws,
+            moments=moments,
+            tick=tick,
+            anew=anew,
         )
-    except NumericalError as error:
-        raise NumericalError(f"{matrix.name}: {error}", error.residual) from error
-    new = result.matrix.cpu()
-    return new, record_of(line, result) | on_fresh_text(W, new, line, fresh)
+        spectra.save(path)
+        tidy_up(partial, path)
+        return spectra
+
+
+# --- reduce -----------------------------------------------------------------------------------------------------------
 
 
 def reduce(
@@ -276,17 +399,17 @@ def reduce(
     checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        work = partial(cut, lines=plan.reductions, method=method, moments=moments, fresh=fresh)
+        work = Visit(method, plan.reductions, moments=moments, fresh=fresh)
         wanted = set(names)
         weights = [m for m in touched if m.name in plan.reductions and wanted & parts_of(checkpoint, m)]
         order = by_shard(checkpoint, weights)
         with closing(visit(checkpoint, order, work, crew)) as visits:
-            for matrix, (new, record), seconds in visits:
-                for name, part, told in stored(checkpoint, matrix, new, record):
+            for matrix, visited, seconds in visits:
+                for name, part, told in stored(checkpoint, matrix, visited):
                     if name in wanted:
                         yield name, part, told
                     del part
-                del new
+                del visited
                 tick(matrix, seconds)
 
     def done(shard: Shard) -> None:
@@ -311,10 +434,9 @@ def prepare(
     fresh: Moments | None,
 ) -> tuple[Checkpoint, list[Matrix], dict[str, Any]]:
     """What `reduce` writes from, what it touches, what identifies it. Raises where it refuses what is asked for."""
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    check_method(method)
     plan.require(checkpoint)
-    require_moments(plan, moments)
+    plan.require_moments(moments)
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
     hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
@@ -322,7 +444,7 @@ def prepare(
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
-    run = run_of(checkpoint, plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
+    run = run_of_plan(plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
     return checkpoint, touched, run | ({"dtype": dtype} if dtype else {})
 
 
@@ -352,9 +474,10 @@ def with_scales(checkpoint: Checkpoint, touched: list[Matrix], matrices: Mapping
     return [m for m in matrices.values() if m.name in names]
 
 
-def stored(checkpoint: Checkpoint, matrix: Matrix, new: torch.Tensor, record: dict[str, Any]) -> Iterator[New]:
+def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator[New]:
     """A new matrix as it is to be stored: in its dtype, or as FP8 and scales, which have no record of their own."""
-    fp8 = checkpoint.fp8
+    fp8, new, record = checkpoint.fp8, visited.new, visited.record
+    assert new is not None and record is not None, "a line of a plan replaces its matrix"
     if fp8 is None or matrix.tensor not in fp8.scales:
         yield matrix.name, new.to(TORCH[matrix.dtype]), record
         return
@@ -371,7 +494,7 @@ def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]
     return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
 
 
-def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
+def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
@@ -383,46 +506,7 @@ def run_of(checkpoint: Checkpoint, plan: Plan, method: str, crew: Crew) -> dict[
     }
 
 
-Result = tuple[Measured, torch.Tensor | None, dict[str, Any] | None]
-
-
-def judge(
-    matrix: Matrix,
-    W: torch.Tensor,
-    device: Device,
-    *,
-    source: Source,
-    treatment: Treatment,
-    selection: Selection,
-    method: str,
-    null_draws: int,
-) -> Result:
-    """One visit to W (m, n): what a scan finds of it, and what it is replaced by, with its record, if it is."""
-
-    def line(s: np.ndarray) -> Any:
-        spectra = Spectra(source, (matrix,), {matrix.name: s}, {}, method, device.label, nulls, {matrix.name: tails})
-        return line_of(spectra, matrix, treatment, selection)
-
-    def decide(s: np.ndarray) -> Gains | None:
-        found = line(s)
-        return found.gains if found.action == "reduce" else None
-
-    W = near(W, device)
-    try:
-        nulls = {matrix.name: null_largest(W, null_draws, device)} if null_draws else {}
-        tails = excess_kurtosis(W, device)
-        found = factorise(W, decide, device, method)
-    except (NumericalError, UsageError) as error:
-        scanned = measure(W, device, method, null_draws)
-        if scanned.skipped is None:  # only the truncation fails: no reason to skip, but one to stop
-            residual = error.residual if isinstance(error, NumericalError) else None
-            raise NumericalError(f"{matrix.name}: {error}", residual) from error
-        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error)), None, None
-    s = found.values.singular_values
-    measured = Measured(s, nulls.get(matrix.name, np.empty(0)), tails, note=found.values.told)
-    if found.truncation is None:
-        return measured, None, None
-    return measured, found.truncation.matrix.cpu(), record_of(line(s), found.truncation)
+# --- one pass ---------------------------------------------------------------------------------------------------------
 
 
 def reduce_in_one_pass(
@@ -444,31 +528,23 @@ def reduce_in_one_pass(
     called again, it goes on where it was. Raises as scan and reduce do.
     """
     treatment.check()
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+    check_method(method)
     checkpoint = by_whole_shards(checkpoint)
-    matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=2)
-    selection.check(matrices)
-    skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
+    matrices, skipped = selected_of(checkpoint, selection)
     selected = {m.name: m for m in matrices if m.name not in skipped}
     made: dict[str, Any] = {}
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        work = partial(
-            judge,
-            source=Source.of(checkpoint),
-            treatment=treatment,
-            selection=selection,
-            method=method,
-            null_draws=null_draws,
-        )
+        source, of = Source.of(checkpoint), (method, crew.devices[0].label)
+        judge = partial(judged, source=source, treatment=treatment, selection=selection, of=of)
+        work = Visit(method, judge=judge, null_draws=null_draws)
         order = by_shard(checkpoint, [selected[name] for name in names])
         with closing(visit(checkpoint, order, work, crew)) as visits:
-            for matrix, (measured, new, record), seconds in visits:
-                yield matrix.name, new, {"scan": to_entry(matrix.name, measured), "cut": record}
-                del new
+            for matrix, visited, seconds in visits:
+                assert visited.measured is not None, "one pass measures"
+                entry = {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
+                yield matrix.name, visited.new, entry
+                del visited
                 tick(matrix, seconds)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
@@ -483,96 +559,9 @@ def reduce_in_one_pass(
         made.update(spectra=spectra, plan=plan)
         spectra.save(out / RECORDS / "spectra.safetensors")
         plan.save(out / RECORDS / "plan.json")
-        return describe_by(plan)(cuts, shards) | {"run": run_of(checkpoint, plan, method, crew)}
+        return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
-    run = {
-        "kind": "one pass journal",
-        "version": VERSION,
-        **Source.of(checkpoint).told(),
-        "rule": treatment.rule,
-        "treatment": treatment.describe(),
-        "selection": selection.describe(),
-        "method": method,
-        "device": crew.label,
-        "null_draws": null_draws,
-    }
+    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
+    run = run_of("one pass journal", VERSION, checkpoint, method, crew, **how, null_draws=null_draws)
     document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)
-
-
-def records_of(out: Path) -> Path:
-    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
-    return out / RECORDS
-
-
-def _there(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    null_draws: int,
-    moments: Moments | None,
-) -> Spectra | None:
-    """The spectra at `path`, if they are those of this scan."""
-    there = Spectra.load(path)
-    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-    tried = {m.name for m in there.matrices if m.no_spectrum is None}
-    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
-    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
-        return None
-    drawn = {len(there.nulls.get(name, ())) for name in there.values}
-    known = there.data.calibration.get("identity") if there.data else None
-    same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
-
-
-def _of_another_run(out: Path) -> OutputError:
-    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
-
-
-def tidy_spectra(path: Path) -> None:
-    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = path.with_name(path.name + ".partial")
-    with suppress(OutputError), claimed(path):
-        if was_journal(partial, "scan journal"):
-            tidy_up(partial, path)
-
-
-def scan_into(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    tick: Callable[[Matrix], None] = lambda _: None,
-    null_draws: int = 0,
-    moments: Moments | None = None,
-    anew: bool = False,
-) -> Spectra:
-    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
-
-    `anew` measures again whatever is there, and drops the work of another scan.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with claimed(path):
-        if path.exists() and not anew:
-            there = _there(path, checkpoint, selection, crew, method, null_draws, moments)
-            if there is not None:
-                tidy_spectra(path)
-                return there
-        spectra = scan(
-            checkpoint,
-            selection,
-            crew=crew,
-            method=method,
-            journal=partial,
-            null_draws=null_draws,
-            moments=moments,
-            tick=tick,
-            anew=anew,
-        )
-        spectra.save(path)
-        tidy_up(partial, path)
-        return spectra

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from safetensors.numpy import save
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError, first_line
 from laser.files import require_regular, write_atomically
+from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import (
     check_header,
@@ -32,13 +34,6 @@ from laser.records import (
     shown,
     value_of,
 )
-
-if TYPE_CHECKING:
-    from laser.moments import Moments
-    from laser.spectra import Spectra
-
-from laser.checkpoint.source import Source
-from laser.moments import Calibration
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
@@ -259,6 +254,18 @@ class Spectra:
             raise RecordError(f"{path}: {wrong}; {AGAIN}")
         require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
         return spectra
+
+    def require_moments(self, moments: Moments | None) -> None:
+        """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
+        known = None if self.data is None else self.data.calibration
+        if moments is None or known is None:
+            raise UsageError(NO_MOMENTS)
+        if moments.calibration.identity != known.get("identity"):
+            raise RecordError(
+                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+                f"spectra were scanned with {str(known.get('identity'))[:12]} of {known.get('text')}; scan again with "
+                "these"
+            )
 
 
 def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:

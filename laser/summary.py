@@ -214,9 +214,9 @@ def summarise(
         if matrix.name not in spectra.values or selection.why_not(matrix) or (names and matrix.name not in names):
             continue
         s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-        numbers, fit = describe_spectrum(s), fit_noise(s, shape, estimator)
-        cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
-        noise = estimate(s, shape, estimator)
+        numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
+        noise = cut.noise or estimate(s, shape, estimator)
+        fit = fit_noise(s, shape, estimator, noise)
         snr = signal_to_noise(s, cut.rank)
         kurtosis = spectra.kurtosis.get(matrix.name)
         ranks = dict(zip(ENERGIES, numbers.energy_ranks, strict=True))

@@ -5,12 +5,10 @@ Not the card: README.md is there to be edited.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from laser.checkpoint.at_rest import damage
@@ -26,18 +24,12 @@ from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
 from laser.files import open_regular, read_regular
-from laser.moments import Moments
+from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, plan_as_measured
-from laser.pipeline import require_moments
-from laser.plan import Plan, PlanLine
+from laser.plan import Plan
 from laser.records import is_sealed, journal_is_whole, parse
 from laser.spectra import Spectra
-from laser.spectral.data_metric import data_values, relative_error, rounding_error
 from laser.spectral.devices import Device, choose_device, in_float64
-from laser.spectral.factorise import singular_values
-from laser.spectral.rules import energy_share
-from laser.spectral.shrinkage import Gains
-from laser.spectral.unit import in_unit, largest_entry
 
 MEASURED: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(("eval.json", "eval-source.json"), Perplexity)
 MEASURED |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
@@ -82,52 +74,6 @@ def _is_plan_of(path: Path, outcome: Outcome) -> bool:
     return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
 
 
-STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
-
-
-def check_projection(
-    W: torch.Tensor,
-    B: torch.Tensor,
-    half: torch.Tensor,
-    line: PlanLine,
-    device: Device,
-    moments: Moments | None,
-) -> list[str]:
-    """What is wrong with B as W (m, n) reduced in the metric of the data, up to rounding to the storage dtype: `half`
-    (m, n) is half a unit in the last place of each entry.
-
-    Without moments: B is some projection U U^T W of rank r, which is the same as: no singular value beyond r, and
-    B^T (W - B) = 0. With them also that it loses no more of the outputs than W itself says that rank r must.
-    """
-    source, (W, u) = W, in_unit(W)
-    B, half = B.double() / u, half.double() / u
-    wide, narrow = W.double(), B
-    E = half
-    rounding, norm = float(E.norm()), float(wide.norm())
-    if not norm:
-        return [] if not narrow.any() else [f"{line.name}: found values, expected zero, as the source's matrix is"]
-    problems, rank = [], line.rank or 0
-    beyond = float(np.linalg.norm(singular_values(B, device)[0][rank:]))
-    if not beyond <= rounding + 1e-5 * norm:
-        problems.append(f"{line.name}: {beyond / norm:.3e} of the norm lies beyond rank {rank}")
-    # With B = U U^T W + E the product is at most ||E|| (||B|| + ||W - B|| + ||E||).
-    left = float((narrow.T @ (wide - narrow)).norm())
-    most = (rounding + 1e-5 * norm) * (float(narrow.norm()) + float((wide - narrow).norm()) + rounding)
-    if not left <= most:
-        problems.append(
-            f"{line.name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W"
-        )
-    if moments is not None:
-        metric = moments.metric(line.name, source)
-        s, B, E = data_values(source, metric, device), B * u, E * u
-        lost = energy_share(s, np.arange(len(s)) >= rank) if s.any() else 0.0
-        found = relative_error(source, B, rank, metric, device)
-        slack = 3 * math.sqrt(rounding_error(source, B, E, rank, metric, device)) + 1e-5
-        if not (abs(math.sqrt(found) - math.sqrt(lost)) <= slack or abs(found - lost) <= STORED):
-            problems.append(f"{line.name}: {found:.4e} of the outputs' mean square is lost, expected {lost:.4e}")
-    return problems
-
-
 @dataclass(frozen=True)
 class Verification:
     """`problems` is empty when everything holds; each entry names a file or tensor with found and expected."""
@@ -163,7 +109,7 @@ def verify(
     if outcome.run.get("dtype"):
         source = as_bfloat16(source)
     if moments is not None:
-        require_moments(outcome.plan, moments)
+        outcome.plan.require_moments(moments)
     problems = outcome.plan.unlike(matrices) + outcome.unlike_plan()
     if source.index_bytes != result.index_bytes:
         problems.append("the index differs from the source's; expected the same bytes")
@@ -187,12 +133,9 @@ def verify(
         elif matrix.name in lines:
             touched += 1
             line = lines[matrix.name]
-            if line.metric == "data":
-                W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
-                half = _rounding(result, matrix, B)
-                problems += check_projection(W, B, half, line, device, moments)
-            else:
-                problems += _check_truncation(source, result, matrix, line.gains, device)
+            W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+            metric = metric_of(line.metric, matrix.name, W, moments)
+            problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
         else:
             untouched += 1
             if not _same(source, result, matrix):
@@ -226,37 +169,3 @@ def _rounding(result: Checkpoint, matrix: Matrix, B: torch.Tensor) -> torch.Tens
         return rounding(B, result.raw(result.fp8.scales[matrix.tensor]), result.fp8.block)
     kind = torch.finfo(B.dtype)
     return B.abs().double().clamp_min(kind.smallest_normal) * (kind.eps / 2)
-
-
-def _check_truncation(
-    source: Checkpoint, result: Checkpoint, matrix: Matrix, gains: Gains, device: Device
-) -> list[str]:
-    W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
-    if not math.isfinite(largest_entry(B)):
-        return [f"{matrix.name}: found NaN or Inf, expected finite weights"]
-    W, u = in_unit(W)  # and all that follows in the same: squares of it stay in range
-    s, after = singular_values(W, device)[0], singular_values(B, device)[0] / u
-    total = float(np.linalg.norm(s))
-    if total == 0:
-        return [] if not after.any() else [f"{matrix.name}: found values, expected zero, as the source's matrix is"]
-    g = gains.in_unit(u).of(s, (W.shape[0], W.shape[1]))
-    tail = float(np.linalg.norm((1 - g) * s)) / total
-    distance, rounded = 0.0, 0.0
-    half = _rounding(result, matrix, B)
-    for start in range(0, W.shape[0], 1024):
-        w, b, h = (x[start : start + 1024].double() for x in (W, B, half))
-        distance += float(torch.sum((w - b / u) ** 2))
-        rounded += float(torch.sum((h / u) ** 2))
-    # ||B - W_r||_F is at most `rounded` (plus a little for the arithmetic), and that bounds both quantities.
-    slack = math.sqrt(rounded) / total + 1e-5
-    found = math.sqrt(distance) / total
-    problems, rank = [], gains.above + gains.below
-    if not abs(found - tail) <= slack:  # not the other way round: NaN is a problem
-        problems.append(f"{matrix.name}: ||W - B||/||W|| is {found:.3e}, expected {tail:.3e} for rank {rank}")
-    # Mirsky (1960): the singular values of B and of W_r differ, as vectors, by no more than B and W_r do.
-    left = float(np.linalg.norm(after - np.sort(g * s)[::-1])) / total
-    if not left <= slack:
-        problems.append(
-            f"{matrix.name}: {left:.3e} of the norm lies off or beyond rank {rank}, expected {slack:.1e} at most"
-        )
-    return problems

@@ -21,6 +21,7 @@ from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import HOST, Device
+from laser.spectral.metric import Plain
 from laser.verification import verify
 
 TWO = Crew((HOST,), 2)
@@ -87,16 +88,16 @@ def test_interrupted_and_resumed_it_is_byte_identical(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow(pico, tmp_path / "undisturbed" / "out", "mp-edge", single=True)
-    out, seen, true = tmp_path / "out", [], pipeline.judge
+    out, seen, true = tmp_path / "out", [], pipeline.Visit.__call__
 
-    def interrupted(matrix: laser.Matrix, *rest: Any, **options: Any) -> Any:
+    def interrupted(visit: pipeline.Visit, matrix: laser.Matrix, *rest: Any) -> Any:
         if len(seen) == 9:
             raise KeyboardInterrupt
         seen.append(matrix.name)
-        return true(matrix, *rest, **options)
+        return true(visit, matrix, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "judge", interrupted)
+        patch.setattr(pipeline.Visit, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             flow(pico, out, "mp-edge", single=True)
     lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
@@ -104,11 +105,11 @@ def test_interrupted_and_resumed_it_is_byte_identical(
     assert promised and not (out / "laser.json").exists()
     again: list[str] = []
 
-    def counting(matrix: laser.Matrix, *rest: Any, **options: Any) -> Any:
+    def counting(visit: pipeline.Visit, matrix: laser.Matrix, *rest: Any) -> Any:
         again.append(matrix.name)
-        return true(matrix, *rest, **options)
+        return true(visit, matrix, *rest)
 
-    monkeypatch.setattr(pipeline, "judge", counting)
+    monkeypatch.setattr(pipeline.Visit, "__call__", counting)
     flow(pico, out, "mp-edge", single=True)
     assert not promised & set(again) and len(promised) + len(again) == 18
     assert snapshot(out) == snapshot(tmp_path / "undisturbed" / "out")
@@ -133,6 +134,6 @@ def test_a_truncation_that_fails_alone_is_an_error(pico: Path, tmp_path: Path, m
     def fail(*_: Any) -> None:
         raise NumericalError("certificate missed", 0.5)
 
-    monkeypatch.setattr(pipeline, "factorise", fail)
+    monkeypatch.setattr(Plain, "visit", fail)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: certificate missed"):
         flow(pico, tmp_path / "out", "mp-edge", single=True)

@@ -99,7 +99,14 @@ WRONG: dict[str, tuple[str, ...]] = {
     "report {spectra} -o {new}": ("--rule nose", "--layers 99", "--roles nose", "--include ["),
     "spectra {spectra}": ("--rule nose", "--layers 99", "--unfrozen-yaml {new} --top-percent 200"),
     "plan {spectra} -o {new} --rule mp-edge": (
-        *("--rule nose", "--rule energy:2", "--lowest-snr 0", "--shrink nose", "--metric nose", "--metric data"),
+        *(
+            "--rule nose",
+            "--rule energy:2",
+            "--lowest-snr 0",
+            "--shrink nose",
+            "--rule nose:energy:1",
+            "--rule data:mp-edge",
+        ),
         *("--require-fit 2", "--layers 99", "--roles nose", "--include [", "--fewest-tokens -1"),
     ),
     "push": ("{missing} a/b", "{folder} a/b", "{output} a/b/c", "{output} nose/../x"),

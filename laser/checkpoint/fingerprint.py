@@ -13,17 +13,12 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from laser.checkpoint.hub import Hub
 from laser.checkpoint.safetensors import CHUNK, Shard, TensorInfo, read_bytes
 from laser.checkpoint.slices import bytes_of
 from laser.errors import CheckpointError
 from laser.files import raw_regular
-
-if TYPE_CHECKING:
-    pass
-
 from laser.records import Fingerprint
 
 WHOLE = 64 << 20  # bytes of weights up to which a checkpoint is read whole: a fraction of a second

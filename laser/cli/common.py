@@ -1,4 +1,4 @@
-"""What every verb shares: option types, tables for people, JSON for programs, progress bars."""
+"""What every verb shares: tables for people, JSON for programs, progress bars, files kept for a verb alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from laser.checkpoint.matrices import Matrix
@@ -20,58 +19,19 @@ from laser.checkpoint.replaceable import require_outside_models, require_replace
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
 from laser.files import claimed, real, require_led
-from laser.moments import Moments
 from laser.records import to_json
 from laser.report.visible import visible
-from laser.selection import Selection, parse_layers, parse_roles
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
-]
-Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
-Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
-Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
-DeviceNames = Annotated[
-    str, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", help="On the cpu, one thread each; default: as cores and memory allow.")
-]
-Engine = Annotated[
-    str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
-]
-Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[
-    str, typer.Option("--method", help="auto, gram (fast), projector (products alone) or svd (reference).")
-]
-MomentsFile = Annotated[
-    Path | None, typer.Option("--moments", help="File of laser calibrate: go by the inputs that matrices meet, too.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; print what would be done.")]
-
-
-def selection(layers: str | None, roles: str | None, include: str | None, exclude: str | None) -> Selection:
-    return Selection(parse_layers(layers), parse_roles(roles), include, exclude)
-
-
-def moments_of(path: Path | None) -> Moments | None:
-    """The moments at `path`, if one was given."""
-    return None if path is None else Moments.load(path)
 
 
 @dataclass
 class Held:
-    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, and those
-    of its options that do nothing as it was called."""
+    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, those of
+    its options that do nothing as it was called, and the words that a recipe added to its command line."""
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
+    given: list[str] = field(default_factory=list)
 
     def written(self) -> dict[Path, bool]:
         """Whether each file is there, whole: they appear by a rename, as another file."""
@@ -117,6 +77,12 @@ def do_nothing(*options: str) -> None:
     """These options do nothing in this call of the verb: they are not advised."""
     if (held := _verb.get()) is not None:
         held.idle.update(options)
+
+
+def give(words: Sequence[str]) -> None:
+    """A recipe gives these words of a command line: what is said of it counts them as given there."""
+    if (held := _verb.get()) is not None:
+        held.given.extend(words)
 
 
 def keep_file(path: Path) -> None:

@@ -21,8 +21,7 @@ from threadpoolctl import ThreadpoolController
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import BITS
-from laser.spectral.devices import Device, free_bytes, full_precision, on_device_or_host
-from laser.spectral.factorise import device_bytes
+from laser.spectral.devices import Device, free_bytes, full_precision
 from laser.spectral.gram import BLOCK_ROWS
 
 T = TypeVar("T")
@@ -82,17 +81,6 @@ def own_stream(device: Device) -> AbstractContextManager[object]:
     if device.torch_device.type != "cuda":
         return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device.torch_device))
-
-
-def near(W: torch.Tensor, device: Device) -> torch.Tensor:
-    """W on a device with LAPACK, so CUDA's, that has room for it beside its factorisation: looked at there for NaN and
-    tails it costs nothing, and it is copied once. Else W as it is: the ladder sends it a few rows at a time."""
-    if device.host_eigensolver:
-        return W
-    free = free_bytes(device)
-    if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
-        return W
-    return on_device_or_host(lambda where: W.to(where.torch_device), device)
 
 
 @contextmanager

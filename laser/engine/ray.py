@@ -204,7 +204,8 @@ def _portable(checkpoint: Checkpoint) -> Checkpoint:
 def pack(result: Any) -> Any:
     """Tensors of a result as plain bytes; pickling a tensor would copy it."""
     if isinstance(result, tuple):
-        return tuple(pack(part) for part in result)
+        parts = [pack(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # a named one stays so
     if isinstance(result, torch.Tensor):
         whole = result.contiguous()
         return _Plain(whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape))
@@ -214,7 +215,8 @@ def pack(result: Any) -> Any:
 def unpack(result: Any) -> Any:
     """The result as it was; tensors share their bytes with Ray's object store, so they are for reading only."""
     if isinstance(result, tuple):
-        return tuple(unpack(part) for part in result)
+        parts = [unpack(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     if isinstance(result, _Plain):
         with warnings.catch_warnings():  # that nobody may write to it: nobody does
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

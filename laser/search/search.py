@@ -24,17 +24,14 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
-from laser.moments import Moments
-from laser.pipeline import NO_MOMENTS, require_same_moments
+from laser.moments import NO_MOMENTS, Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import sealed, spoiling
 from laser.search.candidates import (
-    DATA,
     ORDERS,
     Candidate,
     candidates_of,
-    family_of,
     in_order,
     predict,
 )
@@ -43,6 +40,7 @@ from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.rules import metric_in
 
 KIND, VERSION = "search", 2  # of the record search.json, and of the journal behind it
 
@@ -93,12 +91,12 @@ class SearchResult:
         kept = [line.metric for line in self.plan.reductions.values()]
 
         def count(family: str) -> dict[str, int]:
-            these = [t for t in self.trials if family_of(t.rule) == family]
-            won = sum(family_of(t.rule) == family for t in best.values())
+            these = [t for t in self.trials if metric_in(t.rule) == family]
+            won = sum(metric_in(t.rule) == family for t in best.values())
             accepted = sum(t.accepted for t in these)
             return {"trials": len(these), "accepted": accepted, "kept": kept.count(family), "best": won}
 
-        return {family: count(family) for family in dict.fromkeys(family_of(t.rule) for t in self.trials)}
+        return {family: count(family) for family in dict.fromkeys(metric_in(t.rule) for t in self.trials)}
 
 
 def search(
@@ -147,8 +145,8 @@ def search(
         calibrated=moments is not None,
     )
     check_objectives(calibration, held_out, accept, shortlist)
-    if any(rule.startswith(DATA) for rule in rules):
-        require_same_moments(spectra, moments)
+    if any(metric_in(rule) != "plain" for rule in rules):
+        spectra.require_moments(moments)
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
@@ -202,8 +200,8 @@ def check_request(
             "a search needs at least one rule; try laser search --rules laser-rmt, or laser run --rule laser-rmt"
         )
     for rule in rules:
-        Treatment(rule.removeprefix(DATA), metric=family_of(rule)).check()
-        if rule.startswith(DATA) and not calibrated:
+        Treatment(rule).check()
+        if metric_in(rule) != "plain" and not calibrated:
             raise UsageError(NO_MOMENTS)
     check_lowest_snr(lowest_snr)
     if accept not in ACCEPT:

@@ -235,13 +235,15 @@ class NoiseFit:
         return asdict(self)
 
 
-def fit_noise(s: Spectrum, shape: Shape, estimator: str = "trimmed") -> NoiseFit:
+def fit_noise(s: Spectrum, shape: Shape, estimator: str = "trimmed", noise: Noise | None = None) -> NoiseFit:
     """Estimate the noise in singular values `s` (p,), descending, and measure the fit. See NoiseFit and ESTIMATORS.
+
+    noise: what the estimator says of `s`, where that is known already.
 
     Where sigma is 0 (half of the values are: a matrix of low rank, or zero) there is no noise and nothing to fit:
     distance 1, level 0. Raises UsageError for an unknown estimator.
     """
-    noise = estimate(s, shape, estimator)
+    noise = estimate(s, shape, estimator) if noise is None else noise
     theta = None if math.isinf(noise.theta) else noise.theta
     distance, bulk = bulk_distance(s, shape, noise)
     if noise.sigma == 0:

@@ -18,14 +18,14 @@ from laser import pipeline
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.engine import crew as crews
 from laser.engine import workers
-from laser.engine.crew import Crew, dearest_first, near, peak_bytes, quiet, worker_bytes
+from laser.engine.crew import Crew, dearest_first, peak_bytes, quiet, worker_bytes
 from laser.engine.workers import choose_crew, visit
 from laser.errors import NumericalError, UsageError
 from laser.flow import run
 from laser.pipeline import by_shard, reduce, scan
 from laser.plan import Treatment, make_plan
 from laser.spectral import devices, factorise
-from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
+from laser.spectral.data_metric import ByData, data_values, truncate_in_metric
 from laser.spectral.devices import Device, choose_device
 
 CPU = choose_device("cpu")
@@ -130,7 +130,7 @@ def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(devices, "release", lambda _: None)
     full, generator = Full("cuda", torch.float64, False, "pretends"), torch.Generator().manual_seed(0)
     W, X = (torch.randn(size, 40, generator=generator) for size in (30, 300))
-    metric = Metric("full", (X.T @ X / 300).double(), 300)
+    metric = ByData("full", (X.T @ X / 300).double(), 300)
     assert (data_values(W, metric, full) == data_values(W, metric, CPU)).all()
     assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
 
@@ -161,14 +161,14 @@ def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
 
 def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     full, W = Full("cuda", torch.float64, False, "pretends"), torch.ones(40, 24)
-    monkeypatch.setattr(crews, "device_bytes", lambda *_: 1000)
-    monkeypatch.setattr(crews, "free_bytes", lambda _: 1000 + 2 * W.nbytes - 1)
+    monkeypatch.setattr(factorise, "device_bytes", lambda *_: 1000)
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1000 + 2 * W.nbytes - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(crews, "on_device_or_host", lambda *_: pytest.fail("sent"))
-        assert near(W, full) is W
-    monkeypatch.setattr(crews, "free_bytes", lambda _: 1000 + 2 * W.nbytes)
-    monkeypatch.setattr(crews, "on_device_or_host", lambda *_: W + 1)
-    assert torch.equal(near(W, full), W + 1)
+        patch.setattr(factorise, "on_device_or_host", lambda *_: pytest.fail("sent"))
+        assert factorise.to_device_if_it_fits(W, full) is W
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1000 + 2 * W.nbytes)
+    monkeypatch.setattr(factorise, "on_device_or_host", lambda *_: W + 1)
+    assert torch.equal(factorise.to_device_if_it_fits(W, full), W + 1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from helpers import digits
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.data_metric import (
-    Metric,
+    ByData,
     data_values,
     relative_error,
     root,
@@ -31,8 +31,8 @@ def drawn(m: int, n: int, tokens: int = 300, seed: int = 0) -> tuple[torch.Tenso
     return W, X * torch.logspace(0, 2, n, dtype=torch.float64)
 
 
-def full(X: torch.Tensor) -> Metric:
-    return Metric("full", X.T @ X / len(X), len(X), float(X.square().sum(1).square().mean()))
+def full(X: torch.Tensor) -> ByData:
+    return ByData("full", X.T @ X / len(X), len(X), float(X.square().sum(1).square().mean()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,7 +72,7 @@ def test_no_other_matrix_of_that_rank_loses_less_and_the_input_side_gives_the_sa
 
 def test_white_inputs_give_the_plain_spectrum_and_truncation(device: Device) -> None:
     W, _ = drawn(40, 24)
-    white = Metric("full", torch.eye(24, dtype=torch.float64), 1000)
+    white = ByData("full", torch.eye(24, dtype=torch.float64), 1000)
     assert data_values(W, white, device) == pytest.approx(singular_values(W, device)[0], rel=digits(device, 1e-9, 1e-4))
     assert torch.allclose(truncate_in_metric(W, 6, white, device).matrix, truncate(W, 6, device).matrix, atol=1e-5)
 
@@ -92,7 +92,7 @@ def test_scaling_inputs_or_weights_scales_the_values_and_leaves_the_projection(
 def test_the_three_forms_agree_where_they_know_the_same(device: Device, shape: tuple[int, int]) -> None:
     W, X = drawn(*shape)
     C = X.T @ X / len(X)
-    outputs = Metric("outputs", W.double() @ C @ W.double().T, len(X))
+    outputs = ByData("outputs", W.double() @ C @ W.double().T, len(X))
     s = data_values(W, full(X), device)
     if shape[0] <= shape[1]:
         assert data_values(W, outputs, device) == pytest.approx(s, rel=digits(device, 1e-6, 1e-2))
@@ -100,7 +100,7 @@ def test_the_three_forms_agree_where_they_know_the_same(device: Device, shape: t
         assert torch.allclose(same.matrix, truncate_in_metric(W, 2, full(X), device).matrix, atol=1e-5)
         assert relative_error(W, same.matrix, 2, outputs) == pytest.approx(1 - same.certificate.energy_kept, rel=1e-5)
     d = C.diagonal().clone()
-    alone, whole = Metric("diagonal", d, len(X)), Metric("full", torch.diag(d), len(X))
+    alone, whole = ByData("diagonal", d, len(X)), ByData("full", torch.diag(d), len(X))
     assert data_values(W, alone, device) == pytest.approx(data_values(W, whole, device), rel=digits(device, 1e-6, 1e-2))
     found = [truncate_in_metric(W, 3, metric, device).matrix for metric in (alone, whole)]
     assert torch.allclose(found[0], found[1], atol=1e-5)
@@ -112,10 +112,10 @@ def test_shrunk_moments_of_outputs_are_those_of_shrunk_inputs(device: Device, to
     wide, C = W.double(), X.T @ X / len(X)
     Y = X @ wide.T
     fourth = float(Y.square().sum(1).square().mean())
-    metric = Metric("outputs", Y.T @ Y / len(X), tokens, fourth, True)
+    metric = ByData("outputs", Y.T @ Y / len(X), tokens, fourth, True)
     keep, add = shrinkage(metric.moment, fourth, tokens, wide @ wide.T)
     assert 0 < keep < 1
-    explicit = Metric("full", keep * C + add * torch.eye(40, dtype=torch.float64), 10**6)
+    explicit = ByData("full", keep * C + add * torch.eye(40, dtype=torch.float64), 10**6)
     assert data_values(W, metric, device) == pytest.approx(
         data_values(W, explicit, device), rel=digits(device, 1e-6, 1e-2)
     )
@@ -129,9 +129,9 @@ def test_shrunk_moments_of_outputs_are_those_of_shrunk_inputs(device: Device, to
 def test_what_rounding_to_storage_does_is_foretold(device: Device, shape: tuple[int, int]) -> None:
     W, X = drawn(*shape)
     C = X.T @ X / len(X)
-    forms = [Metric("full", C, 300)]
+    forms = [ByData("full", C, 300)]
     if shape[0] < shape[1]:
-        forms.append(Metric("outputs", W.double() @ C @ W.double().T, 300))
+        forms.append(ByData("outputs", W.double() @ C @ W.double().T, 300))
     for metric in forms:
         exact = truncate_in_metric(W, 9, metric, device)
         B = exact.matrix.to(torch.bfloat16)
@@ -148,7 +148,7 @@ def test_fewer_tokens_than_dimensions_show_no_more_directions_than_tokens(device
     assert truncate_in_metric(W, 10, metric, device).certificate.energy_kept == pytest.approx(1)
     with pytest.raises(UsageError, match=r"rank 11 does not fit: 10 of 24 directions .* calibrate on more text"):
         truncate_in_metric(W, 11, metric, device)
-    lenient = Metric("full", metric.moment, metric.tokens, metric.fourth, shrink=True)
+    lenient = ByData("full", metric.moment, metric.tokens, metric.fourth, shrink=True)
     assert np.count_nonzero(data_values(W, lenient, device)) == 24
     assert truncate_in_metric(W, 20, lenient, device).certificate.residual < digits(device, 1e-9, 1e-6)
 
@@ -180,5 +180,5 @@ def test_bad_input_is_refused(device: Device) -> None:
     W[0, 0] = math.nan
     with pytest.raises(NumericalError, match="NaN or Inf"):
         truncate_in_metric(W, 3, full(X), device)
-    zero = truncate_in_metric(torch.zeros(4, 6), 0, Metric("full", torch.eye(6, dtype=torch.float64), 9), device)
+    zero = truncate_in_metric(torch.zeros(4, 6), 0, ByData("full", torch.eye(6, dtype=torch.float64), 9), device)
     assert zero.certificate.energy_kept == 1 and not zero.matrix.any()

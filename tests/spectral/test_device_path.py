@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laser.spectral import factorise, gram, projector
-from laser.spectral.data_metric import Metric, data_values
+from laser.spectral.data_metric import ByData, data_values
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
 from laser.spectral.permutation import largest_singular_value, null_largest
@@ -271,9 +271,9 @@ def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
     device, x = ACCELERATORS[name], torch.empty(300, 40, dtype=torch.float64)
     for m in (30, 60):
         W = torch.empty(m, 40, dtype=torch.bfloat16)
-        for metric in (Metric("full", x.T @ x, 300), Metric("diagonal", x.sum(dim=0), 300)):
+        for metric in (ByData("full", x.T @ x, 300), ByData("diagonal", x.sum(dim=0), 300)):
             assert data_values(W, metric, device).shape == (min(m, 40),)
-        wide = Metric("outputs", torch.empty(m, m, dtype=torch.float64), 300)
+        wide = ByData("outputs", torch.empty(m, m, dtype=torch.float64), 300)
         assert data_values(W, wide, device).shape == (m,)
 
 

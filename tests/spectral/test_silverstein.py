@@ -7,7 +7,7 @@ from conftest import sampled
 from silverstein import cdf, distance, stieltjes
 
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.data_metric import Metric, data_values
+from laser.spectral.data_metric import ByData, data_values
 from laser.spectral.devices import choose_device
 from laser.spectral.permutation import permuted
 
@@ -45,7 +45,7 @@ def test_gaussian_noise_permuted_or_not_has_the_law_s_spectrum(shape: tuple[int,
     t = POPULATIONS[kind](n)
     W = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     Q = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
-    metric = Metric("full", torch.from_numpy((Q * t) @ Q.T), 10 * n)
+    metric = ByData("full", torch.from_numpy((Q * t) @ Q.T), 10 * n)
     for noise in (W, permuted(W, 1)):
         s = data_values(noise, metric, choose_device("cpu")) / (0.02 * n**0.5)
         assert distance(s, t, m / n) < 3.5 / min(shape)  # eigenvalues are rigid: off by a few of p, not by sqrt(p)
