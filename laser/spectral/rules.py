@@ -50,6 +50,8 @@ class Rule:
     any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
+    sample: str = ""  # with an argument, as the tests ask for it; not needed where there is none, or a default
+    calibrated: bool = True  # of pure noise it keeps next to nothing
     # Up to which quantile its estimate reads the spectrum: spikes beyond that many are taken for noise (`crowd`).
     reads: float | None = None
     valid: Callable[[float], bool] = lambda _: True
@@ -163,7 +165,9 @@ def _rank(s: Spectrum, shape: Shape, rank: float) -> Cut:
 _SHARE = {"valid": lambda x: 0 < x <= 1, "expected": "a number in (0, 1]"}
 
 RULES: dict[str, Rule] = {
-    "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
+    "laser-rmt": Rule(
+        _laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)", calibrated=False
+    ),
     "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; trimming as in Kritchman and Nadler 2009", "trimmed"),
     "mp-median": Rule(_mp_median, "the same edge; median matching as in Gavish and Donoho 2014", "median"),
     "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr", reads=0.75),
@@ -187,15 +191,25 @@ RULES: dict[str, Rule] = {
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
-    "energy": Rule(_energy, "common practice", any_metric=True, argument="X", **_SHARE),
+    "energy": Rule(
+        _energy, "common practice", argument="X", sample="energy:0.9", any_metric=True, calibrated=False, **_SHARE
+    ),
     "fraction": Rule(
-        _fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", any_metric=True, argument="RHO", **_SHARE
+        _fraction,
+        "LASER, Sharma et al. 2023 (arXiv 2312.13558)",
+        any_metric=True,
+        argument="RHO",
+        sample="fraction:0.3",
+        calibrated=False,
+        **_SHARE,
     ),
     "rank": Rule(
         _rank,
         "a fixed rank",
         any_metric=True,
         argument="K",
+        sample="rank:3",
+        calibrated=False,
         valid=lambda x: x >= 0 and float(x).is_integer(),
         expected="a whole number, 0 or more",
     ),
