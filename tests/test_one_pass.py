@@ -88,16 +88,16 @@ def test_interrupted_and_resumed_it_is_byte_identical(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow(pico, tmp_path / "undisturbed" / "out", "mp-edge", single=True)
-    out, seen, true = tmp_path / "out", [], pipeline.Visit.__call__
+    out, seen, true = tmp_path / "out", [], pipeline.OnePass.__call__
 
-    def interrupted(visit: pipeline.Visit, matrix: laser.Matrix, *rest: Any) -> Any:
+    def interrupted(visit: pipeline.OnePass, matrix: laser.Matrix, *rest: Any) -> Any:
         if len(seen) == 9:
             raise KeyboardInterrupt
         seen.append(matrix.name)
         return true(visit, matrix, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Visit, "__call__", interrupted)
+        patch.setattr(pipeline.OnePass, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             flow(pico, out, "mp-edge", single=True)
     lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
@@ -105,11 +105,11 @@ def test_interrupted_and_resumed_it_is_byte_identical(
     assert promised and not (out / "laser.json").exists()
     again: list[str] = []
 
-    def counting(visit: pipeline.Visit, matrix: laser.Matrix, *rest: Any) -> Any:
+    def counting(visit: pipeline.OnePass, matrix: laser.Matrix, *rest: Any) -> Any:
         again.append(matrix.name)
         return true(visit, matrix, *rest)
 
-    monkeypatch.setattr(pipeline.Visit, "__call__", counting)
+    monkeypatch.setattr(pipeline.OnePass, "__call__", counting)
     flow(pico, out, "mp-edge", single=True)
     assert not promised & set(again) and len(promised) + len(again) == 18
     assert snapshot(out) == snapshot(tmp_path / "undisturbed" / "out")

@@ -217,7 +217,7 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
     reduced = list(plan.reductions.values())
     measured = {line.name: outcome.matrices.get(line.name, {}) for line in reduced}
     removed = {x.name: 1 - float(measured[x.name].get("energy_kept", x.energy_kept)) for x in reduced}
-    by_outputs = [line for line in reduced if line.metric == "data"]
+    by_outputs = [line for line in reduced if line.tokens is not None]
     elsewhere = {line.name: measured[line.name].get("fresh_output_error") for line in by_outputs}
     return {
         "reduced": reduced,
