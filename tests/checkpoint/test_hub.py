@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot
 from hub_server import TOKEN, Bytes, Fault, Hub, connect, serving
 from huggingface_hub import close_session
 
@@ -23,10 +24,6 @@ from laser.verification import verify
 ID = "maker/pico"
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 SELECTED = Selection(layers=(1,), roles=("w2", "q"))
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
