@@ -42,9 +42,9 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     """Upload the directory `out` to a branch of the model repository `repo`; either is made if it is not there.
 
     Called again after an interruption, it sends only what is missing. Raises UsageError for a name that no repository
-    or branch can have; OutputError where `out` is no finished output of laser, somebody is at work on it, or the
-    repository holds what would be mixed up with it; CheckpointError where its files do not fit together, or the Hub
-    refuses or has something else than was sent.
+    or branch can have. Raises OutputError where `out` is no finished output of laser, somebody is at work on it, or the
+    repository holds what would be mixed up with it. Raises CheckpointError where its files do not fit together, or the
+    Hub refuses or has something else than was sent.
     """
     if (named := ID.fullmatch(repo)) is None or named["revision"] is not None or named["repo"].endswith("/.."):
         raise UsageError(f"{repo!r} is no repository on the Hub; try org/name, and --revision for a branch")
