@@ -1,8 +1,8 @@
 """card: the README.md of a reduced checkpoint, a pure function of the records: card.md.jinja has the text.
 
-The metadata is what the Hub reads. It has no offline check of its own (`ModelCard.validate` asks the Hub), so here the
-card is read back by huggingface_hub, its model-index is parsed into EvalResults again, base_model is checked as a
-repository id, and the YAML must say what was put in. Anything else is an error and no card.
+The metadata is what the Hub reads. `ModelCard.validate` asks the Hub, so here the card is read back off line: its
+model-index is parsed into EvalResults again, base_model is checked as a repository id, and the YAML must say what was
+put in. Anything else is an error and no card.
 """
 
 from __future__ import annotations
