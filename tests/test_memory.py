@@ -343,12 +343,14 @@ def test_a_leaderboard_is_refused_before_the_work(
 # --- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_counts_the_search(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_counts_the_search(
+    run: Run, model: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 5, "--held-out-windows", 3, "--roles", "q,v")
-    monkeypatch.setattr("laser.Checkpoint.read", lambda *_: pytest.fail("a weight was read"))
     for verb, out, rules in (("run", "o", "--rule"), ("search", "p.json", "--rules")):
         command = (verb, model, "-o", tmp_path / out, *words, rules, "fraction:0.9,fraction:0.5", "--lowest-snr", 4)
         code, told, _ = run(*command, "--dry-run", "--json")
+        assert not reads
         found = json.loads(told)["search"]
         assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31

@@ -140,7 +140,6 @@ def test_a_wrong_spectrum_is_noticed(solver: str, fault: str, monkeypatch: pytes
 
 
 def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factorise, "free_bytes", lambda _: 10_000)
     sent: list[str] = []
     honest = factorise._FACTORS["gram"]
 
@@ -149,7 +148,7 @@ def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch
         return honest(W, device, values)
 
     monkeypatch.setitem(factorise._FACTORS, "gram", record)
-    found = truncate(weights(), 6, CARD)
+    found = truncate(weights(), 6, replace(CARD, share=10_000))
     assert found.certificate.method == "gram on the host" and sent == ["cpu float64"]
     assert "GiB of memory on the device, more than is free" in found.certificate.note
     sent_later = torch.empty(14336, 4096, dtype=torch.bfloat16, device="meta")
