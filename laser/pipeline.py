@@ -488,8 +488,10 @@ def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator
 
 
 def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
-    """Shard after shard, and within each the dearest first: shards become whole, and go to the disk, all along, while
-    the last matrices are still cheap ones."""
+    """Shard after shard, and within each the most expensive first.
+
+    Shards become whole, and go to the disk, all along, while the last matrices are still cheap ones.
+    """
     place = {shard.name: i for i, shard in enumerate(checkpoint.shards)}
     return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
 

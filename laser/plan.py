@@ -76,7 +76,7 @@ class PlanLine:
     tokens: int | None = None
     parameters: int = 0  # numbers in it
     stack: str = ""  # whose layers are counted: "" the language model's own
-    unseen: str = ""  # said where it met too few inputs of the calibration, whatever else became of it
+    unseen: str = ""  # said where it has seen too few inputs of the calibration, whatever else became of it
 
     @property
     def gains(self) -> Gains:
@@ -335,8 +335,8 @@ def make_plan(
 
     `lowest_snr` K reduces only the K matrices with the lowest signal-to-noise ratio (LaserRMT takes 15); matrices
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
-    matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
-    noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
+    matrix. `shrink` names a shrinker for the kept values. `two_sided` also keeps what lies under the lower edge of the
+    noise, where trained matrices hide information (arXiv 2410.17770). `require_fit` keeps every matrix whose bulk
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
     reason. A rule `data:NAME` is asked of the spectra in the metric of the calibration's inputs, and a matrix that saw
     fewer than `fewest_tokens` (default: its p) of them is kept.
@@ -358,7 +358,7 @@ def make_plan(
     if not any(line.rank is not None for line in lines):
         if by_data:
             raise UsageError(
-                "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
+                "no selected matrix has seen as many tokens as it has dimensions; calibrate on more text, or try "
                 "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
             )
         for line in lines:

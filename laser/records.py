@@ -1,4 +1,4 @@
-"""Records: their JSON to frozen dataclasses and back, sealed by a checksum, and journals of what is finished.
+"""Records: their JSON to frozen dataclasses and back, sealed, and journals of what is finished.
 
 What is missing, unknown or of another type in a record is a RecordError. Every record says which weights it is of.
 """
@@ -179,7 +179,7 @@ def shown(found: Any, quote: str = '"') -> str:
 
 
 def named(found: Any) -> str:
-    """The same in the quotes of a name."""
+    """A value as its file has it, shortened, in the quotes of a name."""
     return shown(found, "'")
 
 
@@ -195,20 +195,23 @@ def require_finite(found: Any, where: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """samples: sha256 over bytes of every tensor; None where they lie on the Hub. content: one hash over the hashes
-    that the Hub has of the files; None elsewhere."""
+    """Which weights these are, by hashes of them.
+
+    samples: sha256 over bytes of every tensor; None where they lie on the Hub
+    content: one hash over the hashes that the Hub has of the files; None elsewhere
+    """
 
     samples: str | None = None
     content: str | None = None
 
     def told(self) -> dict[str, str]:
-        """For records: what is known."""
+        """The hashes that are known, for records."""
         known = {"content": self.content, "samples": self.samples}
         return {kind: digest for kind, digest in known.items() if digest}
 
     @property
     def short(self) -> str:
-        """For messages."""
+        """The first digits of a hash, for messages."""
         return (self.samples or self.content or "unknown")[:12]
 
 
@@ -222,7 +225,7 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
 
 
 def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
-    """What a record or journal tells of weights."""
+    """What a record or journal states of weights."""
     samples, content = (told if isinstance(told := record.get(key), str) else None for key in ("samples", "content"))
     return Fingerprint(samples, content)
 

@@ -88,8 +88,13 @@ Vectors = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class InData:
-    """By name: how many inputs a matrix met, for those that were calibrated; singular values (p,) of W C^(1/2),
-    descending; and why there are none. `calibration` says on which text (moments.Calibration)."""
+    """What a scan measures by the data, by name of the matrix.
+
+    calibration: on which text (moments.Calibration)
+    seen: how many inputs a matrix has seen, for those that were calibrated
+    values: singular values (p,) of W C^(1/2), descending
+    failed: why there are none
+    """
 
     calibration: Mapping[str, Any]
     seen: Mapping[str, int]
@@ -107,10 +112,12 @@ class InData:
         """What in it contradicts the rest of a file whose matrices have these smaller sides."""
         for name in (*self.values, *self.failed):
             if name not in self.seen:
-                return f"{name} is measured in the metric of the data, and its data do not say how many inputs it met"
+                return (
+                    f"{name} is measured in the metric of the data, and its data do not say how many inputs it has seen"
+                )
         for name, tokens in self.seen.items():
             if not sides.get(name) or tokens < 0:
-                return f"{name} met {tokens} inputs, expected 0 or more of a matrix of it"
+                return f"{name} has seen {tokens} inputs, expected 0 or more of a matrix of it"
         return None
 
     @staticmethod
@@ -144,7 +151,7 @@ class InData:
 def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
     """`spectra` with the data's values in the place of the plain ones, for planning.
 
-    A matrix that met fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
+    A matrix that saw fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
     Raises UsageError where no moments were scanned.
     """
     data = spectra.data
@@ -165,8 +172,8 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
 
 
 def met_by(tokens: int, p: int) -> str:
-    """How many inputs a matrix met, and how many it should have met at the least."""
-    return f"met {tokens} tokens of the calibration, and it has {p} dimensions"
+    """How many inputs a matrix has seen, and how many it should have at the least."""
+    return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
 
 
 KIND, VERSION, EARLIER = "spectra", 3, 2  # the earlier one has reasons that are texts alone

@@ -30,6 +30,7 @@ ruff check .
 lint-imports
 pyright
 python scripts/render_docs.py --check
+python scripts/words.py
 # A file at a time on each of two cores, since one file's tests may share a cluster or a cache; in the order of
 # tests/conftest.py, long files first.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import laser
 from laser.cli import flow, main, options
 from laser.errors import LaserError, RecordError
-from laser.publication import write_card
+from laser.report.publish import write_card
 from laser.spectral.shrinkage import Gains
 
 Document = dict[str, Any]

@@ -15,7 +15,7 @@ from conftest import Run
 from helpers import snapshot
 from safetensors.torch import load_file, save_file
 
-import laser.publication
+import laser.report.publish
 from laser.checkpoint import fingerprint, writer
 from laser.checkpoint.push import _require_as_written
 from laser.checkpoint.writer import JOURNAL
@@ -138,7 +138,7 @@ def test_a_card_speaks_of_the_weights_that_are_there(pico: Path, made: Path, run
     code, _, error = run("card", made / "out", "--source", pico)
     assert code == 1 and "is not the shard that laser.json tells of" in error
     with pytest.raises(RecordError, match="other weights"):
-        laser.publication.require_shards(made / "out")
+        laser.report.publish.require_shards(made / "out")
 
 
 def test_a_card_of_nothing_makes_no_directory(tmp_path: Path, run: Run) -> None:

@@ -30,8 +30,8 @@ from laser.files import write_atomically
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
-from laser.publication import SEARCH, write_card
 from laser.records import to_json
+from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
 from laser.search.search import check_objectives, check_request, result_document
 from laser.spectra import Spectra

@@ -1,4 +1,4 @@
-"""Going through candidates, one at a time or as a grid, with a journal that remembers every finished trial."""
+"""Go through candidates, one at a time or as a grid. A journal remembers every finished trial."""
 
 from __future__ import annotations
 

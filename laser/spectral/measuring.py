@@ -1,4 +1,4 @@
-"""Measuring a Probe: a few products, eigenproblems and copies on a device, each the faster of two runs.
+"""Measure a Probe: a few products, eigenproblems and copies on a device. Each is the faster of two runs.
 
 On the host everything is measured with one BLAS thread, as a worker has. On a device without LAPACK the probe also
 decides the method: eigenvectors on the host, or the projector, whichever takes less time there.
@@ -104,7 +104,7 @@ def choose_method(method: str, device: Device, path: Path | None = None) -> tupl
 
 
 def chip(device: Device) -> str:
-    """Its name, in words."""
+    """The name of the device's chip, in words."""
     base = device.torch_device.type
     if base == "cpu":
         try:
@@ -116,7 +116,7 @@ def chip(device: Device) -> str:
 
 
 def _seconds(call: Callable[[], object], device: Device) -> float:
-    """The faster of two: the first one also loads libraries and fills caches."""
+    """Seconds of the faster of two calls: the first one also loads libraries and fills caches."""
     taken = []
     for _ in range(2):
         synchronise(device)

@@ -6,7 +6,7 @@ scaling W by c scales the threshold by c and leaves the rank, transposing change
 matrix has rank 0. Adding a row here adds it to those tests, to the command line and to the documentation.
 
 `parallel` asks for more than the spectrum: the largest singular values of the matrix with its entries permuted, which a
-scan measures beside the spectrum when told to (permutation.py). Planning itself never reads a weight.
+scan measures beside the spectrum with `--null` (permutation.py). Planning itself never reads a weight.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
 
 
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
-    """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
-    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
+    """The edge, two standard errors above that of the IQR's own estimate: an interquartile range is a noisy statistic.
+
+    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median.
+    """
     error = standard_error(shape, "iqr")
     if not _iqr_tells(shape):
         cut = _mp_median(s, shape, 0.0)
@@ -127,9 +129,12 @@ def fewest_draws(alpha: float) -> int:
 
 
 def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
-    """Horn (1965). Under the null s_1 is as likely to take any place among `null`, the (draws,) largest values of the
-    permuted matrices, so the k-th largest of them is exceeded with probability k / (draws + 1): exact for any law of
-    the entries. Dobriban (2020) for when it finds the signal; a very strong one hides weaker ones (shadowing)."""
+    """Horn (1965). `null` are the (draws,) largest values of the permuted matrices.
+
+    Under the null s_1 is as likely to take any place among them. So the k-th largest of them is exceeded with
+    probability k / (draws + 1), exact for any law of the entries. Dobriban (2020) says when it finds the signal; a very
+    strong one hides weaker ones (shadowing).
+    """
     if len(null) < fewest_draws(alpha):
         raise UsageError(
             f"rule parallel:{alpha:g} needs {fewest_draws(alpha)} permutations of each matrix, found {len(null)}; "
