@@ -344,6 +344,9 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
         calibrate(checkpoint, windows, path, **asked, tick=stop)
     shutil.copytree(partial, tmp_path / "begun")
     ran: list[int] = []
+    original = calibration._run_layer
+    # `tick` also tells of layers that are run for their outputs alone.
+    monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
     for file, fault in faults(tmp_path / "begun"):
         if fault in (last_bit, halved):
             continue
@@ -351,8 +354,8 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
         shutil.copytree(tmp_path / "begun", partial)
         fault(partial / file)
         ran.clear()
-        calibrate(checkpoint, windows, path, **asked, tick=ran.append)
-        lost = {0: [0, 2], 1: [0, 1, 2]}.get(int(file[6:11]) if file.startswith("layer") else -1, [2])
+        calibrate(checkpoint, windows, path, **asked)
+        lost = {0: [0, 2], 1: [1, 2]}.get(int(file[6:11]) if file.startswith("layer") else -1, [2])
         assert ran == lost and path.read_bytes() == (tmp_path / "whole").read_bytes(), (file, fault)
         path.unlink()
     flipped(tmp_path / "whole")

@@ -18,6 +18,7 @@ from threadpoolctl import ThreadpoolController
 import laser
 from laser import pipeline
 from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.engine import crew as crews
 from laser.engine import workers
 from laser.engine.crew import Crew, dearest_first, peak_bytes, quiet, worker_bytes
 from laser.engine.workers import choose_crew, visit
