@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return find
 
 
+@dataclass(frozen=True)
+class Methods:
+    """Method -> what finds a matrix's singular values, and what factorises it."""
+
+    values: dict[str, Any]
+    factors: dict[str, Any]
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Methods:
+    """The tables in which the ladder looks a method up, for a test to put another into."""
+    from laser.spectral import factorise
+
+    here = Methods(dict(factorise._VALUES), dict(factorise._FACTORS))
+    # An argument for them would go through every function from the command line to the ladder.
+    monkeypatch.setattr(factorise, "_VALUES", here.values)
+    monkeypatch.setattr(factorise, "_FACTORS", here.factors)
+    return here
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that are read from now on, by name. A method of the class: laser opens checkpoints in many places."""
@@ -82,6 +103,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return read(self, name, *rest)
 
+    # Commands open their checkpoints themselves.
     monkeypatch.setattr(Checkpoint, "read", noted)
     return names
 

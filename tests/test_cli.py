@@ -182,6 +182,7 @@ def test_interrupt_is_130_and_keeps_the_work(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
+        # A command takes no callback: it is interrupted where it computes.
         patch.setattr(Plain, "visit", interrupt)
         code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
@@ -305,6 +306,7 @@ def test_an_interrupted_verb_says_how_it_goes_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise SystemExit(130)
 
+    # A command that ends so, whatever it does.
     monkeypatch.setattr("laser.cli._commands", lambda: interrupted)
     assert main([*verb.split(), "model"]) == 130 and told in capsys.readouterr().err
 

@@ -124,6 +124,7 @@ def test_a_truncation_that_fails_alone_is_an_error(pico: Path, tmp_path: Path, m
     def fail(*_: Any) -> None:
         raise NumericalError("certificate missed", 0.5)
 
+    # No matrix is known on which every step of the ladder fails.
     monkeypatch.setattr(Plain, "visit", fail)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\..*: certificate missed"):
         flow(pico, tmp_path / "out", "mp-edge", single=True)

@@ -101,6 +101,7 @@ class Guard(TorchDispatchMode):
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit: real blocks need matrices of thousands of rows.
     for module in (gram, projector):
         monkeypatch.setattr(module, "BLOCK_ROWS", 32)
 
