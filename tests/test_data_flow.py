@@ -249,6 +249,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
             raise NumericalError("no")
         return metric_of(self, name, W)
 
+    # Moments that load and yet fail for one matrix: files are checked when they are read.
     monkeypatch.setattr(Moments, "metric", fail)
     laser.scan(checkpoint, selection, moments=moments).save(tmp_path / "s")
     spectra, q = laser.Spectra.load(tmp_path / "s"), "model.layers.1.self_attn.q_proj.weight"

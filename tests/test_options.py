@@ -261,6 +261,7 @@ def test_what_a_recipe_gives_is_not_advised(
         raise MemoryError
 
     (tmp_path / "r.yaml").write_text("rule: 'rank:4'\n" + line)
+    # Memory that runs out where the work is: a command takes no stand-in for it.
     for place in ("run_flow", "print_dry_run"):
         monkeypatch.setattr(f"laser.cli.run.{place}", fail)
     code, _, err = run("run", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")

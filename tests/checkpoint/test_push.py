@@ -160,6 +160,7 @@ def test_one_fault_is_waited_out(hub: Hub, out: Path, run: Run, request_: str) -
 
 
 def test_the_second_shard_is_refused(hub: Hub, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One after another, or the second may be refused before the first is sent.
     monkeypatch.setattr("laser.checkpoint.push.AT_A_TIME", 1)
 
     def instead(handler: Any, path: str) -> bool:
@@ -354,6 +355,7 @@ HOSTILE |= {
 def test_hostile_answers(
     hub: Hub, out: Path, run: Run, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit: a body as long as laser really allows would be sent for minutes.
     monkeypatch.setattr(answers, "LARGEST_LISTING", 1 << 20)
     before = snapshot(out)
     hub.instead = HOSTILE[what]
@@ -393,6 +395,7 @@ def test_answers_are_looked_at_after_a_broken_connection(
 
 def test_an_upload_that_is_too_slow_is_given_up(hub: Hub, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 40))
+    # A limit: pico would be sent in one piece.
     monkeypatch.setattr(answers, "PIECE", 1 << 10)
     monkeypatch.setattr(answers.time, "monotonic", lambda: float(next(clock)))
     line = refused(run, out, ID)

@@ -405,6 +405,7 @@ def test_a_template_that_fails_is_told_in_one_line(
 def test_a_template_has_limits_of_time_and_memory(
     template: str, seconds: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit: the longest is a minute.
     monkeypatch.setattr(chat, "SECONDS", seconds)
     text, told = chat.render(template, {})
     assert text is None and why in told and "\n" not in told
