@@ -18,7 +18,7 @@ import torch
 
 from laser.calibration_parts import Parts
 from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.files import tidy_up
+from laser.checkpoint.files import tidy_up, unfinished
 from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
@@ -105,7 +105,8 @@ def calibrate(
 
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
     (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
-    of another calibration. `tick` is called with each layer.
+    of another calibration. A calibration that was killed when all but tidying up was done is found whole.
+    `tick` is called with each layer.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix that meets NaN or Inf, RecordError for a partial run of another kind.
     """
@@ -133,7 +134,12 @@ def calibrate(
         "options": [diagonal, shrink, dtype, full_side],
         "version": VERSION,  # of what lies there
     }
-    parts = Parts(path.with_name(path.name + ".partial"), run, anew)
+    partial = unfinished(path)
+    begun = partial.exists()
+    parts = Parts(partial, run, anew)
+    if begun and not parts.others and (made := Moments.made_by(run, path)):  # killed or stopped while it tidied up
+        tidy_up(partial, path)
+        return made
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
     todo = {layers[m.name] or 0 for m in chosen} - parts.layers
@@ -169,7 +175,7 @@ def calibrate(
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
     parts.join(path, source, whole)
-    tidy_up(parts.partial, path)
+    tidy_up(partial, path)
     return Moments.load(path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import tidy_up, was_journal
+from laser.checkpoint.files import tidy_up, unfinished, was_journal
 from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
@@ -151,7 +151,9 @@ def _of_another_run(out: Path) -> OutputError:
 
 def tidy_spectra(path: Path) -> None:
     """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
+    if not partial.exists():
+        return
     with suppress(OutputError), claimed(path):
         if was_journal(partial, "scan journal"):
             tidy_up(partial, path)
@@ -172,7 +174,7 @@ def scan_into(
 
     `anew` measures again whatever is there, and drops the work of another scan.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
     with claimed(path):
         if path.exists() and not anew:
             there = _there(path, checkpoint, selection, crew, method, null_draws, moments)

@@ -333,7 +333,7 @@ class Bench:
             if not done and len(self.verb.outputs) == 1:  # of two files the first may be there, and is made again
                 yield f"advice: {last.err.strip()[:200]}"
             last = self.run([*words, "--force"])
-            units = 0
+            units = last.units
         if last.code != 0:
             yield f"not resumed: exit {last.code}: {last.err.strip()[-300:]}"
             return

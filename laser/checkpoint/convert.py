@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.files import disk_errors
+from laser.checkpoint.files import disk_errors, unfinished
 from laser.checkpoint.headers import BITS, TensorInfo
 from laser.checkpoint.locks import claimed, require_led
 from laser.checkpoint.reader import INDEX, Checkpoint
@@ -87,7 +87,7 @@ def _write_directory(
     check: Callable[[], None],
 ) -> None:
     require_new(out)
-    needed, partial = sum(shard.size for shard in checkpoint.shards), out.with_name(out.name + ".partial")
+    needed, partial = sum(shard.size for shard in checkpoint.shards), unfinished(out)
     small = {"config.json": checkpoint.config_bytes, **files}
     if checkpoint.index_bytes is not None:
         small[INDEX] = checkpoint.index_bytes

@@ -51,6 +51,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def unfinished(path: Path) -> Path:
+    """Where what is done of `path` is kept until all of it is."""
+    return path.with_name(path.name + ".partial")
+
+
 def tidy_up(work: Path, result: Path, remove: Callable[[Path], None] = shutil.rmtree) -> None:
     """Remove what an unfinished `result` was kept in, a file or a directory, now that the result is whole.
 

@@ -16,7 +16,7 @@ import torch
 
 from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
 from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import Journal, disk_errors
+from laser.checkpoint.files import Journal, disk_errors, unfinished
 from laser.checkpoint.headers import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
 from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError
@@ -229,4 +229,4 @@ def settle(partial: Path, changed: bool) -> str | None:
 
 def partial_of(out: Path, name: str) -> Path:
     """The file in which a shard is made."""
-    return out / f"{name}.partial"
+    return unfinished(out / name)

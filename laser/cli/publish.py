@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.files import tidy_up
+from laser.checkpoint.files import tidy_up, unfinished
 from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
@@ -168,11 +168,11 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output), anew=anew, known=_there(output) if again else None,
+        command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
     )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
-    tidy_up(_journal(output), output)
+    tidy_up(unfinished(output), output)
     return board
 
 
@@ -182,11 +182,6 @@ def _there(output: Path) -> Leaderboard | None:
         return Leaderboard.load(output)
     except RecordError:
         return None
-
-
-def _journal(output: Path) -> Path:
-    """Where the tasks that are finished are kept until all are."""
-    return output.with_name(output.name + ".partial")
 
 
 def push(
