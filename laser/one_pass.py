@@ -80,6 +80,23 @@ def judge(
     return measured, found.truncation.matrix.cpu(), record_of(line(s), found.truncation)
 
 
+def run_of_pass(
+    checkpoint: Checkpoint, selection: Selection, treatment: Treatment, crew: Crew, method: str, null_draws: int
+) -> dict[str, Any]:
+    """What the journal of one pass belongs to."""
+    return {
+        "kind": "one pass journal",
+        "version": VERSION,
+        **Source.of(checkpoint).told(),
+        "rule": treatment.rule,
+        "treatment": treatment.describe(),
+        "selection": selection.describe(),
+        "method": method,
+        "device": crew.label,
+        "null_draws": null_draws,
+    }
+
+
 def reduce_in_one_pass(
     checkpoint: Checkpoint,
     out: Path,
@@ -140,16 +157,6 @@ def reduce_in_one_pass(
         plan.save(out / RECORDS / "plan.json")
         return describe_by(plan)(cuts, shards) | {"run": run_of(checkpoint, plan, method, crew)}
 
-    run = {
-        "kind": "one pass journal",
-        "version": VERSION,
-        **Source.of(checkpoint).told(),
-        "rule": treatment.rule,
-        "treatment": treatment.describe(),
-        "selection": selection.describe(),
-        "method": method,
-        "device": crew.label,
-        "null_draws": null_draws,
-    }
+    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
     document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

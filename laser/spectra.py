@@ -286,6 +286,21 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def run_of_scan(
+    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+) -> dict[str, Any]:
+    """What a scan's journal belongs to."""
+    return {
+        "kind": "scan journal",
+        "version": VERSION,
+        **Source.of(checkpoint).told(),
+        "selection": selection.describe(),
+        "method": method,
+        "device": crew.label,
+        "null_draws": null_draws,
+    } | ({"moments": moments.calibration.identity} if moments else {})
+
+
 def scan(
     checkpoint: Checkpoint,
     selection: Selection | None = None,
@@ -321,15 +336,7 @@ def scan(
         warnings.warn(told, DoubtWarning, stacklevel=2)
     selection.check(matrices)
     skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
-    run = {
-        "kind": "scan journal",
-        "version": VERSION,
-        **Source.of(checkpoint).told(),
-        "selection": selection.describe(),
-        "method": method,
-        "device": crew.label,
-        "null_draws": null_draws,
-    } | ({"moments": moments.calibration.identity} if moments else {})
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():

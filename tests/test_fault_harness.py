@@ -15,10 +15,11 @@ from fault_trials import VERBS, Bench, Count, make_inputs, pinned
 
 from laser import start
 from laser.checkpoint import files, swap
-from laser.checkpoint.files import Journal, tidy_up, write_atomically
-from laser.checkpoint.locks import claimed
+from laser.checkpoint.files import Journal, tidy_up, unfinished, write_atomically
+from laser.checkpoint.locks import claimed, lock_of
 from laser.cli import left_behind
 from laser.errors import OutputError
+from laser.flow import tidy_spectra
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
@@ -192,6 +193,16 @@ def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, m
     for name in ("work", "work.partial"):
         with pytest.raises(OutputError, match=rf"out is written, but .*{name} cannot be removed .*remove it yourself"):
             tidy_up(tmp_path / name, tmp_path / "out", full)
+
+
+def test_spectra_are_tidied_up_where_there_is_something_and_no_lock_is_taken_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    end = forked(lambda: tidy_spectra(path) or 0, tmp_path)
+    assert end.code == 0 and not end.calls
+    lock_of(path).write_bytes(b"")  # of a process that was killed behind its scan
+    Journal(unfinished(path), {"kind": "scan journal"}).close()
+    tidy_spectra(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run
+from disk_faults import forked, snapshot
 
 import laser
+from laser.checkpoint import files, swap, writer
 from laser.checkpoint.pickles import read_pickle
 from laser.checkpoint.reader import INDEX
+from laser.cli import main
 from laser.errors import CheckpointError, DoubtWarning
 from laser.evaluation.causal import build_causal
 
@@ -148,6 +154,78 @@ def test_a_dry_run_of_a_reduction_refuses_what_the_reduction_does(
         (out / "laser.json").unlink()
         real, dry = run(*asked), run(*asked, "--dry-run")
         assert real[0] == dry[0] == 1 and real[2] == dry[2], (real, dry)
+
+
+PLAIN = ("--no-search", "--rule", "rank:4")
+SEARCHED = (
+    "--search",
+    "--rule",
+    "rank:4",
+    "--roles",
+    "q",
+    "--layers",
+    "0",
+    "--windows",
+    "2",
+    "--held-out-windows",
+    "1",
+)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("killed", ["scan", "reduce", "finished"])
+@pytest.mark.parametrize(
+    ("begun", "asked"),
+    [
+        (PLAIN, (*PLAIN[:-1], "rank:5")),
+        (PLAIN, (*PLAIN, "--roles", "q")),
+        ((*PLAIN, "--lowest-snr", "3"), (*PLAIN, "--lowest-snr", "2")),
+        (SEARCHED, (*SEARCHED, "--accept", "any-drop")),
+        (SEARCHED, (*SEARCHED, "--roles", "k")),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("one_thread")
+def test_a_dry_run_that_resumes_refuses_what_the_run_does(
+    speaker: Path, tmp_path: Path, text: Path, begun: tuple[str, ...], asked: tuple[str, ...], killed: str, forced: bool
+) -> None:
+    """What lies there is another run's; of the very run that began it, it is not."""
+    words = ["run", str(speaker), "-o", "o", "--device", "cpu"]
+    said = ["--text", str(text), "--window", "32"] if begun is SEARCHED else []
+    if forced:
+        assert forked(lambda: main([*words, "--no-search", "--rule", "rank:3", "--roles", "o"]), tmp_path).code == 0
+
+    def stopped() -> int:
+        def die(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if killed == "scan":
+            files.Journal.append = after(files.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
+        elif killed == "reduce":
+            writer._copy_side_files = after(writer._copy_side_files, die)
+        elif forced:  # all is done but the exchange
+            swap._exchange = die
+        return main([*words, *begun, *said, *(["--force"] if forced else [])])
+
+    assert forked(stopped, tmp_path).code == (0 if killed == "finished" and not forced else -signal.SIGKILL)
+    end = ["--resume", *(["--force"] if forced else [])]
+    before = snapshot(tmp_path)
+    dry = forked(lambda: main([*words, *asked, *said, *end, "--dry-run"]), tmp_path)
+    same = forked(lambda: main([*words, *begun, *said, *end, "--dry-run"]), tmp_path)
+    assert snapshot(tmp_path) == before
+    real = forked(lambda: main([*words, *asked, *said, *end]), tmp_path)
+    assert same.code == 0, same.err
+    scanned_alike = killed == "scan" and asked[-2] in ("--lowest-snr", "--accept")
+    assert (dry.code, dry.err) == (real.code, real.err) and real.code == int(not scanned_alike), (dry, real)
+
+
+def after(call: Callable[..., Any], then: Callable[..., None]) -> Callable[..., Any]:
+    """The call, and then something else."""
+
+    def both(*arguments: Any, **options: Any) -> None:
+        call(*arguments, **options)
+        then()
+
+    return both
 
 
 @pytest.mark.parametrize("words", [["--limit", "3"], ["--tasks", "winogrande"]])

@@ -53,14 +53,19 @@ def short(name: str) -> str:
     return os.fsencode(name)[:200].decode(errors="ignore")
 
 
+def lock_of(path: Path) -> Path:
+    """The lock of the output `path`: there while somebody is at work on it, and after a kill."""
+    place = real(path)
+    return place.with_name(f".{short(place.name)}.lock")
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Nobody else writes the output `path`, a file or a directory, meanwhile. The directory that holds it is made.
 
     Raises OutputError at once where another process, or another thread, is at work on it, saying which.
     """
-    place = real(path)
-    lock = place.with_name(f".{short(place.name)}.lock")
+    lock = lock_of(path)
     key = (str(lock), get_ident())
     if key in _held:
         yield

@@ -97,8 +97,11 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
     return True
 
 
-def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Path:
+    """The directory in which `writing` would write, perhaps not there yet.
+
+    Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all.
+    """
     new = _beside(out, "new")
     place = new if force and (out.exists() or new.exists()) else out
     require_apart(source, out)
@@ -111,6 +114,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
     require_side_files(source)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}
     require_room(source, place, there)
+    return place
 
 
 def _beside(out: Path, end: str) -> Path:

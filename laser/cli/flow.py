@@ -174,9 +174,9 @@ def reduce(
     known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
     if dry_run:
         written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
-        require_place(written, output, resume=resume, force=force)
-        if resume and not force:
-            require_run(written, output, asked)
+        place = require_place(written, output, resume=resume, force=force)
+        if resume:
+            require_run(written, place, asked)
         return print_estimate(checkpoint, touched, crew, as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:

@@ -35,14 +35,14 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import WINDOW, Text, load_tokenizer
-from laser.flow import records_of
+from laser.flow import records_of, require_same_run
 from laser.flow import run as run_flow
 from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
 from laser.publication import SEARCH, write_card
 from laser.recipe import load_recipe, packaged
 from laser.search.candidates import DATA, family_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import check_objectives, check_request, result_document
+from laser.search.search import check_objectives, check_request, require_journal, result_document
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -140,7 +140,7 @@ def run(
     method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
     texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)
     checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
-    require_place(checkpoint, output, resume=resume, force=force)
+    begun = require_place(checkpoint, output, resume=resume, force=force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
     if known is not None:
@@ -167,7 +167,25 @@ def run(
         measure = _measure(
             checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices, how["accept"]
         )
+
+    def planned(spectra: Spectra) -> Plan:
+        bare, metric = wanted.removeprefix(DATA), family_of(wanted)
+        return make_plan(spectra, bare, chosen, lowest_snr=count, metric=metric, **treatment)
+
+    of_run: dict[str, Any] = {
+        "crew": crew,
+        "method": method,
+        "null_draws": draws,
+        "moments": known,
+        "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
+    }
     if dry_run:  # everything is checked that the run itself would refuse
+        if resume:
+            require_same_run(begun, checkpoint, chosen, None if searching else planned, **of_run)
+            if measure is not None:
+                asked = how | {"lowest_snr": count}
+                journal = records_of(begun) / "search.jsonl"
+                require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
             measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=how["order"]))
@@ -176,10 +194,8 @@ def run(
         return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
-        if not searching:
-            bare, metric = wanted.removeprefix(DATA), family_of(wanted)
-            return make_plan(spectra, bare, chosen, lowest_snr=count, metric=metric, **treatment)
-        assert measure is not None
+        if measure is None:
+            return planned(spectra)
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, **how, device=here(),
@@ -206,11 +222,7 @@ def run(
             place,
             chosen,
             choose,
-            crew=crew,
-            method=method,
-            treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
-            null_draws=draws,
-            moments=known,
+            **of_run,
             resume=True,
             name=output.resolve().name,
             command=_command(checkpoint, output),

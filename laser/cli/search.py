@@ -27,7 +27,15 @@ from laser.flow import scan_into, tidy_spectra
 from laser.plan import parse_lowest_snr
 from laser.search.candidates import DATA, candidates_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import Report, SearchResult, Trial, check_objectives, check_request, result_document
+from laser.search.search import (
+    Report,
+    SearchResult,
+    Trial,
+    check_objectives,
+    check_request,
+    require_journal,
+    result_document,
+)
 from laser.search.search import search as search_plan
 from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
@@ -117,7 +125,7 @@ def search(
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)
-    if measured is not None:
+    if measured is not None and not dry_run:
         tidy_spectra(spectra)
     texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
     # Before the scan: what cannot be measured is not worth one.
@@ -135,6 +143,8 @@ def search(
     )
     draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
     if dry_run:
+        if not force:
+            require_journal(journal, layered, wanted, calibration, chosen, where, known, asked)
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
