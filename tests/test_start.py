@@ -8,9 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from disk_faults import End, forked
+
+from laser import __main__ as command
+from laser import cli, start
+from laser.cli import main
 
 PACKAGE = Path(__file__).parent.parent / "laser"
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "HFLM"}
@@ -65,6 +73,49 @@ sys.argv = ["laser", "scan", sys.argv[1], "-o", sys.argv[2], "--workers", "1"]
 from laser.__main__ import main
 main()
 """
+
+
+def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path: Path) -> None:
+    """At every line of the command's own two modules, before, in and behind the verb: it was a traceback at some."""
+    assert main(["scan", str(pico), "-o", str(tmp_path / "s"), "--roles", "q"]) == 0
+    files = {cli.__file__, command.__file__}
+
+    def interrupted(at: int) -> End:
+        def work() -> int:
+            left, verb = at, ["plan", "s", "-o", "p", "--rule", "rank:4"]
+
+            def trace(frame: FrameType, event: str, _: object) -> Any:
+                nonlocal left
+                if frame.f_code.co_filename not in files:
+                    return None
+                left -= event == "line"
+                if left == 0:
+                    sys.settrace(None)
+                    os.kill(os.getpid(), signal.SIGINT)
+                return trace
+
+            start.on_interrupt(start.too_early)  # as `import laser` does
+            sys.argv = ["laser", *verb]
+            sys.settrace(trace)
+            try:
+                command.main()
+            except SystemExit as end:
+                sys.settrace(None)
+                return 77 if left > 0 else int(end.code or 0)
+            return 96
+
+        (tmp_path / "p").unlink(missing_ok=True)
+        return forked(work, tmp_path)
+
+    codes: list[int] = []
+    for at in count(1):
+        end = interrupted(at)
+        if end.code == 77:  # all lines are through
+            break
+        codes.append(end.code)
+        assert end.code in (0, 130) and end.err.count("\n") == (end.code == 130), (at, end)
+        assert "nothing was written" not in end.err or not (tmp_path / "p").exists(), (at, end)
+    assert len(codes) > 40 and {0, 130} <= set(codes)
 
 
 @pytest.mark.parametrize("closed", [False, True])
