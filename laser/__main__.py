@@ -25,7 +25,7 @@ def main() -> None:
         on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
     except KeyboardInterrupt:  # beside the verb
         if code is None:
-            too_early(*told)
+            too_early(told[0] if told else 0)
         on_interrupt(signal.SIG_IGN)
     sys.exit(code_of(told[0]) if told and code else code)  # also where what is kept could not be said any more
 

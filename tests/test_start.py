@@ -167,6 +167,22 @@ def test_a_current_directory_that_is_gone(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", told)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such limits are not kept")
+@pytest.mark.parametrize(("name", "word"), [("RLIMIT_DATA", "ulimit -d"), ("RLIMIT_AS", "ulimit -v")])
+def test_a_limit_that_the_libraries_do_not_fit_into_is_one_line(name: str, word: str) -> None:
+    """With 200 MB of data a library waited for ever, at 260 MB there was a traceback, and signals were not heard."""
+    import resource
+
+    def limited() -> None:
+        resource.setrlimit(getattr(resource, name), (200_000_000, resource.RLIM_INFINITY))
+
+    words = [sys.executable, "-m", "laser", "devices"]
+    done = subprocess.run(words, preexec_fn=limited, capture_output=True, text=True, timeout=60)
+    start = f"laser: out of memory: {word} allows 0.20 GB, and the libraries alone take 0."
+    assert done.returncode == 1 and done.stderr.startswith(start) and done.stderr.endswith("raise that limit\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_windows_is_told_in_one_line() -> None:
     code = "import sys; sys.platform = 'win32'; import laser"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
