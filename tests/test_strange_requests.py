@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -35,6 +37,39 @@ def test_a_link_that_leads_to_itself_is_no_output(pico: Path, tmp_path: Path, ru
     loop.symlink_to(loop)
     code, _, error = run(*words.format(m=pico, l=loop).split())
     assert code == 1 and "is a link that leads to itself; remove it" in error and error.count("\n") == 1
+
+
+MOUNTED = """
+mkdir "$1/a b" && mount -t tmpfs none "$1/a b" && touch "$1/f" && mount --bind "$1/f" "$1/f" || exit 99
+cd "$1" && shift && {laser} reduce m p -o "a b" && {laser} reduce m p -o "a b" --resume || exit 98
+{laser} reduce m p -o "a b" --force; {laser} scan m -o f --force; ls -A
+"""
+
+
+def test_a_mount_point_is_written_to_and_never_replaced(pico: Path, tmp_path: Path, run: Run) -> None:
+    """It was found when all the work was done, and called a matter of permissions."""
+    shutil.copytree(pico, tmp_path / "m")
+    assert run("scan", tmp_path / "m", "-o", tmp_path / "s", "--roles", "q")[0] == 0
+    assert run("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:4")[0] == 0
+    words = ["unshare", "-rm", "sh", "-c", MOUNTED.format(laser=f"{sys.executable} -m laser"), "sh", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True) if shutil.which("unshare") else None
+    if done is None or done.returncode not in (0, 98):
+        pytest.skip("needs a namespace of its own to mount in")
+    told = "is a mount point, which nothing can replace; try another -o, perhaps inside it"
+    assert done.stderr.splitlines() == [f"laser: a b {told}", f"laser: f {told}"], done
+    assert done.stdout.split("\n")[-7:] == ["a b", "f", "m", "p", "pico", "s", ""]
+
+
+@pytest.mark.parametrize("verb", ["eval {} --windows 2", "calibrate {} -o mo --windows 2 --ledoit-wolf"])
+def test_a_tokenizer_whose_path_is_no_utf8_is_told(
+    speaker: Path, tmp_path: Path, run: Run, text: Path, verb: str
+) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
+    shutil.copytree(speaker, name)
+    words = [name if word == "{}" else word for word in verb.split()]
+    code, _, error = run(*words, "--text", text, "--window", 32)
+    assert code == 1 and error.endswith(": no tokenizer can be read from a path that is no UTF-8; rename it\n")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("target", ["nowhere", "nowhere/below"])

@@ -48,6 +48,17 @@ def require_led(path: Path) -> None:
         raise OutputError(f"{path} is a link to {path.readlink()}, which is not there; remove it, or try another -o")
 
 
+def require_no_mount(path: Path) -> None:
+    """Raises OutputError for a mount point: no rename puts another file or directory in its place."""
+    place = real(path)
+    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(place))  # as the kernel lists it
+    mounts = b""
+    with suppress(OSError):  # Linux alone has it; there `is_mount` misses a folder that is mounted on its own disk
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+    if place.is_mount() or any(line.split()[4] == name for line in mounts.splitlines()):
+        raise OutputError(f"{path} is a mount point, which nothing can replace; try another -o, perhaps inside it")
+
+
 def short(name: str) -> str:
     """The beginning of a file's name, to which some can be added: systems take 255 bytes, not characters."""
     return os.fsencode(name)[:200].decode(errors="ignore")

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed, real, short
+from laser.checkpoint.locks import claimed, real, require_no_mount, short
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -110,6 +110,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
     if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
         require_usable(source, out, resume=resume)
     elif out.exists():
+        require_no_mount(out)
         require_ours(source, out)
     require_side_files(source)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}

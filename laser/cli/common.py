@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from laser.checkpoint.families import Matrix
 from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed, real, require_led
+from laser.checkpoint.locks import claimed, real, require_led, require_no_mount
 from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.replaceable import require_outside_models, require_replaceable
 from laser.checkpoint.writer import RECORDS
@@ -142,6 +142,7 @@ def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> Non
     if path.exists() and not force:
         raise OutputError(f"{path} exists; try another -o, or --force to replace it")
     if path.exists():
+        require_no_mount(path)
         require_replaceable(path, kind)
     to_write(path)
 
