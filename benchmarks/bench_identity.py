@@ -29,9 +29,8 @@ import torch
 from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
-from laser.checkpoint.fingerprint import require_unchanged
+from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.spectra import Source
 
 
 class Ended(Exception):

@@ -40,12 +40,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import Sizes, write_synthetic_mixtral
 
 import laser
+from laser.checkpoint.source import Source
 from laser.checkpoint.writer import prepare_output, write_checkpoint
-from laser.engine.workers import Crew, visit
-from laser.one_pass import judge
+from laser.engine.crew import Crew
+from laser.engine.workers import visit
+from laser.pipeline import Visit, by_shard, judged
 from laser.plan import Treatment
-from laser.reduction import by_shard
-from laser.spectra import Source
 from laser.spectral.host_memory import resident_bytes
 
 
@@ -121,10 +121,11 @@ def compute_alone(checkpoint: laser.Checkpoint, crew: Crew, rule: str) -> dict[s
     """The first layer, from memory, in the order in which the flow takes it."""
     matrices = by_shard(checkpoint, [m for m in selected(checkpoint) if m.layer == 0])
     memory: Any = FromMemory(checkpoint, matrices)
-    work = partial(
-        judge, source=Source.of(checkpoint), treatment=Treatment(rule), selection=laser.Selection(), method="gram",
-        null_draws=0,
+    judge = partial(
+        judged, source=Source.of(checkpoint), treatment=Treatment(rule), selection=laser.Selection(),
+        of=("gram", crew.devices[0].label),
     )  # fmt: skip
+    work = Visit("gram", judge=judge)
     start = time.perf_counter()
     for _ in visit(memory, matrices, work, crew):
         pass

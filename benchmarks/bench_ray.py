@@ -30,8 +30,9 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 import laser
-from laser.engine import ray_engine
-from laser.engine.workers import Crew, visit
+from laser.engine import ray as ray_engine
+from laser.engine.crew import Crew
+from laser.engine.workers import visit
 
 CPU = laser.choose_device("cpu")
 HERE, ON_RAY = Crew((CPU,), 1), laser.choose_crew("cpu", engine="ray")

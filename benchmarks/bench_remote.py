@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from hub_server import Bytes, Generated, Repo, serving
 
-from laser.checkpoint.virtual import make_header
+from laser.checkpoint.safetensors import make_header
 
 LAYERS, EXPERTS, SHARDS, VOCABULARY = 32, 8, 20, 32000
 

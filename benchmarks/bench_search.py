@@ -30,9 +30,9 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.evaluation.objective import Loss
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
+from laser.pipeline import scan
 from laser.search.search import SearchResult, search
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.spectral.devices import choose_device
 
 

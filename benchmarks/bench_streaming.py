@@ -20,12 +20,13 @@ from pathlib import Path
 
 import smoke
 
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.source import Source
+from laser.pipeline import reduce
 from laser.plan import empty_plan
 from laser.reasons import Kind, Why
-from laser.reduction import reduce
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 
 
 def no_spectra(checkpoint: Checkpoint) -> Spectra:

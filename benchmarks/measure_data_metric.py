@@ -23,14 +23,14 @@ import smoke
 
 import laser
 from laser.calibration import calibrate
-from laser.checkpoint.files import Journal
-from laser.engine.workers import Crew
+from laser.engine.crew import Crew
 from laser.evaluation.objective import Loss
 from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_text
-from laser.flow import scan_into
 from laser.moments import Moments
+from laser.pipeline import scan_into
+from laser.records import Journal
 from laser.search.trials import Bench
 from laser.selection import parse_layers, parse_roles
 from laser.spectral.data_metric import truncate_in_metric
@@ -103,7 +103,7 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
         text = cut_windows(read_text(asked.calibrate), tokenizer, length=asked.window, limit=asked.calibration_windows)
         calibrate(checkpoint, text, path, selection)
     moments = Moments.load(path)
-    draws = max(draws_needed(rule.removeprefix("data:")) for rule in asked.rules.split(","))
+    draws = max(draws_needed(rule) for rule in asked.rules.split(","))
     spectra = scan_into(
         asked.out / "spectra.safetensors",
         checkpoint,
@@ -144,8 +144,7 @@ def points(asked: argparse.Namespace, spectra: laser.Spectra) -> dict[str, dict[
     for name, s in spectra.values.items():
         found[name] = {f"{float(x):.0%}": max(1, int(float(x) * len(s))) for x in asked.shares.split(",")}
     for rule in asked.rules.split(","):
-        bare = rule.removeprefix("data:")
-        plan = laser.make_plan(spectra, bare, metric="plain" if bare == rule else "data")
+        plan = laser.make_plan(spectra, rule)
         for name, line in plan.reductions.items():
             if line.rank:
                 found[name][rule] = line.rank

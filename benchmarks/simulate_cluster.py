@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, fields
 
 import smoke
 
-from laser.engine.estimate import ELSEWHERE
-from laser.engine.ray_engine import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
+from laser.engine.cost import ELSEWHERE
+from laser.engine.ray import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 
 import laser.start  # noqa: F401  # isort: split
 from laser.calibration import calibrate
-from laser.checkpoint.families import DoubtWarning, Matrix, list_matrices
+from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.engine.workers import Crew, choose_crew
+from laser.engine.crew import Crew
+from laser.engine.workers import choose_crew
 from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import Difference, Perplexity, difference
 from laser.moments import Moments
 from laser.null import NullTest, null_test
+from laser.outcome import Outcome
+from laser.pipeline import reduce, scan
 from laser.plan import Plan, PlanLine, empty_plan, make_plan
-from laser.publication import write_card
-from laser.reduction import Outcome, reduce
+from laser.report.publish import write_card
 from laser.selection import Selection
-from laser.spectra import Spectra, scan
+from laser.spectra import Spectra
 from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import singular_values, truncate

@@ -20,18 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from laser.checkpoint.cuts import bytes_of
-from laser.checkpoint.files import disk_errors, write_atomically
-from laser.checkpoint.fingerprint import differences, fingerprint_in
-from laser.checkpoint.headers import read_header
-from laser.checkpoint.joining import join
-from laser.checkpoint.locks import PASSING
-from laser.checkpoint.records import has_shape, parse
-from laser.checkpoint.regular import require_regular
+from laser.checkpoint.safetensors import join, read_header
+from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
+from laser.files import PASSING, disk_errors, require_regular, write_atomically
 from laser.moments import Calibration, Site, header_of, site_of
-from laser.spectra import Source
+from laser.records import differences, fingerprint_in, has_shape, parse
 
 STATES = "states.safetensors"
 

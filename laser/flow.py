@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import Journal, tidy_up, unfinished, was_journal
-from laser.checkpoint.locks import claimed, lock_of
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import RECORDS, OnCheck, is_settled, require_run
-from laser.engine.workers import Crew
-from laser.errors import OutputError
-from laser.measured import ENTRY
+from laser.checkpoint.writer import OnCheck, is_settled, require_run
+from laser.engine.crew import Crew
+from laser.files import unfinished
 from laser.moments import Moments
-from laser.one_pass import reduce_in_one_pass, run_of_pass
+from laser.outcome import Outcome, plan_as_measured
+from laser.pipeline import (
+    of_another_run,
+    records_of,
+    reduce,
+    reduce_in_one_pass,
+    run_of_pass,
+    run_of_plan,
+    run_of_scan,
+    scan_into,
+    spectra_there,
+)
 from laser.plan import Plan, Treatment
-from laser.publication import write_card
-from laser.reasons import Kind
-from laser.reduction import Outcome, plan_as_measured, reduce, run_of
+from laser.records import Journal
+from laser.report.publish import write_card
 from laser.selection import Selection
-from laser.spectra import Source, Spectra, run_of_scan, scan
+from laser.spectra import ENTRY, Spectra
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def run(
     `moments` the spectra in the metric of the data.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
     FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
-    `command` is told in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
+    `command` stands in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
     per reduced matrix with its seconds, and with how many bytes of an earlier run were read again, of how many.
     """
     name = name or out.resolve().name
@@ -138,7 +144,7 @@ def require_same_run(
     elif choose is not None:
         plan = choose(spectra)
         _require_plan(out, plan, outcome)
-        require_run(checkpoint, out, run_of(checkpoint, plan, method, crew))
+        require_run(checkpoint, out, run_of_plan(plan, method, crew))
 
 
 def _in_one_pass(checkpoint: Checkpoint, out: Path, moments: Moments | None) -> bool:
@@ -163,93 +169,13 @@ def _found(
     outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
     if outcome is not None:
         outcome.plan.source.require(checkpoint, "output")
-    spectra = _there(path, checkpoint, selection, crew, method, null_draws, moments) if path.exists() else None
+    spectra = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments) if path.exists() else None
     if outcome is not None and spectra is None and path.exists():
-        raise _of_another_run(out)
+        raise of_another_run(out)
     return outcome, spectra
 
 
 def _require_plan(out: Path, plan: Plan, outcome: Outcome | None) -> None:
     """Raises OutputError for the finished output of another plan."""
     if outcome is not None and plan_as_measured(plan, outcome.matrices) != outcome.plan:
-        raise _of_another_run(out)
-
-
-def records_of(out: Path) -> Path:
-    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
-    return out / RECORDS
-
-
-def _there(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    null_draws: int,
-    moments: Moments | None,
-) -> Spectra | None:
-    """The spectra at `path`, if they are those of this scan."""
-    there = Spectra.load(path)
-    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
-    tried = {m.name for m in there.matrices if m.no_spectrum is None}
-    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
-    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
-        return None
-    drawn = {len(there.nulls.get(name, ())) for name in there.values}
-    known = there.data.calibration.get("identity") if there.data else None
-    same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
-
-
-def _of_another_run(out: Path) -> OutputError:
-    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
-
-
-def tidy_spectra(path: Path) -> None:
-    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = unfinished(path)
-    if not partial.exists() and not lock_of(path).exists():
-        return
-    with suppress(OutputError), claimed(path):
-        if was_journal(partial, "scan journal"):
-            tidy_up(partial, path)
-
-
-def scan_into(
-    path: Path,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    crew: Crew,
-    method: str,
-    tick: Callable[[Matrix], None] = lambda _: None,
-    null_draws: int = 0,
-    moments: Moments | None = None,
-    anew: bool = False,
-) -> Spectra:
-    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
-
-    `anew` measures again whatever is there, and drops the work of another scan.
-    """
-    partial = unfinished(path)
-    with claimed(path):
-        if path.exists() and not anew:
-            there = _there(path, checkpoint, selection, crew, method, null_draws, moments)
-            if there is not None:
-                tidy_spectra(path)
-                return there
-        spectra = scan(
-            checkpoint,
-            selection,
-            crew=crew,
-            method=method,
-            journal=partial,
-            null_draws=null_draws,
-            moments=moments,
-            tick=tick,
-            anew=anew,
-        )
-        spectra.save(path)
-        tidy_up(partial, path)
-        return spectra
+        raise of_another_run(out)

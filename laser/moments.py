@@ -1,9 +1,4 @@
-"""moments: second moments of what each matrix meets on a text, the record that calibration writes.
-
-One safetensors file. A site is one place where inputs arrive: q, k and v share theirs, so do w1 and w3. Its moment is
-stored as correlations in float32 and the diagonal in float64: some channels of trained models are 10^4 times as loud as
-others, and rounding relative to the loudest would drown the rest.
-"""
+"""moments: second moments of each matrix's inputs on a text, the record that calibration writes."""
 
 from __future__ import annotations
 
@@ -16,26 +11,64 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from laser.checkpoint.cuts import bytes_of
-from laser.checkpoint.files import check_header, require_sealed, sealed
-from laser.checkpoint.fingerprint import differences
-from laser.checkpoint.records import decode, named, parse, require_finite, require_keys, value_of
-from laser.checkpoint.regular import require_regular
+from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError, first_line
-from laser.in_data import Calibration as Calibration
-from laser.spectra import Source
-from laser.spectral.data_metric import Metric
+from laser.files import require_regular
+from laser.records import (
+    check_header,
+    decode,
+    differences,
+    named,
+    parse,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    value_of,
+)
+from laser.spectral.data_metric import ByData
+from laser.spectral.metric import PLAIN, UNKNOWN, Metric
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was calibrated on which text: in every record that rests on it."""
+
+    identity: str  # sha256 over the moments and all of the below
+    text: str
+    text_sha256: str
+    windows_sha256: str
+    window: int
+    windows: int
+    tokens: int  # inputs of the whole model; an expert sees those that are routed to it
+    dtype: str
+    shrink: bool
+    diagonal: bool
+
+    @staticmethod
+    def decoded(found: Any, where: str, remedy: str) -> Calibration:
+        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
+        calibration = decode(Calibration, found, where, remedy)
+        for key in ("window", "windows", "tokens"):
+            if getattr(calibration, key) < 1:
+                raise RecordError(f"{where}: {key} is {getattr(calibration, key)}, expected 1 or more; {remedy}")
+        return calibration
+
 
 KIND, VERSION = "moments", 5
 AGAIN = "try laser calibrate again with this version of laser"
-FORMS = ("full", "diagonal", "outputs")  # see Metric
+FORMS = ("full", "diagonal", "outputs")  # see ByData
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where inputs arrive. `matrices` are the tensors that they meet, `weights` their fingerprints; see `Metric` for
-    form and fourth."""
+    """Where inputs arrive; see `ByData` for form and fourth.
+
+    matrices: the tensors that are multiplied with them
+    weights: fingerprints of those
+    """
 
     key: str
     layer: int
@@ -58,11 +91,11 @@ class Moments:
     run: Mapping[str, Any] = field(default_factory=dict)  # what the calibration was asked for, as its parts tell
 
     def tokens(self, name: str) -> int:
-        """How many inputs the matrix met; 0 for one that was not calibrated."""
+        """How many inputs the matrix has seen; 0 for one that was not calibrated."""
         return self.sites[name].tokens if name in self.sites else 0
 
-    def metric(self, name: str, W: torch.Tensor) -> Metric:
-        """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or met no token,
+    def metric(self, name: str, W: torch.Tensor) -> ByData:
+        """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or saw no token,
         RecordError for the matrix of that name of another model."""
         if name not in self.sites:
             raise UsageError(
@@ -70,7 +103,7 @@ class Moments:
             )
         site = self.sites[name]
         if not site.tokens:
-            raise UsageError(f"{name} met no token of {self.calibration.text}; calibrate on more text")
+            raise UsageError(f"{name} has seen no token of {self.calibration.text}; calibrate on more text")
         found, expected = fingerprint(W), site.weights[site.matrices.index(name)]
         if found != expected:  # two models of one shape have the same headers
             raise RecordError(
@@ -81,9 +114,9 @@ class Moments:
         k = m if site.form == "outputs" else n
         diagonal = self._tensor(f"{site.key}.diagonal", (k,))
         if site.form == "diagonal":
-            return Metric("diagonal", diagonal, site.tokens)
+            return ByData("diagonal", diagonal, site.tokens)
         moment = unpack(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
-        return Metric(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
+        return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""
@@ -190,3 +223,16 @@ def unpack(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     """The second moment (k, k), float64."""
     scale = diagonal.clamp_min(0).sqrt()
     return correlations.double() * scale[:, None] * scale
+
+
+NO_MOMENTS = (
+    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser calibrate, "
+    "then --moments, and laser search --spectra with a file that is not there yet"
+)
+
+
+def metric_of(metric: str, name: str, W: torch.Tensor, moments: Moments | None) -> Metric:
+    """The metric that a plan's line or a rule names, of the matrix W (m, n) called `name`. Raises as Moments.metric."""
+    if metric == "plain":
+        return PLAIN
+    return UNKNOWN if moments is None else moments.metric(name, W)

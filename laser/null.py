@@ -10,19 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import to_json
-from laser.checkpoint.fingerprint import require_unchanged
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import NumericalError, UsageError
+from laser.pipeline import describe_failure
+from laser.records import to_json
 from laser.selection import Selection
-from laser.spectra import Source, Spectra, describe_failure
+from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import check_storage, singular_values
 from laser.spectral.permutation import KINDS, largest_singular_value, permuted
 from laser.spectral.rules import apply_rule, draws_needed, parse_rule
 
-# Rules that claim to tell signal from noise; energy, fraction and rank keep what they are told to keep.
+# Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 
 

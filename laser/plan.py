@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import COMMANDS, read_json, to_json, write_atomically
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, shown, value_of
+from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.in_data import Calibration, in_data_metric, line_in_data, met_by
+from laser.files import write_atomically
+from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
+from laser.records import COMMANDS, decode, read_json, require_finite, require_keys, shown, to_json, value_of
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra, in_data_metric, met_by
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
-from laser.spectral.rules import RULES, apply_rule, crowd, energy_share, parse_rule, signal_to_noise
+from laser.spectral.rules import apply_rule, crowd, energy_share, metric_in, parse_rule, rule_in, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
@@ -74,7 +76,7 @@ class PlanLine:
     tokens: int | None = None
     parameters: int = 0  # numbers in it
     stack: str = ""  # whose layers are counted: "" the language model's own
-    unseen: str = ""  # said where it met too few inputs of the calibration, whatever else became of it
+    unseen: str = ""  # said where it has seen too few inputs of the calibration, whatever else became of it
 
     @property
     def gains(self) -> Gains:
@@ -145,7 +147,7 @@ class Plan:
         rule = value_of(str, document["rule"], "rule", whole, AGAIN)
         try:
             for part in rule.split(",") if rule != "none" else ():
-                parse_rule(part.removeprefix("data:"))
+                parse_rule(rule_in(part))
         except UsageError as error:
             raise RecordError(f"{whole}: {error}") from error
         selection = value_of(Mapping[str, Any], document["selection"], "selection", whole, AGAIN)
@@ -206,6 +208,24 @@ class Plan:
             told, there = getattr(self.source, key), getattr(now, key)
             if told is not None and told != there:
                 raise RecordError(f"the plan's source has {key} {told}, found {there}; plan again")
+
+    def require_moments(self, moments: Moments | None) -> None:
+        """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
+        names = [line.name for line in self.reductions.values() if line.metric == "data"]
+        if not names:
+            return
+        told: Mapping[str, Any] = self.calibration or {}
+        if moments is None:
+            raise UsageError(
+                f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
+                f"laser calibrate on {told.get('text')}"
+            )
+        if moments.calibration.identity != told.get("identity"):
+            raise RecordError(
+                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+                f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with "
+                "these"
+            )
 
 
 def digest_of(rule: str, selection: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
@@ -278,20 +298,16 @@ class Treatment:
     shrink: str | None = None
     two_sided: bool = False
     require_fit: float | None = None
-    metric: str = "plain"
+
+    @property
+    def metric(self) -> str:
+        """In which the rule is asked, see `metric_in`."""
+        return metric_in(self.rule)
 
     def check(self) -> None:
-        """Raises UsageError for a rule, shrinker, level or metric that does not exist or does not go with the rest."""
-        rule, _ = parse_rule(self.rule)
-        if self.metric not in METRICS:
-            raise UsageError(f"no metric is called {self.metric!r}; try --metric {'|'.join(METRICS)}")
-        if self.metric == "data" and not rule.any_metric:
-            able = ", ".join(name for name, row in RULES.items() if row.any_metric)
-            raise UsageError(
-                f"rule {self.rule!r} supposes noise that is the same in all directions, and in the metric of the data "
-                f"no noise is; try one of {able}"
-            )
-        if self.metric == "data" and (self.shrink or self.two_sided or self.require_fit is not None):
+        """Raises UsageError for a rule, shrinker or level that does not exist or does not go with the rest."""
+        parse_rule(rule_in(self.rule))
+        if self.metric != "plain" and (self.shrink or self.two_sided or self.require_fit is not None):
             raise UsageError("--shrink, --two-sided and --require-fit rest on the plain law; leave them out")
         if self.shrink is not None:
             check_shrinker(self.shrink)
@@ -301,7 +317,6 @@ class Treatment:
     def describe(self) -> dict[str, Any]:
         """Only what was asked for: a plain plan reads as plain."""
         asked = {"shrink": self.shrink, "two_sided": self.two_sided or None, "require_fit": self.require_fit}
-        asked["metric"] = None if self.metric == "plain" else self.metric
         return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -314,34 +329,36 @@ def make_plan(
     shrink: str | None = None,
     two_sided: bool = False,
     require_fit: float | None = None,
-    metric: str = "plain",
     fewest_tokens: int | None = None,
 ) -> Plan:
     """Apply `rule` (`NAME[:ARGUMENT]`, see RULES) to every scanned matrix that the selection names.
 
     `lowest_snr` K reduces only the K matrices with the lowest signal-to-noise ratio (LaserRMT takes 15); matrices
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
-    matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
-    noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
+    matrix. `shrink` names a shrinker for the kept values. `two_sided` also keeps what lies under the lower edge of the
+    noise, where trained matrices hide information (arXiv 2410.17770). `require_fit` keeps every matrix whose bulk
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
-    reason. In the `metric` "data" the rule is asked of the spectra in the metric of the calibration's inputs, and a
-    matrix that met fewer than `fewest_tokens` (default: its p) of them is kept.
+    reason. A rule `data:NAME` is asked of the spectra in the metric of the calibration's inputs, and a matrix that saw
+    fewer than `fewest_tokens` (default: its p) of them is kept.
     Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
     """
-    treatment = Treatment(rule, shrink, two_sided, require_fit, metric)
+    treatment = Treatment(rule, shrink, two_sided, require_fit)
     treatment.check()
+    by_data = treatment.metric != "plain"
     check_lowest_snr(lowest_snr)
-    if fewest_tokens is not None and (metric != "data" or fewest_tokens < 0):
-        raise UsageError(f"--fewest-tokens {fewest_tokens} is for --metric data, and 0 or more; try --metric data")
-    if metric == "data":
+    if fewest_tokens is not None and (not by_data or fewest_tokens < 0):
+        raise UsageError(
+            f"--fewest-tokens {fewest_tokens} is for a rule data:NAME, and 0 or more; try --rule data:energy:0.99"
+        )
+    if by_data:
         spectra = in_data_metric(spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
-        if metric == "data":
+        if by_data:
             raise UsageError(
-                "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
+                "no selected matrix has seen as many tokens as it has dimensions; calibrate on more text, or try "
                 "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
             )
         for line in lines:
@@ -356,7 +373,7 @@ def make_plan(
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
-    calibration = spectra.data.calibration if spectra.data and metric == "data" else None
+    calibration = spectra.data.calibration if spectra.data and by_data else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
@@ -383,7 +400,7 @@ class CrowdWarning(UserWarning):
 
 def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
     """Warns (CrowdWarning) where some of these matrices have more spikes than `rule` can bear, see `crowd`."""
-    if parse_rule(rule)[0].reads is None:
+    if metric_in(rule) != "plain" or parse_rule(rule)[0].reads is None:
         return
     wanted, found = set(names), []
     for matrix in spectra.matrices:
@@ -433,21 +450,22 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         if why.kind is Kind.UNSEEN and spectra.data is not None:
             unseen = met_by(spectra.data.seen[matrix.name], min(matrix.shape))
         return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
+    rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-    cut = apply_rule(treatment.rule, s, shape, spectra.nulls.get(matrix.name))
-    near = at_threshold(treatment.rule, s, cut, precision_of(spectra.device, spectra.method))
-    if (spikes := crowd(treatment.rule, s, shape)) is not None:
+    cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
+    near = at_threshold(rule, s, cut, precision_of(spectra.device, spectra.method))
+    if (spikes := crowd(rule, s, shape)) is not None:
         crowded = f"{spikes} of {len(s)} values stand out, more than this rule can tell from noise"
         near = f"{near}; {crowded}" if near else crowded
     why = Why(Kind.RULE, cut.reason).also(near)
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, why=why)
     if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
-    if treatment.metric == "data" and spectra.data is not None:
+    if treatment.metric != "plain" and spectra.data is not None:
         return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
-    estimator = parse_rule(treatment.rule)[0].estimator or DEFAULT_ESTIMATOR
-    fit = fit_noise(s, shape, estimator)
-    noise = estimate(s, shape, estimator)
+    estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
+    noise = cut.noise or estimate(s, shape, estimator)
+    fit = fit_noise(s, shape, estimator, noise)
     lower = noise.lower_edge(shape)
     below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
     kurtosis = spectra.kurtosis.get(matrix.name)
@@ -511,3 +529,20 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
         else replace(line, action="keep", why=Why(Kind.NOT_LOWEST, f"{_snr(line)} is not among the {count} lowest"))
         for line in lines
     ]
+
+
+def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:
+    """A plan's line for a matrix of data values `s` (p,) that a rule cuts at `rank`.
+
+    No law of noise holds in the data's metric, so there is no fit to tell of. A rank over the number of directions that
+    show in the data becomes that number: nothing else makes a difference to these inputs.
+    """
+    shown = int(np.count_nonzero(s))
+    rank = min(rank, shown)
+    line = replace(line, rank=rank, metric="data", tokens=tokens)
+    if rank == len(s):
+        return replace(line, why=Why(Kind.ALL_KEPT, f"the rule keeps all {rank} values"))
+    directions = f", which show {shown} directions" if rank == shown else ""
+    why = line.why.also(f"in the metric of {tokens} tokens{directions}")
+    snr, energy = signal_to_noise(s, rank), energy_share(s, np.arange(len(s)) < rank)
+    return replace(line, action="reduce", snr=snr, energy_kept=energy, why=why)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laser.checkpoint.families import ALIASES, KEPT_STACKS, PROTECTED, Matrix
+from laser.checkpoint.matrices import ALIASES, KEPT_STACKS, PROTECTED, Matrix
 from laser.errors import UsageError
 from laser.reasons import Kind, Why
 

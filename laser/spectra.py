@@ -1,124 +1,186 @@
-"""scan: every selected matrix's singular values, kept in one small file so that planning never touches the weights."""
+"""Singular values of every selected matrix, kept in one small file so that planning never touches the weights."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from laser.checkpoint.families import DoubtWarning, Matrix, doubts, list_matrices
-from laser.checkpoint.files import Journal, check_header, require_sealed, sealed, spoiling, write_atomically
-from laser.checkpoint.fingerprint import Fingerprint, agree, content_by_reading, require_unchanged
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import decode, parse, require_finite, require_keys, shown, value_of
-from laser.checkpoint.regular import require_regular
-from laser.engine.workers import Crew, dearest_first, near, visit
-from laser.errors import LaserError, NumericalError, RecordError, UsageError, first_line
-from laser.in_data import DATA, InData
-from laser.measured import ENTRY, Measured, from_entry, to_entry
+from laser.checkpoint.source import Source
+from laser.errors import RecordError, UsageError, first_line
+from laser.files import require_regular, write_atomically
+from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
-from laser.selection import Selection
-from laser.spectral.data_metric import data_values
-from laser.spectral.devices import Device, choose_device
-from laser.spectral.factorise import METHODS
-from laser.spectral.factorise import measure as measure_values
-from laser.spectral.permutation import null_largest
-from laser.spectral.spectrum import excess_kurtosis
+from laser.records import (
+    check_header,
+    decode,
+    has_shape,
+    parse,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    shown,
+    value_of,
+)
 
-if TYPE_CHECKING:
-    from laser.moments import Moments
+# A line of a journal, by its keys and their types; vectors are base64 of their bytes.
+ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
+ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
+
+    values: NDArray[np.float64]
+    null: NDArray[np.float64]
+    kurtosis: float | None = None
+    skipped: str | None = None
+    data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # the values again in the data's metric
+    data_failed: str | None = None  # why not in the data's metric
+    note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
+
+
+def to_entry(name: str, measured: Measured) -> dict[str, Any]:
+    """A line of a journal."""
+    vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
+    vectors |= {"data": _encode(measured.data)}
+    told = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
+    return told | {"data_failed": measured.data_failed} | vectors
+
+
+def from_entry(entry: Any, where: str) -> Measured:
+    """Raises RecordError, which begins with `where`, for what no scan writes."""
+    try:
+        if not isinstance(entry, Mapping) or not has_shape(entry, ENTRY):
+            raise ValueError
+        values, null, data = (_decode(entry[key]) for key in ("values", "null", "data"))
+    except ValueError:
+        raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
+    told = entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"]
+    return Measured(values, null, *told)
+
+
+def _encode(vector: NDArray[np.float64]) -> str:
+    return base64.b64encode(vector.astype("<f8").tobytes()).decode()
+
+
+def _decode(text: str) -> NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
+
+
+DATA = "laser.data."  # before a tensor's name in the spectra file
+
+Vectors = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class InData:
+    """What a scan measures by the data, by name of the matrix.
+
+    calibration: on which text (moments.Calibration)
+    seen: how many inputs a matrix has seen, for those that were calibrated
+    values: singular values (p,) of W C^(1/2), descending
+    failed: why there are none
+    """
+
+    calibration: Mapping[str, Any]
+    seen: Mapping[str, int]
+    values: Vectors = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def vectors(self) -> dict[str, NDArray[np.float64]]:
+        """Everything under the names that the file has."""
+        return {DATA + n: v for n, v in self.values.items()}
+
+    def header(self) -> dict[str, Any]:
+        return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
+
+    def wrong(self, sides: Mapping[str, int]) -> str | None:
+        """What in it contradicts the rest of a file whose matrices have these smaller sides."""
+        for name in (*self.values, *self.failed):
+            if name not in self.seen:
+                return (
+                    f"{name} is measured in the metric of the data, and its data do not say how many inputs it has seen"
+                )
+        for name, tokens in self.seen.items():
+            if not sides.get(name) or tokens < 0:
+                return f"{name} has seen {tokens} inputs, expected 0 or more of a matrix of it"
+        return None
+
+    @staticmethod
+    def of(moments: Moments | None, names: Iterable[str], found: Mapping[str, Measured]) -> InData | None:
+        """What was measured of `names`, in their order; a matrix without tokens has no values. None without moments."""
+        if moments is None:
+            return None
+        seen = {name: moments.sites[name].tokens for name in names if name in moments.sites}
+        values = {n: found[n].data for n in seen if len(found[n].data)}
+        failed = {n: why for n in seen if (why := found[n].data_failed)}
+        return InData(asdict(moments.calibration), seen, values, failed)
+
+    @staticmethod
+    def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
+        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none.
+
+        Raises RecordError, which begins with `where` and ends with `remedy`.
+        """
+        if header is None:
+            return None
+        header = value_of(Mapping[str, Any], header, "data", where, remedy)
+        require_keys(header, ("calibration", "seen"), ("failed",), where, remedy)
+        kinds = {"calibration": Mapping[str, Any], "seen": Mapping[str, int], "failed": Mapping[str, str]}
+        for key in header:
+            value_of(kinds[key], header[key], key, where, remedy)
+        Calibration.decoded(header["calibration"], f"{where}: its calibration", remedy)
+        values = {n.removeprefix(DATA): v for n, v in vectors.items() if n.startswith(DATA)}
+        return InData(header["calibration"], header["seen"], values, header.get("failed", {}))
+
+
+def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
+    """`spectra` with the data's values in the place of the plain ones, for planning.
+
+    A matrix that saw fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
+    Raises UsageError where no moments were scanned.
+    """
+    data = spectra.data
+    if data is None:
+        raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
+    skipped, values = dict(spectra.skipped), {}
+    for matrix in spectra.matrices:
+        name, p = matrix.name, min(matrix.shape, default=0)
+        if name in data.values and data.seen[name] >= (p if fewest is None else fewest):
+            values[name] = data.values[name]
+        elif name in data.failed:
+            skipped[name] = Why(Kind.FAILED, f"skipped: {data.failed[name]}")
+        elif name in data.seen:
+            skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
+        elif name in spectra.values:
+            skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
+    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
+
+
+def met_by(tokens: int, p: int) -> str:
+    """How many inputs a matrix has seen, and how many it should have at the least."""
+    return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
+
 
 KIND, VERSION, EARLIER = "spectra", 3, 2  # the earlier one has reasons that are texts alone
 LARGEST_INTEGER = 2**63 - 1
 AGAIN = "try laser scan again with this version of laser"
-SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
 GONE = "laser.data-null."  # before others in files of earlier versions, which nobody reads any more
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
-
-    parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
-    reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`.
-    """
-
-    name: str
-    identity: str
-    parameters: int | None = None  # None in records of laser 0.1
-    unindexed: int = 0
-    content: str | None = None
-    samples: str | None = None
-
-    @staticmethod
-    def of(checkpoint: Checkpoint) -> Source:
-        stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
-        named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        weights = checkpoint.fingerprint
-        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
-
-    @staticmethod
-    def decoded(found: Any, where: str, remedy: str) -> Source:
-        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
-        source = decode(Source, found, where, remedy, SOURCE_OPTIONAL)
-        for key in ("parameters", "unindexed"):
-            if (getattr(source, key) or 0) < 0:
-                raise RecordError(f"{where}: {key} is {getattr(source, key)}, expected 0 or more; {remedy}")
-        return source
-
-    @property
-    def weights(self) -> Fingerprint:
-        return Fingerprint(self.samples, self.content)
-
-    def told(self) -> dict[str, str]:
-        """For a journal: what identifies the weights, as far as it is known, and their name for messages."""
-        return {"source": self.identity, "model": self.name} | self.weights.told()
-
-    def is_of(self, other: Source) -> bool:
-        """Whether the two surely speak of the same weights."""
-        return self.identity == other.identity and agree(self.weights, other.weights) is True
-
-    def require(self, checkpoint: Checkpoint, what: str) -> None:
-        """Raises RecordError unless `what` was made from these very weights.
-
-        A record of a model on the Hub knows the hashes of its files; a directory is then read whole and hashed.
-        """
-        other = Source.of(checkpoint)
-        if self.identity != other.identity:
-            raise RecordError(
-                f"the {what} was made from {self.name} ({self.identity[:12]}), found {other.name} "
-                f"({other.identity[:12]}); make the {what} again from this checkpoint"
-            )
-        same = agree(self.weights, other.weights)
-        if same is None and self.content:
-            same = self.content == content_by_reading(checkpoint)
-        if same is None:
-            repo = checkpoint.hub.repo if checkpoint.hub else other.name
-            raise RecordError(
-                f"the {what} knows sampled bytes of {self.name}, and of {other.name} on the Hub only the hashes of its "
-                f"files are known, so nobody can tell whether they are the same; try `hf download {repo}` and the same "
-                f"command, or make the {what} again from this model"
-            )
-        if not same:
-            raise RecordError(
-                f"the {what} was made from other weights of {self.name}: found {other.name} ({other.weights.short}), "
-                f"expected {self.name} ({self.weights.short}), of the same names and shapes; if it was changed on the "
-                f"Hub, name its old revision, else make the {what} again from this model"
-            )
 
 
 @dataclass(frozen=True)
@@ -200,6 +262,18 @@ class Spectra:
         require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
         return spectra
 
+    def require_moments(self, moments: Moments | None) -> None:
+        """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
+        known = None if self.data is None else self.data.calibration
+        if moments is None or known is None:
+            raise UsageError(NO_MOMENTS)
+        if moments.calibration.identity != known.get("identity"):
+            raise RecordError(
+                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
+                f"spectra were scanned with {str(known.get('identity'))[:12]} of {known.get('text')}; scan again with "
+                "these"
+            )
+
 
 def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
     """sha256 over names and values."""
@@ -268,108 +342,6 @@ def _wrong(spectra: Spectra) -> str | None:
     return None
 
 
-def measure(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """The scan of one matrix W (m, n), wherever it runs. What cannot be factorised is a reason, not an error."""
-    try:
-        found = measure_values(W, device, method)
-        null = null_largest(W, null_draws, device) if null_draws else np.empty(0)
-        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
-    except (NumericalError, UsageError) as error:
-        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
-
-
-def check_scan(method: str, null_draws: int) -> None:
-    """What can be refused of a scan before its model is opened. Raises UsageError."""
-    if method not in METHODS:
-        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
-    if null_draws < 0:
-        raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
-
-
-def run_of_scan(
-    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
-) -> dict[str, Any]:
-    """What a scan's journal belongs to."""
-    return {
-        "kind": "scan journal",
-        "version": VERSION,
-        **Source.of(checkpoint).told(),
-        "selection": selection.describe(),
-        "method": method,
-        "device": crew.label,
-        "null_draws": null_draws,
-    } | ({"moments": moments.calibration.identity} if moments else {})
-
-
-def scan(
-    checkpoint: Checkpoint,
-    selection: Selection | None = None,
-    *,
-    device: Device | None = None,
-    crew: Crew | None = None,
-    method: str = "gram",
-    journal: Path | None = None,
-    null_draws: int = 0,
-    moments: Moments | None = None,
-    tick: Callable[[Matrix], None] = lambda _: None,
-    anew: bool = False,
-) -> Spectra:
-    """Singular values of every selected matrix; the others are listed with the reason why not.
-
-    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
-    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
-    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
-    NaN or Inf, or one that no method can factorise,
-    is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
-    the data, where a matrix was calibrated.
-    Warns (DoubtWarning) about names that the table of families does not know.
-    Raises UsageError for a selection that matches nothing, or a negative number of draws.
-    """
-    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
-    check_scan(method, null_draws)
-    if moments is not None:
-        moments.source.require(checkpoint, "moments")
-    matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=2)
-    selection.check(matrices)
-    skipped = {m.name: why for m in matrices if (why := selection.why_not(m))}
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
-    found: dict[str, Measured] = {}
-    with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
-        for entry in log.entries if log else ():
-            found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
-        for matrix in matrices:
-            if matrix.name in found:
-                tick(matrix)
-        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = partial(_measure, method=method, null_draws=null_draws, moments=moments)
-        with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
-            for matrix, measured, _ in visits:
-                found[matrix.name] = measured
-                if log:
-                    log.append(to_entry(matrix.name, measured))
-                tick(matrix)
-        with spoiling(log):
-            require_unchanged(checkpoint)
-    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
-    return replace(spectra, data=InData.of(moments, spectra.values, found))
-
-
-def _measure(
-    matrix: Matrix, W: torch.Tensor, device: Device, *, method: str, null_draws: int, moments: Moments | None
-) -> Measured:
-    found = measure(near(W, device), device, method, null_draws)
-    if moments is None or not moments.tokens(matrix.name) or found.skipped is not None:
-        return found
-    try:
-        return replace(found, data=data_values(W, moments.metric(matrix.name, W), device))
-    except (NumericalError, UsageError) as error:  # the plain spectrum stands
-        return replace(found, data_failed=str(error))
-
-
 def assemble(
     checkpoint: Checkpoint,
     matrices: Sequence[Matrix],
@@ -392,12 +364,3 @@ def assemble(
     if wrong := _wrong(record):  # found in a journal
         raise RecordError(f"{checkpoint.name}: {wrong}; start afresh with --force")
     return record
-
-
-def describe_failure(W: torch.Tensor, error: LaserError) -> str:
-    """The plan's reason for leaving a matrix alone."""
-    W = W.cpu()  # where W lies there may be no memory left to look at it
-    if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
-        bad = int((~torch.isfinite(W)).sum())
-        return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"
-    return f"skipped: {error}"

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from laser.checkpoint.families import place_of
-from laser.checkpoint.files import to_json
+from laser.checkpoint.matrices import place_of
+from laser.checkpoint.source import Source
 from laser.errors import UsageError
+from laser.escape import visible
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
-from laser.report.visible import visible
+from laser.records import to_json
 from laser.selection import Selection
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 from laser.spectral.noise import estimate, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift
@@ -79,8 +80,8 @@ class Row:
     full_rank: int
     snr: float | None  # sum(s > t) / sum(s <= t)
     snr_over_largest: float | None  # SNR / s_1: LaserRMT's scanner and Spectrum
-    # In the metric of the data, where the scan was given moments; None where it was not, or the matrix met no token:
-    tokens: int | None = None  # inputs that the matrix met
+    # In the metric of the data, where the scan was given moments; None where it was not, or the matrix saw no token:
+    tokens: int | None = None  # inputs that the matrix has seen
     data_effective_rank: float | None = None
     data_rank_99: int | None = None  # directions that hold 99 % of the outputs' mean square
     stack: str = ""  # whose layers are counted: "" the language model's own
@@ -100,7 +101,7 @@ class Summary:
 
     @property
     def under_seen(self) -> list[Row]:
-        """Matrices that met fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
+        """Matrices that saw fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
         return [row for row in self.rows if row.tokens is not None and row.tokens < row.full_rank]
 
     def to_json(self) -> bytes:
@@ -213,9 +214,9 @@ def summarise(
         if matrix.name not in spectra.values or selection.why_not(matrix) or (names and matrix.name not in names):
             continue
         s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-        numbers, fit = describe_spectrum(s), fit_noise(s, shape, estimator)
-        cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
-        noise = estimate(s, shape, estimator)
+        numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
+        noise = cut.noise or estimate(s, shape, estimator)
+        fit = fit_noise(s, shape, estimator, noise)
         snr = signal_to_noise(s, cut.rank)
         kurtosis = spectra.kurtosis.get(matrix.name)
         ranks = dict(zip(ENERGIES, numbers.energy_ranks, strict=True))

@@ -1,31 +1,77 @@
-"""verify: is OUT what its plan says? Measured on the files themselves, without trusting what they claim."""
+"""verify: is OUT what its plan says? Measured on the files themselves, without trusting what they claim.
+
+Last come the files beside the weights, and the records of how they were made. Not the card: README.md may be edited.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from laser.at_rest import damage_at_rest
-from laser.checkpoint.cuts import bytes_of
+from laser.checkpoint.at_rest import damage
 from laser.checkpoint.dequantised import as_bfloat16
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.fingerprint import require_unchanged
-from laser.checkpoint.headers import Shard, TensorInfo, pieces, sha256_of
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.quantised import rounding
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.regular import open_regular
-from laser.edits import check_projection, require_moments
-from laser.moments import Moments
-from laser.reduction import Outcome
+from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
+from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.source import require_unchanged
+from laser.checkpoint.writer import RECORDS
+from laser.errors import RecordError
+from laser.evaluation.leaderboard import Leaderboard
+from laser.evaluation.perplexity import Perplexity
+from laser.files import open_regular, read_regular
+from laser.moments import Moments, metric_of
+from laser.outcome import Outcome, plan_as_measured
+from laser.plan import Plan
+from laser.records import is_sealed, journal_is_whole, parse
+from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device, in_float64
-from laser.spectral.factorise import singular_values
-from laser.spectral.shrinkage import Gains
-from laser.spectral.unit import in_unit, largest_entry
+
+MEASURED: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(("eval.json", "eval-source.json"), Perplexity)
+MEASURED |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
+SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
+
+
+def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
+    """What is not as laser left it: side files, laser.json, and each record in OUT/laser."""
+    problems, folder, plan = damage(out), out / RECORDS, outcome.plan
+
+    def check(name: str, is_right: Callable[[Path], bool]) -> None:
+        try:
+            right = is_right(folder / name)
+        except (RecordError, OSError, ValueError) as error:
+            problems.append(f"{RECORDS}/{name}: {error}")
+            return
+        if not right:
+            problems.append(f"{RECORDS}/{name} is not as it was written; it was changed or damaged since")
+
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if {SPECTRA, PLAN} & there:  # of a whole run, which leaves these two, and one about its source
+        check(SPECTRA, lambda path: Spectra.load(path).source == plan.source)
+        check(PLAN, lambda path: _is_plan_of(path, outcome))
+        there.add(SOURCE)
+        if "accept" in plan.selection:  # chosen by a search
+            there |= {SEARCH, TRIALS}
+    for name, kind in MEASURED.items():
+        if name in there:
+            check(name, lambda path, kind=kind: bool(kind.load(path)))
+    if SEARCH in there:
+        check(SEARCH, lambda path: is_sealed(parse(read_regular(path))))
+    if TRIALS in there:
+        check(TRIALS, journal_is_whole)
+    if SOURCE in there:
+        check(SOURCE, lambda path: is_sealed(parse(read_regular(path))))
+    return problems
+
+
+def _is_plan_of(path: Path, outcome: Outcome) -> bool:
+    """Whether a plan is the one that was carried out, written as laser writes it."""
+    plan = Plan.load(path)
+    return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
 
 
 @dataclass(frozen=True)
@@ -48,7 +94,7 @@ def verify(
     """Compare `out` with `source` and with the plan in its laser.json.
 
     Untouched tensors must be equal bit for bit. A touched matrix B must be a best approximation of W at the plan's rank
-    r, which by Eckart and Young (1936) is the same as: its singular values are W's first r and then zero, but for
+    r. By Eckart and Young (1936) that is the same as: its singular values are W's first r and then zero, but for
     rounding to the storage dtype, and ||W - B||_F is the norm of W's tail. Where the plan shrinks or cuts on two sides,
     W's values times their gains stand for both. A matrix reduced in the metric of the data must be a projection of W of
     rank r, and with the plan's `moments` lose what was predicted and no more of the outputs. Measured from the weights.
@@ -63,7 +109,7 @@ def verify(
     if outcome.run.get("dtype"):
         source = as_bfloat16(source)
     if moments is not None:
-        require_moments(outcome.plan, moments)
+        outcome.plan.require_moments(moments)
     problems = outcome.plan.unlike(matrices) + outcome.unlike_plan()
     if source.index_bytes != result.index_bytes:
         problems.append("the index differs from the source's; expected the same bytes")
@@ -87,12 +133,9 @@ def verify(
         elif matrix.name in lines:
             touched += 1
             line = lines[matrix.name]
-            if line.metric == "data":
-                W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
-                half = _rounding(result, matrix, B)
-                problems += check_projection(W, B, half, line, device, moments)
-            else:
-                problems += _check_truncation(source, result, matrix, line.gains, device)
+            W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+            metric = metric_of(line.metric, matrix.name, W, moments)
+            problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
         else:
             untouched += 1
             if not _same(source, result, matrix):
@@ -126,37 +169,3 @@ def _rounding(result: Checkpoint, matrix: Matrix, B: torch.Tensor) -> torch.Tens
         return rounding(B, result.raw(result.fp8.scales[matrix.tensor]), result.fp8.block)
     kind = torch.finfo(B.dtype)
     return B.abs().double().clamp_min(kind.smallest_normal) * (kind.eps / 2)
-
-
-def _check_truncation(
-    source: Checkpoint, result: Checkpoint, matrix: Matrix, gains: Gains, device: Device
-) -> list[str]:
-    W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
-    if not math.isfinite(largest_entry(B)):
-        return [f"{matrix.name}: found NaN or Inf, expected finite weights"]
-    W, u = in_unit(W)  # and all that follows in the same: squares of it stay in range
-    s, after = singular_values(W, device)[0], singular_values(B, device)[0] / u
-    total = float(np.linalg.norm(s))
-    if total == 0:
-        return [] if not after.any() else [f"{matrix.name}: found values, expected zero, as the source's matrix is"]
-    g = gains.in_unit(u).of(s, (W.shape[0], W.shape[1]))
-    tail = float(np.linalg.norm((1 - g) * s)) / total
-    distance, rounded = 0.0, 0.0
-    half = _rounding(result, matrix, B)
-    for start in range(0, W.shape[0], 1024):
-        w, b, h = (x[start : start + 1024].double() for x in (W, B, half))
-        distance += float(torch.sum((w - b / u) ** 2))
-        rounded += float(torch.sum((h / u) ** 2))
-    # ||B - W_r||_F is at most `rounded` (plus a little for the arithmetic), and that bounds both quantities.
-    slack = math.sqrt(rounded) / total + 1e-5
-    found = math.sqrt(distance) / total
-    problems, rank = [], gains.above + gains.below
-    if not abs(found - tail) <= slack:  # not the other way round: NaN is a problem
-        problems.append(f"{matrix.name}: ||W - B||/||W|| is {found:.3e}, expected {tail:.3e} for rank {rank}")
-    # Mirsky (1960): the singular values of B and of W_r differ, as vectors, by no more than B and W_r do.
-    left = float(np.linalg.norm(after - np.sort(g * s)[::-1])) / total
-    if not left <= slack:
-        problems.append(
-            f"{matrix.name}: {left:.3e} of the norm lies off or beyond rank {rank}, expected {slack:.1e} at most"
-        )
-    return problems

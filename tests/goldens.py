@@ -222,7 +222,7 @@ PLANS = {
     "lowest": ("--rule", "mp-edge", "--lowest-snr", "5"),
     "treated": ("--rule", "mp-edge", "--shrink", "frobenius", "--two-sided", "--require-fit", "0.3", "--layers", "0-1"),
     "drawn": ("--rule", "parallel", "--roles", "q,k,w1,router", "--exclude", "experts.3"),
-    "data": ("--rule", "fraction:0.5", "--metric", "data"),
+    "data": ("--rule", "data:fraction:0.5"),
 }
 
 

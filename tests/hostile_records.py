@@ -24,12 +24,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import laser
+from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.search.runner import Trial
 from laser.search.search import Report
-from laser.spectra import Source
 
 Place = tuple[Any, ...]
 Document = Any
@@ -173,7 +173,12 @@ LOOK = (("spectra", "s"), ("report", "s", "-o", "new.html"), ("plot", "s", "--he
 REDUCE = ("reduce", "m", "plan.json", "-o")
 KINDS = (
     Kind("spectra", "s", (("plan", "s", "-o", "new"), *LOOK), "arrays"),
-    Kind("spectra with data", "sd", (("plan", "sd", "-o", "new", "--metric", "data"), ("spectra", "sd")), "arrays"),
+    Kind(
+        "spectra with data",
+        "sd",
+        (("plan", "sd", "-o", "new", "--rule", "data:fraction:0.5"), ("spectra", "sd")),
+        "arrays",
+    ),
     Kind("plan", "plan.json", ((*REDUCE, "new"),), sealed=False),
     Kind("moments", "moments", (("scan", "m", "-o", "new", "--moments", "moments"),), "arrays"),
     Kind("part of a calibration", "c.partial/layer-00000-00000.safetensors", (CALIBRATE,), "parts"),
@@ -192,10 +197,8 @@ KINDS = (
 
 
 def ruled(verb: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of a verb: `plan` asks for a rule, and where data are in the spectra for one that goes with them."""
-    if verb[0] == "plan":
-        return (*verb, "--rule", "fraction:0.5" if "--metric" in verb else "mp-edge")
-    return verb
+    """The words of a verb: `plan` asks for a rule."""
+    return (*verb, "--rule", "mp-edge") if verb[0] == "plan" and "--rule" not in verb else verb
 
 
 def arrays_of(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

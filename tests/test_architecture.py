@@ -1,8 +1,9 @@
-"""The house rules that a machine can check: who imports whom, what files say they are, what the package exports."""
+"""The house rules that a machine can check, besides who imports whom (lint-imports, by the contracts in pyproject)."""
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,59 +13,23 @@ import laser
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "laser"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("spectral", "checkpoint", "evaluation", "engine", "search", "report", "cli")
-# room -> rooms that it may import; "spine" is every module directly in the package
-ALLOWED = {
-    "errors": set(),
-    "spectral": {"errors"},
-    "checkpoint": {"errors"},
-    "evaluation": {"errors", "checkpoint"},
-    "engine": {"errors", "spectral", "checkpoint"},
-    "spine": {"errors", "spectral", "checkpoint", "evaluation", "engine", "report"},
-    "search": {"errors", "spectral", "checkpoint", "evaluation", "spine"},
-    "report": {"errors", "spine", "evaluation"},  # for their records only: it may not compute
-    "cli": {"errors", "spectral", "checkpoint", "evaluation", "engine", "spine", "search", "report"},
-}
 
 
-def room_of(module: str) -> str:
-    parts = module.split(".")
-    if len(parts) > 1 and parts[1] in ROOMS:
-        return parts[1]
-    return "errors" if module == "laser.errors" else "spine"
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("laser"):
-            found |= {node.module} if node.module.count(".") else {f"{node.module}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("laser")}
-    return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down_only(path: Path) -> None:
-    module = ".".join(("laser", *path.relative_to(PACKAGE).with_suffix("").parts))
-    if module in ("laser.__init__", "laser.__main__"):
-        return  # they are the doors
-    here = room_of(module)
-    for target in imports(path):
-        there = room_of(target)
-        assert there == here or there in ALLOWED[here], f"{module} ({here}) must not import {target} ({there})"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_say_what_they_are(path: Path) -> None:
-    text = path.read_text()
-    assert not text or ast.get_docstring(ast.parse(text))
+def test_files_say_what_they_are() -> None:
+    texts = {path: path.read_text() for path in FILES}
+    assert not [path for path, text in texts.items() if text and not ast.get_docstring(ast.parse(text))]
 
 
 def test_only_one_file_says_mps_and_the_methods_call_linalg() -> None:
     assert [p.name for p in FILES if '"mps"' in p.read_text()] == ["devices.py"]
     callers = [p.name for p in FILES if "torch.linalg." in p.read_text().replace("`torch.linalg", "")]
     assert callers == ["factorise.py", "gram.py", "projector.py"]
+
+
+def test_a_wheel_has_every_file_that_is_no_module() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["laser"]
+    there = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == {path for pattern in patterns for path in PACKAGE.glob(pattern)}
 
 
 def test_exported_names_are_sorted_and_there() -> None:

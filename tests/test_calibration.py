@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import laser
 from laser import calibration
 from laser.calibration import calibrate
+from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, Site, header_of
 from laser.selection import Selection
-from laser.spectra import Source
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
 
@@ -304,7 +304,7 @@ def test_bad_input_gets_a_clear_error(
     assert run(*again, "--roles", "q")[0] == 0
     assert run(*again)[0] == 1  # exists
     code, _, error = run("calibrate", speaker, "-o", tmp_path / "n", "--text", text, "--window", 40, "--windows", 1)
-    assert code == 2 and "no expert of layer 0 met as many tokens as it has dimensions, found" in error
+    assert code == 2 and "no expert of layer 0 has seen as many tokens as it has dimensions, found" in error
     code, _, error = run("scan", make_pico("another"), "-o", tmp_path / "s", "--moments", moments)
     assert code == 1 and "the moments was made from speaker" in error
     code, _, error = run("scan", speaker, "-o", tmp_path / "s", "--moments", tmp_path / "none")
@@ -318,7 +318,7 @@ def test_activations_that_are_not_finite_name_the_matrix(speaker: Path, tmp_path
     weights = load_file(speaker / "model.safetensors")
     weights[LAYER + "self_attn.q_proj.weight"][:] = float("nan")
     save_file(weights, speaker / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=rf"what {LAYER}self_attn.o_proj.weight meets is not finite"):
+    with pytest.raises(NumericalError, match=rf"the input of {LAYER}self_attn.o_proj.weight is not finite"):
         calibrate(laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m.safetensors")
 
 

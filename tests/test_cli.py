@@ -14,7 +14,8 @@ from pico_language import write_tokenizer
 
 from laser.checkpoint.reader import INDEX
 from laser.cli import app, main
-from laser.report.visible import visible
+from laser.escape import visible
+from laser.spectral.metric import Plain
 
 
 def strict(text: str) -> Any:
@@ -175,9 +176,7 @@ def test_existing_output_is_kept_without_force(run: Run, pico: Path, tmp_path: P
 def test_interrupt_is_130_and_keeps_the_work(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laser.one_pass
-
-    true, count = laser.one_pass.factorise, 0
+    true, count = Plain.visit, 0
 
     def interrupt(*arguments: Any) -> Any:
         nonlocal count
@@ -188,7 +187,7 @@ def test_interrupt_is_130_and_keeps_the_work(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(laser.one_pass, "factorise", interrupt)
+        patch.setattr(Plain, "visit", interrupt)
         code, _, err = run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search")
     assert code == 130 and "--resume" in err and not (out / INDEX).exists()
     assert run("run", pico, "-o", out, "--rule", "mp-edge", "--no-search", "--resume")[0] == 0

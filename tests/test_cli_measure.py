@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pico_language import TEXT, make_model, write_tokenizer
 
-from laser.checkpoint.files import sealed
 from laser.cli import main
 from laser.evaluation.perplexity import Perplexity
 from laser.plan import Plan
+from laser.records import sealed
 
 
 @pytest.fixture

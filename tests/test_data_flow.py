@@ -20,7 +20,7 @@ from laser.moments import Moments
 from laser.plan import Plan
 from laser.search.candidates import cut_of
 from laser.selection import Selection
-from laser.spectral.data_metric import Metric
+from laser.spectral.data_metric import ByData
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     measured = laser.Spectra.load(spectra)
     assert measured.data is not None and measured.data.seen[LAYER + "self_attn.q_proj.weight"] > 300
     assert len(measured.nulls[LAYER + "self_attn.q_proj.weight"]) == 19
-    made = run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data", "--fewest-tokens", 1)
+    made = run("plan", spectra, "-o", plan, "--rule", "data:fraction:0.5", "--fewest-tokens", 1)
     assert made[0] == 0, made[2]
     lines = Plan.load(plan).reductions
     assert lines and all(x.metric == "data" and "in the metric of" in x.why.text for x in lines.values())
@@ -88,7 +88,7 @@ def test_run_goes_by_the_data_as_the_stages_one_by_one_do(speaker: Path, tmp_pat
     code, told, error = run("run", speaker, "-o", tmp_path / "a", *asked, "--moments", moments)
     assert code == 0 and "4 to reduce" in told, error
     assert run("scan", speaker, "-o", spectra, *picked, "--moments", moments)[0] == 0
-    assert run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data", *picked)[0] == 0
+    assert run("plan", spectra, "-o", plan, "--rule", "data:fraction:0.5", *picked)[0] == 0
     assert run("reduce", speaker, plan, "-o", tmp_path / "b", "--moments", moments)[0] == 0
     for name in ("model.safetensors", "laser.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -101,22 +101,24 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     code, told, _ = run("calibrate", speaker, "-o", moments, "--text", text, "--window", 50, "--windows", 1)
     assert code == 0 and "fewer than its 32 dimensions; kept whole unless asked for" in told
     assert run("scan", speaker, "-o", spectra, "--moments", moments)[0] == 0
-    code, _, error = run("plan", spectra, "-o", plan, "--rule", "fraction:0.5", "--metric", "data")
+    code, _, error = run("plan", spectra, "-o", plan, "--rule", "data:fraction:0.5")
     lines = {line.name: line for line in Plan.load(plan).lines}
     data: Any = laser.Spectra.load(spectra).data
     few = [n for n, tokens in data.seen.items() if tokens < min(checkpoint.tensors[n].shape)]
     assert few and len(few) < 36
     for name in few:
-        assert lines[name].action != "reduce" and lines[name].why.text.startswith("not seen enough: met"), lines[name]
+        assert lines[name].action != "reduce" and lines[name].why.text.startswith("not seen enough: has seen"), lines[
+            name
+        ]
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
     assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
-    code, _, error = run("plan", spectra, "-o", plan, "--rule", "mp-edge", "--metric", "data", "--force")
+    code, _, error = run("plan", spectra, "-o", plan, "--rule", "data:mp-edge", "--force")
     assert code == 2 and "in the metric of the data no noise is; try one of energy" in error
-    code, _, error = run("plan", spectra, "-o", plan, "--force", "--rule", "parallel", "--metric", "data")
+    code, _, error = run("plan", spectra, "-o", plan, "--force", "--rule", "data:parallel")
     assert code == 2 and "in the metric of the data no noise is" in error
     plain = tmp_path / "plain"
     assert run("scan", speaker, "-o", plain, "--roles", "q")[0] == 0
-    code, _, error = run("plan", plain, "-o", plan, "--force", "--rule", "rank:3", "--metric", "data")
+    code, _, error = run("plan", plain, "-o", plan, "--force", "--rule", "data:rank:3")
     assert code == 2 and "scan --moments FILE" in error
 
 
@@ -149,7 +151,7 @@ def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_
     checkpoint, written = laser.open_checkpoint(speaker), laser.open_checkpoint(out)
     known = Moments.load(moments)
     for line in lines:
-        edit = cut_of(checkpoint, {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
+        edit = cut_of(checkpoint, "data:rank:1", {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
         assert torch.equal(written.read(line.name), edit[line.name])
 
 
@@ -158,9 +160,9 @@ def test_shrunk_moments_make_a_plan_of_few_tokens_possible(speaker: Path, tmp_pa
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=20, limit=1)
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("q",)), shrink=True)
     spectra = laser.scan(checkpoint, Selection(roles=("q",)), moments=moments)
-    with pytest.raises(UsageError, match="no selected matrix met as many tokens"):
-        laser.make_plan(spectra, "fraction:0.9", metric="data")
-    plan = laser.make_plan(spectra, "fraction:0.9", metric="data", fewest_tokens=0)
+    with pytest.raises(UsageError, match="no selected matrix has seen as many tokens"):
+        laser.make_plan(spectra, "data:fraction:0.9")
+    plan = laser.make_plan(spectra, "data:fraction:0.9", fewest_tokens=0)
     assert {line.rank for line in plan.reductions.values()} == {28}
     outcome = laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments)
     for name, record in outcome.matrices.items():
@@ -174,7 +176,7 @@ def test_a_plan_of_few_tokens_is_verified_as_planned(speaker: Path, tmp_path: Pa
     attention = Selection(layers=(1,), roles=("q", "k", "v", "o"))
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", attention, shrink=False)
     spectra = laser.scan(checkpoint, attention, moments=moments)
-    plan = laser.make_plan(spectra, "fraction:0.9", metric="data", fewest_tokens=1)
+    plan = laser.make_plan(spectra, "data:fraction:0.9", fewest_tokens=1)
     assert any("which show" in line.why.text for line in plan.reductions.values())
     laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments)
     assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
@@ -194,7 +196,7 @@ def test_wide_inputs_are_known_by_their_outputs_all_the_way(speaker: Path, tmp_p
         assert moments.metric(name, checkpoint.read(name)).form == "outputs"
         exact = same.data.values[name]
         assert spectra.data.values[name] == pytest.approx(exact, abs=1e-4 * exact[0])
-    plan = laser.make_plan(spectra, "rank:12", metric="data", fewest_tokens=1)
+    plan = laser.make_plan(spectra, "data:rank:12", fewest_tokens=1)
     outcome = laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments, fresh=fresh)
     assert outcome.run["fresh"]["text_sha256"] == fresh.calibration.text_sha256
     assert all(0 < record["fresh_output_error"] < 1 for record in outcome.matrices.values())
@@ -227,7 +229,7 @@ def test_fp8_weights_are_verified_by_their_own_rounding(speaker: Path, tmp_path:
     assert checkpoint.fp8 is not None
     moments = calibrate(checkpoint, windows_of(quantised), tmp_path / "m.safetensors", selection)
     spectra = laser.scan(checkpoint, selection, moments=moments)
-    plan = laser.make_plan(spectra, "fraction:0.5", metric="data")
+    plan = laser.make_plan(spectra, "data:fraction:0.5")
     laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments)
     assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
     laser.reduce(checkpoint, plan, tmp_path / "wide", moments=moments, dtype="bfloat16")
@@ -242,7 +244,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
 
     metric_of = Moments.metric
 
-    def fail(self: Moments, name: str, W: torch.Tensor) -> Metric:
+    def fail(self: Moments, name: str, W: torch.Tensor) -> ByData:
         if "q_proj" in name:
             raise NumericalError("no")
         return metric_of(self, name, W)
@@ -251,7 +253,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
     laser.scan(checkpoint, selection, moments=moments).save(tmp_path / "s")
     spectra, q = laser.Spectra.load(tmp_path / "s"), "model.layers.1.self_attn.q_proj.weight"
     assert laser.make_plan(spectra, "rank:3").reductions.keys() == spectra.values.keys() and len(spectra.values) == 2
-    plan = laser.make_plan(spectra, "rank:3", metric="data")
+    plan = laser.make_plan(spectra, "data:rank:3")
     reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons[q] == "skipped: no" and len(plan.reductions) == 1
 
@@ -262,10 +264,10 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=64, limit=1)
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("w1", "w3"), layers=(1,)))
     laser.scan(checkpoint, Selection(roles=("w1", "q"), layers=(1,)), moments=moments).save(tmp_path / "s")
-    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "rank:3", metric="data")
+    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "data:rank:3")
     reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons["model.layers.1.self_attn.q_proj.weight"] == "not calibrated"
-    unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: met")}
+    unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: has seen")}
     assert unseen and plan.reductions
     # A search by rules of both kinds says so, too, in its plan and on the card.
     (tmp_path / "text.txt").write_text(" ".join(f"{i * i} foxes jump over {i} dogs;" for i in range(99)))
@@ -278,7 +280,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     assert code == 0, error
     lines = {line.name: line for line in Plan.load(searched).lines}
     kept = {name for name in unseen if lines[name].action != "reduce"}
-    assert kept and all("; not seen enough: met" in lines[name].why.text for name in kept)
+    assert kept and all("; not seen enough: has seen" in lines[name].why.text for name in kept)
 
 
 def test_a_grid_in_the_metric_of_the_data() -> None:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import laser
-from laser.cli import flow, main
+from laser.cli import flow, main, options
 from laser.errors import LaserError, RecordError
-from laser.publication import write_card
+from laser.report.publish import write_card
 from laser.spectral.shrinkage import Gains
 
 Document = dict[str, Any]
@@ -150,7 +150,15 @@ def test_an_edited_plan_is_refused_by_line_or_done_exactly(
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
-                flow.reduce(str(path), plan, out)  # the verb itself: building the command line takes ten times as long
+                # The verb itself: building the command line takes ten times as long.
+                flow.reduce(
+                    str(path),
+                    plan,
+                    output=out,
+                    compute=options.Compute(),
+                    moments=options.Inputs(),
+                    work=options.Directory(),
+                )
         except LaserError as error:
             event(f"refused: {edit.__name__}")
             told = str(error)

@@ -11,22 +11,24 @@ import pytest
 import torch
 from calibrated import windows_of
 from conftest import mixtral_tensors
+from helpers import snapshot
 from safetensors.torch import save_file
 
 import laser
 from laser import calibration
 from laser.calibration import calibrate
 from laser.checkpoint import fingerprint
-from laser.checkpoint.families import list_matrices
-from laser.checkpoint.fingerprint import Fingerprint, agree, places_of, samples_of
-from laser.checkpoint.headers import TensorInfo, read_header
-from laser.engine.workers import Crew
+from laser.checkpoint.fingerprint import places_of, samples_of
+from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.safetensors import TensorInfo, read_header
+from laser.engine.crew import Crew
 from laser.errors import CheckpointError, LaserError, OutputError, RecordError
 from laser.flow import run as run_flow
-from laser.flow import scan_into
 from laser.moments import Moments
+from laser.outcome import Outcome
+from laser.pipeline import scan_into
 from laser.plan import Plan, make_plan
-from laser.reduction import Outcome
+from laser.records import Fingerprint, agree
 from laser.selection import Selection
 from laser.spectra import Spectra
 
@@ -74,10 +76,6 @@ def faults(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for file in files:
         for fault in FAULTS:
             yield file, fault
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

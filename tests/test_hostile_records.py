@@ -17,12 +17,12 @@ from hostile_weights import damage, hash_bomb, rezipped
 from pico_language import dense_tensors, make_model
 
 import laser
-from laser.checkpoint.gguf_counts import MOST_VALUES, require_counts
+from laser.checkpoint.gguf import MOST_VALUES, require_counts
 from laser.checkpoint.pickles import read_pickle
 from laser.errors import CheckpointError, LaserError, RecordError
 from laser.evaluation.leaderboard import Leaderboard
+from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.reduction import Outcome
 from laser.spectra import Spectra
 from laser.spectral.probe import Probe
 

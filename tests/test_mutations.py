@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import laser
-from laser.checkpoint.families import DoubtWarning
-from laser.checkpoint.headers import BITS, TORCH
+from laser.checkpoint.matrices import DoubtWarning
+from laser.checkpoint.safetensors import BITS, TORCH
 from laser.errors import LaserError
 
 RANK = 4

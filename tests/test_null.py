@@ -18,8 +18,9 @@ from trainers import by_axolotl, by_scripts
 import laser
 from laser.errors import RecordError, UsageError
 from laser.null import null_test
+from laser.pipeline import scan
 from laser.selection import Selection
-from laser.spectra import Spectra, scan
+from laser.spectra import Spectra
 from laser.spectral.permutation import permuted
 from laser.spectral.rules import apply_rule
 from laser.summary import Row, Summary, summarise

@@ -12,7 +12,7 @@ from pico_language import dense_tensors, make_model, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from laser.checkpoint import headers, reader
+from laser.checkpoint import reader, safetensors
 from laser.cli import main
 from laser.evaluation import layout
 
@@ -99,7 +99,14 @@ WRONG: dict[str, tuple[str, ...]] = {
     "report {spectra} -o {new}": ("--rule nose", "--layers 99", "--roles nose", "--include ["),
     "spectra {spectra}": ("--rule nose", "--layers 99", "--unfrozen-yaml {new} --top-percent 200"),
     "plan {spectra} -o {new} --rule mp-edge": (
-        *("--rule nose", "--rule energy:2", "--lowest-snr 0", "--shrink nose", "--metric nose", "--metric data"),
+        *(
+            "--rule nose",
+            "--rule energy:2",
+            "--lowest-snr 0",
+            "--shrink nose",
+            "--rule nose:energy:1",
+            "--rule data:mp-edge",
+        ),
         *("--require-fit 2", "--layers 99", "--roles nose", "--include [", "--fewest-tokens -1"),
     ),
     "push": ("{missing} a/b", "{folder} a/b", "{output} a/b/c", "{output} nose/../x"),
@@ -163,7 +170,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(shard: Any, start: int, end: int, *rest: Any) -> Any:
         found.append(f"{shard.name} {start} to {end}")
-        return headers.read_bytes(shard, start, end, *rest)
+        return safetensors.read_bytes(shard, start, end, *rest)
 
     for module in (reader, layout):
         monkeypatch.setattr(module, "read_bytes", counting)

@@ -16,15 +16,18 @@ import pytest
 import torch
 import yaml
 
-from laser.checkpoint.files import sealed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.perplexity import Perplexity, record_of
 from laser.evaluation.text import Window, Windows
+from laser.outcome import Outcome
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.publication import (
+from laser.records import sealed
+from laser.report.publish import (
     EVAL,
     EVAL_SOURCE,
     LEADERBOARD,
@@ -35,8 +38,6 @@ from laser.publication import (
     hub_origin,
     write_card,
 )
-from laser.reduction import Outcome, reduce
-from laser.spectra import Source, scan
 from laser.verification import verify
 
 
@@ -361,12 +362,12 @@ TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
     ("part", "change", "message"),
     [
         ("held_out", {}, None),
-        ("held_out", {"before": "x"}, 'before of entry 1 of held_out is "x", expected a number or null'),
-        ("held_out", {"tokens": 9.5}, "tokens of entry 1 of held_out is 9.5"),
-        ("held_out", {"se": [1]}, "se of entry 1 of held_out"),
-        ("trials", {"ranks": []}, "ranks of entry 1 of trials"),
-        ("trials", {"accepted": "no"}, 'accepted of entry 1 of trials is "no", expected true or false'),
-        ("trials", {"d": "x"}, "d of entry 1 of trials"),
+        ("held_out", {"before": "x"}, 'entry 1 of held_out: before is "x", expected a number or null'),
+        ("held_out", {"tokens": 9.5}, "entry 1 of held_out: tokens is 9.5"),
+        ("held_out", {"se": [1]}, "entry 1 of held_out: se"),
+        ("trials", {"ranks": []}, "entry 1 of trials: ranks"),
+        ("trials", {"accepted": "no"}, 'entry 1 of trials: accepted is "no", expected true or false'),
+        ("trials", {"d": "x"}, "entry 1 of trials: d"),
     ],
 )
 def test_a_searchs_record_is_checked_whole(

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 import laser
-from laser.checkpoint.files import sealed
 from laser.errors import RecordError
 from laser.plan import PlanLine, digest_of, empty_plan
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
+from laser.records import sealed
 from laser.selection import Selection
 
 TOO_FEW = "met 3 tokens of the calibration, and it has 32 dimensions"

@@ -75,6 +75,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path: Path) -> None:
     """At every line of the command's own two modules, before, in and behind the verb: it was a traceback at some."""
     assert main(["scan", str(pico), "-o", str(tmp_path / "s"), "--roles", "q"]) == 0
@@ -118,6 +119,7 @@ def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path:
     assert len(codes) > 40 and {0, 130} <= set(codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
     words = [sys.executable, "-c", WAITING.replace("sleep(60)", "sleep(1)"), str(pico), str(tmp_path / "s")]
@@ -134,6 +136,7 @@ def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, clos
     child.stdout.close()
 
 
+@pytest.mark.slow
 def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
     words = 'trap "" HUP; exec "$0" -c "$1" "$2" "$3"'
     code = WAITING.replace("sleep(60)", "sleep(1); sys.stderr.write('on'); sys.stderr.flush(); import os; os._exit(7)")
@@ -144,6 +147,7 @@ def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
     assert child.communicate(timeout=60)[1] == b"on" and child.returncode == 7
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # so that it shows at the end, when all is flushed
     if not Path("/dev/full").exists():
@@ -154,6 +158,7 @@ def test_a_full_disk_behind_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_without_stderr_nothing_is_said_on_stdout() -> None:
     words = f'exec 2>&-; exec "{sys.executable}" -m laser scan nothing-there -o x'
     done = subprocess.run(["sh", "-c", words], stdout=subprocess.PIPE)

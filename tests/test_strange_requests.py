@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from disk_faults import forked, snapshot
+from disk_faults import forked
+from helpers import snapshot
 
 import laser
-from laser.checkpoint import files, swap, writer
+from laser import records
+from laser.checkpoint import swap, writer
 from laser.checkpoint.pickles import read_pickle
 from laser.checkpoint.reader import INDEX
 from laser.cli import main
@@ -234,7 +236,7 @@ def test_a_dry_run_that_resumes_refuses_what_the_run_does(
             os.kill(os.getpid(), signal.SIGKILL)
 
         if killed == "scan":
-            files.Journal.append = after(files.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
+            records.Journal.append = after(records.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
         elif killed == "reduce":
             writer._copy_side_files = after(writer._copy_side_files, die)
         elif forced:  # all is done but the exchange

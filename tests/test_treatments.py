@@ -13,10 +13,10 @@ import torch
 
 import laser
 from laser.errors import RecordError, UsageError
+from laser.pipeline import reduce, scan
 from laser.plan import Plan, make_plan
-from laser.reduction import reduce
 from laser.selection import Selection
-from laser.spectra import Spectra, scan
+from laser.spectra import Spectra
 from laser.spectral.shrinkage import Gains
 from laser.verification import verify
 

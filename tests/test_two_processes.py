@@ -11,21 +11,18 @@ from threading import Barrier, Thread
 import pytest
 
 import laser
-from laser.checkpoint import locks
-from laser.checkpoint.files import write_atomically
-from laser.checkpoint.locks import claimed, replacing
+from laser import files
 from laser.checkpoint.push import push
 from laser.errors import LaserError, OutputError
+from laser.files import claimed, replacing, write_atomically
 from laser.plan import make_plan
 from laser.verification import verify
 
 HOLDER = """
 import importlib.util, sys, time, types
 sys.modules["laser"] = types.ModuleType("laser")  # its locks alone, not the libraries
-for name in ("errors", "checkpoint.locks"):
-    if "." in name:
-        sys.modules.setdefault("laser.checkpoint", types.ModuleType("laser.checkpoint"))
-    spec = importlib.util.spec_from_file_location("laser." + name, sys.argv[1] + "/" + name.replace(".", "/") + ".py")
+for name in ("errors", "files"):
+    spec = importlib.util.spec_from_file_location("laser." + name, sys.argv[1] + "/" + name + ".py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["laser." + name] = module
     spec.loader.exec_module(module)
@@ -155,6 +152,6 @@ def test_no_two_writers_share_a_temporary_name(tmp_path: Path) -> None:
 
 
 def test_without_locks_it_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
     with pytest.raises(OutputError, match="which Windows lacks; try it in WSL"), claimed(tmp_path / "x"):
         pass

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from laser.checkpoint.files import is_sealed
-from laser.checkpoint.headers import sha256_of
 from laser.checkpoint.reader import OUTCOME
-from laser.checkpoint.records import named, parse, value_of
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
+from laser.files import read_regular
+from laser.records import is_sealed, named, parse, value_of
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CARD = "README.md"  # ours, made again at will, and people's to edit

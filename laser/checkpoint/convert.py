@@ -1,4 +1,7 @@
-"""A whole new checkpoint directory from shards that no file holds: nothing under its name until all of it is there."""
+"""Write a whole new checkpoint directory from shards that no file holds yet.
+
+Nothing has its name until all of it is there.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,10 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.files import disk_errors, unfinished
-from laser.checkpoint.headers import BITS, TensorInfo
-from laser.checkpoint.locks import claimed, require_led
 from laser.checkpoint.reader import INDEX, Checkpoint
-from laser.checkpoint.virtual import Entry, virtual_shard
+from laser.checkpoint.safetensors import BITS, Entry, TensorInfo, virtual_shard
 from laser.errors import OutputError
+from laser.files import claimed, disk_errors, require_led, unfinished
 
 MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
 

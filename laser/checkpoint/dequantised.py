@@ -1,4 +1,4 @@
-"""An FP8 checkpoint seen as the bfloat16 one that it stands for: scales gone, config and index to match."""
+"""An FP8 checkpoint seen as the bfloat16 one that it stands for. Scales are gone, config and index match."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.headers import Shard
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.virtual import virtual_shard
+from laser.checkpoint.safetensors import Shard, virtual_shard
 from laser.errors import UsageError
 
 

@@ -1,331 +1,458 @@
-"""From tensors to logical matrices: stack, layer, role and expert by the family's rows, fused tensors cut into theirs.
+"""FAMILIES: what each model family's tensors are called and how they are stored, as rows.
 
-A tensor that is one matrix keeps its name; a matrix inside a tensor is called TENSOR[3,gate], TENSOR[3] or TENSOR[q]:
-expert, role, or both. The matrices of a tensor cover it exactly, so every parameter of a checkpoint is in one of them.
+Roles that are measured and reduced:
+
+    q, k, v, o                attention
+    q_a, q_b, kv_a, kv_b      DeepSeek's compressed attention
+    w1, w2, w3                Mixtral's experts
+    gate, down, up            the same three matrices under Llama's names, experts and dense MLPs alike
+    x, z, out                 what goes into a state space or a convolution, the gate of what comes out, and what that
+                              goes through; out also behind linear attention
+    b, c                      gates of LFM2's convolutions
+    linear                    any other matrix of a layer
+
+Kept unless asked for: router, embedding, position, head, norm, bias, sinks, buffer, ssm (parameters of a state space),
+adapter, vision and audio (towers of other modalities and what connects them). So is mtp, what joins a block of
+multi-token prediction.
+
+`axes` says how a tensor is stored that is not one matrix (out, in), first axis first:
+
+    expert   one matrix per index             head, key_value, ...  groups of rows, one after another
+    row      outputs of a matrix              column                its inputs
+    blocks   `parts` one after another        comb                  `parts` taking turns
+
+blocks and comb stand where the rows of a matrix are. `expert*row` is one dimension that holds both, and config.json
+knows how many experts (or heads) there are. `column=hidden` holds only where the dimension has that size, and what
+stands behind | is tried next. A part is a role, or `role=head*width`: how many rows it has in all groups together;
+`role=*` has the rest. Numbers are found in config.json as NUMBERS says. Facts from transformers 5.23 and from
+Mistral's releases.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
-from typing import Any
-
-import torch
-
-from laser.checkpoint.cuts import Cut
-from laser.checkpoint.family_table import (
-    ENCODER_TOWERS,
-    FAMILIES,
-    FUSED_NAMES,
-    GUESSES,
-    KEPT,
-    MTP,
-    MTP_JOINT,
-    NUMBER,
-    TOWERS,
-    WRAPPERS,
-    Row,
-)
-from laser.checkpoint.fused import cuts_of, number_or_none, text_configs
-from laser.checkpoint.headers import TORCH, TensorInfo
-from laser.checkpoint.quantised import leftover
-from laser.checkpoint.reader import Checkpoint
-from laser.errors import CheckpointError
-from laser.errors import DoubtWarning as DoubtWarning
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes whose numbers are the weights themselves
-ALIASES = {"w1": "gate", "w2": "down", "w3": "up", "gate": "w1", "down": "w2", "up": "w3"}
-# Never reduced unless asked for by role: a router of 8 rows decides everything, embeddings and head are look-ups.
-PROTECTED = (
-    *("router", "embedding", "position", "head", "norm", "bias", "sinks", "buffer", "scale"),
-    *("ssm", "adapter", "vision", "audio", "mtp", "other"),
-)
-LIKELY = 4096  # different names, numbers aside; a model has fewer than a hundred
-KEPT_STACKS = ("mtp",)  # whose layers are never reduced unless asked for, although they have the roles of any layer
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A logical matrix (or whatever else a tensor is) and where it lies, known from headers alone."""
+class Row:
+    """One kind of tensor: its role, and the pattern of its whole name."""
 
-    name: str
-    role: str  # "other" for a name that the family's rows do not know
-    layer: int | None
-    expert: int | None
-    shape: tuple[int, ...]  # (out, in), however it is stored
-    dtype: str
-    tensor: str  # that holds it
-    cut: Cut | None = None  # its place in the tensor; None: it is the tensor
-    scaled: bool = False  # FP8, and its scales are known
-    stack: str = ""  # whose layers are counted: "" the language model's own, else "mtp", "encoder", "vision", "audio"
-
-    @property
-    def no_spectrum(self) -> str | None:
-        """Why the numbers that are stored are not the weights, so that nothing can be cut; None where they are."""
-        if self.dtype in FLOATS or self.scaled:
-            return None
-        if self.dtype.startswith("F8"):
-            return f"stored as {self.dtype}, found no scales for it, and without them its values are not the weights"
-        return f"stored as {self.dtype}, expected one of {', '.join(FLOATS)}, or FP8 with its scales"
-
-    @property
-    def place(self) -> int | str | None:
-        return place_of(self.layer, self.stack)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Two-dimensional, not empty: something that has a singular spectrum."""
-        return len(self.shape) == 2 and min(self.shape) > 0
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def cost(self) -> int:
-        """m * n * min(m, n): proportional to the work of a factorisation; 0 for what is no matrix."""
-        return 0 if not self.is_matrix else self.shape[0] * self.shape[1] * min(self.shape)
+    role: str
+    pattern: str
+    axes: str = ""  # "" for one matrix (out, in), or whatever is never cut
+    parts: tuple[str, ...] = ()  # what blocks or comb consist of
 
 
-def place_of(layer: int | None, stack: str) -> int | str | None:
-    """A layer as --layers spells it: 3, or mtp:3; None for what lies in no layer."""
-    return layer if layer is None or not stack else f"{stack}:{layer}"
+# What wrappers put before or between the names of a model's parameters -> how such a model is saved without it.
+WRAPPERS = {
+    r"_orig_mod\.": "it was saved through torch.compile: save `model._orig_mod` instead",
+    r"^module\.": "it was saved through DataParallel or DistributedDataParallel: save `model.module` instead",
+    r"^base_model\.model\.": "it was saved through PEFT: save what `model.merge_and_unload()` returns instead",
+    r"_(?:fsdp_wrapped|checkpoint_wrapped|forward)_module\.": "it was saved through FSDP or a trainer: gather the full "
+    "state dict and save the unwrapped model instead",
+}
+
+# Parts of a name that say whose layers these are. A tower's tensors have its role, whatever they are called inside.
+VISION = (
+    r"\w*(?:vision|visual|image|video)\w*|(?:img|vit|vpm|vqmodel|sam|qformer)(?:_\w+)?|embed_vision|mlp1|query_tokens|"
+    r"(?:multi_?modal|mm|modality)_proj\w*|language_projection|\w*projector|connector|\w*resampler|perceiver\w*|"
+    r"aligner|merger|patch_merger|\w+_tower|(?!text_)\w+_encoder"
+)
+AUDIO = r"\w*(?:audio|speech)\w*|(?:sound|acoustic|talker|code2wav|token2wav|codec)\w*|apm|tts"
+TOWERS = {"audio": rf"(?:.*\.)?(?:{AUDIO})(?:\..*)?", "vision": rf"(?:.*\.)?(?:{VISION})(?:\..*)?"}
+# Of an encoder and a decoder, which kinds of model have a tower for an encoder.
+ENCODER_TOWERS = {
+    "audio": r".*(?:whisper|speech|audio|asr|moonshine|voxtral).*",
+    "vision": r".*(?:vision|trocr|donut|nougat|pix2struct|florence).*",
+}
+MTP = r"(?:.*\.)?(?:mtp|nextn)\w*\."
+NUMBER = r"(?:^|\.)(?:layers|layer|blocks|block|h|encoders|(?:mtp|nextn)\w*)\.(\d+)(?:\.|$)"  # of a layer, the first
+
+# What every family has and what is kept in all of them, known or not: looked up before a family's own rows.
+_AT = r"(?:.*\.)?"
+KEPT = (
+    Row(
+        "adapter",
+        rf"{_AT}(?:(?:lora|ia3|hada|lokr|vera|oft)_\w+|modules_to_save|adapters|\w+_adapters?|\w*adapter_\w+)(?:\..*)?",
+    ),
+    Row(
+        "router",
+        rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|indexer|compressor|shared_expert_gate|shared_experts_gate|"
+        r"\w*hyper_?connections?(?:_\w+)?|hc_\w+)(?:\.\w+)*|"
+        rf"{_AT}(?:\w*moe|mlp|feed_forward|ffn|mixer)\.gate(?:\.\w+)*\.(?:weight|bias)|"
+        rf"{_AT}(?:e_score_correction_bias|expert_bias|experts_bias|text_moe\.gate\.weight|vision_moe\.gate\.weight)",
+    ),
+    Row(
+        "ssm",
+        # Also the low-rank pairs and the gates by which linear attention forgets (GLA, RWKV, Kimi, xLSTM).
+        rf"{_AT}(?:dt_proj|x_proj|bcdt_proj|in_proj_ba|in_proj_a|in_proj_b|[fg]_[ab]_proj|[abf]_proj|gk_proj|"
+        r"[if]gate_preact|\w*conv_?1d|\w*sconv|conv)(?:\.\d+)?\.(?:weight|bias)|"
+        rf"{_AT}(?:A_log|D|dt_bias|A|slope_rate|\w+_decay|time_\w+|rg_lru\.\w+)|{_AT}lora\.\d+\.(?:weight|bias)",
+    ),
+    # The causal mask, its fill value and the rotary frequencies, saved by older releases.
+    Row("buffer", rf"{_AT}(?:attn|attention|self_attention)\.(?:masked_)?bias|{_AT}(?:inv_freq|rotary_emb\.\w+)"),
+    Row(
+        "position",
+        rf"{_AT}(?:rel_(?:pos|logits|emb)\w*|relative_\w+|\w*position_embeddings?|embed_positions|"
+        r"pos(?:itions?)?_emb\w*|wpe|linear_pos|pos_(?:\w+_)?proj|r_net|wr_du|self_attn\.r_proj)(?:\.\w+)*",
+    ),
+    Row("norm", rf"{_AT}(?:\w*[nN]orm\w*|\w*ln|ln_\w+)\.(?:W_\w+\.)?(?:weight|bias)"),
+    Row("sinks", rf"{_AT}(?:\w+_)?sinks?(?:_proj)?(?:\.weight)?"),
+    Row("bias", rf"{_AT}\w*bias"),
+    Row(
+        "head",
+        rf"{_AT}(?:lm_head|embed_out|shared_head\.head|score|classifier|qa_outputs|seq_relationship|output_layer)(?:\.\w+)*|"
+        rf"(?:output|head|decoder)\.weight|{_AT}(?:pooler|head|predictions\.transform)\.dense\.weight|"
+        rf"{_AT}predictions\.decoder\.weight",
+    ),
+    Row("embedding", rf"{_AT}(?:wte|shared|\w*embed\w*|embeddings\.\w+)(?:\.\d+)?\.weight"),
+)
+# What joins a block of multi-token prediction to the model.
+MTP_JOINT = r"(?:.*\.)?(?:eh_proj|fc|input_proj|\w*linear_proj(?:\.\d+)?)\.weight"
 
 
-def list_matrices(checkpoint: Checkpoint) -> list[Matrix]:
-    """Everything that the checkpoint's tensors hold, in file order; see `doubts` for what had to be guessed.
-
-    Raises CheckpointError where a fused tensor does not have the shape that config.json implies.
-    """
-    names = _Names(checkpoint)
-    matrices = [matrix for info in checkpoint.tensors.values() for matrix in names.matrices(info)]
-    scales = set(checkpoint.fp8.scales.values()) if checkpoint.fp8 else ()
-    matrices = [replace(m, role="scale") if m.tensor in scales else m for m in matrices]
-    weights = set(checkpoint.fp8.scales) if checkpoint.fp8 else ()
-    matrices = [replace(m, scaled=True) if m.tensor in weights else m for m in matrices]
-    seen: set[str] = set()
-    for matrix in matrices:
-        if matrix.name in seen:
-            raise CheckpointError(f"{checkpoint.name}: two matrices would be called {matrix.name}; rename that tensor")
-        seen.add(matrix.name)
-    return _tied(matrices, checkpoint.config)
+def _roles(place: str, roles: str, suffix: str = r"_proj\.weight") -> tuple[Row, ...]:
+    return tuple(Row(role, rf"{place}{role}{suffix}") for role in roles.split())
 
 
-def matrix_called(checkpoint: Checkpoint, name: str) -> Matrix:
-    """One of `list_matrices`, found without listing them all. Raises CheckpointError where none has that name."""
-    info = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.rpartition("[")[0])
-    for matrix in _Names(checkpoint).matrices(info) if info else ():
-        if matrix.name == name:
-            return matrix
-    raise CheckpointError(f"{checkpoint.name} holds no matrix {name}; try laser scan --dry-run")
+TEXT = r"(?:thinker\.)?(?:language_model\.)?(?:model\.)?(?:language_model\.|text_model\.)?"  # before a decoder's layers
+LAYER = rf"{TEXT}layers\.\d+\."
+GATE_UP, QKV = ("gate", "up"), ("q", "k", "v")
+GROUPED = ("q=head*width", "k=key_value*width", "v=key_value*width")
 
+ATTENTION = _roles(rf"{LAYER}self_attn\.", "q k v o")
+# Queries and the gate of the output take turns, head by head (Qwen3-Next and Qwen3.5).
+GATED_ATTENTION = (Row("q", rf"{LAYER}self_attn\.q_proj\.weight", "head*blocks column", ("q", "z")), *ATTENTION)
+COMPRESSED = (
+    *_roles(rf"{LAYER}self_attn\.", "q o q_a q_b kv_b"),
+    Row("kv_a", rf"{LAYER}self_attn\.kv_a_proj_with_mqa\.weight"),
+)
+DENSE = _roles(rf"{LAYER}mlp\.", "gate up down")
+FUSED_DENSE = (
+    Row("gate", rf"{LAYER}mlp\.gate_up_proj(?:\.base_layer)?\.weight", "blocks column", GATE_UP),
+    Row("down", rf"{LAYER}mlp\.down_proj(?:\.base_layer)?\.weight"),
+)
+# A checkpoint that transformers 5 saved with save_original_format=False: experts as they are in memory.
+IN_MEMORY = (
+    Row("gate", rf"{LAYER}(?:mlp|feed_forward)\.experts\.gate_up_proj", "expert blocks column", GATE_UP),
+    Row("down", rf"{LAYER}(?:mlp|feed_forward)\.experts\.down_proj", "expert row column"),
+)
+SPARSE = (*_roles(rf"{LAYER}block_sparse_moe\.experts\.\d+\.", "w1 w2 w3", r"\.weight"), *IN_MEMORY)
+MOE = (
+    *_roles(rf"{LAYER}mlp\.(?:experts\.\d+|shared_experts?|shared_mlp)\.", "gate up down"),
+    *IN_MEMORY,
+)
+FEED_FORWARD = (*_roles(rf"{LAYER}feed_forward\.(?:(?:experts\.\d+|shared_expert)\.)?", "gate up down"), *IN_MEMORY)
+# transformers 5 loads Qwen3-VL's experts either way round, as they lie in memory or transposed, as on the Hub.
+EITHER_WAY = (
+    Row(
+        "gate",
+        rf"{LAYER}mlp\.experts\.gate_up_proj",
+        "expert blocks column=hidden | expert column=hidden blocks",
+        GATE_UP,
+    ),
+    Row("down", rf"{LAYER}mlp\.experts\.down_proj", "expert row=hidden column | expert column row=hidden"),
+)
+# Mamba (x, z), and Mamba 2 (z, x, then B, C and dt: parameters of the state space).
+MAMBA = (
+    Row("x", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("x", "z")),
+    Row("out", rf"{LAYER}mamba\.out_proj\.weight"),
+)
+MAMBA2 = (
+    Row("z", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
+    Row("out", rf"{LAYER}mamba\.out_proj\.weight"),
+)
+MIXER = r"(?:backbone\.|model\.)layers\.\d+\.mixer\."
+# Qwen3-Next: q, k, v and z of each key head together; Qwen3.5: q, k and v one after another, z apart.
+LINEAR_KEYS = ("q=linear_key*linear_key_width", "k=linear_key*linear_key_width", "v=linear_value*linear_value_width")
+DELTA = (
+    Row(
+        "q",
+        rf"{LAYER}linear_attn\.in_proj_qkvz\.weight",
+        "linear_key*blocks column",
+        (*LINEAR_KEYS, "z=linear_value*linear_value_width"),
+    ),
+    Row("q", rf"{LAYER}linear_attn\.in_proj_qkv\.weight", "blocks column", LINEAR_KEYS),
+    Row("z", rf"{LAYER}linear_attn\.in_proj_z\.weight"),
+    Row("out", rf"{LAYER}linear_attn\.out_proj\.weight"),
+)
 
-def read_matrix(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The matrix (m, n) of that name, in storage dtype."""
-    matrix = matrix_called(checkpoint, name)
-    return checkpoint.read(matrix.tensor, matrix.cut)
+LLAMA = (*ATTENTION, *DENSE)
+GRANITE = (
+    Row("gate", rf"{LAYER}block_sparse_moe\.input_linear\.weight", "expert blocks column", GATE_UP),
+    Row("down", rf"{LAYER}block_sparse_moe\.output_linear\.weight", "expert row column"),
+    Row("gate", rf"{LAYER}shared_mlp\.input_linear\.weight", "blocks column", GATE_UP),
+    Row("down", rf"{LAYER}shared_mlp\.output_linear\.weight"),
+)
+GPT_OSS = (
+    Row("gate", rf"{LAYER}mlp\.experts\.gate_up_proj", "expert column comb", GATE_UP),
+    Row("down", rf"{LAYER}mlp\.experts\.down_proj", "expert column row"),
+)
+LLAMA4 = (
+    *ATTENTION,
+    Row("gate", rf"{LAYER}feed_forward\.experts\.gate_up_proj", "expert column blocks", GATE_UP),
+    Row("down", rf"{LAYER}feed_forward\.experts\.down_proj", "expert column row"),
+    *FEED_FORWARD,
+)
+PHI3 = (
+    Row("q", rf"{LAYER}self_attn\.qkv_proj(?:\.base_layer)?\.weight", "blocks column", GROUPED),
+    Row("o", rf"{LAYER}self_attn\.o_proj(?:\.base_layer)?\.weight"),
+    *FUSED_DENSE,
+)
+# Lightning attention in some layers (q, k and v head by head), plain attention in the others.
+MINIMAX = (
+    Row("q", rf"{LAYER}self_attn\.qkv_proj\.weight", "head*blocks column", QKV),
+    Row("o", rf"{LAYER}self_attn\.out_proj\.weight"),
+    Row("z", rf"{LAYER}self_attn\.output_gate\.weight"),
+    *ATTENTION,
+    *SPARSE,
+)
+LFM2 = (
+    *_roles(rf"{LAYER}self_attn\.", "q k v"),
+    Row("o", rf"{LAYER}self_attn\.out_proj\.weight"),
+    Row("out", rf"{LAYER}conv\.out_proj\.weight"),
+    Row("x", rf"{LAYER}conv\.in_proj\.weight", "blocks column", ("b", "c", "x")),
+    *_roles(rf"{LAYER}feed_forward\.(?:experts\.\d+\.)?", "w1 w2 w3", r"\.weight"),
+    *IN_MEMORY,
+)
+GEMMA3N = (
+    *LLAMA,
+    Row("linear", rf"{LAYER}laurel\.linear_(?:left|right)\.weight"),
+    Row("linear", rf"{LAYER}per_layer_(?:input_gate|projection)\.weight"),
+    Row("embedding", rf"{TEXT}per_layer_model_projection\.weight"),
+)
+PHI = (
+    *ATTENTION,
+    Row("o", rf"{LAYER}self_attn\.dense\.weight"),
+    Row("up", rf"{LAYER}mlp\.fc1\.weight"),
+    Row("down", rf"{LAYER}mlp\.fc2\.weight"),
+)
+OPT = (
+    *_roles(r"(?:model\.)?decoder\.layers\.\d+\.self_attn\.", "q k v"),
+    Row("o", r"(?:model\.)?decoder\.layers\.\d+\.self_attn\.out_proj\.weight"),
+    Row("up", r"(?:model\.)?decoder\.layers\.\d+\.fc1\.weight"),
+    Row("down", r"(?:model\.)?decoder\.layers\.\d+\.fc2\.weight"),
+    Row("embedding", r"(?:model\.)?decoder\.project_(?:in|out)\.weight"),
+)
+BLOCK = r"transformer\.blocks\.\d+\."
+DBRX = (
+    Row("q", rf"{BLOCK}norm_attn_norm\.attn\.Wqkv\.weight", "blocks column", GROUPED),
+    Row("o", rf"{BLOCK}norm_attn_norm\.attn\.out_proj\.weight"),
+    Row("gate", rf"{BLOCK}ffn\.experts\.mlp\.w1", "expert*row column"),
+    Row("up", rf"{BLOCK}ffn\.experts\.mlp\.v1", "expert*row column"),
+    Row("down", rf"{BLOCK}ffn\.experts\.mlp\.w2", "expert*column row"),
+)
+MPT = (
+    Row("q", rf"{BLOCK}attn\.Wqkv\.weight", "blocks column", QKV),
+    Row("o", rf"{BLOCK}attn\.out_proj\.weight"),
+    *_roles(rf"{BLOCK}ffn\.", "up down"),
+)
+NEOX = r"(?:gpt_neox\.layers|(?:transformer\.)?h|model\.layers)\.\d+\."
+NEOX_ATTENTION = rf"{NEOX}(?:attention|self_attention|self_attn)\."
+AROUND_NEOX = (
+    Row("o", rf"{NEOX_ATTENTION}dense\.weight"),
+    Row("up", rf"{NEOX}mlp\.dense_h_to_4h\.weight"),
+    Row("down", rf"{NEOX}mlp\.dense_4h_to_h\.weight"),
+)
+GPT_NEOX = (Row("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "head*blocks column", QKV), *AROUND_NEOX)
+# Falcon: each key's queries, its key and its value together, whether there is one key in all or one a head.
+FALCON = (Row("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "key_value*blocks column", GROUPED), *AROUND_NEOX)
+H = r"(?:transformer\.)?h\.\d+\."
+GPT2 = (
+    Row("q", rf"{H}attn\.c_attn\.weight", "column blocks", QKV),
+    Row("o", rf"{H}attn\.c_proj\.weight", "column row"),
+    Row("up", rf"{H}mlp\.c_fc\.weight", "column row"),
+    Row("down", rf"{H}mlp\.c_proj\.weight", "column row"),
+)
+GPT_BIGCODE = (
+    Row("q", rf"{H}attn\.c_attn\.weight", "key_value*blocks column", GROUPED),
+    Row("o", rf"{H}attn\.c_proj\.weight"),
+    Row("up", rf"{H}mlp\.c_fc\.weight"),
+    Row("down", rf"{H}mlp\.c_proj\.weight"),
+)
+GPTJ = (
+    *_roles(rf"{H}attn\.", "q k v"),
+    Row("q", rf"{H}attn\.qkv_proj\.weight", "4*blocks column", ("q", "v", "k")),  # CodeGen, made on four cores
+    Row("o", rf"{H}attn\.out_proj\.weight"),
+    Row("up", rf"{H}mlp\.fc_in\.weight"),
+    Row("down", rf"{H}mlp\.fc_out\.weight"),
+)
+STARCODER2 = (
+    *ATTENTION,
+    Row("up", rf"{LAYER}mlp\.c_fc\.weight"),
+    Row("down", rf"{LAYER}mlp\.c_proj\.weight"),
+)
+T5 = (
+    *(
+        Row(role, rf"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.(?:Self|EncDec)Attention\.{role}\.weight")
+        for role in "qkvo"
+    ),
+    Row("gate", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi_0\.weight"),
+    Row("up", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi(?:_1)?\.weight"),
+    Row("down", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wo\.weight"),
+)
+SIDE = r"(?:model\.)?(?:encoder|decoder)\.layers\.\d+\."
+BART = (
+    *_roles(rf"{SIDE}(?:self_attn|encoder_attn)\.", "q k v"),
+    Row("o", rf"{SIDE}(?:self_attn|encoder_attn)\.out_proj\.weight"),
+    Row("up", rf"{SIDE}fc1\.weight"),
+    Row("down", rf"{SIDE}fc2\.weight"),
+)
+BERT_LAYER = r"(?:\w+\.)?encoder\.layer\.\d+\."
+BERT = (
+    Row("q", rf"{BERT_LAYER}attention\.self\.query\.weight"),
+    Row("k", rf"{BERT_LAYER}attention\.self\.key\.weight"),
+    Row("v", rf"{BERT_LAYER}attention\.self\.value\.weight"),
+    Row("o", rf"{BERT_LAYER}attention\.output\.dense\.weight"),
+    Row("up", rf"{BERT_LAYER}intermediate\.dense\.weight"),
+    Row("down", rf"{BERT_LAYER}output\.dense\.weight"),
+)
+MODERNBERT = (
+    Row("q", r"(?:model\.)?layers\.\d+\.attn\.Wqkv\.weight", "blocks column", QKV),
+    Row("o", r"(?:model\.)?layers\.\d+\.attn\.Wo\.weight"),
+    Row("gate", r"(?:model\.)?layers\.\d+\.mlp\.Wi\.weight", "blocks column", GATE_UP),
+    Row("down", r"(?:model\.)?layers\.\d+\.mlp\.Wo\.weight"),
+)
+RELEASE = r"layers\.\d+\."
+MISTRAL_RELEASE = (
+    *(Row(role, rf"{RELEASE}attention\.w{role}\.weight") for role in "qkvo"),
+    *_roles(rf"{RELEASE}feed_forward\.(?:experts\.\d+\.)?", "w1 w2 w3", r"\.weight"),
+    # Mixtral's first release: (experts * width, hidden), w2 stored transposed.
+    Row("w1", rf"{RELEASE}block_sparse_moe\.w1", "expert*row column"),
+    Row("w3", rf"{RELEASE}block_sparse_moe\.w3", "expert*row column"),
+    Row("w2", rf"{RELEASE}block_sparse_moe\.w2", "expert*column row"),
+)
 
+_DEEPSEEK = (*COMPRESSED, *DENSE, *MOE)
+_GLM = (*ATTENTION, *FUSED_DENSE)
+_QWEN35 = (*GATED_ATTENTION, *DELTA, *DENSE, *MOE)
+# config.json's model_type -> rows, the first whose pattern is the whole name counts
+FAMILIES: dict[str, tuple[Row, ...]] = {
+    "mixtral": (*ATTENTION, *SPARSE),
+    "phimoe": (*ATTENTION, *SPARSE),
+    **dict.fromkeys("minimax minimax_m1 minimax_text_01".split(), MINIMAX),
+    "minimax_m2": (*ATTENTION, *SPARSE),
+    **dict.fromkeys(
+        "mistral ministral ministral3 llama qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo olmo2 olmo3 granite "
+        "ernie4_5 hunyuan_v1_dense cohere cohere2 stablelm exaone4 nemotron seed_oss helium apertus arcee".split(),
+        LLAMA,
+    ),
+    **dict.fromkeys("mistral3 gemma3 qwen2_vl qwen2_5_vl qwen3_vl qwen2_audio".split(), LLAMA),
+    **dict.fromkeys("qwen2_moe qwen3_moe glm4_moe ernie4_5_moe dots1 hunyuan_v1_moe".split(), (*LLAMA, *MOE)),
+    "olmoe": (*ATTENTION, *MOE),
+    "flex_olmo": (*ATTENTION, *MOE),
+    "qwen3_vl_moe": (*EITHER_WAY, *LLAMA, *MOE),
+    **dict.fromkeys("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite".split(), _DEEPSEEK),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text qwen3_5 qwen3_5_moe".split(), _QWEN35),
+    "granitemoe": (*ATTENTION, *GRANITE),
+    "granitemoeshared": (*ATTENTION, *GRANITE),
+    "granitemoehybrid": (*ATTENTION, *GRANITE, *MAMBA2),
+    "gpt_oss": (*ATTENTION, *GPT_OSS),
+    "llama4_text": LLAMA4,
+    "llama4": LLAMA4,
+    "jamba": (*ATTENTION, *MAMBA, *FEED_FORWARD),
+    "bamba": (*ATTENTION, *MAMBA2, *FEED_FORWARD),
+    "falcon_h1": (*ATTENTION, *MAMBA2, *FEED_FORWARD),
+    "mamba": (
+        Row("x", rf"{MIXER}in_proj\.weight", "blocks column", ("x", "z")),
+        Row("out", rf"{MIXER}out_proj\.weight"),
+    ),
+    "mamba2": (
+        Row("z", rf"{MIXER}in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
+        Row("out", rf"{MIXER}out_proj\.weight"),
+    ),
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "gemma3n_text": GEMMA3N,
+    "gemma3n": GEMMA3N,
+    "glm": _GLM,
+    "glm4": _GLM,
+    "glm4v": _GLM,
+    "phi3": PHI3,
+    "phi4_multimodal": PHI3,
+    "phi4mm": PHI3,
+    "phi": PHI,
+    "dbrx": DBRX,
+    "mpt": MPT,
+    "gpt_neox": GPT_NEOX,
+    "bloom": GPT_NEOX,
+    "persimmon": GPT_NEOX,
+    "falcon": FALCON,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT_BIGCODE,
+    "gptj": GPTJ,
+    "codegen": GPTJ,
+    "starcoder2": STARCODER2,
+    "opt": OPT,
+    "t5": T5,
+    "bart": BART,
+    "whisper": BART,
+    "bert": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "modernbert": MODERNBERT,
+    "mistral_release": MISTRAL_RELEASE,  # params.json instead of config.json: reader.RELEASE
+}
 
-def _tied(matrices: list[Matrix], config: Mapping[str, Any]) -> list[Matrix]:
-    """Where config.json ties the head to the embedding, a head that is stored as well is a copy of it: what is done to
-    one has to be done to the other, or transformers would untie them. So both are selected by the role embedding."""
-    if not any(place.get("tie_word_embeddings") is True for place in (config, *text_configs(config))):
-        return matrices
-    embeddings = {(m.shape, m.dtype) for m in matrices if m.role == "embedding"}
-    copies = {m.name for m in matrices if m.role == "head" and (m.shape, m.dtype) in embeddings}
-    return [replace(m, role="embedding") if m.name in copies else m for m in matrices]
+# What config.json calls a number: the first of these that is there, a product (or quotient) of them, or the number
+# itself. `flag?key` is read where the flag is true, `!flag?key` where it is false. A family's own entry replaces the
+# common one, so that a field which this family does not define is not read.
+NUMBERS: dict[str, dict[str, str]] = {
+    "": {
+        "hidden": "hidden_size",
+        "depth": "num_hidden_layers",
+        "head": "num_attention_heads",
+        "key_value": "num_key_value_heads num_attention_heads",
+        "width": "head_dim hidden_size/num_attention_heads",
+        "expert": "num_local_experts num_experts n_routed_experts moe.num_experts",
+        "inner": "mamba_expand*hidden_size",
+        "linear_key": "linear_num_key_heads",
+        "linear_key_width": "linear_key_head_dim",
+        "linear_value": "linear_num_value_heads",
+        "linear_value_width": "linear_value_head_dim",
+    },
+    "mamba2": {"inner": "expand*hidden_size"},
+    "falcon_h1": {"inner": "mamba_d_ssm mamba_expand*hidden_size"},
+    "dbrx": {
+        "depth": "n_layers",
+        "head": "n_heads",
+        "key_value": "attn_config.kv_n_heads 1",
+        "width": "d_model/n_heads",
+        "expert": "ffn_config.moe_num_experts",
+    },
+    "mpt": {"depth": "n_layers"},
+    "gpt2": {"depth": "n_layer num_hidden_layers"},
+    "gptj": {"depth": "n_layer num_hidden_layers"},
+    "codegen": {"depth": "n_layer num_hidden_layers"},
+    "bloom": {"head": "n_head num_attention_heads", "depth": "n_layer num_hidden_layers"},
+    "falcon": {
+        "key_value": "new_decoder_architecture?num_kv_heads new_decoder_architecture?num_attention_heads "
+        "!multi_query?num_attention_heads 1",
+        "width": "hidden_size/num_attention_heads",
+    },
+    "gpt_bigcode": {
+        "head": "n_head num_attention_heads",
+        "depth": "n_layer num_hidden_layers",
+        "key_value": "!multi_query?n_head !multi_query?num_attention_heads 1",
+        "width": "n_embd/n_head hidden_size/num_attention_heads",
+    },
+}
 
-
-def family_of(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("model_type"))
-
-
-@cache
-def _rows_of(family: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
-    """The rows to try for a family, in order: what is kept in all families, then its own or guesses."""
-    return tuple((row, re.compile(row.pattern)) for row in (*KEPT, *FAMILIES.get(family, GUESSES)))
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
-
-
-class _Names:
-    """What a checkpoint's names say: stack, layer, expert and role of each tensor."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.family = family_of(checkpoint)
-
-    @cached_property
-    def depth(self) -> int | None:
-        """How many layers the language model runs, where config.json says; layers behind them predict more tokens."""
-        return None if self.config.get("is_encoder_decoder") is True else number_or_none(self.config, "depth")
-
-    @cached_property
-    def encoder(self) -> str:
-        """The stack of layers in an encoder: the model's own if there are no others."""
-        names = {unwrapped(_alike(name)) for name in self.checkpoint.tensors}
-        if not any(_compiled(NUMBER).search(n) and not _in_encoder(n) and not _tower(n) for n in names):
-            return ""
-        towers = (role for role, kinds in ENCODER_TOWERS.items() if _compiled(kinds).fullmatch(self.family))
-        return next(towers, "encoder")
-
-    def stack(self, name: str, layer: int | None) -> str:
-        if tower := _tower(name):
-            return tower
-        if _compiled(MTP).match(name):
-            return "mtp"
-        if _in_encoder(name):
-            return self.encoder
-        return "mtp" if layer is not None and self.depth is not None and layer >= self.depth else ""
-
-    @cached_property
-    def _counts(self) -> tuple[int, int]:
-        return number_or_none(self.config, "head") or 0, number_or_none(self.config, "expert") or 0
-
-    def _decides(self, shape: tuple[int, ...]) -> bool:
-        """Whether a matrix whose name says nothing chooses experts or gates heads: flat, with a row for each."""
-        heads, experts = self._counts
-        return len(shape) == 2 and 4 * shape[0] <= shape[1] and (shape[0] <= heads or shape[0] == experts)
-
-    def matrices(self, info: TensorInfo) -> list[Matrix]:
-        found = _compiled(NUMBER).search(info.name)
-        layer = int(found[1]) if found else None
-        name = unwrapped(_alike(info.name))
-        stack = self.stack(name, layer)
-        expert = _compiled(r"\.experts\.(\d+)\.").search(info.name)
-        whole = Matrix(
-            info.name,
-            "other",
-            layer,
-            int(expert[1]) if expert else None,
-            info.shape,
-            info.dtype,
-            info.name,
-            stack=stack,
-        )
-        if stack in TOWERS:
-            return [replace(whole, role=stack)]
-        if stack == "mtp":
-            name = _compiled(MTP).sub("", name, count=1)
-            name = f"layers.{name}" if name[:1].isdigit() else name
-            if _compiled(MTP_JOINT).fullmatch(name):
-                return [replace(whole, role="mtp")]
-        row = _row_of(self.family, name)
-        if row is None:
-            return [replace(whole, role="mtp" if stack == "mtp" else "other")]
-        if row.axes and info.dtype in TORCH:
-            return [
-                replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
-                for label, role, e, cut in cuts_of(info, row, self.config)
-            ]
-        if row.role == "linear" and self.family not in FAMILIES and self._decides(info.shape):
-            return [replace(whole, role="router")]
-        # Packed numbers cannot be cut by their shape.
-        return [replace(whole, role="other" if row.axes else row.role)]
-
-
-def _alike(name: str) -> str:
-    """The name with 0 for every layer and expert: what is found out for one of them holds for all, and is kept."""
-    return _compiled(r"(?<![^.])\d+(?![^.])").sub("0", name)
-
-
-@lru_cache(LIKELY)
-def _row_of(family: str, name: str) -> Row | None:
-    return next((row for row, pattern in _rows_of(family) if pattern.fullmatch(name)), None)
-
-
-@lru_cache(LIKELY)
-def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers put into it."""
-    for prefix in WRAPPERS:
-        name = _compiled(prefix).sub("", name)
-    return name
-
-
-@lru_cache(LIKELY)
-def _tower(name: str) -> str | None:
-    return next((role for role, pattern in TOWERS.items() if _compiled(pattern).fullmatch(name)), None)
-
-
-@lru_cache(LIKELY)
-def _in_encoder(name: str) -> bool:
-    return _compiled(r"(?:(?!\w*decoder\.)\w+\.)*?encoder\.").match(name) is not None
-
-
-def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
-    """What a user should look at before trusting the list: guesses for an unknown family, tensors without a row, or
-    names that transformers does not load. At most six lines."""
-    family = family_of(checkpoint)
-    lines = [told] if (told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors)) else []
-    for prefix, cure in WRAPPERS.items():
-        wrapped = [m.tensor for m in matrices if _compiled(prefix).search(m.tensor)]
-        if wrapped:
-            found = _compiled(prefix).search(wrapped[0])
-            lines.append(
-                f"{checkpoint.name}: {len(set(wrapped))} names hold {found[0] if found else ''} as in {wrapped[0]}, "
-                f"which transformers does not load; {cure}, and scan that"
-            )
-    unknown = [m for m in matrices if m.role == "other" and len(m.shape) > 1]
-    if family in FAMILIES:
-        if unknown:
-            lines.append(
-                f"{checkpoint.name}: family {family} has no such tensors, so they are kept as they are: "
-                f"{_folded(unknown)}; check the checkpoint, or ask for them with --roles other"
-            )
-        return "\n".join(lines) or None
-    lines.append(f"{checkpoint.name}: model_type {family!r} is not in the table of families; roles are guessed by name")
-    fused, kept = [], []
-    sums = {"linear": _sums(checkpoint.config), "q": _gated(checkpoint.config)}
-    for m in matrices:
-        if m.is_matrix and (m.role in PROTECTED or m.stack in KEPT_STACKS):
-            kept.append(m)
-        elif m.is_matrix and _looks_fused(m, sums):
-            fused.append(m)
-    # Experts in three dimensions, whatever their name is guessed to be.
-    unreached = [m for m in matrices if len(m.shape) > 2 and m.role not in set(PROTECTED) - {"other"}]
-    for what, these in (
-        ("cut as one though probably fused (--exclude leaves them out)", fused),
-        ("not reached", unreached),
-        ("kept", kept),
-    ):
-        if these:
-            lines.append(f"  {what}: {_folded(these)}")
-    return "\n".join(lines)
-
-
-def _folded(matrices: Sequence[Matrix], most: int = 6) -> str:
-    """Names with N for their numbers, and how many each stands for."""
-    kinds: dict[str, int] = {}
-    for matrix in matrices:
-        kind = _compiled(r"\d+").sub("N", matrix.name)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    shown = [f"{kind} ({count})" for kind, count in list(kinds.items())[:most]]
-    left = sum(list(kinds.values())[most:])
-    return ", ".join(shown) + (f" and {left} more" if left else "")
-
-
-def _sums(config: Mapping[str, Any]) -> set[int]:
-    """How many rows q, k and v, or gate and up, have together, as far as config.json says."""
-    head, key_value, width, wide = (
-        number_or_none(config, what) for what in ("head", "key_value", "width", "intermediate_size")
-    )
-    sums = {(head + 2 * key_value) * width} if head and key_value and width else set()
-    return sums | ({2 * wide} if wide else set())
-
-
-def _gated(config: Mapping[str, Any]) -> set[int]:
-    """How many rows the queries have together with a gate of their output, as Qwen3-Next stores them."""
-    head, width = number_or_none(config, "head"), number_or_none(config, "width")
-    return {2 * head * width} if head and width else set()
-
-
-def _looks_fused(matrix: Matrix, sums: Mapping[str, set[int]]) -> bool:
-    """By its name, or because it has as many rows as several matrices together."""
-    leaf = matrix.name.removesuffix(".weight").rpartition(".")[2]
-    return _compiled(FUSED_NAMES).fullmatch(leaf) is not None or matrix.shape[0] in sums.get(matrix.role, ())
+# For a family that has no row: names that many families share, wherever they stand. Never cut into parts.
+ANY = r"(?:.*\.)?(?:layers|layer|blocks|block|h)\.\d+\.(?:.*\.)?"
+IN_EXPERT = rf"{ANY}experts\.\d+\.(?:.*\.)?"
+GUESSES = (
+    *_roles(IN_EXPERT, "gate up down w1 w2 w3", r"(?:_proj)?\.weight"),
+    *_roles(ANY, "q k v o", r"(?:_proj)?\.weight"),
+    *_roles(ANY, "q_a q_b kv_b gate up down"),
+    Row("kv_a", rf"{ANY}kv_a_proj_with_mqa\.weight"),
+    *_roles(ANY, "w1 w2 w3", r"\.weight"),
+    Row("q", rf"{ANY}query\.weight"),
+    Row("k", rf"{ANY}key\.weight"),
+    Row("v", rf"{ANY}value\.weight"),
+    Row("router", rf"{ANY}gate(?:\.\w+)*\.weight"),
+    Row("adapter", rf"{ANY}adapter\.(?:.*\.)?weight"),
+    Row("linear", rf"{ANY}[^.]+\.weight"),
+)
+# Names that hold several matrices in most families that use them.
+FUSED_NAMES = r".*(?:qkv|query_key_value|kv_proj|c_attn|gate_up|gate_and_up|in_proj|W_pack|fused|packed).*|Wi"

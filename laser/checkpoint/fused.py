@@ -1,4 +1,7 @@
-"""Fused tensors: where the matrices of one stored tensor lie in it, by its row's axes and config.json's numbers."""
+"""Fused tensors: where the matrices of one stored tensor lie in it.
+
+The family's row gives the axes, config.json the numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from laser.checkpoint.cuts import Cut
-from laser.checkpoint.family_table import NUMBERS, Row
-from laser.checkpoint.headers import TensorInfo
+from laser.checkpoint.families import NUMBERS, Row
+from laser.checkpoint.safetensors import TensorInfo
+from laser.checkpoint.slices import Cut
 from laser.errors import CheckpointError
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # of the language model inside a model of several

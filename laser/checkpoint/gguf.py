@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture (Llama, Mistral, Mixtral) seen as the Hub's checkpoint, dequantised.
+"""GGUF files of the llama architecture seen as the Hub's checkpoint, dequantised. Llama, Mistral, Mixtral.
 
 Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file, or files where llama.cpp's
 gguf-split has cut it. Names and metadata as llama.cpp writes them: its converter turns the rotary halves of q and k
@@ -8,8 +8,11 @@ into pairs, which is undone here.
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,13 +22,11 @@ import torch
 
 from laser.checkpoint.convert import assemble
 from laser.checkpoint.formats import GGUF, SHARD, pointer
-from laser.checkpoint.gguf_counts import require_counts
-from laser.checkpoint.gguf_rope import FACTORS, rope_scaling
 from laser.checkpoint.mistral import LARGEST, MOST, TORCH_NAMES, expected, halves_from_pairs, impossible
 from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.records import named
-from laser.checkpoint.regular import open_regular
 from laser.errors import CheckpointError, UsageError, first_line
+from laser.files import open_regular
+from laser.records import named
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 AROUND = {
@@ -303,3 +304,202 @@ def _tensor(places: Mapping[str, Place], config: Mapping[str, Any], dtype: torch
     if heads is not None:
         made = halves_from_pairs(made, config["head_dim"])
     return made.to(dtype)
+
+
+MOST_VALUES = 3_000_000  # in all metadata together; a vocabulary of 256,000 words and its merges are 1.3 million
+LONGEST_NAME = 65535  # bytes, the format's own limit
+DIMENSIONS = 4  # the same
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+STRING, ARRAY = 8, 9
+
+
+def require_counts(path: Path) -> None:
+    """Raises CheckpointError for a header of more values, names or tensors than the file can hold."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise CheckpointError(f"{path.name} is truncated: found {size} bytes; download it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(path.name, data, size).walk()
+
+
+class _Header:
+    def __init__(self, name: str, data: mmap.mmap, size: int) -> None:
+        self.name, self.data, self.size, self.at, self.values = name, data, size, 4, 0
+        self.order = "<"
+        if self.number("I") & 0xFFFF == 0:  # written on a machine of the other byte order
+            self.order = ">"
+
+    def wrong(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} cannot be read as GGUF: found {what} at byte {self.at}: truncated or damaged; download it "
+            "again"
+        )
+
+    def number(self, kind: str) -> int:
+        width = struct.calcsize(kind)
+        self.skip(width)
+        return struct.unpack_from(self.order + kind, self.data, self.at - width)[0]
+
+    def skip(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise self.wrong(f"{self.size} bytes, expected {count} more")
+        self.at += count
+
+    def count(self, what: str, width: int) -> int:
+        """A number of things of at least `width` bytes each, all of them in the file."""
+        found = self.number("Q")
+        if found * width > self.size - self.at:
+            raise self.wrong(f"{found} {what}, more than the file can hold,")
+        return found
+
+    def text(self, longest: int | None = None) -> None:
+        length = self.number("Q")
+        if longest is not None and length > longest:
+            raise self.wrong(f"a name of {length} bytes, expected at most {longest},")
+        self.skip(length)
+
+    def more(self, count: int) -> None:
+        self.values += count
+        if self.values > MOST_VALUES:
+            raise self.wrong(f"more than {MOST_VALUES} values of metadata")
+
+    def value(self, kind: int, depth: int = 0) -> None:
+        self.more(1)
+        if kind == STRING:
+            self.text()
+        elif kind in WIDTHS:
+            self.skip(WIDTHS[kind])
+        elif kind == ARRAY and depth < 2:
+            inner = self.number("I")
+            count = self.count("values", WIDTHS.get(inner, 8))
+            if inner in WIDTHS:
+                self.more(count)
+                self.skip(count * WIDTHS[inner])
+            else:
+                for _ in range(count):
+                    self.value(inner, depth + 1)
+        else:
+            raise self.wrong(f"a value of type {kind}, expected 0 to 12")
+
+    def walk(self) -> None:
+        tensors, pairs = self.count("tensors", 24), self.count("entries of metadata", 13)
+        for _ in range(pairs):
+            self.text(LONGEST_NAME)
+            self.value(self.number("I"))
+        for _ in range(tensors):
+            self.text(LONGEST_NAME)
+            dimensions = self.number("I")
+            if not 1 <= dimensions <= DIMENSIONS:
+                raise self.wrong(f"a tensor of {dimensions} dimensions, expected 1 to {DIMENSIONS},")
+            shape = [self.number("Q") for _ in range(dimensions)]
+            if not 0 < math.prod(shape) <= 16 * self.size:  # no type has less than half a bit an entry
+                raise self.wrong(f"a tensor of {' x '.join(map(str, shape))}, which the file cannot hold,")
+            self.number("I")
+            if self.number("Q") > self.size:
+                raise self.wrong("a tensor that begins behind the end of the file")
+
+
+FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (FREQS, LONG, SHORT)
+KINDS = ("none", "linear", "yarn", "longrope")
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SOURCE = "start from the model on the Hub"
+
+
+def rope_scaling(
+    where: str, get: Callable[[str, Any], Any], factors: Mapping[str, Sequence[float]], config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The config's `rope_scaling`; None where nothing is scaled.
+
+    where: the file's name. get: a key of the metadata without the architecture, or the default. factors: the tensors
+    of FACTORS that there are, each (d / 2,). Raises CheckpointError for what transformers cannot express.
+    """
+
+    def number(key: str, default: float) -> float:
+        found = get(key, default)
+        if not isinstance(found, int | float) or not math.isfinite(found) or found < 0:
+            raise CheckpointError(f"{where}: {key} is {found!r}, expected a positive number; {SOURCE}")
+        return float(f"{found:.7g}")  # a float32 there
+
+    kind = get("rope.scaling.type", "linear")
+    if kind not in KINDS:
+        raise CheckpointError(f"{where}: rope scaling {kind!r} is not known, expected {', '.join(KINDS)}; {SOURCE}")
+    if number("rope.scaling.alpha", 0.0):
+        raise CheckpointError(f"{where}: rope.scaling.alpha has no translation to transformers; {SOURCE}")
+    given = number("rope.scaling.factor", number("rope.scale_linear", 0.0))
+    if kind == "yarn" and not given:
+        raise CheckpointError(f"{where}: rope scaling 'yarn' needs rope.scaling.factor, found none; {SOURCE}")
+    factor = given or 1.0
+    factor = 1.0 if kind == "none" else factor
+    attention = number("rope.scaling.attn_factor", 1.0)
+    # 0 stands for the context that the model was trained on.
+    original = int(number("rope.scaling.original_context_length", 0)) or config["max_position_embeddings"]
+    half = config["head_dim"] // 2
+    for name, values in factors.items():
+        if len(values) != half or not all(math.isfinite(v) and v > 0 for v in values):
+            raise CheckpointError(f"{where}: {name} has {len(values)} values, expected {half} above 0; {SOURCE}")
+    if kind == "longrope":
+        if LONG not in factors or SHORT not in factors:
+            lost = LONG if LONG not in factors else SHORT
+            raise CheckpointError(f"{where}: rope scaling 'longrope' needs the tensor {lost}, found none; {SOURCE}")
+        return _longrope(factors[SHORT], factors[LONG], factor, attention, original)
+    freqs = factors.get(FREQS, [1.0] * half)
+    scaled = any(f != 1 for f in freqs)
+    if kind == "yarn" and factor != 1:
+        return _yarn(where, factor, attention, original, scaled, number)
+    if scaled and factor == attention == 1 and (found := _llama3(freqs, config["rope_theta"])):
+        return found
+    if scaled or attention != 1:
+        return _longrope(freqs, freqs, factor, attention, original)
+    return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(
+    where: str, factor: float, attention: float, original: int, scaled: bool, number: Callable[[str, float], float]
+) -> dict[str, Any]:
+    """YaRN. Its attention factor there is transformers' own default times a."""
+    mixed = number("rope.scaling.yarn_ext_factor", 1.0)
+    told = number("rope.scaling.yarn_attn_factor", 1.0)
+    for wrong, what in (
+        (factor < 1, f"a factor of {factor:g}"),
+        (scaled, f"{FREQS} beside it"),
+        (mixed != 1, f"yarn_ext_factor {mixed:g}"),
+        (told != 1, f"yarn_attn_factor {told:g}"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{where}: rope scaling 'yarn' with {what} has no translation; {SOURCE}")
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        if (given := number(f"rope.scaling.yarn_{key}", default)) != default:
+            found[key] = given
+    log = number("rope.scaling.yarn_log_multiplier", 0.0)
+    if log or attention != 1:
+        whole = 0.1 * math.log(factor) + 1
+        found["attention_factor"] = attention * whole / (0.1 * log * math.log(factor) + 1)
+    return found
+
+
+def _longrope(
+    short: Sequence[float], long: Sequence[float], factor: float, attention: float, original: int
+) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "short_factor": [f * factor for f in short],
+        "long_factor": [f * factor for f in long],
+        "attention_factor": attention,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _llama3(freqs: Sequence[float], theta: float) -> dict[str, Any] | None:
+    """Llama 3.1's scaling by its parameters, where these factors are those that llama.cpp's converter makes of it."""
+    factor, half = round(max(freqs), 4), len(freqs)
+    low, high, original = LLAMA3.values()
+    for i, found in enumerate(freqs):
+        length = 2 * math.pi * theta ** (i / half)
+        smooth = min(max((original / length - low) / (high - low), 0.0), 1.0)
+        if not math.isclose(found, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
+            return None
+    return {"rope_type": "llama3", "factor": factor} | LLAMA3

@@ -20,10 +20,9 @@ from typing import cast
 import torch
 
 from laser.checkpoint.formats import pointer
-from laser.checkpoint.headers import Shard
-from laser.checkpoint.regular import LARGEST, open_regular
-from laser.checkpoint.virtual import DTYPES, virtual_shard
+from laser.checkpoint.safetensors import DTYPES, Shard, virtual_shard
 from laser.errors import CheckpointError, first_line
+from laser.files import LARGEST, open_regular
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"

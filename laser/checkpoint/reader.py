@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.cuts import Cut, read_cut
-from laser.checkpoint.fingerprint import Fingerprint, fingerprint_of
+from laser.checkpoint.fingerprint import fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
-from laser.checkpoint.headers import (
+from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
+from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
+from laser.checkpoint.quantised import Fp8, dequantise, recognise
+from laser.checkpoint.safetensors import (
     BITS,
     DEEPEST,
     TORCH,
@@ -32,10 +34,7 @@ from laser.checkpoint.headers import (
     read_bytes,
     read_header,
 )
-from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
-from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
-from laser.checkpoint.quantised import Fp8, dequantise, recognise
-from laser.checkpoint.regular import read_regular
+from laser.checkpoint.slices import Cut, read_cut
 from laser.checkpoint.weights import (
     INDEX,
     INDEXED,
@@ -55,6 +54,8 @@ from laser.checkpoint.weights import (
     start_of,
 )
 from laser.errors import CheckpointError, DoubtWarning
+from laser.files import read_regular
+from laser.records import Fingerprint
 
 __all__ = ["BITS", "INDEX", "SINGLE", "Checkpoint", "Shard", "TensorInfo", "open_checkpoint"]
 
@@ -101,7 +102,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Which weights these are, by their bytes (fingerprint.py), when it was first asked for."""
-        return fingerprint_of(self) if self.origin is None else self.origin.fingerprint
+        return fingerprint_of(self.shards, self.hub) if self.origin is None else self.origin.fingerprint
 
     def shard_of(self, name: str) -> Shard:
         """The shard that holds tensor `name`."""
@@ -172,7 +173,7 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
         raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
-    if is_deep(config):
+    if is_deep(config, DEEPEST):
         raise CheckpointError(f"{about} is nested more than {DEEPEST} deep, which no config is; download it again")
     if release:
         config = config | {"model_type": RELEASE}

@@ -1,4 +1,4 @@
-"""Which file `--force` may replace: one that laser made, of the same kind, told by what is in it."""
+"""Which file `--force` may replace: one that laser made, of the same kind, by what is in it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.headers import MAX_HEADER
-from laser.checkpoint.locks import real
 from laser.checkpoint.reader import OUTCOME
-from laser.checkpoint.regular import open_regular
+from laser.checkpoint.safetensors import MAX_HEADER
 from laser.checkpoint.side_files import is_weights
 from laser.errors import OutputError
+from laser.files import open_regular, real
 
 RECORDS = {"spectra", "moments", "plan", "eval", "leaderboard"}
 # Drawn or derived from records: how such a file begins, or what stands near its beginning.

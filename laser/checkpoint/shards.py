@@ -1,4 +1,4 @@
-"""Bytes of one shard, by range: copied in the kernel, replaced in place, checked against a promise."""
+"""Bytes of one shard, by range: copied in the kernel, replaced in place, checked by their hash."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import BinaryIO
 
 import torch
 
-from laser.checkpoint.cuts import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import Journal, disk_errors, unfinished
-from laser.checkpoint.headers import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
-from laser.checkpoint.regular import open_regular
+from laser.checkpoint.matrices import Matrix
+from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
+from laser.checkpoint.slices import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
 from laser.errors import CheckpointError
+from laser.files import disk_errors, open_regular, unfinished
+from laser.records import Journal
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:

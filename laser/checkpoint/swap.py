@@ -1,8 +1,10 @@
-"""Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
+"""Where an output is written: beside an earlier one, whose place it takes when it is whole.
 
-OUT          the earlier output, untouched until the new one is whole
-.OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
-.OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
+What lies on the disk meanwhile:
+
+    OUT          the earlier output, untouched until the new one is whole
+    .OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
+    .OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from laser.checkpoint.files import disk_errors, tidy_up
-from laser.checkpoint.locks import claimed, real, require_no_mount, short
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -32,6 +32,7 @@ from laser.checkpoint.writer import (
     require_usable,
 )
 from laser.errors import OutputError
+from laser.files import claimed, disk_errors, real, require_no_mount, short, tidy_up
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system

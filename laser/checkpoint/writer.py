@@ -1,4 +1,6 @@
-"""Shard in, shard out: header verbatim, untouched bytes copied in the kernel, touched matrices written in place.
+"""Write the reduced checkpoint, shard by shard.
+
+Headers stay verbatim, untouched bytes are copied in the kernel, touched matrices are written in place.
 
 Order of events, so that being killed at any byte loses nothing and leaves nothing that looks whole:
 
@@ -30,15 +32,10 @@ from typing import Any
 import torch
 
 from laser.checkpoint.at_rest import CARD, check_names, damage
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import Journal, disk_errors, is_sealed, sealed, spoiling, to_json, write_atomically
-from laser.checkpoint.fingerprint import differences, require_unchanged
-from laser.checkpoint.headers import CHUNK
 from laser.checkpoint.hub import require_content, side_files
-from laser.checkpoint.locks import PASSING, real, require_led
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
-from laser.checkpoint.records import parse, require_keys, value_of
-from laser.checkpoint.regular import open_regular, read_regular, require_regular
+from laser.checkpoint.safetensors import CHUNK
 from laser.checkpoint.shards import (
     Job,
     begin,
@@ -59,7 +56,19 @@ from laser.checkpoint.side_files import (
     own_file,
     stays_behind,
 )
+from laser.checkpoint.source import require_unchanged
 from laser.errors import CheckpointError, OutputError
+from laser.files import (
+    PASSING,
+    disk_errors,
+    open_regular,
+    read_regular,
+    real,
+    require_led,
+    require_regular,
+    write_atomically,
+)
+from laser.records import Journal, differences, is_sealed, parse, require_keys, sealed, spoiling, to_json, value_of
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -550,7 +559,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], lis
 
 
 def _pieces(own: Path, path: Path) -> Iterator[bytes]:
-    """The bytes of a source's file, called `path`; what cannot be read is told of the source and not of the output."""
+    """The bytes of a source's file, called `path`; what cannot be read is an error of the source, not of the output."""
     with _reading(path), open_regular(own, follow=False) as file:
         while piece := file.read(CHUNK):
             yield piece

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 import torch
 import typer
 
-from laser.checkpoint.families import DoubtWarning
-from laser.cli import calibrate, common, convert, devices, flow, look, measure, publish, run, search
+from laser.checkpoint.matrices import DoubtWarning
+from laser.cli import calibrate, common, convert, devices, flow, look, measure, options, publish, run, search
 from laser.errors import LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 from laser.plan import CrowdWarning
 
@@ -38,7 +38,7 @@ VERBS = (
     *(look.null, look.spectra, look.plot, look.report, convert.convert),
 )
 for verb in VERBS:
-    app.command()(verb)
+    app.command()(options.with_options(verb))
 
 
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
@@ -105,7 +105,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _interrupted(arguments: list[str], held: common.Held) -> int:
-    return _say(f"laser: interrupted; {left_behind(_going_on(arguments), held.written())}", 130)
+    return _say(f"laser: interrupted; {left_behind(_going_on([*arguments, *held.given]), held.written())}", 130)
 
 
 def _disk(error: OSError) -> int:
@@ -237,7 +237,7 @@ def _ended(arguments: list[str], held: common.Held) -> int:
             raise
         full = out_of_memory_in(error)
         if full is not None and not isinstance(full, OutOfMemory):  # also where it was taken for a damaged file
-            return _say(f"laser: {out_of_memory(full, arguments, held.idle)}", 1)
+            return _say(f"laser: {out_of_memory(full, [*arguments, *held.given], held.idle)}", 1)
         if isinstance(error, LaserError):
             return _say(f"laser: {error}", error.exit_code)
         if isinstance(error, OSError):

@@ -11,59 +11,38 @@ import typer
 from tqdm import tqdm
 
 from laser.calibration import calibrate as calibrate_checkpoint
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
-from laser.cli import common
+from laser.cli import common, options
 from laser.cli.common import say
-from laser.cli.measure import (
-    Dataset,
-    Dtype,
-    Field,
-    TextFile,
-    WindowCount,
-    WindowLength,
-    WindowSkip,
-    advance,
-    fewer,
-    text_of,
-)
+from laser.cli.measure import advance, fewer
 from laser.evaluation.streaming import require_dtype
-from laser.evaluation.text import WINDOW, check_cut, cut_windows, load_tokenizer
 from laser.moments import Moments
-from laser.spectral.devices import choose_device
 
 
 def calibrate(
-    model: common.Model,
+    model: options.Model,
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
-    text: TextFile = None,
-    field: Field = None,
-    dataset: Dataset = None,
-    window: WindowLength = WINDOW,
-    windows: WindowCount = 32,
-    skip: WindowSkip = 0,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
+    text: options.Windows,
+    which: options.Matrices,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
     ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
-    dtype: Dtype = "float32",
-    device: common.DeviceName = "auto",
-    force: common.Force = False,
-    as_json: common.Json = False,
+    dtype: options.Dtype = "float32",
+    on: options.OneDevice,
+    record: options.Record,
 ) -> None:
     """Run a text through the model layer by layer and keep the second moments of what each matrix meets.
 
     One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
     from there.
     """
-    check_cut(window, windows or None, skip)
+    text.check()
     require_dtype(dtype)
-    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device).torch_device
-    common.refuse_to_overwrite(output, force, "moments")
-    read, checkpoint = text_of(text, field, dataset), open_checkpoint(model)
-    cut = cut_windows(read, load_tokenizer(checkpoint.path), length=window, limit=windows or None, skip=skip)
+    chosen, where = which.selection(), on.choose().torch_device
+    record.claim(output, "moments")
+    read, checkpoint = text.read(), open_checkpoint(model)
+    cut = text.cut(read, checkpoint)
     start = time.perf_counter()
     with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
         moments = calibrate_checkpoint(
@@ -75,13 +54,13 @@ def calibrate(
             shrink=ledoit_wolf,
             dtype=dtype,
             device=where,
-            anew=force,
+            anew=record.force,
             tick=lambda _: advance(bar),
         )
     seconds = time.perf_counter() - start
     shapes = {m.name: m.shape for m in list_matrices(checkpoint)}
     unseen = {n: s.tokens for n, s in moments.sites.items() if s.tokens < min(shapes[n])}
-    if as_json:
+    if record.as_json:
         return common.print_json(
             {
                 "output": str(output),

@@ -1,4 +1,4 @@
-"""What every verb shares: option types, tables for people, JSON for programs, progress bars."""
+"""What every verb shares: tables for people, JSON for programs, progress bars, files kept for a verb alone."""
 
 from __future__ import annotations
 
@@ -9,69 +9,29 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.files import to_json
-from laser.checkpoint.locks import claimed, real, require_led, require_no_mount
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import OUTCOME
-from laser.checkpoint.replaceable import require_outside_models, require_replaceable
+from laser.checkpoint.replaceable import require_outside_models
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
-from laser.moments import Moments
-from laser.report.visible import visible
-from laser.selection import Selection, parse_layers, parse_roles
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
-]
-Roles = Annotated[str | None, typer.Option("--roles", help="Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")]
-Include = Annotated[str | None, typer.Option("--include", help="Only tensors whose name matches this expression.")]
-Exclude = Annotated[str | None, typer.Option("--exclude", help="No tensor whose name matches this expression.")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
-DeviceNames = Annotated[
-    str, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", help="On the cpu, one thread each; default: as cores and memory allow.")
-]
-Engine = Annotated[
-    str, typer.Option("--engine", help="threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
-]
-Precision = Annotated[str, typer.Option("--precision", help="auto, float64 or float32.")]
-Method = Annotated[
-    str, typer.Option("--method", help="auto, gram (fast), projector (products alone) or svd (reference).")
-]
-MomentsFile = Annotated[
-    Path | None, typer.Option("--moments", help="File of laser calibrate: go by the inputs that matrices meet, too.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; print what would be done.")]
-
-
-def selection(layers: str | None, roles: str | None, include: str | None, exclude: str | None) -> Selection:
-    return Selection(parse_layers(layers), parse_roles(roles), include, exclude)
-
-
-def moments_of(path: Path | None) -> Moments | None:
-    """The moments at `path`, if one was given."""
-    return None if path is None else Moments.load(path)
+from laser.escape import visible
+from laser.files import claimed, real, require_led
+from laser.records import to_json
 
 
 @dataclass
 class Held:
-    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, and those
-    of its options that do nothing as it was called."""
+    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, those of
+    its options that do nothing as it was called, and the words that a recipe added to its command line."""
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
+    given: list[str] = field(default_factory=list)
 
     def written(self) -> dict[Path, bool]:
         """Whether each file is there, whole: they appear by a rename, as another file."""
@@ -119,6 +79,12 @@ def do_nothing(*options: str) -> None:
         held.idle.update(options)
 
 
+def give(words: Sequence[str]) -> None:
+    """A recipe gives these words of a command line: what is said of it counts them as given there."""
+    if (held := _verb.get()) is not None:
+        held.given.extend(words)
+
+
 def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
     place = real(path)
@@ -130,21 +96,6 @@ def keep_file(path: Path) -> None:
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)
     keep(path)
-
-
-def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
-    """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
-
-    Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process is at
-    work on it. With `force` a file of the same `kind` that laser made may be replaced.
-    """
-    keep_file(path)
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; try another -o, or --force to replace it")
-    if path.exists():
-        require_no_mount(path)
-        require_replaceable(path, kind)
-    to_write(path)
 
 
 def say(line: str, *, aside: bool = False) -> None:

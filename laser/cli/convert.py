@@ -10,13 +10,14 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new, write_directory
-from laser.checkpoint.fingerprint import require_stamp, require_unchanged, stamp_of
+from laser.checkpoint.fingerprint import require_stamp, stamp_of
 from laser.checkpoint.formats import is_gguf
 from laser.checkpoint.gguf import open_gguf, tokenizer_files
 from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.side_files import read_own
-from laser.cli import common
+from laser.checkpoint.source import require_unchanged
+from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import CheckpointError, UsageError
 
@@ -35,12 +36,13 @@ def convert(
     model: Annotated[
         Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format, or a .gguf file.")
     ],
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
     ] = None,
-    as_json: common.Json = False,
+    told: options.Json,
 ) -> None:
     """Translate a model into the Hub's format, with the same logits: from Mistral's own releases (params.json and
     consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
@@ -69,7 +71,7 @@ def convert(
         common.to_write(output)
         write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)
     seconds = time.perf_counter() - start
-    if as_json:
+    if told.as_json:
         copied = sorted(files)
         return common.print_json(
             {"output": str(output), "tensors": len(seen.tensors), "bytes": size, "copied": copied, "seconds": seconds}

@@ -8,27 +8,27 @@ from typing import Annotated
 
 import typer
 
-from laser.cli import common
+from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import RecordError
-from laser.spectral.devices import available, choose_device, exact_products, free_bytes
+from laser.spectral.devices import available, exact_products, free_bytes
 from laser.spectral.measuring import choose_method, measure_device
 from laser.spectral.probe import Probe, cache_path
 
 
 def devices(
-    device: common.DeviceName = "auto",
-    precision: common.Precision = "auto",
+    *,
+    where: options.Precise,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's speed, and keep it.")] = False,
     disk: Annotated[Path, typer.Option("--disk", help="With --probe: a directory on the disk to measure.")] = Path(),
-    as_json: common.Json = False,
+    told: options.Json,
 ) -> None:
     """Say which device would compute here, in which precision, by which method, and why.
 
     With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk, and keep the figures in the
     user's cache directory, from where --dry-run takes them.
     """
-    here, chosen = available(), choose_device(device, precision)
+    here, chosen = available(), where.choose()
     if probe:
         measured, path = measure_device(chosen, disk=disk), cache_path()
         try:
@@ -40,7 +40,7 @@ def devices(
         measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
-    if as_json:
+    if told.as_json:
         return common.print_json(
             {
                 "available": here,

@@ -9,19 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.families import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.matrices import PROTECTED, DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
 from laser.cli.common import say
-from laser.engine.estimate import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
-from laser.engine.workers import Crew
+from laser.engine.cost import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
+from laser.engine.crew import Crew
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import weights_met
 from laser.evaluation.leaderboard import Workload
 from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
-from laser.reduction import Outcome
+from laser.outcome import Outcome
 from laser.search.candidates import Candidate
 from laser.search.foretold import count_passes
 from laser.selection import MAIN, Selection

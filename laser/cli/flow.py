@@ -9,79 +9,57 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
 from laser.checkpoint.writer import require_run
-from laser.cli import common
+from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
-from laser.engine.estimate import Meter, estimate
-from laser.engine.workers import choose_crew
+from laser.engine.cost import Meter, estimate
 from laser.errors import UsageError
-from laser.flow import scan_into
-from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
+from laser.pipeline import check_scan, prepare, scan_into
+from laser.pipeline import reduce as reduce_checkpoint
+from laser.plan import Plan, Treatment, make_plan
 from laser.reasons import Kind
-from laser.reduction import prepare
-from laser.reduction import reduce as reduce_checkpoint
-from laser.spectra import Spectra, check_scan
-from laser.spectral.devices import choose_device
-from laser.spectral.measuring import choose_method
+from laser.spectra import Spectra
 from laser.spectral.rules import RULES
-from laser.spectral.shrinkage import SHRINKERS
 from laser.verification import verify as verify_output
-
-Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
-RuleOption = Annotated[str | None, typer.Option("--rule", help=f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}.")]
-LowestSnr = Annotated[
-    str | None, typer.Option("--lowest-snr", metavar="K", help="Reduce only the K matrices of lowest SNR; or all.")
-]
-Shrink = Annotated[str | None, typer.Option("--shrink", help=f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")]
-TwoSided = Annotated[bool, typer.Option("--two-sided", help="Keep what lies under the noise's lower edge as well.")]
-RequireFit = Annotated[
-    float | None, typer.Option("--require-fit", help="Keep a matrix whose bulk fits noise at a lower level than this.")
-]
 
 
 def scan(
-    model: common.Model,
+    model: options.Model,
+    *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    device: common.DeviceNames = "auto",
-    workers: common.Workers = None,
-    engine: common.Engine = "threads",
-    precision: common.Precision = "auto",
-    method: common.Method = "auto",
+    which: options.Matrices,
+    compute: options.Compute,
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
-    moments: common.MomentsFile = None,
-    dry_run: common.DryRun = False,
-    force: common.Force = False,
-    as_json: common.Json = False,
+    moments: options.Inputs,
+    work: options.Work,
 ) -> None:
     """Measure the singular values of every selected matrix and write them to one small file.
 
     Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
     """
-    checkpoint, selected = open_checkpoint(model), common.selection(layers, roles, include, exclude)
-    method = "gram" if method == "auto" else method  # values are the Gram matrix's on every device
-    crew = choose_crew(device, precision, workers=workers, engine=engine)
+    checkpoint, selected = open_checkpoint(model), which.selection()
+    method = "gram" if compute.method == "auto" else compute.method  # values are the Gram matrix's on every device
+    crew = compute.crew()
     check_scan(method, null)
-    known = common.moments_of(moments)
+    known = moments.load()
     if known is not None:
         known.source.require(checkpoint, "moments")
-    if dry_run:
-        return print_dry_run(checkpoint, selected, crew, as_json, null, moments is not None)
+    if work.dry_run:
+        return print_dry_run(checkpoint, selected, crew, work.as_json, null, known is not None)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
-    common.refuse_to_overwrite(output, force, "spectra")
+    work.claim(output, "spectra")
     matrices = chosen_of(list_matrices(checkpoint), selected)
     foretold, meter = estimate(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
-        spectra = scan_into(output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=force)
-    if as_json:
+        spectra = scan_into(
+            output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=work.force
+        )
+    if work.as_json:
         return common.print_json(
             {
                 "output": str(output),
@@ -98,86 +76,69 @@ def scan(
 
 
 def plan(
-    spectra: Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")],
-    output: Output,
-    rule: RuleOption = None,
-    lowest_snr: LowestSnr = None,
-    shrink: Shrink = None,
-    two_sided: TwoSided = False,
-    require_fit: RequireFit = None,
-    metric: Annotated[str, typer.Option("--metric", help="plain, or data: by what the outputs lose.")] = "plain",
+    spectra: options.Spectra,
+    *,
+    output: options.Output,
+    how: options.Rule,
+    lowest: options.Lowest,
     fewest_tokens: Annotated[
         int | None, typer.Option("--fewest-tokens", help="Keep a matrix that met fewer; default: its smaller side.")
     ] = None,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    force: common.Force = False,
-    as_json: common.Json = False,
+    which: options.Matrices,
+    record: options.Record,
 ) -> None:
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
-    if rule is None:
+    if how.rule is None:
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
-    count = parse_lowest_snr(lowest_snr, None)
-    Treatment(rule, shrink, two_sided, require_fit, metric).check()
-    common.refuse_to_overwrite(output, force, "plan")
-    chosen = common.selection(layers, roles, include, exclude)
+    count = lowest.count()
+    Treatment(how.rule, **how.treatment()).check()
+    record.claim(output, "plan")
     made = make_plan(
         Spectra.load(spectra),
-        rule,
-        chosen,
+        how.rule,
+        which.selection(),
         lowest_snr=count,
-        shrink=shrink,
-        two_sided=two_sided,
-        require_fit=require_fit,
-        metric=metric,
+        **how.treatment(),
         fewest_tokens=fewest_tokens,
     )
     made.save(output)
-    if as_json:
+    if record.as_json:
         return common.print_json(asdict(made))
     common.print_plan(made.lines)
     say(f"written to {output}")
 
 
 def reduce(
-    model: common.Model,
+    model: options.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
-    output: Output,
-    device: common.DeviceNames = "auto",
-    workers: common.Workers = None,
-    engine: common.Engine = "threads",
-    precision: common.Precision = "auto",
-    method: common.Method = "auto",
-    moments: common.MomentsFile = None,
+    *,
+    output: options.Output,
+    compute: options.Compute,
+    moments: options.Inputs,
     fresh: Annotated[
         Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
     ] = None,
-    resume: common.Resume = False,
-    force: common.Force = False,
     evict: Annotated[
         bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
     ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales.")
     ] = None,
-    dry_run: common.DryRun = False,
-    as_json: common.Json = False,
+    work: options.Directory,
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
-    crew = choose_crew(device, precision, workers=workers, engine=engine)
+    crew = compute.crew()
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
-    method, _ = choose_method(method, crew.devices[0])
-    known, elsewhere = common.moments_of(moments), common.moments_of(fresh)
-    if dry_run:
+    method = compute.truncating(crew)
+    known, elsewhere = moments.load(), options.Inputs(fresh).load()
+    if work.dry_run:
         written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
-        place = require_place(written, output, resume=resume, force=force)
-        if resume:
+        place = require_place(written, output, resume=work.resume, force=work.force)
+        if work.resume:
             require_run(written, place, asked)
-        return print_estimate(checkpoint, touched, crew, as_json, ranks)
+        return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:
         outcome = reduce_checkpoint(
@@ -186,8 +147,8 @@ def reduce(
             output,
             crew=crew,
             method=method,
-            resume=resume,
-            force=force,
+            resume=work.resume,
+            force=work.force,
             evict=evict,
             dtype=dtype,
             moments=known,
@@ -195,23 +156,22 @@ def reduce(
             tick=bar,
             on_check=check,
         )
-    print_outcome(outcome, output, meter, foretold.reduce_seconds, foretold, as_json)
+    print_outcome(outcome, output, meter, foretold.reduce_seconds, foretold, work.as_json)
 
 
 def verify(
-    model: common.Model,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
-    device: common.DeviceName = "auto",
-    moments: common.MomentsFile = None,
-    as_json: common.Json = False,
+    model: options.Model,
+    output: options.Out,
+    *,
+    where: options.OneDevice,
+    moments: options.Inputs,
+    told: options.Json,
 ) -> None:
     """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
     checkpoint = open_checkpoint(model)
     with common.Progress("verify", list_matrices(checkpoint)) as bar:
-        found = verify_output(
-            checkpoint, output, device=choose_device(device), moments=common.moments_of(moments), tick=bar
-        )
-    if as_json:
+        found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
+    if told.as_json:
         common.print_json(asdict(found))
     else:
         for problem in found.problems:

@@ -7,43 +7,34 @@ from typing import Annotated
 
 import typer
 
-from laser.checkpoint.families import list_matrices
-from laser.checkpoint.files import write_atomically
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
-from laser.cli import common
+from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import UsageError
+from laser.files import write_atomically
 from laser.null import TESTED, check_test, null_test
-from laser.portrait import portrait
 from laser.report import page, plots
 from laser.spectra import Spectra
-from laser.spectral.devices import choose_device
 from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
-SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
-Rule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
-
 
 def null(
-    model: common.Model,
+    model: options.Model,
+    *,
     rules: Annotated[str, typer.Option("--rules", help="Rules to test, with commas between.")] = ",".join(TESTED),
     permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    device: common.DeviceName = "auto",
-    precision: common.Precision = "auto",
-    as_json: common.Json = False,
+    which: options.Matrices,
+    on: options.Precise,
+    told: options.Json,
 ) -> None:
     """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
     tested = [part for part in rules.split(",") if part]
     check_test(tested, permute, draws)
-    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
+    chosen, where = which.selection(), on.choose()
     checkpoint = open_checkpoint(model)
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     with common.Progress("null", matrices) as bar:
@@ -57,7 +48,7 @@ def null(
             device=where,
             tick=bar,
         )
-    if as_json:
+    if told.as_json:
         return common.print_raw(test.to_json())
     headings = ["rule", "role", "matrices", "mean kept", "most", "share kept"]
     headings += ["in the model", "share"] if spectra else []
@@ -72,7 +63,8 @@ def null(
 
 
 def spectra(
-    spectra: SpectraFile,
+    spectra: options.Spectra,
+    *,
     rule: Annotated[
         str | None,
         typer.Option("--rule", help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read."),
@@ -83,22 +75,18 @@ def spectra(
         Path | None, typer.Option("--unfrozen-yaml", help="Write the list of parameters to train, as axolotl reads it.")
     ] = None,
     top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    force: common.Force = False,
-    as_json: common.Json = False,
+    which: options.Matrices,
+    file: options.Record,
 ) -> None:
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
-    chosen = common.selection(layers, roles, include, exclude)
+    chosen = which.selection()
     parse_rule(rule or "mp-edge")
     check_share(top_percent)
     if snr_json and unfrozen and snr_json.resolve() == unfrozen.resolve():
         raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
     for path in (snr_json, unfrozen):
         if path is not None:
-            common.refuse_to_overwrite(path, force)
+            file.claim(path)
     record = Spectra.load(spectra)
     summary = summarise(record, rule or "mp-edge", chosen)
     written: dict[Path, bytes] = {}
@@ -109,7 +97,7 @@ def spectra(
         written[unfrozen] = scored.unfrozen_yaml(top_percent).encode()
     for path, content in written.items():
         write_atomically(path, content)
-    if as_json:
+    if file.as_json:
         return common.print_raw(summary.to_json())
     if as_csv:
         return common.print_raw(summary.to_csv().encode())
@@ -119,20 +107,18 @@ def spectra(
 
 
 def plot(
-    spectra: SpectraFile,
-    output: Output,
+    spectra: options.Spectra,
+    *,
+    output: options.Output,
     matrix: Annotated[
         str | None, typer.Option("--matrix", help="Histogram of this tensor: a part of its name.")
     ] = None,
     other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
     heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(plots.QUANTITIES)}.")] = None,
     mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
-    rule: Rule = "mp-edge",
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    force: common.Force = False,
+    rule: options.ShownRule = "mp-edge",
+    which: options.Matrices,
+    file: options.Force,
 ) -> None:
     """Draw a PNG or SVG: a matrix's histogram with the fitted law, two models overlaid, or a heat map of a model."""
     if (matrix is None) == (heat is None):
@@ -141,8 +127,8 @@ def plot(
         raise UsageError("--with lays one matrix over another; try --matrix NAME as well")
     plots.check_picture(output, heat or "kept")
     parse_rule(rule)
-    chosen = common.selection(layers, roles, include, exclude)
-    common.refuse_to_overwrite(output, force)
+    chosen = which.selection()
+    file.claim(output)
     records = [Spectra.load(path) for path in (spectra, *(other or ()))]
     if matrix is None:
         summary = summarise(records[0], rule, chosen)
@@ -150,29 +136,27 @@ def plot(
     else:
         named = [name for name in records[0].values if matrix in name]
         name = named[0] if len(named) == 1 else matrix
-        portraits = [portrait(record, name, rule) for record in records]
-        figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
+        several = [plots.histogram_of(record, name, rule) for record in records]
+        figure = plots.overlay(several) if len(several) > 1 else plots.histogram(several[0])
     write_atomically(output, plots.encoded(figure, output))
     say(f"written to {output}")
 
 
 def report(
-    spectra: SpectraFile,
-    output: Output,
-    rule: Rule = "mp-edge",
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    force: common.Force = False,
+    spectra: options.Spectra,
+    *,
+    output: options.Output,
+    rule: options.ShownRule = "mp-edge",
+    which: options.Matrices,
+    file: options.Force,
 ) -> None:
     """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
     parse_rule(rule)
-    chosen = common.selection(layers, roles, include, exclude)
-    common.refuse_to_overwrite(output, force)
+    chosen = which.selection()
+    file.claim(output)
     record = Spectra.load(spectra)
     summary = summarise(record, rule, chosen)
-    text = page.render(summary, (portrait(record, row.name, rule) for row in summary.rows))
+    text = page.render(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())
     say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
 

@@ -1,4 +1,4 @@
-"""The verb eval, and what it shares with search: which text is read."""
+"""The verb eval: parse, call and print."""
 
 from __future__ import annotations
 
@@ -10,66 +10,31 @@ import typer
 from tqdm import tqdm
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.cli import common, memory
+from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.perplexity import Perplexity, asked_of, difference, require_same_tokens
 from laser.evaluation.placement import Placement
-from laser.evaluation.rows import holds_rows
 from laser.evaluation.streaming import require_dtype
-from laser.evaluation.text import (
-    WINDOW,
-    Text,
-    Windows,
-    check_cut,
-    cut_windows,
-    dataset_text,
-    default_text,
-    load_tokenizer,
-    read_text,
-)
-from laser.spectral.devices import choose_device
-
-TextFile = Annotated[
-    Path | None, typer.Option("--text", help="A .txt, .jsonl or .json file; default: Python's pydoc topics.")
-]
-Field = Annotated[str | None, typer.Option("--field", help="The field of a .jsonl or .json file, or of a dataset.")]
-Dataset = Annotated[
-    str | None, typer.Option("--dataset", help="NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
-]
-WindowLength = Annotated[int, typer.Option("--window", help="Tokens per window, BOS included.")]
-WindowCount = Annotated[int, typer.Option("--windows", help="How many windows, from the front; 0: all.")]
-WindowSkip = Annotated[int, typer.Option("--skip", help="Leave out the first N windows.")]
-Stream = Annotated[
-    bool | None,
-    typer.Option(
-        "--stream/--no-stream", help="One layer's weights in memory at a time; default: where all do not fit."
-    ),
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
+from laser.evaluation.text import Windows
 
 
 def eval(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or its eval.json.")],
     other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
+    *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
-    text: TextFile = None,
-    field: Field = None,
-    dataset: Dataset = None,
-    window: WindowLength = WINDOW,
-    windows: WindowCount = 32,
-    skip: WindowSkip = 0,
+    text: options.Windows,
     mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
     ] = False,
-    stream: Stream = None,
-    dtype: Dtype = "float32",
-    device: common.DeviceName = "auto",
-    force: common.Force = False,
-    as_json: common.Json = False,
+    stream: options.Stream = None,
+    dtype: options.Dtype = "float32",
+    on: options.OneDevice,
+    record: options.Record,
 ) -> None:
     """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
     if output is not None:
@@ -77,24 +42,16 @@ def eval(
             raise UsageError(
                 "one record is written per model; try laser eval MODEL -o FILE for each, then compare them"
             )
-        common.refuse_to_overwrite(output, force, "eval")
-    check_cut(window, windows or None, skip, mode)
+        record.claim(output, "eval")
+    text.check(mode)
     require_dtype(dtype)
-    where, read = choose_device(device), text_of(text, field, dataset)
+    where, read = on.choose(), text.read()
 
     def ready(name: str) -> Perplexity | tuple[Checkpoint, Windows]:
         if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
         checkpoint = open_checkpoint(name, "weights")
-        return checkpoint, cut_windows(
-            read,
-            load_tokenizer(checkpoint.path),
-            length=window,
-            limit=windows or None,
-            skip=skip,
-            bos=False if no_bos else None,
-            mode=mode,
-        )
+        return checkpoint, text.cut(read, checkpoint, bos=False if no_bos else None, mode=mode)
 
     def measure(checkpoint: Checkpoint, cut: Windows, placed: Placement) -> Perplexity:
         try:
@@ -123,7 +80,7 @@ def eval(
     if output is not None:
         records[0].save(output)
     compared = difference(records[0], records[1]) if len(records) == 2 else None
-    if as_json:
+    if record.as_json:
         document: dict[str, Any] = {"evaluations": [_document(r) for r in records]}
         return common.print_json(document | ({"difference": asdict(compared)} if compared else {}))
     common.print_table(
@@ -154,33 +111,6 @@ def eval(
         say(told)
     if output is not None:
         say(f"written to {output}")
-
-
-def text_of(path: Path | None, field: str | None, dataset: str | None) -> Text:
-    """The text that was asked for; what was read otherwise than it stands in its file is said on stderr."""
-    if path is not None and dataset is not None:
-        raise UsageError("found both --text and --dataset; try one of them")
-    if dataset is not None:
-        name, *rest = dataset.split(",")
-        config = rest[0] if rest and rest[0] else None
-        return dataset_text(name, config, rest[1] if len(rest) > 1 else "test", field or "text")
-    if path is None:
-        if field is not None:
-            raise UsageError(f"--field {field} is for files of rows; try it with --text FILE.jsonl, or leave it out")
-        return default_text()
-    text = read_text(path, field)
-    for note in text.notes:
-        say(f"laser: {note}", aside=True)
-    return text
-
-
-def texts_of(
-    path: Path | None, field: str | None, dataset: str | None, held_out: Path | None
-) -> tuple[Text, Text | None]:
-    """The text of a search and the one that it reports on, if that is another; --field is for those that hold rows."""
-    reported = None if held_out is None else text_of(held_out, field if holds_rows(held_out) else None, None)
-    used = held_out is not None and holds_rows(held_out) and dataset is None and not (path and holds_rows(path))
-    return text_of(path, None if used else field, dataset), reported
 
 
 def fewer(text: str, found: int, asked: int | None, what: str = "windows") -> str | None:

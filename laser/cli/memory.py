@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from laser.checkpoint.families import Matrix
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.cli.common import say
-from laser.engine.workers import worker_bytes
+from laser.engine.crew import worker_bytes
 from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import Needs, layered_needs, longest, whole_needs

@@ -3,70 +3,54 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from laser.checkpoint.files import tidy_up, unfinished
-from laser.checkpoint.fingerprint import agree, fingerprint_in
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
-from laser.cli import common, memory
+from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
-from laser.evaluation.lm_tasks import TASKS
-from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
-from laser.reduction import Outcome
+from laser.files import tidy_up, unfinished
+from laser.outcome import Outcome
+from laser.records import agree, fingerprint_in
 from laser.report.comparison import Row, leaderboard_rows
-from laser.spectral.devices import choose_device
-
-Tasks = Annotated[str | None, typer.Option("--tasks", help=f"Only these: {','.join(TASKS)}.")]
-
-
-def named(tasks: str | None) -> tuple[str, ...] | None:
-    """The tasks of --tasks; None for all."""
-    return None if tasks is None else tuple(part for part in tasks.replace(" ", "").split(",") if part)
+from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 
 
 def leaderboard(
-    model: common.Model,
+    model: options.Model,
+    *,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help=f"The record to write; for an output of laser, OUT/{LEADERBOARD}."),
     ] = None,
-    tasks: Tasks = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Only the first N rows of each (of each subject).")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of rows in JSON lines, for machines without the Hub.")
-    ] = None,
-    device: common.DeviceName = "auto",
+    rows: options.Rows,
+    on: options.OneDevice,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
-    force: common.Force = False,
-    dry_run: common.DryRun = False,
-    as_json: common.Json = False,
+    work: options.Work,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
 
     Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
     """
-    names = named(tasks)
-    require_request(names, limit, data)
+    request = rows.request()
+    require_request(**request)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"unknown --dtype {dtype!r}; try auto, float32, bfloat16 or float16")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} holds no row; try 1")
-    where = choose_device(device)
+    where = on.choose()
     if output is not None:
-        common.refuse_to_overwrite(output, force, "leaderboard")
-    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
+        work.claim(output, "leaderboard")
+    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -74,15 +58,17 @@ def leaderboard(
                 "-o OUT/laser/leaderboard-source.json, where the card of OUT looks for it"
             )
         output = checkpoint.path / LEADERBOARD
-        common.refuse_to_overwrite(output, force, "leaderboard")
-    workload = require_leaderboard(checkpoint, tasks=names, limit=limit, data=data, counted=dry_run)
+        work.claim(output, "leaderboard")
+    workload = require_leaderboard(checkpoint, **request, counted=work.dry_run)
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     if workload is not None:
         told = board_measuring(checkpoint, workload, placed, where, models=1)
-        return common.print_json({told.what: asdict(told)}) if as_json else say(measuring_line(told))
-    board = _measure_tasks(checkpoint, output, where.name, names, limit, data, dtype, batch_size, anew=force)
+        return common.print_json({told.what: asdict(told)}) if work.as_json else say(measuring_line(told))
+    board = _measure_tasks(
+        checkpoint, output, where.name, **request, dtype=dtype, batch_size=batch_size, anew=work.force
+    )
     compared = _against_source(checkpoint, output, board)
-    if as_json:
+    if work.as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}
         common.print_json(_document(board) | against | {"output": str(output)})
         return
@@ -94,8 +80,8 @@ def leaderboard(
     for s in board.scores:
         if s.undefined:
             say(f"{s.task}: {s.undefined} of {s.n} rows count 0, for no answer has any probability (0/0)")
-    if limit is not None:
-        say(f"only the first {limit} rows of each task: a smoke test, not a leaderboard result")
+    if rows.limit is not None:
+        say(f"only the first {rows.limit} rows of each task: a smoke test, not a leaderboard result")
     if compared:
         common.print_table(
             ("", "source", "this model", "change", "verdict"),
@@ -116,26 +102,18 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
     return leaderboard_rows(before, board)
 
 
-def leaderboards(
-    checkpoint: Checkpoint,
-    out: Path,
-    name: str,
-    device: str,
-    tasks: tuple[str, ...] | None,
-    data: Path | None,
-    limit: int | None,
-) -> None:
+def leaderboards(checkpoint: Checkpoint, out: Path, name: str, device: str, request: Mapping[str, Any]) -> None:
     """Source and result of a run on the same rows, each into its record, where the card looks for them.
 
-    `name` is what the result in `out` will be called.
+    `name` is what the result in `out` will be called; request: of BoardOptions.
 
     A result in which nothing was reduced has the source's weights, byte for byte, and so its scores: hours of a large
     model are not spent on measuring them twice.
     """
-    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, tasks, limit, data, again=True)
+    board = _measure_tasks(checkpoint, out / LEADERBOARD_SOURCE, device, **request, again=True)
     result = open_checkpoint(out)
     if Outcome.load(out).plan.reductions:
-        _measure_tasks(result, out / LEADERBOARD, device, tasks, limit, data, name=name, again=True)
+        _measure_tasks(result, out / LEADERBOARD, device, **request, name=name, again=True)
     else:
         weights = result.fingerprint.told()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
@@ -185,20 +163,21 @@ def _there(output: Path) -> Leaderboard | None:
 
 
 def push(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
+    output: options.Out,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
+    *,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
     ] = None,
-    as_json: common.Json = False,
+    told: options.Json,
 ) -> None:
     """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
 
     It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
     """
     pushed = push_directory(output, repo, private=private, revision=revision)
-    if as_json:
+    if told.as_json:
         return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
     for names, what in (
         (pushed.replaced, "replaced on the Hub"),
@@ -215,15 +194,15 @@ def some(names: Sequence[str]) -> str:
 
 
 def card(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")],
+    output: options.Out,
+    *,
     source: Annotated[
         str | None, typer.Option("--source", help="The model that was reduced: licence, language, id, hashes.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
-    force: common.Force = False,
-    as_json: common.Json = False,
+    file: options.Record,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT.
 
@@ -240,9 +219,9 @@ def card(
         name=name,
         base_model=base_model,
         hash_source=hash_source,
-        force=force,
+        force=file.force,
     )
-    if as_json:
+    if file.as_json:
         return common.print_json({"output": str(written)})
     say(f"written to {written}")
 

@@ -11,91 +11,61 @@ from typing import Annotated, Any
 
 import typer
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.files import to_json, write_atomically
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import require_place, writing
-from laser.cli import common, memory
+from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
-from laser.cli.flow import (
-    Output,
-    RequireFit,
-    RuleOption,
-    Shrink,
-    TwoSided,
-)
-from laser.cli.measure import Field, Stream, TextFile, WindowLength, texts_of
-from laser.cli.publish import Tasks, leaderboards, named
+from laser.cli.publish import leaderboards
+from laser.cli.recipe import follow, packaged
 from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
-from laser.engine.estimate import Measuring, Meter, estimate
-from laser.engine.workers import choose_crew
+from laser.engine.cost import Measuring, Meter, estimate
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.text import WINDOW, Text, load_tokenizer
-from laser.flow import records_of, require_same_run
+from laser.evaluation.text import Text, load_tokenizer
+from laser.files import write_atomically
+from laser.flow import require_same_run
 from laser.flow import run as run_flow
-from laser.plan import Plan, Treatment, make_plan, parse_lowest_snr
-from laser.publication import SEARCH, write_card
-from laser.recipe import load_recipe, packaged
-from laser.search.candidates import DATA, family_of
+from laser.pipeline import records_of
+from laser.plan import Plan, Treatment, make_plan
+from laser.records import to_json
+from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
 from laser.search.search import check_objectives, check_request, require_journal, result_document
-from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.measuring import choose_method
-from laser.spectral.rules import draws_needed
+from laser.spectral.rules import draws_needed, metric_in
 
 
 def run(
-    model: common.Model,
-    output: Output,
-    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(packaged())}, or a TOML or YAML file.")] = None,
-    rule: RuleOption = None,
-    moments: common.MomentsFile = None,
-    lowest_snr: Annotated[
+    model: options.Model,
+    *,
+    output: options.Output,
+    recipe: Annotated[
         str | None,
-        typer.Option("--lowest-snr", metavar="K", help="Only the K matrices of lowest SNR, or all. Search: 15."),
+        typer.Option(
+            "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
+        ),
     ] = None,
-    shrink: Shrink = None,
-    two_sided: TwoSided = False,
-    require_fit: RequireFit = None,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
+    how: options.Rule,
+    moments: options.Inputs,
+    lowest: options.Lowest,
+    which: options.Matrices,
     search: Annotated[
         bool | None, typer.Option("--search/--no-search", help="Keep only edits that help; default without a recipe.")
     ] = None,
-    accept: Annotated[str | None, typer.Option("--accept", help=f"In a search: {', '.join(ACCEPT)}.")] = None,
-    order: Annotated[str | None, typer.Option("--order", help="In a search: layers or snr.")] = None,
-    text: TextFile = None,
-    field: Field = None,
-    held_out: Annotated[Path | None, typer.Option("--held-out", help="Text that a search reports on.")] = None,
-    window: WindowLength = WINDOW,
-    windows: Annotated[int, typer.Option("--windows", help="Calibration windows of a search; 0: all.")] = 16,
-    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
-    stream: Stream = None,
+    trials: options.Trials,
+    text: options.SearchText,
+    stream: options.Stream = None,
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
-    tasks: Tasks = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows of the tasks, without the Hub.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N rows of each task.")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all.")
-    ] = None,
-    workers: common.Workers = None,
-    engine: common.Engine = "threads",
-    precision: common.Precision = "auto",
-    method: Annotated[str | None, typer.Option("--method", help="auto, gram, projector or svd.")] = None,
-    resume: common.Resume = False,
-    force: common.Force = False,
-    dry_run: common.DryRun = False,
-    as_json: common.Json = False,
+    rows: options.Rows,
+    compute: options.Compute,
+    work: options.Directory,
 ) -> None:
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
 
@@ -103,44 +73,28 @@ def run(
     better. A recipe is followed as it stands; with --search its candidates are tried in the same way, and the six tasks
     of the leaderboard are run on source and result where lm-eval is installed.
     """
-    flags: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    # What is asked for here wins; rule and number default to the published procedure's candidates.
-    wanted: str = rule or flags.get("rule", "laser-rmt")
-    searching = flags.get("search", recipe is None) if search is None else search
-    told = flags.get("lowest-snr") if lowest_snr is None else lowest_snr
-    count = parse_lowest_snr(None if told is None else str(told), 15 if searching else None)
-    chosen = common.selection(
-        layers or flags.get("layers"),
-        roles or flags.get("roles"),
-        include or flags.get("include"),
-        exclude or flags.get("exclude"),
-    )
-    treatment: dict[str, Any] = {
-        "shrink": shrink or flags.get("shrink"),
-        "two_sided": two_sided or flags.get("two-sided", False),
-        "require_fit": require_fit if require_fit is not None else flags.get("require-fit"),
-    }
+    # Rule and number default to the published procedure's candidates.
+    wanted = "laser-rmt" if how.rule is None else how.rule
+    searching = recipe is None if search is None else search
+    count = lowest.count(15 if searching else None)
+    chosen, treatment = which.selection(), how.treatment()
     rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]
     for each in rules:
-        Treatment(each.removeprefix(DATA), **treatment, metric=family_of(each)).check()
+        Treatment(each, **treatment).check()
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
-    how: dict[str, Any] = {
-        "accept": accept or flags.get("accept", "better"),
-        "order": order or flags.get("order", "layers"),
-    }
     if searching:
-        check_request(rules, **how, lowest_snr=count, calibrated=moments is not None)
-        check_objective("loss", None, window, windows, held_out_windows, held_out)
-    elif DATA in wanted and moments is None:
+        calibrated = moments.moments is not None
+        check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
+        check_objective("loss", None, text)
+    elif metric_in(wanted) != "plain" and moments.moments is None:
         raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
-    kind = device or flags.get("device", "auto")
-    crew = choose_crew(kind, precision, workers=workers, engine=engine)
-    draws = max((draws_needed(each.removeprefix(DATA)) for each in rules), default=0)
-    method, _ = choose_method(method or flags.get("method", "auto"), crew.devices[0])
-    texts, known = texts_of(text, field, None, held_out), common.moments_of(moments)
-    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
-    begun = require_place(checkpoint, output, resume=resume, force=force)
+    crew = compute.crew()
+    draws = max((draws_needed(each) for each in rules), default=0)
+    method = compute.truncating(crew)
+    texts, known = text.read(), moments.load()
+    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
     if known is not None:
@@ -151,26 +105,25 @@ def run(
 
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
-        return crew.devices[0] if engine == "threads" else choose_device("cpu" if kind == "cpu" else "auto", precision)
+        if compute.engine == "threads":
+            return crew.devices[0]
+        return choose_device("cpu" if compute.device == "cpu" else "auto", compute.precision)
 
     matrices = chosen_of(matrices, chosen)
     measuring: list[Measuring] = []
     workload = board = measure = None
-    if not wants_board and any(x is not None for x in (tasks, data, limit)):
+    if not wants_board and rows != options.Rows():
         raise UsageError(
             "--tasks, --data and --limit are for the leaderboard, which this run leaves out; try --leaderboard"
         )
     if wants_board:
-        workload = require_leaderboard(checkpoint, tasks=named(tasks), data=data, limit=limit, counted=dry_run)
+        workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _measure(
-            checkpoint, *texts, window, windows, held_out_windows, here(), stream, matrices, how["accept"]
-        )
+        measure = _measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
 
     def planned(spectra: Spectra) -> Plan:
-        bare, metric = wanted.removeprefix(DATA), family_of(wanted)
-        return make_plan(spectra, bare, chosen, lowest_snr=count, metric=metric, **treatment)
+        return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
 
     of_run: dict[str, Any] = {
         "crew": crew,
@@ -179,30 +132,30 @@ def run(
         "moments": known,
         "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
     }
-    if dry_run:  # everything is checked that the run itself would refuse
-        if resume:
+    if work.dry_run:  # everything is checked that the run itself would refuse
+        if work.resume:
             require_same_run(begun, checkpoint, chosen, None if searching else planned, **of_run)
             if measure is not None:
-                asked = how | {"lowest_snr": count}
+                asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order}
                 journal = records_of(begun) / "search.jsonl"
                 require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
-            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=how["order"]))
+            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=trials.order))
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, measuring)
+        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
         if measure is None:
             return planned(spectra)
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
-            selection=chosen, lowest_snr=count, **how, device=here(),
+            selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         write_atomically(place / SEARCH, to_json(result_document(result)))
-        if not as_json:
+        if not work.as_json:
             print_search(result)
         return result.plan
 
@@ -215,7 +168,7 @@ def run(
         common.Progress("scan", matrices) as scanned,
         common.Progress("reduce", matrices) as reduced,
         common.Checking() as check,
-        writing(checkpoint, output, resume=resume, force=force) as place,
+        writing(checkpoint, output, resume=work.resume, force=work.force) as place,
     ):
         result = run_flow(
             checkpoint,
@@ -231,10 +184,10 @@ def run(
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
-            leaderboards(checkpoint, place, output.resolve().name, here().name, named(tasks), data, limit)
+            leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
             command = (_command(checkpoint, output),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
-    print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, as_json)
+    print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, work.as_json)
 
 
 @dataclass(frozen=True)
@@ -255,17 +208,13 @@ def _measure(
     checkpoint: Checkpoint,
     text: Text,
     held_out: Text | None,
-    window: int,
-    windows: int,
-    held_out_windows: int,
+    asked: options.SearchText,
     device: Device,
     stream: bool | None,
     matrices: Sequence[Matrix],
     accept: str,
 ) -> _Measure:
-    calibration, reported = objectives_of(
-        checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, window, windows, held_out_windows
-    )
+    calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
     check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False

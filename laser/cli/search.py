@@ -9,23 +9,22 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.checkpoint.locks import real
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.cli import common, memory
+from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
-from laser.cli.measure import Dataset, Dtype, Field, Stream, TextFile, WindowLength, digits, fewer, texts_of
-from laser.engine.workers import Crew
+from laser.cli.measure import digits, fewer
+from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.objective import Loss, Objective, read_task
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
-from laser.evaluation.text import WINDOW, Text, check_cut, cut_windows, load_tokenizer
-from laser.flow import scan_into, tidy_spectra
-from laser.plan import parse_lowest_snr
-from laser.search.candidates import DATA, candidates_of
+from laser.evaluation.text import Text, check_cut, cut_windows, load_tokenizer
+from laser.files import real
+from laser.pipeline import scan_into, tidy_spectra
+from laser.search.candidates import candidates_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import (
     Report,
@@ -37,14 +36,14 @@ from laser.search.search import (
     result_document,
 )
 from laser.search.search import search as search_plan
-from laser.search.trials import ACCEPT
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device
-from laser.spectral.rules import RULES, draws_needed
+from laser.spectral.devices import Device
+from laser.spectral.rules import BY_DATA, RULES, draws_needed
 
 
 def search(
-    model: common.Model,
+    model: options.Model,
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
     spectra: Annotated[
         Path | None,
@@ -55,50 +54,29 @@ def search(
     rules: Annotated[
         str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments.")
     ] = "laser-rmt",
-    moments: common.MomentsFile = None,
-    lowest_snr: Annotated[
-        str | None,
-        typer.Option(
-            "--lowest-snr", metavar="K", help="Try the K matrices of lowest SNR, or all. Default: 15, as LaserRMT does."
-        ),
-    ] = None,
+    moments: options.Inputs,
+    lowest: options.Lowest,
     shortlist: Annotated[
         str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
     ] = None,
     grid: Annotated[
         str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
     ] = None,
-    accept: Annotated[str, typer.Option("--accept", help=f"Which edits to keep: {', '.join(ACCEPT)}.")] = "better",
-    order: Annotated[str, typer.Option("--order", help="layers (last first, fast) or snr (as published).")] = "layers",
+    trials: options.Trials,
     objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
     task: Annotated[
         Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
     ] = None,
-    text: TextFile = None,
-    field: Field = None,
-    dataset: Dataset = None,
-    held_out: Annotated[
-        Path | None, typer.Option("--held-out", help="Text to report on; default: what follows the calibration.")
-    ] = None,
-    window: WindowLength = WINDOW,
-    windows: Annotated[
-        int, typer.Option("--windows", help="Calibration windows, or questions of the task; 0: all.")
-    ] = 16,
-    held_out_windows: Annotated[int, typer.Option("--held-out-windows", help="Windows to report on; 0: all.")] = 16,
-    layers: common.Layers = None,
-    roles: common.Roles = None,
-    include: common.Include = None,
-    exclude: common.Exclude = None,
-    stream: Stream = None,
-    dtype: Dtype = "float32",
-    device: common.DeviceName = "auto",
-    precision: common.Precision = "auto",
+    text: options.SearchText,
+    dataset: options.Dataset,
+    which: options.Matrices,
+    stream: options.Stream = None,
+    dtype: options.Dtype = "float32",
+    on: options.Precise,
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
     ] = None,
-    force: common.Force = False,
-    dry_run: common.DryRun = False,
-    as_json: common.Json = False,
+    work: options.Work,
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
 
@@ -108,31 +86,31 @@ def search(
     # Before the model, which may have to be downloaded: what is asked for.
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     asked: dict[str, Any] = {
-        "lowest_snr": parse_lowest_snr(lowest_snr, None if grid or shortlist else 15),
+        "lowest_snr": lowest.count(None if grid or shortlist else 15),
         "shortlist": shortlist_of(shortlist),
         "grid": grid is not None,
-        "accept": accept,
-        "order": order,
+        "accept": trials.accept,
+        "order": trials.order,
     }
-    check_request(wanted, **asked, calibrated=moments is not None)
-    check_objective(objective, task, window, windows, held_out_windows, held_out)
+    check_request(wanted, **asked, calibrated=moments.moments is not None)
+    check_objective(objective, task, text)
     require_dtype(dtype)
-    chosen, where = common.selection(layers, roles, include, exclude), choose_device(device, precision)
-    common.refuse_to_overwrite(output, force, "plan")
+    chosen, where = which.selection(), on.choose()
+    work.claim(output, "plan")
     journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
     if len({real(path) for path in (output, journal, spectra)}) < 3:
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)
-    if measured is not None and not dry_run:
+    if measured is not None and not work.dry_run:
         tidy_spectra(spectra)
-    texts, known = texts_of(text, field, dataset, held_out), common.moments_of(moments)
+    texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
-    checkpoint = open_checkpoint(model, "files" if dry_run else "weights")
+    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
-    calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, window, windows, held_out_windows)
-    check_objectives(calibration, reported, accept, asked["shortlist"])
+    calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)
+    check_objectives(calibration, reported, trials.accept, asked["shortlist"])
     if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
         chosen.check(list_matrices(checkpoint))
     else:
@@ -141,9 +119,9 @@ def search(
     layered, placed = layered_model(
         checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
     )
-    draws = max((draws_needed(rule.removeprefix(DATA)) for rule in wanted), default=0)
-    if dry_run:
-        if not force:
+    draws = max((draws_needed(rule) for rule in wanted), default=0)
+    if work.dry_run:
+        if not work.force:
             require_journal(journal, layered, wanted, calibration, chosen, where, known, asked)
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
@@ -152,9 +130,9 @@ def search(
             found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
         told = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
-            tried=tried, order=order, grid=asked["grid"], shortlisted=shortlist is not None,
+            tried=tried, order=trials.order, grid=asked["grid"], shortlisted=shortlist is not None,
         )  # fmt: skip
-        return print_dry_run(checkpoint, chosen, crew, as_json, draws, known is not None, [told])
+        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [told])
     if measured is None:
         with common.Progress("scan", matrices) as bar:
             measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
@@ -169,10 +147,10 @@ def search(
         device=where,
         journal=journal,
         moments=known,
-        anew=force,
+        anew=work.force,
     )
     result.plan.save(output)
-    if as_json:
+    if work.as_json:
         return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
     print_search(result)
     say(f"written to {output}; every trial is in {journal}")
@@ -185,14 +163,14 @@ def layered_model(
     device: Device,
     dtype: str,
     stream: bool | None,
-    **options: Any,
+    **how: Any,
 ) -> tuple[LayeredModel, Placement]:
     """The model that a search measures, in memory or layer by layer as that allows, and why; no weight is read.
 
     Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
     """
     windows = [window for each in objectives for window in each.windows]
-    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **options))
+    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **how))
     layered = LayeredModel(
         checkpoint, dtype=dtype, device=device.torch_device, resident=not placed.stream, store=placed.store()
     )
@@ -201,7 +179,7 @@ def layered_model(
     return layered, placed
 
 
-def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
+def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
     """`laser.search.search` of these arguments, its trials shown on a bar."""
     with tqdm(desc="search", disable=None, leave=False) as bar:
 
@@ -211,26 +189,24 @@ def search_with_bar(*arguments: Any, **options: Any) -> SearchResult:
             bar.update()
 
         try:
-            return search_plan(*arguments, tick=tick, **options)
+            return search_plan(*arguments, tick=tick, **how)
         finally:
             arguments[0].unload()  # what comes next needs the memory
 
 
-def check_objective(
-    objective: str, task: Path | None, window: int, windows: int, held_out_windows: int, held_out: Path | None
-) -> None:
+def check_objective(objective: str, task: Path | None, text: options.SearchText) -> None:
     """What can be refused of an objective without the model's tokenizer. Raises UsageError."""
     if objective not in ("loss", "accuracy") or (objective == "accuracy") != (task is not None):
         raise UsageError(
             f"found --objective {objective} and --task {task}; try --objective accuracy --task FILE.jsonl, or neither"
         )
-    if windows == 0 and held_out is None and task is None:
+    if text.windows == 0 and text.held_out is None and task is None:
         raise UsageError(
             "--windows 0 calibrates on the whole text and leaves nothing of it to report on; try --held-out FILE, or a "
             "count of --windows"
         )
-    for limit in (windows, held_out_windows):
-        check_cut(window, limit or None)
+    for limit in (text.windows, text.held_out_windows):
+        check_cut(text.window, limit or None)
 
 
 def objectives_of(
@@ -239,30 +215,29 @@ def objectives_of(
     task: Path | None,
     text: Text,
     held_out: Text | None,
-    window: int,
-    windows: int,
-    held_out_windows: int,
+    asked: options.SearchText,
 ) -> tuple[Objective, list[Objective]]:
     """What is minimised, and what is reported: other text, and for a task its later questions too. A count of 0
     windows is all that there are."""
-    calibration = cut_windows(text, tokenizer, length=window, limit=windows or None)
+    windows, most = asked.windows, asked.held_out_windows or None
+    calibration = cut_windows(text, tokenizer, length=asked.window, limit=windows or None)
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out
     skip = windows if held_out is None else 0
-    cut = cut_windows(other, tokenizer, length=window, limit=held_out_windows or None, skip=skip)
+    cut = cut_windows(other, tokenizer, length=asked.window, limit=most, skip=skip)
     check_vocabulary(checkpoint, cut)
     if task is None:
         return Loss(calibration), [Loss(cut)]
     minimised = read_task(task, tokenizer, limit=windows or None)
     if windows == 0:  # every question is calibrated on, and none is left
         return minimised, [Loss(cut)]
-    return minimised, [read_task(task, tokenizer, limit=held_out_windows or None, skip=windows), Loss(cut)]
+    return minimised, [read_task(task, tokenizer, limit=most, skip=windows), Loss(cut)]
 
 
 def _grid(text: str) -> list[str]:
     """`fraction:0.9,0.6` or `data:fraction:0.9,0.6` to its rules. Raises UsageError without arguments; rules check the
     rest."""
-    metric = DATA if text.startswith(DATA) else ""
+    metric = BY_DATA if text.startswith(BY_DATA) else ""
     name, _, arguments = text.removeprefix(metric).partition(":")
     found = [f"{metric}{name}:{argument}" for argument in arguments.split(",") if argument]
     if not found:

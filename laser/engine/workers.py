@@ -1,75 +1,26 @@
-"""Who computes, and the one queue that feeds them: read, compute and hand on, of different matrices at the same time.
+"""The one queue that feeds the workers: read, compute and hand on, of different matrices at the same time.
 
-    reader -> [two ahead] -> two workers per GPU, or one per core -> [two behind] -> the caller, who writes
-
-A worker on the host has one BLAS thread, however many workers there are. An eigensolver's last bits depend on how many
-threads it has, and a result must not depend on the number of workers; and two matrices at a time with a thread each
-are faster than one at a time with two, as most of an eigenproblem is bound by memory and runs on one core anyway.
-
-Memory: in storage dtype, two matrices ahead, two results behind, and per worker its matrix and its result; and per
-worker what a factorisation needs (`worker_bytes`). Neither the checkpoint's size nor the number of matrices matters.
+reader -> [two ahead] -> two workers per GPU, or one per core -> [two behind] -> the caller, who writes
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
-from threadpoolctl import ThreadpoolController
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.reader import BITS, Checkpoint
+from laser.checkpoint.matrices import Matrix
+from laser.checkpoint.reader import Checkpoint
+from laser.engine.crew import Crew, T, Visits, Work, do, own_stream, quiet
 from laser.errors import UsageError
-from laser.spectral.devices import Device, choose_device, free_bytes, full_precision, on_device_or_host, shared
-from laser.spectral.factorise import device_bytes
-from laser.spectral.gram import BLOCK_ROWS
+from laser.spectral.devices import Device, choose_device, shared
 
-T = TypeVar("T")
-# What is done with one matrix: (matrix, its weights (m, n) on the host, the device to use) -> a result.
-Work = Callable[[Matrix, torch.Tensor, Device], T]
-Visits = Generator[tuple[Matrix, T, float], None, None]
 AHEAD = 1  # in a queue; with the one that its sender holds, two
-# On CUDA, each with a stream of its own: one copies, rounds and judges while the other's kernels run.
-PER_GPU = 2
 PATIENCE = 0.1  # seconds between two looks at whether the work was given up
-
-
-@dataclass(frozen=True)
-class Crew:
-    """PER_GPU workers per device; on the host as many as `workers`, or, if that is None, as cores and memory allow.
-
-    engine: "threads" of this process, or "ray", "ray://HOST:PORT": the same work as tasks of a Ray cluster, which says
-    by itself on which of its devices of that kind.
-    """
-
-    devices: tuple[Device, ...]
-    workers: int | None = None
-    engine: str = "threads"
-
-    @property
-    def label(self) -> str:
-        """Of the kind of device, not of how many there are: records must not depend on that."""
-        name, dtype = self.devices[0].label.split(" ", 1)
-        return f"{name.partition(':')[0]} {dtype}"
-
-    def staff(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
-        """A device per worker for these matrices. On the host never more workers than matrices."""
-        first = self.devices[0]
-        if not first.host_blas:
-            each = PER_GPU if first.torch_device.type == "cuda" else 1
-            return self.devices * each
-        if self.workers is not None:
-            return (first,) * max(1, min(self.workers, len(matrices)))
-        free, room = free_bytes(first), torch.get_num_threads()
-        if free is not None:  # half of it: others live here too
-            room = min(room, free // 2 // max(worker_bytes(matrices, first), 1))
-        return (first,) * max(1, min(room, len(matrices)))
 
 
 def choose_crew(
@@ -79,7 +30,9 @@ def choose_crew(
     workers: int | None = None,
     engine: str = "threads",
 ) -> Crew:
-    """The crew of a command line. `device`: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any.
+    """The workers that a command line asks for.
+
+    device: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any
 
     Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
     differ.
@@ -96,7 +49,7 @@ def choose_crew(
     if engine == "threads":
         chosen = tuple(choose_device(name, precision) for name in names)
     else:
-        from laser.engine.ray_engine import choose_in_cluster  # imported when met: Ray is an extra
+        from laser.engine.ray import choose_in_cluster  # imported when met: Ray is an extra
 
         chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
     if len({found.dtype for found in chosen}) != 1:
@@ -115,42 +68,12 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
     which of the crew's devices it gets.
     """
     if crew.engine != "threads":
-        from laser.engine.ray_engine import visit_on_ray  # imported when met: Ray is an extra
+        from laser.engine.ray import visit_on_ray  # imported when met: Ray is an extra
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:
         staff = crew.staff(matrices)
         yield from _visit_here(checkpoint, matrices, work, [shared(device, staff.count(device)) for device in staff])
-
-
-def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """By cost m * n * min(m, n), falling, so that no large matrix is left to one worker at the end."""
-    return sorted(matrices, key=lambda m: -m.cost)
-
-
-def do(work: Work[T], matrix: Matrix, W: torch.Tensor, device: Device) -> tuple[Matrix, T, float]:
-    """One visit, timed."""
-    start = time.perf_counter()
-    result = work(matrix, W, device)
-    return matrix, result, time.perf_counter() - start
-
-
-def own_stream(device: Device) -> AbstractContextManager[object]:
-    """On CUDA a stream for this thread, whose work then overlaps with that of others; elsewhere nothing."""
-    if device.torch_device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device.torch_device))
-
-
-def near(W: torch.Tensor, device: Device) -> torch.Tensor:
-    """W on a device with LAPACK, so CUDA's, that has room for it beside its factorisation: looked at there for NaN and
-    tails it costs nothing, and it is copied once. Else W as it is: the ladder sends it a few rows at a time."""
-    if device.host_eigensolver:
-        return W
-    free = free_bytes(device)
-    if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
-        return W
-    return on_device_or_host(lambda where: W.to(where.torch_device), device)
 
 
 class _GivenUp(Exception):
@@ -239,42 +162,3 @@ def _visit_here(
             for thread in threads:
                 if thread.ident is not None:  # where there was room for no more, some were not started
                     thread.join()
-
-
-@contextmanager
-def quiet(device: Device) -> Iterator[None]:
-    """One BLAS thread per worker, and IEEE products, set once around all workers: each sets and restores both for
-    itself as well, which among threads is safe only where there is nothing left to change. On CUDA, too, whose workers
-    go on on the host when a step fails there; but on MPS one worker has the host's eigensolver to itself."""
-    before = torch.get_num_threads()
-    several = device.host_blas or not device.host_eigensolver
-    pool = ThreadpoolController().limit(limits=1, user_api="blas") if several else nullcontext()
-    with full_precision(), pool:
-        if device.host_blas:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def storage_bytes(matrices: Sequence[Matrix]) -> int:
-    """Of the largest of them, in its storage dtype."""
-    return max((m.shape[0] * m.shape[1] * BITS[m.dtype] // 8 for m in matrices if m.is_matrix), default=0)
-
-
-def worker_bytes(matrices: Sequence[Matrix], device: Device) -> int:
-    """What one worker holds at the most: its matrix and result, the Gram matrix, its vectors and LAPACK's two work
-    arrays, and three blocks of rows in the precision of the arithmetic."""
-    p = max((min(m.shape) for m in matrices if m.is_matrix), default=0)
-    q = max((max(m.shape) for m in matrices if m.is_matrix), default=0)
-    width = torch.finfo(device.dtype).bits // 8
-    return 2 * storage_bytes(matrices) + 5 * p * p * width + 3 * min(BLOCK_ROWS, q) * p * width
-
-
-def peak_bytes(matrices: Sequence[Matrix], crew: Crew) -> int:
-    """The bound of a scan or reduction on the host, besides the libraries: every worker, two ahead and two behind."""
-    return len(crew.staff(matrices)) * worker_bytes(matrices, crew.devices[0]) + 4 * storage_bytes(matrices)

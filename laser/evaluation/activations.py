@@ -1,4 +1,4 @@
-"""Where hidden states wait between layers: in memory up to a limit, then in memory-mapped temporary files."""
+"""Where hidden states wait between layers: in memory up to a limit, then in temporary files, memory-mapped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from laser.checkpoint.files import disk_errors
+from laser.files import disk_errors
 
 # 2 GiB hold 128 windows of 512 tokens at hidden size 4096 in float32, and leave a 16 GB machine its room for a layer.
 MEMORY_LIMIT = 2 << 30

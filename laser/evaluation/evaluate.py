@@ -1,4 +1,4 @@
-"""eval: the loss of one checkpoint on one text, by the whole model in memory or streamed layer by layer."""
+"""eval: the loss of one checkpoint on one text, by the whole model or streamed layer by layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.fingerprint import require_unchanged
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.source import require_unchanged
 from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored

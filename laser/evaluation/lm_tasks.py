@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.regular import LARGEST_TEXT, read_regular
 from laser.errors import RecordError, UsageError
 from laser.evaluation.rows import Row, decode, rows_of
+from laser.files import LARGEST_TEXT, read_regular
 
 PREFIX = "laser_"  # so that a task of ours never shadows lm-eval's own
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.records import each_once
-from laser.checkpoint.regular import LARGEST_TEXT, read_regular
 from laser.errors import RecordError, UsageError
+from laser.files import LARGEST_TEXT, read_regular
+from laser.records import each_once
 
 JSON_LINES, JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar")

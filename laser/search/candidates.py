@@ -1,4 +1,7 @@
-"""What a search tries, in which order: one matrix or one cell of matrices, each at the ranks of one or more rules."""
+"""What a search tries, in which order.
+
+A candidate is one matrix, or one cell of matrices, at the ranks of one or more rules.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,29 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from laser.checkpoint.families import read_matrix
+from laser.checkpoint.matrices import read_matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
-from laser.moments import Moments
+from laser.moments import Moments, metric_of
 from laser.plan import Plan, make_plan
 from laser.reasons import Kind, Why
 from laser.search.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral.data_metric import truncate_in_metric
 from laser.spectral.devices import Device
-from laser.spectral.factorise import truncate
+from laser.spectral.rules import metric_in
+from laser.spectral.shrinkage import Gains
 
 ORDERS = ("layers", "snr")
-DATA = "data:"  # before a rule that is asked in the metric of the data
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice in
-    the same metric."""
+    """Matrices that are edited together.
+
+    options: (rule, tensor name -> rank), mildest first, no rank twice in the same metric
+    """
 
     label: str
     piece: int  # the first piece of the model that it touches
@@ -37,18 +41,12 @@ class Candidate:
     predicted: float | None = None  # first-order change of the loss, nats per token, by the first rule
 
 
-def family_of(rule: str) -> str:
-    """The metric in which a search's rule is asked: plain or data."""
-    return "data" if rule.startswith(DATA) else "plain"
-
-
 def plans_of(spectra: Spectra, rules: Sequence[str], selection: Selection, lowest_snr: int | None) -> dict[str, Plan]:
     """One plan per rule. Only the first is limited to the K lowest: a matrix's SNR depends on the rule."""
     plans = {}
     for i, rule in enumerate(rules):
         lowest = None if i else lowest_snr
-        bare, metric = rule.removeprefix(DATA), family_of(rule)
-        plans[rule] = make_plan(spectra, bare, selection, lowest_snr=lowest, metric=metric)
+        plans[rule] = make_plan(spectra, rule, selection, lowest_snr=lowest)
     return plans
 
 
@@ -85,7 +83,7 @@ def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Ca
         ranks: dict[tuple[int, bool], str] = {}
         for rule, plan in plans.items():
             if name in plan.reductions:
-                ranks.setdefault((plan.reductions[name].rank or 0, rule.startswith(DATA)), rule)
+                ranks.setdefault((plan.reductions[name].rank or 0, metric_in(rule) != "plain"), rule)
         options = tuple((ranks[key], {name: key[0]}) for key in sorted(ranks, reverse=True))
         found.append(Candidate(name, model.first_piece(name), line.snr, options))
     return found
@@ -116,16 +114,15 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
 
 
 def cut_of(
-    checkpoint: Checkpoint, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
+    checkpoint: Checkpoint, rule: str, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
 ) -> dict[str, torch.Tensor]:
-    """The truncated matrices, in storage dtype: exactly what `reduce` would write for these ranks. With `moments` in
-    the metric of the data."""
+    """The matrices truncated in the rule's metric, in storage dtype: what `reduce` would write for these ranks."""
     found = {}
     for name, rank in ranks.items():
-        W = read_matrix(checkpoint, name)
-        plain = moments is None
-        cut = truncate(W, rank, device) if plain else truncate_in_metric(W, rank, moments.metric(name, W), device)
-        found[name] = cut.matrix
+        W, gains = read_matrix(checkpoint, name), Gains(rank)
+        cut = metric_of(metric_in(rule), name, W, moments).visit(W, lambda _, gains=gains: gains, device).truncation
+        assert cut is not None, "gains were given"
+        found[name] = cut.matrix.cpu()
     return found
 
 
@@ -144,12 +141,13 @@ def predict(
         raise UsageError("--shortlist gradient cannot rank the embedding; leave its role out")
     boundaries = bench.all_boundaries(first)
     changes: dict[str, float] = {}
-    ranks = {name: rank for c in candidates for name, rank in c.options[0][1].items()}
-    data = {name for c in candidates for name in c.options[0][1] if c.options[0][0].startswith(DATA)}
+    firsts = {
+        name: (rule, {name: rank}) for c in candidates for rule, ranks in c.options[:1] for name, rank in ranks.items()
+    }
     checkpoint = bench.model.checkpoint
     for name, G in bench.model.gradients(bench.objective.windows, boundaries, sorted(names)):
         W = read_matrix(checkpoint, name).double()
-        cut = cut_of(checkpoint, {name: ranks[name]}, device, moments if name in data else None)
+        cut = cut_of(checkpoint, *firsts[name], device, moments)
         removed = cut[name].double() - W
         changes[name] = float((G.cpu().double() * removed).sum())
     bench.forget(piece for piece in boundaries if piece not in bench.pieces)

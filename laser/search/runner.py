@@ -1,4 +1,4 @@
-"""Going through candidates, one at a time or as a grid, with a journal that remembers every finished trial."""
+"""Go through candidates, one at a time or as a grid. A journal remembers every finished trial."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.files import Journal
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.moments import Moments
-from laser.search.candidates import DATA, Candidate, cut_of
+from laser.records import Journal
+from laser.search.candidates import Candidate, cut_of
 from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device
 
@@ -178,9 +178,7 @@ class Runner:
 
     def _cut(self, rule: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
         checkpoint = self.bench.model.checkpoint
-        if rule.startswith(DATA):
-            return cut_of(checkpoint, ranks, self.device, self.moments)
-        return cut_of(checkpoint, ranks, self.device)
+        return cut_of(checkpoint, rule, ranks, self.device, self.moments)
 
     def keep(self, trial: Trial) -> None:
         self.bench.keep(self._cut(trial.rule, trial.ranks))

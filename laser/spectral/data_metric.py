@@ -1,18 +1,19 @@
-"""Noise that sees the data: singular values and truncations of W in the metric of the inputs that it meets.
+"""Singular values and truncations by the data: in the metric E||W x||^2, x the calibration inputs.
 
-With x the inputs of W (m, n) and C = E[x x^T] (n, n) their second moment (not centred: a layer meets the mean, too),
+With x the inputs of W (m, n) and C = E[x x^T] (n, n) their second moment (not centred: a layer sees the mean, too),
 
     E ||(W - B) x||^2 = ||(W - B) C^(1/2)||_F^2 = tr((W - B) C (W - B)^T)
 
 is the error that the next layer sees. Its least value over matrices B of rank r is the tail of the squared singular
-values of W C^(1/2), and is reached by B = U U^T W, U (m, r) the top eigenvectors of W C W^T = E[y y^T], the second
-moment of the *outputs* y = W x (Eckart and Young 1936 in the metric of C; as SVD-LLM, arXiv 2403.07378, whitens).
-W C^(1/2) V V^T C^(-1/2) is the same matrix where C is regular. It is not used: nothing here inverts C, so a C without
-full rank needs no pseudo-inverse and no floor, and on inputs that the calibration never met B still is a projection of
+values of W C^(1/2) (Eckart and Young 1936 in the metric of C; as SVD-LLM, arXiv 2403.07378, whitens). It is reached by
+B = U U^T W, where U (m, r) are the top eigenvectors of W C W^T = E[y y^T], the second moment of the *outputs* y = W x.
+
+W C^(1/2) V V^T C^(-1/2) is the same matrix where C is regular. It is not used, so nothing here inverts C. A C without
+full rank needs no pseudo-inverse and no floor. On inputs that the calibration has not seen B still is a projection of
 what W answers, and not zero.
 
 The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/2) W^T W C^(1/2) and then U from
-W C^(1/2) V. It is solved on the host in float64 on every device: a few channels of massive activations give C a
+W C^(1/2) V. It is solved on the host in float64 on every device, because a few channels of massive activations give C a
 condition that squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen,
 count as 0.
 """
@@ -20,6 +21,7 @@ count as 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,14 +32,18 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
-from laser.spectral.factorise import check_storage
+from laser.spectral.factorise import Spectrum, Values, Visit, check_storage, singular_values
+from laser.spectral.rules import energy_share
+from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
 
+METHOD = "data"  # what a certificate calls it
+STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
 INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
 
 
 @dataclass(frozen=True)
-class Metric:
+class ByData:
     """What is known of the inputs of one W (m, n). Moments are float64 means over `tokens` inputs.
 
     form: what `moment` is: "full" C (n, n); "diagonal" its diagonal (n,); "outputs" W C W^T (m, m), for inputs so wide
@@ -62,6 +68,59 @@ class Metric:
                 f"{m} x {n}; calibrate this model again"
             )
 
+    def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
+        return Values(data_values(W, self, device), METHOD)
+
+    def visit(
+        self, W: torch.Tensor, decide: Callable[[Spectrum], Gains | None], device: Device, method: str = "gram"
+    ) -> Visit:
+        def rank(s: Spectrum) -> int | None:
+            gains = decide(s)
+            return None if gains is None else gains.above
+
+        return visit_in_metric(W, rank, self, device)
+
+    def problems(
+        self, name: str, W: torch.Tensor, B: torch.Tensor, half: torch.Tensor, gains: Gains, device: Device
+    ) -> list[str]:
+        """B must be a projection of W, and lose no more of the outputs than W itself says that this rank must."""
+        problems, rank = projection_problems(name, W, B, half, gains.above, device), gains.above
+        if not W.any():
+            return problems
+        s, narrow, E = data_values(W, self, device), B.double(), half.double()
+        lost = energy_share(s, np.arange(len(s)) >= rank) if s.any() else 0.0
+        found = relative_error(W, narrow, rank, self, device)
+        slack = 3 * math.sqrt(rounding_error(W, narrow, E, rank, self, device)) + 1e-5
+        if not (abs(math.sqrt(found) - math.sqrt(lost)) <= slack or abs(found - lost) <= STORED):
+            problems.append(f"{name}: {found:.4e} of the outputs' mean square is lost, expected {lost:.4e}")
+        return problems
+
+
+def projection_problems(
+    name: str, W: torch.Tensor, B: torch.Tensor, half: torch.Tensor, rank: int, device: Device
+) -> list[str]:
+    """What is wrong with B as some projection U U^T W of this rank, up to rounding to the storage dtype.
+
+    half (m, n) is half a unit in the last place of each entry of B. Being such a projection is the same as: no singular
+    value beyond the rank, and B^T (W - B) = 0.
+    """
+    W, u = in_unit(W)
+    narrow, E = B.double() / u, half.double() / u
+    wide = W.double()
+    rounding, norm = float(E.norm()), float(wide.norm())
+    if not norm:
+        return [] if not narrow.any() else [f"{name}: found values, expected zero, as the source's matrix is"]
+    problems = []
+    beyond = float(np.linalg.norm(singular_values(narrow, device)[0][rank:]))
+    if not beyond <= rounding + 1e-5 * norm:
+        problems.append(f"{name}: {beyond / norm:.3e} of the norm lies beyond rank {rank}")
+    # With B = U U^T W + E the product is at most ||E|| (||B|| + ||W - B|| + ||E||).
+    left = float((narrow.T @ (wide - narrow)).norm())
+    most = (rounding + 1e-5 * norm) * (float(narrow.norm()) + float((wide - narrow).norm()) + rounding)
+    if not left <= most:
+        problems.append(f"{name}: ||B^T (W - B)|| is {left:.3e}, expected {most:.1e} at most for a projection of W")
+    return problems
+
 
 def root(C: torch.Tensor) -> torch.Tensor:
     """C^(1/2) (n, n), symmetric; eigenvalues that rounding made negative count as 0."""
@@ -69,7 +128,7 @@ def root(C: torch.Tensor) -> torch.Tensor:
     return (vectors * torch.from_numpy(np.sqrt(np.maximum(values, 0.0)))) @ vectors.T
 
 
-def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.float64]:
+def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.float64]:
     """Singular values (p,) of W C^(1/2), float64, descending: the root mean square of the outputs along each direction.
 
     Raises NumericalError for NaN or Inf in W, UsageError for the metric of another matrix.
@@ -82,8 +141,20 @@ def data_values(W: torch.Tensor, metric: Metric, device: Device) -> NDArray[np.f
     return _to_values(values, metric) * u
 
 
-def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Device) -> Truncation:
+def truncate_in_metric(W: torch.Tensor, rank: int, metric: ByData, device: Device) -> Truncation:
     """The matrix of rank `rank` with the least mean squared error of the outputs, U U^T W, certified.
+
+    Raises as `visit_in_metric`.
+    """
+    found = visit_in_metric(W, lambda _: rank, metric, device).truncation
+    assert found is not None
+    return found
+
+
+def visit_in_metric(
+    W: torch.Tensor, decide: Callable[[NDArray[np.float64]], int | None], metric: ByData, device: Device
+) -> Visit:
+    """One factorisation of W (m, n): `decide` gets the data's values (p,) and answers with a rank, or None to leave W.
 
     The certificate is in the metric: energy_kept is the share of E||y||^2 that is left, residual the difference of
     measured and predicted root of the share that is lost. Raises UsageError for a rank over the number of directions
@@ -96,7 +167,10 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
         with host_threads(G.shape[0]):
             eigenvalues, V = _eigh(G)
         s = _to_values(eigenvalues, metric)
-        seen = int(np.count_nonzero(s))
+        values, seen = Values(s * u, METHOD), int(np.count_nonzero(s))
+        rank = decide(values.singular_values)
+        if rank is None:
+            return Visit(values, None)
         if not 0 <= rank <= seen:
             raise UsageError(
                 f"rank {rank} does not fit: {seen} of {len(s)} directions show in the {metric.tokens} inputs of the "
@@ -104,7 +178,8 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
             )
         total = float(np.sum(eigenvalues))
         if total <= 0:  # a zero matrix, or inputs that are all zero
-            return Truncation((W * u).to(storage), s * u, Certificate(1.0, 0.0, 0.0, 0.0, "data"))
+            certificate = Certificate(1.0, 0.0, 0.0, 0.0, METHOD)
+            return Visit(values, Truncation((W * u).to(storage), values.singular_values, certificate))
         wide = W.double()
         U = V[:, len(s) - rank :]
         if half is not None:
@@ -130,10 +205,11 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: Metric, device: Devic
     result = (B * u).to(storage)
     if not math.isfinite(largest_entry(result)):
         raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
-    return Truncation(result, s * u, Certificate(1 - lost, residual, orthogonality, tolerance, "data"))
+    certificate = Certificate(1 - lost, residual, orthogonality, tolerance, METHOD)
+    return Visit(values, Truncation(result, values.singular_values, certificate))
 
 
-def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, device: Device = HOST) -> float:
+def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, device: Device = HOST) -> float:
     """E||(W - B) x||^2 / E||W x||^2 on the inputs of any metric; 0 for a W that answers nothing.
 
     In the form "outputs" B must be a projection of W's outputs of rank `rank`, see `truncate_in_metric`: C is not
@@ -150,7 +226,7 @@ def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: Metric, 
 
 
 def rounding_error(
-    W: torch.Tensor, B: torch.Tensor, E: torch.Tensor, rank: int, metric: Metric, device: Device = HOST
+    W: torch.Tensor, B: torch.Tensor, E: torch.Tensor, rank: int, metric: ByData, device: Device = HOST
 ) -> float:
     """By how much E||B x||^2, relative to E||W x||^2, may be off where B (m, n) was rounded with errors up to E (m, n).
 
@@ -172,7 +248,7 @@ def rounding_error(
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
 
 
-def _in_unit(W: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, Metric, float]:
+def _in_unit(W: torch.Tensor, metric: ByData) -> tuple[torch.Tensor, ByData, float]:
     """W in its unit (unit.py), the metric of that, and the unit. Raises as `data_values`."""
     check_storage(W.dtype)
     metric.check(W)
@@ -196,7 +272,7 @@ def shrinkage(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor)
     return 1 - a, a * mu
 
 
-def _shrinkage_of(W: torch.Tensor, metric: Metric, device: Device) -> tuple[float, float]:
+def _shrinkage_of(W: torch.Tensor, metric: ByData, device: Device) -> tuple[float, float]:
     """(keep, add): the second moment of the inputs that counts is keep * C + add * I."""
     if not metric.shrink or metric.form == "diagonal":
         return 1.0, 0.0
@@ -208,14 +284,14 @@ def _shrinkage_of(W: torch.Tensor, metric: Metric, device: Device) -> tuple[floa
     return shrinkage(metric.moment, metric.fourth, metric.tokens, target)
 
 
-def _inputs(W: torch.Tensor, metric: Metric, device: Device) -> torch.Tensor:
+def _inputs(W: torch.Tensor, metric: ByData, device: Device) -> torch.Tensor:
     keep, add = _shrinkage_of(W, metric, device)
     if add == 0:
         return metric.moment
     return (keep * metric.moment).add_(torch.eye(len(metric.moment), dtype=torch.float64), alpha=add)
 
 
-def _mean_square(R: torch.Tensor, metric: Metric, device: Device) -> float:
+def _mean_square(R: torch.Tensor, metric: ByData, device: Device) -> float:
     """E||R x||^2 of R (m, n), float64, at least 0, where the inputs are known."""
     RC = R * metric.moment if metric.form == "diagonal" else _product(R, _inputs(R, metric, device), device)
     return max(float((RC * R).sum()), 0.0)
@@ -227,7 +303,7 @@ def _beyond(U: torch.Tensor, M: torch.Tensor) -> float:
 
 
 def _gram(
-    W: torch.Tensor, metric: Metric, device: Device
+    W: torch.Tensor, metric: ByData, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(p, p) with the squared data values as eigenvalues, float64 on the host; where W is tall also W C^(1/2), and
     C^(1/2) where it had to be made."""
@@ -290,7 +366,7 @@ def _orthonormal(U: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scipy.linalg.solve_triangular(R, U.T.numpy(), trans=1).T.copy())
 
 
-def _to_values(eigenvalues: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
+def _to_values(eigenvalues: NDArray[np.float64], metric: ByData) -> NDArray[np.float64]:
     if not np.isfinite(eigenvalues).all():
         raise NumericalError("the eigensolver returned NaN or Inf; are the moments finite? calibrate again")
     squares = np.maximum(eigenvalues[::-1], 0.0)

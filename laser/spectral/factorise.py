@@ -27,7 +27,16 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 
 from laser.errors import NumericalError, UsageError, first_line, is_out_of_memory
 from laser.spectral.certificate import Factors, Raw, Truncation, certified
-from laser.spectral.devices import HOST, Device, failed_there, free_bytes, full_precision, host_threads, release
+from laser.spectral.devices import (
+    HOST,
+    Device,
+    failed_there,
+    free_bytes,
+    full_precision,
+    host_threads,
+    on_device_or_host,
+    release,
+)
 from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
@@ -82,7 +91,7 @@ class Values:
 
     @property
     def told(self) -> str:
-        """For a record: nothing where the first step held."""
+        """How the values came about, for a record: nothing where the first step held."""
         return f"by {self.method}, as {self.note}" if self.note else ""
 
 
@@ -248,6 +257,20 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
     )
 
 
+def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
+    """W (m, n) copied once to a GPU that has room for it, the result and the factorisation's workspace.
+
+    The checks for NaN and the kurtosis then need no second copy. Otherwise W as it is, which the ladder streams in
+    blocks of rows; always so where the host has the eigensolver.
+    """
+    if device.host_eigensolver:
+        return W
+    free = free_bytes(device)
+    if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
+        return W
+    return on_device_or_host(lambda where: W.to(where.torch_device), device)
+
+
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
     """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
@@ -261,7 +284,10 @@ def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
 
 
 def _require_memory(W: torch.Tensor, step: Step) -> None:
-    """Before a matrix is sent. The host is not asked: there is nowhere else to go, and it can swap."""
+    """Raises NumericalError where the device lacks room for a step, before a matrix is sent.
+
+    The host is not asked: there is nowhere else to go, and it can swap.
+    """
     free = None if step.device.host_blas else free_bytes(step.device)
     needed = device_bytes(W, step.method, step.device)
     if free is not None and needed > free:

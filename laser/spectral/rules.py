@@ -6,7 +6,7 @@ scaling W by c scales the threshold by c and leaves the rank, transposing change
 matrix has rank 0. Adding a row here adds it to those tests, to the command line and to the documentation.
 
 `parallel` asks for more than the spectrum: the largest singular values of the matrix with its entries permuted, which a
-scan measures beside the spectrum when told to (permutation.py). Planning itself never reads a weight.
+scan measures beside the spectrum with `--null` (permutation.py). Planning itself never reads a weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.noise import Shape, Spectrum, fit_noise, standard_error
+from laser.spectral.noise import Noise, Shape, Spectrum, fit_noise, standard_error
 from laser.spectral.unit import unit_of
 
 UNFIT = 0.01  # level of a fit under which a law of noise is not believed
@@ -36,6 +36,7 @@ class Cut:
     threshold: float | None  # None where the rule fixes the rank and not a level
     sigma: float | None  # None where the rule estimates no noise
     reason: str
+    noise: Noise | None = None  # that the rule rests on; in the unit of the weights, as sigma is
 
 
 @dataclass(frozen=True)
@@ -49,50 +50,57 @@ class Rule:
     any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
+    sample: str = ""  # with an argument, as the tests ask for it; not needed where there is none, or a default
+    calibrated: bool = True  # of pure noise it keeps next to nothing
     # Up to which quantile its estimate reads the spectrum: spikes beyond that many are taken for noise (`crowd`).
     reads: float | None = None
     valid: Callable[[float], bool] = lambda _: True
     expected: str = ""
 
 
-def _above(s: Spectrum, threshold: float, sigma: float | None, reason: str) -> Cut:
-    return Cut(int(np.count_nonzero(s > threshold)), threshold, sigma, reason)
+def _above(s: Spectrum, threshold: float, reason: str, noise: Noise | None = None) -> Cut:
+    sigma = None if noise is None else noise.sigma
+    return Cut(int(np.count_nonzero(s > threshold)), threshold, sigma, reason, noise)
 
 
 def _laser_rmt(s: Spectrum, shape: Shape, _: float) -> Cut:
     sigma = noise.sigma_normal_iqr(s)
     _, _, beta = mp.aspect(shape)
-    return _above(s, sigma * (1 + beta**0.5), sigma, "above IQR/1.349 * (1 + sqrt beta)")
+    # Its sigma is no deviation of the entries, and so no Noise.
+    return replace(_above(s, sigma * (1 + beta**0.5), "above IQR/1.349 * (1 + sqrt beta)"), sigma=sigma)
 
 
 def _mp_edge(s: Spectrum, shape: Shape, _: float) -> Cut:
     """The edge of what is left when the signal is set aside: noise of shape (p - k, q - k), see noise.trimmed."""
     found = noise.trimmed(s, shape)
     reason = f"above the Marchenko-Pastur edge, sigma by trimmed median ({found.signals} values set aside)"
-    return _above(s, found.upper_edge(shape), found.sigma, reason)
+    return _above(s, found.upper_edge(shape), reason, found)
 
 
 def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
     sigma = noise.sigma_median(s, shape)
-    return _above(s, mp.edges(sigma, shape)[1], sigma, "above the Marchenko-Pastur edge, sigma by median")
+    return _above(s, mp.edges(sigma, shape)[1], "above the Marchenko-Pastur edge, sigma by median", Noise(sigma))
 
 
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
-    """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
-    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
+    """The edge, two standard errors above that of the IQR's own estimate: an interquartile range is a noisy statistic.
+
+    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median.
+    """
     error = standard_error(shape, "iqr")
     if not _iqr_tells(shape):
         cut = _mp_median(s, shape, 0.0)
-        return replace(cut, reason=f"{cut.reason}: an IQR of {min(shape)} values is {error:.0%} off")
+        return replace(cut, reason=f"{cut.reason}: an IQR of {min(shape)} values is {error:.0%} off", noise=None)
     sigma = noise.sigma_iqr(s, shape)
     edge = mp.edges(sigma * (1 + 2 * error), shape)[1]
-    return _above(s, edge, sigma, f"above the Marchenko-Pastur edge, sigma by IQR + 2 errors of {error:.2%}")
+    reason = f"above the Marchenko-Pastur edge, sigma by IQR + 2 errors of {error:.2%}"
+    return _above(s, edge, reason, Noise(sigma))
 
 
 def _tracy_widom(s: Spectrum, shape: Shape, alpha: float) -> Cut:
     sigma = noise.sigma_median(s, shape)
     threshold = mp.tracy_widom_edge(sigma, shape, alpha)
-    return _above(s, threshold, sigma, f"above the Tracy-Widom level {alpha:g}, sigma by median")
+    return _above(s, threshold, f"above the Tracy-Widom level {alpha:g}, sigma by median", Noise(sigma))
 
 
 def gavish_donoho_lambda(beta: float) -> float:
@@ -104,7 +112,7 @@ def _gavish_donoho(s: Spectrum, shape: Shape, _: float) -> Cut:
     _, q, beta = mp.aspect(shape)
     sigma = noise.sigma_median(s, shape)
     threshold = gavish_donoho_lambda(beta) * sigma * q**0.5
-    return _above(s, threshold, sigma, "above the Gavish-Donoho optimal hard threshold")
+    return _above(s, threshold, "above the Gavish-Donoho optimal hard threshold", Noise(sigma))
 
 
 def _bema(s: Spectrum, shape: Shape, _: float) -> Cut:
@@ -112,7 +120,7 @@ def _bema(s: Spectrum, shape: Shape, _: float) -> Cut:
     P, Q = found.sides(shape)
     threshold = found.sigma * Q**0.5 * gamma_law.noise_top(P, Q, found.theta, BEMA_LEVEL)
     spread = "equal" if np.isinf(found.theta) else f"gamma({found.theta:g})"
-    return _above(s, threshold, found.sigma, f"above noise with {spread} variances, level {BEMA_LEVEL:g}")
+    return _above(s, threshold, f"above noise with {spread} variances, level {BEMA_LEVEL:g}", found)
 
 
 def fewest_draws(alpha: float) -> int:
@@ -121,9 +129,12 @@ def fewest_draws(alpha: float) -> int:
 
 
 def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
-    """Horn (1965). Under the null s_1 is as likely to take any place among `null`, the (draws,) largest values of the
-    permuted matrices, so the k-th largest of them is exceeded with probability k / (draws + 1): exact for any law of
-    the entries. Dobriban (2020) for when it finds the signal; a very strong one hides weaker ones (shadowing)."""
+    """Horn (1965). `null` are the (draws,) largest values of the permuted matrices.
+
+    Under the null s_1 is as likely to take any place among them. So the k-th largest of them is exceeded with
+    probability k / (draws + 1), exact for any law of the entries. Dobriban (2020) says when it finds the signal; a very
+    strong one hides weaker ones (shadowing).
+    """
     if len(null) < fewest_draws(alpha):
         raise UsageError(
             f"rule parallel:{alpha:g} needs {fewest_draws(alpha)} permutations of each matrix, found {len(null)}; "
@@ -154,7 +165,9 @@ def _rank(s: Spectrum, shape: Shape, rank: float) -> Cut:
 _SHARE = {"valid": lambda x: 0 < x <= 1, "expected": "a number in (0, 1]"}
 
 RULES: dict[str, Rule] = {
-    "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
+    "laser-rmt": Rule(
+        _laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)", calibrated=False
+    ),
     "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; trimming as in Kritchman and Nadler 2009", "trimmed"),
     "mp-median": Rule(_mp_median, "the same edge; median matching as in Gavish and Donoho 2014", "median"),
     "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr", reads=0.75),
@@ -178,19 +191,49 @@ RULES: dict[str, Rule] = {
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
-    "energy": Rule(_energy, "common practice", any_metric=True, argument="X", **_SHARE),
+    "energy": Rule(
+        _energy, "common practice", argument="X", sample="energy:0.9", any_metric=True, calibrated=False, **_SHARE
+    ),
     "fraction": Rule(
-        _fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", any_metric=True, argument="RHO", **_SHARE
+        _fraction,
+        "LASER, Sharma et al. 2023 (arXiv 2312.13558)",
+        any_metric=True,
+        argument="RHO",
+        sample="fraction:0.3",
+        calibrated=False,
+        **_SHARE,
     ),
     "rank": Rule(
         _rank,
         "a fixed rank",
         any_metric=True,
         argument="K",
+        sample="rank:3",
+        calibrated=False,
         valid=lambda x: x >= 0 and float(x).is_integer(),
         expected="a whole number, 0 or more",
     ),
 }
+
+
+BY_DATA = "data:"  # before a rule that is asked of the values in the metric of the data
+
+
+def metric_in(asked: str) -> str:
+    """In which metric a rule is asked: "data" for `data:NAME`, else "plain"."""
+    return "data" if asked.startswith(BY_DATA) else "plain"
+
+
+def rule_in(asked: str) -> str:
+    """The rule that is asked in whatever metric. Raises UsageError where it does not exist, or not in that metric."""
+    spec = asked.removeprefix(BY_DATA)
+    if metric_in(asked) != "plain" and not parse_rule(spec)[0].any_metric:
+        able = ", ".join(name for name, row in RULES.items() if row.any_metric)
+        raise UsageError(
+            f"rule {spec!r} supposes noise that is the same in all directions, and in the metric of the data no noise "
+            f"is; try one of {able}"
+        )
+    return spec
 
 
 def parse_rule(spec: str) -> tuple[Rule, float]:
@@ -215,9 +258,9 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     return rule, value
 
 
-def draws_needed(spec: str) -> int:
-    """How many permutations of each matrix rule `spec` asks a scan for; 0 for most. Raises UsageError as parse_rule."""
-    rule, argument = parse_rule(spec)
+def draws_needed(asked: str) -> int:
+    """How many permutations of each matrix a rule asks a scan for; 0 for most. Raises UsageError as `rule_in`."""
+    rule, argument = parse_rule(rule_in(asked))
     return fewest_draws(argument) if rule.needs_null else 0
 
 
@@ -234,11 +277,12 @@ def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = Non
     s = s / u
     if rule.needs_null:
         cut = rule.cut(np.empty(0) if null is None else null / u, shape, argument)
-        cut = _above(s, cut.threshold or 0.0, cut.sigma, cut.reason)
+        cut = _above(s, cut.threshold or 0.0, cut.reason)
     else:
         cut = rule.cut(s, shape, argument)
     threshold, sigma = (None if x is None else x * u for x in (cut.threshold, cut.sigma))
-    return replace(cut, threshold=threshold, sigma=sigma)
+    found = None if cut.noise is None else replace(cut.noise, sigma=cut.noise.sigma * u)
+    return replace(cut, threshold=threshold, sigma=sigma, noise=found)
 
 
 def energy_share(s: Spectrum, gains: Spectrum | NDArray[np.bool_]) -> float:

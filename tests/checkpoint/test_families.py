@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import laser
-from laser.checkpoint.families import Matrix, doubts, list_matrices
+from laser.checkpoint.matrices import Matrix, doubts, list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError, UsageError
 from laser.selection import Selection, parse_layers

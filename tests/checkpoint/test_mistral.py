@@ -14,7 +14,7 @@ from mistral_release import pairs_from_halves, write_release
 import laser
 from laser.checkpoint import convert, writer
 from laser.checkpoint.convert import write_directory
-from laser.checkpoint.families import list_matrices
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.mistral import as_hub, halves_from_pairs
 from laser.errors import CheckpointError, LaserError
 

@@ -18,15 +18,15 @@ from hostile import SECOND, mutated_config, mutated_header
 from safetensors import safe_open
 
 import laser
-from laser.checkpoint.headers import read_header
 from laser.checkpoint.reader import INDEX
-from laser.checkpoint.regular import LARGEST, read_regular
+from laser.checkpoint.safetensors import read_header
 from laser.checkpoint.side_files import own_file
+from laser.cli.recipe import load_recipe
 from laser.errors import CheckpointError, DoubtWarning, LaserError, OutputError, RecordError
 from laser.evaluation.rows import read_content
 from laser.evaluation.text import load_tokenizer
+from laser.files import LARGEST, read_regular
 from laser.plan import Plan
-from laser.recipe import load_recipe
 from laser.spectra import Spectra
 
 

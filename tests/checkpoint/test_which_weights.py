@@ -21,14 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from laser.checkpoint.headers import pieces, read_header
 from laser.checkpoint.push import push
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.safetensors import pieces, read_header
 from laser.checkpoint.weights import INDEX, ORDER, PICKLE, PICKLE_INDEX, SINGLE, merge, read_by_vllm, start_of
 from laser.errors import CheckpointError, DoubtWarning, OutputError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
-from laser.spectra import scan
 from laser.verification import verify
 
 Tensors = dict[str, torch.Tensor]
@@ -777,7 +776,7 @@ def test_a_hub_that_does_not_answer_when_the_cache_is_whole(
     (tmp_path / "cache").rename(tmp_path / "gone")  # without a cache it is waited for
     hub.faults[:] = [Fault("status", "api/models", times=2, status=503)]
     if how == "out of order":
-        monkeypatch.setattr("laser.checkpoint.ranges.time.sleep", lambda _: None)
+        monkeypatch.setattr("laser.checkpoint.hub.time.sleep", lambda _: None)
         assert torch.equal(open_checkpoint(ID).read(Q), llama()[Q]) and hub.faults[0].times == 0
 
 

@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot
 
 import laser
-from laser.checkpoint.families import Matrix, list_matrices
-from laser.engine import ray_engine
-from laser.engine.workers import Crew, choose_crew, visit
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.engine import ray as ray_engine
+from laser.engine.crew import Crew
+from laser.engine.workers import choose_crew, visit
 from laser.errors import NumericalError, UsageError
+from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.reduction import reduce
-from laser.spectra import scan
 from laser.spectral.devices import Device, choose_device
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
@@ -63,10 +64,6 @@ def cluster() -> Iterator[Any]:
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task per matrix, however small."""
     monkeypatch.setitem(ray_engine.GROUP, "cpu", 1)
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def test_scan_and_reduce_are_those_of_one_process(cluster: Any, pico: Path, tmp_path: Path) -> None:

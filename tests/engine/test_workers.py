@@ -10,29 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot
 from threadpoolctl import ThreadpoolController
 
 import laser
-from laser import reduction
-from laser.checkpoint.families import Matrix, list_matrices
+from laser import pipeline
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.engine import crew as crews
 from laser.engine import workers
-from laser.engine.workers import (
-    Crew,
-    choose_crew,
-    dearest_first,
-    near,
-    peak_bytes,
-    quiet,
-    visit,
-    worker_bytes,
-)
+from laser.engine.crew import Crew, dearest_first, peak_bytes, quiet, worker_bytes
+from laser.engine.workers import choose_crew, visit
 from laser.errors import NumericalError, UsageError
 from laser.flow import run
+from laser.pipeline import by_shard, reduce, scan
 from laser.plan import Treatment, make_plan
-from laser.reduction import by_shard, reduce
-from laser.spectra import scan
 from laser.spectral import devices, factorise
-from laser.spectral.data_metric import Metric, data_values, truncate_in_metric
+from laser.spectral.data_metric import ByData, data_values, truncate_in_metric
 from laser.spectral.devices import Device, choose_device
 
 CPU = choose_device("cpu")
@@ -48,10 +41,6 @@ class Full(Device):
     @property
     def torch_device(self) -> torch.device:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.")
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def scanned(checkpoint: laser.Checkpoint) -> list[Matrix]:
@@ -116,7 +105,7 @@ def test_a_gpu_without_memory_ends_in_what_the_host_finds(
 ) -> None:
     """The matrix itself, its null, its tails and every step of the ladder."""
     full = Full("cuda", torch.float64, False, "pretends")
-    for module in (workers, factorise):
+    for module in (crews, factorise):
         monkeypatch.setattr(module, "free_bytes", lambda _: None)
     monkeypatch.setattr(workers, "own_stream", lambda _: nullcontext())
     monkeypatch.setattr(factorise, "release", lambda _: None)
@@ -141,7 +130,7 @@ def test_the_metric_of_the_data_goes_to_the_host_too(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(devices, "release", lambda _: None)
     full, generator = Full("cuda", torch.float64, False, "pretends"), torch.Generator().manual_seed(0)
     W, X = (torch.randn(size, 40, generator=generator) for size in (30, 300))
-    metric = Metric("full", (X.T @ X / 300).double(), 300)
+    metric = ByData("full", (X.T @ X / 300).double(), 300)
     assert (data_values(W, metric, full) == data_values(W, metric, CPU)).all()
     assert torch.equal(*(truncate_in_metric(W, 5, metric, device).matrix for device in (full, CPU)))
 
@@ -172,14 +161,14 @@ def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
 
 def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     full, W = Full("cuda", torch.float64, False, "pretends"), torch.ones(40, 24)
-    monkeypatch.setattr(workers, "device_bytes", lambda *_: 1000)
-    monkeypatch.setattr(workers, "free_bytes", lambda _: 1000 + 2 * W.nbytes - 1)
+    monkeypatch.setattr(factorise, "device_bytes", lambda *_: 1000)
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1000 + 2 * W.nbytes - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "on_device_or_host", lambda *_: pytest.fail("sent"))
-        assert near(W, full) is W
-    monkeypatch.setattr(workers, "free_bytes", lambda _: 1000 + 2 * W.nbytes)
-    monkeypatch.setattr(workers, "on_device_or_host", lambda *_: W + 1)
-    assert torch.equal(near(W, full), W + 1)
+        patch.setattr(factorise, "on_device_or_host", lambda *_: pytest.fail("sent"))
+        assert factorise.to_device_if_it_fits(W, full) is W
+    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1000 + 2 * W.nbytes)
+    monkeypatch.setattr(factorise, "on_device_or_host", lambda *_: W + 1)
+    assert torch.equal(factorise.to_device_if_it_fits(W, full), W + 1)
 
 
 @pytest.mark.slow
@@ -191,7 +180,7 @@ def test_any_order_of_completion_gives_the_same_output(
     plan = make_plan(scan(checkpoint), "mp-edge")
     reduce(checkpoint, plan, tmp_path / "straight")
 
-    monkeypatch.setattr(reduction, "by_shard", lambda c, ms: by_shard(c, ms)[::-1])
+    monkeypatch.setattr(pipeline, "by_shard", lambda c, ms: by_shard(c, ms)[::-1])
     reduce(checkpoint, plan, tmp_path / "backwards")
     assert snapshot(tmp_path / "straight") == snapshot(tmp_path / "backwards")
 
@@ -294,7 +283,7 @@ def test_gpus_that_would_choose_different_precisions_need_one_for_all(monkeypatc
 def test_a_crew_fits_into_memory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = scanned(laser.open_checkpoint(pico))
     each = worker_bytes(matrices, CPU)
-    monkeypatch.setattr(workers, "free_bytes", lambda _: 2 * each)
+    monkeypatch.setattr(crews, "free_bytes", lambda _: 2 * each)
     crew = Crew((CPU,))
     assert len(crew.staff(matrices)) == 1  # half of what is there
     assert len(Crew((CPU,), 3).staff(matrices)) == 3  # asked for

@@ -18,7 +18,6 @@ import torch
 from conftest import Run
 from safetensors.torch import load_file, save_file
 
-from laser.checkpoint.files import Journal
 from laser.checkpoint.reader import open_checkpoint
 from laser.errors import CheckpointError, LaserError, NumericalError, RecordError, UsageError
 from laser.evaluation import leaderboard
@@ -34,6 +33,7 @@ from laser.evaluation.leaderboard import (
     run_leaderboard,
 )
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
+from laser.records import Journal
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,

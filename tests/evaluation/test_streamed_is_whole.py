@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import laser
 from laser.calibration import calibrate
-from laser.checkpoint.families import DoubtWarning
+from laser.checkpoint.matrices import DoubtWarning
 from laser.errors import CheckpointError, LaserError, UsageError
 from laser.evaluation.causal import rotary_positions
 from laser.evaluation.evaluate import evaluate

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import laser
-from laser.checkpoint.families import Matrix
+from laser.checkpoint.matrices import Matrix
+from laser.checkpoint.source import Source
 from laser.plan import CrowdWarning
-from laser.spectra import Source, Spectra
+from laser.spectra import Spectra
 from laser.spectral.noise import gamma_spectrum, gaussian_spectrum
 from laser.spectral.rules import apply_rule, crowd
 from laser.summary import summarise
@@ -39,6 +40,7 @@ def test_sixty_spikes_of_192_are_seen_and_said() -> None:
         assert apply_rule("mp-edge", s, SHAPE).rank >= 50 and crowd("mp-edge", s, SHAPE) is None
 
 
+@pytest.mark.slow
 def test_few_spikes_are_found_without_a_word() -> None:
     for count in (0, 5, 20):
         for rule in RULES:

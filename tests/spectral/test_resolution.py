@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from laser.checkpoint.reader import open_checkpoint
+from laser.pipeline import scan
 from laser.plan import make_plan
 from laser.selection import Selection
-from laser.spectra import scan
 from laser.spectral.devices import HOST
 from laser.spectral.gram import gram, values_by_gram
 from laser.spectral.projector import UNRESOLVED, matrix_sign
@@ -20,13 +20,10 @@ from laser.spectral.spectrum import at_threshold, precision_of, value_errors
 
 SINGLE = replace(HOST, dtype=torch.float32)
 EPS = 2.0**-23
-SPECS = {
-    name: f"{name}:{ {'energy': 0.9, 'fraction': 0.4, 'rank': 5}[name] }" for name in ("energy", "fraction", "rank")
-}
 
 
 def spec_of(name: str) -> str:
-    return SPECS.get(name, name)
+    return RULES[name].sample or name
 
 
 def weights(seed: int, shape: tuple[int, int] = (96, 64), spikes: int = 6) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from laser.errors import NumericalError
 from laser.spectral import factorise, unit
-from laser.spectral.data_metric import Metric, data_values, relative_error, truncate_in_metric
+from laser.spectral.data_metric import ByData, data_values, relative_error, truncate_in_metric
 from laser.spectral.devices import choose_device
 from laser.spectral.factorise import METHODS, measure, singular_values, truncate
 from laser.spectral.noise import fit_noise
@@ -128,7 +128,7 @@ def test_nulls_and_tails_scale(c: float) -> None:
 def test_the_metric_of_the_data_scales(c: float, device: factorise.Device) -> None:
     x = torch.randn(200, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for W in (weights(), weights(30, 40)):
-        for metric in (Metric("full", x.T @ x / 200, 200), Metric("diagonal", (x * x).mean(0), 200)):
+        for metric in (ByData("full", x.T @ x / 200, 200), ByData("diagonal", (x * x).mean(0), 200)):
             s = data_values(W, metric, device)
             assert np.allclose(data_values(W * c, metric, device) / c, s, rtol=1e-6)
             one, other = (truncate_in_metric(W * k, 5, metric, device) for k in (1.0, c))
@@ -142,7 +142,7 @@ def test_rules_fits_and_numbers_scale(c: float) -> None:
     s, shape = singular_values(weights(), HOST)[0], (60, 40)
     null = s[0] * np.linspace(0.3, 0.5, 19)
     for name, rule in RULES.items():
-        spec = name if rule.argument is None else f"{name}:{0.5 if name != 'rank' else 5}"
+        spec = rule.sample or name
         one, other = (apply_rule(spec, s * k, shape, null * k) for k in (1.0, c))
         assert other.rank == one.rank and other.reason == one.reason
         assert (other.threshold is None) == (one.threshold is None)

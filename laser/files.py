@@ -1,4 +1,7 @@
-"""One process at a time on one output, and temporary names that nobody else has.
+"""Files on disk: only regular ones are opened, and one is written by one process, whole or not.
+
+A FIFO waits for ever for somebody to write, /dev/zero has no end, and opening some devices does something. What is no
+regular file is an OSError here, as a missing one is, so that whoever opens says which file it was and what to try.
 
 The lock is the kernel's (flock) on a small file beside the output, so that it is gone with the process, however that
 ends. The file says who holds it, for the message to the second one.
@@ -7,21 +10,84 @@ ends. The file says who holds it, for the message to the second one.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import secrets
 import shlex
+import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 from typing import Any, BinaryIO
 
 from laser.errors import OutputError, remedy
+
+LARGEST = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
+LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
+    """The file at `path`, open for reading bytes. Raises OSError at once for what is no regular file.
+
+    follow: whether `path` itself may be a link.
+    """
+    return io.BufferedReader(raw_regular(path, follow=follow))
+
+
+def raw_regular(path: Path, *, follow: bool = True) -> io.FileIO:
+    """The file at `path` as `open_regular` opens it, without a buffer."""
+
+    def opened(name: str, flags: int) -> int:
+        _require(path.stat())  # before it is opened, for opening a device may already do something
+        handle = os.open(name, flags | os.O_NOCTTY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        try:
+            _require(os.fstat(handle))  # and again: another file may lie there by now
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    return io.FileIO(str(path), opener=opened)
+
+
+def read_regular(path: Path, most: float = LARGEST, *, follow: bool = True) -> bytes:
+    """All bytes of the regular file at `path`. Raises OSError for another kind, or one of more than `most` bytes."""
+    with raw_regular(path, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {most}")
+        data, left = [], most + 1
+        while left and (piece := file.read(int(min(left, max(size + 1, 1 << 16))))):  # it may grow, or tell no size
+            data.append(piece)
+            left -= len(piece)
+        if not left:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes, expected at most {most}")
+        return b"".join(data)
+
+
+def require_regular(path: Path) -> None:
+    """Raises OSError for what is no regular file: for a path that another library is about to open."""
+    raw_regular(path).close()
+
+
+def _require(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
+
 
 try:
     import fcntl
@@ -118,14 +184,14 @@ def _take(lock: Path, path: Path) -> int:
 
 
 def _say_who(handle: int, lock: Path) -> None:
-    """For the message to others. The lock holds without it, so a full disk is told by what is to be written."""
+    """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
     told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         os.truncate(handle, 0)
         os.write(handle, json.dumps(told).encode())
     except OSError:
         with suppress(OSError):
-            os.truncate(handle, 0)  # half of it, or whoever held it before, would be told
+            os.truncate(handle, 0)  # half of it, or whoever held it before, would be named
 
 
 def _lock(handle: int, path: Path) -> bool:
@@ -204,3 +270,38 @@ def _sweep(path: Path) -> None:
                     temporary.unlink()
                 finally:
                     os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError while writing `path` as an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
+    with disk_errors(path), replacing(path) as file:
+        file.write(data)
+
+
+def unfinished(path: Path) -> Path:
+    """Where what is done of `path` is kept until all of it is."""
+    return path.with_name(path.name + ".partial")
+
+
+def tidy_up(work: Path, result: Path, remove: Callable[[Path], None] = shutil.rmtree) -> None:
+    """Remove what an unfinished `result` was kept in, a file or a directory, now that the result is whole.
+
+    remove: how a directory goes. Raises OutputError that says so where it cannot be removed.
+    """
+    try:
+        if work.is_dir():
+            remove(work)
+        else:
+            work.unlink(missing_ok=True)
+    except OSError as error:
+        told = error.strerror or error
+        raise OutputError(f"{result} is written, but {work} cannot be removed ({told}); remove it yourself") from error

@@ -1,4 +1,4 @@
-"""The safetensors layout: headers checked before they are believed, and the bytes behind them, wherever they lie.
+"""The safetensors layout: headers, checked before they are believed, and the bytes behind them.
 
 8 bytes of little-endian header length, a JSON header, the tensors without holes, as
 https://github.com/huggingface/safetensors has it. Every number is checked against the file's size.
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from laser.checkpoint.formats import pointer
-from laser.checkpoint.regular import open_regular, raw_regular
 from laser.errors import CheckpointError, first_line
+from laser.files import disk_errors, open_regular, raw_regular, replacing
+from laser.records import is_deep
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 DEEPEST = 100  # lists in lists, of a config, and of what an entry of a header holds beyond the format
@@ -107,7 +108,7 @@ def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """sha256 of a file's bytes, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -228,18 +229,6 @@ def parse_json(data: bytes, path: Path, **hooks: Any) -> Any:
         raise CheckpointError(f"{path.name} is not valid JSON ({first_line(error)}); download it again") from error
 
 
-def is_deep(document: Any, deepest: int = DEEPEST) -> bool:
-    """Whether a JSON value nests deeper than anybody writes: walking through it could end Python's recursion."""
-    todo = [(document, 0)]
-    while todo:
-        value, depth = todo.pop()
-        if depth > deepest:
-            return True
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        todo += [(each, depth + 1) for each in inside]
-    return False
-
-
 def _strictly(header: bytes, path: Path) -> Any:
     """The JSON of a header, in which Python would take more than the safetensors library does: NaN, -0 for 0."""
 
@@ -257,7 +246,7 @@ def _strictly(header: bytes, path: Path) -> Any:
 def _require_plain(file: str, key: str, entry: dict[str, Any]) -> None:
     """Raises CheckpointError for more in an entry than the format has that safetensors, which passes over it, cannot
     read: numbers out of float64's range, nesting deeper than its limit of 128."""
-    deep, todo = is_deep(entry), list(entry.values())
+    deep, todo = is_deep(entry, DEEPEST), list(entry.values())
     while todo and not deep:
         value = todo.pop()
         deep = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
@@ -275,3 +264,72 @@ def _short(value: Any) -> str:
         told = ", ".join(map(_short, value[:9])) + (", ..." if len(value) > 9 else "")
         return f"[{told}]"
     return str(value) if value >> 64 == 0 else "a number above 64 bits"
+
+
+# (name, dtype as the header spells it, shape)
+Entry = tuple[str, str, tuple[int, ...]]
+DTYPES = {dtype: name for name, dtype in TORCH.items()}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
+
+
+def make_header(entries: Sequence[Entry]) -> bytes:
+    """The JSON text of a safetensors header for these tensors, in this order; the same bytes for the same tensors.
+
+    Wide dtypes come first, so that every tensor begins at a multiple of its element's size, as readers expect.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: -BITS[entry[1]]):
+        end = at + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    return header_text(header)
+
+
+def virtual_shard(name: str, path: Path, entries: Sequence[Entry], tensor: Callable[[str], torch.Tensor]) -> Shard:
+    """A shard called `name` that holds `entries`; `tensor` gives each, of the dtype and shape that its entry says.
+
+    path: where the bytes come from, for messages. One tensor is in memory at a time.
+    """
+    text = make_header(entries)
+    size = 8 + len(text) + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in entries)
+    shard = parse_header(name, path, size, text)
+
+    def data(start: int, end: int) -> Iterator[memoryview]:
+        if start < len(shard.header):
+            yield memoryview(shard.header)[start:end]
+        for info in shard.tensors:
+            low, high = max(start, info.start), min(end, info.end)
+            if low < high:
+                yield raw_bytes(tensor(info.name))[low - info.start : high - info.start]
+
+    return replace(shard, data=data)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; a copy only where it is laid out otherwise."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
+    """All tensors of `parts`, which have different names, in the file `path` with this metadata; complete or not there.
+
+    Raises OutputError, as every writer here, for a full disk.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ranges, at = [], 0
+    for part in parts:
+        shard = read_header(part)
+        begin = len(shard.header)
+        for info in shard.tensors:
+            offsets = [at + info.start - begin, at + info.end - begin]
+            header[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        ranges.append((part, begin, shard.size))
+        at += shard.size - begin
+    text = header_text(header)
+    with disk_errors(path), replacing(path) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part, start, end in ranges:
+            for piece in file_pieces(part, start, end):
+                out.write(piece)

@@ -24,23 +24,35 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.checkpoint.files import disk_errors, read_json, require_sealed, sealed, to_json, write_atomically
-from laser.checkpoint.fingerprint import agree, fingerprint_in
-from laser.checkpoint.headers import is_deep, sha256_of
-from laser.checkpoint.locks import claimed
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.records import decode, require_finite, require_keys, value_of
+from laser.checkpoint.safetensors import DEEPEST, sha256_of
 from laser.checkpoint.side_files import read_own
+from laser.checkpoint.source import Source
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity, difference
+from laser.files import claimed, disk_errors, write_atomically
+from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.reduction import Outcome
+from laser.records import (
+    agree,
+    decode,
+    fingerprint_in,
+    is_deep,
+    read_json,
+    require_finite,
+    require_keys,
+    require_sealed,
+    sealed,
+    to_json,
+    value_of,
+)
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
-from laser.spectra import Source
+from laser.search import search
+from laser.search.runner import Trial
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -55,14 +67,10 @@ REMEDY = "remove it, or name the model with --source"
 # What it says besides what the card says of the source.
 OUTSIDE: dict[str, Any] = {"kind": str, "version": int, "outcome": Mapping[str, str | None]}
 OUTSIDE |= {"weights": Mapping[str, str], "commands": tuple[str, ...]}
-# A search's record, which the card reads.
-NUMBER: Any = float | None
-REPORT: dict[str, Any] = {"objective": str, "unit": str, "text": str, "units": int, "tokens": int, "asked": int | None}
-REPORT |= dict.fromkeys(("before", "before_se", "after", "after_se", "d", "se"), NUMBER)
-TRIAL: dict[str, Any] = {"label": str, "rule": str, "ranks": Mapping[str, int], "alone": bool, "accepted": bool}
-TRIAL |= {"d": NUMBER, "se": NUMBER, "predicted": NUMBER, "layer_forwards": int, "seconds": float}
 SEARCHED = ("source", "trials", "calibration", "held_out", "rank_correlation", "families")
+NOT_NEGATIVE = ("units", "tokens", "before_se", "after_se", "se")  # in its reports and trials
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
+Entry = TypeVar("Entry", search.Report, Trial)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -73,8 +81,6 @@ def write_card(
     name: str | None = None,
     base_model: str | None = None,
     hash_source: bool = False,
-    losses: Losses | None = None,
-    trials: Sequence[Mapping[str, Any]] | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
 ) -> Path:
@@ -99,7 +105,8 @@ def write_card(
         if base_model is not None:
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
-        if losses is None and trials is None and (out / SEARCH).exists():
+        losses, trials = None, []
+        if (out / SEARCH).exists():
             losses, trials = _searched(out / SEARCH, made_of)
             _require_search_of(outcome.plan, trials, out / SEARCH)
         a, b = _record(Perplexity, out / EVAL_SOURCE, made_of), _record(Perplexity, out / EVAL, made)
@@ -258,9 +265,9 @@ def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
     return record
 
 
-def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
+def _searched(path: Path, of: Source) -> tuple[Losses | None, list[Trial]]:
     """What a search measured on text that it did not select on, and its trials."""
-    document = read_json(path, "search", 2)
+    document = read_json(path, search.KIND, search.VERSION)
     where, remedy = f"{path} is not a whole record", "remove it, or search again"
     require_keys(document, SEARCHED, ("kind", "version", "check"), f"{where}: it", remedy)
     require_finite(document, where, remedy)
@@ -271,37 +278,40 @@ def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any
             f"({of.weights.short}); {remedy}"
         )
 
-    def checked(name: str, wanted: Mapping[str, Any], rows: Any) -> list[dict[str, Any]]:
+    def entries(kind: type[Entry], name: str, rows: Any) -> list[Entry]:
+        found = []
         for number, row in enumerate(value_of(list, rows, name, where, remedy), 1):
-            here = f"entry {number} of {name}"
-            require_keys(value_of(dict, row, here, where, remedy), list(wanted), (), f"{where}: {here}", remedy)
-            for key, hint in wanted.items():
-                value_of(hint, row[key], f"{key} of {here}", where, remedy)
-            if negative := [
-                key for key in ("units", "tokens", "before_se", "after_se", "se") if (row.get(key) or 0) < 0
-            ]:
-                raise RecordError(f"{where}: {here}: {negative[0]} is under 0; {remedy}")
-        return rows
+            here = f"{where}: entry {number} of {name}"
+            found.append(decode(kind, row, here, remedy))
+            if negative := [key for key in NOT_NEGATIVE if (row.get(key) or 0) < 0]:
+                raise RecordError(f"{here}: {negative[0]} is under 0; {remedy}")
+        return found
 
-    def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
-        told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
-        return Loss(**told, text=report["text"])
-
-    checked("calibration", REPORT, [document["calibration"]])
-    reports = checked("held_out", REPORT, document["held_out"])
-    trials = checked("trials", TRIAL, document["trials"])
-    require_sealed(document, path, "search")
-    for report in reports:
-        if report["objective"] == "loss" and None not in (report["d"], report["before"], report["after"]):
-            source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
-            losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
-            return losses, trials
-    return None, trials
+    entries(search.Report, "calibration", [document["calibration"]])
+    reports = entries(search.Report, "held_out", document["held_out"])
+    trials = entries(Trial, "trials", document["trials"])
+    require_sealed(document, path, search.KIND)
+    return next((losses for report in reports if (losses := _losses_in(report))), None), trials
 
 
-def _require_search_of(plan: Plan, trials: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _losses_in(report: search.Report) -> Losses | None:
+    """Those that a search reports; None where the objective is none, or was not finite."""
+    if report.objective != "loss" or report.before is None or report.after is None or report.d is None:
+        return None
+
+    def loss(nll: float, se: float | None) -> Loss:
+        return {"nll": nll, "se": se, "tokens": report.tokens, "windows": report.units, "text": report.text}
+
+    return {
+        "source": loss(report.before, report.before_se),
+        "result": loss(report.after, report.after_se),
+        "difference": loss(report.d, report.se),
+    }
+
+
+def _require_search_of(plan: Plan, trials: Sequence[Trial], path: Path) -> None:
     """Raises RecordError where a plan did not come out of these trials."""
-    found = {(name, rank) for t in trials if t["accepted"] for name, rank in t["ranks"].items()}
+    found = {(name, rank) for t in trials if t.accepted for name, rank in t.ranks.items()}
     planned = {(line.name, line.rank) for line in plan.reductions.values()}
     if "accept" not in plan.selection or not (planned <= found or plan.edited):
         raise RecordError(f"{path} is of another search than the plan of this output; remove it, or search again")
@@ -350,7 +360,7 @@ def _object(path: Path) -> dict[str, Any]:
         found = json.loads(_text(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return _plain(found) if isinstance(found, dict) and not is_deep(found) else {}
+    return _plain(found) if isinstance(found, dict) and not is_deep(found, DEEPEST) else {}
 
 
 def _plain(value: Any) -> Any:

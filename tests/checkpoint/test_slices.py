@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laser.checkpoint import cuts
-from laser.checkpoint.cuts import Cut, bytes_of, read_cut, spans, write_cut
+from laser.checkpoint import slices
+from laser.checkpoint.slices import Cut, bytes_of, read_cut, spans, write_cut
 
 
 @st.composite
@@ -26,8 +26,8 @@ def any_cut(draw: st.DrawFn) -> Cut:
 @given(cut=any_cut())
 def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "LONG_RUN", long_run)
-        patch.setattr(cuts, "MAX_SPAN", max_span)
+        patch.setattr(slices, "LONG_RUN", long_run)
+        patch.setattr(slices, "MAX_SPAN", max_span)
         size = math.prod(cut.view)
         tensor = torch.arange(size, dtype=torch.int32)
         memory = bytearray(bytes_of(tensor))
@@ -63,4 +63,4 @@ def test_long_runs_are_read_alone_and_short_ones_within_their_span() -> None:
     assert [s.length for s in spans(heads, 2)] == [64 * 1024] * 4
     comb = Cut((2, 5120, 16384), ((1, 2, 1), (0, 5120, 1), (1, 16384, 2)), transposed=True)
     found = list(spans(comb, 2))
-    assert max(s.length for s in found) * 2 <= cuts.MAX_SPAN and len(found) == 3
+    assert max(s.length for s in found) * 2 <= slices.MAX_SPAN and len(found) == 3

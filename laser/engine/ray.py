@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from laser.checkpoint.families import Matrix
-from laser.checkpoint.headers import BITS
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.engine.workers import Crew, T, Visits, Work, do, quiet
+from laser.checkpoint.safetensors import BITS
+from laser.engine.crew import Crew, T, Visits, Work, do, quiet
 from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
 from laser.spectral.devices import Device, choose_device
 
@@ -46,8 +46,10 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error of ours, or memory that ran out, told to the driver as it is; all others are Ray's to wrap, or to try
-    again."""
+    """An error of ours, or memory that ran out, handed to the driver as it is.
+
+    All others are Ray's to wrap, or to try again.
+    """
 
     error: LaserError | MemoryError
 
@@ -108,7 +110,7 @@ def choose_in_cluster(engine: str, kind: str, precision: str) -> Device:
     try:
         return ray.get(ray.remote(num_gpus=SHARE)(choose_device).remote("cuda", precision))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it was told on the node
+        raise error.cause from None  # as it was raised on the node
 
 
 def _require_lent(kind: str) -> None:
@@ -204,7 +206,8 @@ def _portable(checkpoint: Checkpoint) -> Checkpoint:
 def pack(result: Any) -> Any:
     """Tensors of a result as plain bytes; pickling a tensor would copy it."""
     if isinstance(result, tuple):
-        return tuple(pack(part) for part in result)
+        parts = [pack(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # a named one stays so
     if isinstance(result, torch.Tensor):
         whole = result.contiguous()
         return _Plain(whole.reshape(-1).view(torch.uint8).numpy(), whole.dtype, tuple(whole.shape))
@@ -214,7 +217,8 @@ def pack(result: Any) -> Any:
 def unpack(result: Any) -> Any:
     """The result as it was; tensors share their bytes with Ray's object store, so they are for reading only."""
     if isinstance(result, tuple):
-        return tuple(unpack(part) for part in result)
+        parts = [unpack(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     if isinstance(result, _Plain):
         with warnings.catch_warnings():  # that nobody may write to it: nobody does
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,0 +1,331 @@
+"""The options that several verbs take: each is declared once, in a group, and a verb gets the group as one object.
+
+def scan(model: Model, *, which: Matrices, ...) has the options --layers, --roles, --include and --exclude, and finds
+them in `which`, which makes a Selection of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.replaceable import require_replaceable
+from laser.cli import common
+from laser.engine.crew import Crew
+from laser.engine.workers import choose_crew
+from laser.errors import OutputError, UsageError
+from laser.evaluation import text as texts
+from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.rows import holds_rows
+from laser.files import require_no_mount
+from laser.moments import Moments
+from laser.plan import parse_lowest_snr
+from laser.search.trials import ACCEPT
+from laser.selection import Selection, parse_layers, parse_roles
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.measuring import choose_method
+from laser.spectral.rules import RULES
+from laser.spectral.shrinkage import SHRINKERS
+
+
+def option(default: Any, help: str, *names: str, recipe: Any = None, **more: Any) -> Any:
+    """A field of a group: an option of the field's own name, or of these.
+
+    recipe: what a recipe may hold for it, where that is no value of the field's type.
+    """
+    return field(default=default, metadata={"told": (typer.Option(*names, help=help, **more), recipe)})
+
+
+def declared(group: type[Any]) -> list[inspect.Parameter]:
+    """The options of a group as typer reads them."""
+    types, kind = get_type_hints(group), inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[types[f.name], *f.metadata["told"]])
+        for f in fields(group)
+    ]
+
+
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb as the command line calls it: with the options of its groups, the parameters that are dataclasses.
+
+    Raises ValueError for an option that it has twice.
+    """
+    groups: dict[str, type[Any]] = {}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            options += declared(group)
+        else:
+            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(verb)
+    def call(**given: Any) -> None:
+        objects = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        verb(**given, **objects)
+
+    call.__signature__ = inspect.Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+    return call
+
+
+# --- arguments, and options that stand alone --------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
+Spectra = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
+ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
+_LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
+Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Which matrices."""
+
+    layers: str | None = option(None, "Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
+    roles: str | None = option(None, "Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")
+    include: str | None = option(None, "Only tensors whose name matches this expression.")
+    exclude: str | None = option(None, "No tensor whose name matches this expression.")
+
+    def selection(self) -> Selection:
+        return Selection(parse_layers(self.layers), parse_roles(self.roles), self.include, self.exclude)
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """Where a verb computes that takes one device."""
+
+    device: str = option("auto", "auto, cuda, mps or cpu.")
+
+    def choose(self) -> Device:
+        return choose_device(self.device)
+
+
+@dataclass(frozen=True)
+class Precise(OneDevice):
+    """And in which precision."""
+
+    precision: str = option("auto", "auto, float64 or float32.")
+
+    def choose(self) -> Device:
+        return choose_device(self.device, self.precision)
+
+
+@dataclass(frozen=True)
+class Compute(Precise):
+    """Where and how a verb computes that visits matrix after matrix, on all the devices that it is given."""
+
+    device: str = option("auto", "auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
+    workers: int | None = option(None, "On the cpu, one thread each; default: as cores and memory allow.")
+    engine: str = option("threads", "threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
+    method: str = option("auto", "auto, gram (fast), projector (products alone) or svd (reference).")
+
+    def crew(self) -> Crew:
+        return choose_crew(self.device, self.precision, workers=self.workers, engine=self.engine)
+
+    def truncating(self, crew: Crew) -> str:
+        """The method by which this crew truncates."""
+        return choose_method(self.method, crew.devices[0])[0]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """By the inputs of which text."""
+
+    moments: Path | None = option(None, "File of laser calibrate: go by the inputs that matrices meet, too.")
+
+    def load(self) -> Moments | None:
+        return None if self.moments is None else Moments.load(self.moments)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """By which rule a matrix is cut, and how."""
+
+    rule: str | None = option(
+        None, f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}; data:NAME: by what the outputs lose."
+    )
+    shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
+    two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
+    require_fit: float | None = option(None, "Keep a matrix whose bulk fits noise at a lower level than this.")
+
+    def treatment(self) -> dict[str, Any]:
+        """What a Treatment takes beside its rule."""
+        return {"shrink": self.shrink, "two_sided": self.two_sided, "require_fit": self.require_fit}
+
+
+@dataclass(frozen=True)
+class Lowest:
+    """How many matrices."""
+
+    lowest_snr: str | None = option(
+        None,
+        "Only the K matrices of lowest SNR, or all. Default of a search: 15, as LaserRMT does.",
+        metavar="K",
+        recipe=int | Literal["all"],
+    )
+
+    def count(self, otherwise: int | None = None) -> int | None:
+        """K; None for all of them. Raises UsageError."""
+        return parse_lowest_snr(self.lowest_snr, otherwise)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How a search decides."""
+
+    accept: str = option("better", f"Which edits a search keeps: {', '.join(ACCEPT)}.")
+    order: str = option("layers", "Of a search: layers (last first, fast) or snr (as published).")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read to measure a model on, in windows of how many tokens."""
+
+    text: Path | None = option(None, "A .txt, .jsonl or .json file; default: Python's pydoc topics.")
+    field: str | None = option(None, "The field of a .jsonl or .json file, or of a dataset.")
+    window: int = option(texts.WINDOW, "Tokens per window, BOS included.")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is read instead of a file."""
+
+    dataset: str | None = option(None, "NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
+
+
+@dataclass(frozen=True)
+class Windows(Dataset, Text):
+    """One text, and its windows from the front."""
+
+    windows: int = option(32, "How many windows, from the front; 0: all.")
+    skip: int = option(0, "Leave out the first N windows.")
+
+    def check(self, mode: str = "windows") -> None:
+        texts.check_cut(self.window, self.windows or None, self.skip, mode)
+
+    def read(self) -> texts.Text:
+        return text_of(self.text, self.field, self.dataset)
+
+    def cut(self, text: texts.Text, checkpoint: Checkpoint, **how: Any) -> texts.Windows:
+        tokenizer, most = texts.load_tokenizer(checkpoint.path), self.windows or None
+        return texts.cut_windows(text, tokenizer, length=self.window, limit=most, skip=self.skip, **how)
+
+
+@dataclass(frozen=True)
+class SearchText(Text):
+    """The text that a search calibrates on, and what it reports on."""
+
+    held_out: Path | None = option(None, "Text to report on; default: what follows the calibration.")
+    windows: int = option(16, "Calibration windows of a search, or questions of its task; 0: all.")
+    held_out_windows: int = option(16, "Windows to report on; 0: all.")
+
+    def read(self, dataset: str | None = None) -> tuple[texts.Text, texts.Text | None]:
+        """Both, the second None where it is the first; --field is for those that hold rows."""
+        path, other = self.text, self.held_out
+        reported = None if other is None else text_of(other, self.field if holds_rows(other) else None, None)
+        used = other is not None and holds_rows(other) and dataset is None and not (path and holds_rows(path))
+        return text_of(path, None if used else self.field, dataset), reported
+
+
+@dataclass(frozen=True)
+class Rows:
+    """On which rows of which tasks a leaderboard rests."""
+
+    tasks: str | None = option(None, f"Only these: {','.join(TASKS)}.")
+    limit: int | None = option(None, "Only the first N rows of each task or subject.")
+    data: Path | None = option(None, "Folder of rows in JSON lines, for machines without the Hub.")
+
+    def request(self) -> dict[str, Any]:
+        """As laser.evaluation.leaderboard takes them; tasks: None for all."""
+        named = None if self.tasks is None else tuple(t for t in self.tasks.replace(" ", "").split(",") if t)
+        return {"tasks": named, "limit": self.limit, "data": self.data}
+
+
+@dataclass(frozen=True)
+class Json:
+    """How a verb prints what it found."""
+
+    as_json: bool = option(False, "Print one JSON document instead of a table.", "--json")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Whether a verb only says what it would do."""
+
+    dry_run: bool = option(False, "Read headers only; print what would be done.", "--dry-run")
+
+
+@dataclass(frozen=True)
+class Force:
+    """Whether what is there may be replaced."""
+
+    force: bool = option(False, "Replace an earlier output.", "--force")
+
+    def claim(self, path: Path, kind: str | None = None) -> None:
+        """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
+
+        Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process
+        is at work on it. With --force a file of the same `kind` that laser made may be replaced.
+        """
+        common.keep_file(path)
+        if path.exists() and not self.force:
+            raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+        if path.exists():
+            require_no_mount(path)
+            require_replaceable(path, kind)
+        common.to_write(path)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Whether to go on with what is there."""
+
+    resume: bool = option(False, "Go on with an output that was interrupted.", "--resume")
+
+
+# A dataclass has the fields of its last base first, and so they stand in the help.
+@dataclass(frozen=True)
+class Record(Json, Force):
+    """Of a verb that writes a file."""
+
+
+@dataclass(frozen=True)
+class Work(Json, DryRun, Force):
+    """Of a verb that writes a file and works for long."""
+
+
+@dataclass(frozen=True)
+class Directory(Json, DryRun, Force, Resume):
+    """Of a verb that writes a model."""
+
+
+def text_of(path: Path | None, field: str | None, dataset: str | None) -> texts.Text:
+    """The text that was asked for; what was read otherwise than it stands in its file is said on stderr."""
+    if path is not None and dataset is not None:
+        raise UsageError("found both --text and --dataset; try one of them")
+    if dataset is not None:
+        name, *rest = dataset.split(",")
+        config = rest[0] if rest and rest[0] else None
+        return texts.dataset_text(name, config, rest[1] if len(rest) > 1 else "test", field or "text")
+    if path is None:
+        if field is not None:
+            raise UsageError(f"--field {field} is for files of rows; try it with --text FILE.jsonl, or leave it out")
+        return texts.default_text()
+    text = texts.read_text(path, field)
+    for note in text.notes:
+        common.say(f"laser: {note}", aside=True)
+    return text

@@ -1,0 +1,584 @@
+"""Every matrix visited once: measured as a scan does, and cut where a plan or a rule says so.
+
+A scan needs eigenvalues, a reduction eigenvectors too, and those cost 2 to 4 times as much. Where every matrix is
+judged by its own spectrum, its eigenvectors are at hand when the verdict falls, and the scan comes for nothing: one
+pass. With --lowest-snr K, or a search, the verdict needs all spectra: then eigenvalues of all and eigenvectors of K are
+cheaper than eigenvectors of all, which nobody could keep either (as many bytes as the model in float64). So two passes
+stay. Eigenvalues by themselves and beside their vectors come from two LAPACK routines, so that singular values of one
+pass may differ from a scan's in the last digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from laser.checkpoint.dequantised import as_bfloat16
+from laser.checkpoint.fingerprint import require_stamp
+from laser.checkpoint.hub import drop
+from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrices
+from laser.checkpoint.quantised import quantise
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
+from laser.checkpoint.safetensors import TORCH, Shard
+from laser.checkpoint.source import Source, require_unchanged
+from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
+from laser.engine.crew import Crew, dearest_first
+from laser.engine.workers import visit
+from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
+from laser.files import claimed, lock_of, tidy_up, unfinished
+from laser.moments import Moments, metric_of
+from laser.outcome import VERSION, Outcome, check_measured, describe_by, record_of
+from laser.plan import Plan, PlanLine, Treatment, line_of
+from laser.reasons import Kind, Why
+from laser.records import (
+    Journal,
+    spoiling,
+    was_journal,
+)
+from laser.selection import Selection
+from laser.spectra import ENTRY, InData, Measured, Spectra, assemble, from_entry, to_entry
+from laser.spectra import VERSION as SPECTRA
+from laser.spectral.data_metric import relative_error
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
+from laser.spectral.metric import PLAIN
+from laser.spectral.permutation import null_largest
+from laser.spectral.shrinkage import Gains
+from laser.spectral.spectrum import excess_kurtosis
+
+# --- one visit --------------------------------------------------------------------------------------------------------
+
+Judge = Callable[[Matrix, Measured], PlanLine]
+
+
+class Visited(NamedTuple):
+    """What a visit to one matrix gave. measured: what a scan records; None where nobody asked. new (m, n): what takes
+    its place, on the host, and `record`, its entry in laser.json; None where it stays."""
+
+    measured: Measured | None
+    new: torch.Tensor | None = None
+    record: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is done with each matrix, on whatever worker: a scan has neither lines nor a judge, a reduction has the
+    `lines` of its plan, and one pass a `judge` that makes the line from what was measured.
+
+    null_draws: permutations that are measured too. moments: for lines in the metric of the data; a scan with them
+    measures in that metric as well. fresh: moments of another text, on which each edit is measured.
+    """
+
+    method: str
+    lines: Mapping[str, PlanLine] | None = None
+    judge: Judge | None = None
+    null_draws: int = 0
+    moments: Moments | None = None
+    fresh: Moments | None = None
+
+    def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        """W (m, n) on the host. What a scan cannot factorise is a reason; elsewhere it raises NumericalError."""
+        if self.lines is not None:
+            return self._cut(self.lines[matrix.name], W, device)
+        there = to_device_if_it_fits(W, device)
+        if self.judge is not None:
+            return self._judged(self.judge, matrix, there, device)
+        measured = self._scanned(there, device)
+        return Visited(measured if measured.skipped is not None else self._by_data(measured, matrix, W, device))
+
+    def _scanned(self, W: torch.Tensor, device: Device) -> Measured:
+        try:
+            found = PLAIN.values(W, device, self.method)
+            null = null_largest(W, self.null_draws, device)
+            return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
+        except (NumericalError, UsageError) as error:
+            return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
+
+    def _by_data(self, measured: Measured, matrix: Matrix, W: torch.Tensor, device: Device) -> Measured:
+        """With the values in the metric of the data, where the matrix was calibrated."""
+        if self.moments is None or not self.moments.tokens(matrix.name):
+            return measured
+        try:
+            values = self.moments.metric(matrix.name, W).values(W, device)
+            return replace(measured, data=values.singular_values)
+        except (NumericalError, UsageError) as error:  # the plain spectrum stands
+            return replace(measured, data_failed=str(error))
+
+    def _cut(self, line: PlanLine, W: torch.Tensor, device: Device) -> Visited:
+        try:
+            metric = metric_of(line.metric, line.name, W, self.moments)
+            found = metric.visit(W, lambda _: line.gains, device, self.method).truncation
+        except NumericalError as error:
+            raise NumericalError(f"{line.name}: {error}", error.residual) from error
+        assert found is not None, "gains were given"
+        new = found.matrix.cpu()
+        return Visited(None, new, record_of(line, found) | on_fresh_text(W, new, line, self.fresh))
+
+    def _judged(self, judge: Judge, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        line = None
+
+        def decide(s: Spectrum) -> Gains | None:
+            nonlocal line
+            line = judge(matrix, Measured(s, null, tails))
+            return line.gains if line.action == "reduce" else None
+
+        try:
+            null = null_largest(W, self.null_draws, device)
+            tails = excess_kurtosis(W, device)
+            found = PLAIN.visit(W, decide, device, self.method)
+        except (NumericalError, UsageError) as error:
+            scanned = self._scanned(W, device)
+            if scanned.skipped is None:  # only the truncation fails: no reason to skip, but one to stop
+                residual = error.residual if isinstance(error, NumericalError) else None
+                raise NumericalError(f"{matrix.name}: {error}", residual) from error
+            return Visited(scanned)
+        measured = Measured(found.values.singular_values, null, tails, note=found.values.told)
+        if found.truncation is None or line is None:
+            return Visited(measured)
+        return Visited(measured, found.truncation.matrix.cpu(), record_of(line, found.truncation))
+
+
+def judged(
+    matrix: Matrix,
+    measured: Measured,
+    *,
+    source: Source,
+    treatment: Treatment,
+    selection: Selection,
+    of: tuple[str, str],
+) -> PlanLine:
+    """The plan's line of one matrix by its own spectrum alone. of: the method and the device's label."""
+    nulls = {matrix.name: measured.null} if len(measured.null) else {}
+    kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
+    spectra = Spectra(source, (matrix,), {matrix.name: measured.values}, {}, *of, nulls, kurtosis)
+    return line_of(spectra, matrix, treatment, selection)
+
+
+def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
+    """What share of E||W x||^2 is lost with B in the place of W on the inputs of another calibration, if it saw any.
+
+    Where that knows outputs alone, as of inputs wider than 4096, it can tell of projections only: of no shrunk matrix.
+    """
+    if fresh is None or not fresh.tokens(line.name):
+        return {}
+    metric = fresh.metric(line.name, W)
+    if metric.form == "outputs" and (line.shrink or line.below):
+        return {}
+    return {"fresh_output_error": relative_error(W, B, line.rank or 0, metric)}
+
+
+def describe_failure(W: torch.Tensor, error: LaserError) -> str:
+    """The plan's reason for leaving a matrix alone."""
+    W = W.cpu()  # where W lies there may be no memory left to look at it
+    if W.is_floating_point() and W.element_size() > 1 and not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        return f"skipped: not finite ({bad} NaN or Inf of {W.numel()})"
+    return f"skipped: {error}"
+
+
+# --- what is visited --------------------------------------------------------------------------------------------------
+
+
+def check_method(method: str) -> None:
+    """Raises UsageError for a method that does not exist."""
+    if method not in METHODS:
+        raise UsageError(f"no method is called {method!r}; try --method {'|'.join(METHODS)}")
+
+
+def selected_of(checkpoint: Checkpoint, selection: Selection) -> tuple[list[Matrix], dict[str, Why]]:
+    """Every matrix of the checkpoint, in file order, and why some are not visited.
+
+    Warns (DoubtWarning) about names that the table of families does not know. Raises UsageError for a selection that
+    matches nothing.
+    """
+    matrices = list_matrices(checkpoint)
+    if told := doubts(checkpoint, matrices):
+        warnings.warn(told, DoubtWarning, stacklevel=3)
+    selection.check(matrices)
+    return matrices, {m.name: why for m in matrices if (why := selection.why_not(m))}
+
+
+def run_of(kind: str, version: int, checkpoint: Checkpoint, method: str, crew: Crew, **more: Any) -> dict[str, Any]:
+    """What a journal is identified by: neither its output's place nor who did the work."""
+    told = Source.of(checkpoint).told()
+    return {"kind": kind, "version": version, **told, "method": method, "device": crew.label} | more
+
+
+# --- scan -------------------------------------------------------------------------------------------------------------
+
+
+def check_scan(method: str, null_draws: int) -> None:
+    """What can be refused of a scan before its model is opened. Raises UsageError."""
+    check_method(method)
+    if null_draws < 0:
+        raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
+
+
+def run_of_scan(
+    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+) -> dict[str, Any]:
+    """What a scan's journal is identified by."""
+    more = {"moments": moments.calibration.identity} if moments else {}
+    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    return run_of("scan journal", SPECTRA, checkpoint, method, crew, **more)
+
+
+def scan(
+    checkpoint: Checkpoint,
+    selection: Selection | None = None,
+    *,
+    device: Device | None = None,
+    crew: Crew | None = None,
+    method: str = "gram",
+    journal: Path | None = None,
+    null_draws: int = 0,
+    moments: Moments | None = None,
+    tick: Callable[[Matrix], None] = lambda _: None,
+    anew: bool = False,
+) -> Spectra:
+    """Singular values of every selected matrix; the others are listed with the reason why not.
+
+    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
+    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
+    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
+    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
+    NaN or Inf, or one that no method can factorise,
+    is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
+    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
+    the data, where a matrix was calibrated.
+    Warns (DoubtWarning) about names that the table of families does not know.
+    Raises UsageError for a selection that matches nothing, or a negative number of draws.
+    """
+    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
+    check_scan(method, null_draws)
+    if moments is not None:
+        moments.source.require(checkpoint, "moments")
+    matrices, skipped = selected_of(checkpoint, selection)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    found: dict[str, Measured] = {}
+    with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
+        for entry in log.entries if log else ():
+            found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
+        for matrix in matrices:
+            if matrix.name in found:
+                tick(matrix)
+        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
+        work = Visit(method, null_draws=null_draws, moments=moments)
+        with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
+            for matrix, visited, _ in visits:
+                assert visited.measured is not None, "a scan measures"
+                found[matrix.name] = visited.measured
+                if log:
+                    log.append(to_entry(matrix.name, visited.measured))
+                tick(matrix)
+        with spoiling(log):
+            require_unchanged(checkpoint)
+    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+    return replace(spectra, data=InData.of(moments, spectra.values, found))
+
+
+def records_of(out: Path) -> Path:
+    """Where `run` keeps the records that it makes on the way: spectra, plan, search."""
+    return out / RECORDS
+
+
+def spectra_there(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+) -> Spectra | None:
+    """The spectra at `path`, if they are those of this scan."""
+    there = Spectra.load(path)
+    wanted = {m.name for m in there.matrices if selection.why_not(m) is None}
+    tried = {m.name for m in there.matrices if m.no_spectrum is None}
+    reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
+    done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
+    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
+        return None
+    drawn = {len(there.nulls.get(name, ())) for name in there.values}
+    known = there.data.calibration.get("identity") if there.data else None
+    same = moments is None or known == moments.calibration.identity
+    return there if wanted == done and drawn <= {null_draws} and same else None
+
+
+def of_another_run(out: Path) -> OutputError:
+    return OutputError(f"{out} holds the finished output of another run; try another -o, or --force to replace it")
+
+
+def tidy_spectra(path: Path) -> None:
+    """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
+    partial = unfinished(path)
+    if not partial.exists() and not lock_of(path).exists():
+        return
+    with suppress(OutputError), claimed(path):
+        if was_journal(partial, "scan journal"):
+            tidy_up(partial, path)
+
+
+def scan_into(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    tick: Callable[[Matrix], None] = lambda _: None,
+    null_draws: int = 0,
+    moments: Moments | None = None,
+    anew: bool = False,
+) -> Spectra:
+    """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
+
+    `anew` measures again whatever is there, and drops the work of another scan.
+    """
+    partial = unfinished(path)
+    with claimed(path):
+        if path.exists() and not anew:
+            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+            if there is not None:
+                tidy_spectra(path)
+                return there
+        spectra = scan(
+            checkpoint,
+            selection,
+            crew=crew,
+            method=method,
+            journal=partial,
+            null_draws=null_draws,
+            moments=moments,
+            tick=tick,
+            anew=anew,
+        )
+        spectra.save(path)
+        tidy_up(partial, path)
+        return spectra
+
+
+# --- reduce -----------------------------------------------------------------------------------------------------------
+
+
+def reduce(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    device: Device | None = None,
+    crew: Crew | None = None,
+    method: str = "gram",
+    resume: bool = False,
+    force: bool = False,
+    evict: bool = False,
+    dtype: str | None = None,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
+    tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
+) -> Outcome:
+    """Write `checkpoint` to the directory `out` with the plan's matrices truncated to the plan's ranks.
+
+    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
+    result does not depend on how many they are. In memory are each worker's matrix, Gram matrix and eigenvectors, two
+    matrices read ahead and two results to be written. Killed at any moment and called again with `resume`, the result
+    is byte-identical and no finished matrix is computed twice. With `evict`, each shard of a model from the Hub leaves
+    the Hub's cache as soon as its output is on the disk. FP8 matrices are written as FP8 with new scales, or, with
+    `dtype` "bfloat16", the whole checkpoint without FP8 and its config without quantization_config. Lines in the metric
+    of the data need the `moments` that the plan was made with; with `fresh` moments of another text the outcome says
+    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation, `on_check`
+    with how many bytes of an earlier run were read again, of how many. Raises
+    RecordError for a plan or moments of another checkpoint, UsageError for moments that are needed and missing,
+    OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
+    certificate.
+    """
+    crew = crew or Crew((device or choose_device(),))
+    hub = checkpoint.hub
+    checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+
+    def compute(names: list[str]) -> Generator[New, None, None]:
+        work = Visit(method, plan.reductions, moments=moments, fresh=fresh)
+        wanted = set(names)
+        weights = [m for m in touched if m.name in plan.reductions and wanted & parts_of(checkpoint, m)]
+        order = by_shard(checkpoint, weights)
+        with closing(visit(checkpoint, order, work, crew)) as visits:
+            for matrix, visited, seconds in visits:
+                for name, part, told in stored(checkpoint, matrix, visited):
+                    if name in wanted:
+                        yield name, part, told
+                    del part
+                del visited
+                tick(matrix, seconds)
+
+    def done(shard: Shard) -> None:
+        if evict and hub is not None:
+            if shard.stamp is not None and shard.path.exists():
+                require_stamp(shard.path, shard.stamp)
+            drop(hub, shard.path.name)
+
+    with writing(checkpoint, out, resume=resume, force=force) as place:
+        document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
+    return Outcome.from_document(document, out / OUTCOME)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    crew: Crew,
+    method: str,
+    evict: bool,
+    dtype: str | None,
+    moments: Moments | None,
+    fresh: Moments | None,
+) -> tuple[Checkpoint, list[Matrix], dict[str, Any]]:
+    """What `reduce` writes from, what it touches, what identifies it. Raises where it refuses what is asked for."""
+    check_method(method)
+    plan.require(checkpoint)
+    plan.require_moments(moments)
+    if fresh is not None:
+        fresh.source.require(checkpoint, "fresh moments")
+    hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
+    if evict and hub is None:
+        raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
+    matrices = {m.name: m for m in list_matrices(checkpoint)}
+    touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
+    run = run_of_plan(plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
+    return checkpoint, touched, run | ({"dtype": dtype} if dtype else {})
+
+
+def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The checkpoint as it is to be written. Raises UsageError for a dtype that it cannot be written in."""
+    if dtype is None:
+        return checkpoint
+    if dtype != "bfloat16":
+        raise UsageError(f"no reduction is written as {dtype!r}; try --dtype bfloat16, or without")
+    return as_bfloat16(checkpoint)
+
+
+def parts_of(checkpoint: Checkpoint, matrix: Matrix) -> set[str]:
+    """A matrix and, where it is FP8, its scales: what is written when it changes."""
+    scales = checkpoint.fp8.scales if checkpoint.fp8 else {}
+    return {matrix.name, scales.get(matrix.tensor, matrix.name)}
+
+
+def with_scales(checkpoint: Checkpoint, touched: list[Matrix], matrices: Mapping[str, Matrix]) -> list[Matrix]:
+    """The touched matrices and their scales, in file order. Raises UsageError for a part of a fused FP8 tensor."""
+    if checkpoint.fp8 is None:
+        return touched
+    fused = next((m for m in touched if m.cut is not None and m.tensor in checkpoint.fp8.scales), None)
+    if fused:
+        raise UsageError(f"{fused.name} is a part of an FP8 tensor, whose blocks it shares; try --dtype bfloat16")
+    names = {part for m in touched for part in parts_of(checkpoint, m)}
+    return [m for m in matrices.values() if m.name in names]
+
+
+def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator[New]:
+    """A new matrix as it is to be stored: in its dtype, or as FP8 and scales, which have no record of their own."""
+    fp8, new, record = checkpoint.fp8, visited.new, visited.record
+    assert new is not None and record is not None, "a line of a plan replaces its matrix"
+    if fp8 is None or matrix.tensor not in fp8.scales:
+        yield matrix.name, new.to(TORCH[matrix.dtype]), record
+        return
+    scale = fp8.scales[matrix.tensor]
+    q, s = quantise(new, TORCH[checkpoint.tensors[scale].dtype], fp8.block, fp8.powers_of_two)
+    yield matrix.name, q, record
+    yield scale, s, {}
+
+
+def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Shard after shard, and within each the most expensive first.
+
+    Shards become whole, and go to the disk, all along, while the last matrices are still cheap ones.
+    """
+    place = {shard.name: i for i, shard in enumerate(checkpoint.shards)}
+    return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
+
+
+def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
+    """What a reduction is identified by: neither its output's place nor who did the work."""
+    return {
+        "kind": "reduce journal",
+        "version": VERSION,
+        **plan.source.told(),  # which `require` has compared with the checkpoint: here it may know more
+        "plan": hashlib.sha256(plan.to_json()).hexdigest(),
+        "method": method,
+        "device": crew.label,
+    }
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def run_of_pass(
+    checkpoint: Checkpoint, selection: Selection, treatment: Treatment, crew: Crew, method: str, null_draws: int
+) -> dict[str, Any]:
+    """What the journal of one pass is identified by."""
+    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
+    return run_of("one pass journal", VERSION, checkpoint, method, crew, **how, null_draws=null_draws)
+
+
+def reduce_in_one_pass(
+    checkpoint: Checkpoint,
+    out: Path,
+    selection: Selection,
+    treatment: Treatment,
+    choose: Callable[[Spectra], Plan],
+    *,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
+) -> tuple[Spectra, Plan, Outcome]:
+    """Reduce every selected matrix by `treatment` as it is visited, and make the records of scan and plan as well.
+
+    `choose` makes the plan from all spectra; it must judge as `treatment` does. `out` has to be prepared. Killed and
+    called again, it goes on where it was. Raises as scan and reduce do.
+    """
+    treatment.check()
+    check_method(method)
+    checkpoint = by_whole_shards(checkpoint)
+    matrices, skipped = selected_of(checkpoint, selection)
+    selected = {m.name: m for m in matrices if m.name not in skipped}
+    made: dict[str, Any] = {}
+
+    def compute(names: list[str]) -> Generator[New, None, None]:
+        source, of = Source.of(checkpoint), (method, crew.devices[0].label)
+        judge = partial(judged, source=source, treatment=treatment, selection=selection, of=of)
+        work = Visit(method, judge=judge, null_draws=null_draws)
+        order = by_shard(checkpoint, [selected[name] for name in names])
+        with closing(visit(checkpoint, order, work, crew)) as visits:
+            for matrix, visited, seconds in visits:
+                assert visited.measured is not None, "one pass measures"
+                entry = {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
+                yield matrix.name, visited.new, entry
+                del visited
+                tick(matrix, seconds)
+
+    def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+        place = f"{out / JOURNAL}: the entry of"
+        found = {name: from_entry(record.get("scan"), f"{place} {name}") for name, record in records.items()}
+        spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+        plan = choose(spectra)
+        cuts = {name: record["cut"] for name, record in records.items() if record.get("cut") is not None}
+        check_measured(cuts, place)
+        if cuts.keys() != plan.reductions.keys():
+            raise RecordError(f"{out / JOURNAL}: its matrices were judged otherwise; start afresh with --force")
+        made.update(spectra=spectra, plan=plan)
+        spectra.save(out / RECORDS / "spectra.safetensors")
+        plan.save(out / RECORDS / "plan.json")
+        return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
+
+    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
+    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
+    return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)
