@@ -18,6 +18,7 @@ from laser.files import require_regular
 from laser.records import (
     check_header,
     decode,
+    differences,
     named,
     parse,
     require_finite,
@@ -87,6 +88,7 @@ class Moments:
     calibration: Calibration
     sites: Mapping[str, Site]
     hashes: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> sha256 of its bytes
+    run: Mapping[str, Any] = field(default_factory=dict)  # what the calibration was asked for, as its parts tell
 
     def tokens(self, name: str) -> int:
         """How many inputs the matrix has seen; 0 for one that was not calibrated."""
@@ -118,6 +120,15 @@ class Moments:
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""
+        tensor = self._read(name)
+        dtype = torch.float32 if name.endswith(".correlations") else torch.float64
+        if tensor.dtype != dtype or tensor.shape != shape or not torch.isfinite(tensor).all():
+            told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
+            raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
+        return tensor
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Raises RecordError for one whose bytes are not those that were written."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(name)
@@ -126,11 +137,18 @@ class Moments:
             raise RecordError(f"{self.path} is not a readable moments file ({told}); calibrate again") from error
         if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
-        dtype = torch.float32 if name.endswith(".correlations") else torch.float64
-        if tensor.dtype != dtype or tensor.shape != shape or not torch.isfinite(tensor).all():
-            told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
-            raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
         return tensor
+
+    @staticmethod
+    def made_by(run: Mapping[str, Any], path: Path) -> Moments | None:
+        """The moments at `path` if this very run made them and every byte is as it wrote it."""
+        try:
+            there = Moments.load(path)
+            for name in there.hashes:
+                there._read(name)
+        except RecordError:
+            return None
+        return None if differences(there.run, run) else there
 
     @staticmethod
     def load(path: Path) -> Moments:
@@ -146,11 +164,13 @@ class Moments:
             raise RecordError(f"{path} is not a readable moments file ({told}); calibrate again") from error
         check_header(header, path, KIND, VERSION)
         where = f"{path}: its header"
-        require_keys(header, ("source", "calibration", "sites", "hashes", "check"), ("kind", "version"), where, AGAIN)
+        keys = ("source", "calibration", "run", "sites", "hashes", "check")
+        require_keys(header, keys, ("kind", "version"), where, AGAIN)
         require_finite(header, where, AGAIN)
         source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
         calibration = Calibration.decoded(header["calibration"], f"{path}: its calibration", AGAIN)
         hashes = value_of(Mapping[str, str], header["hashes"], "hashes", where, AGAIN)
+        run = value_of(dict, header["run"], "run", where, AGAIN)
         sites = {}
         for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
             site = site_of(row, f"{path}: site {number}")
@@ -158,7 +178,7 @@ class Moments:
                 raise RecordError(f"{path}: site {number}: {twice[0]} is of an earlier one, too; {AGAIN}")
             sites.update(dict.fromkeys(site.matrices, site))
         require_sealed(header, path, KIND)
-        return Moments(path, source, calibration, sites, hashes)
+        return Moments(path, source, calibration, sites, hashes, run)
 
 
 def site_of(row: Any, where: str) -> Site:
@@ -183,10 +203,13 @@ def fingerprint(W: torch.Tensor) -> str:
     return told.hexdigest()[:16]
 
 
-def header_of(source: Source, calibration: Calibration, sites: list[Site], hashes: Mapping[str, str]) -> dict[str, Any]:
+def header_of(
+    source: Source, calibration: Calibration, run: Mapping[str, Any], sites: list[Site], hashes: Mapping[str, str]
+) -> dict[str, Any]:
     """The JSON in `__metadata__["laser"]`."""
     document = {"kind": KIND, "version": VERSION, "source": asdict(source), "calibration": asdict(calibration)}
-    return sealed(document | {"sites": [asdict(site) for site in sites], "hashes": dict(hashes)})
+    rows = [asdict(site) for site in sites]
+    return sealed(document | {"run": dict(run), "sites": rows, "hashes": dict(hashes)})
 
 
 def pack(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkp
 from laser.engine.crew import Crew, dearest_first
 from laser.engine.workers import visit
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
-from laser.files import claimed, tidy_up
+from laser.files import claimed, lock_of, tidy_up, unfinished
 from laser.moments import Moments, metric_of
 from laser.outcome import VERSION, Outcome, check_measured, describe_by, record_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
@@ -233,6 +233,15 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def run_of_scan(
+    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+) -> dict[str, Any]:
+    """What a scan's journal is identified by."""
+    more = {"moments": moments.calibration.identity} if moments else {}
+    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    return run_of("scan journal", SPECTRA, checkpoint, method, crew, **more)
+
+
 def scan(
     checkpoint: Checkpoint,
     selection: Selection | None = None,
@@ -263,10 +272,7 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of(
-        "scan journal", SPECTRA, checkpoint, method, crew, selection=selection.describe(), null_draws=null_draws
-    )
-    run |= {"moments": moments.calibration.identity} if moments else {}
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -323,7 +329,9 @@ def of_another_run(out: Path) -> OutputError:
 
 def tidy_spectra(path: Path) -> None:
     """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
+    if not partial.exists() and not lock_of(path).exists():
+        return
     with suppress(OutputError), claimed(path):
         if was_journal(partial, "scan journal"):
             tidy_up(partial, path)
@@ -344,7 +352,7 @@ def scan_into(
 
     `anew` measures again whatever is there, and drops the work of another scan.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
     with claimed(path):
         if path.exists() and not anew:
             there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
@@ -519,6 +527,14 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
+def run_of_pass(
+    checkpoint: Checkpoint, selection: Selection, treatment: Treatment, crew: Crew, method: str, null_draws: int
+) -> dict[str, Any]:
+    """What the journal of one pass is identified by."""
+    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
+    return run_of("one pass journal", VERSION, checkpoint, method, crew, **how, null_draws=null_draws)
+
+
 def reduce_in_one_pass(
     checkpoint: Checkpoint,
     out: Path,
@@ -570,7 +586,6 @@ def reduce_in_one_pass(
         plan.save(out / RECORDS / "plan.json")
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
-    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    run = run_of("one pass journal", VERSION, checkpoint, method, crew, **how, null_draws=null_draws)
+    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
     document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

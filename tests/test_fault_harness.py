@@ -19,7 +19,8 @@ from laser import records, start
 from laser.checkpoint import swap
 from laser.cli import left_behind
 from laser.errors import OutputError
-from laser.files import claimed, tidy_up, write_atomically
+from laser.files import claimed, lock_of, tidy_up, unfinished, write_atomically
+from laser.pipeline import tidy_spectra
 from laser.records import Journal
 
 # verb -> (kind, which call by its name, or a share of them)
@@ -197,6 +198,16 @@ def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, m
     for name in ("work", "work.partial"):
         with pytest.raises(OutputError, match=rf"out is written, but .*{name} cannot be removed .*remove it yourself"):
             tidy_up(tmp_path / name, tmp_path / "out", full)
+
+
+def test_spectra_are_tidied_up_where_there_is_something_and_no_lock_is_taken_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    end = forked(lambda: tidy_spectra(path) or 0, tmp_path)
+    assert end.code == 0 and not end.calls
+    lock_of(path).write_bytes(b"")  # of a process that was killed behind its scan
+    Journal(unfinished(path), {"kind": "scan journal"}).close()
+    tidy_spectra(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

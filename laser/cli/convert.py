@@ -17,6 +17,7 @@ from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.side_files import read_own
 from laser.checkpoint.source import require_unchanged
+from laser.checkpoint.writer import require_outside
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import CheckpointError, UsageError
@@ -60,6 +61,7 @@ def convert(
         if dtype is not None:
             raise UsageError("--dtype is for GGUF files; a release keeps its own")
         release = open_checkpoint(model)
+        require_outside(release, output)
         seen, side = _from_release(release, model)
 
         def check() -> None:

@@ -135,9 +135,9 @@ def reduce(
     known, elsewhere = moments.load(), options.Inputs(fresh).load()
     if work.dry_run:
         written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
-        require_place(written, output, resume=work.resume, force=work.force)
-        if work.resume and not work.force:
-            require_run(written, output, asked)
+        place = require_place(written, output, resume=work.resume, force=work.force)
+        if work.resume:
+            require_run(written, place, asked)
         return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:

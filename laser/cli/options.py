@@ -24,6 +24,7 @@ from laser.errors import OutputError, UsageError
 from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
+from laser.files import require_no_mount
 from laser.moments import Moments
 from laser.plan import parse_lowest_snr
 from laser.search.trials import ACCEPT
@@ -284,6 +285,7 @@ class Force:
         if path.exists() and not self.force:
             raise OutputError(f"{path} exists; try another -o, or --force to replace it")
         if path.exists():
+            require_no_mount(path)
             require_replaceable(path, kind)
         common.to_write(path)
 

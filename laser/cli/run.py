@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,13 +27,14 @@ from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, load_tokenizer
 from laser.files import write_atomically
+from laser.flow import require_same_run
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
 from laser.records import to_json
 from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
-from laser.search.search import check_objectives, check_request, result_document
+from laser.search.search import check_objectives, check_request, require_journal, result_document
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
@@ -91,7 +92,7 @@ def run(
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
-    require_place(checkpoint, output, resume=work.resume, force=work.force)
+    begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
     if known is not None:
@@ -118,7 +119,24 @@ def run(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         measure = _measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
+
+    def planned(spectra: Spectra) -> Plan:
+        return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
+
+    of_run: dict[str, Any] = {
+        "crew": crew,
+        "method": method,
+        "null_draws": draws,
+        "moments": known,
+        "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
+    }
     if work.dry_run:  # everything is checked that the run itself would refuse
+        if work.resume:
+            require_same_run(begun, checkpoint, chosen, None if searching else planned, **of_run)
+            if measure is not None:
+                asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order}
+                journal = records_of(begun) / "search.jsonl"
+                require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
             measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=trials.order))
@@ -127,9 +145,8 @@ def run(
         return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
-        if not searching:
-            return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
-        assert measure is not None
+        if measure is None:
+            return planned(spectra)
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
@@ -156,11 +173,7 @@ def run(
             place,
             chosen,
             choose,
-            crew=crew,
-            method=method,
-            treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
-            null_draws=draws,
-            moments=known,
+            **of_run,
             resume=True,
             name=output.resolve().name,
             command=_command(checkpoint, output),
