@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import sampled
 from families import DEEPSEEK, SIZES
 from safetensors.torch import load_file, save_file
 
@@ -710,8 +711,7 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.model.split(":")[0])
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, 20), ids=lambda layout: layout.model.split(":")[0])
 def test_public_layout(layout: Layout, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     lay(source, layout.files())
