@@ -20,7 +20,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError, first_line
 from laser.files import require_regular, write_atomically
-from laser.moments import NO_MOMENTS, Calibration, Moments
+from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import (
     check_header,
@@ -34,6 +34,7 @@ from laser.records import (
     shown,
     value_of,
 )
+from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
@@ -148,12 +149,19 @@ class InData:
         return InData(header["calibration"], header["seen"], values, header.get("failed", {}))
 
 
-def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
-    """`spectra` with the data's values in the place of the plain ones, for planning.
+def in_metric_of(asked: str, spectra: Spectra, fewest: int | None = None) -> Spectra:
+    """`spectra` with the values that a rule is asked of: the plain ones, or the data's in their place, and `seen`.
 
     A matrix that saw fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
-    Raises UsageError where no moments were scanned.
+    Raises UsageError where no moments were scanned, or for `fewest` of plain values.
     """
+    asks_data = by_data(asked)
+    if fewest is not None and (fewest < 0 or not asks_data):
+        raise UsageError(
+            f"--fewest-tokens {fewest} is for a rule data:NAME, and 0 or more; try --rule data:energy:0.99"
+        )
+    if not asks_data:
+        return spectra
     data = spectra.data
     if data is None:
         raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
@@ -168,7 +176,7 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
             skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
         elif name in spectra.values:
             skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
-    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
+    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={}, seen=data.seen)
 
 
 def met_by(tokens: int, p: int) -> str:
@@ -192,6 +200,7 @@ class Spectra:
     empty unless the scan was asked for them.
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
+    seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
     """
 
     source: Source
@@ -204,6 +213,7 @@ class Spectra:
     kurtosis: Mapping[str, float] = field(default_factory=dict)
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    seen: Mapping[str, int] | None = None
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -261,18 +271,6 @@ class Spectra:
             raise RecordError(f"{path}: {wrong}; {AGAIN}")
         require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
         return spectra
-
-    def require_moments(self, moments: Moments | None) -> None:
-        """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
-        known = None if self.data is None else self.data.calibration
-        if moments is None or known is None:
-            raise UsageError(NO_MOMENTS)
-        if moments.calibration.identity != known.get("identity"):
-            raise RecordError(
-                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-                f"spectra were scanned with {str(known.get('identity'))[:12]} of {known.get('text')}; scan again with "
-                "these"
-            )
 
 
 def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:

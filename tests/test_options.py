@@ -230,7 +230,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("search: true\ntwo-sided: true", "", "a search tries plain cuts"),
         ("search: true", "--shrink frobenius", "a search tries plain cuts"),
         ("rule: mp-edge\nlimit: 3", "", "are for the leaderboard, which this run leaves out"),
-        ("rule: 'data:energy:0.9'", "", "goes by the data; try --moments"),
+        ("rule: 'data:energy:0.9'", "", "needs moments"),
         ("rule: mp-edge\nlowest-snr: 0", "", "--lowest-snr 0"),
         ("rule: mp-edge", "--lowest-snr 0", "--lowest-snr 0"),
         ("rule: ''", "", "no rule is called ''"),

@@ -38,18 +38,18 @@ COLUMNS = {
 
 # ... and these where the scan was given moments
 IN_DATA = {
-    "tokens": "tokens met",
+    "tokens": "tokens seen",
     "data_effective_rank": "effective rank in data",
     "data_rank_99": "of outputs: 99 % in",
 }
 
 
-def _told(summary: Summary) -> str:
-    told = summary.calibration or {}
-    digest = str(told.get("text_sha256"))[:12]
-    text = f"Metric of the data: {told.get('tokens')} tokens of {told.get('text')} (sha256 {digest})"
+def _metric(summary: Summary) -> str:
+    calibration = summary.calibration or {}
+    digest = str(calibration.get("text_sha256"))[:12]
+    text = f"Metric of the data: {calibration.get('tokens')} tokens of {calibration.get('text')} (sha256 {digest})"
     if under := len(summary.under_seen):
-        text += f"; {under} matrices met fewer tokens than they have dimensions, and are kept in that metric"
+        text += f"; {under} matrices saw fewer tokens than they have dimensions, and are kept in that metric"
     return text + "."
 
 
@@ -76,7 +76,7 @@ def render(summary: Summary, histograms: Iterable[Histogram]) -> str:
         "identity": summary.source.identity,
         "rule": summary.rule,
         "headings": list(columns.values()),
-        "data": None if summary.calibration is None else _told(summary),
+        "data": None if summary.calibration is None else _metric(summary),
         "rows": rows,
         "maps": maps,
         "places": places,

@@ -138,7 +138,7 @@ def test_hostile_headers(hub: Hub, tmp_path: Path, what: str) -> None:
         (header("HEAD", "config.json", X_Repo_Commit=None), "X-Repo-Commit"),
         (header("HEAD", "config.json", X_Linked_Size="999999"), "of size 999999"),
         (header("HEAD", "config.json", X_Linked_Size=str(1 << 40)), "too large"),
-        (header("HEAD", SHARD, X_Linked_Size=None), "does not tell its size"),
+        (header("HEAD", SHARD, X_Linked_Size=None), "does not give its size"),
         (header("HEAD", SHARD, X_Linked_Size="0"), f"{SHARD} is truncated: found 0 bytes"),
         (header("HEAD", SHARD, X_Linked_Size="999999"), "changed on the Hub while it was read: found size"),
         (header("HEAD", SHARD, X_Linked_Etag='"x"'), "changed on the Hub while it was read: found ETag"),

@@ -10,7 +10,7 @@ import pytest
 from conftest import sampled
 from helpers import snapshot
 from hub_server import TOKEN, Bytes, Fault, Hub, Repo, connect, serving
-from huggingface_hub import close_session, constants
+from huggingface_hub import HfApi, close_session, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import laser
@@ -366,6 +366,31 @@ def test_hostile_answers(
     assert (code == 0 or len(lines) == 1) and "Traceback" not in err and "\x1b" not in told + err, err
     assert code == 0 or any(word in lines[0] for word in ("again", "HF_ENDPOINT", "do not", "mend", "log in")), lines
     assert snapshot(out) == before and {p.name for p in tmp_path.iterdir()} <= {"made", "cache", ".made.lock"}
+
+
+@pytest.mark.parametrize("where", ["/objects/batch", "/api/validate-yaml", "/commit/", "/revision/"])
+def test_answers_are_looked_at_after_a_broken_connection(
+    hub: Hub, out: Path, run: Run, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a connection that was refused the client closes all, and with them what looks at answers."""
+    sent = HfApi.preupload_lfs_files
+
+    def broken(*given: Any, **options: Any) -> None:
+        sent(*given, **options)
+        if options["num_threads"] == 1:  # ours, and not that within a commit, which has nothing left to send
+            close_session()
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", broken)
+    monkeypatch.setattr("laser.checkpoint.push.AT_A_TIME", 1)
+
+    def instead(handler: Any, path: str) -> bool:
+        if where not in path or not hub.put:
+            return False
+        handler.send(200, {"Content-Type": "application/json", "Content-Encoding": "gzip"}, b"{}")
+        return True
+
+    hub.instead = instead
+    assert "has Content-Encoding 'gzip'" in refused(run, out, ID)
 
 
 def test_an_upload_that_is_too_slow_is_given_up(hub: Hub, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from laser.spectral.devices import choose_device
 def test_the_fixture_takes_every_device_that_is_there() -> None:
     """A device joins the numeric suites by its line in `available`."""
     assert names_of(devices.available())[-1] == "cpu"
-    assert names_of({"cuda": "NVIDIA H200", "mps": "not available: x", "cpu": "2 threads"}) == ["cuda", "cpu"]
-    assert names_of({"mps": "Apple GPU", "cpu": "2 threads", "npu": "a new one"}) == ["mps", "cpu", "npu"]
+    yes, no = devices.Here(True, "a card"), devices.Here(False, "not available: x")
+    assert names_of({"cuda": yes, "mps": no, "cpu": yes}) == ["cuda", "cpu"]
+    assert names_of({"mps": yes, "cpu": yes, "npu": yes}) == ["mps", "cpu", "npu"]
 
 
 def test_cpu_is_always_there() -> None:
