@@ -170,6 +170,7 @@ def test_all_six_tasks_on_local_rows(speaker: Path, data: Path, tmp_path: Path) 
     assert not comparable(board, alone)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_run_takes_tasks(speaker: Path, data: Path, tmp_path: Path, run: Run) -> None:
     (data / TASKS["gsm8k"].file).unlink()
