@@ -119,7 +119,7 @@ class Reduction:
 class OnePass:
     """A visit that measures, judges the matrix by its own spectrum, and cuts it if the verdict says so.
 
-    label: of the device that the verdict is told of, see `Spectra.device`.
+    label: of the device, as the verdict states it, see `Spectra.device`.
     """
 
     method: str

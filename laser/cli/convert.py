@@ -45,9 +45,11 @@ def convert(
     ] = None,
     told: options.Json,
 ) -> None:
-    """Translate a model into the Hub's format, with the same logits: from Mistral's own releases (params.json and
-    consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
-    the tokenizer that transformers makes of its metadata."""
+    """Translate a model into the Hub's format, with the same logits.
+
+    Of one of Mistral's own releases (params.json and consolidated*.safetensors or .pt) the tokenizer files are copied
+    byte for byte. A GGUF file is dequantised, and gets the tokenizer that transformers makes of its metadata.
+    """
     start = time.perf_counter()
     require_new(output)
     if is_gguf(model):

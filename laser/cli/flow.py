@@ -82,7 +82,8 @@ def plan(
     how: options.Rule,
     lowest: options.Lowest,
     fewest_tokens: Annotated[
-        int | None, typer.Option("--fewest-tokens", help="Keep a matrix that met fewer; default: its smaller side.")
+        int | None,
+        typer.Option("--fewest-tokens", help="Keep a matrix that saw fewer inputs; default: its smaller side."),
     ] = None,
     which: options.Matrices,
     record: options.Record,

@@ -70,8 +70,8 @@ def run(
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
 
     Without a recipe nothing is cut unmeasured: candidates are tried one at a time and kept only if the model gets
-    better. A recipe is followed as it stands; with --search its candidates are tried in the same way, and the six tasks
-    of the leaderboard are run on source and result where lm-eval is installed.
+    better. A recipe is followed as it stands. With --search its candidates are tried in the same way, and the six tasks
+    of the leaderboard are run on source and result, where lm-eval is installed.
     """
     # Rule and number default to the published procedure's candidates.
     wanted = "laser-rmt" if how.rule is None else how.rule
@@ -221,8 +221,11 @@ def _measure(
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:
-    """The command line that makes the output: as it was given, without folders of this machine, and without what only
-    says how to get there, so that the card of a run that was killed and resumed is that of an undisturbed one."""
+    """The command line that makes the output: as it was given, without folders of this machine.
+
+    What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
+    undisturbed one.
+    """
     names = {str(checkpoint.path): checkpoint.name, str(output): output.resolve().name}
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
     words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in given]
