@@ -260,10 +260,11 @@ def scan(
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
     each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
-    NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
-    the data, where a matrix was calibrated.
+    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix.
+
+    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
+    of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
+    singular values are measured once more in the metric of the data, where a matrix was calibrated.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
