@@ -27,7 +27,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
 from laser.files import tidy_up
-from laser.moments import VERSION, Moments, Site, fingerprint, pack
+from laser.moments import Header, Moments, Site, fingerprint, pack
 from laser.selection import Selection
 from laser.spectral.devices import full_precision
 
@@ -130,7 +130,7 @@ def calibrate(
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
-        "version": VERSION,  # of what lies there
+        "version": Header.version,  # of what lies there
     }
     parts = Parts(path.with_name(path.name + ".partial"), run, anew)
     run_one_expert_at_a_time(model)

@@ -60,18 +60,7 @@ EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
-KIND, VERSION = "source", 2
 REMEDY = "remove it, or name the model with --source"
-# What it says besides what the card says of the source.
-OUTSIDE: dict[str, Any] = {"kind": str, "version": int, "outcome": Mapping[str, str | None]}
-OUTSIDE |= {"weights": Mapping[str, str], "commands": tuple[str, ...]}
-# A search's record, which the card reads.
-NUMBER: Any = float | None
-REPORT: dict[str, Any] = {"objective": str, "unit": str, "text": str, "units": int, "tokens": int, "asked": int | None}
-REPORT |= dict.fromkeys(("before", "before_se", "after", "after_se", "d", "se"), NUMBER)
-TRIAL: dict[str, Any] = {"label": str, "rule": str, "ranks": Mapping[str, int], "alone": bool, "accepted": bool}
-TRIAL |= {"d": NUMBER, "se": NUMBER, "predicted": NUMBER, "layer_forwards": int, "seconds": float}
-SEARCHED = ("source", "trials", "calibration", "held_out", "rank_correlation", "families")
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 

@@ -18,7 +18,7 @@ from laser.checkpoint import swap
 from laser.cli import left_behind
 from laser.errors import OutputError
 from laser.files import claimed, tidy_up, write_atomically
-from laser.records import Journal
+from laser.journal import Journal
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {

@@ -24,11 +24,11 @@ def metric(outcome: Outcome) -> str | None:
     text = [
         "## By what the outputs lose",
         f"{len(lines) or 'None'} of the reduced matrices were cut in the metric of the inputs that they met on "
-        f"{cell(str(told['text']))} "
-        f"(sha256 {code(str(told['text_sha256']))}; {told['tokens']} tokens in {told['windows']} windows of "
-        f"{told['window']}, {cell(str(told['dtype']))}; moments {code(str(told['identity'])[:12])}"
-        + (", diagonal only" if told["diagonal"] else "")
-        + (", shrunk as by Ledoit and Wolf" if told["shrink"] else "")
+        f"{cell(str(told.text))} "
+        f"(sha256 {code(str(told.text_sha256))}; {told.tokens} tokens in {told.windows} windows of "
+        f"{told.window}, {cell(str(told.dtype))}; moments {code(str(told.identity)[:12])}"
+        + (", diagonal only" if told.diagonal else "")
+        + (", shrunk as by Ledoit and Wolf" if told.shrink else "")
         + "): each is the projection of its outputs of that rank that changes them least, and for these the energy "
         "removed is the share of the outputs' mean square that is lost.",
     ]

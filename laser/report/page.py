@@ -46,9 +46,9 @@ IN_DATA = {
 
 
 def _told(summary: Summary) -> str:
-    told = summary.calibration or {}
-    digest = str(told.get("text_sha256"))[:12]
-    text = f"Metric of the data: {told.get('tokens')} tokens of {told.get('text')} (sha256 {digest})"
+    told = summary.calibration
+    assert told is not None, "asked only where there is one"
+    text = f"Metric of the data: {told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]})"
     if under := len(summary.under_seen):
         text += f"; {under} matrices met fewer tokens than they have dimensions, and are kept in that metric"
     return text + "."

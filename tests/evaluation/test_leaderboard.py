@@ -33,7 +33,7 @@ from laser.evaluation.leaderboard import (
     run_leaderboard,
 )
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
-from laser.records import Journal
+from laser.journal import Journal
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,

@@ -22,7 +22,7 @@ from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.records import Journal
+from laser.journal import Journal
 from laser.search.candidates import cut_of
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench, accepted
