@@ -27,7 +27,6 @@ import torch
 import laser
 from laser.spectral.permutation import null_largest
 
-ARGUMENTS = {"energy": "0.9", "fraction": "0.3", "rank": "100"}
 NULL_DRAWS = 19  # the least that has a 5 % quantile
 
 
@@ -40,7 +39,7 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     checkpoint = laser.open_checkpoint(arguments.checkpoint)
     device = laser.choose_device("cpu")
-    rules = [name + (f":{ARGUMENTS[name]}" if name in ARGUMENTS else "") for name in laser.RULES]
+    rules = [rule.sample or name for name, rule in laser.RULES.items()]
     chosen = [m for m in laser.list_matrices(checkpoint) if laser.Selection().why_not(m) is None][:: arguments.every]
     print(f"{len(chosen)} matrices of {checkpoint.name}, {len(rules)} rules")
 

@@ -30,8 +30,6 @@ from laser.spectral.projector import UNRESOLVED, matrix_sign
 from laser.spectral.rules import RULES, apply_rule
 from laser.spectral.spectrum import at_threshold
 
-ARGUMENTS = {"energy": "energy:0.9", "fraction": "fraction:0.3", "rank": "rank:64"}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +52,7 @@ def main() -> None:
         "sign differs",
         "unresolved",
     )
-    table = {rule: np.zeros(len(columns), dtype=int) for rule in RULES}
+    table = {rule.sample or name: np.zeros(len(columns), dtype=int) for name, rule in RULES.items()}
     for matrix in matrices:
         W, shape = checkpoint.read(matrix.name), (matrix.shape[0], matrix.shape[1])
         exact, rough = singular_values(W, HOST)[0], singular_values(W, device)[0]
@@ -62,8 +60,7 @@ def main() -> None:
         null = null_largest(W, arguments.null, HOST)
         with full_precision():
             G = gram(W, device)
-            for name in RULES:
-                spec = ARGUMENTS.get(name, name)
+            for spec, counts in table.items():
                 cut, single = apply_rule(spec, exact, shape, null), apply_rule(spec, rough, shape, null)
                 near = bool(at_threshold(spec, rough, single, eps))
                 differs = single.rank != cut.rank
@@ -74,11 +71,11 @@ def main() -> None:
                     unresolved = abs(sign.unresolved) > UNRESOLVED
                     counted = not unresolved and round(sign.positive) != cut.rank
                 unsaid = (differs or counted) and not near
-                table[name] += np.array([1, differs, also, near, unsaid, counted, unresolved], dtype=int)
+                counts += np.array([1, differs, also, near, unsaid, counted, unresolved], dtype=int)
     print(f"{checkpoint.name}, {len(matrices)} matrices, {device.label} against {HOST.label}\n")
     print("| rule | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for name, counts in table.items():
-        print(f"| {ARGUMENTS.get(name, name)} | " + " | ".join(map(str, counts)) + " |")
+    for spec, counts in table.items():
+        print(f"| {spec} | " + " | ".join(map(str, counts)) + " |")
     sys.exit(any(counts[4] or counts[2] for counts in table.values()))
 
 

@@ -20,7 +20,7 @@ from laser.null import NullTest, null_test
 from laser.outcome import Outcome
 from laser.pipeline import reduce, scan
 from laser.plan import Plan, PlanLine, empty_plan, make_plan
-from laser.publication import write_card
+from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.certificate import Certificate, Truncation

@@ -1,7 +1,7 @@
-"""calibrate: run a text through the model layer by layer and keep the second moments of what its matrices meet.
+"""calibrate: run a text through the model and keep the second moments of each matrix's inputs.
 
 In memory are one layer, its moments and the states between two layers. After each layer its moments and the states are
-on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer (calibration_parts.py); the
+on the disk in OUTPUT.partial/, so a calibration that was killed goes on with the next layer (calibration_parts.py). The
 end of it joins those files to one, byte by byte, whatever their size.
 
 A product of some hundred inputs is float32, as the inputs are; the sums over the text are float64.
@@ -66,7 +66,7 @@ class Accumulator:
         part = z.square().sum(0) if self.form == "diagonal" else z.T @ z
         if not torch.isfinite(part).all():
             raise NumericalError(
-                f"what {self.met.names[0]} meets is not finite: the activations overflow or the weights hold NaN; "
+                f"the input of {self.met.names[0]} is not finite: the activations overflow or the weights hold NaN; "
                 f"{not_finite(dtype, '--dtype float32 and --force')}"
             )
         part = part.cpu()
@@ -106,7 +106,8 @@ def calibrate(
     (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
     of another calibration. `tick` is called with each layer.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
-    dimensions, NumericalError naming the matrix that meets NaN or Inf, RecordError for a partial run of another kind.
+    dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
+    kind.
     """
     selection = selection or Selection()
     matrices = list_matrices(checkpoint)
@@ -115,7 +116,7 @@ def calibrate(
     checkpoint = by_whole_shards(checkpoint)
     model = LayeredModel(checkpoint, dtype=dtype, device=device)
     model.check(windows.windows)
-    # What the model does not run meets nothing: MTP layers, leftover heads, towers of other modalities.
+    # What the model does not run sees no input: MTP layers, leftover heads, towers of other modalities.
     layers = {m.name: model.layer_of(m.name) for m in matrices if selection.why_not(m) is None}
     chosen = [m for m in matrices if layers.get(m.name) is not None]
     if not chosen:
@@ -187,8 +188,8 @@ def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], wi
     if met and all(tokens < min(matrix.shape) for tokens, matrix in met):
         most, matrix = max(met, key=lambda pair: pair[0])
         raise UsageError(
-            f"{windows.text} is too short: no expert of layer {matrix.layer} met as many tokens as it has dimensions, "
-            f"found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, "
+            f"{windows.text} is too short: no expert of layer {matrix.layer} has seen as many tokens as it has "
+            f"dimensions, found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, "
             "--ledoit-wolf, or --roles q,k,v,o"
         )
 
@@ -196,11 +197,12 @@ def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], wi
 def _run_layer(
     model: LayeredModel, layer: int, here: Sequence[Matrix], states: Activations, diagonal: bool, full_side: int
 ) -> list[Accumulator]:
-    """All windows through one layer, and what its matrices met there, matrices that met nothing included."""
+    """All windows through one layer, and the inputs that its matrices have seen there, also of those that saw none."""
     shapes = {m.name: m.shape for m in here}
     sites: list[Accumulator] = []
-    leaders: dict[tuple[str, ...], list[Accumulator]] = {}  # none: somebody else's inputs, which are counted there
-    # q, k and v meet the very same tensor, one after the other. The last few inputs are kept alive, or another tensor
+    # Empty list: these matrices share another site's input tensor, whose accumulator already counts it.
+    leaders: dict[tuple[str, ...], list[Accumulator]] = {}
+    # q, k and v get the very same tensor, one after the other. The last few inputs are kept alive, or another tensor
     # might get the memory of one that was freed.
     recent: deque[tuple[torch.Tensor, Accumulator]] = deque(maxlen=4)
 
@@ -227,7 +229,7 @@ def _run_layer(
         model.run_layer(layer, states)
     seen = {name for site in sites for name in site.names}
     unseen = [m for m in here if m.name not in seen]
-    if unheard := [m.name for m in unseen if m.expert is None]:  # an expert may really have met nothing
+    if unheard := [m.name for m in unseen if m.expert is None]:  # an expert may really have seen nothing
         warnings.warn(
             f"{len(unheard)} matrices of layer {layer}, such as {unheard[0]}, are multiplied in a way that cannot be "
             "followed, so their inputs are not in the moments",

@@ -129,7 +129,7 @@ class NumericalError(LaserError):
 
 
 def not_finite(dtype: object, way: str) -> str:
-    """What to try where a model that runs in `dtype` gives NaN or Inf. way: how its verb is told to run in float32."""
+    """What to try where a model that runs in `dtype` gives NaN or Inf. way: how its verb runs in float32."""
     find = "laser scan to find NaN in its weights"
     return f"try {find}" if str(dtype).endswith("float32") else f"try {way}, or {find}"
 

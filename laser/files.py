@@ -1,4 +1,4 @@
-"""Files on disk: only regular ones are opened, one process at a time writes, and a file appears whole or not at all.
+"""Files on disk: only regular ones are opened, and one is written by one process, whole or not.
 
 A FIFO waits for ever for somebody to write, /dev/zero has no end, and opening some devices does something. What is no
 regular file is an OSError here, as a missing one is, so that whoever opens says which file it was and what to try.
@@ -48,7 +48,7 @@ def open_regular(path: Path, *, follow: bool = True) -> io.BufferedReader:
 
 
 def raw_regular(path: Path, *, follow: bool = True) -> io.FileIO:
-    """The same without a buffer."""
+    """The file at `path` as `open_regular` opens it, without a buffer."""
 
     def opened(name: str, flags: int) -> int:
         _require(path.stat())  # before it is opened, for opening a device may already do something
@@ -168,14 +168,14 @@ def _take(lock: Path, path: Path) -> int:
 
 
 def _say_who(handle: int, lock: Path) -> None:
-    """For the message to others. The lock holds without it, so a full disk is told by what is to be written."""
+    """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
     told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         os.truncate(handle, 0)
         os.write(handle, json.dumps(told).encode())
     except OSError:
         with suppress(OSError):
-            os.truncate(handle, 0)  # half of it, or whoever held it before, would be told
+            os.truncate(handle, 0)  # half of it, or whoever held it before, would be named
 
 
 def _lock(handle: int, path: Path) -> bool:

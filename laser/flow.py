@@ -16,7 +16,7 @@ from laser.moments import Moments
 from laser.outcome import Outcome, plan_as_measured
 from laser.pipeline import of_another_run, records_of, reduce, reduce_in_one_pass, scan_into, spectra_there
 from laser.plan import Plan, Treatment
-from laser.publication import write_card
+from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import Spectra
 
@@ -56,7 +56,7 @@ def run(
     `moments` the spectra in the metric of the data.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
     FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
-    `command` is told in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
+    `command` stands in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
     per reduced matrix with its seconds, and with how many bytes of an earlier run were read again, of how many.
     """
     name = name or out.resolve().name

@@ -1,4 +1,4 @@
-"""Spectra in the metric of the data: what scan measures beside the plain values where it is given moments."""
+"""moments: second moments of each matrix's inputs on a text, the record that calibration writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from laser.spectral.metric import PLAIN, UNKNOWN, Metric
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was calibrated on which text: told by every record that rests on it."""
+    """What was calibrated on which text: in every record that rests on it."""
 
     identity: str  # sha256 over the moments and all of the below
     text: str
@@ -43,8 +43,11 @@ SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 @dataclass(frozen=True)
 class Site:
-    """Where inputs arrive. `matrices` are the tensors that they meet, `weights` their fingerprints; see `ByData` for
-    form and fourth."""
+    """Where inputs arrive; see `ByData` for form and fourth.
+
+    matrices: the tensors that are multiplied with them
+    weights: fingerprints of those
+    """
 
     key: str
     layer: int
@@ -88,11 +91,11 @@ class Moments:
     hashes: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> sha256 of its bytes
 
     def tokens(self, name: str) -> int:
-        """How many inputs the matrix met; 0 for one that was not calibrated."""
+        """How many inputs the matrix has seen; 0 for one that was not calibrated."""
         return self.sites[name].tokens if name in self.sites else 0
 
     def metric(self, name: str, W: torch.Tensor) -> ByData:
-        """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or met no token,
+        """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or saw no token,
         RecordError for the matrix of that name of another model."""
         if name not in self.sites:
             raise UsageError(
@@ -100,7 +103,7 @@ class Moments:
             )
         site = self.sites[name]
         if not site.tokens:
-            raise UsageError(f"{name} met no token of {self.calibration.text}; calibrate on more text")
+            raise UsageError(f"{name} has seen no token of {self.calibration.text}; calibrate on more text")
         found, expected = fingerprint(W), site.weights[site.matrices.index(name)]
         if found != expected:  # two models of one shape have the same headers
             raise RecordError(

@@ -23,7 +23,7 @@ from laser.spectral.factorise import check_storage, singular_values
 from laser.spectral.permutation import KINDS, largest_singular_value, permuted
 from laser.spectral.rules import apply_rule, draws_needed, parse_rule
 
-# Rules that claim to tell signal from noise; energy, fraction and rank keep what they are told to keep.
+# Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 
 
@@ -48,6 +48,7 @@ class NullTest(Record, kind="null test", version=1, made_by="laser null MODEL --
     draws: int
     rows: tuple[NullRow, ...]
     skipped: Mapping[str, str]  # name -> why it could not be tested
+
 
 @dataclass(frozen=True)
 class _Counts:

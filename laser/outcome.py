@@ -18,7 +18,7 @@ from laser.records import LATER, Record, decode, plain, under
 from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
 
-CLOSE = 1e-4  # of a foretold figure: a scan in float32 is nearer, and one rank of 4096 is further
+CLOSE = 1e-4  # of a planned figure: a scan in float32 is nearer, and one rank of 4096 is further
 LEAST = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
 
 
@@ -110,7 +110,7 @@ def check_entries(found: Any, where: str) -> None:
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
-    """A matrix's entry in laser.json: what was measured, whatever the line foretells."""
+    """A matrix's entry in laser.json: what was measured, whatever the line says."""
     s, shape = result.singular_values, (result.matrix.shape[0], result.matrix.shape[1])
     rank = int(np.count_nonzero(line.gains.of(s, shape)))  # a shrinker may take more values to 0 than the line says
     over = None if line.threshold is None else int(np.count_nonzero(s > line.threshold))
@@ -119,8 +119,10 @@ def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
 
 
 def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
-    """The line of a matrix that was cut. Where it foretold something else, as after an edit by hand, what was measured:
-    the figures of another rank are not left standing."""
+    """The line of a matrix that was cut, with what was measured where it had said something else.
+
+    That happens after an edit by hand: the figures of another rank are not left standing.
+    """
     record = {"snr": line.snr, "over_threshold": None} | dict(record)  # journals of before had neither
     above, over = line.gains.above, record["over_threshold"]
     held = over is None or over == above or (line.shrink is not None and over > above)

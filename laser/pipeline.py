@@ -36,11 +36,11 @@ from laser.engine.crew import Crew, dearest_first
 from laser.engine.workers import visit
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.files import claimed, tidy_up
+from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, record_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
-from laser.journal import Journal, spoiling, was_journal
 from laser.selection import Selection
 from laser.spectra import ENTRY, Header, InData, Measured, Spectra, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
@@ -483,8 +483,10 @@ def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator
 
 
 def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
-    """Shard after shard, and within each the dearest first: shards become whole, and go to the disk, all along, while
-    the last matrices are still cheap ones."""
+    """Shard after shard, and within each the most expensive first.
+
+    Shards become whole, and go to the disk, all along, while the last matrices are still cheap ones.
+    """
     place = {shard.name: i for i, shard in enumerate(checkpoint.shards)}
     return sorted(matrices, key=lambda m: (place[checkpoint.tensors[m.tensor].shard], -m.cost))
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +71,7 @@ class PlanLine:
     tokens: int | None = None
     parameters: int = 0  # numbers in it
     stack: str = ""  # whose layers are counted: "" the language model's own
-    unseen: str = ""  # said where it met too few inputs of the calibration, whatever else became of it
+    unseen: str = ""  # said where it has seen too few inputs of the calibration, whatever else became of it
 
     def wrong(self) -> str | None:
         """What in the line cannot be carried out, or contradicts the rest of it."""
@@ -80,8 +79,8 @@ class PlanLine:
             return f"action {self.action!r}, expected one of {', '.join(ACTIONS)}"
         if self.metric not in METRICS:
             return f"metric {self.metric!r}, expected one of {', '.join(METRICS)}"
-        figures = ("threshold", "sigma", "snr", "noise", "parameters", "below", "full_rank", "tokens", "layer", "expert")
-        if negative := under(self, 0, *figures):
+        counts = ("parameters", "below", "full_rank", "tokens", "layer", "expert")
+        if negative := under(self, 0, "threshold", "sigma", "snr", "noise", *counts):
             return negative
         for key in ("energy_kept", "fit", "fit_level"):
             if (value := getattr(self, key)) is not None and not 0 <= value <= 1 + 1e-9:
@@ -139,7 +138,8 @@ def _with_kind(line: Any, number: int) -> Any:
     reason, rest = line.get("reason"), {key: value for key, value in line.items() if key != "reason"}
     if not isinstance(reason, str) or {"why", "unseen"} & rest.keys():
         raise Misfit(f"reason is {shown(reason)}, expected a text and no key 'why'", ": ").inside(f"line {number}")
-    return rest | {"why": plain(earlier_reason(reason, rest.get("action") == "reduce")), "unseen": earlier_unseen(reason)}
+    why = earlier_reason(reason, rest.get("action") == "reduce")
+    return rest | {"why": plain(why), "unseen": earlier_unseen(reason)}
 
 
 @dataclass(frozen=True)
@@ -315,8 +315,8 @@ def make_plan(
 
     `lowest_snr` K reduces only the K matrices with the lowest signal-to-noise ratio (LaserRMT takes 15); matrices
     without one, because nothing lies at or below the threshold, are kept. A rule that keeps every value keeps the
-    matrix. `shrink` names a shrinker for the kept values; `two_sided` also keeps what lies under the lower edge of the
-    noise, where trained matrices hide information (arXiv 2410.17770); `require_fit` keeps every matrix whose bulk
+    matrix. `shrink` names a shrinker for the kept values. `two_sided` also keeps what lies under the lower edge of the
+    noise, where trained matrices hide information (arXiv 2410.17770). `require_fit` keeps every matrix whose bulk
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
     reason. A rule `data:NAME` is asked of the spectra in the metric of the calibration's inputs, and a matrix that saw
     fewer than `fewest_tokens` (default: its p) of them is kept.
@@ -338,7 +338,7 @@ def make_plan(
     if not any(line.rank is not None for line in lines):
         if by_data:
             raise UsageError(
-                "no selected matrix met as many tokens as it has dimensions; calibrate on more text, or try "
+                "no selected matrix has seen as many tokens as it has dimensions; calibrate on more text, or try "
                 "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
             )
         for line in lines:

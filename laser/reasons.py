@@ -18,7 +18,7 @@ class Kind(StrEnum):
     ALL_KEPT = "all kept"  # the rule removes nothing of it
     NOT_NOISE = "not noise"  # its bulk, at the level that was asked for
     NOT_LOWEST = "not lowest"  # not among the K of lowest signal-to-noise ratio
-    UNSEEN = "unseen"  # by the calibration: it met fewer inputs than it has dimensions
+    UNSEEN = "unseen"  # by the calibration: it has seen fewer inputs than it has dimensions
     NOT_CALIBRATED = "not calibrated"
     UNUSED = "unused"  # the model that is run does not use it
     ACCEPTED = "accepted"  # by a search
@@ -57,7 +57,7 @@ EARLIER = {
     "not tried: ": Kind.NOT_TRIED,
     "empty plan": Kind.EMPTY,
 }
-# And what else told them, where they began with a name or a number.
+# And what else tells them, where they began with a name or a number.
 EARLIER_INSIDE = {
     " is kept unless asked for": Kind.PROTECTED,
     " not selected": Kind.NOT_SELECTED,
@@ -78,5 +78,5 @@ def earlier_reason(text: str, reduced: bool = False) -> Why:
 
 
 def earlier_unseen(text: str) -> str:
-    """What such a reason says of a matrix that met too few inputs; "" for one that did not."""
+    """What such a reason says of a matrix that saw too few inputs; "" for one that did not."""
     return text.rpartition(UNSEEN_BEFORE)[2] if UNSEEN_BEFORE in text else ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from laser.errors import RecordError, first_line
 from laser.files import read_regular, write_atomically
@@ -288,14 +288,14 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
         names, optional = list(hints), set(cls.__optional_keys__)
     needed = [name for name in names if name not in optional]
     inside = {name: (reader(hints[name]), _place(name, hints[name])) for name in names}
-    wrong: Callable[[Any], str | None] = getattr(cls, "wrong", lambda _: None)
+    make, wrong = cast("Callable[..., Any]", cls), getattr(cls, "wrong", lambda _: None)
 
     def read(found: Any) -> Any:
         if not isinstance(found, dict):
             raise _unlike(cls, found)
         for name in needed:
             if name not in found:
-                raise Misfit(f"has no key {name!r}, expected {', '.join(names)}")
+                raise Misfit(f"has no key {name!r}, expected {', '.join(needed)}")
         made = {}
         for name, value in found.items():
             if name not in inside:
@@ -305,7 +305,7 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
                 made[name] = read_one(value)
             except Misfit as misfit:
                 raise misfit.inside(place) from None
-        value = cls(**made)
+        value = make(**made)
         if why := wrong(value):
             raise Misfit(why, ": ")
         return value
@@ -354,7 +354,7 @@ def shown(found: Any, quote: str = '"') -> str:
 
 
 def named(found: Any) -> str:
-    """The same in the quotes of a name."""
+    """A value as its file has it, shortened, in the quotes of a name."""
     return shown(found, "'")
 
 
@@ -524,20 +524,23 @@ def same(a: float | None, b: float | None, within: float = 1e-6) -> bool:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """samples: sha256 over bytes of every tensor; None where they lie on the Hub. content: one hash over the hashes
-    that the Hub has of the files; None elsewhere."""
+    """Which weights these are, by hashes of them.
+
+    samples: sha256 over bytes of every tensor; None where they lie on the Hub
+    content: one hash over the hashes that the Hub has of the files; None elsewhere
+    """
 
     samples: str | None = None
     content: str | None = None
 
     def told(self) -> dict[str, str]:
-        """For records: what is known."""
+        """The hashes that are known, for records."""
         known = {"content": self.content, "samples": self.samples}
         return {kind: digest for kind, digest in known.items() if digest}
 
     @property
     def short(self) -> str:
-        """For messages."""
+        """The first digits of a hash, for messages."""
         return (self.samples or self.content or "unknown")[:12]
 
 
@@ -548,7 +551,7 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
 
 
 def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
-    """What a record or journal tells of weights."""
+    """What a record or journal states of weights."""
     samples, content = (told if isinstance(told := record.get(key), str) else None for key in ("samples", "content"))
     return Fingerprint(samples, content)
 

@@ -74,8 +74,13 @@ Vectors = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class InData:
-    """By name: how many inputs a matrix met, for those that were calibrated; singular values (p,) of W C^(1/2),
-    descending; and why there are none. `calibration` says on which text."""
+    """What a scan measures by the data, by name of the matrix.
+
+    calibration: on which text
+    seen: how many inputs a matrix has seen, for those that were calibrated
+    values: singular values (p,) of W C^(1/2), descending
+    failed: why there are none
+    """
 
     calibration: Calibration
     seen: Mapping[str, int]
@@ -90,10 +95,12 @@ class InData:
         """What in it contradicts the rest of a file whose matrices have these smaller sides."""
         for name in (*self.values, *self.failed):
             if name not in self.seen:
-                return f"{name} is measured in the metric of the data, and its data do not say how many inputs it met"
+                return (
+                    f"{name} is measured in the metric of the data, and its data do not say how many inputs it has seen"
+                )
         for name, tokens in self.seen.items():
             if not sides.get(name) or tokens < 0:
-                return f"{name} met {tokens} inputs, expected 0 or more of a matrix of it"
+                return f"{name} has seen {tokens} inputs, expected 0 or more of a matrix of it"
         return None
 
     @staticmethod
@@ -110,7 +117,7 @@ class InData:
 def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
     """`spectra` with the data's values in the place of the plain ones, for planning.
 
-    A matrix that met fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
+    A matrix that saw fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
     Raises UsageError where no moments were scanned.
     """
     data = spectra.data
@@ -131,8 +138,8 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
 
 
 def met_by(tokens: int, p: int) -> str:
-    """How many inputs a matrix met, and how many it should have met at the least."""
-    return f"met {tokens} tokens of the calibration, and it has {p} dimensions"
+    """How many inputs a matrix has seen, and how many it should have at the least."""
+    return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
 
 
 LARGEST_INTEGER = 2**63 - 1
@@ -188,9 +195,7 @@ def _with_kind(row: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header(
-    ArrayRecord, kind="spectra", version=3, earlier={2: _from_texts}, made_by="laser scan MODEL -o FILE"
-):
+class Header(ArrayRecord, kind="spectra", version=3, earlier={2: _from_texts}, made_by="laser scan MODEL -o FILE"):
     """What the file says beside the vectors. vectors: their hash."""
 
     source: Source
@@ -231,8 +236,11 @@ class Spectra:
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         vectors |= self.data.vectors() if self.data else {}
         rows = tuple(map(self._row, self.matrices))
-        told = {"source": self.source, "method": self.method, "device": self.device, "matrices": rows, "data": self.data}
-        Header(**told, vectors=hash_of(vectors)).save_with(path, vectors)
+        header = Header(
+            source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
+            vectors=hash_of(vectors),
+        )  # fmt: skip
+        header.save_with(path, vectors)
 
     def _row(self, m: Matrix) -> Row:
         return Row(

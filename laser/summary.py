@@ -5,18 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from laser.checkpoint.matrices import place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
+from laser.escape import visible
 from laser.moments import Calibration
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
-from laser.report.visible import visible
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.noise import estimate, fit_noise
@@ -81,8 +81,8 @@ class Row:
     full_rank: int
     snr: float | None  # sum(s > t) / sum(s <= t)
     snr_over_largest: float | None  # SNR / s_1: LaserRMT's scanner and Spectrum
-    # In the metric of the data, where the scan was given moments; None where it was not, or the matrix met no token:
-    tokens: int | None = None  # inputs that the matrix met
+    # In the metric of the data, where the scan was given moments; None where it was not, or the matrix saw no token:
+    tokens: int | None = None  # inputs that the matrix has seen
     data_effective_rank: float | None = None
     data_rank_99: int | None = None  # directions that hold 99 % of the outputs' mean square
     stack: str = ""  # whose layers are counted: "" the language model's own
@@ -102,7 +102,7 @@ class Summary:
 
     @property
     def under_seen(self) -> list[Row]:
-        """Matrices that met fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
+        """Matrices that saw fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
         return [row for row in self.rows if row.tokens is not None and row.tokens < row.full_rank]
 
     def to_json(self) -> bytes:

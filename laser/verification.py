@@ -1,6 +1,6 @@
-"""What `verify` looks at last: the files of an output beside its weights, and the records of how it was made.
+"""verify: is OUT what its plan says? Measured on the files themselves, without trusting what they claim.
 
-Not the card: README.md is there to be edited.
+Last come the files beside the weights, and the records of how they were made. Not the card: README.md may be edited.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
 from laser.files import open_regular, read_regular
+from laser.journal import journal_is_whole
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, plan_as_measured
 from laser.plan import Plan
-from laser.journal import journal_is_whole
 from laser.records import is_sealed, parse
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device, in_float64
@@ -95,7 +95,7 @@ def verify(
     """Compare `out` with `source` and with the plan in its laser.json.
 
     Untouched tensors must be equal bit for bit. A touched matrix B must be a best approximation of W at the plan's rank
-    r, which by Eckart and Young (1936) is the same as: its singular values are W's first r and then zero, but for
+    r. By Eckart and Young (1936) that is the same as: its singular values are W's first r and then zero, but for
     rounding to the storage dtype, and ||W - B||_F is the norm of W's tail. Where the plan shrinks or cuts on two sides,
     W's values times their gains stand for both. A matrix reduced in the metric of the data must be a projection of W of
     rank r, and with the plan's `moments` lose what was predicted and no more of the outputs. Measured from the weights.

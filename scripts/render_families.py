@@ -13,14 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import CONFIGS, END, OTHERS, START, examine, table  # noqa: E402
+from families import END, START, everything, examine, table  # noqa: E402
 
 README = ROOT / "README.md"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        rows = [examine(family, Path(folder, family)) for family in CONFIGS | OTHERS]
+        rows = [examine(family, Path(folder, family)) for family in everything()]
     text = README.read_text()
     before, rest = text.split(START)
     README.write_text(before + START + table(rows) + END + rest.split(END)[1])

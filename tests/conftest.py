@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ os.environ.update(OPENBLAS_NUM_THREADS="1")
 
 import pytest
 import torch
+from helpers import LIKE_MPS, names_of
 from hypothesis import settings
 from safetensors.torch import save_file
+
+from laser.spectral.devices import Device, available, choose_device
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 # One where another process of pytest-xdist has the other core.
@@ -35,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: at the end no process is alone with a long file while the other has nothing."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def sampled(cases: Iterable[Any], every: int) -> list[Any]:
+    """All cases; all but each `every`-th are marked slow, so that the fast lane runs a sample of them."""
+    return [case if i % every == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+
+
+@pytest.fixture(scope="session", params=[*names_of(available()), "like mps"])
+def device(request: pytest.FixtureRequest) -> Device:
+    """Every device that is there, and one that computes as Apple's does: float32, products by torch, no LAPACK."""
+    return LIKE_MPS if request.param == "like mps" else choose_device(request.param)
 
 
 @pytest.fixture

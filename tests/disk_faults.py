@@ -22,7 +22,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -371,13 +370,3 @@ class _Library:
                 return -1
 
         return call
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its name relative to it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with suppress(FileNotFoundError):
-                found[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return found

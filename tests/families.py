@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import laser
+from laser.checkpoint.families import FAMILIES
 
 RANK = 4
 SIZES = {
@@ -96,7 +97,8 @@ T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "
 BART = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "encoder_layers": 1, "decoder_layers": 2} | {
     f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
 }
-# name in the table -> model_type, entries of the config
+# Name in the README's table -> model_type, entries of the config. A family of laser's table that is not here is built
+# of SIZES: it needs an entry where it wants other numbers, or another name in the README.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", SIZES | LOCAL),
     "Mistral": ("mistral", SIZES),
@@ -266,11 +268,36 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+# Families whose rows are those of another, and that transformers builds only as that one, or not here.
+TWINS = {
+    "kimi_k2": "deepseek_v3",  # its own name for DeepSeek's model, in a config that needs remote code
+    "minimax_m1": "minimax",  # the same, before transformers had it
+    "minimax_text_01": "minimax",
+    "phi4mm": "phi4_multimodal",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "gemma3n": "gemma3n_text",  # its vision tower needs timm
+    "ministral": "ministral3",
+    "xlm-roberta": "roberta",
+    "whisper": "bart",
+    "mistral_release": "mistral_release",  # of no model_type: tests/checkpoint/test_mistral.py
+}
+
+
+def causal() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Causal language models: CONFIGS, and whatever else laser's table has, of SIZES and under its own name."""
+    listed = {kind for kind, *_ in (OTHERS | CONFIGS).values()} | TWINS.keys()
+    return CONFIGS | {family: (family, SIZES) for family in FAMILIES if family not in listed}
+
+
+def everything() -> dict[str, tuple[str, dict[str, Any]] | tuple[str, dict[str, Any], str]]:
+    return causal() | OTHERS
+
+
 def build(family: str) -> Any:
     """A model of random float32 weights, in memory; the same on every call."""
     import transformers
 
-    kind, entries, *auto = (OTHERS | CONFIGS)[family]
+    kind, entries, *auto = everything()[family]
     torch.manual_seed(0)
     loader: Any = getattr(transformers, auto[0] if auto else "AutoModelForCausalLM")
     make = loader.from_config if hasattr(loader, "from_config") else loader._from_config
@@ -398,7 +425,7 @@ def examine(family: str, folder: Path) -> Row:
     holders = [m.tensor for m in spectra.matrices if m.name in plan.reductions]
     return Row(
         family,
-        (OTHERS | CONFIGS)[family][0],
+        everything()[family][0],
         len(holders),
         len(set(holders)),
         sum(holders.count(name) > 1 for name in set(holders)),

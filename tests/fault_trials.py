@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
-from disk_faults import DATA, Board, End, Fault, forked, snapshot, start
+from disk_faults import DATA, Board, End, Fault, forked, start
+from helpers import snapshot
 from mistral_release import write_release
 from pico_language import TEXT, write_tokenizer
 

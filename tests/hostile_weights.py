@@ -20,8 +20,8 @@ from pathlib import Path
 import limits
 import numpy as np
 import torch
+from helpers import tensors_in
 from limits import Said
-from safetensors.torch import load_file
 
 import laser
 from laser.checkpoint.safetensors import read_bytes
@@ -157,16 +157,12 @@ def as_gguf_reads(folder: Path) -> str | None:
     from gguf import GGUFReader
 
     theirs = {t.name: t for t in GGUFReader(folder / "g.gguf").tensors}
-    for name, W in load_all(folder / "new").items():
+    for name, W in tensors_in(folder / "new").items():
         if "v_proj" in name:
             other = theirs[f"blk.{name.split('.')[2]}.attn_v.weight"].data
             if not np.array_equal(W.float().numpy(), other.astype(np.float32), equal_nan=True):
                 return f"{name} is another in the gguf package"
     return None
-
-
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: W for file in sorted(folder.glob("*.safetensors")) for name, W in load_file(file).items()}
 
 
 # --- params.json ------------------------------------------------------------------------------------------------------
@@ -184,7 +180,7 @@ def params(folder: Path) -> Path:
 
 def as_before(folder: Path) -> str | None:
     """Weights that are converted otherwise than with the params.json that belongs to them."""
-    ours, right = load_all(folder / "new"), load_all(folder / "right")
+    ours, right = tensors_in(folder / "new"), tensors_in(folder / "right")
     return None if ours.keys() == right.keys() and all(torch.equal(W, right[n]) for n, W in ours.items()) else "others"
 
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def test_only_one_file_says_mps_and_the_methods_call_linalg() -> None:
     assert [p.name for p in FILES if '"mps"' in p.read_text()] == ["devices.py"]
     callers = [p.name for p in FILES if "torch.linalg." in p.read_text().replace("`torch.linalg", "")]
     assert callers == ["factorise.py", "gram.py", "projector.py"]
+
+
+def test_a_wheel_has_every_file_that_is_no_module() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["laser"]
+    there = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == {path for pattern in patterns for path in PACKAGE.glob(pattern)}
 
 
 def test_exported_names_are_sorted_and_there() -> None:

@@ -33,6 +33,7 @@ for words in verbs[:2] if few else verbs:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a file", "missing and cannot be made"])
 def test_local_work_goes_on_without_caches(kind: str, tmp_path: Path) -> None:
     """Every variable at once: a file stands where the directory should be, or above it."""

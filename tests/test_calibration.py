@@ -19,7 +19,7 @@ from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
-from laser.moments import Calibration, Moments, Site, header_of
+from laser.moments import Calibration, Header, Moments, Site
 from laser.selection import Selection
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
@@ -273,7 +273,7 @@ def test_bad_input_gets_a_clear_error(
     assert run(*again, "--roles", "q")[0] == 0
     assert run(*again)[0] == 1  # exists
     code, _, error = run("calibrate", speaker, "-o", tmp_path / "n", "--text", text, "--window", 40, "--windows", 1)
-    assert code == 2 and "no expert of layer 0 met as many tokens as it has dimensions, found" in error
+    assert code == 2 and "no expert of layer 0 has seen as many tokens as it has dimensions, found" in error
     code, _, error = run("scan", make_pico("another"), "-o", tmp_path / "s", "--moments", moments)
     assert code == 1 and "the moments was made from speaker" in error
     code, _, error = run("scan", speaker, "-o", tmp_path / "s", "--moments", tmp_path / "none")
@@ -287,7 +287,7 @@ def test_activations_that_are_not_finite_name_the_matrix(speaker: Path, tmp_path
     weights = load_file(speaker / "model.safetensors")
     weights[LAYER + "self_attn.q_proj.weight"][:] = float("nan")
     save_file(weights, speaker / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=rf"what {LAYER}self_attn.o_proj.weight meets is not finite"):
+    with pytest.raises(NumericalError, match=rf"the input of {LAYER}self_attn.o_proj.weight is not finite"):
         calibrate(laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m.safetensors")
 
 
@@ -305,7 +305,7 @@ def test_a_matrix_in_no_layer_cannot_be_calibrated(speaker: Path, tmp_path: Path
         (lambda d: d["sites"][0].pop("fourth"), "site 1 has no key 'fourth'"),
         (lambda d: d["sites"][0].update(tokens="9"), 'site 1: tokens is "9", expected a whole number'),
         (lambda d: d.update(sites=None), "sites is null, expected a list"),
-        (lambda d: d.update(more=1), "its header has a key 'more'"),
+        (lambda d: d.update(more=1), "it has a key 'more'"),
     ],
 )
 def test_moments_of_another_version_are_refused_with_a_sentence(
@@ -313,7 +313,7 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
 ) -> None:
     site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
     calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
-    header = header_of(Source("m", "0"), calibration, [site], {})
+    header = Header(Source("m", "0"), calibration, (site,), {}).document()
     change(header)
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):

@@ -14,7 +14,7 @@ from pico_language import write_tokenizer
 
 from laser.checkpoint.reader import INDEX
 from laser.cli import app, main
-from laser.report.visible import visible
+from laser.escape import visible
 from laser.spectral.metric import Plain
 
 

@@ -107,7 +107,9 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
     few = [n for n, tokens in data.seen.items() if tokens < min(checkpoint.tensors[n].shape)]
     assert few and len(few) < 36
     for name in few:
-        assert lines[name].action != "reduce" and lines[name].why.text.startswith("not seen enough: met"), lines[name]
+        assert lines[name].action != "reduce" and lines[name].why.text.startswith("not seen enough: has seen"), lines[
+            name
+        ]
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
     assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "data:mp-edge", "--force")
@@ -149,7 +151,7 @@ def test_rules_in_the_metric_of_the_data_are_one_more_family(speaker: Path, tmp_
     checkpoint, written = laser.open_checkpoint(speaker), laser.open_checkpoint(out)
     known = Moments.load(moments)
     for line in lines:
-        edit = cut_of(checkpoint, {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
+        edit = cut_of(checkpoint, "data:rank:1", {line.name: line.rank or 0}, laser.choose_device("cpu"), known)
         assert torch.equal(written.read(line.name), edit[line.name])
 
 
@@ -158,7 +160,7 @@ def test_shrunk_moments_make_a_plan_of_few_tokens_possible(speaker: Path, tmp_pa
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=20, limit=1)
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("q",)), shrink=True)
     spectra = laser.scan(checkpoint, Selection(roles=("q",)), moments=moments)
-    with pytest.raises(UsageError, match="no selected matrix met as many tokens"):
+    with pytest.raises(UsageError, match="no selected matrix has seen as many tokens"):
         laser.make_plan(spectra, "data:fraction:0.9")
     plan = laser.make_plan(spectra, "data:fraction:0.9", fewest_tokens=0)
     assert {line.rank for line in plan.reductions.values()} == {28}
@@ -262,10 +264,10 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     few = cut_windows(Text("text", CONTENT), load_tokenizer(speaker), length=64, limit=1)
     moments = calibrate(checkpoint, few, tmp_path / "m.safetensors", Selection(roles=("w1", "w3"), layers=(1,)))
     laser.scan(checkpoint, Selection(roles=("w1", "q"), layers=(1,)), moments=moments).save(tmp_path / "s")
-    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "rank:3", metric="data")
+    plan = laser.make_plan(laser.Spectra.load(tmp_path / "s"), "data:rank:3")
     reasons = {line.name: line.why.text for line in plan.lines}
     assert reasons["model.layers.1.self_attn.q_proj.weight"] == "not calibrated"
-    unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: met")}
+    unseen = {name for name, reason in reasons.items() if reason.startswith("not seen enough: has seen")}
     assert unseen and plan.reductions
     # A search by rules of both kinds says so, too, in its plan and on the card.
     (tmp_path / "text.txt").write_text(" ".join(f"{i * i} foxes jump over {i} dogs;" for i in range(99)))
@@ -278,7 +280,7 @@ def test_what_was_not_calibrated_or_not_seen_enough_is_told_apart(speaker: Path,
     assert code == 0, error
     lines = {line.name: line for line in Plan.load(searched).lines}
     kept = {name for name in unseen if lines[name].action != "reduce"}
-    assert kept and all("; not seen enough: met" in lines[name].why.text for name in kept)
+    assert kept and all("; not seen enough: has seen" in lines[name].why.text for name in kept)
 
 
 def test_a_grid_in_the_metric_of_the_data() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from laser.cli import app, main
+from laser.spectral.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 VERBS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
 
@@ -45,6 +47,30 @@ def test_python_of_the_readme_runs(pico: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_in_the_readme(verb: str) -> None:
     assert f"**laser {verb}**" in README
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_in_the_readme(rule: str) -> None:
+    assert re.search(rf"^\| `{rule}(:[A-Z]+)?` \|", README, flags=re.M)
+
+
+def test_every_path_of_the_contributing_page_is_there() -> None:
+    """But for those that hold a word in capitals, which stands for a name."""
+    named = re.findall(r"(?:laser|tests|scripts|benchmarks|docs)/[\w./-]+\w|\b[\w.]+\.(?:md|toml|txt)\b", CONTRIBUTING)
+    paths = {path for path in named if not re.search(r"NAME|AREA", path)}
+    assert len(paths) >= 15
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_every_module_is_in_the_contributing_page() -> None:
+    tree = CONTRIBUTING.partition("<!-- tree -->")[2].partition("<!-- /tree -->")[0]
+    room, named = "", set()
+    for line in tree.splitlines():
+        name = line[:25].strip()
+        room = name if name.endswith("/") else room
+        named |= {room + name} if name.endswith(".py") else set()
+        assert not name.endswith(("/", ".py")) or line[25:].strip(), f"{name} says nothing"
+    assert named == {str(p.relative_to(ROOT)) for p in (ROOT / "laser").rglob("*.py") if p.name != "__init__.py"}
 
 
 def test_first_screen_shows_both_commands() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import CONFIGS, END, OTHERS, RANK, START, build, examine, line_of, truncated
+from families import CONFIGS, END, OTHERS, RANK, START, TWINS, build, causal, everything, examine, line_of, truncated
 from safetensors.torch import load_file, save_file
 from trainers import by_axolotl, by_scripts
 
 import laser
-from laser.checkpoint.families import FAMILIES
+from laser.checkpoint.families import FAMILIES, LLAMA
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.slices import Cut
 from laser.summary import ALWAYS_UNFROZEN, summarise
@@ -24,7 +24,7 @@ TABLE = README[README.find(START) : README.find(END)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", CONFIGS | OTHERS)
+@pytest.mark.parametrize("family", everything())
 def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> None:
     row = examine(family, tmp_path)
     assert row.unaccounted == 0
@@ -33,26 +33,20 @@ def test_reduced_on_disk_is_reduced_in_memory(family: str, tmp_path: Path) -> No
         assert line_of(row) in TABLE, "run python scripts/render_families.py"
 
 
-# Families whose rows are those of another, and that transformers builds only as that one, or not here.
-TWINS = {
-    "kimi_k2": "deepseek_v3",  # its own name for DeepSeek's model, in a config that needs remote code
-    "minimax_m1": "minimax",  # the same, before transformers had it
-    "minimax_text_01": "minimax",
-    "phi4mm": "phi4_multimodal",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "gemma3n": "gemma3n_text",  # its vision tower needs timm
-    "ministral": "ministral3",
-    "xlm-roberta": "roberta",
-    "whisper": "bart",
-}
+def test_what_is_not_examined_has_the_rows_of_what_is() -> None:
+    assert {kind for kind, *_ in (OTHERS | CONFIGS).values()} <= FAMILIES.keys()
+    for family, twin in TWINS.items():
+        assert FAMILIES[family] == FAMILIES[twin]
 
 
-def test_every_family_is_examined() -> None:
-    examined = {kind for kind, *_ in (OTHERS | CONFIGS).values()} | {"mistral_release"}
-    assert {TWINS.get(family, family) for family in FAMILIES} == examined
-    assert all(
-        FAMILIES[family] is FAMILIES[twin] or FAMILIES[family] == FAMILIES[twin] for family, twin in TWINS.items()
-    )
+@pytest.mark.slow
+def test_a_family_joins_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with Llama's names, which transformers knows and laser does not."""
+    monkeypatch.setitem(FAMILIES, "hyperclovax", LLAMA)
+    assert "hyperclovax" in everything()
+    row = examine("hyperclovax", tmp_path)
+    assert row.unaccounted == 0 and row.matrices == 2 * 7
+    assert row.changed and row.verified and row.parameters_equal and row.logits_equal
 
 
 @pytest.mark.parametrize("stored", ["once", "twice"])
@@ -177,12 +171,9 @@ def test_other_tools_are_given_names_that_they_know(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.experts.gate_up_proj" in named
 
 
-# One of each way in which matrices lie in tensors, and tensors in parameters; the others are like one of these.
-LAYOUTS = (
-    *("Mixtral", "Llama 3", "OLMo", "DeepSeek-V3", "Granite-MoE", "Granite-MoE, shared", "GPT-OSS", "Llama 4", "DBRX"),
-    *("Phi-3", "GPT-2", "GLM-4", "Falcon", "MPT", "GPT-NeoX", "Granite 4", "Qwen3-Next", "Jamba", "Qwen3.5", "Mamba 2"),
-    *("Falcon-H1", "MiniMax-M1", "LFM2-MoE", "Apertus", "Phi-4-multimodal"),
-)
+# One of each kind of rows, and those that lie otherwise in transformers' parameters than the first of their kind.
+LAYOUTS = {FAMILIES[kind]: family for family, (kind, _) in reversed(causal().items())}
+LAYOUTS = (*LAYOUTS.values(), "OLMo", "Apertus", "Granite-MoE, shared", "Qwen3.5", "Phi-4-multimodal")
 
 
 @pytest.mark.slow

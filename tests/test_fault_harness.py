@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from disk_faults import DATA, End, Fault, forked, snapshot
+from conftest import sampled
+from disk_faults import DATA, End, Fault, forked
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
+from helpers import snapshot
 
 from laser import records, start
 from laser.checkpoint import swap
@@ -53,7 +55,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", sampled(SAMPLE, 11))
 def test_a_verb_survives_faults_at_its_disk_calls(name: str, inputs: dict[str, str], tmp_path: Path) -> None:
     if "plot" in name:
         pytest.importorskip("matplotlib")
@@ -94,6 +96,7 @@ def in_place(path: Path) -> Callable[[], int]:
     return work
 
 
+@pytest.mark.slow
 def test_the_shim_counts_fails_cuts_and_kills(tmp_path: Path) -> None:
     path = tmp_path / "x"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from calibrated import windows_of
 from conftest import mixtral_tensors
+from helpers import snapshot
 from safetensors.torch import save_file
 
 import laser
@@ -75,10 +76,6 @@ def faults(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for file in files:
         for fault in FAULTS:
             yield file, fault
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

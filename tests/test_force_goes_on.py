@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_faults import forked, snapshot
+from conftest import sampled
+from disk_faults import forked
+from helpers import snapshot
 
 import laser.cli.run
 from laser.checkpoint import swap
@@ -40,7 +42,7 @@ def weights(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (at.st_ino, at.st_mtime_ns) for name, at in found.items()}
 
 
-@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("touched", sampled([False, True], 2))
 def test_a_run_killed_behind_its_reduction_writes_no_shard_again(pico: Path, tmp_path: Path, touched: bool) -> None:
     """touched: the earlier output was copied or restored meanwhile, and looks younger than the new one."""
     assert ran(tmp_path, OLD) == (0, "")
@@ -62,7 +64,7 @@ def test_a_run_killed_behind_its_reduction_writes_no_shard_again(pico: Path, tmp
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("linux", [False, True])
+@pytest.mark.parametrize("linux", sampled([True, False], 2))
 def test_a_process_killed_beside_the_exchange_leaves_one_of_both_and_no_doubt(
     pico: Path, tmp_path: Path, after: bool, linux: bool
 ) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from conftest import Run
+from helpers import snapshot
 from safetensors.torch import load_file, save_file
 
-import laser.publication
+import laser.report.publish
 from laser.checkpoint import fingerprint, writer
 from laser.checkpoint.push import _require_as_written
 from laser.checkpoint.writer import JOURNAL
@@ -26,14 +27,10 @@ SHARD = "model-00001-of-00003.safetensors"
 @pytest.fixture
 def made(pico: Path, tmp_path: Path, run: Run) -> Path:
     """A folder with spectra `s`, a plan `p.json` and a finished output `out` of pico."""
-    assert run("scan", pico, "-o", tmp_path / "s")[0] == 0
+    assert run("scan", pico, "-o", tmp_path / "s", "--roles", "q,w1")[0] == 0
     assert run("plan", tmp_path / "s", "-o", tmp_path / "p.json", "--rule", "rank:4")[0] == 0
     assert run("reduce", pico, tmp_path / "p.json", "-o", tmp_path / "out")[0] == 0
     return tmp_path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -41,13 +38,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_unfinished_output_with_a_link_in_it(
     pico: Path, made: Path, run: Run, name: str, link: Callable[[Path, Path], None]
 ) -> None:
-    before, out = contents(pico), made / "unfinished"
+    before, out = snapshot(pico), made / "unfinished"
     (out / JOURNAL).parent.mkdir(parents=True)
     (out / JOURNAL).touch()
     link(pico / name.removesuffix(".partial"), out / name)
     code, _, error = run("reduce", pico, made / "p.json", "-o", out, "--resume")
     assert code == 1 and "is a link, and going on would write to what it leads to" in error
-    assert contents(pico) == before
+    assert snapshot(pico) == before
 
 
 def test_an_output_of_other_weights_that_the_samples_do_not_tell(
@@ -71,11 +68,11 @@ def test_an_output_of_other_weights_that_the_samples_do_not_tell(
 def test_a_refused_run_leaves_a_finished_output_as_it_is(pico: Path, tmp_path: Path, run: Run) -> None:
     words = ("run", pico, "-o", tmp_path / "out", "--no-search")
     assert run(*words, "--rule", "rank:4")[0] == 0
-    before = contents(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     for other in (("--rule", "rank:5"), ("--rule", "rank:4", "--layers", "1")):
         code, _, error = run(*words, *other, "--resume")
         assert code == 1 and "the finished output of another run" in error
-        assert contents(tmp_path / "out") == before
+        assert snapshot(tmp_path / "out") == before
     assert run(*words, "--rule", "rank:4", "--resume")[0] == 0
 
 
@@ -141,7 +138,7 @@ def test_a_card_speaks_of_the_weights_that_are_there(pico: Path, made: Path, run
     code, _, error = run("card", made / "out", "--source", pico)
     assert code == 1 and "is not the shard that laser.json tells of" in error
     with pytest.raises(RecordError, match="other weights"):
-        laser.publication.require_shards(made / "out")
+        laser.report.publish.require_shards(made / "out")
 
 
 def test_a_card_of_nothing_makes_no_directory(tmp_path: Path, run: Run) -> None:
@@ -208,7 +205,7 @@ def test_a_model_in_a_folder_of_its_repository(pico: Path, made: Path, run: Run,
         (folder / path.name).symlink_to(f"../../../../blobs/{number:040x}")
     assert run("reduce", folder, made / "p.json", "-o", made / "deep")[0] == 0
     assert run("verify", folder, made / "deep")[0] == 0
-    assert contents(made / "deep") == contents(made / "out")
+    assert snapshot(made / "deep") == snapshot(made / "out")
     outside = tmp_path / "outside.json"
     (pico / "config.json").rename(outside)
     (folder / "config.json").unlink()
@@ -266,7 +263,7 @@ def test_a_side_file_that_changes_while_the_output_is_written(
     assert code == 1 and "changed meanwhile; run the same command again, with --resume" in error
     assert not (out / "laser.json").exists()
     assert run("reduce", pico, made / "p.json", "-o", out, "--resume")[0] == 0
-    assert contents(out) == contents(made / "out")
+    assert snapshot(out) == snapshot(made / "out")
 
 
 def test_what_somebody_puts_into_an_output_is_not_called_laser_s(
@@ -283,16 +280,16 @@ def test_what_somebody_puts_into_an_output_is_not_called_laser_s(
 def test_what_somebody_puts_into_an_earlier_output_while_force_is_at_work(
     pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, before = made / "out", contents(made / "out")
+    out, before = made / "out", snapshot(made / "out")
     during(monkeypatch, lambda: (out / "mine.txt").write_text("mine"))
     again = ("reduce", pico, made / "p.json", "-o", out, "--force")
     code, _, error = run(*again)
     assert code == 1 and "holds mine.txt, which laser did not write" in error and "with --resume: all is done" in error
-    assert contents(out) == before | {"mine.txt": b"mine"}
+    assert snapshot(out) == before | {"mine.txt": b"mine"}
     (out / "mine.txt").rename(made / "mine.txt")
     monkeypatch.setattr(writer, "put", None)  # nothing is left to do
     assert run(*again, "--resume")[0] == 0
-    assert contents(out) == before and not (made / ".out.new").exists()
+    assert snapshot(out) == before and not (made / ".out.new").exists()
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -300,7 +297,7 @@ def test_an_earlier_output_that_is_removed_while_force_is_at_work(
     pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     """What is done is kept: the new output takes the place, at once or when the command goes on."""
-    out, before = made / "out", contents(made / "out")
+    out, before = made / "out", snapshot(made / "out")
 
     def remove() -> None:
         shutil.rmtree(out)
@@ -313,11 +310,11 @@ def test_an_earlier_output_that_is_removed_while_force_is_at_work(
     if killed:
         done = sum(b'"matrix"' in line for line in (made / ".out.new" / JOURNAL).read_bytes().splitlines())
         assert done == 2 and run(*again, "--resume")[0] == 0
-    assert contents(out) == before and not (made / ".out.new").exists()
+    assert snapshot(out) == before and not (made / ".out.new").exists()
 
 
 def test_force_anew_leaves_no_half_behind(pico: Path, made: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, before = made / "out", contents(made / "out")
+    out, before = made / "out", snapshot(made / "out")
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -327,4 +324,4 @@ def test_force_anew_leaves_no_half_behind(pico: Path, made: Path, run: Run, monk
     assert run(*again)[0] == 130 and (made / ".out.new").is_dir()
     shutil.rmtree(out)
     assert run(*again)[0] == 0
-    assert contents(out) == before and not (made / ".out.new").exists()
+    assert snapshot(out) == before and not (made / ".out.new").exists()

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import Run, write_checkpoint_directory
+from conftest import Run, sampled, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -395,7 +395,7 @@ SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether 
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", sampled(SEARCHES, 4))
 @pytest.mark.parametrize("accept", ["all", "nothing"])
 def test_what_is_foretold_of_a_search_is_what_it_runs(
     name: str, accept: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -798,6 +798,7 @@ def limited(megabytes: int, work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of data memory")
 def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
     """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""

@@ -55,7 +55,7 @@ def test_a_flag_that_two_verbs_take_from_a_group_has_one_text() -> None:
     for verb in VERBS:
         for group in groups_of(verb):
             for field in fields(group):
-                texts.setdefault(field.name, set()).add(field.metadata["more"]["help"])
+                texts.setdefault(field.name, set()).add(field.metadata["told"][0].help)
     assert {name for name, several in texts.items() if len(several) > 1} == {"device", "windows"}
 
 
@@ -63,7 +63,7 @@ def test_a_verb_gets_its_group_as_one_object() -> None:
     @dataclass(frozen=True)
     class Wishes:
         how_many: int = option(3, "A number.")
-        loud: bool = option(False, "A switch.")
+        loud: bool = option(False, "A switch.", "--loud")
 
     seen: list[Any] = []
 
@@ -96,7 +96,7 @@ def test_no_option_stands_twice_in_a_verb() -> None:
 class Every:
     """An option of every kind."""
 
-    switch: bool = option(False, "true or false")
+    switch: bool = option(False, "true or false", "--switch")
     either: bool | None = option(None, "on, off or neither", "--either/--no-either")
     whole: int = option(1, "a whole number")
     part: float = option(0.5, "a number")
@@ -207,7 +207,7 @@ def test_every_option_of_run_may_stand_in_a_recipe(tmp_path: Path) -> None:
     found = COMMANDS["run"].make_context("run", ["m", "--recipe", str(recipe)]).params
     assert len(values) == len(found) - 2 > 30
     assert {name for name in found if found[name] == plain[name]} == {"model"}
-    assert found["lowest_snr"] == "7" and found["held_out"] == Path("x") and found["require_fit"] == 0.125
+    assert found["lowest_snr"] == "7" and Path(found["held_out"]) == Path("x") and found["require_fit"] == 0.125
 
 
 @pytest.mark.parametrize("name", packaged())

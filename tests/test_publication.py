@@ -26,7 +26,8 @@ from laser.evaluation.text import Window, Windows
 from laser.outcome import Outcome
 from laser.pipeline import reduce, scan
 from laser.plan import make_plan
-from laser.publication import (
+from laser.records import sealed
+from laser.report.publish import (
     EVAL,
     EVAL_SOURCE,
     LEADERBOARD,
@@ -37,7 +38,6 @@ from laser.publication import (
     hub_origin,
     write_card,
 )
-from laser.records import sealed
 from laser.verification import verify
 
 
@@ -226,7 +226,7 @@ def test_a_card_needs_an_output_and_its_own_source(
         write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
     (out / SOURCE).parent.mkdir()
     (out / SOURCE).write_text('{"kind": "source", "version": 2, "name": "x"}')
-    with pytest.raises(RecordError, match="not a whole record"):
+    with pytest.raises(RecordError, match="not a whole source file"):
         write_card(out)
 
 
@@ -362,12 +362,12 @@ TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
     ("part", "change", "message"),
     [
         ("held_out", {}, None),
-        ("held_out", {"before": "x"}, 'before of entry 1 of held_out is "x", expected a number or null'),
-        ("held_out", {"tokens": 9.5}, "tokens of entry 1 of held_out is 9.5"),
-        ("held_out", {"se": [1]}, "se of entry 1 of held_out"),
-        ("trials", {"ranks": []}, "ranks of entry 1 of trials"),
-        ("trials", {"accepted": "no"}, 'accepted of entry 1 of trials is "no", expected true or false'),
-        ("trials", {"d": "x"}, "d of entry 1 of trials"),
+        ("held_out", {"before": "x"}, 'held_out 1: before is "x", expected a number or null'),
+        ("held_out", {"tokens": 9.5}, "held_out 1: tokens is 9.5"),
+        ("held_out", {"se": [1]}, "held_out 1: se"),
+        ("trials", {"ranks": []}, "trial 1 (q): ranks"),
+        ("trials", {"accepted": "no"}, 'trial 1 (q): accepted is "no", expected true or false'),
+        ("trials", {"d": "x"}, "trial 1 (q): d"),
     ],
 )
 def test_a_searchs_record_is_checked_whole(

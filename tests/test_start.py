@@ -67,6 +67,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
     words = [sys.executable, "-c", WAITING.replace("sleep(60)", "sleep(1)"), str(pico), str(tmp_path / "s")]
@@ -83,6 +84,7 @@ def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, clos
     child.stdout.close()
 
 
+@pytest.mark.slow
 def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
     words = 'trap "" HUP; exec "$0" -c "$1" "$2" "$3"'
     code = WAITING.replace("sleep(60)", "sleep(1); sys.stderr.write('on'); sys.stderr.flush(); import os; os._exit(7)")
@@ -93,6 +95,7 @@ def test_nohup_is_obeyed(pico: Path, tmp_path: Path) -> None:
     assert child.communicate(timeout=60)[1] == b"on" and child.returncode == 7
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # so that it shows at the end, when all is flushed
     if not Path("/dev/full").exists():
@@ -103,6 +106,7 @@ def test_a_full_disk_behind_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_without_stderr_nothing_is_said_on_stdout() -> None:
     words = f'exec 2>&-; exec "{sys.executable}" -m laser scan nothing-there -o x'
     done = subprocess.run(["sh", "-c", words], stdout=subprocess.PIPE)

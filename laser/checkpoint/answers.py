@@ -1,4 +1,4 @@
-"""What every answer of a Hub has to be before the Hub's client believes it: one place for all of its requests.
+"""What every answer of a Hub has to be before the Hub's client believes it, and what to say of one that refuses.
 
 The client makes paths in its cache of commits and ETags, waits as long as a server asks, and reads what comes. So each
 answer is looked at first, redirects too, and its body is counted and timed while it arrives.
@@ -6,12 +6,14 @@ answer is looked at first, redirects too, and its body is counted and timed whil
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from laser.errors import CheckpointError
+from laser.errors import LONGEST, CheckpointError, LaserError, first_line
 
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
 AGAIN = (408, 429, 500, 502, 503, 504)
@@ -24,6 +26,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # It becomes a file's name in the cache. The client strips W and / from its start.
 ETAG = re.compile(r"[0-9A-VX-Za-vx-z][\w.+=-]{0,127}", re.ASCII)
 SIZE = re.compile(r"[0-9]{1,16}")
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
+)
 
 
 def session() -> Any:
@@ -68,7 +74,7 @@ def _look(answer: Any) -> None:
     if status == 409 and path.endswith("/api/repos/create"):  # the client would ask again without end or pause
         raise CheckpointError(f"{where}: it is there, or is being made (status 409); run the same command again")
     if status in AGAIN:
-        asked_wait(answer, where)
+        require_short_wait(answer, where)
     commit, linked = headers.get("X-Repo-Commit"), headers.get("X-Linked-Etag")
     if commit is not None and not COMMIT.fullmatch(commit):
         raise refuse("commit", commit, "40 hexadecimal digits")
@@ -100,7 +106,9 @@ def _look(answer: Any) -> None:
 def _guarded(stream: Any, where: str, largest: int) -> Any:
     """The body, given up where it comes too slowly or does not end. Time spent on what has arrived does not count."""
 
-    class Guarded(_kind_of(stream)):
+    from httpx2 import SyncByteStream
+
+    class Guarded(SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             pieces, so_far, waited, since = iter(stream), 0, 0.0, 0
             while True:
@@ -129,7 +137,9 @@ def _guarded(stream: Any, where: str, largest: int) -> Any:
 def _paced(stream: Any, where: str) -> Any:
     """What is sent, given up where it is taken too slowly."""
 
-    class Paced(_kind_of(stream)):
+    from httpx2 import SyncByteStream
+
+    class Paced(SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             waited, since = 0.0, 0
             for whole in stream:
@@ -148,11 +158,6 @@ def _paced(stream: Any, where: str) -> Any:
     return Paced()
 
 
-def _kind_of(stream: Any) -> type:
-    """The class that the client asks of a body. Its library (httpx, then httpx2) depends on the client's version."""
-    return next(c for c in type(stream).__mro__ if c.__name__ == "SyncByteStream")
-
-
 def require_rate(count: int, seconds: float, where: str, what: str = "sends") -> None:
     """Raises CheckpointError where `count` bytes in so many seconds are less than LEAST_RATE."""
     if count / seconds < LEAST_RATE:
@@ -168,19 +173,156 @@ def bare(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
-def asked_wait(answer: Any, where: str) -> float | None:
-    """Seconds that the server asks to wait, by Retry-After or RateLimit; None where it says nothing.
+def require_short_wait(answer: Any, where: str) -> None:
+    """Raises CheckpointError where the server asks for more than LONGEST_WAIT, which the client would wait."""
+    from huggingface_hub.utils import parse_ratelimit_headers
 
-    Raises CheckpointError where they are more than LONGEST_WAIT.
-    """
-    told = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", answer.headers.get("Retry-After", "")) or re.search(
-        r"\bt\s*=\s*(\d+)", answer.headers.get("RateLimit", "")
+    limit = parse_ratelimit_headers(answer.headers)
+    told = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", answer.headers.get("Retry-After", ""))
+    for seconds in (float(told[1]) if told else 0.0, float(limit.reset_in_seconds) if limit else 0.0):
+        if seconds > LONGEST_WAIT:
+            raise CheckpointError(
+                f"{where}: the Hub limits requests (status {answer.status_code}) and asks to wait {seconds:.0f} s; run "
+                "the same command again after that, or log in with `hf auth login`"
+            )
+
+
+def transport_errors() -> tuple[type[BaseException], ...]:
+    """What the Hub's client raises for a connection that fails."""
+    from httpx2 import HTTPError
+
+    return (HTTPError, OSError)
+
+
+def _cause(error: BaseException) -> str:
+    """Why the Hub cannot be reached, where the client says it: (status 429), (ConnectError), or nothing."""
+    cause = error.__cause__
+    response = getattr(cause, "response", None)
+    return (
+        f" (status {response.status_code})" if response is not None else f" ({type(cause).__name__})" if cause else ""
     )
-    if not told:
-        return None
-    if float(told[1]) > LONGEST_WAIT:
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
+    """What the Hub's client raises, as a CheckpointError that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        BadRequestError,
+        EntryNotFoundError,
+        FileMetadataError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        session()
+        failed: BaseException | None = None
+        try:
+            yield
+        except RuntimeError as error:  # of a thread that sends a file: it says which, its cause what is wrong
+            failed = error.__cause__ or error
+        if failed is not None:
+            raise failed
+    except LaserError:
+        raise
+    except GatedRepoError as error:
         raise CheckpointError(
-            f"{where}: the Hub limits requests (status {answer.status_code}) and asks to wait {float(told[1]):.0f} s; "
-            "run the same command again after that, or log in with `hf auth login`"
+            f"{repo} is gated: ask for access on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no such model: the Hub has no {repo}, or not for you; check the spelling, or log in with `hf auth login`"
+        ) from error
+    except LocalTokenNotFoundError as error:
+        raise CheckpointError(f"{repo}: nobody is logged in; log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        _require_address(repo, error)
+        if isinstance(error.__cause__, FileMetadataError):
+            raise CheckpointError(f"{repo}: {first_line(error.__cause__)}; check HF_ENDPOINT and proxies") from error
+        raise CheckpointError(
+            f"no such model: {repo} is neither a directory nor in the Hub cache, and the Hub cannot be reached"
+            f"{_cause(error)}; try `hf download {repo}` where it can"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo} lacks a file ({str(error).splitlines()[-1]}); try another model") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo} is not a Hub id ({error}); try org/name or a directory") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(_status(repo, error, writing)) from error
+    except transport_errors() as error:
+        _require_address(repo, error)
+        if told := _of_the_cache(error):
+            raise CheckpointError(f"{repo}: {told}") from error
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(
+            f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
+        ) from error
+    except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
+        if isinstance(error.__cause__, BadRequestError):
+            raise CheckpointError(
+                f"{repo}: the Hub refuses what is sent ({' '.join(str(error).split())[:LONGEST]}); mend that, and run "
+                "the same command again"
+            ) from error
+        raise CheckpointError(
+            f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
+            "and proxies, or run the same command again later"
+        ) from error
+
+
+def _status(repo: str, error: Any, writing: bool) -> str:
+    """What to say of an answer that refuses."""
+    status, told = error.response.status_code, ""
+    if writing and status in (409, 412):
+        return (
+            f"{repo}: somebody has committed to it meanwhile, or it is being made (status {status}); run the same "
+            "command again"
         )
-    return float(told[1])
+    if writing and status in (400, 413, 422) and error.server_message:
+        told = f" ({' '.join(str(error.server_message).split())[:LONGEST]})"
+    as_who = "write to it" if writing else "read it"
+    remedy = {
+        401: "log in with `hf auth login`",
+        403: f"log in with `hf auth login` as someone who may {as_who}",
+        **dict.fromkeys((400, 413, 422), "mend what it refuses, and run the same command again" if told else ""),
+    }
+    advice = remedy.get(status) or "run the same command again later"
+    return f"{repo}: the Hub answered with status {status}{told}; {advice}"
+
+
+def _require_address(repo: str, error: BaseException) -> None:
+    """Raises CheckpointError where the Hub could not be reached because HF_ENDPOINT is no address at all."""
+    from huggingface_hub import constants
+
+    if not re.fullmatch(r"https?://[^/\s?#]+(/\S*)?", constants.ENDPOINT):
+        raise CheckpointError(
+            f"{repo}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address of a Hub; unset it, or try "
+            "HF_ENDPOINT=https://huggingface.co"
+        ) from error
+
+
+def _of_the_cache(error: BaseException) -> str | None:
+    """What is wrong with the cache's disk, where an error came from it and not from the network."""
+    from huggingface_hub import constants
+
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return None
+    move = "or set HF_HUB_CACHE (or HF_HOME) to a directory elsewhere, and run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk of the Hub's cache {constants.HF_HUB_CACHE} is full ({error.strerror}), whole files in it are "
+            f"kept; free some space, {move}"
+        )
+    return (
+        f"the Hub's cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}: {error.filename}); "
+        f"check its permissions, {move}"
+    )

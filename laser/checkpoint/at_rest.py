@@ -18,7 +18,7 @@ CARD = "README.md"  # ours, made again at will, and people's to edit
 
 
 def wrong_names(sums: Mapping[str, str], shards: Mapping[str, str | None]) -> str | None:
-    """What is wrong with the names of an outcome's files, all inside the output, or with their sha256; None: nothing."""
+    """What is wrong with the names of an outcome's files, or their sha256; None where all lie inside the output."""
     for name in (*sums, *shards):
         path = PurePosixPath(name)
         if (

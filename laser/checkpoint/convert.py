@@ -1,4 +1,7 @@
-"""A whole new checkpoint directory from shards that no file holds: nothing under its name until all of it is there."""
+"""Write a whole new checkpoint directory from shards that no file holds yet.
+
+Nothing has its name until all of it is there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An FP8 checkpoint seen as the bfloat16 one that it stands for: scales gone, config and index to match."""
+"""An FP8 checkpoint seen as the bfloat16 one that it stands for. Scales are gone, config and index match."""
 
 from __future__ import annotations
 

@@ -1,11 +1,19 @@
-"""What the tensors of each model family are called and how they are stored: a row per kind of tensor, no code.
+"""FAMILIES: what each model family's tensors are called and how they are stored, as rows.
 
-Roles: q, k, v, o (attention), q_a, q_b, kv_a, kv_b (DeepSeek's compressed attention); w1, w2, w3 (Mixtral's experts)
-and gate, down, up (the same three matrices under Llama's names, experts and dense MLPs alike); x, z and out (what goes
-into a state space or a convolution, the gate of what comes out, and what that goes through; out also behind linear
-attention), b and c (gates of LFM2's convolutions); linear (any other matrix of a layer). Kept unless asked for: router,
-embedding, position, head, norm, bias, sinks, buffer, ssm (parameters of a state space), adapter, vision and audio
-(towers of other modalities and what connects them), mtp (what joins a block of multi-token prediction).
+Roles that are measured and reduced:
+
+    q, k, v, o                attention
+    q_a, q_b, kv_a, kv_b      DeepSeek's compressed attention
+    w1, w2, w3                Mixtral's experts
+    gate, down, up            the same three matrices under Llama's names, experts and dense MLPs alike
+    x, z, out                 what goes into a state space or a convolution, the gate of what comes out, and what that
+                              goes through; out also behind linear attention
+    b, c                      gates of LFM2's convolutions
+    linear                    any other matrix of a layer
+
+Kept unless asked for: router, embedding, position, head, norm, bias, sinks, buffer, ssm (parameters of a state space),
+adapter, vision and audio (towers of other modalities and what connects them). So is mtp, what joins a block of
+multi-token prediction.
 
 `axes` says how a tensor is stored that is not one matrix (out, in), first axis first:
 

@@ -1,8 +1,9 @@
-"""Which weights these are: names, shapes and headers of two fine-tunes are equal, so their bytes are looked at.
+"""Which weights these are, by their bytes.
 
-A small checkpoint is read whole. Of a larger one every tensor gives its first and last bytes and a few places between,
-chosen by its name: some thousand short reads, whatever the size. Shards that lie on the Hub are not sampled, for there
-the Hub's own hashes of the files are known. Both kinds are kept where both are known; see `agree`.
+Names, shapes and headers of two fine-tunes are equal, so bytes are looked at. A small checkpoint is read whole. Of a
+larger one every tensor gives its first and last bytes and a few places between, chosen by its name: some thousand short
+reads, whatever the size. Shards that lie on the Hub are not sampled, for there the Hub's own hashes of the files are
+known. Both kinds are kept where both are known; see `agree`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ READERS = 16  # reads under way at a time, so that a disk far away is waited for
 
 
 def fingerprint_of(shards: Sequence[Shard], hub: Hub | None) -> Fingerprint:
-    """Of the weights as they are now. hub: where they come from, if that is the Hub."""
+    """The fingerprint of the weights as they are now. hub: where they come from, if that is the Hub."""
     content = hub.content if hub else None
     remote = hub is not None and not all(shard.path.exists() for shard in shards)
-    # A server that tells no hashes is asked for ranges: slow, but not wrong.
+    # A server that states no hashes is asked for ranges: slow, but not wrong.
     return Fingerprint(None if remote and content else samples_of(shards), content)
 
 

@@ -1,7 +1,7 @@
-"""What people bring that is no checkpoint of the Hub's format: what it is, and what makes one of it.
+"""What people bring that is no checkpoint of the Hub's format, and what makes one of it.
 
 Recognised by the names of files alone, plus the adapter's own config; nothing is opened that could be large. A row of
-the table per format; the first that matches is told.
+the table per format; the first that matches is named.
 """
 
 from __future__ import annotations
@@ -42,11 +42,19 @@ RESAVE = "from transformers import AutoModelForCausalLM as M; M.from_pretrained(
 
 @dataclass(frozen=True)
 class Format:
-    """pattern: of a file's path inside the folder; what: of what it is a sign; remedy: what to do.
+    """One format that people bring: how it is recognised, and what to do about it.
 
-    A remedy may name {path}, the folder; {name}, its name; {at}, the file; {parent}, the file's folder; {below}, that
-    group of the pattern, and {base}, the folder above it; {out}, a new directory; {python}, the command that runs
-    `python`, a template of code.
+    pattern: of a file's path inside the folder
+    what: of what it is a sign
+    remedy: what to do
+
+    A remedy may name:
+
+    {path}, {name}     the folder, and its name
+    {at}, {parent}     the file, and its folder
+    {below}, {base}    that group of the pattern, and the folder above it
+    {out}              a new directory
+    {python}           the command that runs `python`, a template of code
     """
 
     pattern: str

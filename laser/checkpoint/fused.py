@@ -1,4 +1,7 @@
-"""Fused tensors: where the matrices of one stored tensor lie in it, by its row's axes and config.json's numbers."""
+"""Fused tensors: where the matrices of one stored tensor lie in it.
+
+The family's row gives the axes, config.json the numbers.
+"""
 
 from __future__ import annotations
 

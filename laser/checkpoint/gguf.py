@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture (Llama, Mistral, Mixtral) seen as the Hub's checkpoint, dequantised.
+"""GGUF files of the llama architecture seen as the Hub's checkpoint, dequantised. Llama, Mistral, Mixtral.
 
 Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file, or files where llama.cpp's
 gguf-split has cut it. Names and metadata as llama.cpp writes them: its converter turns the rotary halves of q and k

@@ -6,38 +6,38 @@ byte range, or as whole shards into the Hub's own cache, one ahead of the work.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import logging
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
-from laser.checkpoint.answers import session
+from laser.checkpoint.answers import bare, hub_errors, session, transport_errors
 from laser.checkpoint.formats import what_lies_on_hub
-from laser.checkpoint.ranges import TRIES, RemoteFile, fetch, log, look_at, pause, transport_errors
 from laser.checkpoint.safetensors import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
 from laser.checkpoint.weights import files_in, index_at, order
-from laser.errors import LONGEST, CheckpointError, LaserError, first_line
+from laser.errors import CheckpointError
 from laser.files import read_regular
 
 T = TypeVar("T")
 # Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.
 SMALL = 64 << 20
-_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
-)
+TRIES = 6  # in a row that bring less than STEP
+STEP = 1 << 20  # bytes
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+log = logging.getLogger("laser")
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,31 @@ def _is_whole(folder: Path) -> bool:
 def recognised(repo: str, revision: str | None) -> str | None:
     """What a repository without config.json or without weights is, by the names of its files; None where that is not
     known, or where the Hub is off line."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return None
     with hub_errors(repo, revision):
-        names = sorted(plain_names(repo, HfApi().model_info(repo, revision=revision).siblings))
-        return what_lies_on_hub(repo, names, lambda name: read_regular(_to_cache(repo, name, revision)))
+        return what_lies_on_hub(
+            repo, sorted(_names(repo, revision)), lambda name: read_regular(_to_cache(repo, name, revision))
+        )
 
 
 def listing(hub: Hub) -> frozenset[str]:
     """Names of the repository's files; those in the cache where it has all that would be loaded, and nobody answers.
 
-    Not those in the cache without asking: the repository may have a file that is loaded before them. Where the Hub's
-    own client was told that it has none, which it remembers in the cache's folder .no_exist, nobody is asked.
+    Not those in the cache without asking: the repository may have a file that is loaded before them. Where the cache
+    remembers that it has none, nobody is asked.
     """
     here, whole = files_in(hub.folder), _is_whole(hub.folder)
     if whole:
-        absent = hub.folder.parents[1] / ".no_exist" / hub.commit
         before = takewhile(lambda name: name not in here, _order(hub.folder))
-        if all((absent / name).exists() for name in before):
+        if all(_is_known_to_be_absent(hub, name) for name in before):
             return here
     try:
         with hub_errors(hub.repo, hub.revision):
-            names = _names(hub) if whole else _patiently(lambda: _names(hub), hub.repo)
+            asked = (hub.repo, hub.commit)
+            names = _names(*asked) if whole else _patiently(lambda: _names(*asked), hub.repo)
     except CheckpointError:
         if not whole:
             raise
@@ -144,10 +145,17 @@ def listing(hub: Hub) -> frozenset[str]:
     return frozenset(names)
 
 
-def _names(hub: Hub) -> list[str]:
+def _is_known_to_be_absent(hub: Hub, name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub.repo, name, revision=hub.commit)
+    return found is not None and not isinstance(found, str)  # it is not known, or the file's path
+
+
+def _names(repo: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
-    return plain_names(hub.repo, HfApi().model_info(hub.repo, revision=hub.commit).siblings)
+    return plain_names(repo, HfApi().model_info(repo, revision=revision).siblings)
 
 
 def _require_apart(hub: Hub, names: Sequence[str]) -> None:
@@ -226,25 +234,125 @@ def _header(hub: Hub, name: str) -> tuple[str, Shard]:
         require_content(replace(hub, etags={name: etag}), SMALL)
         return etag, shard
     with hub_errors(hub.repo, hub.revision):
-        file, first = look_at(RemoteFile(hub.repo, name, hub.commit), 8)
-        size, length = file.size or 0, int.from_bytes(first, "little")
-        check_length(name, size, length)
-        text = b"".join(fetch(file, 8, 8 + length))
+        file = _remote_file(hub, name)
+        length = int.from_bytes(b"".join(_fetch(file, 0, 8)), "little")
+        check_length(name, file.size, length)
+        text = b"".join(_fetch(file, 8, 8 + length))
 
     def data(start: int, end: int) -> Iterator[memoryview]:
         if local.exists():
             yield from file_pieces(local, start, end)
             return
         with hub_errors(hub.repo, hub.revision):
-            yield from fetch(file, start, end)
+            yield from _fetch(file, start, end)
 
-    etag, lock = file.etag or "", Lock()
+    lock = Lock()
 
     def whole() -> Path:
         with lock:  # of several that need it, one fetches it
-            return _download(replace(hub, etags={name: etag}), name)
+            return _download(replace(hub, etags={name: file.etag}), name)
 
-    return etag, replace(parse_header(name, local, size, text, data), whole=whole)
+    return file.etag, replace(parse_header(name, local, file.size, text, data), whole=whole)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository at one commit. etag: for weights, the sha256 of the content; "" where none is told."""
+
+    repo: str
+    name: str
+    commit: str
+    etag: str
+    size: int
+
+
+def _remote_file(hub: Hub, name: str) -> RemoteFile:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    told = get_hf_file_metadata(hf_hub_url(hub.repo, name, revision=hub.commit), retry_on_errors=True)
+    if told.size is None:
+        raise CheckpointError(f"{hub.repo}/{name}: the Hub does not tell its size; check HF_ENDPOINT and proxies")
+    file = RemoteFile(hub.repo, name, hub.commit, told.etag or "", told.size)
+    _require_unchanged(file, commit=told.commit_hash)
+    return file
+
+
+def _fetch(file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
+    """Bytes [start, end) of a file, in pieces as they arrive. Raises CheckpointError.
+
+    The client's backoff is for answers that ask for it. Connections that break are ours: only into a file can the
+    client go on behind the bytes that have arrived.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import build_hf_headers, http_stream_backoff
+
+    url = hf_hub_url(file.repo, file.name, revision=file.commit)
+    failures, end = 0, min(end, file.size)
+    while start < end:
+        session()
+        before, reason = start, "connection closed early"
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+        try:
+            with http_stream_backoff("GET", url, headers=headers, retry_on_exceptions=()) as answer:
+                _require_range(answer, file, start)
+                for piece in answer.iter_bytes():  # as it comes: pieces of a size would be lost with a connection
+                    if start + len(piece) > end:
+                        raise CheckpointError(f"{file.name}: the Hub sent more than was asked for; run again")
+                    start += len(piece)
+                    yield memoryview(piece)
+        except (HfHubHTTPError, OfflineModeIsEnabled):
+            raise  # an answer, and not a broken connection
+        except transport_errors() as error:
+            reason = f"{type(error).__name__}: {error}"
+        if start >= end:
+            return
+        failures = failures + 1 if start - before < STEP else 0
+        if failures >= TRIES:
+            raise CheckpointError(
+                f"{file.repo}/{file.name}: bytes {start}-{end - 1} could not be fetched in {TRIES} tries ({reason}); "
+                "run the same command again later"
+            )
+        _pause(failures, f"{file.repo}/{file.name}: {reason}")
+
+
+def _require_range(answer: Any, file: RemoteFile, start: int) -> None:
+    """Raises CheckpointError for an answer that is no range of this very file, HfHubHTTPError for a refusal."""
+    from huggingface_hub.utils import hf_raise_for_status
+
+    if answer.status_code >= 400:
+        answer.read()
+        hf_raise_for_status(answer)
+    span = re.fullmatch(r"bytes (\d{1,16})-\d{1,16}/(\d{1,16})", answer.headers.get("Content-Range", ""))
+    if answer.status_code != 206 or not span or int(span[1]) != start:
+        raise CheckpointError(
+            f"{file.repo}/{file.name}: status {answer.status_code}, expected a range from byte {start}: "
+            f"this server does not serve ranges; try `hf download {file.repo}` first"
+        )
+    hops = [*answer.history, answer]
+    # The Hub's name for the content: of the file behind a redirect where there is one, not of the storage's copy.
+    linked = [hop.headers["X-Linked-Etag"] for hop in hops if "X-Linked-Etag" in hop.headers]
+    etag = bare([*linked, answer.headers.get("ETag", "")][0])
+    commits = {hop.headers["X-Repo-Commit"] for hop in hops if "X-Repo-Commit" in hop.headers}
+    _require_unchanged(file, ETag=etag, size=int(span[2]), commit=commits.pop() if len(commits) == 1 else None)
+
+
+def _require_unchanged(file: RemoteFile, **found: str | int | None) -> None:
+    """Raises CheckpointError where an answer tells otherwise of a file than is known; None: it tells nothing."""
+    for what, told in found.items():
+        known = getattr(file, what.lower())
+        if told is not None and told != known:
+            raise CheckpointError(
+                f"{file.repo}/{file.name} changed on the Hub while it was read: found {what} {told}, expected {known}; "
+                "run the command again"
+            )
+
+
+def _pause(failures: int, why: str) -> None:
+    """Wait before the next try, longer after each failure."""
+    seconds = min(8.0, 0.25 * 2**failures)
+    log.warning("%s; trying again in %g s", why, seconds)
+    time.sleep(seconds)
 
 
 def _cached_etag(local: Path) -> str:
@@ -313,7 +421,7 @@ def _patiently(ask: Callable[[], T], what: str) -> T:
         except HfHubHTTPError as error:
             if error.response.status_code < 500 or failures == TRIES - 1:
                 raise
-            pause(failures, f"{what}: status {error.response.status_code}")
+            _pause(failures, f"{what}: status {error.response.status_code}")
     raise AssertionError("unreachable")
 
 
@@ -328,137 +436,3 @@ def drop(hub: Hub, name: str) -> None:
     files = (file for repo in found.repos for revision in repo.revisions for file in revision.files)
     found.delete_files(*(file for file in files if file.file_path == place)).execute()
     place.unlink(missing_ok=True)  # in a folder that the client takes for damaged
-
-
-def _cause(error: BaseException) -> str:
-    """Why the Hub cannot be reached, where the client says it: (status 429), (ConnectError), or nothing."""
-    cause = error.__cause__
-    response = getattr(cause, "response", None)
-    return (
-        f" (status {response.status_code})" if response is not None else f" ({type(cause).__name__})" if cause else ""
-    )
-
-
-@contextmanager
-def hub_errors(repo: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
-    """What the Hub's client raises, as a CheckpointError that says what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        BadRequestError,
-        EntryNotFoundError,
-        FileMetadataError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        session()
-        failed: BaseException | None = None
-        try:
-            yield
-        except RuntimeError as error:  # of a thread that sends a file: it says which, its cause what is wrong
-            failed = error.__cause__ or error
-        if failed is not None:
-            raise failed
-    except LaserError:
-        raise
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo} is gated: ask for access on {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no such model: the Hub has no {repo}, or not for you; check the spelling, or log in with `hf auth login`"
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise CheckpointError(f"{repo}: nobody is logged in; log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{repo} has no revision {revision}; try {repo} alone, or a branch, tag or commit"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        _require_address(repo, error)
-        if isinstance(error.__cause__, FileMetadataError):
-            raise CheckpointError(f"{repo}: {first_line(error.__cause__)}; check HF_ENDPOINT and proxies") from error
-        raise CheckpointError(
-            f"no such model: {repo} is neither a directory nor in the Hub cache, and the Hub cannot be reached"
-            f"{_cause(error)}; try `hf download {repo}` where it can"
-        ) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{repo} lacks a file ({str(error).splitlines()[-1]}); try another model") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo} is not a Hub id ({error}); try org/name or a directory") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(_status(repo, error, writing)) from error
-    except transport_errors() as error:
-        _require_address(repo, error)
-        if told := _of_the_cache(error):
-            raise CheckpointError(f"{repo}: {told}") from error
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(
-            f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
-        ) from error
-    except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
-        if isinstance(error.__cause__, BadRequestError):
-            raise CheckpointError(
-                f"{repo}: the Hub refuses what is sent ({' '.join(str(error).split())[:LONGEST]}); mend that, and run "
-                "the same command again"
-            ) from error
-        raise CheckpointError(
-            f"{repo}: the Hub's answer makes no sense ({type(error).__name__}: {first_line(error)}); check HF_ENDPOINT "
-            "and proxies, or run the same command again later"
-        ) from error
-
-
-def _status(repo: str, error: Any, writing: bool) -> str:
-    """What to say of an answer that refuses."""
-    status, told = error.response.status_code, ""
-    if writing and status in (409, 412):
-        return (
-            f"{repo}: somebody has committed to it meanwhile, or it is being made (status {status}); run the same "
-            "command again"
-        )
-    if writing and status in (400, 413, 422) and error.server_message:
-        told = f" ({' '.join(str(error.server_message).split())[:LONGEST]})"
-    as_who = "write to it" if writing else "read it"
-    remedy = {
-        401: "log in with `hf auth login`",
-        403: f"log in with `hf auth login` as someone who may {as_who}",
-        **dict.fromkeys((400, 413, 422), "mend what it refuses, and run the same command again" if told else ""),
-    }
-    advice = remedy.get(status) or "run the same command again later"
-    return f"{repo}: the Hub answered with status {status}{told}; {advice}"
-
-
-def _require_address(repo: str, error: BaseException) -> None:
-    """Raises CheckpointError where the Hub could not be reached because HF_ENDPOINT is no address at all."""
-    from huggingface_hub import constants
-
-    if not re.fullmatch(r"https?://[^/\s?#]+(/\S*)?", constants.ENDPOINT):
-        raise CheckpointError(
-            f"{repo}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address of a Hub; unset it, or try "
-            "HF_ENDPOINT=https://huggingface.co"
-        ) from error
-
-
-def _of_the_cache(error: BaseException) -> str | None:
-    """What is wrong with the cache's disk, where an error came from it and not from the network."""
-    from huggingface_hub import constants
-
-    if not isinstance(error, OSError) or error.errno not in _DISK:
-        return None
-    move = "or set HF_HUB_CACHE (or HF_HOME) to a directory elsewhere, and run the same command again"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"the disk of the Hub's cache {constants.HF_HUB_CACHE} is full ({error.strerror}), whole files in it are "
-            f"kept; free some space, {move}"
-        )
-    return (
-        f"the Hub's cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}: {error.filename}); "
-        f"check its permissions, {move}"
-    )

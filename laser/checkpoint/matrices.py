@@ -1,7 +1,8 @@
-"""From tensors to logical matrices: stack, layer, role and expert by the family's rows, fused tensors cut into theirs.
+"""List a checkpoint's logical matrices: each with its stack, layer, role and expert.
 
-A tensor that is one matrix keeps its name; a matrix inside a tensor is called TENSOR[3,gate], TENSOR[3] or TENSOR[q]:
-expert, role, or both. The matrices of a tensor cover it exactly, so every parameter of a checkpoint is in one of them.
+The family's rows say which they are, and fused tensors are cut into theirs. A tensor that is one matrix keeps its name;
+a matrix inside a tensor is called TENSOR[3,gate], TENSOR[3] or TENSOR[q]: expert, role, or both. The matrices of a
+tensor cover it exactly, so every parameter of a checkpoint is in one of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Mistral's own release format (params.json, consolidated*.safetensors or .pt) and its translation into the Hub's.
+"""Mistral's own release format, and its translation into the Hub's.
 
-Both hold the same matrices under other names. Rotary embedding turns neighbouring rows of q and k there, and rows half
-a head apart in transformers, so these two are permuted row by row; everything else is copied. Names and parameters as
-in Mistral's releases of 7B, 8x7B (experts stacked in one tensor, w2 transposed) and 8x22B.
+Such a release is params.json with consolidated*.safetensors or .pt. Both hold the same matrices under other names.
+Rotary embedding turns neighbouring rows of q and k there, and rows half a head apart in transformers, so these two are
+permuted row by row; everything else is copied. Names and parameters as in Mistral's releases of 7B, 8x7B (experts
+stacked in one tensor, w2 transposed) and 8x22B.
 """
 
 from __future__ import annotations

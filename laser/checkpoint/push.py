@@ -6,16 +6,15 @@ or meets somebody else's, leaves no mixture behind. The Hub keeps large files th
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from laser.checkpoint.answers import COMMIT
+from laser.checkpoint.answers import COMMIT, hub_errors
 from laser.checkpoint.at_rest import CARD, damage
-from laser.checkpoint.hub import ID, hub_errors, is_inside, plain_names
+from laser.checkpoint.hub import ID, is_inside, plain_names
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
 from laser.checkpoint.safetensors import parse_json
 from laser.checkpoint.side_files import folded, is_desktops, is_opened, is_weights
@@ -224,6 +223,8 @@ class _Push:
 
     def _require_there(self, additions: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         """Raises CheckpointError unless the commit holds each file as it was sent."""
+        from huggingface_hub.utils.sha import git_hash
+
         self.committed = COMMITTED
         for name, addition in additions.items():
             if name not in there:
@@ -235,7 +236,7 @@ class _Push:
             if entry.lfs is not None:
                 same = entry.lfs.sha256 == sent.sha256.hex()
             else:
-                same = entry.blob_id == _blob_id(self.files[name])
+                same = entry.blob_id == git_hash(read_regular(self.files[name]))
             if entry.size != sent.size or not same:
                 raise CheckpointError(
                     f"{self.repo} has another {name} than was sent: somebody has committed, or the Hub is out of "
@@ -253,12 +254,6 @@ def _is_loaded(name: str) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     return a.blob_id == b.blob_id and (a.lfs and a.lfs.sha256) == (b.lfs and b.lfs.sha256)
-
-
-def _blob_id(path: Path) -> str:
-    """How git calls the file."""
-    data = read_regular(path)
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _paths(name: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Quantised weights: FP8 with a scale per block is understood, everything packed is recognised and refused.
+"""Quantised weights: FP8 with a scale per block is read, everything packed is refused by its name.
 
 FP8 as DeepSeek-V3 publishes it (https://arxiv.org/abs/2412.19437, section 3.3): a weight (m, n) in float8_e4m3fn, and
 beside it NAME_scale_inv (ceil(m / 128), ceil(n / 128)), by which each block of 128 x 128 is multiplied.
@@ -40,7 +40,11 @@ METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4"
 
 @dataclass(frozen=True)
 class Fp8:
-    """Which tensors are FP8 with scales. scales: weight -> its scale tensor; block: rows and columns of a block."""
+    """Which tensors are FP8 with scales.
+
+    scales: weight -> its scale tensor
+    block: rows and columns of a block
+    """
 
     scales: Mapping[str, str]
     block: tuple[int, int] = BLOCK

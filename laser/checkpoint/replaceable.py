@@ -1,4 +1,4 @@
-"""Which file `--force` may replace: one that laser made, of the same kind, told by what is in it."""
+"""Which file `--force` may replace: one that laser made, of the same kind, by what is in it."""
 
 from __future__ import annotations
 

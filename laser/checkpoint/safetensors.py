@@ -1,4 +1,4 @@
-"""The safetensors layout: headers checked before they are believed, and the bytes behind them, wherever they lie.
+"""The safetensors layout: headers, checked before they are believed, and the bytes behind them.
 
 8 bytes of little-endian header length, a JSON header, the tensors without holes, as
 https://github.com/huggingface/safetensors has it. Every number is checked against the file's size.
@@ -108,7 +108,7 @@ def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """sha256 of a file's bytes, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Bytes of one shard, by range: copied in the kernel, replaced in place, checked against a promise."""
+"""Bytes of one shard, by range: copied in the kernel, replaced in place, checked by their hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model's folder: which files go with an output, and which stay behind.
+"""Which files beside a model's weights go with an output, and which stay behind.
 
 A copy of the weights in another format, or of another moment of the training, would be an unreduced model inside a
 reduced one: whoever loads it measures nothing that laser did. So they stay behind, and the outcome names them.

@@ -1,4 +1,4 @@
-"""Logical matrices inside a stored tensor: one expert of a 3-D tensor, q of a fused qkv, every second column.
+"""A matrix inside a stored tensor: one expert of a 3-D tensor, q of a fused qkv, every second column.
 
 A cut is a strided part of a tensor, so it can be read from and written to a file in place, without the rest of the
 tensor in memory. Long runs of neighbouring bytes are read and written one by one; where runs are short (GPT-OSS

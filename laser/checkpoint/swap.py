@@ -1,8 +1,10 @@
-"""Where an output is written, and how it takes the place of an earlier one: made beside it, and renamed when whole.
+"""Where an output is written: beside an earlier one, whose place it takes when it is whole.
 
-OUT          the earlier output, untouched until the new one is whole
-.OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
-.OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
+What lies on the disk meanwhile:
+
+    OUT          the earlier output, untouched until the new one is whole
+    .OUT.new     the new one, in work; `--force --resume` goes on with it, whole or not
+    .OUT.old     the new one, whole, for the moment before the two are exchanged; then the earlier one on its way out
 """
 
 from __future__ import annotations

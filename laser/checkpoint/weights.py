@@ -1,8 +1,9 @@
-"""Which files are a model's weights, and which copy of a tensor counts: the rule by which transformers loads.
+"""Which files are a model's weights, and which copy of a tensor counts.
 
-As in `_get_resolved_checkpoint_files` and `_load_pretrained_model` of transformers/modeling_utils.py (5.23): one file
-before an index, safetensors before pickles, whole shards in the order of their names, the last copy of a tensor. What
-vLLM would read (`_prepare_weights` and `filter_duplicate_safetensors_files` in its model_loader, 0.11) is told only.
+The rule is that of transformers, as in `_get_resolved_checkpoint_files` and `_load_pretrained_model` of
+transformers/modeling_utils.py (5.23): one file before an index, safetensors before pickles, whole shards in the order
+of their names, the last copy of a tensor. What vLLM would read (`_prepare_weights`,
+`filter_duplicate_safetensors_files` in its model_loader, 0.11) is only reported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Shard in, shard out: header verbatim, untouched bytes copied in the kernel, touched matrices written in place.
+"""Write the reduced checkpoint, shard by shard.
+
+Headers stay verbatim, untouched bytes are copied in the kernel, touched matrices are written in place.
 
 Order of events, so that being killed at any byte loses nothing and leaves nothing that looks whole:
 
@@ -559,7 +561,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], lis
 
 
 def _pieces(own: Path, path: Path) -> Iterator[bytes]:
-    """The bytes of a source's file, called `path`; what cannot be read is told of the source and not of the output."""
+    """The bytes of a source's file, called `path`; what cannot be read is an error of the source, not of the output."""
     with _reading(path), open_regular(own, follow=False) as file:
         while piece := file.read(CHUNK):
             yield piece

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import OUTCOME
-from laser.checkpoint.replaceable import require_outside_models, require_replaceable
+from laser.checkpoint.replaceable import require_outside_models
 from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
+from laser.escape import visible
 from laser.files import claimed, real, require_led
 from laser.records import to_json
-from laser.report.visible import visible
 
 
 @dataclass
@@ -96,20 +96,6 @@ def keep_file(path: Path) -> None:
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)
     keep(path)
-
-
-def refuse_to_overwrite(path: Path, force: bool, kind: str | None = None) -> None:
-    """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
-
-    Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process is at
-    work on it. With `force` a file of the same `kind` that laser made may be replaced.
-    """
-    keep_file(path)
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; try another -o, or --force to replace it")
-    if path.exists():
-        require_replaceable(path, kind)
-    to_write(path)
 
 
 def say(line: str, *, aside: bool = False) -> None:

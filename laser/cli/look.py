@@ -14,7 +14,6 @@ from laser.cli.common import say
 from laser.errors import UsageError
 from laser.files import write_atomically
 from laser.null import TESTED, check_test, null_test
-from laser.portrait import portrait
 from laser.report import page, plots
 from laser.spectra import Spectra
 from laser.spectral.rules import parse_rule
@@ -137,8 +136,8 @@ def plot(
     else:
         named = [name for name in records[0].values if matrix in name]
         name = named[0] if len(named) == 1 else matrix
-        portraits = [portrait(record, name, rule) for record in records]
-        figure = plots.overlay(portraits) if len(portraits) > 1 else plots.histogram(portraits[0])
+        several = [plots.histogram_of(record, name, rule) for record in records]
+        figure = plots.overlay(several) if len(several) > 1 else plots.histogram(several[0])
     write_atomically(output, plots.encoded(figure, output))
     say(f"written to {output}")
 
@@ -157,7 +156,7 @@ def report(
     file.claim(output)
     record = Spectra.load(spectra)
     summary = summarise(record, rule, chosen)
-    text = page.render(summary, (portrait(record, row.name, rule) for row in summary.rows))
+    text = page.render(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())
     say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.replaceable import require_replaceable
 from laser.cli import common
 from laser.engine.crew import Crew
 from laser.engine.workers import choose_crew
-from laser.errors import UsageError
+from laser.errors import OutputError, UsageError
 from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
@@ -34,28 +35,20 @@ from laser.spectral.shrinkage import SHRINKERS
 
 
 def option(default: Any, help: str, *names: str, recipe: Any = None, **more: Any) -> Any:
-    """A field of a group: one option, by default of the field's own name.
+    """A field of a group: an option of the field's own name, or of these.
 
     recipe: what a recipe may hold for it, where that is no value of the field's type.
     """
-    return field(default=default, metadata={"names": names, "recipe": recipe, "more": {"help": help, **more}})
+    return field(default=default, metadata={"told": (typer.Option(*names, help=help, **more), recipe)})
 
 
 def declared(group: type[Any]) -> list[inspect.Parameter]:
     """The options of a group as typer reads them."""
-    types, found = get_type_hints(group), []
-    for each in fields(group):
-        names = each.metadata["names"] or ("--" + each.name.replace("_", "-"),)
-        told = (typer.Option(*names, **each.metadata["more"]), each.metadata["recipe"])
-        found.append(
-            inspect.Parameter(
-                each.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=Annotated[types[each.name], *told],
-            )
-        )
-    return found
+    types, kind = get_type_hints(group), inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[types[f.name], *f.metadata["told"]])
+        for f in fields(group)
+    ]
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -165,7 +158,7 @@ class Rule:
         None, f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}; data:NAME: by what the outputs lose."
     )
     shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
-    two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.")
+    two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
     require_fit: float | None = option(None, "Keep a matrix whose bulk fits noise at a lower level than this.")
 
     def treatment(self) -> dict[str, Any]:
@@ -272,25 +265,34 @@ class Json:
 class DryRun:
     """Whether a verb only says what it would do."""
 
-    dry_run: bool = option(False, "Read headers only; print what would be done.")
+    dry_run: bool = option(False, "Read headers only; print what would be done.", "--dry-run")
 
 
 @dataclass(frozen=True)
 class Force:
     """Whether what is there may be replaced."""
 
-    force: bool = option(False, "Replace an earlier output.")
+    force: bool = option(False, "Replace an earlier output.", "--force")
 
     def claim(self, path: Path, kind: str | None = None) -> None:
-        """See `common.refuse_to_overwrite`."""
-        common.refuse_to_overwrite(path, self.force, kind)
+        """Keep `path` for this verb alone, until it ends: nobody else writes it meanwhile.
+
+        Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process
+        is at work on it. With --force a file of the same `kind` that laser made may be replaced.
+        """
+        common.keep_file(path)
+        if path.exists() and not self.force:
+            raise OutputError(f"{path} exists; try another -o, or --force to replace it")
+        if path.exists():
+            require_replaceable(path, kind)
+        common.to_write(path)
 
 
 @dataclass(frozen=True)
 class Resume:
     """Whether to go on with what is there."""
 
-    resume: bool = option(False, "Go on with an output that was interrupted.")
+    resume: bool = option(False, "Go on with an output that was interrupted.", "--resume")
 
 
 # A dataclass has the fields of its last base first, and so they stand in the help.

@@ -19,9 +19,9 @@ from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.files import tidy_up
 from laser.outcome import Outcome
-from laser.publication import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 from laser.records import agree, fingerprint_in
 from laser.report.comparison import Row, leaderboard_rows
+from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
 
 
 def leaderboard(

@@ -29,7 +29,7 @@ from laser.evaluation.text import Text, load_tokenizer
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
-from laser.publication import SEARCH, write_card
+from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
 from laser.search.search import SearchRecord, check_objectives, check_request
 from laser.spectra import Spectra

@@ -26,7 +26,7 @@ from laser.files import real
 from laser.pipeline import scan_into, tidy_spectra
 from laser.search.candidates import candidates_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import Report, SearchResult, Trial, SearchRecord, check_objectives, check_request
+from laser.search.search import Report, SearchRecord, SearchResult, Trial, check_objectives, check_request
 from laser.search.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
@@ -60,7 +60,7 @@ def search(
         Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
     ] = None,
     text: options.SearchText,
-    rather: options.Dataset,
+    dataset: options.Dataset,
     which: options.Matrices,
     stream: options.Stream = None,
     dtype: options.Dtype = "float32",
@@ -97,7 +97,7 @@ def search(
         common.keep_file(path)
     if measured is not None:
         tidy_spectra(spectra)
-    texts, known = text.read(rather.dataset), moments.load()
+    texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))

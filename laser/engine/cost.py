@@ -1,4 +1,4 @@
-"""--dry-run: time, memory and disk foretold from headers and from what a device can do, and, afterwards, what it took.
+"""--dry-run: time, memory and disk, estimated from headers; and afterwards what it took.
 
 The cost model is that of probe.py: products m * n * p, eigenproblems p^3, one worker per device or core, reading and
 writing beside the arithmetic, so that the slower of the two decides. The constants are those that `laser devices
@@ -42,8 +42,13 @@ ELSEWHERE = {probe.device: probe for probe in (_CORE, _CORE_32, _H100, _H100_32)
 
 @dataclass(frozen=True)
 class Estimate:
-    """Foretold, not measured: seconds from the first read to the last write, bytes of memory at the peak besides the
-    libraries, bytes written to disk. `visit_seconds`: scan and reduction in one pass. `basis`: whose constants."""
+    """Estimated, not measured.
+
+    ..._seconds: from the first read to the last write; visit_seconds: of scan and reduction in one pass
+    peak_bytes: of memory, besides the libraries
+    disk_bytes: written
+    basis: whose constants
+    """
 
     matrices: int
     scan_seconds: float
@@ -62,12 +67,12 @@ def estimate(
     draws: int = 0,
     in_data: bool = False,
 ) -> Estimate:
-    """What it would take to scan and to reduce `matrices`, to `ranks` where they are known, else to the dearest ones.
+    """What it would take to scan and to reduce `matrices`, to `ranks` where they are known, else to the most expensive.
 
     draws: permutations that the scan measures. in_data: it measures in the metric of the data, too.
 
     Copies to a device overlap with its arithmetic only in part, so they are added to it. Tasks of the engine ray are
-    taken to run on this machine's crew alone.
+    taken to run on this machine's workers alone.
     """
     probe, basis = constants(crew)
     host = crew.devices[0].host_blas
@@ -98,13 +103,13 @@ def estimate(
 
 
 def constants(crew: Crew) -> tuple[Probe, str]:
-    """The probe to foretell by, and where it comes from."""
+    """The probe to estimate by, and where it comes from."""
     probe = None
     for label in dict.fromkeys((crew.devices[0].label, crew.label)):  # "cuda:0 float64", and what was probed as "cuda"
         try:
             probe = probe or Probe.load(label)
         except RecordError:
-            pass  # damaged: told as missing, since a foretelling is no reason to fail
+            pass  # damaged: as if it were missing, since an estimate is no reason to fail
     if probe is not None:
         return probe, f"by the probe of {probe.measured}"
     other = ELSEWHERE.get(crew.label, _CORE_32)
@@ -117,16 +122,21 @@ def _metric_entries(m: int, n: int) -> int:
 
 
 def _spread(seconds: Iterable[float], staff: int) -> float:
-    """Of a queue, dearest first, that `staff` workers take from."""
+    """Seconds of a queue, most expensive first, that `staff` workers take from."""
     every = list(seconds)
     return max(sum(every) / staff, max(every, default=0.0))
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What a search or a leaderboard takes, foretold and at the most. candidates, trials: of a search, and edits that
-    it measures. texts: windows or prompts that the model answers, and tokens in them. layer_forwards: of a search,
-    decoder layers times windows that are run. peak_bytes besides the libraries; stream: layer by layer."""
+    """What a search or a leaderboard takes at the most, as an estimate.
+
+    candidates, trials: of a search, and edits that it measures
+    texts, tokens: windows or prompts that the model answers, and tokens in them
+    layer_forwards: of a search, decoder layers times windows that are run
+    peak_bytes: besides the libraries
+    stream: layer by layer
+    """
 
     what: str
     on: str  # which texts
@@ -185,10 +195,10 @@ class Meter:
         return None if high is None or self.resident is None else max(high - self.resident, 0)
 
     def against(self, seconds: float, foretold: Estimate) -> str:
-        """One line: foretold and real."""
+        """One line: estimated and real."""
         peak = self.peak
         memory = "" if peak is None else f" and {peak / 1e9:.2f} GB"
         return (
-            f"foretold {seconds:.1f} s and {foretold.peak_bytes / 1e9:.2f} GB ({foretold.basis}), "
+            f"estimated {seconds:.1f} s and {foretold.peak_bytes / 1e9:.2f} GB ({foretold.basis}), "
             f"took {self.seconds:.1f} s{memory}"
         )

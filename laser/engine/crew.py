@@ -1,8 +1,8 @@
 """Who computes: the workers of a command, what each does with a matrix, and the memory that they need.
 
 A worker on the host has one BLAS thread, however many workers there are. An eigensolver's last bits depend on how many
-threads it has, and a result must not depend on the number of workers; and two matrices at a time with a thread each
-are faster than one at a time with two, as most of an eigenproblem is bound by memory and runs on one core anyway.
+threads it has, and a result must not depend on the number of workers. Two matrices at a time with a thread each are
+also faster than one at a time with two, as most of an eigenproblem is bound by memory and runs on one core anyway.
 
 Memory: in storage dtype, two matrices ahead, two results behind, and per worker its matrix and its result; and per
 worker what a factorisation needs (`worker_bytes`). Neither the checkpoint's size nor the number of matrices matters.
@@ -46,7 +46,7 @@ class Crew:
 
     @property
     def label(self) -> str:
-        """Of the kind of device, not of how many there are: records must not depend on that."""
+        """The kind of device, not how many there are: records must not depend on that."""
         name, dtype = self.devices[0].label.split(" ", 1)
         return f"{name.partition(':')[0]} {dtype}"
 
@@ -65,7 +65,7 @@ class Crew:
 
 
 def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """By cost m * n * min(m, n), falling, so that no large matrix is left to one worker at the end."""
+    """Most expensive first, by m * n * min(m, n), so that no large matrix is left to one worker at the end."""
     return sorted(matrices, key=lambda m: -m.cost)
 
 

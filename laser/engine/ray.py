@@ -46,8 +46,10 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error of ours, or memory that ran out, told to the driver as it is; all others are Ray's to wrap, or to try
-    again."""
+    """An error of ours, or memory that ran out, handed to the driver as it is.
+
+    All others are Ray's to wrap, or to try again.
+    """
 
     error: LaserError | MemoryError
 
@@ -108,7 +110,7 @@ def choose_in_cluster(engine: str, kind: str, precision: str) -> Device:
     try:
         return ray.get(ray.remote(num_gpus=SHARE)(choose_device).remote("cuda", precision))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # as it was told on the node
+        raise error.cause from None  # as it was raised on the node
 
 
 def _require_lent(kind: str) -> None:

@@ -30,7 +30,9 @@ def choose_crew(
     workers: int | None = None,
     engine: str = "threads",
 ) -> Crew:
-    """The crew of a command line. `device`: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any.
+    """The workers that a command line asks for.
+
+    device: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any
 
     Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
     differ.

@@ -1,4 +1,4 @@
-"""Where hidden states wait between layers: in memory up to a limit, then in memory-mapped temporary files."""
+"""Where hidden states wait between layers: in memory up to a limit, then in temporary files, memory-mapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How transformers is asked for the weights that are stored, and for nothing that the files beside them would add."""
+"""Have transformers load the weights that are stored, and nothing that the files beside them add."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `from_pretrained` is given so that it loads the weights as laser reads them; nothing for a tidy checkpoint.
 
     A leftover quantization_config would make it quantise plain weights, or expect packed ones: it gets a config
-    without. An adapter that lies beside the weights would be put on top of them by peft, where that is installed: it
-    is told to look for adapters where there are none. Raises as transformers does for a config that it does not know.
+    without. An adapter that lies beside the weights would be put on top of them by peft, where that is installed: it is
+    made to look for adapters where there are none. Raises as transformers does for a config that it does not know.
     """
     asked: dict[str, Any] = {}
     if (checkpoint.path / ADAPTER).is_file():

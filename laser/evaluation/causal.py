@@ -207,8 +207,8 @@ def probes(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def check_causal(checkpoint: Checkpoint, before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises UsageError where another last token changed a prediction before it.
 
-    before, after (T, V): logits of two texts that differ in the last token. What rounding moves is told from what the
-    token moves by how far the last prediction went.
+    before, after (T, V): logits of two texts that differ in the last token. How far the last prediction went tells what
+    the token moves from what rounding moves.
     """
     moved = (after - before).abs().float().nan_to_num(0.0, 0.0, 0.0).amax(-1)  # (T,)
     if len(moved) > 1 and float(moved[:-1].max()) > LEAK[dtype] * float(moved[-1]):

@@ -1,4 +1,4 @@
-"""eval: the loss of one checkpoint on one text, by the whole model in memory or streamed layer by layer."""
+"""eval: the loss of one checkpoint on one text, by the whole model or streamed layer by layer."""
 
 from __future__ import annotations
 

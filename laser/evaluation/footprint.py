@@ -20,8 +20,8 @@ from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
 MARGIN, LEAST = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
-# Of arrays (tokens, rows + columns of the largest matrix) that a layer holds at a time, such as gate, up, their product
-# and norms; of stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
+# How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
+# STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).
 PLAIN, STACKED = 4.0, 2.5
 SCORES, SCAN = 3, 3  # arrays of attention's scores where they are made at all; of states of a scan (GPT-OSS, Mamba)
@@ -30,8 +30,11 @@ SAVED = 3  # times as many that a backward pass keeps
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at the peak besides the libraries. device: on an accelerator, 0 without one. mapped: files that are mapped
-    into memory meanwhile, which only the process's own limits count."""
+    """Bytes at the peak besides the libraries.
+
+    device: on an accelerator, 0 without one
+    mapped: files that are mapped into memory meanwhile, which only the process's own limits count
+    """
 
     device: int
     host: int
@@ -83,7 +86,9 @@ def whole_needs(
 def layered_needs(
     model: LayeredModel, device: torch.device, tokens: int, resident: bool, backward: bool = False
 ) -> Needs:
-    """Of a pass in pieces, windows of up to `tokens` inputs, the states between the pieces not counted: see `Store`.
+    """What a pass in pieces needs, for windows of up to `tokens` inputs.
+
+    The states between the pieces are not counted: see `Store`.
 
     backward: also of a pass back through each layer, with gradients of its weights.
     """
@@ -130,7 +135,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _reading_bytes(checkpoint: Checkpoint) -> int:
-    """One tensor as it is stored, in FP8 also as float32 and with its scale at each element."""
+    """Bytes of the largest tensor as it is stored, in FP8 also as float32 and with its scale at each element."""
     fp8 = checkpoint.fp8.scales if checkpoint.fp8 else {}
     return max(
         (math.prod(t.shape) * (BITS[t.dtype] + (64 if t.name in fp8 else 0)) // 8 for t in checkpoint.tensors.values()),
@@ -139,7 +144,7 @@ def _reading_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _layer_bytes(model: Any, dtype: torch.dtype, tokens: int) -> int:
-    """What passes through one layer at a time."""
+    """Bytes of what passes through one layer at a time."""
     config = model.config.get_text_config()
     sent_to = _count(config, SENT_TO)
     states = _count(config, ("state_size", "mamba_d_state", "ssm_state_size"), none=0)
@@ -165,5 +170,5 @@ def _count(config: Any, names: Sequence[str], none: int = 1) -> int:
 
 
 def _logits_bytes(model: Any, dtype: torch.dtype, tokens: int) -> int:
-    """Logits, their copy in float32 where they are in another dtype, and their logarithms."""
+    """Bytes of the logits, of their copy in float32 where they are in another dtype, and of their logarithms."""
     return tokens * _vocabulary(model) * (dtype.itemsize + 4 + (4 if dtype != torch.float32 else 0))

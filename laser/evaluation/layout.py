@@ -1,9 +1,10 @@
-"""The model without weights, and how to fill it: each parameter in memory and the tensors on disk that make it.
+"""The model without weights, and how to fill it: which tensors on disk make each parameter.
 
-What a tensor on disk is called in memory is asked of transformers' own loader, name by name: prefixes that are added
-or dropped, names of older checkpoints, and the experts of a layer, which most checkpoints store one by one and
-transformers 5 keeps in two 3-D parameters. A parameter that is tied to another is filled from that one's tensors.
-Buffers that are stored are filled like parameters; the others are computed as `from_pretrained` computes them.
+What a tensor on disk is called in memory is asked of transformers' own loader, name by name. It knows prefixes that are
+added or dropped, and names of older checkpoints. It also knows the experts of a layer, which most checkpoints store one
+by one and transformers 5 keeps in two 3-D parameters. A parameter that is tied to another is filled from that one's
+tensors. Buffers that are stored are filled like parameters; the others are computed as `from_pretrained` computes
+them.
 """
 
 from __future__ import annotations

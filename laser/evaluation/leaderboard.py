@@ -1,4 +1,4 @@
-"""leaderboard: the six tasks of the Open LLM Leaderboard (version 1) through lm-eval, as one record.
+"""leaderboard: the Open LLM Leaderboard's six tasks (version 1) through lm-eval, as one record.
 
 The same function measures a source and its reduction. Values are in [0, 1]. Every row's own score is kept, so that two
 records of the same rows can be compared row by row, which is far sharper than comparing two averages.
@@ -156,7 +156,7 @@ class Leaderboard(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and notes of lm-eval, `datasets` and transformers."""
+    """Silence the bars and notes of lm-eval, `datasets` and transformers inside."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -176,9 +176,9 @@ def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float |
 def mean_and_error(rows: Sequence[float], sizes: Sequence[int]) -> tuple[float, float | None]:
     """Mean over groups of equal weight (`sizes` rows each, in order) of their means, and its standard error.
 
-    A group's variance is that of its own rows. A group of one row has none to show; for it stands its distance from
-    the mean of all groups, which counts what groups differ by as error and so is too large rather than too small
-    (collapsed strata, Cochran 1977, section 5A.12). None for a single row.
+    A group's variance is that of its own rows. A group of one row has none to show: its distance from the mean of all
+    groups stands for it (collapsed strata, Cochran 1977, section 5A.12). That counts what groups differ by as error,
+    and so is too large rather than too small. None for a single row.
     """
     ends = np.cumsum(sizes).tolist()
     groups = [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
@@ -243,9 +243,11 @@ def run_leaderboard(
 ) -> Leaderboard:
     """Measure a checkpoint on the leaderboard's tasks; the whole model is loaded on `device` in `dtype`.
 
-    data: folder of local rows (see lm_tasks); None takes them from the Hub. limit: the first rows of each task only
-    (of each subject for MMLU), for a quick look: such numbers are not the leaderboard's. dtype "auto" is the
-    checkpoint's own. No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
+    data: folder of local rows (see lm_tasks); None takes them from the Hub
+    limit: the first rows of each task only (of each subject for MMLU), for a quick look; not the leaderboard's numbers
+    dtype: "auto" is the checkpoint's own
+
+    No chat template is applied, as on the leaderboard. With `journal` each finished task is a line of
     that file, and a leaderboard that was killed measures none again; the caller removes it when the record is saved.
     `anew` drops the journal of another measurement. `known` is returned if it is the record of this one.
     `tick` is called after each task.
@@ -317,7 +319,7 @@ def run_leaderboard(
     )
 
 
-SAMPLE = 4  # rows of each task file whose prompts are built to foretell the rest
+SAMPLE = 4  # rows of each task file whose prompts are built to estimate the rest
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,7 @@ def _work_of(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float
 
 @contextmanager
 def _folder() -> Iterator[str]:
-    """For the tasks' files while lm-eval reads them. What cannot be removed from it again is no reason to stop."""
+    """A folder for the tasks' files while lm-eval reads them. What stays in it is no reason to stop."""
     with disk_errors(Path(tempfile.gettempdir())):
         made = tempfile.TemporaryDirectory(prefix="laser-tasks-", ignore_cleanup_errors=True)
     with made as folder:
@@ -435,7 +437,7 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 
 def _lm_eval(module: str) -> Any:
-    """A module of lm-eval, imported when met. Untyped: its decorators hide its signatures from a type checker, which
+    """A module of lm-eval, imported when needed. Untyped: its decorators hide its signatures from a type checker, which
     moreover must pass where lm-eval is not installed."""
     return importlib.import_module(f"lm_eval.{module}")
 

@@ -2,9 +2,10 @@
 
 A unit is a window (weight: its scored tokens) or a question (weight 1); lower is better for both. A task file (.jsonl,
 or .json with a list) has rows with `question`, `answer` and, if it is multiple choice, `alternatives` (the wrong
-answers). With alternatives a question counts as right when its answer's log-likelihood (summed over its tokens, not
-divided by their number, as in LASER, arXiv 2312.13558) is above every alternative's; without, when each token of the
-answer is the model's first choice. The answer follows the question after one space, unless either brings its own.
+answers). With alternatives a question counts as right when its answer's log-likelihood is above every alternative's:
+summed over its tokens, not divided by their number, as in LASER (arXiv 2312.13558). Without, it is right when each
+token of the answer is the model's first choice. The answer follows the question after one space, unless either brings
+its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """Perplexity, a record with its error bar, and the paired difference of two of them.
 
-Losses are in nats per token. With n_w tokens scored in window w and l_w their mean loss, the loss is
-sum n_w l_w / sum n_w; its standard error is that of a ratio over windows, sqrt(W/(W-1) sum (n_w (l_w - loss))^2) / N:
-tokens of one window share their context and must not be counted as independent.
+Losses are in nats per token. With n_w tokens scored in window w of W, l_w their mean loss and N = sum n_w:
+
+    loss            sum n_w l_w / N
+    standard error  sqrt(W/(W-1) sum (n_w (l_w - loss))^2) / N, that of a ratio over windows
+
+Tokens of one window share their context and must not be counted as independent.
 """
 
 from __future__ import annotations

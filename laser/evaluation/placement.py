@@ -1,7 +1,8 @@
-"""Whether a model is loaded whole or run layer by layer: what it needs against what is free, before it is loaded.
+"""Whether a model is loaded whole or run layer by layer, decided before it is loaded.
 
-What is free is asked of a function, so that this room knows no device's library. A choice of the user's wins; one that
-cannot be met is refused with the flags that can, each of them held against what is free before it is named.
+What it needs is held against what is free. A function says what is free, so that this room knows no device's library. A
+choice of the user's wins. One that cannot be met is refused with the flags that can, each of them held against what is
+free before it is named.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ Ways = Sequence[tuple[str, Asked]]
 
 @dataclass(frozen=True)
 class Placement:
-    """What was chosen. told: what to say of it, None where there was no choice; left: bytes of the host's memory that
-    stay free beside it, None where that is not known."""
+    """How a model is run, as it was chosen.
+
+    left: bytes of the host's memory that stay free beside it, None where that is not known
+    told: what to say of the choice, None where there was none
+    """
 
     stream: bool
     needs: Needs

@@ -1,15 +1,15 @@
 """A model in pieces: embedding, decoder layers, head. Each is resident, or loaded from the checkpoint and freed.
 
 The pieces are transformers' own modules, built on the meta device and filled by our reader, so nothing of the
-architecture is written twice: masks, rotary embeddings and everything else that a layer is called with are recorded
-from a call of the model's own `forward` in which each layer only notes its arguments. What comes behind the layers is
+architecture is written twice. Masks, rotary embeddings and everything else that a layer is called with are recorded
+from a call of the model's own `forward`, in which each layer only notes its arguments. What comes behind the layers is
 the same `forward` again, its last layer giving back the states that are to be scored. Peak memory of a streamed pass
 is one piece, in `dtype`, and the activations (see `activations`).
 
 Piece 0 is the embedding, piece i + 1 is layer i, the last piece is the head. `boundary p` means the hidden states that
 enter piece p. The few parameters outside of these, such as the final norm, are loaded with the first and the last.
 
-That a model is its layers one after the other is not believed but tried, once, before the first number: see `prove`.
+Whether a model is its layers one after the other is checked once, before the first number: see `prove`.
 """
 
 from __future__ import annotations

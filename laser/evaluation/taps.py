@@ -1,4 +1,4 @@
-"""Listening in on a layer: every product with a weight, its inputs and its outputs, whatever module makes it.
+"""Listen in on a layer: every product with a weight, its inputs and outputs, whatever module makes it.
 
 Hooks on modules would miss the experts, which are slices of 3-D parameters and no modules. So the calls of torch that
 multiply are watched, and the weight in a call is known by where its memory lies. An expert's inputs are then by
@@ -37,7 +37,7 @@ MATMULS = (
     torch.Tensor.bmm,
 )
 
-# (what was met, inputs (T, n), outputs without bias (T, m of all rows))
+# (which matrices, inputs (T, n), outputs without bias (T, m of all rows))
 Listener = Callable[[Met, torch.Tensor, torch.Tensor], None]
 
 
@@ -49,7 +49,7 @@ def run_one_expert_at_a_time(model: LayeredModel) -> None:
 
 
 class Tap(TorchFunctionMode):
-    """Inside, `listen` is told of every product of decoder layer `layer` with one of the `matrices`."""
+    """Inside, `listen` is called with every product of decoder layer `layer` with one of the `matrices`."""
 
     def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Verdicts: what the difference of two measurements says, in the same words for eval, search, leaderboard and card.
+"""Verdicts: what the difference of two measurements says. Eval, search, leaderboard and card use the same words.
 
 A difference counts when it is larger than one standard error, paired over the same windows or rows. One standard error
 is a low bar: it is meant to bring harm to light, not to prove a gain. Two measurements that were made in different
@@ -71,7 +71,7 @@ def judge(
     """better, worse or undecided; where no error is known, the direction and that it proves nothing.
 
     se: standard error of `change`, None where a single one of the `units` was measured. differences: what was not the
-    same in the two measurements; with any, no direction is told.
+    same in the two measurements; with any, no direction is stated.
     """
     if differences:
         return f"{UNLIKE}: {', '.join(map(str, differences))}"

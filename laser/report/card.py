@@ -1,4 +1,4 @@
-"""card: the README.md of a reduced checkpoint, a pure function of the records.
+"""card: the README.md of a reduced checkpoint, a pure function of the records: card.md.jinja has the text.
 
 The metadata is what the Hub reads. It has no offline check of its own (`ModelCard.validate` asks the Hub), so here the
 card is read back by huggingface_hub, its model-index is parsed into EvalResults again, base_model is checked as a
@@ -7,27 +7,33 @@ repository id, and the YAML must say what was put in. Anything else is an error 
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from laser.errors import RecordError
+from laser.escape import cell, code, fence, visible
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.lm_tasks import TASKS
-from laser.report import card_edits as edits
-from laser.report import card_sections as sections
-from laser.report.card_loading import is_release, loading
-from laser.report.card_metric import metric
+from laser.evaluation.verdict import Direction
+from laser.outcome import Outcome
+from laser.plan import Plan, PlanLine
+from laser.reasons import Kind
+from laser.records import LATER
+from laser.report import chat
 from laser.report.comparison import Losses, compare
-from laser.report.source_card import LICENCE, read_source_card
-from laser.report.visible import visible
+from laser.report.source_card import LICENCE, SourceCard, read_source_card
+from laser.search.runner import Trial
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-    from laser.outcome import Outcome
+    from jinja2 import Template
 
 TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
 INHERITED = (*LICENCE, "language")
@@ -53,7 +59,8 @@ class CardSource:
     parameters: int | None = None
     shards: Mapping[str, str] | None = None  # file -> sha256 of the source's weights
     licence_files: tuple[str, ...] = ()
-    licences: Mapping[str, str] | None = None  # licence file -> the Hub's name of the licence whose text it is
+    # Licence file -> the Hub's name of the licence whose text it is.
+    licences: Mapping[str, str] | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ def card(
     losses: Losses | None = None,
     before: Leaderboard | None = None,
     after: Leaderboard | None = None,
-    trials: Sequence[Mapping[str, Any]] | None = None,
+    trials: Sequence[Trial] = (),
 ) -> str:
     """The whole card as text.
 
     losses: the same text under source and result. before, after: the leaderboard's tasks on either. trials: what a
-    search tried, each with label, rule, ranks (tensor -> rank), d, se and accepted.
+    search tried.
     Raises RecordError where the metadata would not be valid.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -95,7 +102,7 @@ def card(
     # Not the keyword arguments only: what the source leaves out stays out.
     data = ModelCardData(
         base_model=base[0],
-        library_name=None if is_release(source) else "transformers",
+        library_name=None if _is_release(source) else "transformers",
         pipeline_tag="text-generation",
         tags=list(TAGS),
         eval_results=results,
@@ -103,26 +110,187 @@ def card(
         **{key: inherited[key] for key in INHERITED if key in inherited},
         inference=False,
     )
-    rows = compare(losses, before, after)
-    body = "\n\n".join(
-        [
-            f"# {sections.plain(name)}",
-            sections.summary(outcome, source, base),
-            sections.measured(rows, losses, before, after),
-            edits.what_was_done(outcome, run),
-            *([told] if (told := metric(outcome)) else []),
-            *([edits.search(trials)] if trials else []),
-            loading(name, source),
-            sections.instruction_format(source),
-            sections.limits(outcome, source, own, losses, after),
-            sections.reproduce(name, outcome, source, run, before, after),
-        ]
+    body = _template().render(
+        name=name,
+        outcome=outcome,
+        plan=outcome.plan,
+        source=source,
+        own=own,
+        run=run,
+        losses=losses,
+        before=before,
+        after=after,
+        trials=trials,
+        tasks=TASKS,
+        **_of_source(name, source, base, own),
+        **_of_comparison(losses, before, after),
+        **_of_plan(outcome),
+        commands=_commands(name, outcome, source, run, before, after),
     )
     # A directory's name may hold bytes that are no UTF-8; they are shown as escapes.
     body = body.encode("utf-8", "backslashreplace").decode()
-    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
     check_metadata(text, data.to_dict())
     return text
+
+
+@cache
+def _template() -> Template:
+    """The text, in which every value is escaped: as plain text where no filter has escaped it already."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(cell(value)),
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "plain": lambda text: Markup(cell(text)),
+        "code": lambda text: Markup(code(text)),
+        "fence": lambda text, language: Markup(fence(str(text), language)),
+        "word": shlex.quote,
+        "figure": lambda number, form: "" if number is None else format(number, form),
+        "span": _span,
+    }
+    return environment.from_string((resources.files("laser.report") / "card.md.jinja").read_text(encoding="utf-8"))
+
+
+def _span(numbers: Collection[int]) -> str:
+    """The least and the largest; nothing where there is none."""
+    return "" if not numbers else " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
+def _of_source(
+    name: str, source: CardSource, base: tuple[str | list[str] | None, str], own: SourceCard
+) -> dict[str, Any]:
+    """What the text says of the source and of how the model is loaded."""
+    config = source.config or {}
+    tokenizer = source.tokenizer_config or {}
+    stored = config.get("dtype") or config.get("torch_dtype")
+    template = chat.find_template(tokenizer, source.chat_template)
+    conversation, why = (None, "") if template is None else chat.render(template, tokenizer)
+    named, named_by = base
+    ancestors = [] if named is None or named_by == "source" else [named] if isinstance(named, str) else named
+    return {
+        "origin": source.hub_id or source.name,
+        "ancestors": ancestors,
+        "named_by": named_by,
+        "own_licence": any(key in own.entries for key in LICENCE),
+        "licences": source.licences or {},
+        "is_release": _is_release(source),
+        "half": stored if stored in ("float16", "bfloat16") else "bfloat16",
+        "literal": visible(json.dumps(name, ensure_ascii=False)),  # of Python as well
+        "has_template": template is not None,
+        "conversation": conversation,
+        "why_no_conversation": why,
+    }
+
+
+def _is_release(source: CardSource) -> bool:
+    """Whether the model is in Mistral's own format: a params.json, which names no model_type."""
+    return (source.config or {}).get("model_type") == "mistral_release"
+
+
+def _of_comparison(losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> dict[str, Any]:
+    """The first table, and what has to be said of it."""
+    rows = compare(losses, before, after)
+    boards = [board for board in (before, after) if board is not None]
+    local = [board for board in boards if board.data]
+    tasks = [TASKS[name] for name in dict.fromkeys(score.task for board in local for score in board.scores)]
+    return {
+        "rows": rows,
+        "worse": [row.what for row in rows if row.direction is Direction.WORSE],
+        "better": [row.what for row in rows if row.direction is Direction.BETTER],
+        "compared": any(row.direction is not Direction.NOT_COMPARED for row in rows),
+        "unlike": list(dict.fromkeys(str(difference) for row in rows for difference in row.unlike)),
+        "limits": sorted({str(board.limit) for board in boards if board.limit is not None}),
+        "local": bool(local),
+        "held_out": [task.title.partition(" (")[0] for task in tasks if task.shots and not task.examples],
+    }
+
+
+def _of_plan(outcome: Outcome) -> dict[str, Any]:
+    """What was done to which matrix, by the plan and as measured."""
+    plan = outcome.plan
+    reduced = list(plan.reductions.values())
+    measured = {line.name: outcome.matrices.get(line.name, {}) for line in reduced}
+    removed = {x.name: 1 - float(measured[x.name].get("energy_kept", x.energy_kept)) for x in reduced}
+    by_outputs = [line for line in reduced if line.metric == "data"]
+    elsewhere = {line.name: measured[line.name].get("fresh_output_error") for line in by_outputs}
+    return {
+        "reduced": reduced,
+        # A plan line has no shape, but its reason says of a tensor that it is no matrix.
+        "matrices": sum(line.why.kind is not Kind.NOT_A_MATRIX for line in plan.lines),
+        "skipped": sum(line.action == "skip" for line in plan.lines),
+        "removed": removed,  # by name: share of the squared singular values, or of the outputs' mean square
+        "roles": _roles(plan, reduced, removed),
+        "by_outputs": by_outputs,
+        "lost_elsewhere": {name: lost for name, lost in elsewhere.items() if lost is not None},
+        "unseen": [line for line in plan.lines if line.unseen and line.action != "reduce"],
+        # A search may have tried several rules; what is true of one is then true of part of the edits.
+        "rules": list(dict.fromkeys(part.partition(":")[0] for part in plan.rule.split(","))),
+    }
+
+
+def _roles(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A row for each role of each stack of which something was reduced."""
+    rows = []
+    for stack, role in dict.fromkeys((line.stack, line.role) for line in reduced):
+        these = [line for line in reduced if (line.stack, line.role) == (stack, role)]
+        rows.append(
+            {
+                "name": f"{stack}: {role}" if stack else role,
+                "reduced": len(these),
+                "tensors": sum((line.stack, line.role) == (stack, role) for line in plan.lines),
+                "layers": [line.layer for line in these if line.layer is not None],
+                "full_ranks": [line.full_rank or 0 for line in these],
+                "ranks": [line.rank or 0 for line in these],
+                "removed": [removed[line.name] for line in these],
+            }
+        )
+    return rows
+
+
+def _commands(
+    name: str,
+    outcome: Outcome,
+    source: CardSource,
+    run: CardRun,
+    before: Leaderboard | None,
+    after: Leaderboard | None,
+) -> list[str]:
+    """The commands that make the output again, check it, and measure it."""
+    commands = list(run.commands) or [_spelled_out(name, outcome, source)]
+    commands += [f"laser verify {shlex.quote(source.hub_id or source.name)} {shlex.quote(name)}"]
+    return commands + [board.command for board in (before, after) if board and board.command]
+
+
+def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
+    """The command that makes this output, by its plan; a rule makes none again that a search or a hand made."""
+    plan, dtype = outcome.plan, outcome.run.get("dtype")
+    if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
+        words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
+        words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
+        words += ["--dtype", str(dtype)] if dtype else []
+        return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
+    words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
+    for key in ("lowest_snr", "include", "exclude", "shrink", "require_fit"):
+        if plan.selection.get(key) is not None:
+            words += [f"--{key.replace('_', '-')}", str(plan.selection[key])]
+    words += ["--two-sided"] if plan.selection.get("two_sided") else []
+    for flag in ("layers", "roles"):
+        if plan.selection.get(flag):
+            words += [f"--{flag}", ",".join(map(str, plan.selection[flag]))]
+    device, _, precision = str(outcome.run.get("device", "")).partition(" ")
+    if device and precision:
+        words += ["--device", device, "--precision", precision]
+    if outcome.run.get("method"):
+        words += ["--method", str(outcome.run["method"])]
+    return shlex.join(words)
 
 
 def base_model(source: CardSource, inherited: Mapping[str, Any]) -> tuple[str | list[str] | None, str]:

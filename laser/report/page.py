@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laser.portrait import Portrait
-from laser.report.plots import QUANTITIES, grid_of
+from laser.report.plots import QUANTITIES, Histogram, grid_of
 from laser.summary import Summary
 
 BINS = 64
@@ -54,10 +53,10 @@ def _told(summary: Summary) -> str:
     return text + "."
 
 
-def render(summary: Summary, portraits: Iterable[Portrait]) -> str:
-    """The page as text; `portraits` are those of the summary's rows. The same records give the same bytes."""
+def render(summary: Summary, histograms: Iterable[Histogram]) -> str:
+    """The page as text; `histograms` are those of the summary's rows. The same records give the same bytes."""
     columns = COLUMNS | (IN_DATA if summary.calibration is not None else {})
-    drawn = {portrait.name: _drawing(portrait) for portrait in portraits}
+    drawn = {each.name: _drawing(each) for each in histograms}
     rows = []
     for row in summary.rows:
         rows.append([_short(getattr(row, field)) for field in columns])
@@ -95,22 +94,22 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _drawing(portrait: Portrait) -> dict[str, Any]:
+def _drawing(shown: Histogram) -> dict[str, Any]:
     """What the script draws for one matrix. Counts are per bin, the curve is scaled to them."""
-    top = max(float(portrait.values[0]), portrait.upper_edge, portrait.threshold or 0.0) or 1.0
-    counts, edges = np.histogram(portrait.values, bins=BINS, range=(0.0, top * 1.02))
-    kept, _ = np.histogram(portrait.values[: portrait.rank], bins=edges)
+    top = max(float(shown.values[0]), shown.upper_edge, shown.threshold or 0.0) or 1.0
+    counts, edges = np.histogram(shown.values, bins=BINS, range=(0.0, top * 1.02))
+    kept, _ = np.histogram(shown.values[: shown.rank], bins=edges)
     width = float(edges[1] - edges[0])
     return {
-        "shape": [portrait.rows, portrait.columns],
+        "shape": [shown.rows, shown.columns],
         "top": _short(top * 1.02),
         "counts": counts.tolist(),
         "kept": kept.tolist(),
-        "x": [_short(float(x)) for x in portrait.curve_x[::2]],
-        "curve": [_short(float(y) * width) for y in portrait.curve[::2]],
-        "edges": [_short(portrait.lower_edge), _short(portrait.upper_edge)],
-        "threshold": None if portrait.threshold is None else _short(portrait.threshold),
-        "sigma": _short(portrait.sigma),
-        "fit": [_short(portrait.distance), _short(portrait.level)],
-        "rank": [portrait.rank, len(portrait.values)],
+        "x": [_short(float(x)) for x in shown.curve_x[::2]],
+        "curve": [_short(float(y) * width) for y in shown.curve[::2]],
+        "edges": [_short(shown.lower_edge), _short(shown.upper_edge)],
+        "threshold": None if shown.threshold is None else _short(shown.threshold),
+        "sigma": _short(shown.sigma),
+        "fit": [_short(shown.distance), _short(shown.level)],
+        "rank": [shown.rank, len(shown.values)],
     }

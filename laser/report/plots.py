@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from laser.errors import UsageError
-from laser.portrait import Portrait
-from laser.report.visible import visible
+from laser.escape import visible
+from laser.plan import DEFAULT_ESTIMATOR
+from laser.spectra import Spectra
+from laser.spectral.noise import estimate, fit_noise
+from laser.spectral.rules import apply_rule, parse_rule
 from laser.summary import Row, Summary
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 BINS = 70
+CURVE = 60  # points of the fitted law's curve
 WIDEST = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
@@ -30,6 +37,64 @@ QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "alpha": ("exponent of the tail", "alpha", lambda r: r.alpha),
     "stable-rank": ("stable rank", "||W||_F^2 / s_1^2", lambda r: r.stable_rank),
 }
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A matrix's spectrum beside the law of noise that was fitted to it. Levels are in the unit of the weights."""
+
+    model: str
+    name: str
+    rows: int
+    columns: int
+    values: NDArray[np.float64]  # (p,), descending
+    curve_x: NDArray[np.float64]  # (CURVE,), from the lower edge to the upper
+    curve: NDArray[np.float64]  # (CURVE,), values expected per unit of s: its integral is the size of the bulk
+    lower_edge: float
+    upper_edge: float
+    sigma: float
+    distance: float  # Kolmogorov-Smirnov, of the bulk from the law
+    level: float
+    rule: str
+    threshold: float | None
+    rank: int
+
+
+def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogram:
+    """What a histogram of matrix `name` shows, computed once for the pictures and the page.
+
+    Raises UsageError for a matrix that was not scanned, with names that were.
+    """
+    if name not in spectra.values:
+        near = [n for n in spectra.values if name in n][:3] or list(spectra.values)[:3]
+        raise UsageError(f"{name!r} was not scanned in {spectra.source.name}; try one of {', '.join(near)}")
+    matrix = next(m for m in spectra.matrices if m.name == name)
+    s, shape = spectra.values[name], (matrix.shape[0], matrix.shape[1])
+    estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
+    fit, noise = fit_noise(s, shape, estimator), estimate(s, shape, estimator)
+    cut = apply_rule(rule, s, shape, spectra.nulls.get(name))
+    lower, upper = noise.lower_edge(shape), noise.upper_edge(shape)
+    # Angles, not equal steps: the law rises like a square root at both edges, and at 0 it need not vanish.
+    x = (lower + upper) / 2 - (upper - lower) / 2 * np.cos(np.linspace(0, math.pi, CURVE))
+    share = noise.cdf(x, shape) if noise.sigma > 0 else np.zeros(CURVE)
+    density = np.gradient(share, x) if upper > lower else np.zeros(CURVE)
+    return Histogram(
+        model=spectra.source.name,
+        name=name,
+        rows=shape[0],
+        columns=shape[1],
+        values=s,
+        curve_x=x,
+        curve=np.maximum(density, 0.0) * fit.bulk,
+        lower_edge=lower,
+        upper_edge=upper,
+        sigma=fit.sigma,
+        distance=fit.distance,
+        level=fit.level,
+        rule=rule,
+        threshold=cut.threshold,
+        rank=cut.rank,
+    )
 
 
 def label(text: str) -> str:
@@ -76,25 +141,25 @@ def check_picture(path: Path, quantity: str = "kept") -> None:
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
 
 
-def histogram(portrait: Portrait) -> Figure:
+def histogram(shown: Histogram) -> Figure:
     """Singular values of one matrix: what is kept and what is cut, the fitted law, both edges, the threshold."""
     figure = _figure(8, 4.5)
     axes = figure.subplots()
-    edges = _bins([portrait])
-    values = np.minimum(portrait.values, edges[-1])
-    kept, cut = values[: portrait.rank], values[portrait.rank :]
+    edges = _bins([shown])
+    values = np.minimum(shown.values, edges[-1])
+    kept, cut = values[: shown.rank], values[shown.rank :]
     axes.hist(cut, edges, color="0.8", edgecolor="0.55", linewidth=0.4, label=f"cut: {len(cut)}")
     axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
     width = edges[1] - edges[0]
-    axes.plot(portrait.curve_x, portrait.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
-    for x, told in ((portrait.lower_edge, "edges of the law"), (portrait.upper_edge, None)):
+    axes.plot(shown.curve_x, shown.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
+    for x, told in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
         axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=told)
-    if portrait.threshold is not None:
-        axes.axvline(portrait.threshold, color="black", linestyle="--", label=f"cut by {label(portrait.rule)}")
-    axes.set_title(_title([portrait], edges), fontsize=10)
+    if shown.threshold is not None:
+        axes.axvline(shown.threshold, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
+    axes.set_title(_title([shown], edges), fontsize=10)
     axes.set_xlabel(
-        f"singular value, unit of the weights   (sigma {portrait.sigma:.3g}, distance from the law "
-        f"{portrait.distance:.2g}, level {portrait.level:.2g})"
+        f"singular value, unit of the weights   (sigma {shown.sigma:.3g}, distance from the law "
+        f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
     axes.plot(kept, np.zeros(len(kept)), "|", color="black", markersize=9, clip_on=False)
@@ -103,40 +168,40 @@ def histogram(portrait: Portrait) -> Figure:
     return figure
 
 
-def overlay(portraits: Sequence[Portrait]) -> Figure:
+def overlay(several: Sequence[Histogram]) -> Figure:
     """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune."""
     figure = _figure(8, 4.5)
     axes = figure.subplots()
-    edges = _bins(portraits)
+    edges = _bins(several)
     strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
-    for portrait, (colour, line, filled) in zip(portraits, strokes, strict=False):
+    for shown, (colour, line, filled) in zip(several, strokes, strict=False):
         fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
         axes.hist(
-            np.minimum(portrait.values, edges[-1]),
+            np.minimum(shown.values, edges[-1]),
             edges,
             histtype="stepfilled",
             linestyle=line,
             linewidth=1.3,
-            label=label(portrait.model),
+            label=label(shown.model),
             **fill,
         )
-    axes.set_title(_title(portraits, edges), fontsize=10)
+    axes.set_title(_title(several, edges), fontsize=10)
     axes.set_xlabel("singular value, unit of the weights")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return figure
 
 
-def _bins(portraits: Sequence[Portrait]) -> list[float]:
+def _bins(several: Sequence[Histogram]) -> list[float]:
     """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
     into one bin. What lies beyond is drawn in the last bin, and the title says so."""
-    top = max(float(p.values[0]) for p in portraits)
-    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in portraits)
+    top = max(float(p.values[0]) for p in several)
+    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in several)
     return np.linspace(0.0, min(top * 1.02, span) or 1.0, BINS + 1).tolist()
 
 
-def _title(portraits: Sequence[Portrait], edges: list[float]) -> str:
-    first, top = portraits[0], max(float(p.values[0]) for p in portraits)
+def _title(several: Sequence[Histogram], edges: list[float]) -> str:
+    first, top = several[0], max(float(p.values[0]) for p in several)
     beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
     return f"{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
 

@@ -1,4 +1,7 @@
-"""What a search tries, in which order: one matrix or one cell of matrices, each at the ranks of one or more rules."""
+"""What a search tries, in which order.
+
+A candidate is one matrix, or one cell of matrices, at the ranks of one or more rules.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,10 @@ ORDERS = ("layers", "snr")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Matrices that are edited together. `options`: (rule, tensor name -> rank), mildest first, no rank twice in
-    the same metric."""
+    """Matrices that are edited together.
+
+    options: (rule, tensor name -> rank), mildest first, no rank twice in the same metric
+    """
 
     label: str
     piece: int  # the first piece of the model that it touches

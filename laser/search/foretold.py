@@ -1,5 +1,6 @@
-"""What a search runs at the most, counted before it runs: by the candidates that it makes, or could make, and by what
-`trials.py` and `runner.py` do with them."""
+"""Estimate what a search runs at the most, before it runs.
+
+Counted by the candidates that it makes, or could make, and by what `trials.py` and `runner.py` do with them."""
 
 from __future__ import annotations
 
@@ -14,10 +15,16 @@ from laser.search.candidates import Candidate
 
 @dataclass(frozen=True)
 class Passes:
-    """At the most. cuts: matrices that are truncated. trials: edits that are measured. windows: texts whose predictions
-    are scored, and tokens in them. layer_forwards: decoder layers times windows, as `LayeredModel` counts them.
-    layer_tokens: tokens in them, a step backwards counted as three (once more forwards, the gradients of the states and
-    of the weights). loads: decoder layers read, where they do not stay in memory."""
+    """How much work a search does at the most.
+
+    cuts: matrices that are truncated
+    trials: edits that are measured
+    windows, tokens: texts whose predictions are scored, and tokens in them
+    layer_forwards: decoder layers times windows, as `LayeredModel` counts them
+    layer_tokens: tokens in them, a step backwards counted as three: once more forwards, the gradients of the states,
+        and those of the weights
+    loads: decoder layers read, where they do not stay in memory
+    """
 
     candidates: int
     cuts: int
@@ -32,8 +39,10 @@ class Passes:
 def possible_candidates(
     matrices: Sequence[Matrix], model: LayeredModel, rules: Sequence[str], grid: bool
 ) -> list[Candidate]:
-    """Before the spectra are known: as though every rule reduced every matrix that the model runs, each to another
-    rank."""
+    """The candidates that there can be, before the spectra are known.
+
+    As though every rule reduced every matrix that the model runs, each to another rank.
+    """
     running = [m for m in matrices if m.is_matrix and model.runs(m.name)]
     if not grid:
         options = {m.name: tuple((rule, {m.name: 0}) for rule in rules) for m in running}

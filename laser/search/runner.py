@@ -1,4 +1,4 @@
-"""Going through candidates, one at a time or as a grid, with a journal that remembers every finished trial."""
+"""Go through candidates, one at a time or as a grid. A journal remembers every finished trial."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
+from laser.journal import Journal
 from laser.moments import Moments
 from laser.records import under
-from laser.journal import Journal
 from laser.search.candidates import Candidate, cut_of
 from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device

@@ -1,4 +1,4 @@
-"""search: keep an edit only if the model gets no worse by it, measured; the result is a plan and every trial.
+"""search: keep an edit only if the model gets no worse by it, measured. The result is a plan and every trial.
 
 Candidates are tried one at a time on top of what has been kept. With d the mean paired change of the calibration
 objective and se its standard error over windows, `better` (default) keeps an edit if d <= -se, `no-worse` if d <= se,
@@ -24,11 +24,11 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
+from laser.journal import spoiling
 from laser.moments import NO_MOMENTS, Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
-from laser.journal import spoiling
 from laser.search.candidates import (
     ORDERS,
     Candidate,
@@ -42,7 +42,6 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import metric_in
-
 
 REMOVE = "remove it, or search again"
 
@@ -74,7 +73,7 @@ class Report:
 
     @property
     def unit_name(self) -> str:
-        """What a value stands for."""
+        """What a value is of, in the plural."""
         return "windows" if self.objective == "loss" else "questions"
 
 
@@ -87,8 +86,10 @@ class SearchResult:
     rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
 
     def families(self) -> dict[str, dict[str, int]]:
-        """Per metric, plain and data: trials, accepted ones, matrices that the plan reduces, and candidates on which it
-        had the best trial. What `--rules laser-rmt,data:energy:0.99` asks is which of them wins."""
+        """Counts per metric, plain and data: which of them wins.
+
+        They are trials, accepted ones, matrices that the plan reduces, and candidates on which it had the best trial.
+        """
         best: dict[str, Trial] = {}
         for trial in self.trials:
             if trial.d is not None and trial.d < (best[trial.label].d or 0.0 if trial.label in best else math.inf):
@@ -143,12 +144,12 @@ def search(
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
 
-    Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them, or with `shortlist` K those
-    with the lowest first-order change of the loss; each is tried at each rule's rank, mildest first, and its best
+    Candidates are the matrices that the first rule reduces, the `lowest_snr` K of them. With `shortlist` K they are
+    those with the lowest first-order change of the loss. Each is tried at each rule's rank, mildest first, and its best
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
     then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none;
     `anew` drops the trials of another search.
-    A rule `data:NAME` is asked in the metric of the data and needs the `moments` that `spectra` were scanned with.
+    A rule `data:NAME` goes by the data (see `data_metric`) and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     `tick` is called with each trial and how many are still to come at most.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
@@ -272,7 +273,7 @@ def _shortlisted(
     )
     if len(entry["predicted"]) != len(found):
         raise RecordError(
-            f"the journal of the search foretells {len(entry['predicted'])} changes, expected {len(found)}; start "
+            f"the journal of the search predicts {len(entry['predicted'])} changes, expected {len(found)}; start "
             "afresh with --force"
         )
     told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]

@@ -1,4 +1,4 @@
-"""Trying an edit: what a model's objective becomes with some matrices replaced, at the cost of the layers above them.
+"""Try an edit: what a model's objective becomes with some matrices replaced. It costs the layers above them alone.
 
 An edit in layer L leaves the states that enter layer L as they were. Those are kept at each boundary where a candidate
 begins, so a trial runs layers L.. and the head only. Accepting an edit makes the boundaries above it stale: they are

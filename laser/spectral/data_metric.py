@@ -1,18 +1,19 @@
-"""Noise that sees the data: singular values and truncations of W in the metric of the inputs that it meets.
+"""Singular values and truncations by the data: in the metric E||W x||^2, x the calibration inputs.
 
-With x the inputs of W (m, n) and C = E[x x^T] (n, n) their second moment (not centred: a layer meets the mean, too),
+With x the inputs of W (m, n) and C = E[x x^T] (n, n) their second moment (not centred: a layer sees the mean, too),
 
     E ||(W - B) x||^2 = ||(W - B) C^(1/2)||_F^2 = tr((W - B) C (W - B)^T)
 
 is the error that the next layer sees. Its least value over matrices B of rank r is the tail of the squared singular
-values of W C^(1/2), and is reached by B = U U^T W, U (m, r) the top eigenvectors of W C W^T = E[y y^T], the second
-moment of the *outputs* y = W x (Eckart and Young 1936 in the metric of C; as SVD-LLM, arXiv 2403.07378, whitens).
-W C^(1/2) V V^T C^(-1/2) is the same matrix where C is regular. It is not used: nothing here inverts C, so a C without
-full rank needs no pseudo-inverse and no floor, and on inputs that the calibration never met B still is a projection of
+values of W C^(1/2) (Eckart and Young 1936 in the metric of C; as SVD-LLM, arXiv 2403.07378, whitens). It is reached by
+B = U U^T W, where U (m, r) are the top eigenvectors of W C W^T = E[y y^T], the second moment of the *outputs* y = W x.
+
+W C^(1/2) V V^T C^(-1/2) is the same matrix where C is regular. It is not used, so nothing here inverts C. A C without
+full rank needs no pseudo-inverse and no floor. On inputs that the calibration has not seen B still is a projection of
 what W answers, and not zero.
 
 The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/2) W^T W C^(1/2) and then U from
-W C^(1/2) V. It is solved on the host in float64 on every device: a few channels of massive activations give C a
+W C^(1/2) V. It is solved on the host in float64 on every device, because a few channels of massive activations give C a
 condition that squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen,
 count as 0.
 """

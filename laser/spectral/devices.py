@@ -1,9 +1,9 @@
 """Which device computes, in which precision, who solves the eigenproblem, and why. The only file that says "mps".
 
-Facts behind the choices: float64 does not exist on Apple MPS, and no LAPACK routine is native there at the sizes of a
-language model, so an MPS device multiplies matrices in float32 and leaves the p x p eigenproblem to the host; nothing
-of LAPACK is ever called on an mps tensor, so PYTORCH_ENABLE_MPS_FALLBACK is never needed. CUDA has both, but float64 at
-half the speed of float32 only on the chips for data centres; on the others it is 32 to 64 times slower.
+Facts behind the choices. On Apple MPS there is no float64, and no LAPACK routine is native at the sizes of a language
+model. So an MPS device multiplies matrices in float32 and leaves the p x p eigenproblem to the host. Nothing of LAPACK
+is ever called on an mps tensor, so PYTORCH_ENABLE_MPS_FALLBACK is never needed. CUDA has both, but float64 at half the
+speed of float32 only on the chips for data centres; on the others it is 32 to 64 times slower.
 """
 
 from __future__ import annotations
@@ -254,11 +254,11 @@ def _pools() -> ThreadpoolController:
 
 @contextmanager
 def host_threads(p: int) -> Iterator[None]:
-    """Inside, torch has one thread, so that NumPy's BLAS has the cores to itself, and BLAS has one for a small matrix.
+    """Give NumPy's BLAS the cores to itself: inside, torch has one thread, and BLAS has one for a small matrix.
 
-    Pools of threads that spin while they wait cost more than they bring where others want the same cores: with a
-    second busy process on 2 cores, a matrix of 1536 x 576 took 0.25 s and more with two BLAS threads and 0.07 s with
-    one, which on quiet cores is a fifth slower (LOG.md). What torch does on the host besides is copying.
+    Pools of threads that spin while they wait cost more than they bring where others want the same cores. With a second
+    busy process on 2 cores, a matrix of 1536 x 576 took 0.25 s and more with two BLAS threads, and 0.07 s with one. On
+    quiet cores one thread is a fifth slower (LOG.md). What torch does on the host besides is copying.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

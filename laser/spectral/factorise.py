@@ -91,7 +91,7 @@ class Values:
 
     @property
     def told(self) -> str:
-        """For a record: nothing where the first step held."""
+        """How the values came about, for a record: nothing where the first step held."""
         return f"by {self.method}, as {self.note}" if self.note else ""
 
 
@@ -263,7 +263,7 @@ def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
     The checks for NaN and the kurtosis then need no second copy. Otherwise W as it is, which the ladder streams in
     blocks of rows; always so where the host has the eigensolver.
     """
-    if device.host_eigensolver or W.device == device.torch_device:
+    if device.host_eigensolver:
         return W
     free = free_bytes(device)
     if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
@@ -284,7 +284,10 @@ def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
 
 
 def _require_memory(W: torch.Tensor, step: Step) -> None:
-    """Before a matrix is sent. The host is not asked: there is nowhere else to go, and it can swap."""
+    """Raises NumericalError where the device lacks room for a step, before a matrix is sent.
+
+    The host is not asked: there is nowhere else to go, and it can swap.
+    """
     free = None if step.device.host_blas else free_bytes(step.device)
     needed = device_bytes(W, step.method, step.device)
     if free is not None and needed > free:

@@ -1,7 +1,7 @@
-"""Singular values of noise whose rows (or columns) differ in variance: the Marchenko-Pastur law with a population.
+"""The Marchenko-Pastur law of noise whose rows (or columns) differ in variance.
 
-Model of Ke, Ma and Lin (2021), section 2: W = D^(1/2) Z of shape (P, Q), Z with independent entries of mean 0 and
-deviation sigma, D diagonal with entries tau_i drawn from a gamma law of mean 1 and shape theta (variance 1 / theta;
+Model of Ke, Ma and Lin (2021), section 2: W = D^(1/2) Z of shape (P, Q). Z has independent entries of mean 0 and
+deviation sigma. D is diagonal with entries tau_i drawn from a gamma law of mean 1 and shape theta (variance 1 / theta;
 theta = infinity is plain noise). With c = P / Q, x an eigenvalue of W W^T / (sigma^2 Q) and H the law of tau,
 Silverstein and Choi (1995) describe the limit through a point w in the upper half plane (their -1 / m):
 
@@ -110,8 +110,8 @@ def noise_top(P: int, Q: int, theta: float, level: float) -> float:
 
     Ke, Ma and Lin (2021), algorithm 2, step 2: draw the variances, look at the largest eigenvalue, take its upper
     quantile. Given the variances the eigenvalue follows the Tracy-Widom law around the edge of their own spectrum
-    (El Karoui 2007, theorem 1), which stands here for drawing the P x Q matrix: 64 seeded draws of the variances, 63
-    quantiles of the Tracy-Widom law each. theta = infinity is Johnstone (2001).
+    (El Karoui 2007, theorem 1). That law stands here for drawing the P x Q matrix: 64 seeded draws of the variances,
+    and 63 quantiles of the law for each. theta = infinity is Johnstone (2001).
     """
     if math.isinf(theta):
         return mp.tracy_widom_edge(1.0, (P, Q), level) / Q**0.5

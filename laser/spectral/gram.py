@@ -62,7 +62,7 @@ def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains
 
 def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """x on `device` and in `dtype`. The narrower of the two dtypes is what is copied: there is less of it, and float64
-    never meets a device that has none."""
+    never reaches a device that has none."""
     return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
 
 
@@ -72,7 +72,7 @@ def number(scalar: torch.Tensor) -> float:
 
 
 def to_host(vector: torch.Tensor) -> NDArray[np.float64]:
-    """In float64, converted on the host: not every device has it."""
+    """The vector in float64 on the host, and converted there: not every device has float64."""
     return vector.cpu().numpy().astype(np.float64)
 
 
@@ -99,8 +99,8 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
     """A^T A for the tall A (q, p) of W -> (p, p).
 
     The host uses NumPy's BLAS and LAPACK for everything. torch, NumPy and SciPy each bring a pool of threads that spin
-    while they wait, and two of them on the same cores cost more than the arithmetic; and of NumPy and SciPy only NumPy
-    lets go of Python's lock meanwhile, without which two workers are as slow as one (LOG.md).
+    while they wait, and two of them on the same cores cost more than the arithmetic. Of NumPy and SciPy only NumPy lets
+    go of Python's lock meanwhile, without which two workers are as slow as one (LOG.md).
     """
     p = min(W.shape)
     total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
@@ -120,8 +120,10 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
 
 
 def trace_of(G: torch.Tensor) -> float:
-    """Raises NumericalError where it is not finite: then a weight is not, or its
-    square leaves the precision; and LAPACK need not come back from such a matrix."""
+    """The trace of a Gram matrix. Raises NumericalError where it is not finite.
+
+    Then a weight is not finite, or its square leaves the precision, and LAPACK need not come back from such a matrix.
+    """
     trace = float(np.sum(to_host(torch.diagonal(G))))
     if not np.isfinite(trace):
         raise NumericalError("the Gram matrix is not finite")
@@ -135,7 +137,7 @@ def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
 
 
 def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
-    """Ascending. NumPy's on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
+    """Eigenvalues, ascending. By NumPy on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
     if device.host_eigensolver:
         return np.linalg.eigvalsh(G.cpu().numpy()).astype(np.float64)
     return to_host(torch.linalg.eigvalsh(G))
@@ -150,8 +152,11 @@ def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], 
 
 
 def to_singular_values(eigenvalues: NDArray[np.float64], dtype: torch.dtype, trace: float) -> NDArray[np.float64]:
-    """Roots of ascending eigenvalues (p,) of a Gram matrix of this trace. Raises NumericalError where they are not
-    finite or do not add up to the trace, the one law of all eigenvalues that costs nothing to check."""
+    """Singular values (p,), descending: roots of ascending eigenvalues (p,) of a Gram matrix of this trace.
+
+    Raises NumericalError where they are not finite or do not add up to the trace, the one law of all eigenvalues that
+    costs nothing to check.
+    """
     if not np.isfinite(eigenvalues).all():
         raise NumericalError("the eigensolver returned NaN or Inf")
     p, missing = len(eigenvalues), abs(float(np.sum(eigenvalues)) - trace)

@@ -1,5 +1,6 @@
-"""How many bytes this process may still take on the host, the least that the system, its containers and its own limits
-leave, and how many it has taken. Nothing else in laser reads them.
+"""How much of the host's memory this process has taken, and how much it may still take.
+
+That is the least that the system, its containers and its own limits leave. Nothing else in laser reads them.
 
 A container's limit counts with those of all that it lies in. Cached pages of files that nobody has mapped are not
 counted as used, since the kernel gives them back before it refuses (Documentation/admin-guide/cgroup-v2.rst, and
@@ -46,7 +47,7 @@ def host_free_bytes(mapped: int = 0, root: Path = Path("/")) -> int | None:
 
 
 def _of_the_system(root: Path) -> Iterator[int]:
-    """What would be given without swapping."""
+    """Bytes that the system would give without swapping."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.M)
     if found:
         yield 1024 * int(found[1])
@@ -60,7 +61,7 @@ def _of_the_system(root: Path) -> Iterator[int]:
 
 
 def _of_a_mac(told: str) -> Iterator[int]:
-    """By the output of vm_stat: pages that are free, or that may be dropped."""
+    """Bytes in pages that are free, or that may be dropped, by the output of vm_stat."""
     size = re.search(r"page size of (\d+) bytes", told)
     pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", told, re.M)
     if size and pages:

@@ -1,4 +1,4 @@
-"""Measuring a Probe: a few products, eigenproblems and copies on a device, each the faster of two runs.
+"""Measure a Probe: a few products, eigenproblems and copies on a device. Each is the faster of two runs.
 
 On the host everything is measured with one BLAS thread, as a worker has. On a device without LAPACK the probe also
 decides the method: eigenvectors on the host, or the projector, whichever takes less time there.
@@ -32,7 +32,9 @@ COPIED = 256 * 2**20  # bytes, for copies and for the disk
 GAP = 1e-5  # of the projector's measurement, relative: 11 to 13 steps, as for the bulk of a trained matrix
 
 
-def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: Path | None = None) -> Probe:
+def measure_device(
+    device: Device, sides: tuple[int, ...] | None = None, disk: Path | None = None, copied: int = COPIED
+) -> Probe:
     """The constants of `device`, measured now. `disk`: a directory whose disk is measured too. Not saved."""
     sides = sides or (HOST_SIDES if device.host_blas else DEVICE_SIDES)
     p = max(sides)
@@ -49,8 +51,8 @@ def measure_device(device: Device, sides: tuple[int, ...] | None = None, disk: P
         signed = [n for n in sides if n <= 1024 or not device.host_blas]
         signs = {n: _sign_seconds(corners[n], device) for n in signed}
         null = {2 * n * n: _seconds(lambda n=n: null_largest(W[: 2 * n, :n], 1, device), device) for n in sides}
-    to_device, to_host = _copies(device)
-    read, write = _disk(disk) if disk else (None, None)
+    to_device, to_host = _copies(device, copied)
+    read, write = _disk(disk, copied) if disk else (None, None)
     return Probe(
         device=device.label,
         name=chip(device),
@@ -102,7 +104,7 @@ def choose_method(method: str, device: Device, path: Path | None = None) -> tupl
 
 
 def chip(device: Device) -> str:
-    """Its name, in words."""
+    """The name of the device's chip, in words."""
     base = device.torch_device.type
     if base == "cpu":
         try:
@@ -114,7 +116,7 @@ def chip(device: Device) -> str:
 
 
 def _seconds(call: Callable[[], object], device: Device) -> float:
-    """The faster of two: the first one also loads libraries and fills caches."""
+    """Seconds of the faster of two calls: the first one also loads libraries and fills caches."""
     taken = []
     for _ in range(2):
         synchronise(device)
@@ -136,16 +138,16 @@ def _sign_seconds(G: torch.Tensor, device: Device) -> float:
     return _seconds(lambda: matrix_sign(G, size**0.5, GAP * size), device)
 
 
-def _copies(device: Device) -> tuple[float | None, float | None]:
+def _copies(device: Device, copied: int) -> tuple[float | None, float | None]:
     """Bytes a second to the device and back; pageable memory, as that is what a checkpoint is read into."""
     if device.host_blas:
         return None, None
-    here = torch.zeros(COPIED, dtype=torch.uint8)
+    here = torch.zeros(copied, dtype=torch.uint8)
     there = here.to(device.torch_device)
-    return COPIED / _seconds(lambda: here.to(device.torch_device), device), COPIED / _seconds(there.cpu, device)
+    return copied / _seconds(lambda: here.to(device.torch_device), device), copied / _seconds(there.cpu, device)
 
 
-def _disk(directory: Path) -> tuple[float, float]:
+def _disk(directory: Path, copied: int) -> tuple[float, float]:
     """Bytes a second, read and written, of one file in `directory`, which is removed again.
 
     The write ends with fsync; before the read the file's pages are dropped from the cache where the system allows it.
@@ -153,7 +155,7 @@ def _disk(directory: Path) -> tuple[float, float]:
     chunk = os.urandom(2**20)  # not zeros, which some file systems do not store
     with tempfile.TemporaryFile(dir=directory) as file:
         start = time.perf_counter()
-        for _ in range(COPIED // len(chunk)):
+        for _ in range(copied // len(chunk)):
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
@@ -164,4 +166,4 @@ def _disk(directory: Path) -> tuple[float, float]:
         begun = time.perf_counter()
         while file.read(len(chunk)):
             pass
-        return COPIED / (time.perf_counter() - begun), COPIED / (written - start)
+        return copied / (time.perf_counter() - begun), copied / (written - start)

@@ -7,9 +7,9 @@ standard error and the fit of the bulk.
 
 The fit is the Kolmogorov-Smirnov distance between the bulk and the estimated law. Its level under the null cannot come
 from Kolmogorov's table: singular values repel each other, so that the distance of pure noise is near log(p) / p and not
-1 / sqrt(p). Both numbers therefore come from simulated noise, which is cheap: the singular values of a Gaussian p x q
-matrix have the law of those of a p x p bidiagonal matrix of chi variables (Dumitriu and Edelman 2002, section III.B),
-at a cost of p^2 whatever q is.
+1 / sqrt(p). Both numbers therefore come from simulated noise, which is cheap. The singular values of a Gaussian p x q
+matrix have the law of those of a p x p bidiagonal matrix of chi variables (Dumitriu and Edelman 2002, section III.B).
+That costs p^2 whatever q is.
 """
 
 from __future__ import annotations
@@ -132,12 +132,14 @@ def _law_quantiles(p: int, q: int) -> NDArray[np.float64]:
 def trimmed(s: Spectrum, shape: Shape) -> Noise:
     """Median matching after the signal is set aside: estimate, drop what is over the edge, again until stable.
 
-    k strong signals span k directions on each side, and what is left of the noise is noise of shape (p - k, q - k):
-    the k upper values are dropped and the law of the smaller shape is fitted. This is the scheme of Kritchman and
-    Nadler (2009), section III, with the median in the place of the mean. A value counts as signal when it passes
-    the Tracy-Widom level TRIM_LEVEL, as there, and not the bare edge: noise passes that one time in five, and each
-    pass lowers the next edge (up to 4 values were dropped from pure noise, against 1). k never falls, so the loop
-    ends; it stops short of p / 2, where most of the spectrum would be signal and no bulk is left to speak of.
+    k strong signals span k directions on each side, and what is left of the noise is noise of shape (p - k, q - k).
+    So the k upper values are dropped and the law of the smaller shape is fitted. This is the scheme of Kritchman and
+    Nadler (2009), section III, with the median in the place of the mean.
+
+    A value counts as signal when it passes the Tracy-Widom level TRIM_LEVEL, as there, and not the bare edge. Noise
+    passes the edge one time in five, and each pass lowers the next edge: up to 4 values were dropped from pure noise,
+    against 1. k never falls, so the loop ends. It stops short of p / 2, where most of the spectrum would be signal and
+    no bulk is left to speak of.
     """
     p, q, _ = mp.aspect(shape)
     k = 0
@@ -301,7 +303,7 @@ def _null(p: int, q: int, estimator: str, theta: float, along: str) -> tuple[flo
     """Relative standard error of sigma, and the (DRAWS,) distances, of pure noise of shape p x q; seeded.
 
     A large p is simulated at a smaller one. The errors of both follow the rigidity of the spectrum, 1 / p, the
-    distance with a logarithm on top: p times the distance was 2.98, 3.68, 4.04 at p = 256, 1024, 4096 (square, median
+    distance with a logarithm on top. At p = 256, 1024, 4096, p times the distance was 2.98, 3.68, 4.04 (square, median
     matching), which 0.42 * (log p + 1.5) describes. With variances drawn at random both go as 1 / sqrt(p) instead.
     """
     equal = math.isinf(theta)

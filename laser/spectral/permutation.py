@@ -1,4 +1,4 @@
-"""Parallel analysis: what is the largest singular value of this matrix once its structure is destroyed?
+"""Parallel analysis: the largest singular value of a matrix once its structure is destroyed.
 
 Permuting the entries keeps their distribution, heavy tails and all, and destroys everything that rank reduction could
 want to keep (Horn 1965, Dobriban 2020). Only the largest singular value is needed, so Lanczos iteration replaces a

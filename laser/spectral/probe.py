@@ -1,4 +1,4 @@
-"""What this machine can do: the constants behind --dry-run, measured once by `laser devices --probe` and kept.
+"""What this machine can do: the constants behind --dry-run. `laser devices --probe` measures and keeps them.
 
 One JSON document in the user's cache directory holds a Probe per device label ("cpu float64", "cuda:0 float64"). The
 cost model is that of a Gram matrix: products grow as m * n * p and the eigenproblem as p^3, and a rate measured at one
@@ -52,20 +52,20 @@ class Probe:
     measured: str = ""  # the day, as 2026-01-31
 
     def values_seconds(self, m: int, n: int) -> float:
-        """Foretold seconds of the singular values of a matrix (m, n) that lies on the device."""
+        """Estimated seconds of the singular values of a matrix (m, n) that lies on the device."""
         return 2 * m * n * min(m, n) / self.product + interpolate(self.eigenvalues, min(m, n))
 
     def data_seconds(self, m: int, n: int) -> float:
-        """Foretold seconds of the singular values of (m, n) in the metric of a moment (n, n)."""
+        """Estimated seconds of the singular values of (m, n) in the metric of a moment (n, n)."""
         root = interpolate(self.eigenvectors, n) if m > n else 0.0
         return root + 2 * m * n * n / self.product + self.values_seconds(m, n)
 
     def null_seconds(self, m: int, n: int) -> float:
-        """Foretold seconds of one permutation."""
+        """Estimated seconds of one permutation."""
         return interpolate(self.null, m * n, beyond=1)
 
     def truncate_seconds(self, m: int, n: int, rank: int | None = None) -> float:
-        """Foretold seconds of a truncation of (m, n) to `rank`, by default the dearest one, p / 2.
+        """Estimated seconds of a truncation of (m, n) to `rank`, by default the most expensive one, p / 2.
 
         Two products with the smaller of the two complementary bases after the Gram matrix and its eigenvectors.
         """

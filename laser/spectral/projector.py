@@ -1,9 +1,12 @@
-"""The method `projector`: a truncation by matrix products alone, for devices without LAPACK (Apple MPS).
+"""The method `projector`: a truncation by matrix products alone. It is for devices without LAPACK (Apple MPS).
 
-With A (q, p) the tall one of W and W^T, G = A^T A and tau between s_r and s_{r+1}, the matrix sign of B = G - tau^2 I
-is V diag(+-1) V^T, P = (I + sign B) / 2 projects on the r leading right singular vectors, and W_r = A P. The sign comes
-from a composition of odd polynomials of degree five, each the best one for the interval that the one before it left
-over (Polar Express: Amsel, Persson, Musco and Gower 2025, arXiv 2505.16932, algorithm 1), three products for each.
+With A (q, p) the tall one of W and W^T, G = A^T A and tau between s_r and s_{r+1}, let B = G - tau^2 I:
+
+    sign B = V diag(+-1) V^T,  P = (I + sign B) / 2 projects on the r leading right singular vectors,  W_r = A P.
+
+The sign comes from a composition of odd polynomials of degree five, three products for each. Each is the best one for
+the interval that the one before it left over (Polar Express: Amsel, Persson, Musco and Gower 2025, arXiv 2505.16932,
+algorithm 1).
 
 Certificate: X approximates the sign, so p - ||X||_F^2 = sum (1 - x_i^2) counts what has not come to +-1 and is 0 for a
 projector. The trace of P would not do: +0.35 and -0.35 cancel in it. An eigenvalue of B closer to 0 than about
@@ -188,7 +191,7 @@ def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains
 
 
 def resolved_sign(G: torch.Tensor, s: NDArray[np.float64], rank: int) -> Sign:
-    """The sign with `rank` eigenvalues at +1. Raises NumericalError where that cannot be told in G's precision."""
+    """The sign with `rank` eigenvalues at +1. Raises NumericalError where G's precision cannot resolve that."""
     above, below = float(s[rank - 1]) ** 2, float(s[rank]) ** 2
     tau, gap = math.sqrt((above + below) / 2), (above - below) / 2
     if not gap > finest(len(s), G.dtype) * max(float(s[0]) ** 2 - tau * tau, tau * tau):

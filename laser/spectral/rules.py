@@ -6,7 +6,7 @@ scaling W by c scales the threshold by c and leaves the rank, transposing change
 matrix has rank 0. Adding a row here adds it to those tests, to the command line and to the documentation.
 
 `parallel` asks for more than the spectrum: the largest singular values of the matrix with its entries permuted, which a
-scan measures beside the spectrum when told to (permutation.py). Planning itself never reads a weight.
+scan measures beside the spectrum with `--null` (permutation.py). Planning itself never reads a weight.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Rule:
     any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
+    sample: str = ""  # with an argument, as the tests ask for it; not needed where there is none, or a default
+    calibrated: bool = True  # of pure noise it keeps next to nothing
     # Up to which quantile its estimate reads the spectrum: spikes beyond that many are taken for noise (`crowd`).
     reads: float | None = None
     valid: Callable[[float], bool] = lambda _: True
@@ -81,8 +83,10 @@ def _mp_median(s: Spectrum, shape: Shape, _: float) -> Cut:
 
 
 def _mp_iqr(s: Spectrum, shape: Shape, _: float) -> Cut:
-    """An interquartile range is a noisy statistic, so the edge stands two standard errors above the estimate's own.
-    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median."""
+    """The edge, two standard errors above that of the IQR's own estimate: an interquartile range is a noisy statistic.
+
+    Where its error exceeds the bulk's relative half-width sqrt(beta), it cannot tell noise at all: then the median.
+    """
     error = standard_error(shape, "iqr")
     if not _iqr_tells(shape):
         cut = _mp_median(s, shape, 0.0)
@@ -125,9 +129,12 @@ def fewest_draws(alpha: float) -> int:
 
 
 def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
-    """Horn (1965). Under the null s_1 is as likely to take any place among `null`, the (draws,) largest values of the
-    permuted matrices, so the k-th largest of them is exceeded with probability k / (draws + 1): exact for any law of
-    the entries. Dobriban (2020) for when it finds the signal; a very strong one hides weaker ones (shadowing)."""
+    """Horn (1965). `null` are the (draws,) largest values of the permuted matrices.
+
+    Under the null s_1 is as likely to take any place among them. So the k-th largest of them is exceeded with
+    probability k / (draws + 1), exact for any law of the entries. Dobriban (2020) says when it finds the signal; a very
+    strong one hides weaker ones (shadowing).
+    """
     if len(null) < fewest_draws(alpha):
         raise UsageError(
             f"rule parallel:{alpha:g} needs {fewest_draws(alpha)} permutations of each matrix, found {len(null)}; "
@@ -158,7 +165,9 @@ def _rank(s: Spectrum, shape: Shape, rank: float) -> Cut:
 _SHARE = {"valid": lambda x: 0 < x <= 1, "expected": "a number in (0, 1]"}
 
 RULES: dict[str, Rule] = {
-    "laser-rmt": Rule(_laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)"),
+    "laser-rmt": Rule(
+        _laser_rmt, "LaserRMT, rmt_laser.py (not calibrated: keeps 24 to 100 % of pure noise)", calibrated=False
+    ),
     "mp-edge": Rule(_mp_edge, "Marchenko and Pastur 1967; trimming as in Kritchman and Nadler 2009", "trimmed"),
     "mp-median": Rule(_mp_median, "the same edge; median matching as in Gavish and Donoho 2014", "median"),
     "mp-iqr": Rule(_mp_iqr, "LaserRMT's estimator with the Marchenko-Pastur law's own constant", "iqr", reads=0.75),
@@ -182,15 +191,25 @@ RULES: dict[str, Rule] = {
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
-    "energy": Rule(_energy, "common practice", any_metric=True, argument="X", **_SHARE),
+    "energy": Rule(
+        _energy, "common practice", argument="X", sample="energy:0.9", any_metric=True, calibrated=False, **_SHARE
+    ),
     "fraction": Rule(
-        _fraction, "LASER, Sharma et al. 2023 (arXiv 2312.13558)", any_metric=True, argument="RHO", **_SHARE
+        _fraction,
+        "LASER, Sharma et al. 2023 (arXiv 2312.13558)",
+        any_metric=True,
+        argument="RHO",
+        sample="fraction:0.3",
+        calibrated=False,
+        **_SHARE,
     ),
     "rank": Rule(
         _rank,
         "a fixed rank",
         any_metric=True,
         argument="K",
+        sample="rank:3",
+        calibrated=False,
         valid=lambda x: x >= 0 and float(x).is_integer(),
         expected="a whole number, 0 or more",
     ),

@@ -1,5 +1,7 @@
-"""Describe a spectrum: how its energy is spread, how heavy its tail is, how far the entries' tails move the edge of
-noise, and how near a singular value lies to the threshold of a rule."""
+"""Describe a spectrum in numbers.
+
+They say how its energy is spread, how heavy its tail is, how far the entries' tails move the edge of noise, and how
+near a singular value lies to the threshold of a rule."""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ class Tail:
 
 @dataclass(frozen=True)
 class Description:
-    """largest: s_1, in the unit of s;  norm: ||W||_F;  the ranks are numbers of singular values.
+    """One spectrum in numbers. The ranks are numbers of singular values.
 
+    largest: s_1, in the unit of s
+    norm: ||W||_F
     stable_rank: ||W||_F^2 / s_1^2, 1 for rank one, p when all values are equal
     effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli 2007), between 1 and p
     energy_ranks: fewest values that hold each share in ENERGIES of the squared sum
@@ -75,9 +79,9 @@ def describe_spectrum(s: Spectrum) -> Description:
 def fit_tail(s: Spectrum) -> Tail | None:
     """The power law of the largest eigenvalues, its start chosen by the smallest Kolmogorov-Smirnov distance.
 
-    Clauset, Shalizi and Newman (2009), equation 3.1, alpha = 1 + n / sum log(x / start), and section 3.3 for the start;
-    agrees with the package `powerlaw`, on which WeightWatcher rests, and like it takes for the empirical law the share
-    of the tail strictly below each value. O(p^2).
+    Clauset, Shalizi and Newman (2009), equation 3.1, alpha = 1 + n / sum log(x / start), and section 3.3 for the start.
+    Agrees with the package `powerlaw`, on which WeightWatcher rests. Like it, takes for the empirical law the share of
+    the tail strictly below each value. O(p^2).
     """
     logs: NDArray[np.float64] = 2 * np.log(s[s > 0][::-1])  # rising, of the eigenvalues
     best = None
@@ -106,13 +110,13 @@ def fit_tail(s: Spectrum) -> Tail | None:
 # The bulk of noise is Marchenko-Pastur's whatever the law of the entries; its edge is so only in the limit. With
 # excess kurtosis k the edge of an m x n matrix lies higher by the relative amount k / (2 sqrt(m n)), in first order.
 # Derivation: the fourth cumulant k / q^2 of entries of variance 1 / q adds one term to the self-consistent equations
-# of the two diagonal blocks of the resolvent of [[0, W], [W^T, 0]] (the same cumulant expansion gives the shift of
-# sparse sample covariance matrices in Hwang, Lee and Schnelli 2019). With beta = p / q, e = k / q and w the product
-# of the blocks' two Stieltjes transforms:
+# of the two diagonal blocks of the resolvent of [[0, W], [W^T, 0]]. The same cumulant expansion gives the shift of
+# sparse sample covariance matrices in Hwang, Lee and Schnelli (2019). Let beta = p / q, e = k / q, and w the product
+# of the blocks' two Stieltjes transforms. Then:
 #
 #     z^2 w = (1 + w + e w^2) (1 + beta w + beta e w^2)
 #
-# Without e the edge is at w = 1 / sqrt(beta), z = 1 + sqrt(beta); there the term adds e z^2 / sqrt(beta) to z^2,
+# Without e the edge is at w = 1 / sqrt(beta), z = 1 + sqrt(beta). There the term adds e z^2 / sqrt(beta) to z^2,
 # which is the relative amount k / sqrt(p q) of the squared edge.
 
 BLOCK = 1 << 22  # entries that are in float64 at a time: 32 MiB

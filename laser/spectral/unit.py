@@ -1,10 +1,10 @@
-"""Scaling by a power of two, so that no square and no fourth power leaves the range of float32 or float64.
+"""Scale by a power of two, so that no square or fourth power leaves float32's or float64's range.
 
 Gram matrices, energies and certificates square what they are given, and float32 ends at 1e-38: of entries of 1e-24 the
-squares are 0. Every function of this package that squares entries or singular values first asks here for a unit: 1 for
-a matrix whose largest entry lies within 2^-20 and 2^20, as all ordinary weights do, so that their results are the same
-to the bit; else the power of two under that entry. The matrix is divided by it, which is exact, and what comes out is
-multiplied by it. Factorisations, truncations, noise, rules and fits are homogeneous, so nothing else changes.
+squares are 0. Every function of this package that squares entries or singular values first asks here for a unit. It is
+1 where the largest entry lies within 2^-20 and 2^20, as in all ordinary weights: their results stay the same to the
+bit. Otherwise it is the power of two under that entry. The matrix is divided by it, which is exact, and what comes out
+is multiplied by it. Factorisations, truncations, noise, rules and fits are homogeneous, so nothing else changes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot, tensors_in
 from safetensors.torch import load_file
 
 from laser.checkpoint import writer
@@ -23,14 +24,6 @@ from laser.selection import Selection
 from laser.verification import verify
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def test_scan_and_reduce_as_from_safetensors(pico: Path, pickled: Path, tmp_path
     before = snapshot(pickled)
     reduce(ours, make_plan(spectra, "rank:4"), tmp_path / "out")
     reduce(theirs, make_plan(wanted, "rank:4"), tmp_path / "wanted")
-    made, expected = weights(tmp_path / "out"), weights(tmp_path / "wanted")
+    made, expected = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "wanted")
     assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".safetensors")) == sorted(
         p.name for p in pico.glob("*.safetensors")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
+from helpers import snapshot, tensors_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,10 +27,6 @@ from laser.verification import verify
 BLOCK = (16, 16)
 SELECTED = Selection(layers=(1,), roles=("w2", "q", "k"))
 CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK), "fmt": "e4m3"}}
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def is_reducible(name: str) -> bool:
@@ -146,7 +143,7 @@ def test_written_as_bfloat16(fp8: Path, tmp_path: Path, run: Callable[..., Any])
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["torch_dtype"] == "bfloat16"
     index = json.loads((out / INDEX).read_text())
-    tensors = {k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = tensors_in(out)
     assert index["weight_map"].keys() == tensors.keys() == mixtral_tensors().keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     for name, tensor in tensors.items():
@@ -200,7 +197,7 @@ def test_run_writes_both_weights_and_scales(fp8: Path, tmp_path: Path, run: Call
 
 @pytest.mark.slow
 def test_weights_and_scales_in_different_shards(fp8: Path, tmp_path: Path) -> None:
-    tensors = {k: v for file in sorted(fp8.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = tensors_in(fp8)
     ordered = dict(sorted(tensors.items(), key=lambda item: item[0].endswith("_scale_inv")))
     path = write_checkpoint_directory(tmp_path / "apart", ordered, mixtral_config() | CONFIG)
     source, together = open_checkpoint(path), open_checkpoint(fp8)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tensors_in
 from hostile import HOSTILE, truncated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.safetensors import read_header
@@ -20,7 +21,7 @@ from laser.errors import CheckpointError, LaserError
 def test_reads_every_tensor_as_the_library_does(make_pico: Callable[..., Path], shards: int) -> None:
     path = make_pico(shards=shards)
     checkpoint = open_checkpoint(path)
-    wanted = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+    wanted = tensors_in(path)
     assert checkpoint.tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(checkpoint.read(name), tensor)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from helpers import snapshot, tensors_in
 
 from laser.checkpoint import writer
 from laser.checkpoint.matrices import Matrix, list_matrices
@@ -46,10 +46,6 @@ def write(source: Path, out: Path, touched: list[str], calls: list[str] | None =
     checkpoint = open_checkpoint(source)
     prepare_output(checkpoint, out, resume=True)
     return write_checkpoint(checkpoint, out, matrices_of(checkpoint, touched), halve(checkpoint, calls), describe, RUN)
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def looks_whole(out: Path) -> bool:
@@ -210,7 +206,7 @@ def test_what_is_left_out_is_printed_and_in_the_card(pico: Path, tmp_path: Path,
 def test_pickles_that_were_written_as_safetensors_are_not_called_left_out(
     pico: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    tensors = {k: v for file in sorted(pico.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = tensors_in(pico)
     for file in pico.glob("model*"):
         file.unlink()
     torch.save(tensors, pico / "pytorch_model.bin")

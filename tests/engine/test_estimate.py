@@ -1,4 +1,4 @@
-"""What is foretold: by the probe of this machine, by another's constants without one, and against what it took."""
+"""What is estimated: by the probe of this machine, by another's constants without one, and against what it took."""
 
 import json
 from pathlib import Path
@@ -90,17 +90,17 @@ def test_the_constants_of_elsewhere_give_the_measured_times() -> None:
 def test_a_run_ends_with_foretold_and_real(run: Run, pico: Path, tmp_path: Path) -> None:
     spectra, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
     _, out, _ = run("scan", pico, "-o", spectra)
-    assert "foretold" in out.splitlines()[-1] and "took" in out.splitlines()[-1]
+    assert "estimated" in out.splitlines()[-1] and "took" in out.splitlines()[-1]
     run("plan", spectra, "-o", plan, "--rule", "mp-edge")
     _, out, _ = run("reduce", pico, plan, "-o", tmp_path / "out", "--json")
     document = json.loads(out)
     assert document["seconds"] > 0 and document["peak_bytes"] > 0 and document["foretold"]["seconds"] > 0
     _, out, _ = run("run", pico, "-o", tmp_path / "run", "--rule", "mp-edge", "--no-search")
-    assert "foretold" in out.splitlines()[-1]
+    assert "estimated" in out.splitlines()[-1]
     _, out, _ = run("scan", pico, "--dry-run", "--json")
     assert "basis" in json.loads(out)
 
 
 def test_what_it_took_is_told_beside_it() -> None:
     told = Meter().against(1.0, Estimate(0, 0.0, 0.0, 0.0, 2 * 10**9, 0, "by nothing"))
-    assert told.startswith("foretold 1.0 s and 2.00 GB (by nothing), took 0.0 s")
+    assert told.startswith("estimated 1.0 s and 2.00 GB (by nothing), took 0.0 s")

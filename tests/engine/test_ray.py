@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot
 
 import laser
 from laser.checkpoint.matrices import Matrix, list_matrices
@@ -63,10 +64,6 @@ def cluster() -> Iterator[Any]:
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task per matrix, however small."""
     monkeypatch.setitem(ray_engine.GROUP, "cpu", 1)
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def test_scan_and_reduce_are_those_of_one_process(cluster: Any, pico: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import snapshot
 from threadpoolctl import ThreadpoolController
 
 import laser
@@ -40,10 +41,6 @@ class Full(Device):
     @property
     def torch_device(self) -> torch.device:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.")
-
-
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def scanned(checkpoint: laser.Checkpoint) -> list[Matrix]:

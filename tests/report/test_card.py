@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from laser.checkpoint.source import Source
 from laser.errors import RecordError
+from laser.escape import cell, code, fence, visible
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Direction, Unlike
@@ -27,9 +29,8 @@ from laser.reasons import Kind, Why
 from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
-from laser.report.markdown import cell, code, fence
 from laser.report.source_card import licence_of, read_source_card
-from laser.report.visible import visible
+from laser.search.runner import Trial
 
 README = """---
 license: apache-2.0
@@ -326,8 +327,8 @@ def test_limits_of_the_rule(rule: str, words: str, source: CardSource) -> None:
 
 
 def test_search_trials_are_listed(source: CardSource) -> None:
-    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> dict[str, Any]:
-        return {"label": label, "rule": "mp-edge", "ranks": {"a": 10, "b": 12}, "d": d, "se": se, "accepted": accepted}
+    def trial(label: str, d: float | None, se: float | None, accepted: bool) -> Trial:
+        return Trial(label, "mp-edge", {"a": 10, "b": 12}, False, d, se, accepted, None, 0, 0.0)
 
     trials = [trial("3.w1", -0.0012, 0.0005, True), trial("2|q", 0.01, None, False), trial("1.v", None, None, False)]
     text = card("m", outcome_of(), source, trials=trials)
@@ -737,6 +738,12 @@ def test_no_figure_is_nan(source: CardSource) -> None:
         text = card("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
         assert not re.search(r"\b(nan|inf|None)\b", text)
     assert "above 5e21" in card("m", outcome_of(), source, losses=huge)
+
+
+def test_only_fences_hold_what_is_not_escaped() -> None:
+    text = (resources.files("laser.report") / "card.md.jinja").read_text(encoding="utf-8")
+    text = re.sub(r"{#.*?#}|{% filter fence.*?{% endfilter", "", text, flags=re.DOTALL)
+    assert "{{ name }}" in text and not re.search(r"\|\s*safe\b", text)
 
 
 def test_every_section_is_there_in_order(source: CardSource) -> None:

@@ -12,9 +12,8 @@ import pytest
 
 import laser
 from laser.errors import UsageError
+from laser.escape import visible
 from laser.pipeline import scan
-from laser.portrait import Portrait, portrait
-from laser.report.visible import visible
 from laser.spectra import Spectra
 from laser.summary import Summary, summarise
 
@@ -45,7 +44,7 @@ def heights(figure: object) -> list[list[float]]:
 
 @pytest.mark.parametrize("rule", ["mp-edge", "bema", "gavish-donoho", "rank:5"])
 def test_curve_is_a_density_of_the_bulk_between_the_edges(spectra: Spectra, rule: str) -> None:
-    drawn = portrait(spectra, NAME, rule)
+    drawn = plots.histogram_of(spectra, NAME, rule)
     bulk = np.count_nonzero(drawn.values <= drawn.upper_edge)
     assert np.trapezoid(drawn.curve, drawn.curve_x) == pytest.approx(bulk, rel=0.05)
     assert drawn.curve_x[0] == pytest.approx(drawn.lower_edge) and drawn.curve_x[-1] == pytest.approx(drawn.upper_edge)
@@ -53,7 +52,7 @@ def test_curve_is_a_density_of_the_bulk_between_the_edges(spectra: Spectra, rule
 
 
 def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
-    drawn = portrait(spectra, NAME)
+    drawn = plots.histogram_of(spectra, NAME)
     figure = plots.histogram(drawn)
     cut, kept = heights(figure)
     assert (sum(cut), sum(kept)) == (32 - drawn.rank, drawn.rank)
@@ -66,7 +65,7 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
 
 @pytest.mark.slow
 def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
-    for figure in (plots.histogram(portrait(spectra, NAME)), plots.heat_map(summary)):
+    for figure in (plots.histogram(plots.histogram_of(spectra, NAME)), plots.heat_map(summary)):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
@@ -97,8 +96,8 @@ def test_undefined_cells_are_dashes(summary: Summary) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_same_picture_is_the_same_file(spectra: Spectra, tmp_path: Path, suffix: str) -> None:
-    other: Portrait = replace(portrait(spectra, NAME), model="other")
-    pair = [portrait(spectra, NAME), other]
+    other: plots.Histogram = replace(plots.histogram_of(spectra, NAME), model="other")
+    pair = [plots.histogram_of(spectra, NAME), other]
     one, two = (plots.encoded(plots.overlay(pair), (tmp_path / name).with_suffix(suffix)) for name in ("a", "b"))
     assert one == two and one[:4] in (b"\x89PNG", b"<?xm")
 
@@ -121,7 +120,7 @@ def texts_of(figure: Figure, path: Path) -> list[str]:
 def test_any_name_is_drawn_as_it_is(spectra: Spectra, summary: Summary, tmp_path: Path) -> None:
     """All that can be seen of a name, and the escapes of what cannot or has no glyph in the font."""
     shown = {name: visible(name) for name in STRANGE} | {"模型": r"\u6a21\u578b", LONG: "a" * 40 + "..." + "a" * 37}
-    names, one = list(shown), portrait(spectra, NAME)
+    names, one = list(shown), plots.histogram_of(spectra, NAME)
     for start in range(0, len(names), 4):  # an overlay has four kinds of strokes
         models = names[start : start + 4]
         drawn = [replace(one, name=model, model=model) for model in models]
@@ -140,7 +139,7 @@ def test_what_cannot_be_drawn(
     spectra: Spectra, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="was not scanned"):
-        portrait(spectra, "model.norm.weight")
+        plots.histogram_of(spectra, "model.norm.weight")
     with pytest.raises(UsageError, match="stable-rank"):
         plots.heat_map(summary, "colour")
     with pytest.raises(UsageError, match=r"try -o x\.png"):

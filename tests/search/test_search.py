@@ -20,9 +20,9 @@ from laser.evaluation.evaluate import evaluate
 from laser.evaluation.objective import Accuracy, Loss, read_task
 from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
+from laser.journal import Journal
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.journal import Journal
 from laser.search.candidates import cut_of
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench, accepted
@@ -125,7 +125,7 @@ def test_each_decision_against_a_slow_reference(model_path: Path) -> None:
     for label in dict.fromkeys(t.label for t in trials):
         options = []
         for trial in (t for t in trials if t.label == label):
-            edits = cut_of(checkpoint, trial.ranks, CPU)
+            edits = cut_of(checkpoint, trial.rule, trial.ranks, CPU)
             values = loss(kept | edits)
             d = float(np.average(values - now, weights=calibration.weights))
             assert trial.d == pytest.approx(d, abs=1e-7)
@@ -267,8 +267,8 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     broken = good.trials[0].label
     import laser.search.runner as runner
 
-    def cut(checkpoint: Checkpoint, ranks: Any, device: Any) -> dict[str, torch.Tensor]:
-        cuts = cut_of(checkpoint, ranks, device)
+    def cut(checkpoint: Checkpoint, rule: str, ranks: Any, device: Any, moments: Any) -> dict[str, torch.Tensor]:
+        cuts = cut_of(checkpoint, rule, ranks, device, moments)
         return {n: W * float("nan") if n == broken else W for n, W in cuts.items()}
 
     monkeypatch.setattr(runner, "cut_of", cut)

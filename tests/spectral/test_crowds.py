@@ -40,6 +40,7 @@ def test_sixty_spikes_of_192_are_seen_and_said() -> None:
         assert apply_rule("mp-edge", s, SHAPE).rank >= 50 and crowd("mp-edge", s, SHAPE) is None
 
 
+@pytest.mark.slow
 def test_few_spikes_are_found_without_a_word() -> None:
     for count in (0, 5, 20):
         for rule in RULES:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import LIKE_MPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,7 +77,6 @@ TRANSPORT = {
     "aten::slice.Tensor",
     "aten::view",
 }
-MPS_LIKE = Device("cpu", torch.float32, True, "an accelerator without LAPACK and float64, on CPU tensors")
 shapes = pytest.mark.parametrize("shape", [(80, 40), (40, 80), (48, 48)])
 SHRUNK = Gains(5, 0, "frobenius", 0.1)
 
@@ -106,8 +106,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
-    monkeypatch.setattr(Device, "host_blas", property(lambda _: False))
-    monkeypatch.setattr(Device, "has_float64", property(lambda _: False))
     small_blocks(monkeypatch)
     with Guard() as active:
         yield active
@@ -125,10 +123,10 @@ def test_values_and_truncation_use_native_operators_only(guard: Guard, shape: tu
     W = weights(shape)
     exact = W.float().numpy().astype(np.float64)
     U, s, Vh = np.linalg.svd(exact, full_matrices=False)
-    found, used = singular_values(W, MPS_LIKE, method)
+    found, used = singular_values(W, LIKE_MPS, method)
     assert used == "gram" and found == pytest.approx(s, abs=1e-4 * s[0])
     for rank in (0, 5, 30, min(shape)):
-        result = truncate(W, rank, MPS_LIKE, method)
+        result = truncate(W, rank, LIKE_MPS, method)
         truth = (U[:, :rank] * s[:rank]) @ Vh[:rank]
         assert (result.certificate.method, result.certificate.note) == (method, "")
         assert np.abs(result.matrix.float().numpy() - truth).max() <= 2**-7 * np.abs(truth).max()
@@ -141,13 +139,13 @@ def test_a_matrix_stored_in_float64_is_converted_on_the_host(guard: Guard, shape
     exact = np.random.default_rng(0).standard_normal(shape)
     U, s, Vh = np.linalg.svd(exact, full_matrices=False)
     W = torch.from_numpy(exact)
-    assert singular_values(W, MPS_LIKE)[0] == pytest.approx(s, abs=1e-4 * s[0])
+    assert singular_values(W, LIKE_MPS)[0] == pytest.approx(s, abs=1e-4 * s[0])
     for method in ("gram", "projector"):
-        result = truncate(W, 5, MPS_LIKE, method)
+        result = truncate(W, 5, LIKE_MPS, method)
         assert result.certificate.method == method and result.matrix.dtype == torch.float64
         assert np.abs(result.matrix.numpy() - (U[:, :5] * s[:5]) @ Vh[:5]).max() < 1e-4
-    assert excess_kurtosis(W, MPS_LIKE) == pytest.approx((exact**4).mean() / (exact**2).mean() ** 2 - 3, abs=1e-4)
-    assert null_largest(W, 1, MPS_LIKE)[0] == pytest.approx(shape[0] ** 0.5 + shape[1] ** 0.5, rel=0.2)
+    assert excess_kurtosis(W, LIKE_MPS) == pytest.approx((exact**4).mean() / (exact**2).mean() ** 2 - 3, abs=1e-4)
+    assert null_largest(W, 1, LIKE_MPS)[0] == pytest.approx(shape[0] ** 0.5 + shape[1] ** 0.5, rel=0.2)
 
 
 @shapes
@@ -156,7 +154,7 @@ def test_gains_use_native_operators_only(guard: Guard, shape: tuple[int, int]) -
     U, s, Vh = np.linalg.svd(W.float().numpy().astype(np.float64), full_matrices=False)
     for wanted in (SHRUNK, Gains(5, below=3)):
         for method in ("gram", "projector"):
-            result = truncate(W, wanted, MPS_LIKE, method)
+            result = truncate(W, wanted, LIKE_MPS, method)
             truth = (U * (s * wanted.of(s, shape))) @ Vh
             assert result.certificate.method == "gram"
             assert ("need eigenvectors" in result.certificate.note) == (method == "projector")
@@ -165,12 +163,12 @@ def test_gains_use_native_operators_only(guard: Guard, shape: tuple[int, int]) -
 
 def test_the_null_and_the_precision_probe_use_native_operators_only(guard: Guard) -> None:
     for shape in ((80, 40), (12, 30)):
-        null = null_largest(weights(shape), 2, MPS_LIKE)
+        null = null_largest(weights(shape), 2, LIKE_MPS)
         assert (null > 0.8 * (shape[0] ** 0.5 + shape[1] ** 0.5)).all()
-    assert null_largest(torch.zeros(40, 80), 1, MPS_LIKE) == [0.0]
+    assert null_largest(torch.zeros(40, 80), 1, LIKE_MPS) == [0.0]
     x = weights((80, 40)).float().numpy().astype(np.float64)
     expected = (x**4).mean() / (x**2).mean() ** 2 - 3
-    assert excess_kurtosis(weights((80, 40)), MPS_LIKE) == pytest.approx(expected, abs=1e-4)
+    assert excess_kurtosis(weights((80, 40)), LIKE_MPS) == pytest.approx(expected, abs=1e-4)
     exact_products.cache_clear()
     assert exact_products(torch.device("cpu"))
 

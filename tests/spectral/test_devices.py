@@ -1,11 +1,38 @@
 """The choice of device, and its reason."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from helpers import names_of
 
 from laser.errors import UsageError
 from laser.spectral import devices
 from laser.spectral.devices import choose_device
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """What torch finds here: machine(cuda=2, mps=True, capability=(9, 0), exact=False)."""
+
+    def find(cuda: int = 0, mps: bool = False, capability: tuple[int, int] = (9, 0), exact: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: f"{name}'s")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(devices, "exact_products", lambda _: exact)  # laser's own: it computes on the device
+
+    return find
+
+
+def test_the_fixture_takes_every_device_that_is_there() -> None:
+    """A device joins the numeric suites by its line in `available`."""
+    assert names_of(devices.available())[-1] == "cpu"
+    assert names_of({"cuda": "NVIDIA H200", "mps": "not available: x", "cpu": "2 threads"}) == ["cuda", "cpu"]
+    assert names_of({"mps": "Apple GPU", "cpu": "2 threads", "npu": "a new one"}) == ["mps", "cpu", "npu"]
 
 
 def test_cpu_is_always_there() -> None:
@@ -15,13 +42,8 @@ def test_cpu_is_always_there() -> None:
 
 
 @pytest.mark.parametrize("found, expected", [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")])
-def test_auto_takes_the_first_that_is_there(
-    found: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = {n: "there" if n in found else "not available: injected" for n in ("cuda", "mps")} | {"cpu": "2 threads"}
-    monkeypatch.setattr(devices, "available", lambda _: here)
-    monkeypatch.setattr(devices, "exact_products", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+def test_auto_takes_the_first_that_is_there(found: tuple[str, ...], expected: str, machine: Machine) -> None:
+    machine(cuda=int("cuda" in found), mps="mps" in found)
     device = choose_device("auto")
     assert device.name == expected and "first of" in device.reason
     assert device.dtype == (torch.float32 if expected == "mps" else torch.float64)
@@ -41,25 +63,21 @@ def test_auto_takes_the_first_that_is_there(
     ],
 )
 def test_precision_goes_by_the_rate_of_float64(
-    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], dtype: torch.dtype, machine: Machine
 ) -> None:
-    monkeypatch.setattr(devices, "available", lambda name: {"cuda": f"{name}'s", "mps": "not available", "cpu": ""})
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(devices, "exact_products", lambda _: True)
+    machine(cuda=2, capability=capability)
     device = choose_device("cuda:1")
     assert device.dtype == dtype and not device.host_eigensolver and device.name == "cuda:1"
     assert f"compute capability {capability[0]}.{capability[1]}" in device.reason and "cuda:1's" in device.reason
     assert choose_device("cuda", "float32").dtype == torch.float32
-    monkeypatch.setattr(devices, "exact_products", lambda _: False)  # as with NVIDIA_TF32_OVERRIDE=1
+    machine(cuda=2, capability=capability, exact=False)  # as with NVIDIA_TF32_OVERRIDE=1
     assert choose_device("cuda").dtype == choose_device("cuda", "float64").dtype == torch.float64
     with pytest.raises(UsageError, match=r"float32 on cuda carry less than 24 bits.*try --precision float64"):
         choose_device("cuda", "float32")
 
 
-def test_an_apple_gpu_that_rounds_its_operands_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available", lambda _: {"cuda": "not available", "mps": "Apple GPU", "cpu": ""})
-    monkeypatch.setattr(devices, "exact_products", lambda _: False)
+def test_an_apple_gpu_that_rounds_its_operands_is_not_used(machine: Machine) -> None:
+    machine(mps=True, exact=False)
     device = choose_device()
     assert (device.name, device.dtype) == ("cpu", torch.float64) and "less than 24 bits" in device.reason
 
@@ -97,12 +115,12 @@ def test_full_precision_is_shared_by_threads(monkeypatch: pytest.MonkeyPatch) ->
     assert Switch.fp32_precision == "tf32"
 
 
-def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available", lambda _: {"cuda": "not available: x", "mps": "Apple GPU", "cpu": ""})
+def test_what_is_not_there_is_said(machine: Machine) -> None:
+    machine(mps=True)
     for name in ("cuda", "cuda:0"):
-        with pytest.raises(UsageError, match=f"'{name}' is not available: x; try --device auto"):
+        with pytest.raises(UsageError, match=f"'{name}' is not available: no CUDA .*; try --device auto"):
             choose_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine(cuda=2, mps=True)
     for name in ("cuda:2", "cuda:x", "cuda:", "cpu:1"):
         with pytest.raises(
             UsageError, match=f"no device '{name}': found [12], counted from 0; try --device (cuda|cpu)"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Accelerator
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError
@@ -17,14 +18,6 @@ from laser.spectral.devices import HOST, Device
 from laser.spectral.factorise import device_bytes, measure, steps, truncate
 
 SINGLE = replace(HOST, dtype=torch.float32)
-
-
-class Accelerator(Device):
-    """An accelerator on CPU tensors: it has memory that can run out, and steps of its own before the host's."""
-
-    @property
-    def host_blas(self) -> bool:
-        return False
 
 
 CARD = Accelerator("cpu", torch.float32, False, "pretends")

@@ -14,27 +14,22 @@ from laser.spectral.probe import Probe
 MPS = Device("mps", torch.float32, True, "pretends")
 
 
-def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "COPIED", 2**20)
+def test_everything_is_measured(device: Device, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    found = measure_device(HOST, (32, 64), tmp_path)
+    found = measure_device(device, (32, 64), tmp_path, copied=2**20)
     assert torch.get_num_threads() == threads
-    assert (found.device, found.threads, found.exact_products) == ("cpu float64", 1, True)
+    assert (found.device, found.exact_products) == (device.label, True)
+    assert found.threads == (1 if device.host_blas else threads)
     assert found.eigenvalues.keys() == found.eigenvectors.keys() == found.projector.keys() == {32, 64}
     assert found.null.keys() == {2 * 32**2, 2 * 64**2} and min(found.null.values()) > 0
-    rates = (found.product, found.projection, found.disk_read, found.disk_write)
+    rates = [found.product, found.projection, found.disk_read, found.disk_write]
+    rates += [] if device.host_blas else [found.to_device, found.to_host]  # nothing is copied on the host
     assert all(rate is not None and rate > 1e5 for rate in rates)
-    assert found.to_device is None and found.to_host is None  # nothing is copied on the host
+    assert (found.to_device is None) == (found.to_host is None) == device.host_blas
     assert list(tmp_path.iterdir()) == []
+    assert measure_device(device, (32,), copied=2**20).disk_read is None
     found.save(tmp_path / "devices.json")
-    assert Probe.load("cpu float64", tmp_path / "devices.json") == found
-
-
-def test_an_accelerator_is_measured_with_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "COPIED", 2**20)
-    monkeypatch.setattr(Device, "host_blas", property(lambda _: False))
-    found = measure_device(Device("cpu", torch.float32, True, "pretends"), (32,))
-    assert found.to_device and found.to_host and found.disk_read is None and found.projector[32] > 0
+    assert Probe.load(device.label, tmp_path / "devices.json") == found
 
 
 def probed(vectors: float, sign: float) -> Probe:

@@ -93,6 +93,7 @@ def test_trimming_is_done_by_hand() -> None:
     assert found.sigma == pytest.approx(sigma, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_bema_is_a_search_over_all_laws() -> None:
     shape = (60, 150)
     tau = np.random.default_rng(1).gamma(3.0, 1 / 3.0, size=60)

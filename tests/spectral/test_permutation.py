@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laser.errors import UsageError
-from laser.spectral.devices import choose_device
+from laser.spectral.devices import Device
 from laser.spectral.permutation import largest_singular_value, null_largest, permuted
 from laser.spectral.rules import apply_rule, fewest_draws
-
-CPU = choose_device("cpu")
 
 
 @given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=st.integers(0, 5))
@@ -43,12 +41,14 @@ def test_unknown_permutation_is_answered_with_the_list() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (16, 16), (17, 17), (40, 90), (200, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_largest_value_is_that_of_a_full_decomposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_largest_value_is_that_of_a_full_decomposition(
+    device: Device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     full = float(torch.linalg.svdvals(W.double())[0])
-    assert largest_singular_value(W, CPU) == pytest.approx(full, rel=1e-4)
-    assert largest_singular_value(W.T, CPU) == pytest.approx(full, rel=1e-4)
-    assert largest_singular_value(torch.zeros(shape), CPU) == 0.0
+    assert largest_singular_value(W, device) == pytest.approx(full, rel=1e-4)
+    assert largest_singular_value(W.T, device) == pytest.approx(full, rel=1e-4)
+    assert largest_singular_value(torch.zeros(shape), device) == 0.0
 
 
 @pytest.mark.parametrize(("alpha", "draws"), [(0.05, 19), (0.1, 9), (0.5, 1), (0.01, 99), (0.3, 3)])
@@ -73,24 +73,24 @@ def test_too_few_permutations_name_the_scan_that_is_needed(null: np.ndarray | No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entries", ["gaussian", "student"])
-def test_noise_of_any_law_is_found_at_most_as_often_as_the_level_says(entries: str) -> None:
+def test_noise_of_any_law_is_found_at_most_as_often_as_the_level_says(device: Device, entries: str) -> None:
     random, found, trials = np.random.default_rng(3), 0, 60
     for _ in range(trials):
         W = random.standard_normal((24, 40)) if entries == "gaussian" else random.standard_t(3, (24, 40))
         tensor = torch.from_numpy(W)
         s = torch.linalg.svdvals(tensor).numpy()
-        found += apply_rule("parallel:0.2", s, (24, 40), null_largest(tensor, 4, CPU)).rank > 0
+        found += apply_rule("parallel:0.2", s, (24, 40), null_largest(tensor, 4, device)).rank > 0
     assert 0 < found / trials < 0.41  # 0.2 within four binomial errors of 0.052
 
 
-def test_signal_is_found_and_scaling_scales() -> None:
+def test_signal_is_found_and_scaling_scales(device: Device) -> None:
     random = np.random.default_rng(2)
     W = torch.from_numpy(random.standard_normal((30, 50)))
     W[:, 0] += 20 * torch.from_numpy(random.standard_normal(30)) / 30**0.5
-    s, null = torch.linalg.svdvals(W).numpy(), null_largest(W, 19, CPU)
+    s, null = torch.linalg.svdvals(W).numpy(), null_largest(W, 19, device)
     cut = apply_rule("parallel", s, (30, 50), null)
     assert cut.rank == 1
-    again = apply_rule("parallel", 8 * s, (50, 30), null_largest(8 * W.T, 19, CPU))
+    again = apply_rule("parallel", 8 * s, (50, 30), null_largest(8 * W.T, 19, device))
     assert again.rank == 1
     # Transposed, the same seeds give other permutations: the same law, another sample.
     assert again.threshold == pytest.approx(8 * (cut.threshold or 0), rel=0.1)

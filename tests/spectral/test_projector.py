@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laser.errors import NumericalError
 from laser.spectral import projector
-from laser.spectral.devices import HOST
+from laser.spectral.devices import Device
 from laser.spectral.factorise import truncate, visit
+from laser.spectral.gram import moved, to_host
 from laser.spectral.projector import UNRESOLVED, best_quintic, finest, matrix_sign, sign_steps
 from laser.spectral.shrinkage import Gains
 
-SINGLE = replace(HOST, dtype=torch.float32)
 # Polar Express (arXiv 2505.16932), the list printed for an interval from 1e-3, before the safety factor.
 PUBLISHED = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -65,6 +66,10 @@ def planted(p: int, heavy: bool, offset: float, draw: int) -> tuple[np.ndarray, 
     return G, tau
 
 
+def on(device: Device, G: torch.Tensor) -> torch.Tensor:
+    return moved(G, device.torch_device, device.dtype)
+
+
 def composed(steps: tuple[projector.Quintic, ...], x: np.ndarray) -> np.ndarray:
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
@@ -108,62 +113,60 @@ def test_steps_take_the_whole_interval_to_one_and_never_leave_bounds(low: float)
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sign_is_that_of_the_eigenvectors_and_of_newton_schulz(heavy: bool, dtype: torch.dtype) -> None:
+def test_sign_is_that_of_the_eigenvectors_and_of_newton_schulz(device: Device, heavy: bool) -> None:
     s = spectrum(60, heavy)
     W, V = with_values(s, 90)
     G, rank = W.T @ W, 20
     tau = math.sqrt((s[rank - 1] ** 2 + s[rank] ** 2) / 2)
     signs = np.where(np.arange(60) < rank, 1.0, -1.0)
-    found = matrix_sign(G.to(dtype), tau)
-    error = np.abs(found.X.double().numpy() - (V * signs) @ V.T).max()
-    assert error < (1e-3 if dtype == torch.float32 else 1e-10)
+    found = matrix_sign(on(device, G), tau)
+    error = np.abs(to_host(found.X) - (V * signs) @ V.T).max()
+    assert error < digits(device, 1e-10, 1e-3)
     assert abs(found.unresolved) < 1e-4 and found.positive == pytest.approx(rank, abs=1e-4)
     X = (G - tau**2 * torch.eye(60)) / torch.linalg.matrix_norm(G - tau**2 * torch.eye(60))
     for _ in range(60):  # slow and obvious
         X = 1.5 * X - 0.5 * X @ X @ X
-    assert np.abs(found.X.double().numpy() - X.numpy()).max() < (1e-3 if dtype == torch.float32 else 1e-10)
-    known = matrix_sign(G.to(dtype), tau, (s[rank - 1] ** 2 - s[rank] ** 2) / 2)
+    assert np.abs(to_host(found.X) - X.numpy()).max() < digits(device, 1e-10, 1e-3)
+    known = matrix_sign(on(device, G), tau, (s[rank - 1] ** 2 - s[rank] ** 2) / 2)
     assert known.products < found.products and abs(known.unresolved) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e9])
-def test_scale_changes_nothing(scale: float) -> None:
+def test_scale_changes_nothing(device: Device, scale: float) -> None:
     W, _ = with_values(spectrum(30, True), 50)
-    plain, scaled = (truncate((c * W).float(), 7, SINGLE, "projector") for c in (1.0, scale))
+    plain, scaled = (truncate((c * W).float(), 7, device, "projector") for c in (1.0, scale))
     assert scaled.certificate.method == "projector"
     assert torch.allclose(scaled.matrix, plain.matrix * scale, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("draw", range(40))
-def test_a_value_on_the_threshold_is_seen(draw: int) -> None:
+def test_a_value_on_the_threshold_is_seen(device: Device, draw: int) -> None:
     p = (16, 24, 40, 64)[draw % 4]
-    dtype = torch.float32 if draw % 3 else torch.float64
-    G, tau = planted(p, draw % 8 < 4, 0.01 * finest(p, dtype) * (-1) ** draw, draw)
-    found = matrix_sign(torch.from_numpy(G.astype(np.float64)).to(dtype), tau)
+    G, tau = planted(p, draw % 8 < 4, 0.01 * finest(p, device.dtype) * (-1) ** draw, draw)
+    found = matrix_sign(on(device, torch.from_numpy(G.astype(np.float64))), tau)
     assert abs(found.unresolved) > UNRESOLVED
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-9])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_pair_too_close_to_part_goes_to_eigenvectors(gap: float, known: bool) -> None:
+def test_a_pair_too_close_to_part_goes_to_eigenvectors(device: Device, gap: float, known: bool) -> None:
     s = spectrum(30, False).copy()
     s[10] = s[9] * (1 - gap)
     W, _ = with_values(s, 50)
-    found = truncate(W.float(), 10, SINGLE, "projector", s if known else None)
+    found = truncate(W.float(), 10, replace(device, dtype=torch.float32), "projector", s if known else None)
     assert found.certificate.method == "gram"
     assert found.certificate.note.startswith("projector: unresolved")
     assert float(torch.linalg.vector_norm(W - found.matrix)) == pytest.approx(np.linalg.norm(s[10:]), rel=1e-5)
 
 
-def test_wrong_values_are_noticed() -> None:
+def test_wrong_values_are_noticed(device: Device) -> None:
     s = spectrum(30, False)
     W, _ = with_values(s, 50)
-    found = truncate(W, 10, HOST, "projector", s * 1.1)  # the cut falls between other values
+    found = truncate(W, 10, device, "projector", s * 1.1)  # the cut falls between other values
     assert found.certificate.method == "gram" and found.certificate.note.startswith("projector: ")
 
 
-def test_a_decision_is_asked_for_once_and_may_be_to_leave_the_matrix() -> None:
+def test_a_decision_is_asked_for_once_and_may_be_to_leave_the_matrix(device: Device) -> None:
     W, _ = with_values(spectrum(30, False), 50)
     asked: list[int] = []
 
@@ -171,13 +174,13 @@ def test_a_decision_is_asked_for_once_and_may_be_to_leave_the_matrix() -> None:
         asked.append(len(s))
         return None if len(asked) == 2 else Gains(4)
 
-    first = visit(W, decide, HOST)
-    assert first.truncation is not None and torch.equal(first.truncation.matrix, truncate(W, 4, HOST).matrix)
-    assert visit(W, decide, HOST).truncation is None and asked == [30, 30]
+    first = visit(W, decide, device)
+    assert first.truncation is not None and torch.equal(first.truncation.matrix, truncate(W, 4, device).matrix)
+    assert visit(W, decide, device).truncation is None and asked == [30, 30]
 
 
-def test_a_matrix_of_zeros_or_nan_is_refused() -> None:
-    for G in (torch.zeros(5, 5), torch.full((5, 5), math.nan)):
+def test_a_matrix_of_zeros_or_nan_is_refused(device: Device) -> None:
+    for G in (on(device, torch.zeros(5, 5)), on(device, torch.full((5, 5), math.nan))):
         with pytest.raises(NumericalError, match="no projector"):
             matrix_sign(G, 0.0)
 

@@ -20,13 +20,10 @@ from laser.spectral.spectrum import at_threshold, precision_of, value_errors
 
 SINGLE = replace(HOST, dtype=torch.float32)
 EPS = 2.0**-23
-SPECS = {
-    name: f"{name}:{ {'energy': 0.9, 'fraction': 0.4, 'rank': 5}[name] }" for name in ("energy", "fraction", "rank")
-}
 
 
 def spec_of(name: str) -> str:
-    return SPECS.get(name, name)
+    return RULES[name].sample or name
 
 
 def weights(seed: int, shape: tuple[int, int] = (96, 64), spikes: int = 6) -> torch.Tensor:

@@ -142,7 +142,7 @@ def test_rules_fits_and_numbers_scale(c: float) -> None:
     s, shape = singular_values(weights(), HOST)[0], (60, 40)
     null = s[0] * np.linspace(0.3, 0.5, 19)
     for name, rule in RULES.items():
-        spec = name if rule.argument is None else f"{name}:{0.5 if name != 'rank' else 5}"
+        spec = rule.sample or name
         one, other = (apply_rule(spec, s * k, shape, null * k) for k in (1.0, c))
         assert other.rank == one.rank and other.reason == one.reason
         assert (other.threshold is None) == (one.threshold is None)

@@ -1,11 +1,21 @@
-"""The little Markdown that the reports need: tables and fences that no content can break out of."""
+"""Names come with a model and can hold anything; how they are shown as they are on a terminal and in Markdown.
+
+`visible` comes first everywhere. `label` in report/plots.py does the same for matplotlib, `visible` in page.html for
+the page.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from laser.report.visible import visible
+
+def visible(text: object) -> str:
+    """Text on one line in which every character can be seen: others become their Python escapes.
+
+    These are controls (a newline, the escape of a terminal's commands), marks that reverse what is read, blanks other
+    than the space, lone surrogates and unassigned characters.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def cell(text: object) -> str:
@@ -23,12 +33,6 @@ def code(text: object) -> str:
     # GitHub takes backslashes before a bar in pairs, and after an even number of them the bar ends the cell.
     line = re.sub(r"(\\*)\|", lambda m: m[1] + "\\" * (1 + len(m[1]) % 2) + "|", line)
     return f"`{line}`" if line else ""
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows of ready cells (see `cell` and `code`); the columns numbered in `right` are aligned to the right."""
-    rule = ["---:" if i in right else "---" for i in range(len(headings))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
 
 
 def fence(text: str, language: str = "") -> str:

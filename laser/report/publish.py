@@ -19,7 +19,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,22 +35,12 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.files import claimed, disk_errors, write_atomically
 from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.records import (
-    agree,
-    decode,
-    fingerprint_in,
-    is_deep,
-    read_json,
-    require_finite,
-    require_keys,
-    require_sealed,
-    sealed,
-    to_json,
-    value_of,
-)
+from laser.records import Record, agree, fingerprint_in, is_deep, under
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
+from laser.search.runner import Trial
+from laser.search.search import REMOVE, Report, SearchRecord
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -65,6 +55,29 @@ Measured = TypeVar("Measured", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Which output a card was of, by the hashes of its shards and of the source's weights, and how it was made."""
+
+    outcome: Mapping[str, str | None]
+    weights: Mapping[str, str]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceRecord(
+    CardSource, _Made, Record, kind="source", version=2, made_by="laser card OUT --source MODEL", mend=REMEDY
+):
+    """laser/source.json."""
+
+    @property
+    def about(self) -> CardSource:
+        return CardSource(**{field.name: getattr(self, field.name) for field in fields(CardSource)})
+
+    def wrong(self) -> str | None:
+        return under(self, 0, "parameters")
+
+
 def write_card(
     out: Path,
     source: Checkpoint | None = None,
@@ -72,8 +85,6 @@ def write_card(
     name: str | None = None,
     base_model: str | None = None,
     hash_source: bool = False,
-    losses: Losses | None = None,
-    trials: Sequence[Mapping[str, Any]] | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
 ) -> Path:
@@ -98,7 +109,8 @@ def write_card(
         if base_model is not None:
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
-        if losses is None and trials is None and (out / SEARCH).exists():
+        losses, trials = None, ()
+        if (out / SEARCH).exists():
             losses, trials = _searched(out / SEARCH, made_of)
             _require_search_of(outcome.plan, trials, out / SEARCH)
         a, b = _record(Perplexity, out / EVAL_SOURCE, made_of), _record(Perplexity, out / EVAL, made)
@@ -121,8 +133,8 @@ def write_card(
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
         with disk_errors(out / RECORDS):
             (out / RECORDS).mkdir(exist_ok=True)
-        told = _header(outcome) | {"commands": list(commands)} | asdict(about)
-        write_atomically(out / SOURCE, to_json(sealed(told)))
+        shards, weights = outcome.shards, outcome.plan.source.weights.told()
+        SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE)
         write_atomically(target, text.encode())
         return target
 
@@ -181,16 +193,9 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         outcome.plan.source.require(source, "output")
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
-        document = _read_source(out / SOURCE)
-        weights = fingerprint_in(document["weights"])
-        told = {key: found for key, found in document.items() if key not in OUTSIDE and key != "check"}
-        later = [field.name for field in fields(CardSource) if field.default is not MISSING]
-        about = decode(CardSource, told, f"{out / SOURCE} is not a whole record: it", REMEDY, later)
-        if (about.parameters or 0) < 0:
-            raise RecordError(f"{out / SOURCE}: parameters is {about.parameters}, expected 0 or more; {REMEDY}")
-        require_sealed(document, out / SOURCE, KIND)
-        if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
-            return about
+        record, of = SourceRecord.load(out / SOURCE), outcome.plan.source
+        if record.identity == of.identity and agree(fingerprint_in(record.weights), of.weights):
+            return record.about
     files, licences = _licences(out)
     return CardSource(
         name=outcome.plan.source.name,
@@ -211,35 +216,18 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(files), {name: licence for name, licence in told.items() if licence is not None}
 
 
-def _header(outcome: Outcome) -> dict[str, Any]:
-    """Of laser/source.json: the commands in it belong to one outcome, told by the hashes of its shards."""
-    told = {"outcome": dict(outcome.shards), "weights": outcome.plan.source.weights.told()}
-    return {"kind": KIND, "version": VERSION} | told
-
-
 def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
     """The commands that an earlier card of this very outcome was given; () where there are none, or where the record
     is damaged and, with the `source` at hand, is made again."""
     if not (out / SOURCE).exists():
         return ()
     try:
-        document = _read_source(out / SOURCE)
-        require_sealed(document, out / SOURCE, KIND)
+        record = SourceRecord.load(out / SOURCE)
     except RecordError:
         if source:
             return ()
         raise
-    return tuple(document["commands"]) if document["outcome"] == dict(outcome.shards) else ()
-
-
-def _read_source(path: Path) -> dict[str, Any]:
-    """laser/source.json but for what it says of the source itself. Raises RecordError."""
-    document, where = read_json(path, KIND, VERSION), f"{path} is not a whole record"
-    require_keys(document, tuple(OUTSIDE), list(document), f"{where}: it", REMEDY)
-    for key, hint in OUTSIDE.items():
-        value_of(hint, document[key], key, where, REMEDY)
-    require_finite(document, where, REMEDY)
-    return document
+    return record.commands if record.outcome == outcome.shards else ()
 
 
 def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
@@ -257,50 +245,35 @@ def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
     return record
 
 
-def _searched(path: Path, of: Source) -> tuple[Losses | None, list[dict[str, Any]]]:
+def _searched(path: Path, of: Source) -> tuple[Losses | None, Sequence[Trial]]:
     """What a search measured on text that it did not select on, and its trials."""
-    document = read_json(path, "search", 2)
-    where, remedy = f"{path} is not a whole record", "remove it, or search again"
-    require_keys(document, SEARCHED, ("kind", "version", "check"), f"{where}: it", remedy)
-    require_finite(document, where, remedy)
-    searched = Source.decoded(document["source"], f"{path}: its source", remedy)
-    if not searched.is_of(of):
+    record = SearchRecord.load(path)
+    if not record.source.is_of(of):
         raise RecordError(
-            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
-            f"({of.weights.short}); {remedy}"
+            f"{path} is of a search on {record.source.name} ({record.source.weights.short}), found the output of "
+            f"{of.name} ({of.weights.short}); {REMOVE}"
         )
-
-    def checked(name: str, wanted: Mapping[str, Any], rows: Any) -> list[dict[str, Any]]:
-        for number, row in enumerate(value_of(list, rows, name, where, remedy), 1):
-            here = f"entry {number} of {name}"
-            require_keys(value_of(dict, row, here, where, remedy), list(wanted), (), f"{where}: {here}", remedy)
-            for key, hint in wanted.items():
-                value_of(hint, row[key], f"{key} of {here}", where, remedy)
-            if negative := [
-                key for key in ("units", "tokens", "before_se", "after_se", "se") if (row.get(key) or 0) < 0
-            ]:
-                raise RecordError(f"{where}: {here}: {negative[0]} is under 0; {remedy}")
-        return rows
-
-    def loss(report: Mapping[str, Any], value: str, error: str) -> Loss:
-        told = {"nll": report[value], "se": report[error], "tokens": report["tokens"], "windows": report["units"]}
-        return Loss(**told, text=report["text"])
-
-    checked("calibration", REPORT, [document["calibration"]])
-    reports = checked("held_out", REPORT, document["held_out"])
-    trials = checked("trials", TRIAL, document["trials"])
-    require_sealed(document, path, "search")
-    for report in reports:
-        if report["objective"] == "loss" and None not in (report["d"], report["before"], report["after"]):
-            source, result = loss(report, "before", "before_se"), loss(report, "after", "after_se")
-            losses: Losses = {"source": source, "result": result, "difference": loss(report, "d", "se")}
-            return losses, trials
-    return None, trials
+    return next((losses for report in record.held_out if (losses := _losses_in(report))), None), record.trials
 
 
-def _require_search_of(plan: Plan, trials: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _losses_in(report: Report) -> Losses | None:
+    """Those that a search reports; None where the objective is none, or was not finite."""
+    if report.objective != "loss" or report.before is None or report.after is None or report.d is None:
+        return None
+
+    def loss(nll: float, se: float | None) -> Loss:
+        return {"nll": nll, "se": se, "tokens": report.tokens, "windows": report.units, "text": report.text}
+
+    return {
+        "source": loss(report.before, report.before_se),
+        "result": loss(report.after, report.after_se),
+        "difference": loss(report.d, report.se),
+    }
+
+
+def _require_search_of(plan: Plan, trials: Sequence[Trial], path: Path) -> None:
     """Raises RecordError where a plan did not come out of these trials."""
-    found = {(name, rank) for t in trials if t["accepted"] for name, rank in t["ranks"].items()}
+    found = {(name, rank) for t in trials if t.accepted for name, rank in t.ranks.items()}
     planned = {(line.name, line.rank) for line in plan.reductions.values()}
     if "accept" not in plan.selection or not (planned <= found or plan.edited):
         raise RecordError(f"{path} is of another search than the plan of this output; remove it, or search again")
