@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +14,7 @@ from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
-from laser.records import LATER, Record, decode, plain, under
+from laser.records import Misfit, Record, decode, plain, under
 from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
 
@@ -51,6 +51,7 @@ class Outcome(
     made_by="laser reduce MODEL PLAN -o OUT",
     mend="it is damaged: run laser reduce again",
     missing="name a directory that laser reduce or laser run has finished",
+    beside={"files": Mapping[str, str]},  # sha256 by name, see checkpoint/at_rest.py
 ):
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
@@ -64,7 +65,6 @@ class Outcome(
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
-    files: Mapping[str, str] = field(default_factory=dict, metadata=LATER)  # sha256 by name, see checkpoint/at_rest.py
 
     @classmethod
     def load(cls, path: Path, *, as_written: bool = True) -> Outcome:
@@ -74,8 +74,15 @@ class Outcome(
         """
         return super().load(path / OUTCOME, as_written=as_written)
 
+    @classmethod
+    def current(cls, document: dict[str, Any]) -> Outcome:
+        outcome = super().current(document)
+        if wrong := wrong_names(document.get("files", {}), outcome.shards):
+            raise Misfit(wrong, ": ")
+        return outcome
+
     def wrong(self) -> str | None:
-        return wrong_names(self.files, self.shards) or wrong_entries(self.matrices)
+        return wrong_entries(self.matrices)
 
     def unlike_plan(self) -> list[str]:
         """Where what was written is not what the plan's lines say."""

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -73,12 +73,22 @@ def to_json(document: Any) -> bytes:
 
 def plain(value: Any) -> Any:
     """A value of a record as JSON has it."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if is_dataclass(value):
-        told = ((f.name, getattr(value, f.name), f) for f in fields(value) if f.metadata != ASIDE)
-        return {name: plain(each) for name, each, f in told if f.metadata != SPARSE or each != f.default}
+        return {
+            name: plain(each) for name, default in _written(type(value)) if (each := getattr(value, name)) != default
+        }
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _written(cls: Any) -> list[tuple[str, Any]]:
+    """The fields of a dataclass that are written, each with the value at which it is not; MISSING: it always is."""
+    written = [field for field in fields(cls) if field.metadata != ASIDE]
+    return [(field.name, field.default if field.metadata == SPARSE else MISSING) for field in written]
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,8 +160,8 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
                 taken.append(junk)
             except RecordError as error:
                 assert len(str(error).splitlines()) == 1, error
-        inside = at[-2] if isinstance(at[-1], int) else ""  # of `place`; a part takes no junk
-        name = inside if inside == "place" else "" if inside or at[-1] == "place" else at[-1]
+        # An entry of `place` takes what is a whole number; a part, and `place` itself, take no junk.
+        name = "" if at[-1] == "place" else "place" if "place" in at else str(at[-1])
         assert repr(taken) == repr(TAKEN.get(name, [])), at
 
 
