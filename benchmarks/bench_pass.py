@@ -30,7 +30,6 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from laser.checkpoint.source import Source
 from laser.checkpoint.writer import prepare_output, write_checkpoint
 from laser.engine.crew import Crew
 from laser.engine.workers import visit
-from laser.pipeline import Visit, by_shard, judged
+from laser.pipeline import OnePass, by_shard
 from laser.plan import Treatment
 from laser.spectral.host_memory import resident_bytes
 
@@ -121,11 +120,8 @@ def compute_alone(checkpoint: laser.Checkpoint, crew: Crew, rule: str) -> dict[s
     """The first layer, from memory, in the order in which the flow takes it."""
     matrices = by_shard(checkpoint, [m for m in selected(checkpoint) if m.layer == 0])
     memory: Any = FromMemory(checkpoint, matrices)
-    judge = partial(
-        judged, source=Source.of(checkpoint), treatment=Treatment(rule), selection=laser.Selection(),
-        of=("gram", crew.devices[0].label),
-    )  # fmt: skip
-    work = Visit("gram", judge=judge)
+    label = crew.devices[0].label
+    work = OnePass("gram", Source.of(checkpoint), Treatment(rule), laser.Selection(), label)
     start = time.perf_counter()
     for _ in visit(memory, matrices, work, crew):
         pass

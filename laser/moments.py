@@ -161,8 +161,8 @@ def unpack(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
 
 
 NO_MOMENTS = (
-    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try laser calibrate, "
-    "then --moments, and laser search --spectra with a file that is not there yet"
+    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try --moments with a "
+    "file of laser calibrate, and for laser search --spectra with a file that is not there yet"
 )
 
 

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +52,6 @@ from laser.spectral.spectrum import excess_kurtosis
 
 # --- one visit --------------------------------------------------------------------------------------------------------
 
-Judge = Callable[[Matrix, Measured], PlanLine]
-
 
 class Visited(NamedTuple):
     """What a visit to one matrix gave. measured: what a scan records; None where nobody asked. new (m, n): what takes
@@ -66,50 +63,43 @@ class Visited(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What is done with each matrix, on whatever worker: a scan has neither lines nor a judge, a reduction has the
-    `lines` of its plan, and one pass a `judge` that makes the line from what was measured.
+class Scan:
+    """A visit that measures: what cannot be factorised is a reason, not an error.
 
-    null_draws: permutations that are measured too. moments: for lines in the metric of the data; a scan with them
-    measures in that metric as well. fresh: moments of another text, on which each edit is measured.
+    null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
     """
 
     method: str
-    lines: Mapping[str, PlanLine] | None = None
-    judge: Judge | None = None
     null_draws: int = 0
+    moments: Moments | None = None
+
+    def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        """W (m, n) on the host."""
+        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
+        if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
+            return Visited(measured)
+        try:
+            values = self.moments.metric(matrix.name, W).values(W, device)
+            return Visited(replace(measured, data=values.singular_values))
+        except (NumericalError, UsageError) as error:  # the plain spectrum stands
+            return Visited(replace(measured, data_failed=str(error)))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A visit that cuts as the matrix's line of a plan says, in the line's metric.
+
+    moments: of lines in the metric of the data. fresh: moments of another text, on which each edit is measured.
+    """
+
+    method: str
+    lines: Mapping[str, PlanLine]
     moments: Moments | None = None
     fresh: Moments | None = None
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
-        """W (m, n) on the host. What a scan cannot factorise is a reason; elsewhere it raises NumericalError."""
-        if self.lines is not None:
-            return self._cut(self.lines[matrix.name], W, device)
-        there = to_device_if_it_fits(W, device)
-        if self.judge is not None:
-            return self._judged(self.judge, matrix, there, device)
-        measured = self._scanned(there, device)
-        return Visited(measured if measured.skipped is not None else self._by_data(measured, matrix, W, device))
-
-    def _scanned(self, W: torch.Tensor, device: Device) -> Measured:
-        try:
-            found = PLAIN.values(W, device, self.method)
-            null = null_largest(W, self.null_draws, device)
-            return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
-        except (NumericalError, UsageError) as error:
-            return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
-
-    def _by_data(self, measured: Measured, matrix: Matrix, W: torch.Tensor, device: Device) -> Measured:
-        """With the values in the metric of the data, where the matrix was calibrated."""
-        if self.moments is None or not self.moments.tokens(matrix.name):
-            return measured
-        try:
-            values = self.moments.metric(matrix.name, W).values(W, device)
-            return replace(measured, data=values.singular_values)
-        except (NumericalError, UsageError) as error:  # the plain spectrum stands
-            return replace(measured, data_failed=str(error))
-
-    def _cut(self, line: PlanLine, W: torch.Tensor, device: Device) -> Visited:
+        """W (m, n) on the host. Raises NumericalError where no method meets its certificate."""
+        line = self.lines[matrix.name]
         try:
             metric = metric_of(line.metric, line.name, W, self.moments)
             found = metric.visit(W, lambda _: line.gains, device, self.method).truncation
@@ -119,21 +109,38 @@ class Visit:
         new = found.matrix.cpu()
         return Visited(None, new, record_of(line, found) | on_fresh_text(W, new, line, self.fresh))
 
-    def _judged(self, judge: Judge, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+
+@dataclass(frozen=True)
+class OnePass:
+    """A visit that measures, judges the matrix by its own spectrum, and cuts it if the verdict says so.
+
+    label: of the device that the verdict is told of, see `Spectra.device`.
+    """
+
+    method: str
+    source: Source
+    treatment: Treatment
+    selection: Selection
+    label: str
+    null_draws: int = 0
+
+    def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+        """W (m, n) on the host. Raises NumericalError where only the truncation fails."""
         line = None
 
         def decide(s: Spectrum) -> Gains | None:
             nonlocal line
-            line = judge(matrix, Measured(s, null, tails))
+            line = self.line(matrix, Measured(s, null, tails))
             return line.gains if line.action == "reduce" else None
 
+        W = to_device_if_it_fits(W, device)
         try:
             null = null_largest(W, self.null_draws, device)
             tails = excess_kurtosis(W, device)
             found = PLAIN.visit(W, decide, device, self.method)
         except (NumericalError, UsageError) as error:
-            scanned = self._scanned(W, device)
-            if scanned.skipped is None:  # only the truncation fails: no reason to skip, but one to stop
+            scanned = measured_of(W, device, self.method, self.null_draws)
+            if scanned.skipped is None:  # no reason to skip, but one to stop
                 residual = error.residual if isinstance(error, NumericalError) else None
                 raise NumericalError(f"{matrix.name}: {error}", residual) from error
             return Visited(scanned)
@@ -142,21 +149,23 @@ class Visit:
             return Visited(measured)
         return Visited(measured, found.truncation.matrix.cpu(), record_of(line, found.truncation))
 
+    def line(self, matrix: Matrix, measured: Measured) -> PlanLine:
+        """The plan's line of one matrix by what was measured of it alone."""
+        nulls = {matrix.name: measured.null} if len(measured.null) else {}
+        kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
+        values = {matrix.name: measured.values}
+        spectra = Spectra(self.source, (matrix,), values, {}, self.method, self.label, nulls, kurtosis)
+        return line_of(spectra, matrix, self.treatment, self.selection)
 
-def judged(
-    matrix: Matrix,
-    measured: Measured,
-    *,
-    source: Source,
-    treatment: Treatment,
-    selection: Selection,
-    of: tuple[str, str],
-) -> PlanLine:
-    """The plan's line of one matrix by its own spectrum alone. of: the method and the device's label."""
-    nulls = {matrix.name: measured.null} if len(measured.null) else {}
-    kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
-    spectra = Spectra(source, (matrix,), {matrix.name: measured.values}, {}, *of, nulls, kurtosis)
-    return line_of(spectra, matrix, treatment, selection)
+
+def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
+    """What a scan records of W (m, n), on the host or the device, by its plain singular values."""
+    try:
+        found = PLAIN.values(W, device, method)
+        null = null_largest(W, null_draws, device)
+        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
+    except (NumericalError, UsageError) as error:
+        return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
 
 def on_fresh_text(W: torch.Tensor, B: torch.Tensor, line: PlanLine, fresh: Moments | None) -> dict[str, float]:
@@ -262,7 +271,7 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = Visit(method, null_draws=null_draws, moments=moments)
+        work = Scan(method, null_draws, moments)
         with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
@@ -394,7 +403,7 @@ def reduce(
     checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        work = Visit(method, plan.reductions, moments=moments, fresh=fresh)
+        work = Reduction(method, plan.reductions, moments, fresh)
         wanted = set(names)
         weights = [m for m in touched if m.name in plan.reductions and wanted & parts_of(checkpoint, m)]
         order = by_shard(checkpoint, weights)
@@ -532,9 +541,8 @@ def reduce_in_one_pass(
     made: dict[str, Any] = {}
 
     def compute(names: list[str]) -> Generator[New, None, None]:
-        source, of = Source.of(checkpoint), (method, crew.devices[0].label)
-        judge = partial(judged, source=source, treatment=treatment, selection=selection, of=of)
-        work = Visit(method, judge=judge, null_draws=null_draws)
+        label = crew.devices[0].label
+        work = OnePass(method, Source.of(checkpoint), treatment, selection, label, null_draws)
         order = by_shard(checkpoint, [selected[name] for name in names])
         with closing(visit(checkpoint, order, work, crew)) as visits:
             for matrix, visited, seconds in visits:

@@ -18,13 +18,13 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.moments import Calibration, Moments
+from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
-from laser.spectra import Spectra, in_data_metric, met_by
+from laser.spectra import Spectra, in_metric_of, met_by
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
-from laser.spectral.rules import apply_rule, crowd, energy_share, metric_in, parse_rule, rule_in, signal_to_noise
+from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse_rule, rule_in, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
@@ -101,8 +101,8 @@ class PlanLine:
         if (self.tokens is None) != (self.metric == "plain"):
             told = f"metric {self.metric!r} and tokens {self.tokens}"
             return f"{told}, expected tokens in the metric data and null in plain"
-        if self.metric == "data" and (self.shrink or self.below):
-            return "metric 'data' with shrink or below, which are for the plain one"
+        if self.tokens is not None and (self.shrink or self.below):
+            return f"metric {self.metric!r} with shrink or below, which are for the plain one"
         if self.action != "reduce":
             return None
         if self.rank is None or self.full_rank is None:
@@ -193,8 +193,8 @@ class Plan(
         for number, line in enumerate(self.lines, 1):
             if first.setdefault(line.name, number) != number:
                 return f"line {number} ({line.name}) repeats line {first[line.name]}, expected each tensor once"
-            if line.action == "reduce" and line.metric == "data" and self.calibration is None:
-                return f"line {number} ({line.name}): metric 'data' in a plan without calibration"
+            if line.action == "reduce" and line.tokens is not None and self.calibration is None:
+                return f"line {number} ({line.name}): metric {line.metric!r} in a plan without calibration"
         return None
 
     @property
@@ -249,7 +249,7 @@ class Plan(
 
     def require_moments(self, moments: Moments | None) -> None:
         """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
-        names = [line.name for line in self.reductions.values() if line.metric == "data"]
+        names = [line.name for line in self.reductions.values() if line.tokens is not None]
         if not names:
             return
         made = self.calibration
@@ -279,15 +279,16 @@ class Treatment:
     two_sided: bool = False
     require_fit: float | None = None
 
-    @property
-    def metric(self) -> str:
-        """In which the rule is asked, see `metric_in`."""
-        return metric_in(self.rule)
+    def check(self, calibrated: bool = True) -> None:
+        """Raises UsageError for a rule, shrinker or level that does not exist or does not go with the rest.
 
-    def check(self) -> None:
-        """Raises UsageError for a rule, shrinker or level that does not exist or does not go with the rest."""
+        calibrated: whether there are moments, without which no rule is asked in the metric of the data.
+        """
         parse_rule(rule_in(self.rule))
-        if self.metric != "plain" and (self.shrink or self.two_sided or self.require_fit is not None):
+        asks_data = by_data(self.rule)
+        if asks_data and not calibrated:
+            raise UsageError(NO_MOMENTS)
+        if asks_data and (self.shrink or self.two_sided or self.require_fit is not None):
             raise UsageError("--shrink, --two-sided and --require-fit rest on the plain law; leave them out")
         if self.shrink is not None:
             check_shrinker(self.shrink)
@@ -324,19 +325,13 @@ def make_plan(
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit)
     treatment.check()
-    by_data = treatment.metric != "plain"
     check_lowest_snr(lowest_snr)
-    if fewest_tokens is not None and (not by_data or fewest_tokens < 0):
-        raise UsageError(
-            f"--fewest-tokens {fewest_tokens} is for a rule data:NAME, and 0 or more; try --rule data:energy:0.99"
-        )
-    if by_data:
-        spectra = in_data_metric(spectra, fewest_tokens)
+    spectra = in_metric_of(rule, spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if not any(line.rank is not None for line in lines):
-        if by_data:
+        if spectra.seen is not None:
             raise UsageError(
                 "no selected matrix has seen as many tokens as it has dimensions; calibrate on more text, or try "
                 "laser plan --fewest-tokens, with moments of laser calibrate --ledoit-wolf"
@@ -353,7 +348,7 @@ def make_plan(
         lines = _keep_all_but_lowest(lines, lowest_snr)
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
-    calibration = spectra.data.calibration if spectra.data and by_data else None
+    calibration = spectra.data.calibration if spectra.data and spectra.seen is not None else None
     return Plan(spectra.source, rule, described, tuple(lines), calibration)
 
 
@@ -380,7 +375,7 @@ class CrowdWarning(UserWarning):
 
 def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:
     """Warns (CrowdWarning) where some of these matrices have more spikes than `rule` can bear, see `crowd`."""
-    if metric_in(rule) != "plain" or parse_rule(rule)[0].reads is None:
+    if parse_rule(rule_in(rule))[0].reads is None:
         return
     wanted, found = set(names), []
     for matrix in spectra.matrices:
@@ -427,8 +422,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         why = spectra.skipped.get(matrix.name, Why(Kind.NOT_SCANNED, "not scanned"))
     if why is not None:
         unseen = ""
-        if why.kind is Kind.UNSEEN and spectra.data is not None:
-            unseen = met_by(spectra.data.seen[matrix.name], min(matrix.shape))
+        if why.kind is Kind.UNSEEN and spectra.seen is not None:
+            unseen = met_by(spectra.seen[matrix.name], min(matrix.shape))
         return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
     rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
@@ -441,8 +436,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, why=why)
     if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
-    if treatment.metric != "plain" and spectra.data is not None:
-        return line_in_data(line, s, cut.rank, spectra.data.seen[matrix.name])
+    if spectra.seen is not None:
+        return line_in_data(line, s, cut.rank, spectra.seen[matrix.name])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
     noise = cut.noise or estimate(s, shape, estimator)
     fit = fit_noise(s, shape, estimator, noise)

@@ -17,9 +17,10 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.moments import NO_MOMENTS, Calibration, Moments
+from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, shown, under
+from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
@@ -114,12 +115,19 @@ class InData:
         return InData(moments.calibration, seen, values, failed)
 
 
-def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
-    """`spectra` with the data's values in the place of the plain ones, for planning.
+def in_metric_of(asked: str, spectra: Spectra, fewest: int | None = None) -> Spectra:
+    """`spectra` with the values that a rule is asked of: the plain ones, or the data's in their place, and `seen`.
 
     A matrix that saw fewer than `fewest` tokens (default: than it has dimensions p) has no values, and the reason why.
-    Raises UsageError where no moments were scanned.
+    Raises UsageError where no moments were scanned, or for `fewest` of plain values.
     """
+    asks_data = by_data(asked)
+    if fewest is not None and (fewest < 0 or not asks_data):
+        raise UsageError(
+            f"--fewest-tokens {fewest} is for a rule data:NAME, and 0 or more; try --rule data:energy:0.99"
+        )
+    if not asks_data:
+        return spectra
     data = spectra.data
     if data is None:
         raise UsageError("these spectra know no data; try laser calibrate, then laser scan --moments FILE")
@@ -134,7 +142,7 @@ def in_data_metric(spectra: Spectra, fewest: int | None = None) -> Spectra:
             skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
         elif name in spectra.values:
             skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
-    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={})
+    return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={}, seen=data.seen)
 
 
 def met_by(tokens: int, p: int) -> str:
@@ -218,6 +226,7 @@ class Spectra:
     empty unless the scan was asked for them.
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
+    seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
     """
 
     source: Source
@@ -230,6 +239,7 @@ class Spectra:
     kurtosis: Mapping[str, float] = field(default_factory=dict)
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    seen: Mapping[str, int] | None = None
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
@@ -271,18 +281,6 @@ class Spectra:
             raise RecordError(f"{path}: {wrong}; {Header.mend}")
         Header.require_seal(document if header.vectors == hash_of(vectors) else None, path)
         return spectra
-
-    def require_moments(self, moments: Moments | None) -> None:
-        """Raises UsageError without moments or spectra that know them, RecordError where they are others."""
-        known = None if self.data is None else self.data.calibration
-        if moments is None or known is None:
-            raise UsageError(NO_MOMENTS)
-        if moments.calibration.identity != known.identity:
-            raise RecordError(
-                f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-                f"spectra were scanned with {known.identity[:12]} of {known.text}; scan again with "
-                "these"
-            )
 
 
 def _wrong(spectra: Spectra) -> str | None:

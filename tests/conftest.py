@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers import LIKE_MPS, names_of
 from hypothesis import settings
 from safetensors.torch import save_file
 
+from laser.spectral import devices
 from laser.spectral.devices import Device, available, choose_device
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -49,6 +51,61 @@ def sampled(cases: Iterable[Any], every: int) -> list[Any]:
 def device(request: pytest.FixtureRequest) -> Device:
     """Every device that is there, and one that computes as Apple's does: float32, products by torch, no LAPACK."""
     return LIKE_MPS if request.param == "like mps" else choose_device(request.param)
+
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """What torch finds here: machine(cuda=2, mps=True, capability=(9, 0), exact=False), or a capability by name."""
+
+    def find(cuda: int = 0, mps: bool = False, capability: Any = (9, 0), exact: bool = True) -> None:
+        chip = capability.get if isinstance(capability, dict) else lambda _: capability
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: f"{name}'s")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", chip)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(devices, "exact_products", lambda _: exact)  # laser's own: it computes on the device
+
+    return find
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Method -> what finds a matrix's singular values, and what factorises it."""
+
+    values: dict[str, Any]
+    factors: dict[str, Any]
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Methods:
+    """The tables in which the ladder looks a method up, for a test to put another into."""
+    from laser.spectral import factorise
+
+    here = Methods(dict(factorise._VALUES), dict(factorise._FACTORS))
+    # An argument for them would go through every function from the command line to the ladder.
+    monkeypatch.setattr(factorise, "_VALUES", here.values)
+    monkeypatch.setattr(factorise, "_FACTORS", here.factors)
+    return here
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that are read from now on, by name. A method of the class: laser opens checkpoints in many places."""
+    from laser.checkpoint.reader import Checkpoint
+
+    read, names = Checkpoint.read, []
+
+    def noted(self: Any, name: str, *rest: Any) -> Any:
+        names.append(name)
+        return read(self, name, *rest)
+
+    # Commands open their checkpoints themselves.
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    return names
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from laser.spectral.devices import Device
+from laser.spectral.devices import Device, Here
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -49,9 +49,9 @@ class LikeMPS(Accelerator):
 LIKE_MPS = LikeMPS("cpu", torch.float32, True, "an accelerator without LAPACK and float64, on CPU tensors")
 
 
-def names_of(there: Mapping[str, str]) -> list[str]:
+def names_of(there: Mapping[str, Here]) -> list[str]:
     """The devices that are there, by what `devices.available` says of each that laser knows."""
-    return [name for name, what in there.items() if not what.startswith("not available")]
+    return [name for name, here in there.items() if here.usable]
 
 
 def digits(device: Device, double: float, single: float) -> float:

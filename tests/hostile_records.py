@@ -408,10 +408,13 @@ def _build(folder: Path) -> Path:
     (folder / "found/laser/search.json").write_text(json.dumps(seal(searched(m, trials)), indent=1) + "\n")
     made("card", "found", "--source", "m")
     (folder / "new").unlink()  # the plan of that search
+    # A command takes no callback: it is interrupted where it counts what is done.
     with mock.patch("laser.cli.common.Progress.__call__", stop_after(5)):
         made("scan", "m", "-o", "j", code=130)
+    # A command takes no callback: it is interrupted where it counts what is done.
     with mock.patch("laser.cli.common.Progress.__call__", stop_after(5)):
         made(*REDUCE, "half", code=130)
+    # As above.
     with mock.patch("laser.cli.common.Progress.__call__", stop_after(9)):
         made(*RUN, code=130)
     return folder
@@ -419,6 +422,7 @@ def _build(folder: Path) -> Path:
 
 def _calibrate(folder: Path) -> bool:
     """Half of a calibration, in a process of its own: what other verbs did to torch before shows in the last digits."""
+    # As above.
     with contextlib.chdir(folder), mock.patch("laser.cli.calibrate.advance", stop_after(2)):
         return main(list(CALIBRATE)) == 130
 

@@ -111,9 +111,7 @@ def test_killed_after_any_layer_it_goes_on_and_gives_the_same_bytes(
     with pytest.raises(RecordError, match="belongs to another calibration"):
         calibrate(checkpoint, windows_of(speaker, limit=5), path)
     ran: list[int] = []
-    original = calibration._run_layer
-    monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
-    calibrate(checkpoint, windows, path)
+    calibrate(checkpoint, windows, path, tick=ran.append)
     assert ran == [2] and path.read_bytes() == straight.read_bytes()
     assert not path.with_name(path.name + ".partial").exists()
 
@@ -164,9 +162,7 @@ def test_a_bad_file_of_a_layer_costs_that_layer(speaker: Path, tmp_path: Path, m
     data[len(data) // 2] ^= 1
     bad.write_bytes(data)
     ran: list[int] = []
-    original = calibration._run_layer
-    monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
-    calibrate(checkpoint, windows, path, QO)
+    calibrate(checkpoint, windows, path, QO, tick=ran.append)
     assert ran == [0, 2] and path.read_bytes() == (tmp_path / "straight").read_bytes()
 
 

@@ -4,21 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Methods, Run
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.spectra import Spectra
-from laser.spectral import factorise, measuring
+from laser.spectral import measuring
 from laser.spectral.probe import Probe
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # The command takes no sizes: those of a user take five seconds, and a quarter of a GiB of disk.
+    monkeypatch.setattr(measuring, "HOST_SIDES", (32, 64))
+    monkeypatch.setattr(measuring, "COPIED", 2**20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "laser" / "devices.json"
 
@@ -30,9 +31,7 @@ def test_devices_says_what_and_why(run: Run) -> None:
     assert json.loads(run("devices", "--device", "cpu", "--json")[1])["probe"] is None
 
 
-def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "HOST_SIDES", (32, 64))
-    monkeypatch.setattr(measuring, "COPIED", 2**20)
+def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path) -> None:
     code, out, _ = run("devices", "--device", "cpu", "--probe", "--disk", str(tmp_path))
     assert code == 0 and str(cache) in out and "eigenvalues s" in out and "disk write" in out
     kept = Probe.load("cpu float64", cache)
@@ -46,10 +45,7 @@ WRONG = {"kind": "devices", "version": 1, "probes": {"cpu float64": {"product": 
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps(WRONG), "null"])
-def test_a_damaged_record_is_told_and_measured_again(
-    run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch, content: str
-) -> None:
-    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
+def test_a_damaged_record_is_told_and_measured_again(run: Run, cache: Path, content: str) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
     code, out, err = run("devices", "--device", "cpu")
@@ -60,7 +56,6 @@ def test_a_damaged_record_is_told_and_measured_again(
 
 
 def test_a_probe_leaves_nothing_behind(run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
     probe = ("devices", "--device", "cpu", "--probe")
     cache.parent.mkdir(parents=True)
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -79,10 +74,7 @@ def test_a_probe_leaves_nothing_behind(run: Run, cache: Path, monkeypatch: pytes
     assert sorted(cache.parent.iterdir()) == sorted([cache, living])
 
 
-def test_a_cache_that_cannot_be_written_costs_no_probe(
-    run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(measuring, "HOST_SIDES", (32,))
+def test_a_cache_that_cannot_be_written_costs_no_probe(run: Run, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
     code, out, err = run("devices", "--device", "cpu", "--probe")
     assert code == 0 and "eigenvalues s" in out and "not kept" in err and err.count("\n") == 1
@@ -104,12 +96,12 @@ def test_the_projector_makes_a_checkpoint_that_verifies(run: Run, pico: Path, tm
 
 
 def test_steps_that_failed_are_in_the_record_and_on_the_screen(
-    run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, pico: Path, tmp_path: Path, methods: Methods
 ) -> None:
     def fail(*_: object) -> None:
         raise LinAlgError("injected")
 
-    monkeypatch.setitem(factorise._FACTORS, "gram", fail)
+    methods.factors["gram"] = fail
     out = tmp_path / "out"
     code, told, _ = run(
         *("run", str(pico), "-o", str(out), "--rule", "fraction:0.5", "--no-search", "--roles", "q", "--device", "cpu")
@@ -121,7 +113,7 @@ def test_steps_that_failed_are_in_the_record_and_on_the_screen(
     )
     matrices = json.loads((out / "laser.json").read_text())["matrices"]
     assert {(m["method"], m["note"]) for m in matrices.values()} == {("svd", "gram: injected")}
-    monkeypatch.setitem(factorise._VALUES, "gram", fail)
+    methods.values["gram"] = fail
     record = tmp_path / "s.safetensors"
     assert run("scan", str(pico), "-o", str(record), "--roles", "q", "--device", "cpu")[0] == 0
     for notes in (Spectra.load(record).notes, Spectra.load(out / "laser" / "spectra.safetensors").notes):

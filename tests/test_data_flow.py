@@ -61,7 +61,7 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     assert outcome["plan"]["calibration"]["text_sha256"] in card and "--moments moments.safetensors" in card
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text()
-    assert "tokens of text.txt (sha256" in page and "tokens met" in page
+    assert "tokens of text.txt (sha256" in page and "tokens seen" in page
     # A plain truncation of the same rank is another matrix, and the check knows.
     weights = load_file(out / "model.safetensors")
     name = LAYER + "self_attn.q_proj.weight"
@@ -111,7 +111,7 @@ def test_what_was_not_seen_enough_is_kept_and_said(speaker: Path, tmp_path: Path
             name
         ]
     assert run("report", spectra, "-o", tmp_path / "page.html")[0] == 0
-    assert "matrices met fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
+    assert "matrices saw fewer tokens than they have dimensions" in (tmp_path / "page.html").read_text()
     code, _, error = run("plan", spectra, "-o", plan, "--rule", "data:mp-edge", "--force")
     assert code == 2 and "in the metric of the data no noise is; try one of energy" in error
     code, _, error = run("plan", spectra, "-o", plan, "--force", "--rule", "data:parallel")
@@ -249,6 +249,7 @@ def test_a_matrix_that_fails_in_the_data_s_metric_keeps_its_plain_spectrum(
             raise NumericalError("no")
         return metric_of(self, name, W)
 
+    # Moments that load and yet fail for one matrix: files are checked when they are read.
     monkeypatch.setattr(Moments, "metric", fail)
     laser.scan(checkpoint, selection, moments=moments).save(tmp_path / "s")
     spectra, q = laser.Spectra.load(tmp_path / "s"), "model.layers.1.self_attn.q_proj.weight"

@@ -42,6 +42,7 @@ def test_what_is_not_examined_has_the_rows_of_what_is() -> None:
 @pytest.mark.slow
 def test_a_family_joins_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One with Llama's names, which transformers knows and laser does not."""
+    # The table is where a family is added.
     monkeypatch.setitem(FAMILIES, "hyperclovax", LLAMA)
     assert "hyperclovax" in everything()
     row = examine("hyperclovax", tmp_path)
@@ -124,6 +125,7 @@ def test_a_fused_tensor_is_resumed_to_the_byte(family: str, tmp_path: Path, monk
     for stop[0] in (2, 7, 5):
         reads.clear()
         with monkeypatch.context() as patch:
+            # `tick` comes when a matrix is written; this ends before the next is read.
             patch.setattr(laser.Checkpoint, "read", killed)
             with pytest.raises(KeyboardInterrupt):
                 laser.reduce(checkpoint, plan, tmp_path / "killed", resume=True)

@@ -130,6 +130,7 @@ def test_a_trial_tells_a_verb_that_writes_in_place(
 ) -> None:
     """Each check of the harness on a verb that is wrong in that way."""
     verb = next(verb for verb in VERBS if verb.name == "plan --force")
+    # A verb as it should not be: laser has none.
     monkeypatch.setattr("laser.plan.write_atomically", lambda path, data: path.write_bytes(data))
     bench = Bench(verb, inputs, tmp_path / "bench")
     at = next(i for i, name in enumerate(bench.calls, 1) if name == "write" and i > 6)
@@ -180,6 +181,7 @@ def test_forgetting_an_entry_is_one_step(tmp_path: Path, monkeypatch: pytest.Mon
         for number in range(4):
             journal.append({"entry": number})
         with monkeypatch.context() as watched:
+            # That it is not called is what is shown.
             watched.setattr(Journal, "_append", full)
             journal.forget(journal.entries[2])
         journal.append({"entry": 9})

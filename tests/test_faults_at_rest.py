@@ -141,6 +141,7 @@ def test_the_same_weights_are_the_same_wherever_they_lie(small: Path, make_pico:
 
 
 def test_of_a_large_model_every_tensor_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit: a model of which samples are taken is one of gigabytes.
     monkeypatch.setattr(fingerprint, "WHOLE", 0)
     tensors = {name: torch.zeros(64, 4096) for name in "abc"} | {"norm": torch.zeros(64)}
     file, shard = tmp_path / "x.safetensors", None
@@ -346,6 +347,7 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
     shutil.copytree(partial, tmp_path / "begun")
     ran: list[int] = []
     original = calibration._run_layer
+    # `tick` also tells of layers that are run for their outputs alone.
     monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
     for file, fault in faults(tmp_path / "begun"):
         if fault in (last_bit, halved):

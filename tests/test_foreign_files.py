@@ -57,6 +57,7 @@ def test_an_output_of_other_weights_that_the_samples_do_not_tell(
     weights = load_file(name)
     weights["model.embed_tokens.weight"][3] += 1
     save_file(weights, name, metadata={"format": "pt"})
+    # Samples that miss what differs: in tensors this small they cannot.
     monkeypatch.setattr(fingerprint, "samples_of", lambda shards: "0" * 64)
     assert run("scan", pico, "-o", tmp_path / "s2")[0] == 0
     assert run("plan", tmp_path / "s2", "-o", tmp_path / "p2.json", "--rule", "rank:4")[0] == 0
@@ -248,6 +249,7 @@ def during(monkeypatch: pytest.MonkeyPatch, what: Callable[[], object]) -> None:
             act()
         return put(*arguments)
 
+    # A command takes no callback: somebody else is at work while it writes.
     monkeypatch.setattr(writer, "put", putting)
 
 
@@ -287,6 +289,7 @@ def test_what_somebody_puts_into_an_earlier_output_while_force_is_at_work(
     assert code == 1 and "holds mine.txt, which laser did not write" in error and "with --resume: all is done" in error
     assert snapshot(out) == before | {"mine.txt": b"mine"}
     (out / "mine.txt").rename(made / "mine.txt")
+    # A call would fail.
     monkeypatch.setattr(writer, "put", None)  # nothing is left to do
     assert run(*again, "--resume")[0] == 0
     assert snapshot(out) == before and not (made / ".out.new").exists()

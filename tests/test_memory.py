@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import Run, sampled, write_checkpoint_directory
+from conftest import Methods, Run, sampled, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -135,6 +135,7 @@ def test_limits_of_the_process_count_and_mapped_files_with_them(
 def test_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   1000.\nPages active:  9999.\n"
     told += "Pages inactive:  500.\nPages speculative:  10.\nPages purgeable:  2.\n"
+    # What a Mac prints.
     monkeypatch.setattr("laser.spectral.host_memory._output", lambda _: told)
     monkeypatch.setattr("sys.platform", "darwin")
     assert host_free_bytes(root=tmp_path) == 16384 * 1512
@@ -260,6 +261,7 @@ def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: flo
     streamed = layered_needs(layered, CPU, tokens, False).host
     # A search keeps the pieces, eval has transformers load them: the smaller need of the two.
     whole = layered_needs(layered, CPU, tokens, True).host
+    # So much memory as this test needs to be free: this machine has another amount.
     monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)))
 
 
@@ -299,6 +301,7 @@ def test_the_command_that_a_refusal_names_works(
             assert run(*words, *flags)[0] == 0
         else:
             assert flags[:3] == ["a", "machine", "with"]
+    # As in `between`.
     monkeypatch.setattr(memory, "free", lambda *_: 1 * MB)
     assert "; try a machine with 0." in run(*words)[2]
 
@@ -324,10 +327,13 @@ def test_run_keeps_its_promise_and_finds_the_same(
 def test_a_leaderboard_is_refused_before_the_work(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # pico is no model that lm-eval can measure; what comes before that is tested.
     for verb in ("run", "publish"):
         monkeypatch.setattr(f"laser.cli.{verb}.require_leaderboard", lambda *_, **__: None)
+    # As above.
     monkeypatch.setattr("laser.cli.run.lm_eval_is_here", lambda: True)
     monkeypatch.setattr("laser.cli.run.leaderboards", lambda *_: pytest.fail("run"))
+    # As in `between`.
     monkeypatch.setattr(memory, "free", lambda *_: 1 * MB)
     code, _, err = run("leaderboard", model, "-o", tmp_path / "l.json", "--batch-size", 4)
     assert code == 1 and "to be loaded whole" in err and "; try a machine with " in err and err.count("\n") == 1
@@ -343,12 +349,14 @@ def test_a_leaderboard_is_refused_before_the_work(
 # --- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_counts_the_search(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_counts_the_search(
+    run: Run, model: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 5, "--held-out-windows", 3, "--roles", "q,v")
-    monkeypatch.setattr("laser.Checkpoint.read", lambda *_: pytest.fail("a weight was read"))
     for verb, out, rules in (("run", "o", "--rule"), ("search", "p.json", "--rules")):
         command = (verb, model, "-o", tmp_path / out, *words, rules, "fraction:0.9,fraction:0.5", "--lowest-snr", 4)
         code, told, _ = run(*command, "--dry-run", "--json")
+        assert not reads
         found = json.loads(told)["search"]
         assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31
@@ -402,7 +410,9 @@ def test_what_is_foretold_of_a_search_is_what_it_runs(
 ) -> None:
     """Exactly where every candidate is tried in the order of the layers and one is kept; else it is not exceeded."""
     flags, exact = SEARCHES[name]
+    # The table is where a way to accept is added.
     monkeypatch.setitem(ACCEPT, "any-drop", lambda d, se: accept == "all")
+    # The command makes the model itself.
     monkeypatch.setattr("laser.cli.search.LayeredModel", Counted)
     monkeypatch.setattr(Counted, "made", [])
     words = (
@@ -496,6 +506,7 @@ def test_out_of_memory_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
+    # Memory that runs out where the work is: a command takes no stand-in for it.
     monkeypatch.setattr("laser.cli.measure.evaluate", fail)
     monkeypatch.setattr("laser.cli.flow.scan_into", fail)
     text = ("--text", tmp_path / "text.txt")
@@ -567,6 +578,7 @@ def test_what_is_said_to_be_kept_is_kept_and_what_begins_anew_does(
         (tmp_path / "search.jsonl").unlink(missing_ok=True)
         left[0] = reads
         with monkeypatch.context() as patch:
+            # Memory that runs out in a command, at a place that is counted.
             patch.setattr(Checkpoint, "read", counted)
             code, _, err = run(*begun)
         assert code == 1 and err.startswith("laser: out of memory (") and "what is finished is kept" in err
@@ -595,6 +607,7 @@ def test_what_does_nothing_is_not_advised(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
+    # As in test_out_of_memory_is_one_line.
     monkeypatch.setattr("laser.cli.run.run_flow", fail)
     code, _, err = run("run", made / "m", "-o", tmp_path / "out", "--recipe", recipe)
     assert code == 1 and "try --device cpu --workers 1; what is finished is kept" in err
@@ -654,6 +667,7 @@ def test_out_of_memory_is_one_line_in_every_verb(
             raise error
 
         with monkeypatch.context() as patch:
+            # As in test_out_of_memory_is_one_line.
             patch.setattr(place, fail)
             code, out, err = run(verb, *words.replace(" new", f" {verb}{number}new").split())
         assert reached and code == 1 and err.count("\n") == 1 and "Traceback" not in out + err, err
@@ -758,6 +772,7 @@ def test_out_of_memory_in_a_task_of_ray_is_one_line(
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.\nMore lines.")
 
+    # A cluster that answers so.
     monkeypatch.setattr("laser.engine.ray.connect", lambda _: Cluster(answer))
     monkeypatch.setattr("laser.checkpoint.reader.Checkpoint.read", fail)
     code, _, err = run("scan", made / "m", "-o", tmp_path / "new.safetensors", "--engine", "ray", "--device", "cpu")
@@ -765,14 +780,11 @@ def test_out_of_memory_in_a_task_of_ray_is_one_line(
     assert "--workers" not in err
 
 
-def test_a_matrix_is_not_skipped_for_want_of_memory(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_matrix_is_not_skipped_for_want_of_memory(run: Run, model: Path, tmp_path: Path, methods: Methods) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError("Unable to allocate 1.00 GiB")
 
-    monkeypatch.setattr("laser.spectral.factorise.values_by_gram", fail, raising=True)
-    monkeypatch.setattr("laser.spectral.factorise._VALUES", dict.fromkeys(("gram", "svd", "projector"), fail))
+    methods.values.update(dict.fromkeys(methods.values, fail))
     code, _, err = run("scan", model, "-o", tmp_path / "s.safetensors")
     assert code == 1 and "out of memory (Unable to allocate 1.00 GiB)" in err
     assert not (tmp_path / "s.safetensors").exists()

@@ -230,7 +230,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("search: true\ntwo-sided: true", "", "a search tries plain cuts"),
         ("search: true", "--shrink frobenius", "a search tries plain cuts"),
         ("rule: mp-edge\nlimit: 3", "", "are for the leaderboard, which this run leaves out"),
-        ("rule: 'data:energy:0.9'", "", "goes by the data; try --moments"),
+        ("rule: 'data:energy:0.9'", "", "needs moments"),
         ("rule: mp-edge\nlowest-snr: 0", "", "--lowest-snr 0"),
         ("rule: mp-edge", "--lowest-snr 0", "--lowest-snr 0"),
         ("rule: ''", "", "no rule is called ''"),
@@ -261,6 +261,7 @@ def test_what_a_recipe_gives_is_not_advised(
         raise MemoryError
 
     (tmp_path / "r.yaml").write_text("rule: 'rank:4'\n" + line)
+    # Memory that runs out where the work is: a command takes no stand-in for it.
     for place in ("run_flow", "print_dry_run"):
         monkeypatch.setattr(f"laser.cli.run.{place}", fail)
     code, _, err = run("run", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")

@@ -172,6 +172,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(f"{shard.name} {start} to {end}")
         return safetensors.read_bytes(shard, start, end, *rest)
 
+    # Commands open their checkpoints themselves; every read of weights goes through this.
     for module in (reader, layout):
         monkeypatch.setattr(module, "read_bytes", counting)
     return found

@@ -341,6 +341,7 @@ def test_run_measures_source_and_result_and_equal_weights_once(
         seen.append(checkpoint.name)
         return board(checkpoint)
 
+    # pico is no model that lm-eval can measure.
     monkeypatch.setattr("laser.cli.publish.run_leaderboard", run_leaderboard)
     monkeypatch.setattr("laser.cli.run.require_leaderboard", lambda *_, **__: None)  # pico has no tokenizer
     out = tmp_path / "out"

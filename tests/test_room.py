@@ -23,6 +23,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("a matrix was read")
 
+    # Commands open their checkpoints themselves; every read of weights goes through this.
     monkeypatch.setattr(reader, "read_bytes", never)
 
 

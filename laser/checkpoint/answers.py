@@ -20,7 +20,7 @@ AGAIN = (408, 429, 500, 502, 503, 504)
 WINDOW = 60.0  # seconds of waiting over which a rate is measured
 LEAST_RATE = 1024.0  # bytes/s; at it 1 GB takes 11 days, so nobody's connection is meant by what is slower
 PIECE = 1 << 16  # bytes that are sent between two looks at the clock
-LARGEST_LISTING = 100_000_000  # bytes; also of a file whose size the server does not tell
+LARGEST_LISTING = 100_000_000  # bytes; also of a file whose size the server does not give
 LARGEST_ERROR = 1_000_000  # bytes of the body of a refusal
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # It becomes a file's name in the cache. The client strips W and / from its start.
@@ -65,9 +65,9 @@ def _look(answer: Any) -> None:
     where, path = f"{request.url.host}{request.url.path}"[:200], request.url.path
 
     def refuse(what: str, found: str, expected: str) -> CheckpointError:
-        told = found if len(found) <= 60 else f"{found[:57]}..."
+        shown = found if len(found) <= 60 else f"{found[:57]}..."
         return CheckpointError(
-            f"{where}: the answer has {what} {told!r}, expected {expected}; this is no Hub, or one out of order: "
+            f"{where}: the answer has {what} {shown!r}, expected {expected}; this is no Hub, or one out of order: "
             "check HF_ENDPOINT and proxies"
         )
 
@@ -95,11 +95,11 @@ def _look(answer: Any) -> None:
             raise refuse("redirect to", target, "an address of https")
     if request.method == "HEAD":
         return
-    # A range or a file whose length is told ends there; everything else must end somewhere.
-    told = int(headers["Content-Length"]) if "Content-Length" in headers else None
-    largest = LARGEST_ERROR if status >= 400 else LARGEST_LISTING if told is None or "/api/" in path else told
-    if told is not None and told > largest:
-        raise CheckpointError(f"{where}: the answer has {told} bytes, expected at most {largest}; check HF_ENDPOINT")
+    # A range or a file whose length is given ends there; everything else must end somewhere.
+    length = int(headers["Content-Length"]) if "Content-Length" in headers else None
+    largest = LARGEST_ERROR if status >= 400 else LARGEST_LISTING if length is None or "/api/" in path else length
+    if length is not None and length > largest:
+        raise CheckpointError(f"{where}: the answer has {length} bytes, expected at most {largest}; check HF_ENDPOINT")
     answer.stream = _guarded(answer.stream, where, largest)
 
 
@@ -178,8 +178,8 @@ def require_short_wait(answer: Any, where: str) -> None:
     from huggingface_hub.utils import parse_ratelimit_headers
 
     limit = parse_ratelimit_headers(answer.headers)
-    told = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", answer.headers.get("Retry-After", ""))
-    for seconds in (float(told[1]) if told else 0.0, float(limit.reset_in_seconds) if limit else 0.0):
+    after = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*", answer.headers.get("Retry-After", ""))
+    for seconds in (float(after[1]) if after else 0.0, float(limit.reset_in_seconds) if limit else 0.0):
         if seconds > LONGEST_WAIT:
             raise CheckpointError(
                 f"{where}: the Hub limits requests (status {answer.status_code}) and asks to wait {seconds:.0f} s; run "
@@ -261,12 +261,10 @@ def hub_errors(repo: str, revision: str | None, *, writing: bool = False) -> Ite
         raise CheckpointError(_status(repo, error, writing)) from error
     except transport_errors() as error:
         _require_address(repo, error)
-        if told := _of_the_cache(error):
-            raise CheckpointError(f"{repo}: {told}") from error
-        told = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(
-            f"{repo}: the Hub cannot be reached ({told}); run the same command again later"
-        ) from error
+        if why := _of_the_cache(error):
+            raise CheckpointError(f"{repo}: {why}") from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{repo}: the Hub cannot be reached ({why}); run the same command again later") from error
     except Exception as error:  # the client trusts an answer's structure; what one breaks can be of any type
         if isinstance(error.__cause__, BadRequestError):
             raise CheckpointError(
@@ -281,22 +279,22 @@ def hub_errors(repo: str, revision: str | None, *, writing: bool = False) -> Ite
 
 def _status(repo: str, error: Any, writing: bool) -> str:
     """What to say of an answer that refuses."""
-    status, told = error.response.status_code, ""
+    status, message = error.response.status_code, ""
     if writing and status in (409, 412):
         return (
             f"{repo}: somebody has committed to it meanwhile, or it is being made (status {status}); run the same "
             "command again"
         )
     if writing and status in (400, 413, 422) and error.server_message:
-        told = f" ({' '.join(str(error.server_message).split())[:LONGEST]})"
+        message = f" ({' '.join(str(error.server_message).split())[:LONGEST]})"
     as_who = "write to it" if writing else "read it"
     remedy = {
         401: "log in with `hf auth login`",
         403: f"log in with `hf auth login` as someone who may {as_who}",
-        **dict.fromkeys((400, 413, 422), "mend what it refuses, and run the same command again" if told else ""),
+        **dict.fromkeys((400, 413, 422), "mend what it refuses, and run the same command again" if message else ""),
     }
     advice = remedy.get(status) or "run the same command again later"
-    return f"{repo}: the Hub answered with status {status}{told}; {advice}"
+    return f"{repo}: the Hub answered with status {status}{message}; {advice}"
 
 
 def _require_address(repo: str, error: BaseException) -> None:

@@ -52,7 +52,7 @@ class Hub:
 
     @property
     def content(self) -> str | None:
-        """One hash over the shards' ETags: equal for equal weights. None where the cache does not tell them."""
+        """One hash over the shards' ETags: equal for equal weights. None where the cache does not have them."""
         if not self.etags or "" in self.etags.values():
             return None
         return hashlib.sha256("\n".join(f"{n} {e}" for n, e in sorted(self.etags.items())).encode()).hexdigest()
@@ -85,8 +85,8 @@ def find(model: str) -> Hub | None:
         except LocalEntryNotFoundError:
             raise  # the Hub cannot be reached
         except EntryNotFoundError as error:
-            if told := recognised(repo, revision):
-                raise CheckpointError(told) from error
+            if what := recognised(repo, revision):
+                raise CheckpointError(what) from error
             raise
     return Hub(repo, revision, path.parent.name, path.parent)
 
@@ -174,9 +174,9 @@ def plain_names(repo: str, siblings: Sequence[Any] | None) -> list[str]:
     """Names of a listing. Raises CheckpointError for one that is no path inside a repository."""
     names = [file.rfilename for file in siblings or ()]
     if hostile := next((name for name in names if not isinstance(name, str) or not is_inside(name)), None):
-        told = repr(hostile)
+        shown = repr(hostile)
         raise CheckpointError(
-            f"{repo} lists a file {told if len(told) <= 60 else told[:57] + '...'}, expected a path inside the "
+            f"{repo} lists a file {shown if len(shown) <= 60 else shown[:57] + '...'}, expected a path inside the "
             "repository; do not use this model"
         )
     return names
@@ -257,7 +257,7 @@ def _header(hub: Hub, name: str) -> tuple[str, Shard]:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository at one commit. etag: for weights, the sha256 of the content; "" where none is told."""
+    """One file of a repository at one commit. etag: for weights, the sha256 of the content; "" where there is none."""
 
     repo: str
     name: str
@@ -269,11 +269,11 @@ class RemoteFile:
 def _remote_file(hub: Hub, name: str) -> RemoteFile:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    told = get_hf_file_metadata(hf_hub_url(hub.repo, name, revision=hub.commit), retry_on_errors=True)
-    if told.size is None:
-        raise CheckpointError(f"{hub.repo}/{name}: the Hub does not tell its size; check HF_ENDPOINT and proxies")
-    file = RemoteFile(hub.repo, name, hub.commit, told.etag or "", told.size)
-    _require_unchanged(file, commit=told.commit_hash)
+    metadata = get_hf_file_metadata(hf_hub_url(hub.repo, name, revision=hub.commit), retry_on_errors=True)
+    if metadata.size is None:
+        raise CheckpointError(f"{hub.repo}/{name}: the Hub does not give its size; check HF_ENDPOINT and proxies")
+    file = RemoteFile(hub.repo, name, hub.commit, metadata.etag or "", metadata.size)
+    _require_unchanged(file, commit=metadata.commit_hash)
     return file
 
 
@@ -338,13 +338,13 @@ def _require_range(answer: Any, file: RemoteFile, start: int) -> None:
 
 
 def _require_unchanged(file: RemoteFile, **found: str | int | None) -> None:
-    """Raises CheckpointError where an answer tells otherwise of a file than is known; None: it tells nothing."""
-    for what, told in found.items():
+    """Raises CheckpointError where an answer has another value than is known of a file; None: it has none."""
+    for what, value in found.items():
         known = getattr(file, what.lower())
-        if told is not None and told != known:
+        if value is not None and value != known:
             raise CheckpointError(
-                f"{file.repo}/{file.name} changed on the Hub while it was read: found {what} {told}, expected {known}; "
-                "run the command again"
+                f"{file.repo}/{file.name} changed on the Hub while it was read: found {what} {value}, expected "
+                f"{known}; run the command again"
             )
 
 
@@ -405,7 +405,7 @@ def _download(hub: Hub, name: str) -> Path:
 
 
 def _to_cache(repo: str, name: str, revision: str | None) -> Path:
-    """A file by the Hub's own client, which waits where it is told to and resumes what was cut off."""
+    """A file by the Hub's own client, which waits where it is asked to and resumes what was cut off."""
     from huggingface_hub import hf_hub_download
 
     return Path(_patiently(lambda: hf_hub_download(repo, name, revision=revision), f"{repo}/{name}"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from laser.checkpoint.answers import COMMIT, hub_errors
+from laser.checkpoint.answers import COMMIT, hub_errors, session
 from laser.checkpoint.at_rest import CARD, damage
 from laser.checkpoint.hub import ID, is_inside, plain_names
 from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
@@ -42,9 +42,9 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     """Upload the directory `out` to a branch of the model repository `repo`; either is made if it is not there.
 
     Called again after an interruption, it sends only what is missing. Raises UsageError for a name that no repository
-    or branch can have; OutputError where `out` is no finished output of laser, somebody is at work on it, or the
-    repository holds what would be mixed up with it; CheckpointError where its files do not fit together, or the Hub
-    refuses or has something else than was sent.
+    or branch can have. Raises OutputError where `out` is no finished output of laser, somebody is at work on it, or the
+    repository holds what would be mixed up with it. Raises CheckpointError where its files do not fit together, or the
+    Hub refuses or has something else than was sent.
     """
     if (named := ID.fullmatch(repo)) is None or named["revision"] is not None or named["repo"].endswith("/.."):
         raise UsageError(f"{repo!r} is no repository on the Hub; try org/name, and --revision for a branch")
@@ -125,6 +125,7 @@ class _Push:
                     for name, path in self.files.items()
                 }
                 self._send(api, additions)
+                session()
                 self.committed = "whether they are committed is not known"
                 commit = api.create_commit(
                     self.repo, list(additions.values()), commit_message="Upload by laser push",
@@ -135,6 +136,7 @@ class _Push:
                         f"{self.repo}: the commit is called {str(commit)[:60]!r}, expected 40 hexadecimal digits; "
                         "run the same command again"
                     )
+                session()
                 after = self._listed(api.model_info(self.repo, revision=commit, files_metadata=True))
                 self._require_there(additions, after)
         except LaserError as error:
@@ -208,6 +210,7 @@ class _Push:
         names, self.sent = sorted(self.shards), 0
         for at in range(0, len(names), AT_A_TIME):
             some = names[at : at + AT_A_TIME]
+            session()  # a connection that was refused may have cost the one before
             api.preupload_lfs_files(
                 self.repo, [additions[name] for name in some], revision=self.revision, num_threads=AT_A_TIME,
                 free_memory=False,

@@ -28,7 +28,7 @@ def devices(
     With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk, and keep the figures in the
     user's cache directory, from where --dry-run takes them.
     """
-    here, chosen = available(), where.choose()
+    here, chosen = {name: found.what for name, found in available().items()}, where.choose()
     if probe:
         measured, path = measure_device(chosen, disk=disk), cache_path()
         try:

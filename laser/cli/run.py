@@ -34,7 +34,7 @@ from laser.search.foretold import possible_candidates
 from laser.search.search import SearchRecord, check_objectives, check_request
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.rules import draws_needed, metric_in
+from laser.spectral.rules import draws_needed
 
 
 def run(
@@ -77,15 +77,13 @@ def run(
     chosen, treatment = which.selection(), how.treatment()
     rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]
     for each in rules:
-        Treatment(each, **treatment).check()
+        Treatment(each, **treatment).check(moments.moments is not None)
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
     if searching:
         calibrated = moments.moments is not None
         check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
         check_objective("loss", None, text)
-    elif metric_in(wanted) != "plain" and moments.moments is None:
-        raise UsageError(f"--rule {wanted} goes by the data; try --moments with a file of laser calibrate")
     crew = compute.crew()
     draws = max((draws_needed(each) for each in rules), default=0)
     method = compute.truncating(crew)

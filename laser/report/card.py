@@ -1,8 +1,8 @@
 """card: the README.md of a reduced checkpoint, a pure function of the records: card.md.jinja has the text.
 
-The metadata is what the Hub reads. It has no offline check of its own (`ModelCard.validate` asks the Hub), so here the
-card is read back by huggingface_hub, its model-index is parsed into EvalResults again, base_model is checked as a
-repository id, and the YAML must say what was put in. Anything else is an error and no card.
+The metadata is what the Hub reads. `ModelCard.validate` asks the Hub, so here the card is read back off line: its
+model-index is parsed into EvalResults again, base_model is checked as a repository id, and the YAML must say what was
+put in. Anything else is an error and no card.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
     reduced = list(plan.reductions.values())
     measured = {line.name: outcome.matrices.get(line.name, {}) for line in reduced}
     removed = {x.name: 1 - float(measured[x.name].get("energy_kept", x.energy_kept)) for x in reduced}
-    by_outputs = [line for line in reduced if line.metric == "data"]
+    by_outputs = [line for line in reduced if line.tokens is not None]
     elsewhere = {line.name: measured[line.name].get("fresh_output_error") for line in by_outputs}
     return {
         "reduced": reduced,

@@ -11,9 +11,7 @@ from typing import NotRequired, Protocol, TypedDict
 
 from laser.evaluation.leaderboard import Leaderboard, TaskScore, average, circumstances, comparable, difference
 from laser.evaluation.lm_tasks import TASKS
-from laser.evaluation.verdict import UNDECIDED, Direction, Unlike, direction, judge
-
-__all__ = ["UNDECIDED", "Loss", "Losses", "Row", "compare", "judge", "leaderboard_rows", "loss_rows", "losses_of"]
+from laser.evaluation.verdict import Direction, Unlike, direction, judge
 
 NOT_PAIRED = "not measured on the same rows"
 ALONE = "measured on one model only"

@@ -38,18 +38,20 @@ COLUMNS = {
 
 # ... and these where the scan was given moments
 IN_DATA = {
-    "tokens": "tokens met",
+    "tokens": "tokens seen",
     "data_effective_rank": "effective rank in data",
     "data_rank_99": "of outputs: 99 % in",
 }
 
 
-def _told(summary: Summary) -> str:
-    told = summary.calibration
-    assert told is not None, "asked only where there is one"
-    text = f"Metric of the data: {told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]})"
+def _metric(summary: Summary) -> str:
+    calibration = summary.calibration
+    assert calibration is not None, "asked only where there is one"
+    text = (
+        f"Metric of the data: {calibration.tokens} tokens of {calibration.text} (sha256 {calibration.text_sha256[:12]})"
+    )
     if under := len(summary.under_seen):
-        text += f"; {under} matrices met fewer tokens than they have dimensions, and are kept in that metric"
+        text += f"; {under} matrices saw fewer tokens than they have dimensions, and are kept in that metric"
     return text + "."
 
 
@@ -76,7 +78,7 @@ def render(summary: Summary, histograms: Iterable[Histogram]) -> str:
         "identity": summary.source.identity,
         "rule": summary.rule,
         "headings": list(columns.values()),
-        "data": None if summary.calibration is None else _told(summary),
+        "data": None if summary.calibration is None else _metric(summary),
         "rows": rows,
         "maps": maps,
         "places": places,

@@ -1,4 +1,4 @@
-"""Pictures of spectra, with matplotlib (extra `plot`). Shapes and greys tell things apart, so they can be printed."""
+"""Pictures of spectra, with matplotlib (extra `plot`). Shapes and greys distinguish things, so they can be printed."""
 
 from __future__ import annotations
 
@@ -98,8 +98,11 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
 
 
 def label(text: str) -> str:
-    """Text as matplotlib draws it as it is: dollar signs are no formula, a first underscore does not hide it from the
-    legend, what the font lacks or nobody can see is shown as its escape, and what is too long for its middle."""
+    """Text that matplotlib draws as it is.
+
+    A dollar sign begins no formula, and a first underscore does not hide the text from the legend. What the font lacks
+    or nobody can see is shown as its escape. Of a text that is too long the middle is left out.
+    """
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
@@ -152,8 +155,8 @@ def histogram(shown: Histogram) -> Figure:
     axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
     width = edges[1] - edges[0]
     axes.plot(shown.curve_x, shown.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
-    for x, told in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
-        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=told)
+    for x, legend in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
+        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=legend)
     if shown.threshold is not None:
         axes.axvline(shown.threshold, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
     axes.set_title(_title([shown], edges), fontsize=10)

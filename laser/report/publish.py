@@ -90,9 +90,10 @@ def write_card(
 ) -> Path:
     """Write OUT/README.md from the records in `out`; returns its path.
 
-    source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used,
-    or else only what was copied from it: then licence and language are not known. hash_source: read the source's shards
-    for their sha256 (the time of reading them). Records of evaluations and leaderboards are those in OUT/laser.
+    source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used.
+    Failing that, only what was copied from it is, and licence and language are not known. hash_source: read the
+    source's shards for their sha256, which takes the time of reading them. Records of evaluations and leaderboards
+    are those in OUT/laser.
     Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser, or somebody
     is at work on OUT.
     """
@@ -140,8 +141,8 @@ def write_card(
 
 
 def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> CardSource:
-    """What a card says of a checkpoint, read from its small files. In the Hub's cache, the path tells the id and the
-    revision, and the names of the blobs are the sha256 of the weights."""
+    """What a card says of a checkpoint, read from its small files. In the Hub's cache, the path holds the id and
+    the revision, and the names of the blobs are the sha256 of the weights."""
     path = checkpoint.path
     hub_id, revision = hub_origin(path)
     shards = {}
@@ -212,8 +213,8 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """(names of the files about a licence, those of them that are the whole text of one -> its name)."""
     files = sorted(p.name for p in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
     small = [name for name in files if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 20]
-    told = {name: licence_of(_text(folder / name) or "") for name in small}
-    return tuple(files), {name: licence for name, licence in told.items() if licence is not None}
+    texts = {name: licence_of(_text(folder / name) or "") for name in small}
+    return tuple(files), {name: licence for name, licence in texts.items() if licence is not None}
 
 
 def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
@@ -280,11 +281,11 @@ def _require_search_of(plan: Plan, trials: Sequence[Trial], path: Path) -> None:
 
 
 def require_shards(out: Path, on_check: Callable[[int, int], None] = lambda *_: None) -> None:
-    """Raises RecordError where a reduced shard is not the one that laser.json tells of; all of them are read."""
-    told = {name: sha256 for name, sha256 in Outcome.load(out).shards.items() if sha256 is not None}
-    sizes = {name: (out / name).stat().st_size for name in told if (out / name).is_file()}
+    """Raises RecordError where a reduced shard is not the one that laser.json names; all of them are read."""
+    recorded = {name: sha256 for name, sha256 in Outcome.load(out).shards.items() if sha256 is not None}
+    sizes = {name: (out / name).stat().st_size for name in recorded if (out / name).is_file()}
     read = 0
-    for name, expected in told.items():
+    for name, expected in recorded.items():
         found = sha256_of(out / name) if name in sizes else "no such file"
         if found != expected:
             raise RecordError(

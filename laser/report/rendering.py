@@ -43,8 +43,8 @@ def main() -> None:
     except MemoryError:
         text, why = None, f"it takes more than {limits['memory'] >> 20} MiB"
     except Exception as error:  # whatever a foreign template may raise
-        told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        text, why = None, f"{type(error).__name__}: {told[:1000]}".rstrip(": ")
+        line = next((each.strip() for each in str(error).splitlines() if each.strip()), "")
+        text, why = None, f"{type(error).__name__}: {line[:1000]}".rstrip(": ")
     sys.stdout.write(json.dumps([text, why]))
 
 

@@ -83,6 +83,6 @@ def _words(node: object) -> list[str]:
 
 
 def licence_of(text: str) -> str | None:
-    """The Hub's name of the licence whose unchanged text this is, or None: only texts that are told for certain."""
+    """The Hub's name of the licence whose unchanged text this is, or None: only texts that are certain."""
     line = " ".join(text.lower().split())
     return next((name for name, pattern in TEXTS.items() if pattern.fullmatch(line)), None)

@@ -80,11 +80,11 @@ def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Ca
     first = next(iter(plans.values()))
     found = []
     for name, line in first.reductions.items():
-        ranks: dict[tuple[int, bool], str] = {}
+        ranks: dict[tuple[int, str], str] = {}
         for rule, plan in plans.items():
             if name in plan.reductions:
-                ranks.setdefault((plan.reductions[name].rank or 0, metric_in(rule) != "plain"), rule)
-        options = tuple((ranks[key], {name: key[0]}) for key in sorted(ranks, reverse=True))
+                ranks.setdefault((-(plan.reductions[name].rank or 0), metric_in(rule)), rule)
+        options = tuple((ranks[key], {name: -key[0]}) for key in sorted(ranks))
         found.append(Candidate(name, model.first_piece(name), line.snr, options))
     return found
 

@@ -25,7 +25,7 @@ from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import spoiling
-from laser.moments import NO_MOMENTS, Moments
+from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
@@ -168,9 +168,9 @@ def search(
         calibrated=moments is not None,
     )
     check_objectives(calibration, held_out, accept, shortlist)
-    if any(metric_in(rule) != "plain" for rule in rules):
-        spectra.require_moments(moments)
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
+    for plan in plans.values():
+        plan.require_moments(moments)
     asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
     asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
@@ -223,9 +223,7 @@ def check_request(
             "a search needs at least one rule; try laser search --rules laser-rmt, or laser run --rule laser-rmt"
         )
     for rule in rules:
-        Treatment(rule).check()
-        if metric_in(rule) != "plain" and not calibrated:
-            raise UsageError(NO_MOMENTS)
+        Treatment(rule).check(calibrated)
     check_lowest_snr(lowest_snr)
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -76,12 +76,22 @@ def in_float64(device: Device) -> Device:
     return replace(device, dtype=torch.float64) if device.has_float64 else HOST
 
 
-def available(cuda_name: str = "cuda") -> dict[str, str]:
-    """Device name -> what it is, or why it cannot be used here. `cpu` is always usable. cuda_name: which one to ask."""
-    there = torch.cuda.is_available()
-    cuda = torch.cuda.get_device_name(cuda_name) if there else "not available: no CUDA device found by torch"
-    mps = "Apple GPU" if torch.backends.mps.is_available() else "not available: torch finds no Apple GPU here"
-    return {"cuda": cuda, "mps": mps, "cpu": f"{torch.get_num_threads()} threads"}
+class Here(NamedTuple):
+    """Whether a device can be used here, and what it is, or why it cannot."""
+
+    usable: bool
+    what: str
+
+
+def available(cuda_name: str = "cuda") -> dict[str, Here]:
+    """Every device that laser knows, by name. `cpu` is always usable. cuda_name: which of the CUDA devices to ask."""
+    cuda = Here(False, "not available: no CUDA device found by torch")
+    if torch.cuda.is_available():
+        cuda = Here(True, torch.cuda.get_device_name(cuda_name))
+    mps = Here(False, "not available: torch finds no Apple GPU here")
+    if torch.backends.mps.is_available():
+        mps = Here(True, "Apple GPU")
+    return {"cuda": cuda, "mps": mps, "cpu": Here(True, f"{torch.get_num_threads()} threads")}
 
 
 def choose_device(name: str = "auto", precision: str = "auto") -> Device:
@@ -101,12 +111,12 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
         raise UsageError(f"there is no device {name!r}: found {count}, counted from 0; try --device {base}")
     here = available(name if base == "cuda" else "cuda")
     if base == "auto":
-        base = name = next(n for n in ("cuda", "mps", "cpu") if not here[n].startswith("not available"))
-        why = f"first of cuda, mps, cpu that is there ({here[base]})"
-    elif here[base].startswith("not available"):
-        raise UsageError(f"device {name!r} is {here[base]}; try --device auto")
+        base = name = next(n for n in ("cuda", "mps", "cpu") if here[n].usable)
+        why = f"first of cuda, mps, cpu that is there ({here[base].what})"
+    elif not here[base].usable:
+        raise UsageError(f"device {name!r} is {here[base].what}; try --device auto")
     else:
-        why = f"asked for ({here[base]})"
+        why = f"asked for ({here[base].what})"
     if base == "mps":
         if precision == "float64":
             raise UsageError("Apple MPS has no float64; try --device cpu, or --precision float32")

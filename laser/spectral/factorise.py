@@ -53,7 +53,7 @@ def values_by_svd(W: torch.Tensor, device: Device) -> Spectrum:
     return torch.linalg.svdvals(W.double()).numpy()
 
 
-def factors_by_svd(W: torch.Tensor, device: Device) -> Factors:
+def factors_by_svd(W: torch.Tensor, device: Device, values: Spectrum | None = None) -> Factors:
     full = W.double()
     U, s, Vh = torch.linalg.svd(full, full_matrices=False)
 
@@ -74,9 +74,9 @@ def factors_by_svd(W: torch.Tensor, device: Device) -> Factors:
 
 _VALUES: dict[str, Callable[[torch.Tensor, Device], Spectrum]] = {"gram": values_by_gram, "svd": values_by_svd}
 _FACTORS: dict[str, Callable[[torch.Tensor, Device, Spectrum | None], Factors]] = {
-    "gram": lambda W, device, _: factors_by_gram(W, device),
+    "gram": factors_by_gram,
     "projector": factors_by_projector,
-    "svd": lambda W, device, _: factors_by_svd(W, device),
+    "svd": factors_by_svd,
 }
 METHODS = tuple(_FACTORS)
 

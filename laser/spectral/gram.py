@@ -33,7 +33,8 @@ def values_by_gram(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
     return spectrum_of(gram(W, device), device)
 
 
-def factors_by_gram(W: torch.Tensor, device: Device) -> Factors:
+def factors_by_gram(W: torch.Tensor, device: Device, values: NDArray[np.float64] | None = None) -> Factors:
+    """values: as the projector takes them, and of no use here."""
     G = gram(W, device)
     trace = trace_of(G)
     eigenvalues, V = eigenvectors(G, device)  # ascending

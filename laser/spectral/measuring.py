@@ -112,7 +112,7 @@ def chip(device: Device) -> str:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         except (OSError, StopIteration):
             return platform.processor() or platform.machine()
-    return torch.cuda.get_device_name(device.torch_device) if base == "cuda" else available()[base]
+    return torch.cuda.get_device_name(device.torch_device) if base == "cuda" else available()[base].what
 
 
 def _seconds(call: Callable[[], object], device: Device) -> float:

@@ -221,13 +221,18 @@ BY_DATA = "data:"  # before a rule that is asked of the values in the metric of 
 
 def metric_in(asked: str) -> str:
     """In which metric a rule is asked: "data" for `data:NAME`, else "plain"."""
-    return "data" if asked.startswith(BY_DATA) else "plain"
+    return "data" if by_data(asked) else "plain"
+
+
+def by_data(asked: str) -> bool:
+    """Whether a rule is asked of the values in the metric of the data."""
+    return asked.startswith(BY_DATA)
 
 
 def rule_in(asked: str) -> str:
     """The rule that is asked in whatever metric. Raises UsageError where it does not exist, or not in that metric."""
     spec = asked.removeprefix(BY_DATA)
-    if metric_in(asked) != "plain" and not parse_rule(spec)[0].any_metric:
+    if by_data(asked) and not parse_rule(spec)[0].any_metric:
         able = ", ".join(name for name, row in RULES.items() if row.any_metric)
         raise UsageError(
             f"rule {spec!r} supposes noise that is the same in all directions, and in the metric of the data no noise "

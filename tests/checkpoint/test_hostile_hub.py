@@ -138,7 +138,7 @@ def test_hostile_headers(hub: Hub, tmp_path: Path, what: str) -> None:
         (header("HEAD", "config.json", X_Repo_Commit=None), "X-Repo-Commit"),
         (header("HEAD", "config.json", X_Linked_Size="999999"), "of size 999999"),
         (header("HEAD", "config.json", X_Linked_Size=str(1 << 40)), "too large"),
-        (header("HEAD", SHARD, X_Linked_Size=None), "does not tell its size"),
+        (header("HEAD", SHARD, X_Linked_Size=None), "does not give its size"),
         (header("HEAD", SHARD, X_Linked_Size="0"), f"{SHARD} is truncated: found 0 bytes"),
         (header("HEAD", SHARD, X_Linked_Size="999999"), "changed on the Hub while it was read: found size"),
         (header("HEAD", SHARD, X_Linked_Etag='"x"'), "changed on the Hub while it was read: found ETag"),
@@ -275,6 +275,7 @@ def chunked(hub: Hub, where: str, piece: bytes, pause: float = 0.0, status: int 
 @pytest.mark.parametrize("where", ["/api/", "config.json", "storage"])
 @pytest.mark.parametrize("status", [200, 206, 403])
 def test_bodies_without_end(hub: Hub, tmp_path: Path, where: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit: a body as long as laser really allows would be sent for minutes.
     monkeypatch.setattr(answers, "LARGEST_LISTING", 1 << 20)
     monkeypatch.setattr(answers, "LARGEST_ERROR", 1 << 16)
     hub.instead = chunked(hub, where, b"x" * (1 << 16), status=status)
@@ -285,6 +286,7 @@ def test_bodies_without_end(hub: Hub, tmp_path: Path, where: str, status: int, m
 def test_a_server_that_is_too_slow_is_given_up(
     hub: Hub, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit: laser really waits for half a minute.
     monkeypatch.setattr(answers, "WINDOW", 0.05)
     hub.instead = chunked(hub, where, b"x", pause=0.02, status=206 if where == "storage" else 200)
     line = refused(hub, tmp_path)
@@ -344,6 +346,7 @@ def test_a_file_damaged_in_the_cache_is_not_believed(
     data[place] ^= 1
     blob.write_bytes(data)
     if not small:
+        # A limit: a file that laser calls large is one of gigabytes.
         monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
     with pytest.raises(LaserError) as error:
         reduce(open_checkpoint(ID), plan, tmp_path / "out")
@@ -368,6 +371,7 @@ def test_a_run_in_one_pass_does_not_believe_a_damaged_file_either(
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
+    # A limit: a file that laser calls large is one of gigabytes.
     monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
     assert main(["run", ID, "-o", str(tmp_path / "out"), "--rule", "rank:4", "--no-search"]) == 1
     assert f"remove {blob}" in capsys.readouterr().err
@@ -397,6 +401,7 @@ def test_names_that_differ_by_case_only(
     if case_counts:
         assert open_checkpoint(ID, "weights").identity == open_checkpoint(pico).identity
         return
+    # A disk that makes no difference of case: there is none here.
     monkeypatch.setattr("laser.checkpoint.hub.is_one_file", lambda a, b: a.name.lower() == b.name.lower())
     line = refused(hub, tmp_path)
     assert name in line and "the disk of the Hub's cache makes no difference between the two" in line
@@ -416,6 +421,7 @@ def test_an_output_has_both_of_names_that_differ_by_case(
         for name in ("config.json", "Config.JSON", "notes/a.txt", "notes/A.txt"):
             assert (tmp_path / "out" / name).read_bytes() == (pico / name).read_bytes()
         return
+    # A disk that makes no difference of case: there is none here.
     monkeypatch.setattr("laser.checkpoint.writer.is_one_file", lambda a, b: a.name.lower() == b.name.lower())
     with pytest.raises(LaserError, match="makes no difference between the two"):
         reduce(open_checkpoint(pico), plan, tmp_path / "out")

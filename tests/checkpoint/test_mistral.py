@@ -182,6 +182,7 @@ def test_killed_between_the_renames_of_its_files_it_is_finished_by_resume(
         true_rename(partial, final)
 
     with monkeypatch.context() as patch:
+        # Between two renames nothing is called that a caller hands in.
         patch.setattr(writer, "_rename", killed)
         with pytest.raises(KeyboardInterrupt):
             laser.reduce(checkpoint, plan, tmp_path / "killed")
@@ -216,6 +217,7 @@ def test_a_conversion_is_cut_into_shards(
     hub: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = hub("Mixtral")
+    # A limit: a shard is really of gigabytes.
     monkeypatch.setattr(convert, "MAX_SHARD", 50_000)
     seen = as_hub(laser.open_checkpoint(write_release(source, tmp_path / "release", stacked=True)))
     write_directory(seen, tmp_path / "out")

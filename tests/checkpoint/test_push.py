@@ -10,7 +10,7 @@ import pytest
 from conftest import sampled
 from helpers import snapshot
 from hub_server import TOKEN, Bytes, Fault, Hub, Repo, connect, serving
-from huggingface_hub import close_session, constants
+from huggingface_hub import HfApi, close_session, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import laser
@@ -160,6 +160,7 @@ def test_one_fault_is_waited_out(hub: Hub, out: Path, run: Run, request_: str) -
 
 
 def test_the_second_shard_is_refused(hub: Hub, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One after another, or the second may be refused before the first is sent.
     monkeypatch.setattr("laser.checkpoint.push.AT_A_TIME", 1)
 
     def instead(handler: Any, path: str) -> bool:
@@ -354,6 +355,7 @@ HOSTILE |= {
 def test_hostile_answers(
     hub: Hub, out: Path, run: Run, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit: a body as long as laser really allows would be sent for minutes.
     monkeypatch.setattr(answers, "LARGEST_LISTING", 1 << 20)
     before = snapshot(out)
     hub.instead = HOSTILE[what]
@@ -366,8 +368,34 @@ def test_hostile_answers(
     assert snapshot(out) == before and {p.name for p in tmp_path.iterdir()} <= {"made", "cache", ".made.lock"}
 
 
+@pytest.mark.parametrize("where", ["/objects/batch", "/api/validate-yaml", "/commit/", "/revision/"])
+def test_answers_are_looked_at_after_a_broken_connection(
+    hub: Hub, out: Path, run: Run, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a connection that was refused the client closes all, and with them what looks at answers."""
+    sent = HfApi.preupload_lfs_files
+
+    def broken(*given: Any, **options: Any) -> None:
+        sent(*given, **options)
+        if options["num_threads"] == 1:  # ours, and not that within a commit, which has nothing left to send
+            close_session()
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", broken)
+    monkeypatch.setattr("laser.checkpoint.push.AT_A_TIME", 1)
+
+    def instead(handler: Any, path: str) -> bool:
+        if where not in path or not hub.put:
+            return False
+        handler.send(200, {"Content-Type": "application/json", "Content-Encoding": "gzip"}, b"{}")
+        return True
+
+    hub.instead = instead
+    assert "has Content-Encoding 'gzip'" in refused(run, out, ID)
+
+
 def test_an_upload_that_is_too_slow_is_given_up(hub: Hub, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 40))
+    # A limit: pico would be sent in one piece.
     monkeypatch.setattr(answers, "PIECE", 1 << 10)
     monkeypatch.setattr(answers.time, "monotonic", lambda: float(next(clock)))
     line = refused(run, out, ID)

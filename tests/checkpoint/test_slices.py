@@ -26,6 +26,7 @@ def any_cut(draw: st.DrawFn) -> Cut:
 @given(cut=any_cut())
 def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        # Limits: real ones need tensors of megabytes for each of hundreds of examples.
         patch.setattr(slices, "LONG_RUN", long_run)
         patch.setattr(slices, "MAX_SPAN", max_span)
         size = math.prod(cut.view)

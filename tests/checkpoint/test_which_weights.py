@@ -776,7 +776,7 @@ def test_a_hub_that_does_not_answer_when_the_cache_is_whole(
     (tmp_path / "cache").rename(tmp_path / "gone")  # without a cache it is waited for
     hub.faults[:] = [Fault("status", "api/models", times=2, status=503)]
     if how == "out of order":
-        monkeypatch.setattr("laser.checkpoint.hub.time.sleep", lambda _: None)
+        monkeypatch.setattr("time.sleep", lambda _: None)
         assert torch.equal(open_checkpoint(ID).read(Q), llama()[Q]) and hub.faults[0].times == 0
 
 

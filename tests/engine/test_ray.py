@@ -63,6 +63,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task per matrix, however small."""
+    # A limit: pico would be one group, and so one task.
     monkeypatch.setitem(ray_engine.GROUP, "cpu", 1)
 
 
@@ -174,6 +175,7 @@ def test_the_device_is_chosen_where_the_gpus_are(cluster: Any, monkeypatch: pyte
     try:
         with pytest.raises(UsageError, match=r"^device 'cuda' is not available: no CUDA device found by torch; try"):
             choose_crew("auto", engine="ray")
+        # The card is a mere number: a task that asked torch for it would find none.
         monkeypatch.setattr(ray_engine, "choose_device", chosen)
         for device in ("auto", "cuda", "cuda:3,cuda:5"):
             crew = choose_crew(device, engine="ray", precision="float32")

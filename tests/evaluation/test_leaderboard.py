@@ -212,6 +212,7 @@ def test_what_is_counted_beforehand_is_what_the_model_is_asked(
         count("generate_until")
         return model
 
+    # What is asked of a model that the command loads itself.
     monkeypatch.setattr(leaderboard, "_load", counting)
     run_leaderboard(checkpoint, data=data, limit=None)
     assert workload.prompts == asked["prompts"] > 50
@@ -314,6 +315,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
             raise Killed
         return measure(model, task, *rest)
 
+    # Killed between two tasks, where nothing is called that a caller hands in.
     monkeypatch.setattr(module, "_measure", counted)
     with pytest.raises(Killed):
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
@@ -392,6 +394,7 @@ def test_without_lm_eval_the_extra_is_named(pico: Path, data: Path, monkeypatch:
 def test_an_lm_eval_that_fails_on_local_rows_is_refused(
     found: str, pico: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Another release of a library than is installed.
     monkeypatch.setattr("laser.evaluation.leaderboard.version", lambda name: found)
     with pytest.raises(UsageError, match=rf"needs lm-eval {LM_EVAL} or later, found {found}; try pip install -U"):
         run_leaderboard(open_checkpoint(pico), data=data)
@@ -622,6 +625,7 @@ def test_a_record_of_the_same_is_not_measured_again(speaker: Path, data: Path, m
     checkpoint, options = open_checkpoint(speaker), {"tasks": ("winogrande",), "data": data, "command": "c"}
     board = run_leaderboard(checkpoint, **options, limit=2)
     with monkeypatch.context() as unable:
+        # Whoever measures loads a model first: with none to load, it shows.
         unable.delattr("laser.evaluation.leaderboard._load")
         assert run_leaderboard(checkpoint, **options, limit=2, known=board) is board
         for other in (replace(board, command="d"), replace(board, data={}), replace(board, weights={})):

@@ -22,13 +22,13 @@ from laser.errors import RecordError
 from laser.escape import cell, code, fence, visible
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
-from laser.evaluation.verdict import Direction, Unlike
+from laser.evaluation.verdict import UNDECIDED, Direction, Unlike, judge
 from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
-from laser.report.comparison import UNDECIDED, Loss, Losses, compare, judge, losses_of
+from laser.report.comparison import Loss, Losses, compare, losses_of
 from laser.report.source_card import licence_of, read_source_card
 from laser.search.runner import Trial
 
@@ -405,6 +405,7 @@ def test_a_template_that_fails_is_told_in_one_line(
 def test_a_template_has_limits_of_time_and_memory(
     template: str, seconds: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A limit: the longest is a minute.
     monkeypatch.setattr(chat, "SECONDS", seconds)
     text, told = chat.render(template, {})
     assert text is None and why in told and "\n" not in told

@@ -169,6 +169,7 @@ def test_killed_and_restarted_it_repeats_no_trial(
         measured.append(edits)
         return measure(self, edits)
 
+    # `tick` tells of trials from the journal as well; what is measured is counted where it is measured.
     monkeypatch.setattr(Bench, "measure", counted)
     resumed = run(model_path, accept="any-drop", journal=path)
     assert decisions(resumed) == decisions(undisturbed) and resumed.plan == undisturbed.plan
@@ -212,6 +213,7 @@ def test_another_held_out_text_repeats_no_trial(
     checkpoint = open_checkpoint(model_path)
     spectra, trials, passes = scan(checkpoint, device=CPU), [], []
     measure, losses = Bench.measure, LayeredModel.losses
+    # As above; and passes over the text, of which nobody is told.
     monkeypatch.setattr(Bench, "measure", lambda *a: trials.append(1) or measure(*a))
     monkeypatch.setattr(LayeredModel, "losses", lambda *a, **k: passes.append(1) or losses(*a, **k))
 
@@ -243,6 +245,7 @@ def test_a_search_goes_on_only_where_it_is_measured_alike(
     import laser.search.search as module
 
     run(model_path, journal=tmp_path / "search.jsonl")
+    # Another release of a library than is installed.
     monkeypatch.setattr(module, "version", lambda name: "0")
     with pytest.raises(RecordError, match="belongs to another run: libraries differ"):
         run(model_path, journal=tmp_path / "search.jsonl")
@@ -271,6 +274,7 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
         cuts = cut_of(checkpoint, rule, ranks, device, moments)
         return {n: W * float("nan") if n == broken else W for n, W in cuts.items()}
 
+    # No weights are known whose truncation alone overflows.
     monkeypatch.setattr(runner, "cut_of", cut)
     result = run(model_path, accept="no-worse")
     assert [t.d for t in result.trials if t.label == broken] == [None, None]

@@ -7,6 +7,7 @@ have no data.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import factorise, gram, projector
+from laser.spectral import gram, projector
 from laser.spectral.data_metric import ByData, data_values
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
@@ -100,6 +101,7 @@ class Guard(TorchDispatchMode):
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit: real blocks need matrices of thousands of rows.
     for module in (gram, projector):
         monkeypatch.setattr(module, "BLOCK_ROWS", 32)
 
@@ -289,10 +291,9 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     exact_products.cache_clear()
 
 
-def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None) -> None:
     """W lies on a GPU that is full: whether it is finite is asked on the host, and so is the host's step."""
-    device = ACCELERATORS["cuda"]
-    monkeypatch.setattr(factorise, "free_bytes", lambda _: 1 << 30)
+    device = replace(ACCELERATORS["cuda"], share=1 << 30)
     W, seen = torch.empty(80, 40, dtype=torch.bfloat16, device="cuda"), []
 
     class Full(TorchDispatchMode):

@@ -1,38 +1,21 @@
 """The choice of device, and its reason."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from conftest import Machine
 from helpers import names_of
 
 from laser.errors import UsageError
 from laser.spectral import devices
 from laser.spectral.devices import choose_device
 
-Machine = Callable[..., None]
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """What torch finds here: machine(cuda=2, mps=True, capability=(9, 0), exact=False)."""
-
-    def find(cuda: int = 0, mps: bool = False, capability: tuple[int, int] = (9, 0), exact: bool = True) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: f"{name}'s")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(devices, "exact_products", lambda _: exact)  # laser's own: it computes on the device
-
-    return find
-
 
 def test_the_fixture_takes_every_device_that_is_there() -> None:
     """A device joins the numeric suites by its line in `available`."""
     assert names_of(devices.available())[-1] == "cpu"
-    assert names_of({"cuda": "NVIDIA H200", "mps": "not available: x", "cpu": "2 threads"}) == ["cuda", "cpu"]
-    assert names_of({"mps": "Apple GPU", "cpu": "2 threads", "npu": "a new one"}) == ["mps", "cpu", "npu"]
+    yes, no = devices.Here(True, "a card"), devices.Here(False, "not available: x")
+    assert names_of({"cuda": yes, "mps": no, "cpu": yes}) == ["cuda", "cpu"]
+    assert names_of({"mps": yes, "cpu": yes, "npu": yes}) == ["mps", "cpu", "npu"]
 
 
 def test_cpu_is_always_there() -> None:

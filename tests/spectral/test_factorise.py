@@ -56,6 +56,7 @@ def test_values_and_truncation_equal_the_reference(
 
 
 def test_rows_beyond_one_block(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit: real blocks need matrices of thousands of rows.
     for module in (gram, projector):
         monkeypatch.setattr(module, "BLOCK_ROWS", 10)
     for W in (weights(45, 12), weights(12, 45)):

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Methods
 from helpers import Accelerator
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError
-from laser.spectral import factorise
 from laser.spectral.certificate import Factors
 from laser.spectral.devices import HOST, Device
 from laser.spectral.factorise import device_bytes, measure, steps, truncate
@@ -82,19 +82,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_the_next_step_is_taken_and_recorded(fault: str, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_step_is_taken_and_recorded(fault: str, failing: int, methods: Methods) -> None:
     """The first `failing` steps of projector, gram, gram float64, gram on the host, svd."""
     told, error = FAULTS[fault]
     tried: list[str] = []
     expected = names("projector", CARD)
-    for method, honest in dict(factorise._FACTORS).items():
+    for method, honest in dict(methods.factors).items():
         bad = raising(error) if error else spoiled(honest, fault)
 
         def count(W: Any, device: Any, values: Any, method: Any = method, bad: Any = bad, honest: Any = honest) -> Any:
             tried.append(method)
             return (bad if len(tried) <= failing else honest)(W, device, values)
 
-        monkeypatch.setitem(factorise._FACTORS, method, count)
+        methods.factors[method] = count
     W = weights()
     found = truncate(W, 6, CARD, "projector")
     assert found.certificate.method == expected[failing]
@@ -104,9 +104,9 @@ def test_the_next_step_is_taken_and_recorded(fault: str, failing: int, monkeypat
     assert torch.allclose(found.matrix, truncate(W, 6, HOST, "svd").matrix, atol=1e-4)
 
 
-def test_values_take_the_next_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = factorise._VALUES["gram"]
-    monkeypatch.setitem(factorise._VALUES, "gram", lambda W, d: honest(W, d) if d.host_blas else raising(RUNS_OUT)())
+def test_values_take_the_next_step_too(methods: Methods) -> None:
+    honest = methods.values["gram"]
+    methods.values["gram"] = lambda W, d: honest(W, d) if d.host_blas else raising(RUNS_OUT)()
     found = measure(weights(), CARD)
     assert (found.method, found.note) == (
         "gram on the host",
@@ -139,17 +139,16 @@ def test_a_wrong_spectrum_is_noticed(solver: str, fault: str, monkeypatch: pytes
     assert s == pytest.approx(np.linalg.svd(W.double().numpy(), compute_uv=False))
 
 
-def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factorise, "free_bytes", lambda _: 10_000)
+def test_memory_is_asked_before_a_matrix_is_sent(methods: Methods) -> None:
     sent: list[str] = []
-    honest = factorise._FACTORS["gram"]
+    honest = methods.factors["gram"]
 
     def record(W: torch.Tensor, device: Device, values: Any) -> Factors:
         sent.append(device.label)
         return honest(W, device, values)
 
-    monkeypatch.setitem(factorise._FACTORS, "gram", record)
-    found = truncate(weights(), 6, CARD)
+    methods.factors["gram"] = record
+    found = truncate(weights(), 6, replace(CARD, share=10_000))
     assert found.certificate.method == "gram on the host" and sent == ["cpu float64"]
     assert "GiB of memory on the device, more than is free" in found.certificate.note
     sent_later = torch.empty(14336, 4096, dtype=torch.bfloat16, device="meta")
@@ -161,18 +160,18 @@ def test_memory_is_asked_before_a_matrix_is_sent(monkeypatch: pytest.MonkeyPatch
     assert device_bytes(there, "gram", CARD) == device_bytes(there.to("meta"), "gram", CARD) + both
 
 
-def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(factorise._FACTORS, "gram", raising(RuntimeError("shapes cannot be multiplied")))
+def test_a_mistake_of_ours_is_not_hidden(methods: Methods) -> None:
+    methods.factors["gram"] = raising(RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         truncate(weights(), 6, CARD)
-    monkeypatch.setitem(factorise._FACTORS, "gram", raising(RuntimeError("something else: out of memory")))
+    methods.factors["gram"] = raising(RuntimeError("something else: out of memory"))
     with pytest.raises(RuntimeError, match="something else"):
         truncate(weights(), 6, HOST)  # on the host memory is the machine's affair
 
 
-def test_when_all_fail_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method, honest in dict(factorise._FACTORS).items():
-        monkeypatch.setitem(factorise._FACTORS, method, spoiled(honest, "wrong"))
+def test_when_all_fail_every_reason_is_told(methods: Methods) -> None:
+    for method, honest in dict(methods.factors).items():
+        methods.factors[method] = spoiled(honest, "wrong")
     with pytest.raises(NumericalError, match=r"projector: .*gram: .*gram on the host: .*svd: .*try --exclude") as error:
         truncate(weights(), 6, CARD, "projector")
     assert error.value.residual is not None and error.value.residual > 0.1

@@ -186,8 +186,10 @@ def test_a_rule_joins_by_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(s: NDArray[np.float64], shape: tuple[int, int], share: float) -> Cut:
         return Cut(int(share * len(s)), None, None, "a share of them")
 
+    # The table is where a rule is added.
     monkeypatch.setitem(RULES, "none", Rule(lambda s, shape, _: Cut(0, 2 * s[0], None, "none"), "here"))
     row = Rule(half, "here", argument="X", sample="share:0.5", calibrated=False)
+    # As above.
     monkeypatch.setitem(RULES, "share", row)
     assert specs()[-2:] == ["none", "share:0.5"] and specs(calibrated=True)[-1] == "none"
     for spec in ("none", "share:0.5"):
@@ -196,6 +198,7 @@ def test_a_rule_joins_by_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
         test_zero_matrix_has_rank_zero(spec)  # pyright: ignore[reportCallIssue]
         test_rank_counts_the_values_above_the_threshold(spec)
     test_pure_noise_keeps_at_most_two("none", SHAPES[0])
+    # As above.
     monkeypatch.setitem(RULES, "all", Rule(lambda s, shape, _: Cut(len(s), 1.0, None, "all"), "here"))
     for law in (test_pure_noise_keeps_at_most_two, test_planted_spikes_are_counted):
         with pytest.raises(AssertionError):  # and would tell that this one is not calibrated

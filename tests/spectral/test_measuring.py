@@ -46,8 +46,10 @@ def test_the_probe_decides_between_projector_and_eigenvectors_on_mps(
     probed(vectors=0.5, sign=0.45).save(path)
     assert choose_method("auto", MPS, path)[0] == "gram"  # the projector needs the eigenvalues besides
     path.write_text("damaged")
+    # Measuring takes seconds, and says what this machine is.
     monkeypatch.setattr(measuring, "measure_device", lambda device, sides: probed(0.5, 0.1))
     assert choose_method("auto", MPS, path)[0] == "projector"
+    # As above.
     monkeypatch.setattr(measuring, "measure_device", lambda *_: pytest.fail("measured again"))
     assert choose_method("auto", MPS, path)[0] == "projector"  # kept, so that the next run decides alike
 

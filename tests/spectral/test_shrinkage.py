@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import Methods
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral import factorise
 from laser.spectral.certificate import Factors
 from laser.spectral.devices import choose_device
 from laser.spectral.factorise import truncate
@@ -87,8 +87,8 @@ def test_gains_multiply_the_singular_values(method: str, wanted: Gains, shape: t
         assert int(g.sum()) == wanted.above + wanted.below
 
 
-def test_certificate_notices_gains_that_were_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = factorise._FACTORS["gram"]
+def test_certificate_notices_gains_that_were_not_applied(methods: Methods) -> None:
+    honest = methods.factors["gram"]
 
     def forged(W: torch.Tensor, device: object, values: object) -> Factors:
         cut = honest(W, CPU, None).cut
@@ -96,8 +96,7 @@ def test_certificate_notices_gains_that_were_not_applied(monkeypatch: pytest.Mon
 
     W = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 30)))
     s = torch.linalg.svdvals(W).numpy()
-    monkeypatch.setitem(factorise._FACTORS, "gram", forged)
-    monkeypatch.setitem(factorise._FACTORS, "svd", forged)
+    methods.factors["gram"] = methods.factors["svd"] = forged
     with pytest.raises(NumericalError, match="certificate missed"):
         truncate(W, Gains(5, below=3), CPU)
 

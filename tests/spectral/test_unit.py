@@ -79,8 +79,10 @@ def test_ordinary_matrices_are_the_same_to_the_bit(monkeypatch: pytest.MonkeyPat
         return found
 
     as_it_is = everything()
+    # Without the step that is tested, and with one that is never taken.
     monkeypatch.setattr(factorise, "in_unit", lambda W: (W, 1.0))
     assert everything() == as_it_is
+    # As above.
     monkeypatch.setattr(factorise, "in_unit", lambda W: (W.double() / 2.0**-7, 2.0**-7))
     assert everything() == as_it_is
 
