@@ -334,7 +334,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
         path.unlink()
         with Journal(path, bare[0]) as kept:
             kept.append(broken)
-        with pytest.raises(RecordError, match=r"holds a task that is not whole .*; start afresh with --force"):
+        with pytest.raises(RecordError, match=r"holds a task that is not whole: .*; start afresh with --force"):
             run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     path.write_text(whole_lines)
     # another measurement does not go on from there: other options, other rows, other weights under the same headers
