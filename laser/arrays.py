@@ -27,15 +27,15 @@ class ArrayRecord(Record):
     def metadata(self) -> dict[str, str]:
         return {KEY: json.dumps(self.document(), allow_nan=False)}
 
-    def save_with(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-        write_atomically(path, save(dict(arrays), metadata=self.metadata))
+    def save(self, path: Path, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
+        write_atomically(path, save(dict(arrays or {}), metadata=self.metadata))
 
     @classmethod
     @contextmanager
     def opened(cls, path: Path, framework: str) -> Iterator[Any]:
         """The file at `path` as `safe_open` gives it. Raises RecordError for what cannot be read, also inside."""
         # NumPy knows not every dtype that safetensors does, and says so in ways of its own.
-        with cls.reading(path, SafetensorError, TypeError, AttributeError, LookupError):
+        with cls.reading(path, SafetensorError, TypeError, AttributeError, LookupError, MemoryError):
             require_regular(path)
             with safe_open(path, framework=framework) as file:
                 yield file
@@ -52,7 +52,7 @@ class ArrayRecord(Record):
         """The record without its arrays. Raises RecordError as Record.load."""
         with cls.opened(path, "numpy") as file:
             document = cls.document_in(file, path)
-        return cls.checked(document, path, as_written)
+        return cls.from_document(document, path, as_written=as_written)
 
 
 def hash_of(arrays: Mapping[str, NDArray[np.float64]]) -> str:

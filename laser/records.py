@@ -440,15 +440,7 @@ class Record:
         """
         with cls.reading(path):
             document = parse(read_regular(path))
-        return cls.checked(document, path, as_written)
-
-    @classmethod
-    def checked(cls, document: Any, path: Path, as_written: bool = True) -> Self:
-        """The record in a document, and its checksum. Raises RecordError as `load`."""
-        record = cls.from_document(document, path)
-        if as_written:
-            cls.require_seal(document, path)
-        return record
+        return cls.from_document(document, path, as_written=as_written)
 
     @classmethod
     @contextmanager
@@ -458,15 +450,18 @@ class Record:
             yield
         except FileNotFoundError:
             raise RecordError(f"no such file: {path}; {cls.missing}") from None
-        except (OSError, ValueError, MemoryError, *unreadable) as error:
+        except (OSError, ValueError, *unreadable) as error:
             told = f"{path} is not a readable {cls.kind} file ({first_line(error)})"
             raise RecordError(f"{told}; make it again: `{cls.made_by}`") from error
 
     @classmethod
-    def from_document(cls, document: Any, path: Path) -> Self:
-        """The record in a document of the file at `path`, whatever its checksum. Raises RecordError as `load`."""
+    def from_document(cls, document: Any, path: Path, *, as_written: bool = False) -> Self:
+        """The record in a document of the file at `path`. Raises RecordError as `load`."""
         cls.require_kind(document, path)
-        return decode(cls, document, f"{path} is not a whole {cls.kind} file", cls.mend)
+        record = decode(cls, document, f"{path} is not a whole {cls.kind} file", cls.mend)
+        if as_written:
+            cls.require_seal(document, path)
+        return record
 
     @classmethod
     def require_kind(cls, document: Any, path: Path) -> None:

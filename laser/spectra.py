@@ -250,7 +250,7 @@ class Spectra:
             source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
             vectors=hash_of(vectors),
         )  # fmt: skip
-        header.save_with(path, vectors)
+        header.save(path, vectors)
 
     def _row(self, m: Matrix) -> Row:
         return Row(

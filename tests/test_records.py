@@ -246,7 +246,7 @@ class Head(ArrayRecord, kind="head", version=1, made_by="toy head"):
 
 def test_a_record_with_arrays(tmp_path: Path) -> None:
     head, path, a = Head(("a",)), tmp_path / "head", np.arange(3.0)
-    head.save_with(path, {"a": a})
+    head.save(path, {"a": a})
     assert Head.load(path) == head
     with Head.opened(path, "numpy") as file:
         assert np.array_equal(file.get_tensor("a"), a)
