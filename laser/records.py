@@ -116,7 +116,7 @@ class Misfit(Exception):
         """The same, one place further out."""
         at = self.places[:1]
         if at and isinstance(at[0], _Entry):
-            self.places[0] = f"{SINGULAR.get(place, place.removesuffix('s'))} {at[0]}"
+            self.places[0] = type(place)(f"{SINGULAR.get(place, place.removesuffix('s'))} {at[0]}")
         else:
             self.places.insert(0, place)
         return self
@@ -324,12 +324,9 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
 
 
 def _place(name: str, hint: Any) -> str:
-    return f"its {name}" if any(is_object(one) for one in (hint, *get_args(hint))) and not _holds(hint) else name
-
-
-def _holds(hint: Any) -> bool:
-    """Whether a type is a list or a mapping."""
-    return get_origin(hint) not in (None, Union, types.UnionType)
+    """What an error calls a field: the one object that it holds is told apart from a plain value."""
+    one_of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return f"its {name}" if any(map(is_object, one_of)) else name
 
 
 def _unlike(hint: Any, found: Any) -> Misfit:
@@ -383,11 +380,16 @@ def under(record: Any, least: float, *names: str) -> str | None:
 class Record:
     """Base of the frozen dataclasses that lie in files of their own.
 
-    kind, version: as the file says them. made_by: the command that makes one. mend: how a sentence ends about what is
-    in it; default: make it again by that command. missing: how one ends where another file was named.
-    earlier: versions that are read as well, each with what makes today's document of its own.
-    seal: whether a checksum of the rest stands last, and must be right. derived: properties that are written before
-    the fields, and must agree with them. beside: keys that may stand beside the fields, and their types.
+    Declared in the line of the class, and where they are not, by their defaults:
+
+    kind, version: as the file says them
+    made_by: the command that makes one
+    mend: how a sentence about what is in it ends; else it says to make it again by that command
+    missing: how a sentence ends where there is no such file, or another record was named
+    earlier: versions that are read as well, each with what makes today's document of its own
+    seal: whether a checksum of the rest stands last, and must be right
+    derived: properties that are written before the fields, and must agree with them
+    beside: keys that may stand beside the fields, and their types
     """
 
     kind: ClassVar[str]
