@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 
 from laser.cli import main as _main
-from laser.start import code_of, interrupted, on_interrupt
+from laser.start import code_of, interrupted, on_interrupt, too_early
 
 
 def main() -> None:
@@ -18,9 +18,15 @@ def main() -> None:
         told.append(number)
         interrupted(number, frame)
 
-    on_interrupt(stop)
-    code = _main()
-    on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
+    code: int | None = None
+    try:
+        on_interrupt(stop)
+        code = _main()
+        on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
+    except KeyboardInterrupt:  # beside the verb
+        if code is None:
+            too_early(told[0] if told else 0)
+        on_interrupt(signal.SIG_IGN)
     sys.exit(code_of(told[0]) if told and code else code)  # also where what is kept could not be said any more
 
 

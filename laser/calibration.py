@@ -26,7 +26,7 @@ from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
-from laser.files import tidy_up
+from laser.files import tidy_up, unfinished
 from laser.moments import Header, Moments, Site, fingerprint, pack
 from laser.selection import Selection
 from laser.spectral.devices import full_precision
@@ -104,7 +104,8 @@ def calibrate(
 
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
     (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
-    of another calibration. `tick` is called with each layer.
+    of another calibration. A calibration that was killed when all but tidying up was done is found whole.
+    `tick` is called with each layer.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
     kind.
@@ -133,7 +134,12 @@ def calibrate(
         "options": [diagonal, shrink, dtype, full_side],
         "version": Header.version,  # of what lies there
     }
-    parts = Parts(path.with_name(path.name + ".partial"), run, anew)
+    partial = unfinished(path)
+    begun = partial.exists()
+    parts = Parts(partial, run, anew)
+    if begun and not parts.others and (made := Moments.made_by(run, path)):  # killed or stopped while it tidied up
+        tidy_up(partial, path)
+        return made
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
     todo = {layers[m.name] or 0 for m in chosen} - parts.layers
@@ -169,7 +175,7 @@ def calibrate(
     whole |= {"window": windows.length, "windows": len(windows.windows), "tokens": tokens}
     whole |= {"dtype": dtype, "shrink": shrink, "diagonal": diagonal}
     parts.join(path, source, whole)
-    tidy_up(parts.partial, path)
+    tidy_up(partial, path)
     return Moments.load(path)
 
 

@@ -74,6 +74,7 @@ class Parts:
             if "boundary" in others[0] or len({found["layer"] for found in others}) > 1:
                 raise RecordError(f"{why}; repeat its command, or try --force")
             warnings.warn(f"{why}; it got no further than its first layer, and begins anew", DoubtWarning, stacklevel=3)
+        self.others = bool(others)  # whether it held work of another calibration
         # The layer that the states there enter.
         self.boundary: int = own.pop(partial / STATES, {"boundary": 0})["boundary"]
         self.layers = self._whole_layers(own)
@@ -163,7 +164,7 @@ class Parts:
             sites.append(site)
             hashes |= here
         digest.update(json.dumps([source.identity, source.weights.told(), whole]).encode())
-        header = Header(source, Calibration(identity=digest.hexdigest(), **whole), tuple(sites), hashes)
+        header = Header(source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes)
         join(self._files(), path, header.metadata)
 
 

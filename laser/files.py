@@ -114,9 +114,26 @@ def require_led(path: Path) -> None:
         raise OutputError(f"{path} is a link to {path.readlink()}, which is not there; remove it, or try another -o")
 
 
+def require_no_mount(path: Path) -> None:
+    """Raises OutputError for a mount point: no rename puts another file or directory in its place."""
+    place = real(path)
+    name = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(place))  # as the kernel lists it
+    mounts = b""
+    with suppress(OSError):  # Linux alone has it; there `is_mount` misses a folder that is mounted on its own disk
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+    if place.is_mount() or any(line.split()[4] == name for line in mounts.splitlines()):
+        raise OutputError(f"{path} is a mount point, which nothing can replace; try another -o, perhaps inside it")
+
+
 def short(name: str) -> str:
     """The beginning of a file's name, to which some can be added: systems take 255 bytes, not characters."""
     return os.fsencode(name)[:200].decode(errors="ignore")
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of the output `path`: there while somebody is at work on it, and after a kill."""
+    place = real(path)
+    return place.with_name(f".{short(place.name)}.lock")
 
 
 @contextmanager
@@ -125,8 +142,7 @@ def claimed(path: Path) -> Iterator[None]:
 
     Raises OutputError at once where another process, or another thread, is at work on it, saying which.
     """
-    place = real(path)
-    lock = place.with_name(f".{short(place.name)}.lock")
+    lock = lock_of(path)
     key = (str(lock), get_ident())
     if key in _held:
         yield
@@ -269,6 +285,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
     with disk_errors(path), replacing(path) as file:
         file.write(data)
+
+
+def unfinished(path: Path) -> Path:
+    """Where what is done of `path` is kept until all of it is."""
+    return path.with_name(path.name + ".partial")
 
 
 def tidy_up(work: Path, result: Path, remove: Callable[[Path], None] = shutil.rmtree) -> None:

@@ -10,15 +10,27 @@ from typing import Any
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import OnCheck, is_settled
+from laser.checkpoint.writer import OnCheck, is_settled, require_run
 from laser.engine.crew import Crew
+from laser.files import unfinished
+from laser.journal import Journal
 from laser.moments import Moments
 from laser.outcome import Outcome, plan_as_measured
-from laser.pipeline import of_another_run, records_of, reduce, reduce_in_one_pass, scan_into, spectra_there
+from laser.pipeline import (
+    of_another_run,
+    records_of,
+    reduce,
+    reduce_in_one_pass,
+    run_of_pass,
+    run_of_plan,
+    run_of_scan,
+    scan_into,
+    spectra_there,
+)
 from laser.plan import Plan, Treatment
 from laser.report.publish import write_card
 from laser.selection import Selection
-from laser.spectra import Spectra
+from laser.spectra import ENTRY, Spectra
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,7 @@ def _run_in(
 ) -> Result:
     """All but the card, in the directory `out`."""
     path = records_of(out) / "spectra.safetensors"
-    # Two passes for FP8: a matrix and its scales, perhaps in two shards, are written together.
-    if treatment is not None and moments is None and checkpoint.fp8 is None and not is_settled(checkpoint, out):
+    if treatment is not None and _in_one_pass(checkpoint, out, moments):
 
         def tick(matrix: Matrix, seconds: float) -> None:
             on_scan(matrix)
@@ -97,16 +108,74 @@ def _run_in(
             on_check=on_check,
         )  # fmt: skip
         return Result(spectra, plan, outcome)
-    outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
-    if outcome is not None:  # nothing of it is touched before it is known to be of this very run
-        outcome.plan.source.require(checkpoint, "output")
-        if path.exists() and spectra_there(path, checkpoint, selection, crew, method, null_draws, moments) is None:
-            raise of_another_run(out)
+    # Of a finished output nothing is touched before it is known to be of this very run.
+    outcome, _ = _found(out, checkpoint, selection, crew, method, null_draws, moments)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
-    if outcome is not None and plan_as_measured(plan, outcome.matrices) != outcome.plan:
-        raise of_another_run(out)
+    _require_plan(out, plan, outcome)
     plan.save(records_of(out) / "plan.json")
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
     return Result(spectra, plan, outcome)
+
+
+def require_same_run(
+    out: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    choose: Callable[[Spectra], Plan] | None,
+    *,
+    crew: Crew,
+    method: str,
+    null_draws: int = 0,
+    moments: Moments | None = None,
+    treatment: Treatment | None = None,
+) -> None:
+    """Raises as `run` where what lies in `out` is of another run; changes nothing.
+
+    choose: None where that takes a search, whose journal is compared by itself.
+    """
+    if treatment is not None and _in_one_pass(checkpoint, out, moments):
+        return require_run(checkpoint, out, run_of_pass(checkpoint, selection, treatment, crew, method, null_draws))
+    outcome, spectra = _found(out, checkpoint, selection, crew, method, null_draws, moments)
+    if spectra is None:
+        journal = unfinished(records_of(out) / "spectra.safetensors")
+        Journal.require(journal, run_of_scan(checkpoint, selection, crew, method, null_draws, moments), (ENTRY,))
+    elif choose is not None:
+        plan = choose(spectra)
+        _require_plan(out, plan, outcome)
+        require_run(checkpoint, out, run_of_plan(plan, method, crew))
+
+
+def _in_one_pass(checkpoint: Checkpoint, out: Path, moments: Moments | None) -> bool:
+    """Not FP8, where a matrix and its scales, perhaps in two shards, are written together; nor what is finished."""
+    return moments is None and checkpoint.fp8 is None and not is_settled(checkpoint, out)
+
+
+def _found(
+    out: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+) -> tuple[Outcome | None, Spectra | None]:
+    """The outcome in `out`, if all is done there, and its spectra, if they are of this scan.
+
+    Raises OutputError or RecordError for the finished output of another run.
+    """
+    path = records_of(out) / "spectra.safetensors"
+    outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
+    if outcome is not None:
+        outcome.plan.source.require(checkpoint, "output")
+    spectra = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments) if path.exists() else None
+    if outcome is not None and spectra is None and path.exists():
+        raise of_another_run(out)
+    return outcome, spectra
+
+
+def _require_plan(out: Path, plan: Plan, outcome: Outcome | None) -> None:
+    """Raises OutputError for the finished output of another plan."""
+    if outcome is not None and plan_as_measured(plan, outcome.matrices) != outcome.plan:
+        raise of_another_run(out)

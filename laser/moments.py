@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from laser.arrays import ArrayRecord
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.records import named, under
+from laser.records import differences, named, under
 from laser.spectral.data_metric import ByData
 from laser.spectral.metric import PLAIN, UNKNOWN, Metric
 
@@ -71,6 +72,7 @@ class Header(ArrayRecord, kind="moments", version=5, made_by="laser calibrate MO
 
     source: Source
     calibration: Calibration
+    run: Mapping[str, Any]  # what the calibration was asked for, as its parts tell
     sites: tuple[Site, ...]
     hashes: Mapping[str, str]  # tensor in the file -> sha256 of its bytes
 
@@ -89,6 +91,7 @@ class Moments:
     calibration: Calibration
     sites: Mapping[str, Site]
     hashes: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> sha256 of its bytes
+    run: Mapping[str, Any] = field(default_factory=dict)  # what the calibration was asked for, as its parts tell
 
     def tokens(self, name: str) -> int:
         """How many inputs the matrix has seen; 0 for one that was not calibrated."""
@@ -120,22 +123,38 @@ class Moments:
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""
-        with Header.opened(self.path, "pt") as file:
-            tensor = file.get_tensor(name)
-        if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
-            raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
+        tensor = self._read(name)
         dtype = torch.float32 if name.endswith(".correlations") else torch.float64
         if tensor.dtype != dtype or tensor.shape != shape or not torch.isfinite(tensor).all():
             told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
             raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
         return tensor
 
+    def _read(self, name: str) -> torch.Tensor:
+        """Raises RecordError for one whose bytes are not those that were written."""
+        with Header.opened(self.path, "pt") as file:
+            tensor = file.get_tensor(name)
+        if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
+            raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
+        return tensor
+
+    @staticmethod
+    def made_by(run: Mapping[str, Any], path: Path) -> Moments | None:
+        """The moments at `path` if this very run made them and every byte is as it wrote it."""
+        try:
+            there = Moments.load(path)
+            for name in there.hashes:
+                there._read(name)
+        except RecordError:
+            return None
+        return None if differences(there.run, run) else there
+
     @staticmethod
     def load(path: Path) -> Moments:
         """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
         header = Header.load(path)
         sites = {name: site for site in header.sites for name in site.matrices}
-        return Moments(path, header.source, header.calibration, sites, header.hashes)
+        return Moments(path, header.source, header.calibration, sites, header.hashes, header.run)
 
 
 def fingerprint(W: torch.Tensor) -> str:

@@ -34,7 +34,7 @@ from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkp
 from laser.engine.crew import Crew, dearest_first
 from laser.engine.workers import visit
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
-from laser.files import claimed, tidy_up
+from laser.files import claimed, lock_of, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, record_of
@@ -114,7 +114,7 @@ class Reduction:
 class OnePass:
     """A visit that measures, judges the matrix by its own spectrum, and cuts it if the verdict says so.
 
-    label: of the device that the verdict is told of, see `Spectra.device`.
+    label: of the device, as the verdict states it, see `Spectra.device`.
     """
 
     method: str
@@ -228,6 +228,15 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def run_of_scan(
+    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+) -> dict[str, Any]:
+    """What a scan's journal is identified by."""
+    more = {"moments": moments.calibration.identity} if moments else {}
+    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    return run_of("scan journal", Header.version, checkpoint, method, crew, **more)
+
+
 def scan(
     checkpoint: Checkpoint,
     selection: Selection | None = None,
@@ -246,11 +255,11 @@ def scan(
     `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
     result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
     each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix. A matrix with
-    NaN or Inf, or one that no method can factorise,
-    is skipped with its reason. `null_draws` permutations of each matrix are measured too, by their largest singular
-    value: what the rule `parallel` needs. With `moments` the singular values are measured once more in the metric of
-    the data, where a matrix was calibrated.
+    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix.
+
+    A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
+    of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
+    singular values are measured once more in the metric of the data, where a matrix was calibrated.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -259,10 +268,7 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of(
-        "scan journal", Header.version, checkpoint, method, crew, selection=selection.describe(), null_draws=null_draws
-    )
-    run |= {"moments": moments.calibration.identity} if moments else {}
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -319,7 +325,9 @@ def of_another_run(out: Path) -> OutputError:
 
 def tidy_spectra(path: Path) -> None:
     """Remove what a process that was killed behind its scan left beside whole spectra, unless somebody is at work."""
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
+    if not partial.exists() and not lock_of(path).exists():
+        return
     with suppress(OutputError), claimed(path):
         if was_journal(partial, "scan journal"):
             tidy_up(partial, path)
@@ -340,7 +348,7 @@ def scan_into(
 
     `anew` measures again whatever is there, and drops the work of another scan.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished(path)
     with claimed(path):
         if path.exists() and not anew:
             there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
@@ -515,6 +523,14 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
+def run_of_pass(
+    checkpoint: Checkpoint, selection: Selection, treatment: Treatment, crew: Crew, method: str, null_draws: int
+) -> dict[str, Any]:
+    """What the journal of one pass is identified by."""
+    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+
+
 def reduce_in_one_pass(
     checkpoint: Checkpoint,
     out: Path,
@@ -566,7 +582,6 @@ def reduce_in_one_pass(
         plan.save(out / RECORDS / "plan.json")
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
-    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    run = run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
     document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -24,6 +24,8 @@ def begin() -> None:
     """End in one line on Windows, and, where this process is the command `laser`, on an interrupt from now on."""
     if sys.platform == "win32":  # which lacks modules that are imported below
         raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
+    if is_command() and (told := too_little_memory()):
+        raise SystemExit(f"laser: {told}")
     if is_command() and not is_address(os.environ.get("HF_ENDPOINT", "")):
         raise SystemExit(f"laser: HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it")
     if is_command():
@@ -33,6 +35,26 @@ def begin() -> None:
             raise SystemExit(f"laser: the current directory: {error.strerror}; cd to one that is there") from error
     if is_command() and threading.current_thread() is threading.main_thread():
         on_interrupt(too_early)
+
+
+# Limit -> how ulimit calls it, and the bytes that the libraries take once they are imported: by /proc/self/status on
+# x86-64 Linux with one core and torch's build without CUDA; others take more. Below that they end in tracebacks, abort,
+# or wait for ever.
+LIBRARIES = {"RLIMIT_DATA": ("ulimit -d", 268_000_000), "RLIMIT_AS": ("ulimit -v", 754_000_000)}
+
+
+def too_little_memory() -> str | None:
+    """What to say where a limit of this process leaves no room for the libraries; None elsewhere."""
+    if sys.platform != "linux":  # elsewhere such limits are not kept
+        return None
+    import resource  # which Windows lacks
+
+    for name, (word, needed) in LIBRARIES.items():
+        found = resource.getrlimit(getattr(resource, name))[0]
+        if 0 <= found < needed:  # RLIM_INFINITY is negative
+            told = f"{word} allows {found / 1e9:.2f} GB, and the libraries alone take {needed / 1e9:.2f} GB"
+            return f"out of memory: {told}; raise that limit"
+    return None
 
 
 def on_interrupt(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:

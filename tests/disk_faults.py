@@ -31,7 +31,7 @@ DATA = ("write", "pwrite", "writev", "pwritev", "sendfile", "copy_file_range")
 SPENDING = (*DATA, "create", "truncate", "fallocate", "fsync", "mkdir", "link")
 NAMES = (*SPENDING, "rename", "unlink", "rmdir", "flock", "close", "exchange")
 LONGEST = 120  # seconds that a child may take
-HEAD = struct.Struct("<4q")  # disk calls met, the fault met, units of work kept, free
+HEAD = struct.Struct("<4q")  # disk calls met, the fault met, units of work kept, whether it hears signals
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import laser
 from laser.checkpoint.families import FAMILIES
 
 RANK = 4
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -31,7 +31,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-DEEPSEEK = {
+DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "n_shared_experts": 1,

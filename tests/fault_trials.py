@@ -31,6 +31,7 @@ from pico_language import TEXT, write_tokenizer
 
 from laser.__main__ import main
 from laser.cli import main as cli
+from laser.start import on_interrupt, too_early
 
 RESUMED = ("reduce", "run")  # verbs with --resume
 # What a trial of a search cost, which no two runs have in common, nor a run and its sequel; and checksums over it.
@@ -185,6 +186,13 @@ def watch(board: Board) -> None:
     Journal.append, Parts.save_states = counted, saved  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def listening(board: Board) -> None:
+    """`watch`, in a child that hears signals as one does in which `import laser` has begun."""
+    watch(board)
+    on_interrupt(too_early)
+    board.put(3, 1)
+
+
 @dataclass
 class Bench:
     """A verb with its folder, what is there before it, and what it makes when nothing disturbs it."""
@@ -246,7 +254,10 @@ class Bench:
     def signalled(self, number: int, seconds: float) -> tuple[list[str], End]:
         """As `trial`, with a signal after so many seconds, wherever the child may be then."""
         self.again()
-        begun = start(laser(filled(self.verb.words, self.inputs)), self.place, None, watch)
+        begun = start(laser(filled(self.verb.words, self.inputs)), self.place, None, listening)
+        limit = time.monotonic() + 60
+        while not begun.board.get(3) and time.monotonic() < limit:  # before that it is no process of laser yet
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(begun.pid, number)
         end = begun.wait()
@@ -334,7 +345,7 @@ class Bench:
             if not done and len(self.verb.outputs) == 1:  # of two files the first may be there, and is made again
                 yield f"advice: {last.err.strip()[:200]}"
             last = self.run([*words, "--force"])
-            units = 0
+            units = last.units
         if last.code != 0:
             yield f"not resumed: exit {last.code}: {last.err.strip()[-300:]}"
             return

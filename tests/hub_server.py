@@ -319,25 +319,24 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.content(path, content, {"ETag": '"of-the-storage"'})
             self.send(404, {}, b"")
 
-        def repo(self, name: str) -> Repo | None:
-            """The repository if this request may see it; otherwise it has been answered."""
+        def repo(self, name: str, revision: str | None) -> Repo | None:
+            """The repository at that revision if this request may see it; otherwise it has been answered."""
             repo = hub.repos.get(name)
             authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             if repo is not None and repo.gated and not authorised:
                 self.send(403 if self.headers.get("Authorization") else 401, {"X-Error-Code": "GatedRepo"}, b"")
             elif repo is None or (repo.private and not authorised):
                 self.send(401 if not authorised else 404, {"X-Error-Code": "RepoNotFound"}, b"")
+            elif (found := repo.at(revision)) is None:
+                self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
             else:
-                return repo
+                return found
             return None
 
         def listing(self, name: str, what: str | None, revision: str | None) -> None:
-            repo = self.repo(name)
+            repo = self.repo(name, revision)
             if repo is None:
                 return
-            repo = repo.at(revision)
-            if repo is None:
-                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
             files = [{"type": "file", "path": n, "size": c.size, "oid": c.etag[:40]} for n, c in repo.files.items()]
             siblings: list[dict[str, Any]] = [{"rfilename": n} for n in repo.files]
             if "blobs=" in self.path.lower():
@@ -346,12 +345,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send(200, {"Content-Type": "application/json"}, json.dumps(files if what == "tree" else info).encode())
 
         def resolve(self, path: str, name: str, revision: str, file: str) -> None:
-            repo = self.repo(name)
+            repo = self.repo(name, revision)
             if repo is None:
                 return
-            repo = repo.at(revision)
-            if repo is None:
-                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"")
             commit = "b" * 40 if hub.fault(self.command, path, ("commit",)) else repo.commit
             headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             content = repo.files.get(file)

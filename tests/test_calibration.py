@@ -154,6 +154,37 @@ def begun(speaker: Path, path: Path, layers: int) -> Path:
 QO = Selection(roles=("q", "o"))
 
 
+def test_a_calibration_killed_while_it_tidies_up_is_not_done_again(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is at its place counts where it is of this very run and every byte is as it was written, and only then."""
+    checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
+    partial = begun(speaker, path, 2)
+    with monkeypatch.context() as killed:
+        killed.setattr(calibration, "tidy_up", lambda *_: None)
+        straight = calibrate(checkpoint, windows, path, QO)
+    whole, ran = path.read_bytes(), list[int]()
+    original = calibration._run_layer
+    monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
+    left = {file.name: file.read_bytes() for file in partial.iterdir()}
+    shutil.rmtree(partial)
+    for count in (len(left), len(left) // 2, 0):  # how far it got
+        partial.mkdir()
+        for name in list(left)[:count]:
+            (partial / name).write_bytes(left[name])
+        assert calibrate(checkpoint, windows, path, QO, anew=True) == straight
+        assert not ran and not partial.exists() and path.read_bytes() == whole
+    for other in ("damaged", "diagonal", "full_side"):
+        ran.clear()
+        partial.mkdir()
+        if other == "damaged":
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        wanted = {"diagonal": {"diagonal": True}, "full_side": {"full_side": 40}}.get(other, {})
+        calibrate(checkpoint, windows, path, QO, anew=True, **wanted)
+        assert ran == [0, 1, 2] and not partial.exists()
+        assert (path.read_bytes() == whole) == (other == "damaged")
+
+
 def test_a_bad_file_of_a_layer_costs_that_layer(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
     calibrate(checkpoint, windows, tmp_path / "straight", QO)
@@ -309,7 +340,7 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
 ) -> None:
     site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
     calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
-    header = Header(Source("m", "0"), calibration, (site,), {}).document()
+    header = Header(Source("m", "0"), calibration, {}, (site,), {}).document()
     change(header)
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):

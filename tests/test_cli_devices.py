@@ -55,6 +55,7 @@ def test_a_damaged_record_is_told_and_measured_again(run: Run, cache: Path, cont
     assert run("devices", "--device", "cpu")[::2] == (0, "")
 
 
+@pytest.mark.slow
 def test_a_probe_leaves_nothing_behind(run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = ("devices", "--device", "cpu", "--probe")
     cache.parent.mkdir(parents=True)

@@ -15,12 +15,13 @@ from disk_faults import DATA, End, Fault, forked
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
 from helpers import snapshot
 
-from laser import records, start
+from laser import start
 from laser.checkpoint import swap
 from laser.cli import left_behind
 from laser.errors import OutputError
-from laser.files import claimed, tidy_up, write_atomically
-from laser.journal import Journal
+from laser.files import claimed, lock_of, tidy_up, unfinished, write_atomically
+from laser.journal import Journal, journal_is_whole
+from laser.pipeline import tidy_spectra
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
@@ -55,7 +56,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", sampled(SAMPLE, 11))
+@pytest.mark.parametrize("name", sampled(SAMPLE, len(SAMPLE)))
 def test_a_verb_survives_faults_at_its_disk_calls(name: str, inputs: dict[str, str], tmp_path: Path) -> None:
     if "plot" in name:
         pytest.importorskip("matplotlib")
@@ -131,7 +132,7 @@ def test_a_trial_tells_a_verb_that_writes_in_place(
     """Each check of the harness on a verb that is wrong in that way."""
     verb = next(verb for verb in VERBS if verb.name == "plan --force")
     # A verb as it should not be: laser has none.
-    monkeypatch.setattr("laser.plan.write_atomically", lambda path, data: path.write_bytes(data))
+    monkeypatch.setattr("laser.records.write_atomically", lambda path, data: path.write_bytes(data))
     bench = Bench(verb, inputs, tmp_path / "bench")
     at = next(i for i, name in enumerate(bench.calls, 1) if name == "write" and i > 6)
     problems, _ = bench.trial(Fault("torn", at))
@@ -187,7 +188,7 @@ def test_forgetting_an_entry_is_one_step(tmp_path: Path, monkeypatch: pytest.Mon
         journal.append({"entry": 9})
     with Journal(path, run) as again:
         assert [entry["entry"] for entry in again.entries] == [0, 1, 9]
-    assert records.journal_is_whole(path)
+    assert journal_is_whole(path)
 
 
 def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +198,16 @@ def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, m
     for name in ("work", "work.partial"):
         with pytest.raises(OutputError, match=rf"out is written, but .*{name} cannot be removed .*remove it yourself"):
             tidy_up(tmp_path / name, tmp_path / "out", full)
+
+
+def test_spectra_are_tidied_up_where_there_is_something_and_no_lock_is_taken_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    end = forked(lambda: tidy_spectra(path) or 0, tmp_path)
+    assert end.code == 0 and not end.calls
+    lock_of(path).write_bytes(b"")  # of a process that was killed behind its scan
+    Journal(unfinished(path), {"kind": "scan journal"}).close()
+    tidy_spectra(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,19 @@ import torch
 from calibrated import windows_of
 from conftest import mixtral_tensors
 from helpers import snapshot
+from mistral_release import write_release
 from safetensors.torch import save_file
 
 import laser
 from laser import calibration
 from laser.calibration import calibrate
 from laser.checkpoint import fingerprint
+from laser.checkpoint.convert import write_directory
 from laser.checkpoint.fingerprint import places_of, samples_of
 from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.mistral import as_hub
 from laser.checkpoint.safetensors import TensorInfo, read_header
+from laser.checkpoint.source import require_unchanged
 from laser.engine.crew import Crew
 from laser.errors import CheckpointError, LaserError, OutputError, RecordError
 from laser.flow import run as run_flow
@@ -169,7 +173,7 @@ def test_what_two_records_know_of_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["scan", "reduce", "run", "verify", "null", "calibrate", "eval"])
+@pytest.mark.parametrize("verb", ["scan", "reduce", "run", "verify", "null", "calibrate", "eval", "search", "convert"])
 def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(speaker)
     q = Selection(roles=("q",))
@@ -180,7 +184,19 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
         os.utime(speaker / "model.safetensors", ns=(1, 1))
 
     from laser.evaluation.evaluate import evaluate
+    from laser.evaluation.objective import Loss
+    from laser.evaluation.streaming import LayeredModel
     from laser.null import null_test
+    from laser.search.search import search
+
+    def converted(tick: Callable[..., None]) -> None:
+        release = laser.open_checkpoint(write_release(speaker, tmp_path / "release"))
+
+        def touch_that(*_: object) -> None:
+            for path in (tmp_path / "release").glob("*.safetensors"):
+                os.utime(path, ns=(1, 1))
+
+        write_directory(as_hub(release), tmp_path / "c", tick=touch_that, check=lambda: require_unchanged(release))
 
     verbs: dict[str, Callable[[], Any]] = {
         "scan": lambda: scan_into(tmp_path / "s", checkpoint, q, CREW, "gram", touch),
@@ -190,10 +206,21 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
         "null": lambda: null_test(checkpoint, q, rules=["mp-edge"], tick=touch),
         "calibrate": lambda: calibrate(checkpoint, windows_of(speaker, 2), tmp_path / "m", q, shrink=True, tick=touch),
         "eval": lambda: evaluate(checkpoint, windows_of(speaker, 2), stream=True, tick=touch),
+        "search": lambda: search(
+            LayeredModel(checkpoint),
+            laser.scan(checkpoint, q),
+            ["rank:4"],
+            Loss(windows_of(speaker, 3)),
+            [],
+            selection=q,
+            lowest_snr=1,
+            tick=touch,
+        ),
+        "convert": lambda: converted(touch),
     }
-    with pytest.raises(CheckpointError, match=r"model.safetensors changed while it was read"):
+    with pytest.raises(CheckpointError, match=r"(model|consolidated)\S*.safetensors changed while it was read"):
         verbs[verb]()
-    assert not any((tmp_path / name).exists() for name in ("s", "out/laser.json", "r/laser.json", "m"))
+    assert not any((tmp_path / name).exists() for name in ("s", "out/laser.json", "r/laser.json", "m", "c"))
     if verb in ("scan", "reduce"):  # what was made of it is not gone on with
         checkpoint = laser.open_checkpoint(speaker)
         with pytest.raises(RecordError, match=r"holds work on a model that changed meanwhile.*--force"):

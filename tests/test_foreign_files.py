@@ -66,6 +66,7 @@ def test_an_output_of_other_weights_that_the_samples_do_not_tell(
     assert code == 1 and "not of these weights" in error, error
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_a_finished_output_as_it_is(pico: Path, tmp_path: Path, run: Run) -> None:
     words = ("run", pico, "-o", tmp_path / "out", "--no-search")
     assert run(*words, "--rule", "rank:4")[0] == 0
@@ -171,6 +172,7 @@ def test_every_side_file_is_summed(pico: Path, made: Path, run: Run) -> None:
     _require_as_written(out, json.loads((out / "laser.json").read_text()))  # nor has push anything against them
 
 
+@pytest.mark.slow
 def test_what_a_desktop_puts_everywhere_is_of_no_concern(pico: Path, made: Path, run: Run) -> None:
     """Finder writes .DS_Store into what is looked at, and ._NAME beside each NAME on a disk of another system."""
     out, names = made / "looked-at", (".DS_Store", "._config.json", f"._{SHARD}", "Thumbs.db", "desktop.ini")

@@ -66,7 +66,6 @@ def test_what_others_read_has_the_scores_of_spectrum_unless_told_otherwise(
         assert entry["snr"] == pytest.approx(s[:kept].sum() / s[kept:].sum() / s[0])
 
 
-@pytest.mark.slow
 def test_nothing_is_written_when_a_part_is_refused(run: Run, spectra: Path, tmp_path: Path) -> None:
     files = ("--snr-json", tmp_path / "j", "--unfrozen-yaml", tmp_path / "y")
     assert run("spectra", spectra, *files, "--top-percent", 0)[0] == 2

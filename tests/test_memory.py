@@ -287,6 +287,7 @@ def unwarned(err: str) -> str:
     return "".join(line for line in err.splitlines(True) if not line.startswith("laser: warning: "))
 
 
+@pytest.mark.slow
 def test_the_command_that_a_refusal_names_works(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +307,7 @@ def test_the_command_that_a_refusal_names_works(
     assert "; try a machine with 0." in run(*words)[2]
 
 
+@pytest.mark.slow
 def test_run_keeps_its_promise_and_finds_the_same(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

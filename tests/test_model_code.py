@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import Run, sampled
 from pico_language import TEXT, make_model
 
 from laser.cli import app
@@ -41,7 +41,7 @@ def with_code(path: Path, marker: Path, model_type: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_type", ["llama", "nobody_knows"])
+@pytest.mark.parametrize("model_type", sampled(["nobody_knows", "llama"], 2))
 def test_no_verb_runs_the_code_of_a_model(
     model_type: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

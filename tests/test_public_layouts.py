@@ -18,24 +18,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import sampled
+from families import DEEPSEEK, SIZES
 from safetensors.torch import load_file, save_file
 
 import laser
 from laser.errors import LaserError
 
 Tensors = dict[str, torch.Tensor]
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 BERT = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "bos_token_id", "eos_token_id")}
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHER = b"the same weights in another format, not reduced"
@@ -409,22 +399,7 @@ def sdxl() -> dict[str, Any]:
 
 
 def deepseek_v3() -> dict[str, Any]:
-    entries: dict[str, Any] = SIZES | {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-    config, t = made("deepseek_v3", **entries)
+    config, t = made("deepseek_v3", **SIZES | DEEPSEEK)
     extra = {name.replace("layers.1.", "layers.2."): x.clone() for name, x in t.items() if "layers.1." in name}
     at = "model.layers.2."
     extra |= {
@@ -736,8 +711,7 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.model.split(":")[0])
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, 20), ids=lambda layout: layout.model.split(":")[0])
 def test_public_layout(layout: Layout, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     lay(source, layout.files())

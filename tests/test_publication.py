@@ -358,6 +358,16 @@ TRIED = {"label": "q", "rule": "rank:2", "ranks": {"q": 2}, "d": 0.5, "se": None
 TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
 
 
+def as_searched(source: Checkpoint, out: Path) -> dict[str, Any]:
+    """What a search that ended in this output would have written."""
+    accepted = [
+        TRIED | {"label": name, "ranks": {name: line.rank}, "accepted": True}
+        for name, line in Outcome.load(out).plan.reductions.items()
+    ]
+    found: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED, *accepted]}
+    return found | {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "change", "message"),
@@ -374,13 +384,7 @@ TRIED |= {"predicted": None, "layer_forwards": 3, "seconds": 0.1}
 def test_a_searchs_record_is_checked_whole(
     searched: tuple[Checkpoint, Path], part: str, change: dict[str, object], message: str | None
 ) -> None:
-    source, out = searched
-    accepted = [
-        TRIED | {"label": name, "ranks": {name: line.rank}, "accepted": True}
-        for name, line in Outcome.load(out).plan.reductions.items()
-    ]
-    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED, *accepted]}
-    document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
+    out, document = searched[1], as_searched(*searched)
     document[part] = [document[part][0] | change, *document[part][1:]]
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(sealed(document)))
@@ -392,13 +396,7 @@ def test_a_searchs_record_is_checked_whole(
 
 
 def test_a_search_that_was_changed_is_refused(searched: tuple[Checkpoint, Path]) -> None:
-    source, out = searched
-    accepted = [
-        TRIED | {"label": name, "ranks": {name: line.rank}, "accepted": True}
-        for name, line in Outcome.load(out).plan.reductions.items()
-    ]
-    document: dict[str, Any] = {"kind": "search", "version": 2, "held_out": [HELD], "trials": [TRIED, *accepted]}
-    document |= {"source": asdict(Source.of(source)), "calibration": HELD, "rank_correlation": None, "families": {}}
+    out, document = searched[1], as_searched(*searched)
     (out / SEARCH).parent.mkdir(exist_ok=True)
     (out / SEARCH).write_text(json.dumps(sealed(document) | {"held_out": [HELD | {"after": 2.0}]}))
     with pytest.raises(RecordError, match="changed or damaged since it was written"):

@@ -8,9 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from disk_faults import End, forked
+
+from laser import __main__ as command
+from laser import cli, start
+from laser.cli import main
 
 PACKAGE = Path(__file__).parent.parent / "laser"
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "HFLM"}
@@ -68,6 +76,50 @@ main()
 
 
 @pytest.mark.slow
+def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path: Path) -> None:
+    """At every line of the command's own two modules, before, in and behind the verb: it was a traceback at some."""
+    assert main(["scan", str(pico), "-o", str(tmp_path / "s"), "--roles", "q"]) == 0
+    files = {cli.__file__, command.__file__}
+
+    def interrupted(at: int) -> End:
+        def work() -> int:
+            left, verb = at, ["plan", "s", "-o", "p", "--rule", "rank:4"]
+
+            def trace(frame: FrameType, event: str, _: object) -> Any:
+                nonlocal left
+                if frame.f_code.co_filename not in files:
+                    return None
+                left -= event == "line"
+                if left == 0:
+                    sys.settrace(None)
+                    os.kill(os.getpid(), signal.SIGINT)
+                return trace
+
+            start.on_interrupt(start.too_early)  # as `import laser` does
+            sys.argv = ["laser", *verb]
+            sys.settrace(trace)
+            try:
+                command.main()
+            except SystemExit as end:
+                sys.settrace(None)
+                return 77 if left > 0 else int(end.code or 0)
+            return 96
+
+        (tmp_path / "p").unlink(missing_ok=True)
+        return forked(work, tmp_path)
+
+    codes: list[int] = []
+    for at in count(1):
+        end = interrupted(at)
+        if end.code == 77:  # all lines are through
+            break
+        codes.append(end.code)
+        assert end.code in (0, 130) and end.err.count("\n") == (end.code == 130), (at, end)
+        assert "nothing was written" not in end.err or not (tmp_path / "p").exists(), (at, end)
+    assert len(codes) > 40 and {0, 130} <= set(codes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
     words = [sys.executable, "-c", WAITING.replace("sleep(60)", "sleep(1)"), str(pico), str(tmp_path / "s")]
@@ -118,6 +170,22 @@ def test_a_current_directory_that_is_gone(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", words], capture_output=True)
     told = b"laser: the current directory: No such file or directory; cd to one that is there\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", told)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such limits are not kept")
+@pytest.mark.parametrize(("name", "word"), [("RLIMIT_DATA", "ulimit -d"), ("RLIMIT_AS", "ulimit -v")])
+def test_a_limit_that_the_libraries_do_not_fit_into_is_one_line(name: str, word: str) -> None:
+    """With 200 MB of data a library waited for ever, at 260 MB there was a traceback, and signals were not heard."""
+    import resource
+
+    def limited() -> None:
+        resource.setrlimit(getattr(resource, name), (200_000_000, resource.RLIM_INFINITY))
+
+    words = [sys.executable, "-m", "laser", "devices"]
+    done = subprocess.run(words, preexec_fn=limited, capture_output=True, text=True, timeout=60)
+    start = f"laser: out of memory: {word} allows 0.20 GB, and the libraries alone take 0."
+    assert done.returncode == 1 and done.stderr.startswith(start) and done.stderr.endswith("raise that limit\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_windows_is_told_in_one_line() -> None:

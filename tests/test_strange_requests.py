@@ -5,18 +5,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run
+from disk_faults import forked
+from helpers import snapshot
 
 import laser
+from laser import journal
+from laser.checkpoint import swap, writer
 from laser.checkpoint.pickles import read_pickle
 from laser.checkpoint.reader import INDEX
+from laser.cli import main
 from laser.errors import CheckpointError, DoubtWarning
 from laser.evaluation.causal import build_causal
 
@@ -29,6 +39,39 @@ def test_a_link_that_leads_to_itself_is_no_output(pico: Path, tmp_path: Path, ru
     loop.symlink_to(loop)
     code, _, error = run(*words.format(m=pico, l=loop).split())
     assert code == 1 and "is a link that leads to itself; remove it" in error and error.count("\n") == 1
+
+
+MOUNTED = """
+mkdir "$1/a b" && mount -t tmpfs none "$1/a b" && touch "$1/f" && mount --bind "$1/f" "$1/f" || exit 99
+cd "$1" && shift && {laser} reduce m p -o "a b" && {laser} reduce m p -o "a b" --resume || exit 98
+{laser} reduce m p -o "a b" --force; {laser} scan m -o f --force; ls -A
+"""
+
+
+def test_a_mount_point_is_written_to_and_never_replaced(pico: Path, tmp_path: Path, run: Run) -> None:
+    """It was found when all the work was done, and called a matter of permissions."""
+    shutil.copytree(pico, tmp_path / "m")
+    assert run("scan", tmp_path / "m", "-o", tmp_path / "s", "--roles", "q")[0] == 0
+    assert run("plan", tmp_path / "s", "-o", tmp_path / "p", "--rule", "rank:4")[0] == 0
+    words = ["unshare", "-rm", "sh", "-c", MOUNTED.format(laser=f"{sys.executable} -m laser"), "sh", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True) if shutil.which("unshare") else None
+    if done is None or done.returncode not in (0, 98):
+        pytest.skip("needs a namespace of its own to mount in")
+    told = "is a mount point, which nothing can replace; try another -o, perhaps inside it"
+    assert done.stderr.splitlines() == [f"laser: a b {told}", f"laser: f {told}"], done
+    assert done.stdout.split("\n")[-7:] == ["a b", "f", "m", "p", "pico", "s", ""]
+
+
+@pytest.mark.parametrize("verb", ["eval {} --windows 2", "calibrate {} -o mo --windows 2 --ledoit-wolf"])
+def test_a_tokenizer_whose_path_is_no_utf8_is_told(
+    speaker: Path, tmp_path: Path, run: Run, text: Path, verb: str
+) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
+    shutil.copytree(speaker, name)
+    words = [name if word == "{}" else word for word in verb.split()]
+    code, _, error = run(*words, "--text", text, "--window", 32)
+    assert code == 1 and error.endswith(": no tokenizer can be read from a path that is no UTF-8; rename it\n")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("target", ["nowhere", "nowhere/below"])
@@ -148,6 +191,78 @@ def test_a_dry_run_of_a_reduction_refuses_what_the_reduction_does(
         (out / "laser.json").unlink()
         real, dry = run(*asked), run(*asked, "--dry-run")
         assert real[0] == dry[0] == 1 and real[2] == dry[2], (real, dry)
+
+
+PLAIN = ("--no-search", "--rule", "rank:4")
+SEARCHED = (
+    "--search",
+    "--rule",
+    "rank:4",
+    "--roles",
+    "q",
+    "--layers",
+    "0",
+    "--windows",
+    "2",
+    "--held-out-windows",
+    "1",
+)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("killed", ["scan", "reduce", "finished"])
+@pytest.mark.parametrize(
+    ("begun", "asked"),
+    [
+        (PLAIN, (*PLAIN[:-1], "rank:5")),
+        (PLAIN, (*PLAIN, "--roles", "q")),
+        ((*PLAIN, "--lowest-snr", "3"), (*PLAIN, "--lowest-snr", "2")),
+        (SEARCHED, (*SEARCHED, "--accept", "any-drop")),
+        (SEARCHED, (*SEARCHED, "--roles", "k")),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("one_thread")
+def test_a_dry_run_that_resumes_refuses_what_the_run_does(
+    speaker: Path, tmp_path: Path, text: Path, begun: tuple[str, ...], asked: tuple[str, ...], killed: str, forced: bool
+) -> None:
+    """What lies there is another run's; of the very run that began it, it is not."""
+    words = ["run", str(speaker), "-o", "o", "--device", "cpu"]
+    said = ["--text", str(text), "--window", "32"] if begun is SEARCHED else []
+    if forced:
+        assert forked(lambda: main([*words, "--no-search", "--rule", "rank:3", "--roles", "o"]), tmp_path).code == 0
+
+    def stopped() -> int:
+        def die(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if killed == "scan":
+            journal.Journal.append = after(journal.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
+        elif killed == "reduce":
+            writer._copy_side_files = after(writer._copy_side_files, die)
+        elif forced:  # all is done but the exchange
+            swap._exchange = die
+        return main([*words, *begun, *said, *(["--force"] if forced else [])])
+
+    assert forked(stopped, tmp_path).code == (0 if killed == "finished" and not forced else -signal.SIGKILL)
+    end = ["--resume", *(["--force"] if forced else [])]
+    before = snapshot(tmp_path)
+    dry = forked(lambda: main([*words, *asked, *said, *end, "--dry-run"]), tmp_path)
+    same = forked(lambda: main([*words, *begun, *said, *end, "--dry-run"]), tmp_path)
+    assert snapshot(tmp_path) == before
+    real = forked(lambda: main([*words, *asked, *said, *end]), tmp_path)
+    assert same.code == 0, same.err
+    scanned_alike = killed == "scan" and asked[-2] in ("--lowest-snr", "--accept")
+    assert (dry.code, dry.err) == (real.code, real.err) and real.code == int(not scanned_alike), (dry, real)
+
+
+def after(call: Callable[..., Any], then: Callable[..., None]) -> Callable[..., Any]:
+    """The call, and then something else."""
+
+    def both(*arguments: Any, **options: Any) -> None:
+        call(*arguments, **options)
+        then()
+
+    return both
 
 
 @pytest.mark.parametrize("words", [["--limit", "3"], ["--tasks", "winogrande"]])

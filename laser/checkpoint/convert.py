@@ -18,7 +18,7 @@ import torch
 from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import BITS, Entry, TensorInfo, virtual_shard
 from laser.errors import OutputError
-from laser.files import claimed, disk_errors, require_led
+from laser.files import claimed, disk_errors, require_led, unfinished
 
 MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
 
@@ -88,7 +88,7 @@ def _write_directory(
     check: Callable[[], None],
 ) -> None:
     require_new(out)
-    needed, partial = sum(shard.size for shard in checkpoint.shards), out.with_name(out.name + ".partial")
+    needed, partial = sum(shard.size for shard in checkpoint.shards), unfinished(out)
     small = {"config.json": checkpoint.config_bytes, **files}
     if checkpoint.index_bytes is not None:
         small[INDEX] = checkpoint.index_bytes

@@ -18,7 +18,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
 from laser.checkpoint.slices import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
 from laser.errors import CheckpointError
-from laser.files import disk_errors, open_regular
+from laser.files import disk_errors, open_regular, unfinished
 from laser.journal import Journal
 
 
@@ -229,4 +229,4 @@ def settle(partial: Path, changed: bool) -> str | None:
 
 def partial_of(out: Path, name: str) -> Path:
     """The file in which a shard is made."""
-    return out / f"{name}.partial"
+    return unfinished(out / name)

@@ -32,7 +32,7 @@ from laser.checkpoint.writer import (
     require_usable,
 )
 from laser.errors import OutputError
-from laser.files import claimed, disk_errors, real, short, tidy_up
+from laser.files import claimed, disk_errors, real, require_no_mount, short, tidy_up
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
@@ -98,8 +98,11 @@ def _recover(source: Checkpoint, target: Path, new: Path, old: Path) -> bool:
     return True
 
 
-def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> None:
-    """Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all."""
+def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -> Path:
+    """The directory in which `writing` would write, perhaps not there yet.
+
+    Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all.
+    """
     new = _beside(out, "new")
     place = new if force and (out.exists() or new.exists()) else out
     require_apart(source, out)
@@ -108,10 +111,12 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
     if place == out and not (_beside(out, "old").exists() and not out.exists()):  # else killed between two renames
         require_usable(source, out, resume=resume)
     elif out.exists():
+        require_no_mount(out)
         require_ours(source, out)
     require_side_files(source)
     there = {s.name for s in source.shards if resume and (place / s.name).exists()}
     require_room(source, place, there)
+    return place
 
 
 def _beside(out: Path, end: str) -> Path:

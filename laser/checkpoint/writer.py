@@ -91,16 +91,21 @@ OnCheck = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 
 def require_apart(source: Checkpoint, out: Path) -> None:
-    """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
-    target = real(out)
-    if target == source.path or source.path in target.parents or target in source.path.parents:
-        raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
+    """Raises OutputError where `require_outside` does, or the source has links that no output can have."""
+    require_outside(source, out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a new directory; try another -o")
     for link in foreign_links(source.path):  # they would stay behind, and the output would not load
         raise OutputError(
             f"{link} is a link to {link.readlink()}, and what a link leads to is not published; put a copy in its place"
         )
+
+
+def require_outside(source: Checkpoint, out: Path) -> None:
+    """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
+    target = real(out)
+    if target == source.path or source.path in target.parents or target in source.path.parents:
+        raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
 
 
 MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')

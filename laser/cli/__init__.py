@@ -212,8 +212,16 @@ def _forget(stream: TextIO | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug, held = "--debug" in arguments, common.Held()
+    arguments, held = sys.argv[1:] if arguments is None else arguments, common.Held()
+    try:
+        return _ended(arguments, held)
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
+        return _interrupted(arguments, held)
+
+
+def _ended(arguments: list[str], held: common.Held) -> int:
+    """The exit code of a verb, whatever became of it."""
+    debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no UTF-8
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -235,8 +243,6 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, OSError):
             return _disk(error)
         raise
-    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it
-        return _interrupted(arguments, held)
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:
             return _interrupted(arguments, held)

@@ -32,7 +32,7 @@ def calibrate(
     on: options.OneDevice,
     record: options.Record,
 ) -> None:
-    """Run a text through the model layer by layer and keep the second moments of what each matrix meets.
+    """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
 
     One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
     from there.
@@ -74,7 +74,7 @@ def calibrate(
         )
     _print_moments(moments, {m.name: (m.role, m.shape) for m in list_matrices(checkpoint)})
     for name, tokens in list(unseen.items())[:20]:
-        say(f"{name}: met {tokens} tokens, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for")
+        say(f"{name}: {tokens} tokens seen, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for")
     if len(unseen) > 20:
         say(f"... and {len(unseen) - 20} more")
     told = moments.calibration

@@ -25,8 +25,12 @@ from laser.records import to_json
 
 @dataclass
 class Held:
-    """What a verb keeps for itself until it ends, the files that it is to write, as they were when it began, those of
-    its options that do nothing as it was called, and the words that a recipe added to its command line."""
+    """What a verb keeps for itself until it ends.
+
+    files: those that it is to write, as they were when it began
+    idle: those of its options that do nothing as it was called
+    given: the words that a recipe added to its command line
+    """
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from laser.checkpoint.mistral import as_hub, is_release
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.side_files import read_own
 from laser.checkpoint.source import require_unchanged
+from laser.checkpoint.writer import require_outside
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import CheckpointError, UsageError
@@ -44,9 +45,11 @@ def convert(
     ] = None,
     told: options.Json,
 ) -> None:
-    """Translate a model into the Hub's format, with the same logits: from Mistral's own releases (params.json and
-    consolidated*.safetensors or .pt), tokenizer files copied byte for byte; or from a GGUF file, dequantised, with
-    the tokenizer that transformers makes of its metadata."""
+    """Translate a model into the Hub's format, with the same logits.
+
+    Of one of Mistral's own releases (params.json and consolidated*.safetensors or .pt) the tokenizer files are copied
+    byte for byte. A GGUF file is dequantised, and gets the tokenizer that transformers makes of its metadata.
+    """
     start = time.perf_counter()
     require_new(output)
     if is_gguf(model):
@@ -60,6 +63,7 @@ def convert(
         if dtype is not None:
             raise UsageError("--dtype is for GGUF files; a release keeps its own")
         release = open_checkpoint(model)
+        require_outside(release, output)
         seen, side = _from_release(release, model)
 
         def check() -> None:

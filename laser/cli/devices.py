@@ -25,7 +25,7 @@ def devices(
 ) -> None:
     """Say which device would compute here, in which precision, by which method, and why.
 
-    With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk, and keep the figures in the
+    With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk. The figures are kept in the
     user's cache directory, from where --dry-run takes them.
     """
     here, chosen = {name: found.what for name, found in available().items()}, where.choose()
@@ -33,7 +33,7 @@ def devices(
         measured, path = measure_device(chosen, disk=disk), cache_path()
         try:
             measured.save(path)
-        except OSError as error:  # what was measured is told all the same
+        except OSError as error:  # what was measured is printed all the same
             say(f"laser: warning: {path} cannot be written ({error.strerror}): not kept", aside=True)
             path = None
     else:

@@ -1,4 +1,4 @@
-"""What is foretold and what it took: --dry-run, and the last lines of scan, reduce and run."""
+"""Estimates and what it took: --dry-run, and the last lines of scan, reduce and run."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _duration(seconds: float) -> str:
 def print_outcome(
     outcome: Outcome, output: Path, meter: Meter, seconds: float | None, foretold: Estimate, as_json: bool
 ) -> None:
-    """`seconds`: what was foretold for this very work, None where nothing can be, as for a search."""
+    """`seconds`: what was estimated for this very work, None where nothing can be, as for a search."""
     if as_json:
         return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, foretold))
     common.print_plan(outcome.plan.lines)
@@ -193,6 +193,6 @@ def print_outcome(
 
 
 def took(meter: Meter, seconds: float | None, foretold: Estimate) -> dict[str, Any]:
-    """For programs: what it took, and what was foretold."""
+    """For programs: what it took, and what was estimated."""
     told = {"seconds": seconds, "peak_bytes": foretold.peak_bytes, "basis": foretold.basis}
     return {"seconds": meter.seconds, "peak_bytes": meter.peak, "foretold": told}

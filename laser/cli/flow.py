@@ -82,7 +82,8 @@ def plan(
     how: options.Rule,
     lowest: options.Lowest,
     fewest_tokens: Annotated[
-        int | None, typer.Option("--fewest-tokens", help="Keep a matrix that met fewer; default: its smaller side.")
+        int | None,
+        typer.Option("--fewest-tokens", help="Keep a matrix that saw fewer inputs; default: its smaller side."),
     ] = None,
     which: options.Matrices,
     record: options.Record,
@@ -135,9 +136,9 @@ def reduce(
     known, elsewhere = moments.load(), options.Inputs(fresh).load()
     if work.dry_run:
         written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
-        require_place(written, output, resume=work.resume, force=work.force)
-        if work.resume and not work.force:
-            require_run(written, output, asked)
+        place = require_place(written, output, resume=work.resume, force=work.force)
+        if work.resume:
+            require_run(written, place, asked)
         return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
     foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:

@@ -24,11 +24,12 @@ from laser.errors import OutputError, UsageError
 from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
+from laser.files import require_no_mount
 from laser.moments import Moments
 from laser.plan import parse_lowest_snr
 from laser.search.trials import ACCEPT
 from laser.selection import Selection, parse_layers, parse_roles
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import NAMES, Device, choose_device
 from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
@@ -82,6 +83,7 @@ Spectra = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written b
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
+DEVICES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
@@ -107,7 +109,7 @@ class Matrices:
 class OneDevice:
     """Where a verb computes that takes one device."""
 
-    device: str = option("auto", "auto, cuda, mps or cpu.")
+    device: str = option("auto", f"{DEVICES}.")
 
     def choose(self) -> Device:
         return choose_device(self.device)
@@ -127,7 +129,7 @@ class Precise(OneDevice):
 class Compute(Precise):
     """Where and how a verb computes that visits matrix after matrix, on all the devices that it is given."""
 
-    device: str = option("auto", "auto, cuda, mps or cpu; several: cuda:0,cuda:1, or all, two workers each.")
+    device: str = option("auto", f"{DEVICES}; several: cuda:0,cuda:1, or all, two workers each.")
     workers: int | None = option(None, "On the cpu, one thread each; default: as cores and memory allow.")
     engine: str = option("threads", "threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
     method: str = option("auto", "auto, gram (fast), projector (products alone) or svd (reference).")
@@ -136,7 +138,7 @@ class Compute(Precise):
         return choose_crew(self.device, self.precision, workers=self.workers, engine=self.engine)
 
     def truncating(self, crew: Crew) -> str:
-        """The method by which this crew truncates."""
+        """The method by which these workers truncate."""
         return choose_method(self.method, crew.devices[0])[0]
 
 
@@ -144,7 +146,9 @@ class Compute(Precise):
 class Inputs:
     """By the inputs of which text."""
 
-    moments: Path | None = option(None, "File of laser calibrate: go by the inputs that matrices meet, too.")
+    moments: Path | None = option(
+        None, "Moments file of laser calibrate: also go by its inputs x, in the metric E||W x||^2."
+    )
 
     def load(self) -> Moments | None:
         return None if self.moments is None else Moments.load(self.moments)
@@ -159,7 +163,11 @@ class Rule:
     )
     shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
     two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
-    require_fit: float | None = option(None, "Keep a matrix whose bulk fits noise at a lower level than this.")
+    require_fit: float | None = option(
+        None,
+        "Leave a matrix whole if its bulk is rejected as noise at this level (p-value of the fit below P; try 0.05).",
+        metavar="P",
+    )
 
     def treatment(self) -> dict[str, Any]:
         """What a Treatment takes beside its rule."""
@@ -284,6 +292,7 @@ class Force:
         if path.exists() and not self.force:
             raise OutputError(f"{path} exists; try another -o, or --force to replace it")
         if path.exists():
+            require_no_mount(path)
             require_replaceable(path, kind)
         common.to_write(path)
 

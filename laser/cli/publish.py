@@ -17,7 +17,7 @@ from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
-from laser.files import tidy_up
+from laser.files import tidy_up, unfinished
 from laser.outcome import Outcome
 from laser.records import agree, fingerprint_in
 from laser.report.comparison import Row, leaderboard_rows
@@ -146,11 +146,11 @@ def _measure_tasks(
         words += [flag, str(value)] if value is not None else []
     board = run_leaderboard(
         checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=_journal(output), anew=anew, known=_there(output) if again else None,
+        command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
     )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
-    tidy_up(_journal(output), output)
+    tidy_up(unfinished(output), output)
     return board
 
 
@@ -160,11 +160,6 @@ def _there(output: Path) -> Leaderboard | None:
         return Leaderboard.load(output)
     except RecordError:
         return None
-
-
-def _journal(output: Path) -> Path:
-    """Where the tasks that are finished are kept until all are."""
-    return output.with_name(output.name + ".partial")
 
 
 def push(

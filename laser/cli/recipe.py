@@ -99,7 +99,7 @@ def load_recipe(name_or_file: str) -> dict[Any, Any]:
             text, suffix = read_regular(path).decode(), path.suffix
         except (OSError, ValueError) as error:
             raise RecordError(f"recipe {name_or_file} cannot be read ({first_line(error)}); mend it") from error
-    import yaml  # comes with huggingface_hub; imported when met
+    import yaml  # comes with huggingface_hub; imported when needed
 
     try:
         flags = yaml.safe_load(text) if suffix in (".yaml", ".yml") else tomllib.loads(text)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,12 +26,13 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, load_tokenizer
+from laser.flow import require_same_run
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
 from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
-from laser.search.search import SearchRecord, check_objectives, check_request
+from laser.search.search import SearchRecord, check_objectives, check_request, require_journal
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
@@ -67,8 +68,8 @@ def run(
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
 
     Without a recipe nothing is cut unmeasured: candidates are tried one at a time and kept only if the model gets
-    better. A recipe is followed as it stands; with --search its candidates are tried in the same way, and the six tasks
-    of the leaderboard are run on source and result where lm-eval is installed.
+    better. A recipe is followed as it stands. With --search its candidates are tried in the same way, and the six tasks
+    of the leaderboard are run on source and result, where lm-eval is installed.
     """
     # Rule and number default to the published procedure's candidates.
     wanted = "laser-rmt" if how.rule is None else how.rule
@@ -89,7 +90,7 @@ def run(
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
-    require_place(checkpoint, output, resume=work.resume, force=work.force)
+    begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
     if known is not None:
@@ -116,7 +117,24 @@ def run(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         measure = _measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
+
+    def planned(spectra: Spectra) -> Plan:
+        return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
+
+    of_run: dict[str, Any] = {
+        "crew": crew,
+        "method": method,
+        "null_draws": draws,
+        "moments": known,
+        "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
+    }
     if work.dry_run:  # everything is checked that the run itself would refuse
+        if work.resume:
+            require_same_run(begun, checkpoint, chosen, None if searching else planned, **of_run)
+            if measure is not None:
+                asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order}
+                journal = records_of(begun) / "search.jsonl"
+                require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
             measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=trials.order))
@@ -125,9 +143,8 @@ def run(
         return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
 
     def choose(spectra: Spectra) -> Plan:
-        if not searching:
-            return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
-        assert measure is not None
+        if measure is None:
+            return planned(spectra)
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
@@ -154,11 +171,7 @@ def run(
             place,
             chosen,
             choose,
-            crew=crew,
-            method=method,
-            treatment=Treatment(wanted, **treatment) if not searching and count is None else None,
-            null_draws=draws,
-            moments=known,
+            **of_run,
             resume=True,
             name=output.resolve().name,
             command=_command(checkpoint, output),
@@ -206,8 +219,11 @@ def _measure(
 
 
 def _command(checkpoint: Checkpoint, output: Path) -> str:
-    """The command line that makes the output: as it was given, without folders of this machine, and without what only
-    says how to get there, so that the card of a run that was killed and resumed is that of an undisturbed one."""
+    """The command line that makes the output: as it was given, without folders of this machine.
+
+    What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
+    undisturbed one.
+    """
     names = {str(checkpoint.path): checkpoint.name, str(output): output.resolve().name}
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
     words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in given]

@@ -26,7 +26,15 @@ from laser.files import real
 from laser.pipeline import scan_into, tidy_spectra
 from laser.search.candidates import candidates_of
 from laser.search.foretold import possible_candidates
-from laser.search.search import Report, SearchRecord, SearchResult, Trial, check_objectives, check_request
+from laser.search.search import (
+    Report,
+    SearchRecord,
+    SearchResult,
+    Trial,
+    check_objectives,
+    check_request,
+    require_journal,
+)
 from laser.search.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
@@ -95,7 +103,7 @@ def search(
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
     for path in (journal, *([spectra] if measured is None else [])):
         common.keep_file(path)
-    if measured is not None:
+    if measured is not None and not work.dry_run:
         tidy_spectra(spectra)
     texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
@@ -113,6 +121,8 @@ def search(
     )
     draws = max((draws_needed(rule) for rule in wanted), default=0)
     if work.dry_run:
+        if not work.force:
+            require_journal(journal, layered, wanted, calibration, chosen, where, known, asked)
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]

@@ -49,7 +49,7 @@ def choose_crew(
     if engine == "threads":
         chosen = tuple(choose_device(name, precision) for name in names)
     else:
-        from laser.engine.ray import choose_in_cluster  # imported when met: Ray is an extra
+        from laser.engine.ray import choose_in_cluster  # imported when needed: Ray is an extra
 
         chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
     if len({found.dtype for found in chosen}) != 1:
@@ -68,7 +68,7 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
     which of the crew's devices it gets.
     """
     if crew.engine != "threads":
-        from laser.engine.ray import visit_on_ray  # imported when met: Ray is an extra
+        from laser.engine.ray import visit_on_ray  # imported when needed: Ray is an extra
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:

@@ -166,6 +166,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def _for_terminals() -> Iterator[None]:
+    """Bars of other libraries, which say how far the hours are, where somebody can see them."""
+    with nullcontext() if sys.stderr is not None and sys.stderr.isatty() else _quiet():
+        yield
+
+
 def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
     """Mean of independent figures, each with its standard error, and the error of the mean; None where one has none."""
     mean = math.fsum(value for value, _ in parts) / len(parts)
@@ -486,8 +493,7 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
     """lm-eval's tasks of the files in `folder`, with their rows. Raises UsageError for rows that are not there."""
     try:
         # Without the packaged index: reading its thousands of files takes longer than a small task.
-        # A download shows how far it is, on a terminal.
-        with nullcontext() if sys.stderr is not None and sys.stderr.isatty() else _quiet():
+        with _for_terminals():
             return _lm_eval("tasks").TaskManager(include_path=str(folder), include_defaults=False).load(names)
     except Exception as error:  # `datasets` raises its own, huggingface_hub's, pyarrow's and the network's errors
         if is_out_of_memory(error):
@@ -510,7 +516,7 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
         each.set_fewshot_seed(seed=SEED)
     try:
         # Without NumPy's word on 0/0, which is dealt with below.
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"), _for_terminals():
             result = _lm_eval("evaluator").evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=True)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RecordError(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laser.errors import LaserError, UsageError, first_line, is_out_of_memory
+from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.layout import load_config, require_hub_format
 from laser.evaluation.rows import Row, holds_rows, read_content, require_characters, rows_of
 
@@ -153,6 +153,10 @@ def load_tokenizer(model: str | Path) -> Any:
     from transformers.utils import logging
 
     require_hub_format(Path(model))
+    try:
+        str(model).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{model}: no tokenizer can be read from a path that is no UTF-8; rename it") from error
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would repeat on the terminal what config.json says
     try:

@@ -24,7 +24,7 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
-from laser.journal import spoiling
+from laser.journal import Journal, spoiling
 from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
@@ -36,7 +36,7 @@ from laser.search.candidates import (
     in_order,
     predict,
 )
-from laser.search.runner import Runner, SearchLog, Trial
+from laser.search.runner import SHAPES, Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
@@ -171,16 +171,9 @@ def search(
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     for plan in plans.values():
         plan.require_moments(moments)
-    asked = selection.describe() | {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid}
-    asked |= {"accept": accept, "order": order, "objective": calibration.name, "calibration": calibration.text}
-    asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
-    if moments is not None:
-        asked["moments"] = moments.calibration.identity
-    # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
-    alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
-    told = Source.of(checkpoint).told()
-    run = {"kind": "search journal", "version": SearchRecord.version} | told | {"rules": list(rules)} | asked | alike
-    log = SearchLog(journal, run, anew)
+    options = {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid, "accept": accept, "order": order}
+    asked = _asked(model, calibration, selection, device, moments, options)
+    log = SearchLog(journal, _run(model, rules, asked), anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
         base = log.values("baseline", calibration, bench.measure)
@@ -205,6 +198,46 @@ def search(
     plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
     summary = _summary(calibration, base, values)
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
+
+
+def require_journal(
+    path: Path,
+    model: LayeredModel,
+    rules: Sequence[str],
+    calibration: Objective,
+    selection: Selection,
+    device: Device,
+    moments: Moments | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Raises as `search` where the journal at `path`, if there is one, is of another search. options: lowest_snr,
+    shortlist, grid, accept and order, each as `search` takes it."""
+    asked = _asked(model, calibration, selection, device, moments, options)
+    Journal.require(path, _run(model, rules, asked), SHAPES)
+
+
+def _asked(
+    model: LayeredModel,
+    calibration: Objective,
+    selection: Selection,
+    device: Device,
+    moments: Moments | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What its plan says of a search."""
+    asked = selection.describe() | {key: options.get(key) for key in ("lowest_snr", "shortlist")}
+    asked |= {"grid": options.get("grid", False), "accept": options["accept"], "order": options["order"]}
+    asked |= {"objective": calibration.name, "calibration": calibration.text}
+    asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
+    return asked | ({"moments": moments.calibration.identity} if moments else {})
+
+
+def _run(model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search's journal belongs to."""
+    # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
+    alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
+    told = Source.of(model.checkpoint).told()
+    return {"kind": "search journal", "version": SearchRecord.version, **told, "rules": list(rules), **asked, **alike}
 
 
 def check_request(

@@ -83,7 +83,7 @@ class Plain:
 
 
 class UnknownData:
-    """By inputs that nobody gave: all that can be told is whether B is some projection of W."""
+    """By inputs that nobody gave: all that can be checked is whether B is some projection of W."""
 
     def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
         raise UsageError("the inputs are not known; try --moments with the file of laser calibrate")

@@ -140,6 +140,10 @@ def test_other_sources_and_places_are_refused(hub: Callable[[str], Path], tmp_pa
     release = write_release(source, tmp_path / "release")
     code, _, err = run("convert", release, "-o", source)
     assert code == 1 and "exists; try another -o" in err
+    (tmp_path / "link").symlink_to(release)
+    for inside in (release / "out", tmp_path / "link" / "out"):
+        code, _, err = run("convert", release, "-o", inside)
+        assert code == 1 and "lie in one another; try a directory beside the source" in err and not inside.exists()
     code, _, err = run("eval", release)
     assert code == 2 and f"laser convert {release.name}" in err
     (release / "consolidated.01.safetensors").write_bytes((release / "consolidated.safetensors").read_bytes())

@@ -381,6 +381,7 @@ def test_answers_are_looked_at_after_a_broken_connection(
             close_session()
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", broken)
+    # One after another, as above.
     monkeypatch.setattr("laser.checkpoint.push.AT_A_TIME", 1)
 
     def instead(handler: Any, path: str) -> bool:

@@ -363,6 +363,7 @@ def test_the_chat_format_is_the_template_rendered(source: CardSource) -> None:
     assert "```text\nplain\n```" in several
 
 
+@pytest.mark.slow
 def test_a_template_that_fails_does_not_stop_the_card(source: CardSource) -> None:
     template = "{{ raise_exception('only with a system') }}"
     text = card("m", outcome_of(), dataclasses.replace(source, chat_template=template))
@@ -416,6 +417,7 @@ def test_no_template(source: CardSource) -> None:
     assert "The source has no chat template" in text and "apply_chat_template(" not in text
 
 
+@pytest.mark.slow
 def test_a_template_cannot_close_its_fence(source: CardSource) -> None:
     text = card("m", outcome_of(), dataclasses.replace(source, chat_template="```\n# Not a heading"))
     assert "````text\n```\n# Not a heading\n````" in text

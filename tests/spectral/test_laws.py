@@ -97,7 +97,7 @@ def test_rank_counts_the_values_above_the_threshold(spec: str) -> None:
         assert cut.rank == int((spectrum(W) > cut.threshold).sum())
 
 
-@pytest.mark.parametrize("shape", sampled(SHAPES, 2))
+@pytest.mark.parametrize("shape", sampled(SHAPES, 4))
 @every_calibrated_rule
 def test_pure_noise_keeps_at_most_two(spec: str, shape: tuple[int, int]) -> None:
     kept = [apply_rule(spec, of_noise(shape, seed), shape).rank for seed in range(20)]
@@ -120,7 +120,7 @@ def test_tracy_widom_finds_something_in_about_alpha_of_the_draws() -> None:
     assert 0.03 <= found / draws <= 0.19
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", sampled(SHAPES, 4))
 @every_calibrated_rule
 def test_planted_spikes_are_counted(spec: str, shape: tuple[int, int]) -> None:
     assert apply_rule(spec, of_spikes(shape), shape).rank in (5, 6)
