@@ -113,12 +113,12 @@ class Parts:
                 if check != _check(told, {name: file.get_tensor(name) for name in file.keys()}):
                     return None
             known = {key: parse(told[key]) for key in told}
-            site = decode(Site, known["site"], str(path), "") if path.name != STATES else None
-            shape = {"run": dict} | ({"site": dict, "number": int, "of": int} if site else {"boundary": int})
+            of_site = path.name != STATES
+            shape = {"run": dict} | ({"site": Site, "number": int, "of": int} if of_site else {"boundary": int})
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
                 return None
-            return known | ({"layer": site.layer} if site else {})
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, RecordError) as error:
+            return known | ({"layer": known["site"]["layer"]} if of_site else {})
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):  # which says nothing of the file
                 raise
             return None
