@@ -28,9 +28,9 @@ from laser.evaluation.objective import Loss
 from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_text
+from laser.journal import Journal
 from laser.moments import Moments
 from laser.pipeline import scan_into
-from laser.records import Journal
 from laser.search.trials import Bench
 from laser.selection import parse_layers, parse_roles
 from laser.spectral.data_metric import truncate_in_metric

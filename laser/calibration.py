@@ -27,7 +27,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
 from laser.files import tidy_up, unfinished
-from laser.moments import VERSION, Moments, Site, fingerprint, pack
+from laser.moments import Header, Moments, Site, fingerprint, pack
 from laser.selection import Selection
 from laser.spectral.devices import full_precision
 
@@ -132,7 +132,7 @@ def calibrate(
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
-        "version": VERSION,  # of what lies there
+        "version": Header.version,  # of what lies there
     }
     partial = unfinished(path)
     begun = partial.exists()

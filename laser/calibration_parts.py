@@ -26,8 +26,8 @@ from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.files import PASSING, disk_errors, require_regular, write_atomically
-from laser.moments import Calibration, Site, header_of, site_of
-from laser.records import differences, fingerprint_in, has_shape, parse
+from laser.moments import Calibration, Header, Site
+from laser.records import decode, differences, fingerprint_in, has_shape, parse
 
 STATES = "states.safetensors"
 
@@ -113,12 +113,12 @@ class Parts:
                 if check != _check(told, {name: file.get_tensor(name) for name in file.keys()}):
                     return None
             known = {key: parse(told[key]) for key in told}
-            site = site_of(known["site"], str(path)) if path.name != STATES else None
-            shape = {"run": dict} | ({"site": dict, "number": int, "of": int} if site else {"boundary": int})
+            of_site = path.name != STATES
+            shape = {"run": dict} | ({"site": Site, "number": int, "of": int} if of_site else {"boundary": int})
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
                 return None
-            return known | ({"layer": site.layer} if site else {})
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, RecordError) as error:
+            return known | ({"layer": known["site"]["layer"]} if of_site else {})
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):  # which says nothing of the file
                 raise
             return None
@@ -158,14 +158,14 @@ class Parts:
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
             with safe_open(file, framework="pt") as opened:
-                site = site_of(parse((opened.metadata() or {})["site"]), str(file))
+                site = decode(Site, parse((opened.metadata() or {})["site"]), str(file), "start afresh with --force")
                 here = {name: sha256_of(opened.get_tensor(name)) for name in opened.keys()}
             digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())
             sites.append(site)
             hashes |= here
         digest.update(json.dumps([source.identity, source.weights.told(), whole]).encode())
-        record = header_of(source, Calibration(identity=digest.hexdigest(), **whole), self.run, sites, hashes)
-        join(self._files(), path, {"laser": json.dumps(record, allow_nan=False)})
+        header = Header(source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes)
+        join(self._files(), path, header.metadata)
 
 
 def sha256_of(tensor: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import OnCheck, is_settled, require_run
 from laser.engine.crew import Crew
 from laser.files import unfinished
+from laser.journal import Journal
 from laser.moments import Moments
 from laser.outcome import Outcome, plan_as_measured
 from laser.pipeline import (
@@ -27,7 +28,6 @@ from laser.pipeline import (
     spectra_there,
 )
 from laser.plan import Plan, Treatment
-from laser.records import Journal
 from laser.report.publish import write_card
 from laser.selection import Selection
 from laser.spectra import ENTRY, Spectra

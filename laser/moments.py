@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from laser.arrays import ArrayRecord
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError, first_line
-from laser.files import require_regular
-from laser.records import (
-    check_header,
-    decode,
-    differences,
-    named,
-    parse,
-    require_finite,
-    require_keys,
-    require_sealed,
-    sealed,
-    value_of,
-)
+from laser.errors import RecordError, UsageError
+from laser.records import differences, named, under
 from laser.spectral.data_metric import ByData
 from laser.spectral.metric import PLAIN, UNKNOWN, Metric
 
@@ -46,18 +34,10 @@ class Calibration:
     shrink: bool
     diagonal: bool
 
-    @staticmethod
-    def decoded(found: Any, where: str, remedy: str) -> Calibration:
-        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
-        calibration = decode(Calibration, found, where, remedy)
-        for key in ("window", "windows", "tokens"):
-            if getattr(calibration, key) < 1:
-                raise RecordError(f"{where}: {key} is {getattr(calibration, key)}, expected 1 or more; {remedy}")
-        return calibration
+    def wrong(self) -> str | None:
+        return under(self, 1, "window", "windows", "tokens")
 
 
-KIND, VERSION = "moments", 5
-AGAIN = "try laser calibrate again with this version of laser"
 FORMS = ("full", "diagonal", "outputs")  # see ByData
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
@@ -77,6 +57,29 @@ class Site:
     fourth: float
     matrices: tuple[str, ...]
     weights: tuple[str, ...]
+
+    def wrong(self) -> str | None:
+        count = len(self.matrices)
+        if self.form not in FORMS or not len(set(self.matrices)) == count == len(self.weights) or not count:
+            told = f"form {named(self.form)}, {count} matrices and {len(self.weights)} fingerprints"
+            return f"found {told}, expected one of {', '.join(FORMS)}, and one each"
+        return under(self, 0, "layer", "tokens", "fourth")
+
+
+@dataclass(frozen=True)
+class Header(ArrayRecord, kind="moments", version=5, made_by="laser calibrate MODEL --text TEXT -o FILE"):
+    """What the file says beside the moments."""
+
+    source: Source
+    calibration: Calibration
+    run: Mapping[str, Any]  # what the calibration was asked for, as its parts tell
+    sites: tuple[Site, ...]
+    hashes: Mapping[str, str]  # tensor in the file -> sha256 of its bytes
+
+    def wrong(self) -> str | None:
+        seen: set[str] = set()
+        twice = next((n for site in self.sites for n in site.matrices if n in seen or seen.add(n)), None)
+        return None if twice is None else f"{twice} is of two sites"
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,8 @@ class Moments:
 
     def _read(self, name: str) -> torch.Tensor:
         """Raises RecordError for one whose bytes are not those that were written."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor = file.get_tensor(name)
-        except (SafetensorError, OSError, MemoryError) as error:
-            told = first_line(error)
-            raise RecordError(f"{self.path} is not a readable moments file ({told}); calibrate again") from error
+        with Header.opened(self.path, "pt") as file:
+            tensor = file.get_tensor(name)
         if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
         return tensor
@@ -153,45 +152,9 @@ class Moments:
     @staticmethod
     def load(path: Path) -> Moments:
         """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
-        if not path.exists() and not path.is_symlink():
-            raise RecordError(f"no such file: {path}; try `laser calibrate MODEL --text FILE -o {path}`")
-        try:
-            require_regular(path)
-            with safe_open(path, framework="pt") as file:
-                header = parse((file.metadata() or {}).get("laser", "null"))
-        except (SafetensorError, ValueError, OSError, MemoryError) as error:
-            told = first_line(error)
-            raise RecordError(f"{path} is not a readable moments file ({told}); calibrate again") from error
-        check_header(header, path, KIND, VERSION)
-        where = f"{path}: its header"
-        keys = ("source", "calibration", "run", "sites", "hashes", "check")
-        require_keys(header, keys, ("kind", "version"), where, AGAIN)
-        require_finite(header, where, AGAIN)
-        source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
-        calibration = Calibration.decoded(header["calibration"], f"{path}: its calibration", AGAIN)
-        hashes = value_of(Mapping[str, str], header["hashes"], "hashes", where, AGAIN)
-        run = value_of(dict, header["run"], "run", where, AGAIN)
-        sites = {}
-        for number, row in enumerate(value_of(list, header["sites"], "sites", where, AGAIN), 1):
-            site = site_of(row, f"{path}: site {number}")
-            if twice := [name for name in site.matrices if name in sites]:
-                raise RecordError(f"{path}: site {number}: {twice[0]} is of an earlier one, too; {AGAIN}")
-            sites.update(dict.fromkeys(site.matrices, site))
-        require_sealed(header, path, KIND)
-        return Moments(path, source, calibration, sites, hashes, run)
-
-
-def site_of(row: Any, where: str) -> Site:
-    """A site from its JSON. Raises RecordError, which begins with `where`."""
-    site = decode(Site, row, where, AGAIN)
-    count = len(site.matrices)
-    if site.form not in FORMS or not len(set(site.matrices)) == count == len(site.weights) or not count:
-        told = f"form {named(site.form)}, {count} matrices and {len(site.weights)} fingerprints"
-        raise RecordError(f"{where} has {told}, expected one of {', '.join(FORMS)}, and one each; {AGAIN}")
-    if min(site.layer, site.tokens, site.fourth) < 0:
-        told = f"layer {site.layer}, tokens {site.tokens} and fourth {site.fourth}"
-        raise RecordError(f"{where} has {told}, expected 0 or more; {AGAIN}")
-    return site
+        header = Header.load(path)
+        sites = {name: site for site in header.sites for name in site.matrices}
+        return Moments(path, header.source, header.calibration, sites, header.hashes, header.run)
 
 
 def fingerprint(W: torch.Tensor) -> str:
@@ -201,15 +164,6 @@ def fingerprint(W: torch.Tensor) -> str:
     told = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
     told.update(sample.cpu().numpy().tobytes())
     return told.hexdigest()[:16]
-
-
-def header_of(
-    source: Source, calibration: Calibration, run: Mapping[str, Any], sites: list[Site], hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    """The JSON in `__metadata__["laser"]`."""
-    document = {"kind": KIND, "version": VERSION, "source": asdict(source), "calibration": asdict(calibration)}
-    rows = [asdict(site) for site in sites]
-    return sealed(document | {"run": dict(run), "sites": rows, "hashes": dict(hashes)})
 
 
 def pack(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

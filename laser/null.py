@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
-from laser.records import to_json
+from laser.records import Record
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -42,15 +42,12 @@ class NullRow:
 
 
 @dataclass(frozen=True)
-class NullTest:
+class NullTest(Record, kind="null test", version=1, made_by="laser null MODEL --json", seal=False):
     source: Source
     permutation: str
     draws: int
     rows: tuple[NullRow, ...]
     skipped: Mapping[str, str]  # name -> why it could not be tested
-
-    def to_json(self) -> bytes:
-        return to_json({"kind": "null test", "version": 1} | asdict(self))
 
 
 @dataclass(frozen=True)

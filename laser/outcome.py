@@ -5,41 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from laser.checkpoint.at_rest import check_names
+from laser.checkpoint.at_rest import wrong_names
 from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
-from laser.plan import VERSION as PLAN_VERSION
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
-from laser.records import read_json, require_finite, require_keys, require_sealed, value_of
+from laser.records import Misfit, Record, decode, plain, under
 from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
 
-KIND, VERSION = "outcome", 2
 CLOSE = 1e-4  # of a planned figure: a scan in float32 is nearer, and one rank of 4096 is further
-AGAIN = "it is damaged: run laser reduce again"
-MEASURED: dict[str, Any] = {
-    "rank": int,
-    "full_rank": int,
-    "snr": float | None,
-    "over_threshold": int | None,
-    "energy_kept": float,
-    "residual": float,
-    "method": str,
-    "note": str | None,
-}
-MORE: dict[str, Any] = dict.fromkeys(("tolerance", "orthogonality", "fresh_output_error"), float)  # may be wanting
 LEAST = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
-HEADER = ("kind", "version", "files", "check")  # files: sha256 by name, see checkpoint/at_rest.py
-LATER = ("snr", "over_threshold", "note")  # not yet in outcomes of laser 0.1
+
+
+class _MayBeMissing(TypedDict, total=False):
+    """Of an entry: what laser 0.1 did not write yet, or not every method measures."""
+
+    snr: float | None
+    over_threshold: int | None
+    note: str | None
+    tolerance: float
+    orthogonality: float
+    fresh_output_error: float
+
+
+class Entry(_MayBeMissing):
+    """What was measured of one matrix when it was cut, see `Outcome`."""
+
+    rank: int
+    full_rank: int
+    energy_kept: float
+    residual: float
+    method: str
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(
+    Record,
+    kind="outcome",
+    version=2,
+    made_by="laser reduce MODEL PLAN -o OUT",
+    mend="it is damaged: run laser reduce again",
+    missing="name a directory that laser reduce or laser run has finished",
+    beside={"files": Mapping[str, str]},  # sha256 by name, see checkpoint/at_rest.py
+):
     """laser.json: what was done to each matrix, measured. Deterministic: no times, no paths.
 
     matrices: matrix name -> rank, full_rank, snr, over_threshold (values over the plan's threshold), energy_kept,
@@ -48,36 +61,28 @@ class Outcome:
     """
 
     plan: Plan
-    matrices: Mapping[str, Mapping[str, Any]]
+    matrices: Mapping[str, Entry]
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
 
-    @staticmethod
-    def load(out: Path, *, as_written: bool = True) -> Outcome:
-        """The outcome in a directory that `reduce` wrote. Raises RecordError where there is none, or a damaged one.
+    @classmethod
+    def load(cls, path: Path, *, as_written: bool = True) -> Outcome:
+        """The outcome in the directory `path`, which `reduce` wrote. Raises RecordError as Record.load.
 
         as_written: whether its checksum has to be right; `verify` tells of that beside all else that it finds.
         """
-        path = out / OUTCOME
-        document = read_json(path, KIND, VERSION)
-        outcome = Outcome.from_document(document, path)
-        if as_written:
-            require_sealed(document, path, KIND)
+        return super().load(path / OUTCOME, as_written=as_written)
+
+    @classmethod
+    def current(cls, document: dict[str, Any]) -> Outcome:
+        outcome = super().current(document)
+        if wrong := wrong_names(document.get("files", {}), outcome.shards):
+            raise Misfit(wrong, ": ")
         return outcome
 
-    @staticmethod
-    def from_document(document: Mapping[str, Any], path: Path) -> Outcome:
-        """Raises RecordError for a document that is damaged or of another version."""
-        require_keys(document, ("plan", "matrices", "shards", "run", "left_out"), HEADER, str(path), AGAIN)
-        records = value_of(Mapping[str, dict], document["matrices"], "matrices", str(path), AGAIN)
-        check_measured(records, f"{path}: matrices", AGAIN)
-        require_finite(document["run"], f"{path}: run", AGAIN)
-        check_names(document, str(path), AGAIN)
-        shards = document["shards"]
-        run = value_of(Mapping[str, Any], document["run"], "run", str(path), AGAIN)
-        left_out = value_of(tuple[str, ...], document["left_out"], "left_out", str(path), AGAIN)
-        return Outcome(Plan.from_document(document["plan"], path), records, shards, run, left_out)
+    def wrong(self) -> str | None:
+        return wrong_entries(self.matrices)
 
     def unlike_plan(self) -> list[str]:
         """Where what was written is not what the plan's lines say."""
@@ -93,19 +98,22 @@ class Outcome:
         return sorted(found)
 
 
-def check_measured(records: Mapping[str, Any], where: str, remedy: str = "start afresh with --force") -> None:
-    """Raises RecordError, which begins with `where`, for an entry that `record_of` does not make."""
-    for name, record in records.items():
-        here = f"{where} {name}"
-        value_of(dict, record, "the entry", here, remedy)
-        require_keys(record, [key for key in MEASURED if key not in LATER], (*LATER, *MORE), here, remedy)
-        for key, found in record.items():
-            value_of((MEASURED | MORE)[key], found, key, here, remedy)
-        if negative := [key for key in LEAST if (record.get(key) or 0) < 0]:
-            raise RecordError(f"{here}: {negative[0]} is {record[negative[0]]}, expected 0 or more; {remedy}")
-        if record["rank"] > record["full_rank"] or record["energy_kept"] > 1 + CLOSE:
-            told = f"rank {record['rank']} of {record['full_rank']}, energy_kept {record['energy_kept']}"
-            raise RecordError(f"{here}: {told}, expected no more than the whole matrix; {remedy}")
+def wrong_entries(entries: Mapping[str, Entry]) -> str | None:
+    """How one of these contradicts itself."""
+    for name, entry in entries.items():
+        if negative := under(entry, 0, *LEAST):
+            return f"matrix {name}: {negative}"
+        if entry["rank"] > entry["full_rank"] or entry["energy_kept"] > 1 + CLOSE:
+            told = f"rank {entry['rank']} of {entry['full_rank']}, energy_kept {entry['energy_kept']}"
+            return f"matrix {name}: {told}, expected no more than the whole matrix"
+    return None
+
+
+def check_entries(found: Any, where: str) -> None:
+    """Raises RecordError, which begins with `where`, for a journal's entries that `record_of` does not make."""
+    remedy = "start afresh with --force"
+    if wrong := wrong_entries(decode(Mapping[str, Entry], found, where, remedy)):
+        raise RecordError(f"{where}: {wrong}; {remedy}")
 
 
 def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
@@ -145,9 +153,9 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     """laser.json from what was measured."""
 
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
-        check_measured(records, "the journal's entry of")
+        check_entries(records, "the journal's entries")
         done = plan_as_measured(plan, records)
-        document = {"kind": KIND, "version": VERSION, "plan": {"kind": "plan", "version": PLAN_VERSION} | asdict(done)}
-        return document | {"matrices": records, "shards": shards}
+        told = {"kind": Plan.kind, "version": Plan.version} | plain(done)
+        return {"kind": Outcome.kind, "version": Outcome.version, "plan": told, "matrices": records, "shards": shards}
 
     return describe

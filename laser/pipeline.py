@@ -35,18 +35,13 @@ from laser.engine.crew import Crew, dearest_first
 from laser.engine.workers import visit
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.files import claimed, lock_of, tidy_up, unfinished
+from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
-from laser.outcome import VERSION, Outcome, check_measured, describe_by, record_of
+from laser.outcome import Outcome, check_entries, describe_by, record_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
-from laser.records import (
-    Journal,
-    spoiling,
-    was_journal,
-)
 from laser.selection import Selection
-from laser.spectra import ENTRY, InData, Measured, Spectra, assemble, from_entry, to_entry
-from laser.spectra import VERSION as SPECTRA
+from laser.spectra import ENTRY, Header, InData, Measured, Spectra, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
@@ -239,7 +234,7 @@ def run_of_scan(
     """What a scan's journal is identified by."""
     more = {"moments": moments.calibration.identity} if moments else {}
     more |= {"selection": selection.describe(), "null_draws": null_draws}
-    return run_of("scan journal", SPECTRA, checkpoint, method, crew, **more)
+    return run_of("scan journal", Header.version, checkpoint, method, crew, **more)
 
 
 def scan(
@@ -319,7 +314,7 @@ def spectra_there(
     if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
-    known = there.data.calibration.get("identity") if there.data else None
+    known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
     return there if wanted == done and drawn <= {null_draws} and same else None
 
@@ -517,7 +512,7 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
     """What a reduction is identified by: neither its output's place nor who did the work."""
     return {
         "kind": "reduce journal",
-        "version": VERSION,
+        "version": Outcome.version,
         **plan.source.told(),  # which `require` has compared with the checkpoint: here it may know more
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
@@ -533,7 +528,7 @@ def run_of_pass(
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
     how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    return run_of("one pass journal", VERSION, checkpoint, method, crew, **how, null_draws=null_draws)
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
 
 
 def reduce_in_one_pass(
@@ -579,7 +574,7 @@ def reduce_in_one_pass(
         spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
         plan = choose(spectra)
         cuts = {name: record["cut"] for name, record in records.items() if record.get("cut") is not None}
-        check_measured(cuts, place)
+        check_entries(cuts, place)
         if cuts.keys() != plan.reductions.keys():
             raise RecordError(f"{out / JOURNAL}: its matrices were judged otherwise; start afresh with --force")
         made.update(spectra=spectra, plan=plan)

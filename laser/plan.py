@@ -7,9 +7,8 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
-from laser.files import write_atomically
 from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
-from laser.records import COMMANDS, decode, read_json, require_finite, require_keys, shown, to_json, value_of
+from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
 from laser.spectra import Spectra, in_metric_of, met_by
 from laser.spectral.noise import NoiseFit, estimate, fit_noise
@@ -30,15 +28,12 @@ from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
-KIND, VERSION = "plan", 3
-EARLIER = (2, 1)  # with reasons that are texts alone; the first knows the weights only of a model on the Hub
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
 COVERAGE = ("action", "kind", "matrices", "parameters")
-AGAIN = "mend it or plan again"
-HEADER = ("kind", "version", "calibration", "coverage", "edited", "digest")
+MADE_BY = "laser plan SPECTRA -o FILE --rule RULE"
 SELECTION: dict[str, Any] = {
     "layers": tuple[int, ...],
     "roles": tuple[str, ...],
@@ -78,33 +73,129 @@ class PlanLine:
     stack: str = ""  # whose layers are counted: "" the language model's own
     unseen: str = ""  # said where it has seen too few inputs of the calibration, whatever else became of it
 
+    def wrong(self) -> str | None:
+        """What in the line cannot be carried out, or contradicts the rest of it."""
+        if self.action not in ACTIONS:
+            return f"action {self.action!r}, expected one of {', '.join(ACTIONS)}"
+        if self.metric not in METRICS:
+            return f"metric {self.metric!r}, expected one of {', '.join(METRICS)}"
+        counts = ("parameters", "below", "full_rank", "tokens", "layer", "expert")
+        if negative := under(self, 0, "threshold", "sigma", "snr", "noise", *counts):
+            return negative
+        for key in ("energy_kept", "fit", "fit_level"):
+            if (value := getattr(self, key)) is not None and not 0 <= value <= 1 + 1e-9:
+                return f"{key} {value}, expected a share between 0 and 1"
+        told = f"action {self.action!r} and rank {self.rank} of {self.full_rank}"
+        if self.rank is not None and not (self.full_rank is not None and 0 <= self.rank <= self.full_rank):
+            return f"{told}, expected a rank from 0 to the full one"
+        if self.action == "skip" and self.rank is not None:
+            return f"{told}, expected none: skip is for what could not be measured, try keep"
+        if self.below > (self.rank or 0):
+            return f"{told}, of these {self.below} below, expected no more than the rank"
+        if self.shrink is not None and self.shrink not in SHRINKERS:
+            return f"shrink {self.shrink!r}, expected one of {', '.join(SHRINKERS)} or null"
+        if self.shrink is not None and self.noise is None:
+            return f"shrink {self.shrink!r} and no noise, expected the level to shrink by"
+        if self.noise is not None and self.shrink is None and not self.below:
+            return f"noise {self.noise:.4g} and neither shrink nor below, expected null"
+        if (self.tokens is None) != (self.metric == "plain"):
+            told = f"metric {self.metric!r} and tokens {self.tokens}"
+            return f"{told}, expected tokens in the metric data and null in plain"
+        if self.tokens is not None and (self.shrink or self.below):
+            return f"metric {self.metric!r} with shrink or below, which are for the plain one"
+        if self.action != "reduce":
+            return None
+        if self.rank is None or self.full_rank is None:
+            return f"{told}, expected a rank under the full one"
+        if self.rank == self.full_rank and self.shrink is None:
+            return f"{told}, which removes nothing, expected a rank under the full one, or action 'keep'"
+        return None
+
     @property
     def gains(self) -> Gains:
         """What reduce does to each singular value."""
         return Gains((self.rank or 0) - self.below, self.below, self.shrink, self.noise)
 
 
+def _from_texts(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan of versions up to 2, whose reasons are texts alone, as of today; of the first, only one of a model on the
+    Hub knows its weights. Raises Misfit."""
+    lines, digest = document.get("lines"), document.get("digest")
+    kept = dict(document)
+    if isinstance(digest, str):
+        del kept["digest"]  # of the lines as they were
+        if digest != digest_of(document.get("rule"), document.get("selection"), lines):
+            kept["edited"] = True
+    if isinstance(lines, list | tuple):
+        kept["lines"] = [_with_kind(line, number) for number, line in enumerate(lines, 1)]
+    return kept
+
+
+def _with_kind(line: Any, number: int) -> Any:
+    """The line of an earlier version with the kind of its reason; what is no object is left to be refused."""
+    if not isinstance(line, dict):
+        return line
+    reason, rest = line.get("reason"), {key: value for key, value in line.items() if key != "reason"}
+    if not isinstance(reason, str) or {"why", "unseen"} & rest.keys():
+        raise Misfit(f"reason is {shown(reason)}, expected a text and no key 'why'", ": ").inside(f"line {number}")
+    why = earlier_reason(reason, rest.get("action") == "reduce")
+    return rest | {"why": plain(why), "unseen": earlier_unseen(reason)}
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(
+    Record,
+    kind="plan",
+    version=3,
+    earlier={2: _from_texts, 1: _from_texts},
+    made_by=MADE_BY,
+    mend=f"mend it or plan again: `{MADE_BY}`",
+    seal=False,
+    beside={"coverage": Mapping[str, Any], "digest": str | None},
+):
     source: Source
     rule: str
     selection: Mapping[str, Any]
     lines: tuple[PlanLine, ...]
-    calibration: Mapping[str, Any] | None = None  # moments.Calibration, where a line is in the data's metric
-    edited: bool = False  # whether its file was changed after it was written: rule and selection may not have made it
+    calibration: Calibration | None = field(default=None, metadata=LATER)  # where a line is in the data's metric
+    # Whether its file was changed after it was written: rule and selection may not have made it.
+    edited: bool = field(default=False, metadata=LATER)
 
     @property
     def digest(self) -> str:
         """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
-        return digest_of(self.rule, self.selection, [asdict(line) for line in self.lines])
+        return digest_of(self.rule, self.selection, plain(self.lines))
 
     @property
     def reductions(self) -> dict[str, PlanLine]:
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
-    def to_json(self) -> bytes:
-        told = {"coverage": self.coverage, "digest": self.digest}
-        return to_json({"kind": KIND, "version": VERSION} | asdict(self) | told)
+    def document(self) -> dict[str, Any]:
+        return super().document() | {"coverage": self.coverage, "digest": self.digest}
+
+    @classmethod
+    def current(cls, document: dict[str, Any]) -> Plan:
+        plan = super().current(document)
+        return plan if document.get("digest") in (None, plan.digest) else replace(plan, edited=True)
+
+    def wrong(self) -> str | None:
+        if not self.source.weights.told():
+            return "it does not say which weights it was made from"
+        try:
+            for part in self.rule.split(",") if self.rule != "none" else ():
+                parse_rule(rule_in(part))
+        except UsageError as error:
+            return str(error)
+        for key, hint in SELECTION.items():
+            if key in self.selection and not has_shape({key: self.selection[key]}, {key: hint}):
+                return f"selection.{key} is {shown(self.selection[key])}, expected {words(hint)}"
+        first: dict[str, int] = {}
+        for number, line in enumerate(self.lines, 1):
+            if first.setdefault(line.name, number) != number:
+                return f"line {number} ({line.name}) repeats line {first[line.name]}, expected each tensor once"
+            if line.action == "reduce" and line.tokens is not None and self.calibration is None:
+                return f"line {number} ({line.name}): metric {line.metric!r} in a plan without calibration"
+        return None
 
     @property
     def coverage(self) -> dict[str, Any]:
@@ -120,59 +211,6 @@ class Plan:
         accounted = sum(counts[1] for counts in rows.values())
         total = accounted if self.source.parameters is None else self.source.parameters
         return {"parameters": total, "unaccounted": total - accounted, "reasons": told}
-
-    def save(self, path: Path) -> None:
-        write_atomically(path, self.to_json())
-
-    @staticmethod
-    def load(path: Path) -> Plan:
-        """Raises RecordError for a plan that is missing, damaged, of another version, or that contradicts itself."""
-        return Plan.from_document(read_json(path, KIND, VERSION, *EARLIER), path)
-
-    @staticmethod
-    def from_document(document: Any, path: Path) -> Plan:
-        """Raises RecordError as `load`, naming the line, what was found there and what was expected."""
-        whole = f"{path} is not a whole plan"
-        if not isinstance(document, dict):
-            raise RecordError(f"{whole}: found {shown(document)}, expected an object; {AGAIN}")
-        require_keys(document, ("source", "rule", "selection", "lines"), HEADER, f"{whole}: it", AGAIN)
-        outer = {key: document[key] for key in document if key not in ("lines", "coverage")}
-        edited = value_of(bool, document.get("edited", False), "edited", whole, AGAIN)
-        digest = value_of(str | None, document.get("digest"), "digest", whole, AGAIN)
-        require_finite(outer, whole, AGAIN)
-        value_of(Mapping[str, Any], document.get("coverage", {}), "coverage", whole, AGAIN)
-        source = Source.decoded(document["source"], f"{whole}: its source", AGAIN)
-        if not source.weights.told():
-            raise RecordError(f"{path} does not say which weights it was made from; make it again: `{COMMANDS[KIND]}`")
-        rule = value_of(str, document["rule"], "rule", whole, AGAIN)
-        try:
-            for part in rule.split(",") if rule != "none" else ():
-                parse_rule(rule_in(part))
-        except UsageError as error:
-            raise RecordError(f"{whole}: {error}") from error
-        selection = value_of(Mapping[str, Any], document["selection"], "selection", whole, AGAIN)
-        for key, hint in SELECTION.items():
-            if key in selection:
-                value_of(hint, selection[key], f"selection.{key}", whole, AGAIN)
-        calibration = value_of(Mapping[str, Any] | None, document.get("calibration"), "calibration", whole, AGAIN)
-        if calibration is not None:
-            Calibration.decoded(calibration, f"{whole}: its calibration", AGAIN)
-        if not isinstance(document["lines"], (list, tuple)):  # a tuple where it was never on the disk
-            raise RecordError(f"{whole}: lines is {shown(document['lines'])}, expected a list; {AGAIN}")
-        earlier = document.get("version") in EARLIER
-        lines = tuple(_line(number, found, whole, earlier) for number, found in enumerate(document["lines"], 1))
-        first: dict[str, int] = {}
-        for number, line in enumerate(lines, 1):
-            if why := _contradiction(line, calibration is not None):
-                raise RecordError(f"{path}: line {number} ({line.name}) has {why}; mend the line or plan again")
-            if first.setdefault(line.name, number) != number:
-                raise RecordError(
-                    f"{path}: line {number} ({line.name}) repeats line {first[line.name]}, expected each tensor once; "
-                    "take one of the two out"
-                )
-        plan = Plan(source, rule, selection, lines, calibration, edited)
-        expected = digest_of(rule, selection, [_as_earlier(line) for line in lines]) if earlier else plan.digest
-        return plan if digest in (None, expected) else replace(plan, edited=True)
 
     def unlike(self, matrices: Sequence[Matrix]) -> list[str]:
         """Where the lines are not those of a checkpoint that holds these matrices, each with its line."""
@@ -214,80 +252,22 @@ class Plan:
         names = [line.name for line in self.reductions.values() if line.tokens is not None]
         if not names:
             return
-        told: Mapping[str, Any] = self.calibration or {}
+        made = self.calibration
+        told = f"{made.identity[:12]} of {made.text}" if made else "others"
         if moments is None:
             raise UsageError(
                 f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
-                f"laser calibrate on {told.get('text')}"
+                f"laser calibrate{f' on {made.text}' if made else ''}"
             )
-        if moments.calibration.identity != told.get("identity"):
+        if made is None or moments.calibration.identity != made.identity:
             raise RecordError(
                 f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-                f"plan was made with {str(told.get('identity'))[:12]} of {told.get('text')}; scan and plan again with "
-                "these"
+                f"plan was made with {told}; scan and plan again with these"
             )
 
 
-def digest_of(rule: str, selection: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([rule, dict(selection), lines], sort_keys=True).encode()).hexdigest()
-
-
-def _line(number: int, found: Any, whole: str, earlier: bool) -> PlanLine:
-    name = f" ({found['name']})" if isinstance(found, dict) and isinstance(found.get("name"), str) else ""
-    where, remedy = f"{whole}: line {number}{name}", "mend the line or plan again"
-    if earlier and isinstance(found, dict):
-        reason = value_of(str, found.get("reason"), "reason", where, remedy)
-        found = {key: value for key, value in found.items() if key != "reason"}
-        found |= {"why": asdict(earlier_reason(reason, found.get("action") == "reduce"))}
-        found |= {"unseen": earlier_unseen(reason)}
-    return decode(PlanLine, found, where, remedy)
-
-
-def _as_earlier(line: PlanLine) -> dict[str, Any]:
-    """A line as versions up to 2 had it."""
-    return {key: value for key, value in asdict(line).items() if key not in ("why", "unseen")} | {
-        "reason": line.why.text
-    }
-
-
-def _contradiction(line: PlanLine, calibrated: bool) -> str | None:
-    """What in a plan's line cannot be carried out, or contradicts the rest of it."""
-    if line.action not in ACTIONS:
-        return f"action {line.action!r}, expected one of {', '.join(ACTIONS)}"
-    if line.metric not in METRICS:
-        return f"metric {line.metric!r}, expected one of {', '.join(METRICS)}"
-    for key in ("threshold", "sigma", "snr", "noise", "parameters", "below", "full_rank", "tokens", "layer", "expert"):
-        if (value := getattr(line, key)) is not None and value < 0:
-            return f"{key} {value}, expected 0 or more"
-    for key in ("energy_kept", "fit", "fit_level"):
-        if (value := getattr(line, key)) is not None and not 0 <= value <= 1 + 1e-9:
-            return f"{key} {value}, expected a share between 0 and 1"
-    told = f"action {line.action!r} and rank {line.rank} of {line.full_rank}"
-    if line.rank is not None and not (line.full_rank is not None and 0 <= line.rank <= line.full_rank):
-        return f"{told}, expected a rank from 0 to the full one"
-    if line.action == "skip" and line.rank is not None:
-        return f"{told}, expected none: skip is for what could not be measured, try keep"
-    if line.below > (line.rank or 0):
-        return f"{told}, of these {line.below} below, expected no more than the rank"
-    if line.shrink is not None and line.shrink not in SHRINKERS:
-        return f"shrink {line.shrink!r}, expected one of {', '.join(SHRINKERS)} or null"
-    if line.shrink is not None and line.noise is None:
-        return f"shrink {line.shrink!r} and no noise, expected the level to shrink by"
-    if line.noise is not None and line.shrink is None and not line.below:
-        return f"noise {line.noise:.4g} and neither shrink nor below, expected null"
-    if (line.tokens is None) != (line.metric == "plain"):
-        return f"metric {line.metric!r} and tokens {line.tokens}, expected tokens in the metric data and null in plain"
-    if line.tokens is not None and (line.shrink or line.below):
-        return f"metric {line.metric!r} with shrink or below, which are for the plain one"
-    if line.action != "reduce":
-        return None
-    if line.tokens is not None and not calibrated:
-        return f"metric {line.metric!r} in a plan without calibration"
-    if line.rank is None or line.full_rank is None:
-        return f"{told}, expected a rank under the full one"
-    if line.rank == line.full_rank and line.shrink is None:
-        return f"{told}, which removes nothing, expected a rank under the full one, or action 'keep'"
-    return None
+def digest_of(rule: Any, selection: Any, lines: Any) -> str:
+    return hashlib.sha256(json.dumps([rule, selection, lines], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

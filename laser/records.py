@@ -1,6 +1,7 @@
-"""Records: their JSON to frozen dataclasses and back, sealed, and journals of what is finished.
+"""Records: JSON on the disk, frozen dataclasses in memory, the one made from the other by the types of the fields.
 
-What is missing, unknown or of another type in a record is a RecordError. Every record says which weights it is of.
+A record declares its kind, its version and its fields. What is missing, unknown, of another type or not finite in its
+file is a RecordError, and so is a checksum that is not that of the rest. `wrong` says how it contradicts itself.
 """
 
 from __future__ import annotations
@@ -8,37 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import reprlib
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
-from laser.errors import CheckpointError, OutputError, RecordError
-from laser.files import read_regular
+from laser.errors import RecordError, first_line
+from laser.files import read_regular, write_atomically
 
-if TYPE_CHECKING:
-    pass
-
-from laser.files import disk_errors
-
-T = TypeVar("T")
 LARGEST = sys.float_info.max
 DEEPEST = 32  # objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds
-WORDS = {
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
+# Metadata of a field: earlier versions lack it; it is written only where it is not the default; it is never written.
+LATER, SPARSE, ASIDE = ({"laser": word} for word in ("later", "sparse", "aside"))
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def parse(data: bytes | str) -> Any:
@@ -75,28 +66,90 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def decode(cls: type[T], found: Any, where: str, remedy: str, optional: Sequence[str] = ()) -> T:
-    """The dataclass `cls` from a JSON object, whose keys must be its fields and whose values of their types.
-
-    optional: fields that an earlier version did not write and that have a default. where: begins the error, as
-    `plan.json: line 3 (NAME)`; remedy: ends it. Raises RecordError.
-    """
-    if not isinstance(found, dict):
-        raise RecordError(f"{where} is {shown(found)}, expected an object; {remedy}")
-    hints, names = get_type_hints(cls), [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
-    require_keys(found, [name for name in names if name not in optional], optional, where, remedy)
-    return cls(**{name: value_of(hints[name], found[name], name, where, remedy) for name in names if name in found})
+def to_json(document: Any) -> bytes:
+    """Strict JSON (NaN and Infinity raise ValueError), indented, the same bytes for the same document."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
-def require_keys(
-    found: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], where: str, rest: str
-) -> None:
-    """Raises RecordError unless the object has the `needed` keys and no others than these and the `optional` ones."""
-    if missing := [name for name in needed if name not in found]:
-        raise RecordError(f"{where} has no key {missing[0]!r}, expected {', '.join(needed)}; {rest}")
-    if unknown := next((name for name in found if name not in needed and name not in optional), None):
-        expected = ", ".join([*needed, *optional])
-        raise RecordError(f"{where} has a key {named(unknown)}, expected only {expected}; {rest}")
+def plain(value: Any) -> Any:
+    """A value of a record as JSON has it."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if is_dataclass(value):
+        return {
+            name: plain(each) for name, default in _written(type(value)) if (each := getattr(value, name)) != default
+        }
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _written(cls: Any) -> list[tuple[str, Any]]:
+    """The fields of a dataclass that are written, each with the value at which it is not; MISSING: it always is."""
+    written = [field for field in fields(cls) if field.metadata != ASIDE]
+    return [(field.name, field.default if field.metadata == SPARSE else MISSING) for field in written]
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with a checksum of the rest of it, last."""
+    bare = {key: value for key, value in document.items() if key != "check"}
+    return bare | {"check": hashlib.sha256(to_json(bare)).hexdigest()}
+
+
+def is_sealed(document: Any) -> bool:
+    """Whether a document's checksum is that of the rest of it."""
+    return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
+
+
+# --- a value by its type ----------------------------------------------------------------------------------------------
+
+
+class Misfit(Exception):
+    """A JSON value is not what its type has. `places` lead to it from the outside; `told` says what was found."""
+
+    def __init__(self, told: str, joint: str = " ") -> None:
+        self.told, self.joint = told, joint
+        self.places: list[str] = []
+
+    def inside(self, place: str) -> Misfit:
+        """The same, one place further out."""
+        at = self.places[:1]
+        if at and isinstance(at[0], _Entry):
+            self.places[0] = type(place)(f"{SINGULAR.get(place, place.removesuffix('s'))} {at[0]}")
+        else:
+            self.places.insert(0, place)
+        return self
+
+    def sentence(self, where: str) -> str:
+        """All of it but for what to try."""
+        places = [f"entry {place}" if isinstance(place, _Entry) else place for place in self.places]
+        about = places or (["it"] if self.joint == " " else [])
+        return ": ".join([where, *about]) + self.joint + self.told
+
+
+class _Entry(str):
+    """Which entry of a list or a mapping: the field that holds it puts its own name before."""
+
+
+SINGULAR = {"matrices": "matrix", "losses": "loss", "hashes": "hash", "families": "family"}
+CALLED = ("name", "task", "label")  # keys that say which entry of a list it is
+WORDS = {
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def decode(hint: Any, found: Any, where: str, remedy: str) -> Any:
+    """`found`, from JSON, as the type `hint` has it. Raises RecordError: `where`, found and expected, `remedy`."""
+    try:
+        return reader(hint)(found)
+    except Misfit as misfit:
+        raise RecordError(f"{misfit.sentence(where)}; {remedy}") from None
 
 
 def has_shape(found: Mapping[str, Any], shape: Mapping[str, Any]) -> bool:
@@ -105,52 +158,179 @@ def has_shape(found: Mapping[str, Any], shape: Mapping[str, Any]) -> bool:
         return False
     try:
         for name, hint in shape.items():
-            _as(hint, found[name])
-    except TypeError:
+            reader(hint)(found[name])
+    except Misfit:
         return False
     return True
 
 
-def value_of(hint: Any, found: Any, name: str, where: str, remedy: str) -> Any:
-    """`found` as `hint` has it (a list for a tuple). Raises RecordError."""
-    try:
-        return _as(hint, found)
-    except TypeError:
-        told = f"{where}: {name} is {shown(found)}, expected {words(hint)}; {remedy}"
-        raise RecordError(told) from None
+@cache
+def reader(hint: Any) -> Callable[[Any], Any]:
+    """What makes a value of the type `hint` from JSON: a list will do for a tuple, a whole number for a number.
 
-
-def _as(hint: Any, found: Any) -> Any:
-    """Raises TypeError. A whole number will do for a number, true and false for none; NaN and Infinity never do."""
+    A dataclass's own method `wrong` is asked as well. What it makes raises Misfit.
+    """
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        for one in inside:
+        return _either(hint, inside)
+    if origin is tuple:
+        return _list(hint, inside)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping(hint, reader(inside[0]), reader(inside[1]))
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.nested
+    if is_object(hint):
+        return object_reader(hint)
+    if hint is Any:
+        return _finite
+    if hint is dict:
+        return _mapping(hint, _finite, _finite)
+    if hint is float:
+        return _number
+    return _word(hint) if issubclass(hint, StrEnum) else _exact(hint)
+
+
+def is_object(hint: Any) -> bool:
+    """Whether a type is one of named fields."""
+    return isinstance(hint, type) and (is_dataclass(hint) or is_typeddict(hint))
+
+
+def _exact(hint: type) -> Callable[[Any], Any]:
+    def read(found: Any) -> Any:
+        if type(found) is not hint:
+            raise _unlike(hint, found)
+        return found
+
+    return read
+
+
+def _number(found: Any) -> Any:
+    if type(found) not in (float, int) or not abs(found) <= LARGEST:  # NaN is no more than anything
+        raise _unlike(float, found)
+    return found
+
+
+def _finite(found: Any) -> Any:
+    """Whatever it is, without NaN and Infinity anywhere in it."""
+    todo = [found]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Misfit(f"holds {value}, expected a finite number")
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return found
+
+
+def _word(hint: type[StrEnum]) -> Callable[[Any], Any]:
+    known = {str(word): word for word in hint}
+
+    def read(found: Any) -> Any:
+        if not isinstance(found, str) or found not in known:
+            raise _unlike(hint, found)
+        return known[found]
+
+    return read
+
+
+def _either(hint: Any, inside: Sequence[Any]) -> Callable[[Any], Any]:
+    readers = [(one, reader(one)) for one in inside]
+    may_be_none = type(None) in inside
+
+    def read(found: Any) -> Any:
+        if found is None and may_be_none:
+            return None
+        nearest = None
+        for one, read_one in readers:
             try:
-                return _as(one, found)
-            except TypeError:
-                continue
-        raise TypeError
-    if hint is Any or (hint is dict and isinstance(found, dict)):
-        return found
-    if origin is tuple and isinstance(found, (list, tuple)):
-        each = inside[:1] * len(found) if inside[-1] is Ellipsis else inside
-        if len(each) != len(found):
-            raise TypeError
-        return tuple(map(_as, each, found))
-    if origin is not None and isinstance(found, dict) and issubclass(origin, Mapping):
-        return {_as(inside[0], key): _as(inside[1], x) for key, x in found.items()}
-    if is_dataclass(hint) and isinstance(hint, type) and isinstance(found, dict):
-        hints = get_type_hints(hint)
-        if found.keys() != hints.keys():
-            raise TypeError
-        return hint(**{key: _as(one, found[key]) for key, one in hints.items()})
-    if isinstance(hint, type) and issubclass(hint, StrEnum) and found in list(hint):
-        return hint(found)
-    if hint is float and isinstance(found, int | float) and type(found) is not bool and abs(found) <= LARGEST:
-        return found
-    if isinstance(hint, type) and type(found) is hint and hint is not float:
-        return found
-    raise TypeError
+                return read_one(found)
+            except Misfit as misfit:
+                if is_object(one) and isinstance(found, dict):  # its own fault says more than that of all
+                    nearest = misfit
+        raise nearest or _unlike(hint, found)
+
+    return read
+
+
+def _list(hint: Any, inside: Sequence[Any]) -> Callable[[Any], Any]:
+    every = reader(inside[0]) if inside[-1] is Ellipsis else None
+    each = None if every else [reader(one) for one in inside]
+
+    def read(found: Any) -> Any:
+        if not isinstance(found, list | tuple) or (each and len(each) != len(found)):
+            raise _unlike(hint, found)
+        made: list[Any] = []
+        try:
+            for number, value in enumerate(found):
+                made.append(every(value) if every else each[number](value))  # pyright: ignore[reportOptionalSubscript]
+        except Misfit as misfit:
+            value = found[len(made)]
+            called = [value[key] for key in CALLED if isinstance(value, dict) and isinstance(value.get(key), str)]
+            place = f"{len(made) + 1} ({called[0][:200]})" if called else f"{len(made) + 1}"
+            raise misfit.inside(_Entry(place)) from None
+        return tuple(made)
+
+    return read
+
+
+def _mapping(hint: Any, read_key: Callable[[Any], Any], read_value: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(found: Any) -> Any:
+        if not isinstance(found, dict):
+            raise _unlike(hint, found)
+        made: dict[Any, Any] = {}
+        for key, value in found.items():
+            try:
+                made[read_key(key)] = read_value(value)
+            except Misfit as misfit:
+                raise misfit.inside(_Entry(str(key)[:200])) from None
+        return made
+
+    return read
+
+
+@cache
+def object_reader(cls: Any) -> Callable[[Any], Any]:
+    """What makes a dataclass or a typed dictionary from a JSON object: its fields are the keys that there may be."""
+    hints = get_type_hints(cls)
+    if is_dataclass(cls):
+        names = [field.name for field in fields(cls) if field.metadata != ASIDE]
+        optional = {field.name for field in fields(cls) if field.metadata in (LATER, SPARSE)}
+    else:
+        names, optional = list(hints), set(cls.__optional_keys__)
+    needed = [name for name in names if name not in optional]
+    inside = {name: (reader(hints[name]), _place(name, hints[name])) for name in names}
+    make, wrong = cast("Callable[..., Any]", cls), getattr(cls, "wrong", lambda _: None)
+
+    def read(found: Any) -> Any:
+        if not isinstance(found, dict):
+            raise _unlike(cls, found)
+        for name in needed:
+            if name not in found:
+                raise Misfit(f"has no key {name!r}, expected {', '.join(needed)}")
+        made = {}
+        for name, value in found.items():
+            if name not in inside:
+                raise Misfit(f"has a key {named(name)}, expected only {', '.join(names)}")
+            read_one, place = inside[name]
+            try:
+                made[name] = read_one(value)
+            except Misfit as misfit:
+                raise misfit.inside(place) from None
+        value = make(**made)
+        if why := wrong(value):
+            raise Misfit(why, ": ")
+        return value
+
+    return read
+
+
+def _place(name: str, hint: Any) -> str:
+    """What an error calls a field: the one object that it holds is told apart from a plain value."""
+    one_of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return f"its {name}" if any(map(is_object, one_of)) else name
+
+
+def _unlike(hint: Any, found: Any) -> Misfit:
+    return Misfit(f"is {shown(found)}, expected {words(hint)}")
 
 
 def words(hint: Any) -> str:
@@ -160,8 +340,10 @@ def words(hint: Any) -> str:
         return " or ".join(words(one) for one in inside)
     if origin is tuple:
         return f"a list, each {words(inside[0])}" if inside[-1] is Ellipsis else "a list"
-    if is_dataclass(hint):
-        return f"an object of {' and '.join(field.name for field in fields(hint))}, each as laser writes it"
+    if is_object(hint) and len(get_type_hints(hint)) < 4:
+        return f"an object of {' and '.join(get_type_hints(hint))}"
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return f"one of {', '.join(hint)}"
     return WORDS.get(hint, "an object")
 
 
@@ -183,14 +365,168 @@ def named(found: Any) -> str:
     return shown(found, "'")
 
 
-def require_finite(found: Any, where: str, remedy: str) -> None:
-    """Raises RecordError for NaN or Infinity anywhere in a JSON value."""
-    todo = [found]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecordError(f"{where} holds {value}, expected a finite number; {remedy}")
-        todo += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+def under(record: Any, least: float, *names: str) -> str | None:
+    """How the first of these numbers is less than the least that it can be; None where none is."""
+    for name in names:
+        value = record.get(name) if isinstance(record, Mapping) else getattr(record, name)
+        if value is not None and value < least:
+            return f"{name} is {shown(value)}, expected {least} or more"
+    return None
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """Base of the frozen dataclasses that lie in files of their own.
+
+    Declared in the line of the class, and where they are not, by their defaults:
+
+    kind, version: as the file says them
+    made_by: the command that makes one
+    mend: how a sentence about what is in it ends; else it says to make it again by that command
+    missing: how a sentence ends where there is no such file, or another record was named
+    earlier: versions that are read as well, each with what makes today's document of its own
+    seal: whether a checksum of the rest stands last, and must be right
+    derived: properties that are written before the fields, and must agree with them
+    beside: keys that may stand beside the fields, and their types
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    made_by: ClassVar[str]
+    mend: ClassVar[str]
+    missing: ClassVar[str]
+    earlier: ClassVar[Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]]
+    seal: ClassVar[bool]
+    derived: ClassVar[Sequence[str]]
+    beside: ClassVar[Mapping[str, Any]]
+
+    def __init_subclass__(
+        cls,
+        *,
+        kind: str = "",
+        version: int = 1,
+        made_by: str = "",
+        mend: str = "",
+        missing: str = "",
+        earlier: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
+        seal: bool = True,
+        derived: Sequence[str] = (),
+        beside: Mapping[str, Any] | None = None,
+    ) -> None:
+        cls.kind, cls.version, cls.made_by, cls.seal, cls.derived = kind, version, made_by, seal, derived
+        cls.mend, cls.missing = mend or f"make it again: `{made_by}`", missing or f"{made_by} makes one"
+        cls.earlier, cls.beside = earlier or {}, beside or {}
+
+    def wrong(self) -> str | None:
+        """How the record contradicts itself, as a sentence; None where it does not."""
+        return None
+
+    def document(self) -> dict[str, Any]:
+        """What the file holds, as JSON has it."""
+        told = {"kind": self.kind, "version": self.version} | {name: getattr(self, name) for name in self.derived}
+        return sealed(told | plain(self)) if self.seal else told | plain(self)
+
+    def to_json(self) -> bytes:
+        return to_json(self.document())
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path, *, as_written: bool = True) -> Self:
+        """The record at `path`. Raises RecordError for one that is missing, damaged, or of another kind or version.
+
+        as_written: whether its checksum has to be right.
+        """
+        with cls.reading(path):
+            document = parse(read_regular(path))
+        return cls.from_document(document, path, as_written=as_written)
+
+    @classmethod
+    @contextmanager
+    def reading(cls, path: Path, *unreadable: type[Exception]) -> Iterator[None]:
+        """OSError, ValueError and what else is `unreadable` inside, as a RecordError about the file at `path`."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise RecordError(f"no such file: {path}; {cls.missing}") from None
+        except (OSError, ValueError, *unreadable) as error:
+            told = f"{path} is not a readable {cls.kind} file ({first_line(error)})"
+            raise RecordError(f"{told}; make it again: `{cls.made_by}`") from error
+
+    @classmethod
+    def from_document(cls, document: Any, path: Path, *, as_written: bool = False) -> Self:
+        """The record in a document of the file at `path`. Raises RecordError as `load`."""
+        cls.require_kind(document, path)
+        record = decode(cls, document, f"{path} is not a whole {cls.kind} file", cls.mend)
+        if as_written:
+            cls.require_seal(document, path)
+        return record
+
+    @classmethod
+    def require_kind(cls, document: Any, path: Path) -> None:
+        """Raises RecordError for a document of another kind or version."""
+        if told := cls.other(document):
+            of_kind = isinstance(document, dict) and document.get("kind") == cls.kind
+            remedy = f"make it again with this version of laser: `{cls.made_by}`" if of_kind else cls.missing
+            raise RecordError(f"{path}: {told}; {remedy}")
+
+    @classmethod
+    def require_seal(cls, document: Any, path: Path) -> None:
+        """Raises RecordError for a document that is not as laser wrote it."""
+        if cls.seal and not is_sealed(document):
+            told = f"{path} was changed or damaged since it was written"
+            raise RecordError(f"{told}; make it again: `{cls.made_by}`")
+
+    @classmethod
+    def other(cls, document: Any) -> str | None:
+        """How a document says that it is of another kind or version; None where it is one of these."""
+        kind, version = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
+        if kind == cls.kind and type(version) is int and version in (cls.version, *cls.earlier):
+            return None
+        told = f"kind {named(kind)} version {shown(version)}"
+        told = "kind None, so no record of laser" if kind is None and version is None else told
+        return f"found {told}, expected {cls.kind!r} version {cls.version}"
+
+    @classmethod
+    def nested(cls, document: Any) -> Self:
+        """The record in a document, which may lie inside another one. Raises Misfit."""
+        if told := cls.other(document):
+            raise Misfit(told, ": ")
+        return cls.current(cls.earlier.get(document["version"], dict)(document))
+
+    @classmethod
+    def current(cls, document: dict[str, Any]) -> Self:
+        """The record in a document of today's version. Raises Misfit."""
+        apart = {"kind", "version", *cls.derived, *cls.beside} | ({"check"} if cls.seal else set())
+        record = object_reader(cls)({key: value for key, value in document.items() if key not in apart})
+        for name, hint in cls.beside.items():
+            if name in document:
+                _inside(name, hint, document[name])
+        for name in cls.derived:
+            if name not in document:
+                raise Misfit(f"has no key {name!r}")
+            hint, expected = get_type_hints(getattr(cls, name).fget)["return"], getattr(record, name)
+            if not same(_inside(name, hint, document[name]), expected):
+                raise Misfit(f"{name} is {shown(document[name])}, expected {shown(expected)} by the rest of it", ": ")
+        return record
+
+
+def _inside(name: str, hint: Any, found: Any) -> Any:
+    try:
+        return reader(hint)(found)
+    except Misfit as misfit:
+        raise misfit.inside(name) from None
+
+
+def same(a: float | None, b: float | None, within: float = 1e-6) -> bool:
+    """Whether two figures are the same but for rounding; one that is None is only like None."""
+    return a is b if a is None or b is None else math.isclose(a, b, abs_tol=within)
+
+
+# --- which weights a record is of -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,9 +551,6 @@ class Fingerprint:
         return (self.samples or self.content or "unknown")[:12]
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
 def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
     """Whether the two are of the same weights: equal in every kind that both know; None where they share no kind."""
     pairs = [(x, y) for x, y in ((a.content, b.content), (a.samples, b.samples)) if x and y]
@@ -238,269 +571,3 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     a, b = fingerprint_in(found), fingerprint_in(expected)
     same = agree(a, b) or (a == b and "source" not in different)
     return different if same else [*different, "weights"]
-
-
-SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
-# kind of record -> the command that makes one
-COMMANDS = {
-    "spectra": "laser scan MODEL -o FILE",
-    "plan": "laser plan SPECTRA -o FILE --rule RULE",
-    "moments": "laser calibrate MODEL --text TEXT -o FILE",
-    "outcome": "laser reduce MODEL PLAN -o OUT",
-    "eval": "laser eval MODEL -o FILE",
-    "leaderboard": "laser leaderboard MODEL -o FILE",
-    "search": "laser run MODEL -o OUT --search",
-    "source": "laser card OUT --source MODEL",
-}
-# and how that is said where another file was named
-MADE_BY = {kind: f"{command} makes one" for kind, command in COMMANDS.items()}
-MADE_BY["outcome"] = "name a directory that laser reduce or laser run has finished"
-
-
-def to_json(document: Any) -> bytes:
-    """Strict JSON (NaN and Infinity raise ValueError), indented, the same bytes for the same document."""
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
-
-
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with a checksum of the rest of it, last."""
-    bare = {key: value for key, value in document.items() if key != "check"}
-    return bare | {"check": hashlib.sha256(to_json(bare)).hexdigest()}
-
-
-def is_sealed(document: Any) -> bool:
-    """Whether a document's checksum is that of the rest of it."""
-    return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
-
-
-def require_sealed(document: Any, path: Path, kind: str) -> None:
-    """Raises RecordError for a record that is not as laser wrote it."""
-    if not is_sealed(document):
-        raise RecordError(f"{path} was changed or damaged since it was written; make it again: `{COMMANDS[kind]}`")
-
-
-def read_json(path: Path, kind: str, version: int, *earlier: int) -> dict[str, Any]:
-    """The record at `path`, checked to be a `kind` of this `version`, or of an `earlier` one. Raises RecordError."""
-    try:
-        document = parse(read_regular(path))
-    except FileNotFoundError:
-        raise RecordError(f"no such file: {path}; {MADE_BY.get(kind, 'check the path')}") from None
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path} is not a readable {kind} file ({error}); make it again") from error
-    check_header(document, path, kind, version, *earlier)
-    return document
-
-
-def check_header(document: Any, path: Path, kind: str, version: int, *earlier: int) -> None:
-    """Raises RecordError unless the document says that it is a `kind` of `version`, or of an `earlier` one."""
-    found = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found[0] == kind and type(found[1]) is int and found[1] in (version, *earlier):
-        return
-    told = f"kind {named(found[0])} version {shown(found[1])}"
-    told = "kind None, so no record of laser" if found == (None, None) else told
-    again = f"make it again with this version of laser{f': `{COMMANDS[kind]}`' if kind in COMMANDS else ''}"
-    remedy = again if found[0] == kind else MADE_BY.get(kind, "check the path")
-    raise RecordError(f"{path}: found {told}, expected {kind!r} version {version}; {remedy}")
-
-
-CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
-
-
-class Journal:
-    """An append-only file of JSON lines; the first says which run it belongs to.
-
-    Every line ends with a checksum of itself and of the line before it. Opened again with the same `run`, the journal
-    holds the entries of every line that is as it was written. A torn or altered line and all that follows it are cut
-    off: what they stood for is simply done again. `anew` drops the file where it belongs to another run, or to none.
-    shapes: the kinds of lines that there are, each by its keys and their types; any other is as good as torn.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        run: Mapping[str, Any],
-        *,
-        shapes: Sequence[Mapping[str, Any]] | None = None,
-        anew: bool = False,
-    ) -> None:
-        self._begin(path, run, shapes)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                whole = self._load(run) if path.exists() else 0
-            except RecordError:
-                if not anew:
-                    raise
-                self.entries, self._last, whole = [], b"", 0
-            self._file = path.open("ab", buffering=0)
-            self._file.truncate(whole)
-        if not whole:
-            self._append(run)
-
-    def _begin(self, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None) -> None:
-        self.path, self._run = path, run
-        self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
-        self.entries: list[dict[str, Any]] = []
-        self._last = b""
-
-    @classmethod
-    def require(cls, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Raises as opening it would where the journal at `path`, if there is one, is of another run."""
-        looked = cls.__new__(cls)
-        looked._begin(path, run, shapes)
-        if path.exists():
-            looked._load(run)
-
-    def _load(self, run: Mapping[str, Any]) -> int:
-        """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
-        whole = 0
-        data = read_regular(self.path, math.inf)
-        if not _is_journal(data, run):
-            raise OutputError(f"{self.path} is no journal of laser, and would be overwritten; try another name")
-        lines = data.splitlines(keepends=True)
-        for number, line in enumerate(lines):
-            entry = self._checked(line, first=number == 0)
-            if entry is None:
-                if number == 0 and len(lines) > 1:
-                    raise RecordError(
-                        f"{self.path}: its first line, which says what it belongs to, is damaged or of an older laser; "
-                        "start afresh with --force"
-                    )
-                break
-            if number == 0:
-                self._require(entry, run)
-            elif SPOILED in entry:
-                raise RecordError(
-                    f"{self.path} holds work on a model that changed meanwhile: {entry[SPOILED]}; start afresh with "
-                    "--force"
-                )
-            else:
-                self.entries.append(entry)
-            whole += len(line)
-        return whole
-
-    def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
-        """The entry of a line; None for one that was not written like that, or does not follow the one before."""
-        written = _written(line, self._last)
-        if written is None:
-            return None
-        body, check = written
-        try:
-            entry = parse(body)
-        except ValueError:
-            return None
-        free = first or self._shapes is None
-        if not isinstance(entry, dict) or not (free or any(has_shape(entry, shape) for shape in self._shapes or ())):
-            return None
-        self._last = check
-        return entry
-
-    def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        different = differences(found, run)
-        if {"source", "weights"} & set(different):
-            models = [f"{told.get('model')} ({fingerprint_in(told).short})" for told in (found, run)]
-            raise RecordError(
-                f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
-                f"found {models[1]}; repeat the command that began it, or start afresh with --force"
-            )
-        if different:
-            raise RecordError(
-                f"{self.path} belongs to another run: {', '.join(different)} differ; "
-                "repeat the command that began it, or start afresh with --force"
-            )
-
-    def append(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        self._append(entry)
-
-    def forget(self, from_: dict[str, Any]) -> None:
-        """Cut off an entry and all that follow it, in one step: a kill loses nothing of what stands before it."""
-        kept = next(i for i, entry in enumerate(self.entries) if entry is from_)
-        with disk_errors(self.path):
-            lines = self.path.read_bytes().splitlines(keepends=True)[: kept + 1]  # the first says whose they are
-            self._file.truncate(sum(map(len, lines)))
-        match = CHECKED.search(lines[-1])
-        assert match is not None, "its own line"
-        self.entries, self._last = self.entries[:kept], match[1]
-
-    def spoil(self, why: str) -> None:
-        """Let nobody go on with what stands here."""
-        self._append({SPOILED: why})
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        body = json.dumps(dict(entry), allow_nan=False).encode()
-        self._last = _check(self._last, body)
-        line = body[:-1] + (b", " if entry else b"") + b'"check": "' + self._last + b'"}\n'
-        with disk_errors(self.path):
-            while line:  # to the kernel: survives a killed process; readers check what lines claim
-                line = line[self._file.write(line) :]
-
-    def close(self) -> None:
-        with disk_errors(self.path):
-            self._file.close()
-
-    def remove(self) -> None:
-        """Delete the file, and its directory if that was all in it."""
-        self.close()
-        with disk_errors(self.path):
-            self.path.unlink()
-            if not any(self.path.parent.iterdir()):
-                self.path.parent.rmdir()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
-    """Whether a file was a journal once, whole or torn or damaged, and no file of somebody else."""
-    begun = json.dumps(dict(run)).encode()[:12]
-    return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
-
-
-def was_journal(path: Path, kind: str) -> bool:
-    """Whether the file at `path` is, or was before it was damaged, a journal of this kind."""
-    try:
-        return _is_journal(read_regular(path, math.inf), {"kind": kind})
-    except OSError:
-        return False
-
-
-def journal_is_whole(path: Path) -> bool:
-    """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
-    last = b""
-    for line in read_regular(path, math.inf).splitlines(keepends=True):
-        written = _written(line, last)
-        if written is None:
-            return False
-        last = written[1]
-    return bool(last)
-
-
-def _written(line: bytes, last: bytes) -> tuple[bytes, bytes] | None:
-    """A line's JSON and its checksum, where it is as it was written after the line whose checksum is `last`."""
-    match = CHECKED.search(line)
-    if not match or not line.endswith(b"\n"):
-        return None
-    body = line[: match.start()] + b"}"
-    return (body, match[1]) if _check(last, body) == match[1] else None
-
-
-def _check(before: bytes, body: bytes) -> bytes:
-    """Checksum of a line: without one a flipped bit in a number would be taken for the number."""
-    return hashlib.sha256(before + body).hexdigest()[:16].encode()
-
-
-@contextmanager
-def spoiling(journal: Journal | None) -> Iterator[None]:
-    """A CheckpointError inside, that the weights changed meanwhile, makes the journal one that nobody goes on with."""
-    try:
-        yield
-    except CheckpointError as error:
-        if journal:
-            journal.spoil(str(error))
-        raise

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from laser.arrays import ArrayRecord, hash_of
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError, first_line
-from laser.files import require_regular, write_atomically
+from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
-from laser.records import (
-    check_header,
-    decode,
-    has_shape,
-    parse,
-    require_finite,
-    require_keys,
-    require_sealed,
-    sealed,
-    shown,
-    value_of,
-)
+from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, shown, under
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
@@ -91,25 +77,22 @@ Vectors = Mapping[str, NDArray[np.float64]]
 class InData:
     """What a scan measures by the data, by name of the matrix.
 
-    calibration: on which text (moments.Calibration)
+    calibration: on which text
     seen: how many inputs a matrix has seen, for those that were calibrated
     values: singular values (p,) of W C^(1/2), descending
     failed: why there are none
     """
 
-    calibration: Mapping[str, Any]
+    calibration: Calibration
     seen: Mapping[str, int]
-    values: Vectors = field(default_factory=dict)
-    failed: Mapping[str, str] = field(default_factory=dict)
+    values: Vectors = field(default_factory=dict, metadata=ASIDE)
+    failed: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
 
     def vectors(self) -> dict[str, NDArray[np.float64]]:
         """Everything under the names that the file has."""
         return {DATA + n: v for n, v in self.values.items()}
 
-    def header(self) -> dict[str, Any]:
-        return {"calibration": dict(self.calibration), "seen": dict(self.seen), "failed": dict(self.failed)}
-
-    def wrong(self, sides: Mapping[str, int]) -> str | None:
+    def unlike(self, sides: Mapping[str, int]) -> str | None:
         """What in it contradicts the rest of a file whose matrices have these smaller sides."""
         for name in (*self.values, *self.failed):
             if name not in self.seen:
@@ -129,24 +112,7 @@ class InData:
         seen = {name: moments.sites[name].tokens for name in names if name in moments.sites}
         values = {n: found[n].data for n in seen if len(found[n].data)}
         failed = {n: why for n in seen if (why := found[n].data_failed)}
-        return InData(asdict(moments.calibration), seen, values, failed)
-
-    @staticmethod
-    def from_file(header: Any, vectors: Vectors, where: str, remedy: str) -> InData | None:
-        """What `header` and `vectors` wrote, taken from all of a file's vectors; None where there is none.
-
-        Raises RecordError, which begins with `where` and ends with `remedy`.
-        """
-        if header is None:
-            return None
-        header = value_of(Mapping[str, Any], header, "data", where, remedy)
-        require_keys(header, ("calibration", "seen"), ("failed",), where, remedy)
-        kinds = {"calibration": Mapping[str, Any], "seen": Mapping[str, int], "failed": Mapping[str, str]}
-        for key in header:
-            value_of(kinds[key], header[key], key, where, remedy)
-        Calibration.decoded(header["calibration"], f"{where}: its calibration", remedy)
-        values = {n.removeprefix(DATA): v for n, v in vectors.items() if n.startswith(DATA)}
-        return InData(header["calibration"], header["seen"], values, header.get("failed", {}))
+        return InData(moments.calibration, seen, values, failed)
 
 
 def in_metric_of(asked: str, spectra: Spectra, fewest: int | None = None) -> Spectra:
@@ -184,11 +150,71 @@ def met_by(tokens: int, p: int) -> str:
     return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
 
 
-KIND, VERSION, EARLIER = "spectra", 3, 2  # the earlier one has reasons that are texts alone
 LARGEST_INTEGER = 2**63 - 1
-AGAIN = "try laser scan again with this version of laser"
 GONE = "laser.data-null."  # before others in files of earlier versions, which nobody reads any more
 NULL = "laser.null."  # before a tensor's name in the file: its permuted matrices' largest singular values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A tensor in the file: Matrix without its cut, for whoever reads weights has the checkpoint and lists its matrices
+    anew, and what the scan found of it besides the vectors. Only of FP8 is it known whether it is `scaled`."""
+
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    tensor: str
+    scaled: bool | None = field(default=None, metadata=SPARSE)
+    stack: str
+    skipped: Why | None
+    kurtosis: float | None
+    note: str = field(default="", metadata=SPARSE)
+
+    def wrong(self) -> str | None:
+        if min(self.shape, default=0) < 0 or math.prod(self.shape) > LARGEST_INTEGER:
+            return f"shape is {shown(list(self.shape))}"
+        return under(self, 0, "layer", "expert")
+
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(
+            name=self.name, role=self.role, layer=self.layer, expert=self.expert, shape=self.shape, dtype=self.dtype,
+            tensor=self.tensor, scaled=bool(self.scaled), stack=self.stack,
+        )  # fmt: skip
+
+
+def _from_texts(header: dict[str, Any]) -> dict[str, Any]:
+    """The header of version 2, whose reasons are texts alone and whose rows may lack some keys, as of today."""
+    rows = header.get("matrices")
+    return header | ({"matrices": [_with_kind(row) for row in rows]} if isinstance(rows, list) else {})
+
+
+def _with_kind(row: Any) -> Any:
+    if not isinstance(row, dict):
+        return row
+    if isinstance(why := row.get("skipped"), str):
+        row = row | {"skipped": plain(earlier_reason(why))}
+    # Files of laser 0.1 knew no other tensor, and FP8 only with scales.
+    fp8 = {"scaled": True} if str(row.get("dtype")).startswith("F8") else {}
+    return {"tensor": row.get("name"), "kurtosis": None, "stack": ""} | fp8 | row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header(ArrayRecord, kind="spectra", version=3, earlier={2: _from_texts}, made_by="laser scan MODEL -o FILE"):
+    """What the file says beside the vectors. vectors: their hash."""
+
+    source: Source
+    method: str
+    device: str
+    matrices: tuple[Row, ...]
+    data: InData | None = field(default=None, metadata=SPARSE)
+    vectors: str
+
+    def wrong(self) -> str | None:
+        return "a matrix is in it twice" if len({row.name for row in self.matrices}) < len(self.matrices) else None
 
 
 @dataclass(frozen=True)
@@ -217,113 +243,53 @@ class Spectra:
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""
-        header = {
-            "kind": KIND,
-            "version": VERSION,
-            "source": asdict(self.source),
-            "method": self.method,
-            "device": self.device,
-            "matrices": [_row(m) | self._extra(m.name) for m in self.matrices],
-        }
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
-        if self.data is not None:
-            header["data"] = self.data.header()
-            vectors |= self.data.vectors()
-        header = sealed(header | {"vectors": _hash(vectors)})
-        write_atomically(path, save(vectors, metadata={"laser": json.dumps(header, allow_nan=False)}))
+        vectors |= self.data.vectors() if self.data else {}
+        rows = tuple(map(self._row, self.matrices))
+        header = Header(
+            source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
+            vectors=hash_of(vectors),
+        )  # fmt: skip
+        header.save(path, vectors)
 
-    def _extra(self, name: str) -> dict[str, Any]:
-        note = {"note": self.notes[name]} if name in self.notes else {}
-        why = self.skipped.get(name)
-        return {"skipped": why and asdict(why), "kurtosis": self.kurtosis.get(name)} | note
+    def _row(self, m: Matrix) -> Row:
+        return Row(
+            name=m.name, role=m.role, layer=m.layer, expert=m.expert, shape=m.shape, dtype=m.dtype, tensor=m.tensor,
+            scaled=m.scaled if m.dtype.startswith("F8") else None, stack=m.stack,
+            skipped=self.skipped.get(m.name), kurtosis=self.kurtosis.get(m.name), note=self.notes.get(m.name, ""),
+        )  # fmt: skip
 
     @staticmethod
     def load(path: Path) -> Spectra:
         """Raises RecordError for a file that is missing, damaged or of another version."""
-        if not path.exists() and not path.is_symlink():
-            raise RecordError(f"no such file: {path}; try `laser scan MODEL -o {path}`")
-        try:
-            require_regular(path)
-            with safe_open(path, framework="numpy") as file:
-                header = parse((file.metadata() or {}).get("laser", "null"))
-                check_header(header, path, KIND, VERSION, EARLIER)
-                vectors = {name: file.get_tensor(name) for name in file.keys()}
-        # NumPy knows not every dtype that safetensors does, and says so in ways of its own.
-        except (SafetensorError, ValueError, TypeError, AttributeError, LookupError, OSError, MemoryError) as error:
-            raise RecordError(f"{path} is not a readable spectra file ({first_line(error)}); scan again") from error
-        needed = ("source", "method", "device", "matrices", "vectors", "check")
-        require_keys(header, needed, ("kind", "version", "data"), f"{path}: its header", AGAIN)
-        require_finite(header, f"{path}: its header", AGAIN)
-        method, device = (value_of(str, header[key], key, f"{path}: its header", AGAIN) for key in ("method", "device"))
-        rows = value_of(list, header["matrices"], "matrices", f"{path}: its header", AGAIN)
-        earlier = header["version"] == EARLIER
-        decoded = [_decoded(row, number, path, earlier) for number, row in enumerate(rows, 1)]
-        skipped = {matrix.name: extra.skipped for matrix, extra in decoded if extra.skipped is not None}
-        matrices = tuple(matrix for matrix, _ in decoded)
+        with Header.opened(path, "numpy") as file:
+            document = Header.document_in(file, path)
+            vectors = {name: file.get_tensor(name) for name in file.keys()}
+        header = Header.from_document(document, path)
+        rows, data = header.matrices, header.data
         values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, GONE))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
-        source = Source.decoded(header["source"], f"{path}: its source", AGAIN)
-        kurtosis = {matrix.name: extra.kurtosis for matrix, extra in decoded if extra.kurtosis is not None}
-        data = InData.from_file(header.get("data"), vectors, f"{path}: its data", AGAIN)
-        notes = {matrix.name: extra.note for matrix, extra in decoded if extra.note}
-        spectra = Spectra(source, matrices, values, skipped, method, device, nulls, kurtosis, data, notes)
+        if data:
+            data = replace(data, values={n.removeprefix(DATA): v for n, v in vectors.items() if n.startswith(DATA)})
+        skipped = {row.name: row.skipped for row in rows if row.skipped is not None}
+        kurtosis = {row.name: row.kurtosis for row in rows if row.kurtosis is not None}
+        notes = {row.name: row.note for row in rows if row.note}
+        matrices = tuple(row.matrix for row in rows)
+        told = header.method, header.device
+        spectra = Spectra(header.source, matrices, values, skipped, *told, nulls, kurtosis, data, notes)
         if wrong := _wrong(spectra):
-            raise RecordError(f"{path}: {wrong}; {AGAIN}")
-        require_sealed(header if header["vectors"] == _hash(vectors) else None, path, KIND)
+            raise RecordError(f"{path}: {wrong}; {Header.mend}")
+        Header.require_seal(document if header.vectors == hash_of(vectors) else None, path)
         return spectra
-
-
-def _hash(vectors: Mapping[str, NDArray[np.float64]]) -> str:
-    """sha256 over names and values."""
-    digest = hashlib.sha256()
-    for name, vector in sorted(vectors.items()):
-        digest.update(f"{name}\0{vector.dtype}\0{vector.shape}\0".encode("utf-8", "surrogatepass") + vector.tobytes())
-    return digest.hexdigest()
-
-
-def _row(matrix: Matrix) -> dict[str, Any]:
-    # Not the cut: whoever reads weights has the checkpoint, and lists its matrices anew. Only FP8 has scales.
-    without = ("cut",) if matrix.dtype.startswith("F8") else ("cut", "scaled")
-    return {key: value for key, value in asdict(matrix).items() if key not in without}
-
-
-@dataclass(frozen=True)
-class _Extra:
-    """What a row of the file says besides the matrix itself."""
-
-    skipped: Why | None
-    kurtosis: float | None = None
-    note: str = ""
-
-
-def _decoded(row: Any, number: int, path: Path, earlier: bool) -> tuple[Matrix, _Extra]:
-    """A row of the file. Raises RecordError naming it."""
-    where = f"{path}: matrix {number}"
-    if isinstance(row, dict):
-        where += f" ({row['name']})" if isinstance(row.get("name"), str) else ""
-        own = {f.name for f in fields(_Extra)}
-        if earlier and isinstance(row.get("skipped"), str):
-            row = row | {"skipped": asdict(earlier_reason(row["skipped"]))}
-        # Files of laser 0.1 knew no other tensor, and FP8 only with scales.
-        row = {"tensor": row.get("name"), "scaled": str(row.get("dtype")).startswith("F8")} | row
-        extra = decode(_Extra, {k: x for k, x in row.items() if k in own}, where, AGAIN, ("kurtosis", "note"))
-        later = [f.name for f in fields(Matrix) if f.default is not MISSING]
-        return decode(Matrix, {k: x for k, x in row.items() if k not in own}, where, AGAIN, later), extra
-    raise RecordError(f"{where} is {shown(row)}, expected an object; {AGAIN}")
 
 
 def _wrong(spectra: Spectra) -> str | None:
     """What of the vectors does not belong to the matrices, or is no spectrum."""
-    for m in spectra.matrices:
-        if min(m.shape, default=0) < 0 or m.parameters > LARGEST_INTEGER or (m.layer or 0) < 0 or (m.expert or 0) < 0:
-            return f"{m.name} has shape {shown(list(m.shape))}, layer {shown(m.layer)} and expert {shown(m.expert)}"
     sides = {m.name: min(m.shape) if m.is_matrix else 0 for m in spectra.matrices}
-    if len(sides) < len(spectra.matrices):
-        return "a matrix is in it twice"
     if unsaid := next((n for n in sides if (n in spectra.values) == (n in spectra.skipped)), None):
         return f"{unsaid} has both singular values and a reason why not, or neither"
     data = spectra.data
-    if data and (wrong := data.wrong(sides)):
+    if data and (wrong := data.unlike(sides)):
         return wrong
     for vectors in (spectra.values, data.values if data else {}):
         for name, s in vectors.items():

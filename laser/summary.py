@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from laser.checkpoint.matrices import place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
+from laser.moments import Calibration
 from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
@@ -97,7 +98,7 @@ class Summary:
     rule: str
     rows: tuple[Row, ...]  # in file order
     skipped: tuple[tuple[str, str], ...]  # tensors that have no spectrum, and why
-    calibration: Mapping[str, Any] | None = None  # of the data's metric: moments.Calibration
+    calibration: Calibration | None = None  # of the data's metric
 
     @property
     def under_seen(self) -> list[Row]:

@@ -24,10 +24,11 @@ from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
 from laser.files import open_regular, read_regular
+from laser.journal import journal_is_whole
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, plan_as_measured
 from laser.plan import Plan
-from laser.records import is_sealed, journal_is_whole, parse
+from laser.records import is_sealed, parse
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device, in_float64
 

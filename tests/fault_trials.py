@@ -170,7 +170,7 @@ VERBS = (
 def watch(board: Board) -> None:
     """In a child: count the pieces of work that are written down."""
     from laser.calibration_parts import Parts
-    from laser.records import Journal
+    from laser.journal import Journal
 
     append, save = Journal.append, Parts.save_states
 

@@ -19,7 +19,7 @@ from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
-from laser.moments import Calibration, Moments, Site, header_of
+from laser.moments import Calibration, Header, Moments, Site
 from laser.selection import Selection
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
@@ -332,7 +332,7 @@ def test_a_matrix_in_no_layer_cannot_be_calibrated(speaker: Path, tmp_path: Path
         (lambda d: d["sites"][0].pop("fourth"), "site 1 has no key 'fourth'"),
         (lambda d: d["sites"][0].update(tokens="9"), 'site 1: tokens is "9", expected a whole number'),
         (lambda d: d.update(sites=None), "sites is null, expected a list"),
-        (lambda d: d.update(more=1), "its header has a key 'more'"),
+        (lambda d: d.update(more=1), "it has a key 'more'"),
     ],
 )
 def test_moments_of_another_version_are_refused_with_a_sentence(
@@ -340,7 +340,7 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
 ) -> None:
     site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
     calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
-    header = header_of(Source("m", "0"), calibration, {}, [site], {})
+    header = Header(Source("m", "0"), calibration, {}, (site,), {}).document()
     change(header)
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):

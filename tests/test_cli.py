@@ -111,7 +111,7 @@ def test_dry_run_reads_no_weight_and_writes_nothing(run: Run, pico: Path, tmp_pa
         (["scan", "{pico}", "-o", "{tmp}/s", "--method", "magic"], 2, "try --method gram|projector|svd"),
         (["scan", "{pico}", "-o", "{tmp}/no/s"], 1, "there is no directory"),
         (["plan", "{tmp}/s", "-o", "{tmp}/p"], 2, "plan needs a rule"),
-        (["plan", "{tmp}/s", "-o", "{tmp}/p", "--rule", "mp-edge"], 1, "try `laser scan MODEL -o"),
+        (["plan", "{tmp}/s", "-o", "{tmp}/p", "--rule", "mp-edge"], 1, "laser scan MODEL -o FILE makes one"),
         (["plan", "{spectra}", "-o", "{tmp}/p", "--rule", "mp"], 2, "no rule is called 'mp'; try one of laser-rmt"),
         (["plan", "{spectra}", "-o", "{tmp}/p", "--rule", "mp-edge", "--lowest-snr", "0"], 2, "--lowest-snr 0"),
         (["plan", "{spectra}", "-o", "{spectra}", "--rule", "mp-edge"], 1, "exists; try another -o, or --force"),

@@ -91,7 +91,7 @@ def test_two_precisions_are_no_comparison(model: str, tmp_path: Path, capsys: py
     for change in ({"versions": []}, {"versions": {"torch": 1}}, {"dtype": None}, {"device": 3}):
         files[1].write_text(json.dumps(document | change))
         assert run("eval", *files) == 1
-        assert "is not a whole evaluation" in capsys.readouterr().err
+        assert "is not a whole eval file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ CHANGES: list[tuple[Callable[[Header, Vectors], object], str]] = [
     (lambda h, v: row(h).pop("skipped"), "has no key 'skipped'"),
     (lambda h, v: row(h).update(shape="32x32"), 'shape is "32x32", expected a list'),
     (lambda h, v: row(h).update(layer=True), "layer is true, expected a whole number or null"),
-    (lambda h, v: row(h).update(kurtosis=float("nan")), "holds nan"),
+    (lambda h, v: row(h).update(kurtosis=float("nan")), "kurtosis is nan, expected a number or null"),
     (lambda h, v: row(h).update(kurtosis="3"), 'kurtosis is "3"'),
     (lambda h, v: row(h).update(colour="red"), "has a key 'colour'"),
     (lambda h, v: row(h).update(shape=[7, 32]), f"{NAME} has float64 values of shape"),

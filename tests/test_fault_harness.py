@@ -15,13 +15,13 @@ from disk_faults import DATA, End, Fault, forked
 from fault_trials import VERBS, Bench, Count, make_inputs, pinned
 from helpers import snapshot
 
-from laser import records, start
+from laser import start
 from laser.checkpoint import swap
 from laser.cli import left_behind
 from laser.errors import OutputError
 from laser.files import claimed, lock_of, tidy_up, unfinished, write_atomically
+from laser.journal import Journal, journal_is_whole
 from laser.pipeline import tidy_spectra
-from laser.records import Journal
 
 # verb -> (kind, which call by its name, or a share of them)
 SAMPLE: dict[str, tuple[tuple[str, str | float], ...]] = {
@@ -132,7 +132,7 @@ def test_a_trial_tells_a_verb_that_writes_in_place(
     """Each check of the harness on a verb that is wrong in that way."""
     verb = next(verb for verb in VERBS if verb.name == "plan --force")
     # A verb as it should not be: laser has none.
-    monkeypatch.setattr("laser.plan.write_atomically", lambda path, data: path.write_bytes(data))
+    monkeypatch.setattr("laser.records.write_atomically", lambda path, data: path.write_bytes(data))
     bench = Bench(verb, inputs, tmp_path / "bench")
     at = next(i for i, name in enumerate(bench.calls, 1) if name == "write" and i > 6)
     problems, _ = bench.trial(Fault("torn", at))
@@ -188,7 +188,7 @@ def test_forgetting_an_entry_is_one_step(tmp_path: Path, monkeypatch: pytest.Mon
         journal.append({"entry": 9})
     with Journal(path, run) as again:
         assert [entry["entry"] for entry in again.entries] == [0, 1, 9]
-    assert records.journal_is_whole(path)
+    assert journal_is_whole(path)
 
 
 def test_what_is_whole_and_cannot_be_tidied_up_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_a_card_needs_an_output_and_its_own_source(
         write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
     (out / SOURCE).parent.mkdir()
     (out / SOURCE).write_text('{"kind": "source", "version": 2, "name": "x"}')
-    with pytest.raises(RecordError, match="not a whole record"):
+    with pytest.raises(RecordError, match="not a whole source file"):
         write_card(out)
 
 
@@ -373,12 +373,12 @@ def as_searched(source: Checkpoint, out: Path) -> dict[str, Any]:
     ("part", "change", "message"),
     [
         ("held_out", {}, None),
-        ("held_out", {"before": "x"}, 'entry 1 of held_out: before is "x", expected a number or null'),
-        ("held_out", {"tokens": 9.5}, "entry 1 of held_out: tokens is 9.5"),
-        ("held_out", {"se": [1]}, "entry 1 of held_out: se"),
-        ("trials", {"ranks": []}, "entry 1 of trials: ranks"),
-        ("trials", {"accepted": "no"}, 'entry 1 of trials: accepted is "no", expected true or false'),
-        ("trials", {"d": "x"}, "entry 1 of trials: d"),
+        ("held_out", {"before": "x"}, 'held_out 1: before is "x", expected a number or null'),
+        ("held_out", {"tokens": 9.5}, "held_out 1: tokens is 9.5"),
+        ("held_out", {"se": [1]}, "held_out 1: se"),
+        ("trials", {"ranks": []}, "trial 1 (q): ranks"),
+        ("trials", {"accepted": "no"}, 'trial 1 (q): accepted is "no", expected true or false'),
+        ("trials", {"d": "x"}, "trial 1 (q): d"),
     ],
 )
 def test_a_searchs_record_is_checked_whole(

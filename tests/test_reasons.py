@@ -84,13 +84,21 @@ def test_a_plan_of_before_is_the_same_plan(pico: Path, tmp_path: Path) -> None:
         assert laser.Plan.load(path).edited
 
 
-@pytest.mark.parametrize("why", ["a text", {"kind": "rule"}, {"kind": "whim", "text": ""}, {"kind": "rule", "text": 1}])
-def test_a_reason_that_is_none_is_refused(pico: Path, tmp_path: Path, why: Any) -> None:
+@pytest.mark.parametrize(
+    ("why", "message"),
+    [
+        ("a text", ' is "a text", expected an object of kind and text'),
+        ({"kind": "rule"}, " has no key 'text', expected kind, text"),
+        ({"kind": "whim", "text": ""}, ': kind is "whim", expected one of rule, not a matrix, .*empty plan'),
+        ({"kind": "rule", "text": 1}, ": text is 1, expected a text"),
+    ],
+)
+def test_a_reason_that_is_none_is_refused(pico: Path, tmp_path: Path, why: Any, message: str) -> None:
     plan = laser.make_plan(laser.scan(laser.open_checkpoint(pico), Selection(roles=("q",))), "rank:4")
     document = json.loads(plan.to_json())
     document["lines"][0]["why"] = why
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(RecordError, match=r"line 1 \(.*\): why is .*, expected an object of kind and text"):
+    with pytest.raises(RecordError, match=rf"line 1 \(.*\): its why{message}"):
         laser.Plan.load(tmp_path / "plan.json")
 
 

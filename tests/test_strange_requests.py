@@ -22,7 +22,7 @@ from disk_faults import forked
 from helpers import snapshot
 
 import laser
-from laser import records
+from laser import journal
 from laser.checkpoint import swap, writer
 from laser.checkpoint.pickles import read_pickle
 from laser.checkpoint.reader import INDEX
@@ -236,7 +236,7 @@ def test_a_dry_run_that_resumes_refuses_what_the_run_does(
             os.kill(os.getpid(), signal.SIGKILL)
 
         if killed == "scan":
-            records.Journal.append = after(records.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
+            journal.Journal.append = after(journal.Journal.append, die)  # pyright: ignore[reportAttributeAccessIssue]
         elif killed == "reduce":
             writer._copy_side_files = after(writer._copy_side_files, die)
         elif forced:  # all is done but the exchange

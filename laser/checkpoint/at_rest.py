@@ -11,16 +11,14 @@ from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
 from laser.files import read_regular
-from laser.records import is_sealed, named, parse, value_of
+from laser.records import decode, is_sealed, named, parse
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CARD = "README.md"  # ours, made again at will, and people's to edit
 
 
-def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:
-    """Raises RecordError unless an outcome has sums of files, and all its names are of files inside the output."""
-    sums = value_of(Mapping[str, str], document.get("files", {}), "files", where, remedy)
-    shards = value_of(Mapping[str, str | None], document.get("shards", {}), "shards", where, remedy)
+def wrong_names(sums: Mapping[str, str], shards: Mapping[str, str | None]) -> str | None:
+    """What is wrong with the names of an outcome's files, or their sha256; None where all lie inside the output."""
     for name in (*sums, *shards):
         path = PurePosixPath(name)
         if (
@@ -30,10 +28,19 @@ def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:
             or "\0" in name
             or (name in shards and path.name != name)
         ):
-            raise RecordError(f"{where}: {name!r} is no file of an output; {remedy}")
+            return f"{name!r} is no file of an output"
     for name, told in (*sums.items(), *shards.items()):
         if told is not None and not SHA256.fullmatch(told):
-            raise RecordError(f"{where}: {name} has the sha256 {named(told)}, expected 64 digits; {remedy}")
+            return f"{name} has the sha256 {named(told)}, expected 64 digits"
+    return None
+
+
+def check_names(document: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Raises RecordError unless an outcome has sums of files, and all its names are of files inside the output."""
+    sums = decode(Mapping[str, str], document.get("files", {}), f"{where}: files", remedy)
+    shards = decode(Mapping[str, str | None], document.get("shards", {}), f"{where}: shards", remedy)
+    if wrong := wrong_names(sums, shards):
+        raise RecordError(f"{where}: {wrong}; {remedy}")
 
 
 def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:

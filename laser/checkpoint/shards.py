@@ -19,7 +19,7 @@ from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, piece
 from laser.checkpoint.slices import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
 from laser.errors import CheckpointError
 from laser.files import disk_errors, open_regular, unfinished
-from laser.records import Journal
+from laser.journal import Journal
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:

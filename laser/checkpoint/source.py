@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
 from laser.records import (
+    LATER,
     Fingerprint,
     agree,
-    decode,
+    under,
 )
 
 if TYPE_CHECKING:
     from laser.checkpoint.reader import Checkpoint
 
 from laser.checkpoint.fingerprint import changed, fingerprint_of, require_stamp
-
-SOURCE_OPTIONAL = ("parameters", "unindexed", "content", "samples")  # which records of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class Source:
 
     name: str
     identity: str
-    parameters: int | None = None  # None in records of laser 0.1
-    unindexed: int = 0
-    content: str | None = None
-    samples: str | None = None
+    parameters: int | None = field(default=None, metadata=LATER)  # None in records of laser 0.1
+    unindexed: int = field(default=0, metadata=LATER)
+    content: str | None = field(default=None, metadata=LATER)
+    samples: str | None = field(default=None, metadata=LATER)
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
@@ -47,14 +46,8 @@ class Source:
         weights = checkpoint.fingerprint
         return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
 
-    @staticmethod
-    def decoded(found: Any, where: str, remedy: str) -> Source:
-        """From a record's JSON. Raises RecordError, which begins with `where` and ends with `remedy`."""
-        source = decode(Source, found, where, remedy, SOURCE_OPTIONAL)
-        for key in ("parameters", "unindexed"):
-            if (getattr(source, key) or 0) < 0:
-                raise RecordError(f"{where}: {key} is {getattr(source, key)}, expected 0 or more; {remedy}")
-        return source
+    def wrong(self) -> str | None:
+        return under(self, 0, "parameters", "unindexed")
 
     @property
     def weights(self) -> Fingerprint:

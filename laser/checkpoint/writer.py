@@ -68,7 +68,8 @@ from laser.files import (
     require_regular,
     write_atomically,
 )
-from laser.records import Journal, differences, is_sealed, parse, require_keys, sealed, spoiling, to_json, value_of
+from laser.journal import Journal, spoiling
+from laser.records import decode, differences, is_sealed, parse, sealed, to_json
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -356,8 +357,9 @@ def read_outcome(out: Path) -> dict[str, Any]:
         raise OutputError(f"{where} cannot be read ({error}); {remedy}") from error
     if not is_sealed(document):
         raise OutputError(f"{where} was changed or damaged since it was written; {remedy}")
-    require_keys(document, ("run", "shards", "files"), list(document), where, remedy)
-    value_of(dict, document["run"], "run", where, remedy)
+    if missing := {"run", "shards", "files"} - document.keys():
+        raise OutputError(f"{where} has no key {min(missing)!r}; {remedy}")
+    decode(dict, document["run"], f"{where}: run", remedy)
     check_names(document, where, remedy)
     return document
 

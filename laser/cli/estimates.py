@@ -183,7 +183,7 @@ def print_outcome(
     if fallen:
         name, first = next(iter(fallen.items()))
         matrices = "1 matrix was" if len(fallen) == 1 else f"{len(fallen)} matrices were"
-        say(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first['note']}")
+        say(f"{matrices} cut by another method than asked for; {name} by {first['method']}, as {first.get('note')}")
     if outcome.left_out:
         named, more = ", ".join(outcome.left_out[:NAMED]), len(outcome.left_out) - NAMED
         more = f" and {more} more" if more > 0 else ""

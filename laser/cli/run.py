@@ -26,15 +26,13 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, load_tokenizer
-from laser.files import write_atomically
 from laser.flow import require_same_run
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
-from laser.records import to_json
 from laser.report.publish import SEARCH, write_card
 from laser.search.foretold import possible_candidates
-from laser.search.search import check_objectives, check_request, require_journal, result_document
+from laser.search.search import SearchRecord, check_objectives, check_request, require_journal
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
@@ -152,7 +150,7 @@ def run(
             selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
-        write_atomically(place / SEARCH, to_json(result_document(result)))
+        SearchRecord.of(result).save(place / SEARCH)
         if not work.as_json:
             print_search(result)
         return result.plan

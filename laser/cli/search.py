@@ -28,12 +28,12 @@ from laser.search.candidates import candidates_of
 from laser.search.foretold import possible_candidates
 from laser.search.search import (
     Report,
+    SearchRecord,
     SearchResult,
     Trial,
     check_objectives,
     check_request,
     require_journal,
-    result_document,
 )
 from laser.search.search import search as search_plan
 from laser.spectra import Spectra
@@ -151,7 +151,7 @@ def search(
     )
     result.plan.save(output)
     if work.as_json:
-        return common.print_json(result_document(result) | {"output": str(output), "journal": str(journal)})
+        return common.print_json(SearchRecord.of(result).document() | {"output": str(output), "journal": str(journal)})
     print_search(result)
     say(f"written to {output}; every trial is in {journal}")
 

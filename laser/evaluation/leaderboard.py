@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -48,22 +48,10 @@ from laser.evaluation.causal import build_causal
 from laser.evaluation.lm_tasks import TASKS, Task, choose_tasks, subject_of, write_tasks
 from laser.evaluation.text import load_tokenizer
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
-from laser.files import disk_errors, write_atomically
-from laser.records import (
-    Journal,
-    decode,
-    read_json,
-    require_finite,
-    require_keys,
-    require_sealed,
-    sealed,
-    spoiling,
-    to_json,
-    value_of,
-)
+from laser.files import disk_errors
+from laser.journal import Journal, spoiling
+from laser.records import Record, decode, same, under
 
-KIND, VERSION = "leaderboard", 2
-AGAIN = "run laser leaderboard again, with --force"
 LM_EVAL = "0.4.12"  # earlier ones fail on local rows
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
 
@@ -92,6 +80,19 @@ class TaskScore:
         """How many rows each group of equal weight has."""
         return tuple(count for _, count in self.subjects) or (len(self.rows),)
 
+    def wrong(self) -> str | None:
+        if self.task not in TASKS or self.metric != TASKS[self.task].metric:
+            return f"no task is called so, with metric {self.metric!r}"
+        whole = len(self.rows) == self.n == sum(self.sizes) and min(self.sizes) > 0
+        if not whole or not 0 <= self.undefined <= self.n:
+            return f"n is {self.n} and undefined {self.undefined}, found {len(self.rows)} rows"
+        if self.shots < 0 or not 0 <= min(self.rows) <= max(self.rows) <= 1 + 1e-6:
+            return "shots or a row's score is not what it can be, 0 or more, and between 0 and 1"
+        mean, error = mean_and_error(self.rows, self.sizes)
+        if not same(self.value, mean):
+            return "a value is not the mean of its rows"
+        return None if same(self.stderr, error) else "a standard error is not that of its rows"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -107,7 +108,13 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Leaderboard:
+class Leaderboard(
+    Record,
+    kind="leaderboard",
+    version=2,
+    made_by="laser leaderboard MODEL -o FILE --force",
+    derived=("average", "average_stderr"),
+):
     """What lm-eval measured on the model with this identity."""
 
     model: str
@@ -134,36 +141,17 @@ class Leaderboard:
     def by_task(self) -> dict[str, TaskScore]:
         return {score.task: score for score in self.scores}
 
-    def to_json(self) -> bytes:
-        averages = {"average": self.average, "average_stderr": self.average_stderr}
-        return to_json(sealed({"kind": KIND, "version": VERSION} | averages | asdict(self)))
+    def wrong(self) -> str | None:
+        if not self.scores or not isinstance(self.settings.get("device", ""), str):
+            return "a score or the name of a device is wanting"
+        names = [score.task for score in self.scores]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        return f"score {twice} is there twice" if twice else under(self, 1, "limit")
 
     def save(self, path: Path) -> None:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, self.to_json())
-
-    @staticmethod
-    def load(path: Path) -> Leaderboard:
-        """Raises RecordError for a record that is missing, damaged, of another version, or contradicts itself."""
-        document = read_json(path, KIND, VERSION)
-        where = f"{path} is not a whole record: it"
-        names = [field.name for field in fields(Leaderboard)]
-        averages = ("average", "average_stderr")
-        require_keys(document, (*names, *averages), ("kind", "version", "check"), where, AGAIN)
-        require_finite(document["settings"], f"{path}: settings", AGAIN)
-        scores = value_of(list, document["scores"], "scores", where, AGAIN)
-        whole = {name: document[name] for name in names} | {"scores": []}
-        record = replace(decode(Leaderboard, whole, where, AGAIN), scores=tuple(_scores_of(scores, path)))
-        if (record.limit or 1) < 1:
-            raise RecordError(f"{path}: limit is {record.limit}, expected 1 or more; {AGAIN}")
-        if not record.scores or not isinstance(record.settings.get("device", ""), str):
-            raise RecordError(f"{path} is not a whole record: a score or the name of a device is wanting; {AGAIN}")
-        for name in averages:
-            if not _same(value_of(float | None, document[name], name, where, AGAIN), getattr(record, name)):
-                raise RecordError(f"{path}: {name} is not that of its tasks; {AGAIN}")
-        require_sealed(document, path, KIND)
-        return record
+        super().save(path)
 
 
 @contextmanager
@@ -183,40 +171,6 @@ def _for_terminals() -> Iterator[None]:
     """Bars of other libraries, which say how far the hours are, where somebody can see them."""
     with nullcontext() if sys.stderr is not None and sys.stderr.isatty() else _quiet():
         yield
-
-
-def _scores_of(entries: Sequence[Any], path: Path) -> list[TaskScore]:
-    """Scores from JSON. Raises RecordError for one that is not whole, or was edited by hand."""
-    scores: dict[str, TaskScore] = {}
-    for number, entry in enumerate(entries, 1):
-        score = decode(TaskScore, entry, f"{path} is not a whole record: score {number}", AGAIN)
-        if wrong := _wrong(score):
-            raise RecordError(f"{path}: score {number} ({score.task}): {wrong}; {AGAIN}")
-        if scores.setdefault(score.task, score) is not score:
-            raise RecordError(f"{path}: score {number} ({score.task}) is there twice; {AGAIN}")
-    return list(scores.values())
-
-
-def _wrong(score: TaskScore) -> str | None:
-    """How a score contradicts itself."""
-    if score.task not in TASKS or score.metric != TASKS[score.task].metric:
-        return f"no task is called so, with metric {score.metric!r}"
-    if (
-        not len(score.rows) == score.n == sum(score.sizes)
-        or min(score.sizes) < 1
-        or not 0 <= score.undefined <= score.n
-    ):
-        return f"n is {score.n} and undefined {score.undefined}, found {len(score.rows)} rows"
-    if score.shots < 0 or not 0 <= min(score.rows) <= max(score.rows) <= 1 + 1e-6:
-        return "shots or a row's score is not what it can be, 0 or more, and between 0 and 1"
-    mean, error = mean_and_error(score.rows, score.sizes)
-    if not _same(score.value, mean):
-        return "a value is not the mean of its rows"
-    return None if _same(score.stderr, error) else "a standard error is not that of its rows"
-
-
-def _same(told: float | None, found: float | None) -> bool:
-    return told == found if told is None or found is None else abs(told - found) < 1e-6
 
 
 def average(parts: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
@@ -322,7 +276,7 @@ def run_leaderboard(
         versions = {name: version(name) for name in ("lm-eval", "transformers", "torch", "datasets")}
         run = {
             "kind": "leaderboard journal",
-            "version": VERSION,
+            "version": Leaderboard.version,
             "source": checkpoint.identity,
             "model": checkpoint.name,
             **weights,
@@ -458,12 +412,12 @@ def require_request(tasks: tuple[str, ...] | None, limit: int | None, data: Path
 
 def _finished(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
-    try:
-        return {score.task: score for score in _scores_of(journal.entries, journal.path)}
-    except RecordError as error:
-        raise RecordError(
-            f"{journal.path} holds a task that is not whole ({error}); start afresh with --force"
-        ) from error
+    where, remedy = f"{journal.path} holds a task that is not whole", "start afresh with --force"
+    scores = decode(tuple[TaskScore, ...], journal.entries, where, remedy)
+    found = {score.task: score for score in scores}
+    if len(found) < len(scores):
+        raise RecordError(f"{where}: one is there twice; {remedy}")
+    return found
 
 
 NEEDED = ("lm_eval", "accelerate")

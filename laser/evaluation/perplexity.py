@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laser.errors import NumericalError, RecordError, UsageError, not_finite
+from laser.errors import NumericalError, UsageError, not_finite
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
-from laser.files import write_atomically
-from laser.records import decode, read_json, require_sealed, sealed, to_json
+from laser.records import Record, same, under
 
-KIND, VERSION = "eval", 2
 MOST = 2**53  # tokens: whole numbers up to there are numbers of float64
 ROUNDING = 1e-3  # how far under 0 arithmetic of few bits may take a loss
-AGAIN = "make it again with `laser eval`"
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Record, kind="eval", version=2, made_by="laser eval MODEL -o FILE"):
     """How well one model predicts one text. `nll` and `losses` in nats per token; see `Windows` for the rest."""
 
     model: str
@@ -66,53 +62,23 @@ class Perplexity:
         """Comparable between tokenizers; None where the tokenizer tells no positions."""
         return self.nll * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
-    def to_json(self) -> bytes:
-        return to_json(sealed({"kind": KIND, "version": VERSION} | asdict(self)))
-
-    def save(self, path: Path) -> None:
-        write_atomically(path, self.to_json())
-
-    @staticmethod
-    def load(path: Path) -> Perplexity:
-        """Raises RecordError for a file that is missing, damaged, of another version, or that contradicts itself."""
-        document = read_json(path, KIND, VERSION)
-        record = Perplexity.from_document(document, path)
-        require_sealed(document, path, KIND)
-        return record
-
-    @staticmethod
-    def from_document(document: dict[str, Any], path: Path) -> Perplexity:
-        entries = {name: value for name, value in document.items() if name not in ("kind", "version", "check")}
-        record = decode(Perplexity, entries, f"{path} is not a whole evaluation: it", AGAIN)
-        least = {"window": 1, "bytes": 0, "asked": 1}
-        if low := [name for name, few in least.items() if (getattr(record, name) or few) < few]:
-            raise RecordError(
-                f"{path}: {low[0]} is {getattr(record, low[0])}, expected {least[low[0]]} or more; {AGAIN}"
+    def wrong(self) -> str | None:
+        if low := under(self, 1, "window") or under(self, 0, "bytes", "asked"):
+            return low
+        alike = len(self.losses) == len(self.counts) > 0
+        if not alike or not 1 <= min(self.counts) <= max(self.counts) <= MOST or min(self.losses) < -ROUNDING:
+            return (
+                f"it has {len(self.losses)} losses and {len(self.counts)} counts, expected as many of each, losses of "
+                "0 or more, and every count 1 or more"
             )
-        alike = len(record.losses) == len(record.counts) > 0
-        if not alike or not 1 <= min(record.counts) <= max(record.counts) <= MOST or min(record.losses) < -ROUNDING:
-            raise RecordError(
-                f"{path} is not a whole evaluation: it has {len(record.losses)} losses and {len(record.counts)} "
-                f"counts, expected as many of each, losses of 0 or more, and every count 1 or more; {AGAIN}"
-            )
-        mean, error = weighted_mean(record.losses, record.counts)
+        mean, error = weighted_mean(self.losses, self.counts)
         if not math.isfinite(mean) or not math.isfinite(error or 0.0):
-            raise RecordError(f"{path}: its losses have no finite mean; {AGAIN}")
-        own = {"nll": mean, "standard_error": error, "windows": len(record.losses), "tokens": sum(record.counts)}
+            return "its losses have no finite mean"
+        own = {"nll": mean, "standard_error": error, "windows": len(self.losses), "tokens": sum(self.counts)}
         for name, expected in own.items():
-            found = getattr(record, name)
-            if not _same(found, expected):
-                raise RecordError(
-                    f"{path}: found {name} {found}, expected {expected} from its own windows; it was changed by "
-                    f"hand, {AGAIN}"
-                )
-        return record
-
-
-def _same(found: float | None, expected: float | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return math.isclose(found, expected, abs_tol=1e-12)
+            if not same(found := getattr(self, name), expected, 1e-12):
+                return f"found {name} {found}, expected {expected} from its own windows: it was changed by hand"
+        return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from laser.evaluation.verdict import Direction
 from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind
+from laser.records import LATER
 from laser.report import chat
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, SourceCard, read_source_card
@@ -58,7 +59,8 @@ class CardSource:
     parameters: int | None = None
     shards: Mapping[str, str] | None = None  # file -> sha256 of the source's weights
     licence_files: tuple[str, ...] = ()
-    licences: Mapping[str, str] | None = None  # licence file -> the Hub's name of the licence whose text it is
+    # Licence file -> the Hub's name of the licence whose text it is.
+    licences: Mapping[str, str] | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,11 @@ IN_DATA = {
 
 
 def _metric(summary: Summary) -> str:
-    calibration = summary.calibration or {}
-    digest = str(calibration.get("text_sha256"))[:12]
-    text = f"Metric of the data: {calibration.get('tokens')} tokens of {calibration.get('text')} (sha256 {digest})"
+    calibration = summary.calibration
+    assert calibration is not None, "asked only where there is one"
+    text = (
+        f"Metric of the data: {calibration.tokens} tokens of {calibration.text} (sha256 {calibration.text_sha256[:12]})"
+    )
     if under := len(summary.under_seen):
         text += f"; {under} matrices saw fewer tokens than they have dimensions, and are kept in that metric"
     return text + "."

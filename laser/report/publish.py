@@ -19,7 +19,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,24 +35,12 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.files import claimed, disk_errors, write_atomically
 from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.records import (
-    agree,
-    decode,
-    fingerprint_in,
-    is_deep,
-    read_json,
-    require_finite,
-    require_keys,
-    require_sealed,
-    sealed,
-    to_json,
-    value_of,
-)
+from laser.records import Record, agree, fingerprint_in, is_deep, under
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import Loss, Losses, losses_of
 from laser.report.source_card import licence_of
-from laser.search import search
 from laser.search.runner import Trial
+from laser.search.search import REMOVE, Report, SearchRecord
 from laser.spectral.rules import RULES
 
 CARD = "README.md"
@@ -62,16 +50,32 @@ EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
-KIND, VERSION = "source", 2
 REMEDY = "remove it, or name the model with --source"
-# What it says besides what the card says of the source.
-OUTSIDE: dict[str, Any] = {"kind": str, "version": int, "outcome": Mapping[str, str | None]}
-OUTSIDE |= {"weights": Mapping[str, str], "commands": tuple[str, ...]}
-SEARCHED = ("source", "trials", "calibration", "held_out", "rank_correlation", "families")
-NOT_NEGATIVE = ("units", "tokens", "before_se", "after_se", "se")  # in its reports and trials
 Measured = TypeVar("Measured", Leaderboard, Perplexity)
-Entry = TypeVar("Entry", search.Report, Trial)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Which output a card was of, by the hashes of its shards and of the source's weights, and how it was made."""
+
+    outcome: Mapping[str, str | None]
+    weights: Mapping[str, str]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceRecord(
+    CardSource, _Made, Record, kind="source", version=2, made_by="laser card OUT --source MODEL", mend=REMEDY
+):
+    """laser/source.json."""
+
+    @property
+    def about(self) -> CardSource:
+        return CardSource(**{field.name: getattr(self, field.name) for field in fields(CardSource)})
+
+    def wrong(self) -> str | None:
+        return under(self, 0, "parameters")
 
 
 def write_card(
@@ -106,7 +110,7 @@ def write_card(
         if base_model is not None:
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
-        losses, trials = None, []
+        losses, trials = None, ()
         if (out / SEARCH).exists():
             losses, trials = _searched(out / SEARCH, made_of)
             _require_search_of(outcome.plan, trials, out / SEARCH)
@@ -130,8 +134,8 @@ def write_card(
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
         with disk_errors(out / RECORDS):
             (out / RECORDS).mkdir(exist_ok=True)
-        record = _header(outcome) | {"commands": list(commands)} | asdict(about)
-        write_atomically(out / SOURCE, to_json(sealed(record)))
+        shards, weights = outcome.shards, outcome.plan.source.weights.told()
+        SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE)
         write_atomically(target, text.encode())
         return target
 
@@ -190,16 +194,9 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         outcome.plan.source.require(source, "output")
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE).exists():
-        document = _read_source(out / SOURCE)
-        weights = fingerprint_in(document["weights"])
-        stated = {key: found for key, found in document.items() if key not in OUTSIDE and key != "check"}
-        later = [field.name for field in fields(CardSource) if field.default is not MISSING]
-        about = decode(CardSource, stated, f"{out / SOURCE} is not a whole record: it", REMEDY, later)
-        if (about.parameters or 0) < 0:
-            raise RecordError(f"{out / SOURCE}: parameters is {about.parameters}, expected 0 or more; {REMEDY}")
-        require_sealed(document, out / SOURCE, KIND)
-        if about.identity == outcome.plan.source.identity and agree(weights, outcome.plan.source.weights):
-            return about
+        record, of = SourceRecord.load(out / SOURCE), outcome.plan.source
+        if record.identity == of.identity and agree(fingerprint_in(record.weights), of.weights):
+            return record.about
     files, licences = _licences(out)
     return CardSource(
         name=outcome.plan.source.name,
@@ -220,35 +217,18 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(files), {name: licence for name, licence in texts.items() if licence is not None}
 
 
-def _header(outcome: Outcome) -> dict[str, Any]:
-    """Of laser/source.json: the commands in it belong to one outcome, known by the hashes of its shards."""
-    weights = outcome.plan.source.weights.told()
-    return {"kind": KIND, "version": VERSION, "outcome": dict(outcome.shards), "weights": weights}
-
-
 def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
     """The commands that an earlier card of this very outcome was given; () where there are none, or where the record
     is damaged and, with the `source` at hand, is made again."""
     if not (out / SOURCE).exists():
         return ()
     try:
-        document = _read_source(out / SOURCE)
-        require_sealed(document, out / SOURCE, KIND)
+        record = SourceRecord.load(out / SOURCE)
     except RecordError:
         if source:
             return ()
         raise
-    return tuple(document["commands"]) if document["outcome"] == dict(outcome.shards) else ()
-
-
-def _read_source(path: Path) -> dict[str, Any]:
-    """laser/source.json but for what it says of the source itself. Raises RecordError."""
-    document, where = read_json(path, KIND, VERSION), f"{path} is not a whole record"
-    require_keys(document, tuple(OUTSIDE), list(document), f"{where}: it", REMEDY)
-    for key, hint in OUTSIDE.items():
-        value_of(hint, document[key], key, where, REMEDY)
-    require_finite(document, where, REMEDY)
-    return document
+    return record.commands if record.outcome == outcome.shards else ()
 
 
 def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
@@ -266,36 +246,18 @@ def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
     return record
 
 
-def _searched(path: Path, of: Source) -> tuple[Losses | None, list[Trial]]:
+def _searched(path: Path, of: Source) -> tuple[Losses | None, Sequence[Trial]]:
     """What a search measured on text that it did not select on, and its trials."""
-    document = read_json(path, search.KIND, search.VERSION)
-    where, remedy = f"{path} is not a whole record", "remove it, or search again"
-    require_keys(document, SEARCHED, ("kind", "version", "check"), f"{where}: it", remedy)
-    require_finite(document, where, remedy)
-    searched = Source.decoded(document["source"], f"{path}: its source", remedy)
-    if not searched.is_of(of):
+    record = SearchRecord.load(path)
+    if not record.source.is_of(of):
         raise RecordError(
-            f"{path} is of a search on {searched.name} ({searched.weights.short}), found the output of {of.name} "
-            f"({of.weights.short}); {remedy}"
+            f"{path} is of a search on {record.source.name} ({record.source.weights.short}), found the output of "
+            f"{of.name} ({of.weights.short}); {REMOVE}"
         )
-
-    def entries(kind: type[Entry], name: str, rows: Any) -> list[Entry]:
-        found = []
-        for number, row in enumerate(value_of(list, rows, name, where, remedy), 1):
-            here = f"{where}: entry {number} of {name}"
-            found.append(decode(kind, row, here, remedy))
-            if negative := [key for key in NOT_NEGATIVE if (row.get(key) or 0) < 0]:
-                raise RecordError(f"{here}: {negative[0]} is under 0; {remedy}")
-        return found
-
-    entries(search.Report, "calibration", [document["calibration"]])
-    reports = entries(search.Report, "held_out", document["held_out"])
-    trials = entries(Trial, "trials", document["trials"])
-    require_sealed(document, path, search.KIND)
-    return next((losses for report in reports if (losses := _losses_in(report))), None), trials
+    return next((losses for report in record.held_out if (losses := _losses_in(report))), None), record.trials
 
 
-def _losses_in(report: search.Report) -> Losses | None:
+def _losses_in(report: Report) -> Losses | None:
     """Those that a search reports; None where the objective is none, or was not finite."""
     if report.objective != "loss" or report.before is None or report.after is None or report.d is None:
         return None

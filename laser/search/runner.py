@@ -13,8 +13,9 @@ import torch
 
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
+from laser.journal import Journal
 from laser.moments import Moments
-from laser.records import Journal
+from laser.records import under
 from laser.search.candidates import Candidate, cut_of
 from laser.search.trials import Bench, accepted, change
 from laser.spectral.devices import Device
@@ -45,6 +46,9 @@ class Trial:
     predicted: float | None
     layer_forwards: int  # decoder layers times windows that this trial ran
     seconds: float
+
+    def wrong(self) -> str | None:
+        return under(self, 0, "se")
 
     def told(self) -> str:
         if self.d is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.verdict import LIBRARIES, judge
+from laser.journal import Journal, spoiling
 from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
-from laser.records import Journal, sealed, spoiling
+from laser.records import Record, under
 from laser.search.candidates import (
     ORDERS,
     Candidate,
@@ -42,7 +43,7 @@ from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import metric_in
 
-KIND, VERSION = "search", 2  # of the record search.json, and of the journal behind it
+REMOVE = "remove it, or search again"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Report:
     d: float | None
     se: float | None
     asked: int | None = None  # units that were asked for, None for all; a shorter text gave fewer
+
+    def wrong(self) -> str | None:
+        return under(self, 0, "units", "tokens", "before_se", "after_se", "se")
 
     @property
     def verdict(self) -> str | None:
@@ -99,6 +103,23 @@ class SearchResult:
             return {"trials": len(these), "accepted": accepted, "kept": kept.count(family), "best": won}
 
         return {family: count(family) for family in dict.fromkeys(metric_in(t.rule) for t in self.trials)}
+
+
+@dataclass(frozen=True)
+class SearchRecord(Record, kind="search", version=2, made_by="laser run MODEL -o OUT --search", mend=REMOVE):
+    """The result without its plan: search.json, and what `--json` prints. families: see SearchResult.families."""
+
+    source: Source
+    trials: tuple[Trial, ...]
+    calibration: Report
+    held_out: tuple[Report, ...]
+    rank_correlation: float | None
+    families: Mapping[str, Any]
+
+    @staticmethod
+    def of(result: SearchResult) -> SearchRecord:
+        told = result.trials, result.calibration, result.held_out, result.rank_correlation
+        return SearchRecord(result.plan.source, *told, result.families())
 
 
 def search(
@@ -216,7 +237,7 @@ def _run(model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any]) ->
     # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
     alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
     told = Source.of(model.checkpoint).told()
-    return {"kind": "search journal", "version": VERSION, **told, "rules": list(rules), **asked, **alike}
+    return {"kind": "search journal", "version": SearchRecord.version, **told, "rules": list(rules), **asked, **alike}
 
 
 def check_request(
@@ -359,18 +380,3 @@ def _correlation(trials: Sequence[Trial]) -> float | None:
         return None
     found: Any = stats.spearmanr([p for p, _ in pairs], [d for _, d in pairs])
     return float(found.statistic)
-
-
-def result_document(result: SearchResult) -> dict[str, Any]:
-    """The result without its plan: the record search.json, and what `--json` prints."""
-    document = {
-        "kind": KIND,
-        "version": VERSION,
-        "source": asdict(result.plan.source),
-        "trials": [asdict(t) for t in result.trials],
-        "calibration": asdict(result.calibration),
-        "held_out": [asdict(r) for r in result.held_out],
-        "rank_correlation": result.rank_correlation,
-        "families": result.families(),
-    }
-    return sealed(document)

@@ -17,7 +17,7 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, open_checkpoint
 from laser.checkpoint.writer import JOURNAL, prepare_output, write_checkpoint
 from laser.errors import LaserError, OutputError, RecordError
-from laser.records import Journal
+from laser.journal import Journal
 
 RUN = {"kind": "test"}
 Q1 = "model.layers.1.self_attn.q_proj.weight"

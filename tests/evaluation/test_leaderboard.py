@@ -33,7 +33,7 @@ from laser.evaluation.leaderboard import (
     run_leaderboard,
 )
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
-from laser.records import Journal
+from laser.journal import Journal
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,
@@ -336,7 +336,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
         path.unlink()
         with Journal(path, bare[0]) as kept:
             kept.append(broken)
-        with pytest.raises(RecordError, match=r"holds a task that is not whole .*; start afresh with --force"):
+        with pytest.raises(RecordError, match=r"holds a task that is not whole: .*; start afresh with --force"):
             run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     path.write_text(whole_lines)
     # another measurement does not go on from there: other options, other rows, other weights under the same headers

@@ -56,7 +56,7 @@ def line(name: str, role: str = "w1", rank: int | None = 10, layer: int = 3) -> 
 def outcome_of(*lines: PlanLine, rule: str = "laser-rmt", **selection: Any) -> Outcome:
     lines = lines or (line("a.weight"), line("b.weight", "q", 20), line("c.weight", rank=None))
     chosen = {"layers": [], "roles": [], "include": None, "exclude": None, "lowest_snr": None} | selection
-    matrices = {x.name: {"rank": x.rank, "energy_kept": 0.75} for x in lines if x.action == "reduce"}
+    matrices: Any = {x.name: {"rank": x.rank, "energy_kept": 0.75} for x in lines if x.action == "reduce"}
     run = {"method": "gram", "device": "cpu float64"}
     return Outcome(
         Plan(Source("base", "1" * 64), rule, chosen, lines), matrices, {"model.safetensors": "2" * 64}, run, ()

@@ -20,9 +20,9 @@ from laser.evaluation.evaluate import evaluate
 from laser.evaluation.objective import Accuracy, Loss, read_task
 from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
+from laser.journal import Journal
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.records import Journal
 from laser.search.candidates import cut_of
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench, accepted

@@ -1,0 +1,220 @@
+"""Journals: append-only files of JSON lines that remember what of a long run is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from laser.errors import CheckpointError, OutputError, RecordError
+from laser.files import disk_errors, read_regular
+from laser.records import differences, fingerprint_in, has_shape, parse
+
+SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
+CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
+
+
+class Journal:
+    """An append-only file of JSON lines; the first says which run it belongs to.
+
+    Every line ends with a checksum of itself and of the line before it. Opened again with the same `run`, the journal
+    holds the entries of every line that is as it was written. A torn or altered line and all that follows it are cut
+    off: what they stood for is simply done again. `anew` drops the file where it belongs to another run, or to none.
+    shapes: the kinds of lines that there are, each by its keys and their types; any other is as good as torn.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: Mapping[str, Any],
+        *,
+        shapes: Sequence[Mapping[str, Any]] | None = None,
+        anew: bool = False,
+    ) -> None:
+        self._begin(path, run, shapes)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                whole = self._load(run) if path.exists() else 0
+            except RecordError:
+                if not anew:
+                    raise
+                self.entries, self._last, whole = [], b"", 0
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(whole)
+        if not whole:
+            self._append(run)
+
+    def _begin(self, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None) -> None:
+        self.path, self._run = path, run
+        self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
+        self.entries: list[dict[str, Any]] = []
+        self._last = b""
+
+    @classmethod
+    def require(cls, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Raises as opening it would where the journal at `path`, if there is one, is of another run."""
+        looked = cls.__new__(cls)
+        looked._begin(path, run, shapes)
+        if path.exists():
+            looked._load(run)
+
+    def _load(self, run: Mapping[str, Any]) -> int:
+        """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
+        whole = 0
+        data = read_regular(self.path, math.inf)
+        if not _is_journal(data, run):
+            raise OutputError(f"{self.path} is no journal of laser, and would be overwritten; try another name")
+        lines = data.splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            entry = self._checked(line, first=number == 0)
+            if entry is None:
+                if number == 0 and len(lines) > 1:
+                    raise RecordError(
+                        f"{self.path}: its first line, which says what it belongs to, is damaged or of an older laser; "
+                        "start afresh with --force"
+                    )
+                break
+            if number == 0:
+                self._require(entry, run)
+            elif SPOILED in entry:
+                raise RecordError(
+                    f"{self.path} holds work on a model that changed meanwhile: {entry[SPOILED]}; start afresh with "
+                    "--force"
+                )
+            else:
+                self.entries.append(entry)
+            whole += len(line)
+        return whole
+
+    def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
+        """The entry of a line; None for one that was not written like that, or does not follow the one before."""
+        written = _written(line, self._last)
+        if written is None:
+            return None
+        body, check = written
+        try:
+            entry = parse(body)
+        except ValueError:
+            return None
+        free = first or self._shapes is None
+        if not isinstance(entry, dict) or not (free or any(has_shape(entry, shape) for shape in self._shapes or ())):
+            return None
+        self._last = check
+        return entry
+
+    def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        different = differences(found, run)
+        if {"source", "weights"} & set(different):
+            models = [f"{told.get('model')} ({fingerprint_in(told).short})" for told in (found, run)]
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
+                f"found {models[1]}; repeat the command that began it, or start afresh with --force"
+            )
+        if different:
+            raise RecordError(
+                f"{self.path} belongs to another run: {', '.join(different)} differ; "
+                "repeat the command that began it, or start afresh with --force"
+            )
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        self._append(entry)
+
+    def forget(self, from_: dict[str, Any]) -> None:
+        """Cut off an entry and all that follow it, in one step: a kill loses nothing of what stands before it."""
+        kept = next(i for i, entry in enumerate(self.entries) if entry is from_)
+        with disk_errors(self.path):
+            lines = self.path.read_bytes().splitlines(keepends=True)[: kept + 1]  # the first says whose they are
+            self._file.truncate(sum(map(len, lines)))
+        match = CHECKED.search(lines[-1])
+        assert match is not None, "its own line"
+        self.entries, self._last = self.entries[:kept], match[1]
+
+    def spoil(self, why: str) -> None:
+        """Let nobody go on with what stands here."""
+        self._append({SPOILED: why})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        body = json.dumps(dict(entry), allow_nan=False).encode()
+        self._last = _check(self._last, body)
+        line = body[:-1] + (b", " if entry else b"") + b'"check": "' + self._last + b'"}\n'
+        with disk_errors(self.path):
+            while line:  # to the kernel: survives a killed process; readers check what lines claim
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        with disk_errors(self.path):
+            self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file, and its directory if that was all in it."""
+        self.close()
+        with disk_errors(self.path):
+            self.path.unlink()
+            if not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
+    """Whether a file was a journal once, whole or torn or damaged, and no file of somebody else."""
+    begun = json.dumps(dict(run)).encode()[:12]
+    return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
+
+
+def was_journal(path: Path, kind: str) -> bool:
+    """Whether the file at `path` is, or was before it was damaged, a journal of this kind."""
+    try:
+        return _is_journal(read_regular(path, math.inf), {"kind": kind})
+    except OSError:
+        return False
+
+
+def journal_is_whole(path: Path) -> bool:
+    """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
+    last = b""
+    for line in read_regular(path, math.inf).splitlines(keepends=True):
+        written = _written(line, last)
+        if written is None:
+            return False
+        last = written[1]
+    return bool(last)
+
+
+def _written(line: bytes, last: bytes) -> tuple[bytes, bytes] | None:
+    """A line's JSON and its checksum, where it is as it was written after the line whose checksum is `last`."""
+    match = CHECKED.search(line)
+    if not match or not line.endswith(b"\n"):
+        return None
+    body = line[: match.start()] + b"}"
+    return (body, match[1]) if _check(last, body) == match[1] else None
+
+
+def _check(before: bytes, body: bytes) -> bytes:
+    """Checksum of a line: without one a flipped bit in a number would be taken for the number."""
+    return hashlib.sha256(before + body).hexdigest()[:16].encode()
+
+
+@contextmanager
+def spoiling(journal: Journal | None) -> Iterator[None]:
+    """A CheckpointError inside, that the weights changed meanwhile, makes the journal one that nobody goes on with."""
+    try:
+        yield
+    except CheckpointError as error:
+        if journal:
+            journal.spoil(str(error))
+        raise
