@@ -161,10 +161,11 @@ def test_a_calibration_killed_while_it_tidies_up_is_not_done_again(
     checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
     partial = begun(speaker, path, 2)
     with monkeypatch.context() as killed:
-        killed.setattr(calibration, "tidy_up", lambda *_: None)
+        killed.setattr(calibration, "tidy_up", lambda *_: None)  # as a process that is killed before it tidies up
         straight = calibrate(checkpoint, windows, path, QO)
     whole, ran = path.read_bytes(), list[int]()
     original = calibration._run_layer
+    # Only the layers that run say whether work is done again.
     monkeypatch.setattr(calibration, "_run_layer", lambda *a: ran.append(a[1]) or original(*a))
     left = {file.name: file.read_bytes() for file in partial.iterdir()}
     shutil.rmtree(partial)
