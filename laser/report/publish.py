@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from laser.checkpoint.at_rest import CARD
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.safetensors import DEEPEST, sha256_of
 from laser.checkpoint.side_files import read_own
@@ -43,7 +44,6 @@ from laser.search.runner import Trial
 from laser.search.search import REMOVE, Report, SearchRecord
 from laser.spectral.rules import RULES
 
-CARD = "README.md"
 SOURCE = f"{RECORDS}/source.json"
 SEARCH = f"{RECORDS}/search.json"
 EVAL = f"{RECORDS}/eval.json"

@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import NumericalError, UsageError, first_line, is_out_of_memory
@@ -40,10 +39,9 @@ from laser.spectral.devices import (
 from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
-from laser.spectral.unit import in_unit, largest_entry
+from laser.spectral.unit import Spectrum, in_unit, largest_entry
 
 T = TypeVar("T")
-Spectrum = NDArray[np.float64]
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from laser.spectral import marchenko_pastur as mp
+from laser.spectral.unit import Array
 
 ATOMS = 256  # points that stand for the gamma law
 NODES = 400  # points of the distribution function that are computed; linear in between
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

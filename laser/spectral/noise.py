@@ -26,9 +26,8 @@ from scipy.linalg import eigvalsh_tridiagonal
 from laser.errors import UsageError
 from laser.spectral import gamma_law
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.unit import unit_of
+from laser.spectral.unit import Spectrum, unit_of
 
-Spectrum = NDArray[np.float64]  # (p,), descending
 Shape = tuple[int, int]
 
 # Shapes of the gamma law that BEMA tries; the first wins ties, so that plain noise is the answer where nothing

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.noise import Shape, Spectrum
-
-Array = NDArray[np.float64]
+from laser.spectral.noise import Shape
+from laser.spectral.unit import Array, Spectrum
 
 
 def frobenius(y: Array, beta: float) -> Array:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError
 
+Array = NDArray[np.float64]
+Spectrum = Array  # (p,) singular values, descending
 ORDINARY = 20  # exponents up to this are left alone: fourth powers stay within 2^-80 and 2^80
 
 
