@@ -63,9 +63,9 @@ def written(model: Path, out: Path, until: int | None = None) -> float:
         for count, name in enumerate(names):
             if count == until:
                 raise Ended
-            yield name, checkpoint.read(matrices[name].tensor, matrices[name].cut), {}
+            yield name, checkpoint.read(matrices[name].tensor, matrices[name].part), {}
 
-    run = {"kind": "bench", **Source.of(checkpoint).told()}
+    run = {"kind": "bench", **Source.of(checkpoint).stated()}
     prepare_output(checkpoint, out, resume=True)
     told = {"kind": "outcome", "version": 2, "plan": {}}
     with suppress(Ended):

@@ -42,7 +42,7 @@ import laser
 from laser.checkpoint.source import Source
 from laser.checkpoint.writer import prepare_output, write_checkpoint
 from laser.engine.crew import Crew
-from laser.engine.workers import visit
+from laser.engine.workers import visit_all
 from laser.pipeline import OnePass, by_shard
 from laser.plan import Treatment
 from laser.spectral.host_memory import resident_bytes
@@ -105,7 +105,7 @@ def io(checkpoint: laser.Checkpoint, work: Path, crew: Crew) -> dict[str, Any]:
 
     def compute(names: list[str]) -> Any:
         order = by_shard(checkpoint, [matrices[name] for name in names])
-        with closing(visit(checkpoint, order, lambda m, W, d: W, crew)) as visits:
+        with closing(visit_all(checkpoint, order, lambda m, W, d: W, crew)) as visits:
             for matrix, W, _ in visits:
                 yield matrix.name, W, {}
 
@@ -123,7 +123,7 @@ def compute_alone(checkpoint: laser.Checkpoint, crew: Crew, rule: str) -> dict[s
     label = crew.devices[0].label
     work = OnePass("gram", Source.of(checkpoint), Treatment(rule), laser.Selection(), label)
     start = time.perf_counter()
-    for _ in visit(memory, matrices, work, crew):
+    for _ in visit_all(memory, matrices, work, crew):
         pass
     return {"seconds": time.perf_counter() - start}
 

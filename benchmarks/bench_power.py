@@ -14,7 +14,7 @@ import numpy as np
 import smoke
 from numpy.typing import NDArray
 
-from laser.spectral.noise import ESTIMATORS, estimate
+from laser.spectral.noise import ESTIMATORS, estimate_noise
 from laser.spectral.rules import apply_rule
 
 SHAPES, UNEQUAL = ((256, 256), (256, 896)), ((256, 896), (896, 256), (256, 256))
@@ -53,7 +53,7 @@ def power(draws: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> dict[str,
                 spectra = [planted(shape, count, level, random) for _ in range(draws)]
                 cells = []
                 for name in ESTIMATORS:
-                    found = [estimate(s, shape, name) for s in spectra]
+                    found = [estimate_noise(s, shape, name) for s in spectra]
                     error = 100 * np.mean([n.sigma - 1 for n in found])
                     over = [np.count_nonzero(s > n.upper_edge(shape)) for s, n in zip(spectra, found, strict=True)]
                     cells.append(f"{error:+.1f} / {np.mean(over) - count:+.1f}")

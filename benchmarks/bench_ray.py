@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 import laser
 from laser.engine import ray as ray_engine
 from laser.engine.crew import Crew
-from laser.engine.workers import visit
+from laser.engine.workers import visit_all
 
 CPU = laser.choose_device("cpu")
 HERE, ON_RAY = Crew((CPU,), 1), laser.choose_crew("cpu", engine="ray")
@@ -54,7 +54,7 @@ def per_matrix(checkpoint: laser.Checkpoint, work: Callable[..., Any], crew: Cre
     hashed and written as the driver does."""
     matrices = laser.list_matrices(checkpoint)
     start, busy = time.perf_counter(), time.process_time()
-    with closing(visit(checkpoint, matrices, work, crew)) as visits:
+    with closing(visit_all(checkpoint, matrices, work, crew)) as visits:
         for _, result, _ in visits:
             if target is not None:
                 data = result.view(-1).view(torch.uint8).numpy().data

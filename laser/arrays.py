@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from laser.files import require_regular, write_atomically
-from laser.records import Record, parse
+from laser.records import Record, parse_record
 
 KEY = "laser"  # of the metadata
 
@@ -43,7 +43,7 @@ class ArrayRecord(Record):
     @classmethod
     def document_in(cls, file: Any, path: Path) -> Any:
         """The JSON of an open file. Raises RecordError unless it is of this kind and version."""
-        document = parse((file.metadata() or {}).get(KEY, "null"))
+        document = parse_record((file.metadata() or {}).get(KEY, "null"))
         cls.require_kind(document, path)
         return document
 

@@ -24,24 +24,24 @@ from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
+from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
 from laser.files import tidy_up, unfinished
-from laser.moments import Header, Moments, Site, fingerprint, pack
+from laser.moments import Moments, MomentsHeader, Site, fingerprint, to_correlations
 from laser.selection import Selection
 from laser.spectral.devices import full_precision
 
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
 # by the moment of their outputs.
 FULL_SIDE = 4096
-ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
+GATHERED_ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
 class Accumulator:
     """The unfinished sums of one site."""
 
-    def __init__(self, met: Met, form: str) -> None:
-        self.met, self.form, self.names = met, form, met.names
+    def __init__(self, shared_input: SharedInput, form: str) -> None:
+        self.input, self.form, self.names = shared_input, form, shared_input.names
         self.tokens, self.fourth_ = 0, 0.0
         self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
         self._waiting: list[torch.Tensor] = []
@@ -50,9 +50,9 @@ class Accumulator:
         """Inputs x (T, n) and outputs y (T, m)."""
         self.tokens += len(x)
         if self.form == "outputs":
-            x = y[:, self.met.rows[0]]
+            x = y[:, self.input.rows[0]]
         self._waiting.append(x.detach().clone())
-        if sum(map(len, self._waiting)) >= ROWS:
+        if sum(map(len, self._waiting)) >= GATHERED_ROWS:
             self.flush()
 
     def flush(self) -> None:
@@ -66,7 +66,7 @@ class Accumulator:
         part = z.square().sum(0) if self.form == "diagonal" else z.T @ z
         if not torch.isfinite(part).all():
             raise NumericalError(
-                f"the input of {self.met.names[0]} is not finite: the activations overflow or the weights hold NaN; "
+                f"the input of {self.input.names[0]} is not finite: the activations overflow or the weights hold NaN; "
                 f"{not_finite(dtype, '--dtype float32 and --force')}"
             )
         part = part.cpu()
@@ -75,13 +75,13 @@ class Accumulator:
     def finish(self, layer: int, weights: tuple[str, ...]) -> tuple[Site, dict[str, torch.Tensor]]:
         """The site and its tensors, means over the tokens; no tensors where there were none."""
         self.flush()
-        key, tensors = self.met.names[0], {}
+        key, tensors = self.input.names[0], {}
         if self.total_ is not None:
             mean = self.total_ / self.tokens
             if self.form == "diagonal":
                 tensors[f"{key}.diagonal"] = mean
             else:
-                tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = pack(mean)
+                tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = to_correlations(mean)
         fourth = self.fourth_ / max(self.tokens, 1)
         return Site(key, layer, self.form, self.tokens, fourth, self.names, weights), tensors
 
@@ -128,11 +128,11 @@ def calibrate(
     first = min(layers[m.name] or 0 for m in chosen)
     source = Source.of(checkpoint)
     run = {
-        **source.told(),
+        **source.stated(),
         "windows": windows.sha256,
         "selection": selection.describe(),
         "options": [diagonal, shrink, dtype, full_side],
-        "version": Header.version,  # of what lies there
+        "version": MomentsHeader.version,  # of what lies there
     }
     partial = unfinished(path)
     begun = partial.exists()
@@ -156,7 +156,7 @@ def calibrate(
             count = len(sites)
             for number in range(count):  # each is written and forgotten: the layer's moments once in memory
                 site = sites.pop(0)
-                weights = tuple(fingerprint(checkpoint.read(named[n].tensor, named[n].cut)) for n in site.names)
+                weights = tuple(fingerprint(checkpoint.read(named[n].tensor, named[n].part)) for n in site.names)
                 parts.save_site(*site.finish(layer, weights), number, count)
         else:
             model.run_layer(layer, states)
@@ -190,9 +190,9 @@ def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenie
 
 def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], windows: Windows) -> None:
     """After the first layer, since the others get about as many: the rest may take hours."""
-    met = [(site.tokens, named[n]) for site in sites for n in site.names if named[n].expert is not None]
-    if met and all(tokens < min(matrix.shape) for tokens, matrix in met):
-        most, matrix = max(met, key=lambda pair: pair[0])
+    seen = [(site.tokens, named[n]) for site in sites for n in site.names if named[n].expert is not None]
+    if seen and all(tokens < min(matrix.shape) for tokens, matrix in seen):
+        most, matrix = max(seen, key=lambda pair: pair[0])
         raise UsageError(
             f"{windows.text} is too short: no expert of layer {matrix.layer} has seen as many tokens as it has "
             f"dimensions, found {most} at the most, expected {min(matrix.shape)}; try more --windows, a longer --text, "
@@ -212,22 +212,24 @@ def _run_layer(
     # might get the memory of one that was freed.
     recent: deque[tuple[torch.Tensor, Accumulator]] = deque(maxlen=4)
 
-    def listen(met: Met, x: torch.Tensor, y: torch.Tensor) -> None:
-        if met.names not in leaders:
+    def listen(shared_input: SharedInput, x: torch.Tensor, y: torch.Tensor) -> None:
+        if shared_input.names not in leaders:
             shared = [s for t, s in recent if t.data_ptr() == x.data_ptr() and t.shape == x.shape]
             if shared and shared[0].form != "outputs":
-                shared[0].names += met.names
-                leaders[met.names] = []
+                shared[0].names += shared_input.names
+                leaders[shared_input.names] = []
             else:
-                tall = any(shapes[name][0] >= shapes[name][1] for name in met.names)
+                tall = any(shapes[name][0] >= shapes[name][1] for name in shared_input.names)
                 form = "diagonal" if diagonal else "full" if tall or x.shape[1] <= full_side else "outputs"
                 # Parts of a fused tensor share their inputs, and not their outputs.
                 parts = (
-                    [Met((n,), (r,)) for n, r in zip(met.names, met.rows, strict=True)] if form == "outputs" else [met]
+                    [SharedInput((n,), (r,)) for n, r in zip(shared_input.names, shared_input.rows, strict=True)]
+                    if form == "outputs"
+                    else [shared_input]
                 )
-                leaders[met.names] = [Accumulator(part, form) for part in parts]
-                sites.extend(leaders[met.names])
-        for site in leaders[met.names]:
+                leaders[shared_input.names] = [Accumulator(part, form) for part in parts]
+                sites.extend(leaders[shared_input.names])
+        for site in leaders[shared_input.names]:
             site.add(x, y)
             recent.append((x, site))
 
@@ -242,4 +244,4 @@ def _run_layer(
             DoubtWarning,
             stacklevel=2,
         )
-    return sites + [Accumulator(Met((m.name,), ()), "full") for m in unseen if m.expert is not None]
+    return sites + [Accumulator(SharedInput((m.name,), ()), "full") for m in unseen if m.expert is not None]

@@ -26,8 +26,8 @@ from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
 from laser.files import PASSING, disk_errors, require_regular, write_atomically
-from laser.moments import Calibration, Header, Site
-from laser.records import decode, differences, fingerprint_in, has_shape, parse
+from laser.moments import Calibration, MomentsHeader, Site
+from laser.records import decode, differences, fingerprint_in, has_shape, parse_record
 
 STATES = "states.safetensors"
 
@@ -62,9 +62,9 @@ class Parts:
             partial.mkdir(parents=True, exist_ok=True)
             if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
-        told = {file: found for file in (partial / STATES, *self._files()) if (found := self._told(file))}
-        others = [found for found in told.values() if differences(found["run"], run)]
-        own = {file: found for file, found in told.items() if found not in others}
+        stated = {file: found for file in (partial / STATES, *self._files()) if (found := self._told(file))}
+        others = [found for found in stated.values() if differences(found["run"], run)]
+        own = {file: found for file, found in stated.items() if found not in others}
         if others and not anew:
             models = [f"{run_.get('model')} ({fingerprint_in(run_).short})" for run_ in (others[0]["run"], run)]
             why = (
@@ -87,9 +87,9 @@ class Parts:
     def _whole_layers(self, own: Mapping[Path, Mapping[str, Any]]) -> set[int]:
         """Layers of which every file is there; what belongs to none of them is removed. own: what this run's say."""
         found: dict[int, dict[int, int]] = {}
-        for file, told in own.items():
-            if file == self._file(told["layer"], told["number"]):
-                found.setdefault(told["layer"], {})[told["number"]] = told["of"]
+        for file, stated in own.items():
+            if file == self._file(stated["layer"], stated["number"]):
+                found.setdefault(stated["layer"], {})[stated["number"]] = stated["of"]
         whole = {layer for layer, sites in found.items() if {len(sites)} == set(sites.values())}
         for file in self._files():
             if file not in {self._file(layer, number) for layer in whole for number in found[layer]}:
@@ -108,11 +108,11 @@ class Parts:
         try:
             require_regular(path)
             with safe_open(path, framework="pt") as file:
-                told = dict(file.metadata() or {})
-                check = told.pop("check", "")
-                if check != _check(told, {name: file.get_tensor(name) for name in file.keys()}):
+                stated = dict(file.metadata() or {})
+                check = stated.pop("check", "")
+                if check != _part_sum(stated, {name: file.get_tensor(name) for name in file.keys()}):
                     return None
-            known = {key: parse(told[key]) for key in told}
+            known = {key: parse_record(stated[key]) for key in stated}
             of_site = path.name != STATES
             shape = {"run": dict} | ({"site": Site, "number": int, "of": int} if of_site else {"boundary": int})
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
@@ -123,14 +123,14 @@ class Parts:
                 raise
             return None
 
-    def _write(self, path: Path, told: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        told = told | {"run": json.dumps(self.run)}
-        write_atomically(path, save(tensors, metadata=told | {"check": _check(told, tensors)}))
+    def _write(self, path: Path, stated: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        stated = stated | {"run": json.dumps(self.run)}
+        write_atomically(path, save(tensors, metadata=stated | {"check": _part_sum(stated, tensors)}))
 
     def save_site(self, site: Site, tensors: dict[str, torch.Tensor], number: int, of: int) -> None:
         """Site `number` of the `of` that its layer has."""
-        told = {"site": json.dumps(asdict(site)), "number": str(number), "of": str(of)}
-        self._write(self._file(site.layer, number), told, tensors)
+        stated = {"site": json.dumps(asdict(site)), "number": str(number), "of": str(of)}
+        self._write(self._file(site.layer, number), stated, tensors)
 
     def save_states(self, boundary: int, states: Activations) -> None:
         """What enters the layer `boundary`."""
@@ -143,8 +143,10 @@ class Parts:
             with safe_open(self.partial / STATES, framework="pt") as file:
                 there = file.get_tensor("states")
         except (SafetensorError, OSError) as error:
-            told = first_line(error)
-            raise RecordError(f"{self.partial / STATES} cannot be read ({told}); start afresh with --force") from error
+            message = first_line(error)
+            raise RecordError(
+                f"{self.partial / STATES} cannot be read ({message}); start afresh with --force"
+            ) from error
         if there.shape != states.hidden.shape or there.dtype != states.hidden.dtype:
             raise RecordError(
                 f"{self.partial / STATES} holds {there.dtype} of shape {list(there.shape)}, expected "
@@ -158,21 +160,25 @@ class Parts:
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
             with safe_open(file, framework="pt") as opened:
-                site = decode(Site, parse((opened.metadata() or {})["site"]), str(file), "start afresh with --force")
-                here = {name: sha256_of(opened.get_tensor(name)) for name in opened.keys()}
+                site = decode(
+                    Site, parse_record((opened.metadata() or {})["site"]), str(file), "start afresh with --force"
+                )
+                here = {name: tensor_sha256(opened.get_tensor(name)) for name in opened.keys()}
             digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())
             sites.append(site)
             hashes |= here
-        digest.update(json.dumps([source.identity, source.weights.told(), whole]).encode())
-        header = Header(source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes)
+        digest.update(json.dumps([source.identity, source.weights.stated(), whole]).encode())
+        header = MomentsHeader(
+            source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes
+        )
         join(self._files(), path, header.metadata)
 
 
-def sha256_of(tensor: torch.Tensor) -> str:
+def tensor_sha256(tensor: torch.Tensor) -> str:
     """Of a tensor's bytes."""
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
-def _check(told: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
-    named: Sequence[Any] = [(n, str(t.dtype), list(t.shape), sha256_of(t)) for n, t in sorted(tensors.items())]
-    return hashlib.sha256(json.dumps([sorted(told.items()), named]).encode()).hexdigest()
+def _part_sum(stated: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    named: Sequence[Any] = [(n, str(t.dtype), list(t.shape), tensor_sha256(t)) for n, t in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([sorted(stated.items()), named]).encode()).hexdigest()

@@ -91,8 +91,8 @@ def out_of_memory_in(error: BaseException | None) -> BaseException | None:
     for each in _chain(error):
         if isinstance(each, MemoryError | OutOfMemory) or (isinstance(each, OSError) and each.errno == errno.ENOMEM):
             return each
-        told = f"{type(each).__name__}: {each}".lower().replace("outofmemory", "out of memory")
-        if isinstance(each, RuntimeError) and any(words in told for words in _OUT_OF_MEMORY):
+        message = f"{type(each).__name__}: {each}".lower().replace("outofmemory", "out of memory")
+        if isinstance(each, RuntimeError) and any(words in message for words in _OUT_OF_MEMORY):
             return each
     return None
 

@@ -28,9 +28,9 @@ from typing import Any, BinaryIO
 
 from laser.errors import OutputError, remedy
 
-LARGEST = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
+LARGEST_FILE = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
 LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
-KINDS = {
+FILE_KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -63,7 +63,7 @@ def raw_regular(path: Path, *, follow: bool = True) -> io.FileIO:
     return io.FileIO(str(path), opener=opened)
 
 
-def read_regular(path: Path, most: float = LARGEST, *, follow: bool = True) -> bytes:
+def read_regular(path: Path, most: float = LARGEST_FILE, *, follow: bool = True) -> bytes:
     """All bytes of the regular file at `path`. Raises OSError for another kind, or one of more than `most` bytes."""
     with raw_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
@@ -85,7 +85,7 @@ def require_regular(path: Path) -> None:
 
 def _require(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
 
 
@@ -185,10 +185,10 @@ def _take(lock: Path, path: Path) -> int:
 
 def _say_who(handle: int, lock: Path) -> None:
     """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
-    told = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    stated = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         os.truncate(handle, 0)
-        os.write(handle, json.dumps(told).encode())
+        os.write(handle, json.dumps(stated).encode())
     except OSError:
         with suppress(OSError):
             os.truncate(handle, 0)  # half of it, or whoever held it before, would be named
@@ -219,8 +219,8 @@ def _is_at(handle: int, lock: Path) -> bool:
 def _holder(lock: Path) -> str:
     for _ in range(20):  # it may be about to say who it is
         try:
-            told: Any = json.loads(lock.read_bytes())
-            return f"process {told['pid']} (`{told['command']}`, since {told['since']})"
+            stated: Any = json.loads(lock.read_bytes())
+            return f"process {stated['pid']} (`{stated['command']}`, since {stated['since']})"
         except (OSError, ValueError, KeyError, TypeError):
             time.sleep(0.01)
     return "another process"
@@ -303,5 +303,7 @@ def tidy_up(work: Path, result: Path, remove: Callable[[Path], None] = shutil.rm
         else:
             work.unlink(missing_ok=True)
     except OSError as error:
-        told = error.strerror or error
-        raise OutputError(f"{result} is written, but {work} cannot be removed ({told}); remove it yourself") from error
+        message = error.strerror or error
+        raise OutputError(
+            f"{result} is written, but {work} cannot be removed ({message}); remove it yourself"
+        ) from error

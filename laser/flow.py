@@ -109,7 +109,7 @@ def _run_in(
         )  # fmt: skip
         return Result(spectra, plan, outcome)
     # Of a finished output nothing is touched before it is known to be of this very run.
-    outcome, _ = _found(out, checkpoint, selection, crew, method, null_draws, moments)
+    outcome, _ = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
     spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
     plan = choose(spectra)
     _require_plan(out, plan, outcome)
@@ -137,7 +137,7 @@ def require_same_run(
     """
     if treatment is not None and _in_one_pass(checkpoint, out, moments):
         return require_run(checkpoint, out, run_of_pass(checkpoint, selection, treatment, crew, method, null_draws))
-    outcome, spectra = _found(out, checkpoint, selection, crew, method, null_draws, moments)
+    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
     if spectra is None:
         journal = unfinished(records_of(out) / "spectra.safetensors")
         Journal.require(journal, run_of_scan(checkpoint, selection, crew, method, null_draws, moments), (ENTRY,))
@@ -152,7 +152,7 @@ def _in_one_pass(checkpoint: Checkpoint, out: Path, moments: Moments | None) -> 
     return moments is None and checkpoint.fp8 is None and not is_settled(checkpoint, out)
 
 
-def _found(
+def _found_spectra(
     out: Path,
     checkpoint: Checkpoint,
     selection: Selection,

@@ -14,7 +14,7 @@ from typing import Any
 
 from laser.errors import CheckpointError, OutputError, RecordError
 from laser.files import disk_errors, read_regular
-from laser.records import differences, fingerprint_in, has_shape, parse
+from laser.records import differences, fingerprint_in, has_shape, parse_record
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
 CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
@@ -95,12 +95,12 @@ class Journal:
 
     def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
         """The entry of a line; None for one that was not written like that, or does not follow the one before."""
-        written = _written(line, self._last)
+        written = _written_line(line, self._last)
         if written is None:
             return None
         body, check = written
         try:
-            entry = parse(body)
+            entry = parse_record(body)
         except ValueError:
             return None
         free = first or self._shapes is None
@@ -112,7 +112,7 @@ class Journal:
     def _require(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         different = differences(found, run)
         if {"source", "weights"} & set(different):
-            models = [f"{told.get('model')} ({fingerprint_in(told).short})" for told in (found, run)]
+            models = [f"{stated.get('model')} ({fingerprint_in(stated).short})" for stated in (found, run)]
             raise RecordError(
                 f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
                 f"found {models[1]}; repeat the command that began it, or start afresh with --force"
@@ -188,14 +188,14 @@ def journal_is_whole(path: Path) -> bool:
     """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
     last = b""
     for line in read_regular(path, math.inf).splitlines(keepends=True):
-        written = _written(line, last)
+        written = _written_line(line, last)
         if written is None:
             return False
         last = written[1]
     return bool(last)
 
 
-def _written(line: bytes, last: bytes) -> tuple[bytes, bytes] | None:
+def _written_line(line: bytes, last: bytes) -> tuple[bytes, bytes] | None:
     """A line's JSON and its checksum, where it is as it was written after the line whose checksum is `last`."""
     match = CHECKED.search(line)
     if not match or not line.endswith(b"\n"):

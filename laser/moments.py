@@ -16,7 +16,7 @@ from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
 from laser.records import differences, named, under
 from laser.spectral.data_metric import ByData
-from laser.spectral.metric import PLAIN, UNKNOWN, Metric
+from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Site:
     def wrong(self) -> str | None:
         count = len(self.matrices)
         if self.form not in FORMS or not len(set(self.matrices)) == count == len(self.weights) or not count:
-            told = f"form {named(self.form)}, {count} matrices and {len(self.weights)} fingerprints"
-            return f"found {told}, expected one of {', '.join(FORMS)}, and one each"
+            message = f"form {named(self.form)}, {count} matrices and {len(self.weights)} fingerprints"
+            return f"found {message}, expected one of {', '.join(FORMS)}, and one each"
         return under(self, 0, "layer", "tokens", "fourth")
 
 
 @dataclass(frozen=True)
-class Header(ArrayRecord, kind="moments", version=5, made_by="laser calibrate MODEL --text TEXT -o FILE"):
+class MomentsHeader(ArrayRecord, kind="moments", version=5, made_by="laser calibrate MODEL --text TEXT -o FILE"):
     """What the file says beside the moments."""
 
     source: Source
@@ -118,7 +118,7 @@ class Moments:
         diagonal = self._tensor(f"{site.key}.diagonal", (k,))
         if site.form == "diagonal":
             return ByData("diagonal", diagonal, site.tokens)
-        moment = unpack(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
+        moment = from_correlations(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
         return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -126,13 +126,13 @@ class Moments:
         tensor = self._read(name)
         dtype = torch.float32 if name.endswith(".correlations") else torch.float64
         if tensor.dtype != dtype or tensor.shape != shape or not torch.isfinite(tensor).all():
-            told = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
-            raise RecordError(f"{self.path}: {name} is {told}; calibrate again")
+            message = f"{tensor.dtype} of shape {list(tensor.shape)}, expected finite {dtype} of {shape}"
+            raise RecordError(f"{self.path}: {name} is {message}; calibrate again")
         return tensor
 
     def _read(self, name: str) -> torch.Tensor:
         """Raises RecordError for one whose bytes are not those that were written."""
-        with Header.opened(self.path, "pt") as file:
+        with MomentsHeader.opened(self.path, "pt") as file:
             tensor = file.get_tensor(name)
         if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
@@ -152,7 +152,7 @@ class Moments:
     @staticmethod
     def load(path: Path) -> Moments:
         """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
-        header = Header.load(path)
+        header = MomentsHeader.load(path)
         sites = {name: site for site in header.sites for name in site.matrices}
         return Moments(path, header.source, header.calibration, sites, header.hashes, header.run)
 
@@ -161,19 +161,19 @@ def fingerprint(W: torch.Tensor) -> str:
     """Of a matrix W (m, n) as stored: over its dtype, shape and SAMPLED entries, evenly spaced."""
     flat = W.reshape(-1)
     sample = flat[:: max(1, len(flat) // SAMPLED)].contiguous().view(torch.uint8)
-    told = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
-    told.update(sample.cpu().numpy().tobytes())
-    return told.hexdigest()[:16]
+    stated = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
+    stated.update(sample.cpu().numpy().tobytes())
+    return stated.hexdigest()[:16]
 
 
-def pack(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_correlations(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A second moment (k, k), float64, as correlations (k, k), float32, and its diagonal (k,), float64."""
     diagonal = moment.diagonal().clone()
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     return (moment * scale[:, None] * scale).float(), diagonal
 
 
-def unpack(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+def from_correlations(correlations: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     """The second moment (k, k), float64."""
     scale = diagonal.clamp_min(0).sqrt()
     return correlations.double() * scale[:, None] * scale
@@ -189,4 +189,4 @@ def metric_of(metric: str, name: str, W: torch.Tensor, moments: Moments | None) 
     """The metric that a plan's line or a rule names, of the matrix W (m, n) called `name`. Raises as Moments.metric."""
     if metric == "plain":
         return PLAIN
-    return UNKNOWN if moments is None else moments.metric(name, W)
+    return UNKNOWN_DATA if moments is None else moments.metric(name, W)

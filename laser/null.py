@@ -20,7 +20,7 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import check_storage, singular_values
-from laser.spectral.permutation import KINDS, largest_singular_value, permuted
+from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, permuted
 from laser.spectral.rules import apply_rule, draws_needed, parse_rule
 
 # Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
@@ -103,11 +103,11 @@ def null_test(
         else:
             for spec, (rule, _) in parsed.items():
                 kept = [apply_rule(spec, s, shape, tops).rank for s, tops in noise]
-                found = _found(spec, spectra, matrix, rule.needs_null)
+                found = _kept_of(spec, spectra, matrix, rule.needs_null)
                 counts.setdefault((spec, matrix.role), []).append(_Counts(min(shape), kept, found))
         tick(matrix)
     require_unchanged(checkpoint)
-    rows = tuple(_row(spec, role, group) for (spec, role), group in counts.items())
+    rows = tuple(_null_row(spec, role, group) for (spec, role), group in counts.items())
     return NullTest(source, permutation, draws, rows, skipped)
 
 
@@ -119,18 +119,18 @@ def check_test(rules: Sequence[str], permutation: str, draws: int) -> None:
         parse_rule(rule)
     if draws < 1:
         raise UsageError(f"a null test with {draws} draws says nothing; try --draws 1")
-    if permutation not in KINDS:
-        raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(KINDS)}")
+    if permutation not in PERMUTATIONS:
+        raise UsageError(f"no permutation is called {permutation!r}; try one of {', '.join(PERMUTATIONS)}")
 
 
-def _found(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: bool) -> int | None:
+def _kept_of(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: bool) -> int | None:
     if spectra is None or matrix.name not in spectra.values or (needs_null and matrix.name not in spectra.nulls):
         return None
     shape = (matrix.shape[0], matrix.shape[1])
     return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name)).rank
 
 
-def _row(rule: str, role: str, group: list[_Counts]) -> NullRow:
+def _null_row(rule: str, role: str, group: list[_Counts]) -> NullRow:
     found = [(c.found, c.p) for c in group if c.found is not None]
     return NullRow(
         rule,
@@ -149,7 +149,7 @@ def _read_ahead(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> Iterator[
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for matrix in matrices:
-            future = reader.submit(checkpoint.read, matrix.tensor, matrix.cut)
+            future = reader.submit(checkpoint.read, matrix.tensor, matrix.part)
             if ahead:
                 yield ahead[0], ahead[1].result()
             ahead = (matrix, future)

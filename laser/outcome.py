@@ -19,7 +19,7 @@ from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
 
 CLOSE = 1e-4  # of a planned figure: a scan in float32 is nearer, and one rank of 4096 is further
-LEAST = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
+NOT_NEGATIVE = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
 
 
 class _MayBeMissing(TypedDict, total=False):
@@ -101,11 +101,11 @@ class Outcome(
 def wrong_entries(entries: Mapping[str, Entry]) -> str | None:
     """How one of these contradicts itself."""
     for name, entry in entries.items():
-        if negative := under(entry, 0, *LEAST):
+        if negative := under(entry, 0, *NOT_NEGATIVE):
             return f"matrix {name}: {negative}"
         if entry["rank"] > entry["full_rank"] or entry["energy_kept"] > 1 + CLOSE:
-            told = f"rank {entry['rank']} of {entry['full_rank']}, energy_kept {entry['energy_kept']}"
-            return f"matrix {name}: {told}, expected no more than the whole matrix"
+            message = f"rank {entry['rank']} of {entry['full_rank']}, energy_kept {entry['energy_kept']}"
+            return f"matrix {name}: {message}, expected no more than the whole matrix"
     return None
 
 
@@ -116,7 +116,7 @@ def check_entries(found: Any, where: str) -> None:
         raise RecordError(f"{where}: {wrong}; {remedy}")
 
 
-def record_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
+def entry_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
     """A matrix's entry in laser.json: what was measured, whatever the line says."""
     s, shape = result.singular_values, (result.matrix.shape[0], result.matrix.shape[1])
     rank = int(np.count_nonzero(line.gains.of(s, shape)))  # a shrinker may take more values to 0 than the line says
@@ -134,8 +134,12 @@ def as_measured(line: PlanLine, record: Mapping[str, Any]) -> PlanLine:
     above, over = line.gains.above, record["over_threshold"]
     held = over is None or over == above or (line.shrink is not None and over > above)
     same = line.rank == record["rank"] and (line.snr is None) == (record["snr"] is None)
-    for told, found in ((line.energy_kept, record["energy_kept"]), (line.snr, record["snr"])):
-        same = same and (told is None) == (found is None) and (told is None or abs(told - found) <= CLOSE * (1 + found))
+    for stated, found in ((line.energy_kept, record["energy_kept"]), (line.snr, record["snr"])):
+        same = (
+            same
+            and (stated is None) == (found is None)
+            and (stated is None or abs(stated - found) <= CLOSE * (1 + found))
+        )
     if held and same:
         return line
     found = {"rank": record["rank"], "energy_kept": record["energy_kept"], "snr": record["snr"]}
@@ -155,7 +159,7 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         check_entries(records, "the journal's entries")
         done = plan_as_measured(plan, records)
-        told = {"kind": Plan.kind, "version": Plan.version} | plain(done)
-        return {"kind": Outcome.kind, "version": Outcome.version, "plan": told, "matrices": records, "shards": shards}
+        stated = {"kind": Plan.kind, "version": Plan.version} | plain(done)
+        return {"kind": Outcome.kind, "version": Outcome.version, "plan": stated, "matrices": records, "shards": shards}
 
     return describe

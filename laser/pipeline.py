@@ -31,17 +31,17 @@ from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
-from laser.engine.crew import Crew, dearest_first
-from laser.engine.workers import visit
+from laser.engine.crew import Crew, most_expensive_first
+from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
 from laser.files import claimed, lock_of, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
-from laser.outcome import Outcome, check_entries, describe_by, record_of
+from laser.outcome import Outcome, check_entries, describe_by, entry_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
-from laser.spectra import ENTRY, Header, InData, Measured, Spectra, assemble, from_entry, to_entry
+from laser.spectra import ENTRY, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
@@ -107,7 +107,7 @@ class Reduction:
             raise NumericalError(f"{line.name}: {error}", error.residual) from error
         assert found is not None, "gains were given"
         new = found.matrix.cpu()
-        return Visited(None, new, record_of(line, found) | on_fresh_text(W, new, line, self.fresh))
+        return Visited(None, new, entry_of(line, found) | on_fresh_text(W, new, line, self.fresh))
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class OnePass:
                 residual = error.residual if isinstance(error, NumericalError) else None
                 raise NumericalError(f"{matrix.name}: {error}", residual) from error
             return Visited(scanned)
-        measured = Measured(found.values.singular_values, null, tails, note=found.values.told)
+        measured = Measured(found.values.singular_values, null, tails, note=found.values.stated)
         if found.truncation is None or line is None:
             return Visited(measured)
-        return Visited(measured, found.truncation.matrix.cpu(), record_of(line, found.truncation))
+        return Visited(measured, found.truncation.matrix.cpu(), entry_of(line, found.truncation))
 
     def line(self, matrix: Matrix, measured: Measured) -> PlanLine:
         """The plan's line of one matrix by what was measured of it alone."""
@@ -163,7 +163,7 @@ def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -
     try:
         found = PLAIN.values(W, device, method)
         null = null_largest(W, null_draws, device)
-        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.told)
+        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 
@@ -206,16 +206,16 @@ def selected_of(checkpoint: Checkpoint, selection: Selection) -> tuple[list[Matr
     matches nothing.
     """
     matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=3)
+    if message := doubts(checkpoint, matrices):
+        warnings.warn(message, DoubtWarning, stacklevel=3)
     selection.check(matrices)
     return matrices, {m.name: why for m in matrices if (why := selection.why_not(m))}
 
 
 def run_of(kind: str, version: int, checkpoint: Checkpoint, method: str, crew: Crew, **more: Any) -> dict[str, Any]:
     """What a journal is identified by: neither its output's place nor who did the work."""
-    told = Source.of(checkpoint).told()
-    return {"kind": kind, "version": version, **told, "method": method, "device": crew.label} | more
+    stated = Source.of(checkpoint).stated()
+    return {"kind": kind, "version": version, **stated, "method": method, "device": crew.label} | more
 
 
 # --- scan -------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def run_of_scan(
     """What a scan's journal is identified by."""
     more = {"moments": moments.calibration.identity} if moments else {}
     more |= {"selection": selection.describe(), "null_draws": null_draws}
-    return run_of("scan journal", Header.version, checkpoint, method, crew, **more)
+    return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
 def scan(
@@ -278,7 +278,7 @@ def scan(
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
         work = Scan(method, null_draws, moments)
-        with closing(visit(checkpoint, dearest_first(todo), work, crew)) as visits:
+        with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
                 found[matrix.name] = visited.measured
@@ -413,13 +413,13 @@ def reduce(
     def compute(names: list[str]) -> Generator[New, None, None]:
         work = Reduction(method, plan.reductions, moments, fresh)
         wanted = set(names)
-        weights = [m for m in touched if m.name in plan.reductions and wanted & parts_of(checkpoint, m)]
+        weights = [m for m in touched if m.name in plan.reductions and wanted & weights_and_scales(checkpoint, m)]
         order = by_shard(checkpoint, weights)
-        with closing(visit(checkpoint, order, work, crew)) as visits:
+        with closing(visit_all(checkpoint, order, work, crew)) as visits:
             for matrix, visited, seconds in visits:
-                for name, part, told in stored(checkpoint, matrix, visited):
+                for name, part, stated in stored(checkpoint, matrix, visited):
                     if name in wanted:
-                        yield name, part, told
+                        yield name, part, stated
                     del part
                 del visited
                 tick(matrix, seconds)
@@ -469,7 +469,7 @@ def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     return as_bfloat16(checkpoint)
 
 
-def parts_of(checkpoint: Checkpoint, matrix: Matrix) -> set[str]:
+def weights_and_scales(checkpoint: Checkpoint, matrix: Matrix) -> set[str]:
     """A matrix and, where it is FP8, its scales: what is written when it changes."""
     scales = checkpoint.fp8.scales if checkpoint.fp8 else {}
     return {matrix.name, scales.get(matrix.tensor, matrix.name)}
@@ -479,10 +479,10 @@ def with_scales(checkpoint: Checkpoint, touched: list[Matrix], matrices: Mapping
     """The touched matrices and their scales, in file order. Raises UsageError for a part of a fused FP8 tensor."""
     if checkpoint.fp8 is None:
         return touched
-    fused = next((m for m in touched if m.cut is not None and m.tensor in checkpoint.fp8.scales), None)
+    fused = next((m for m in touched if m.part is not None and m.tensor in checkpoint.fp8.scales), None)
     if fused:
         raise UsageError(f"{fused.name} is a part of an FP8 tensor, whose blocks it shares; try --dtype bfloat16")
-    names = {part for m in touched for part in parts_of(checkpoint, m)}
+    names = {part for m in touched for part in weights_and_scales(checkpoint, m)}
     return [m for m in matrices.values() if m.name in names]
 
 
@@ -513,7 +513,7 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
     return {
         "kind": "reduce journal",
         "version": Outcome.version,
-        **plan.source.told(),  # which `require` has compared with the checkpoint: here it may know more
+        **plan.source.stated(),  # which `require` has compared with the checkpoint: here it may know more
         "plan": hashlib.sha256(plan.to_json()).hexdigest(),
         "method": method,
         "device": crew.label,
@@ -560,7 +560,7 @@ def reduce_in_one_pass(
         label = crew.devices[0].label
         work = OnePass(method, Source.of(checkpoint), treatment, selection, label, null_draws)
         order = by_shard(checkpoint, [selected[name] for name in names])
-        with closing(visit(checkpoint, order, work, crew)) as visits:
+        with closing(visit_all(checkpoint, order, work, crew)) as visits:
             for matrix, visited, seconds in visits:
                 assert visited.measured is not None, "one pass measures"
                 entry = {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}

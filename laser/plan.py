@@ -22,8 +22,8 @@ from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
-from laser.spectra import Spectra, in_metric_of, met_by
-from laser.spectral.noise import NoiseFit, estimate, fit_noise
+from laser.spectra import Spectra, in_metric_of, seen_by
+from laser.spectral.noise import NoiseFit, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse_rule, rule_in, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
@@ -85,13 +85,13 @@ class PlanLine:
         for key in ("energy_kept", "fit", "fit_level"):
             if (value := getattr(self, key)) is not None and not 0 <= value <= 1 + 1e-9:
                 return f"{key} {value}, expected a share between 0 and 1"
-        told = f"action {self.action!r} and rank {self.rank} of {self.full_rank}"
+        message = f"action {self.action!r} and rank {self.rank} of {self.full_rank}"
         if self.rank is not None and not (self.full_rank is not None and 0 <= self.rank <= self.full_rank):
-            return f"{told}, expected a rank from 0 to the full one"
+            return f"{message}, expected a rank from 0 to the full one"
         if self.action == "skip" and self.rank is not None:
-            return f"{told}, expected none: skip is for what could not be measured, try keep"
+            return f"{message}, expected none: skip is for what could not be measured, try keep"
         if self.below > (self.rank or 0):
-            return f"{told}, of these {self.below} below, expected no more than the rank"
+            return f"{message}, of these {self.below} below, expected no more than the rank"
         if self.shrink is not None and self.shrink not in SHRINKERS:
             return f"shrink {self.shrink!r}, expected one of {', '.join(SHRINKERS)} or null"
         if self.shrink is not None and self.noise is None:
@@ -99,16 +99,16 @@ class PlanLine:
         if self.noise is not None and self.shrink is None and not self.below:
             return f"noise {self.noise:.4g} and neither shrink nor below, expected null"
         if (self.tokens is None) != (self.metric == "plain"):
-            told = f"metric {self.metric!r} and tokens {self.tokens}"
-            return f"{told}, expected tokens in the metric data and null in plain"
+            message = f"metric {self.metric!r} and tokens {self.tokens}"
+            return f"{message}, expected tokens in the metric data and null in plain"
         if self.tokens is not None and (self.shrink or self.below):
             return f"metric {self.metric!r} with shrink or below, which are for the plain one"
         if self.action != "reduce":
             return None
         if self.rank is None or self.full_rank is None:
-            return f"{told}, expected a rank under the full one"
+            return f"{message}, expected a rank under the full one"
         if self.rank == self.full_rank and self.shrink is None:
-            return f"{told}, which removes nothing, expected a rank under the full one, or action 'keep'"
+            return f"{message}, which removes nothing, expected a rank under the full one, or action 'keep'"
         return None
 
     @property
@@ -117,7 +117,7 @@ class PlanLine:
         return Gains((self.rank or 0) - self.below, self.below, self.shrink, self.noise)
 
 
-def _from_texts(document: dict[str, Any]) -> dict[str, Any]:
+def _lines_from_texts(document: dict[str, Any]) -> dict[str, Any]:
     """A plan of versions up to 2, whose reasons are texts alone, as of today; of the first, only one of a model on the
     Hub knows its weights. Raises Misfit."""
     lines, digest = document.get("lines"), document.get("digest")
@@ -127,11 +127,11 @@ def _from_texts(document: dict[str, Any]) -> dict[str, Any]:
         if digest != digest_of(document.get("rule"), document.get("selection"), lines):
             kept["edited"] = True
     if isinstance(lines, list | tuple):
-        kept["lines"] = [_with_kind(line, number) for number, line in enumerate(lines, 1)]
+        kept["lines"] = [_line_with_kind(line, number) for number, line in enumerate(lines, 1)]
     return kept
 
 
-def _with_kind(line: Any, number: int) -> Any:
+def _line_with_kind(line: Any, number: int) -> Any:
     """The line of an earlier version with the kind of its reason; what is no object is left to be refused."""
     if not isinstance(line, dict):
         return line
@@ -147,7 +147,7 @@ class Plan(
     Record,
     kind="plan",
     version=3,
-    earlier={2: _from_texts, 1: _from_texts},
+    earlier={2: _lines_from_texts, 1: _lines_from_texts},
     made_by=MADE_BY,
     mend=f"mend it or plan again: `{MADE_BY}`",
     seal=False,
@@ -179,7 +179,7 @@ class Plan(
         return plan if document.get("digest") in (None, plan.digest) else replace(plan, edited=True)
 
     def wrong(self) -> str | None:
-        if not self.source.weights.told():
+        if not self.source.weights.stated():
             return "it does not say which weights it was made from"
         try:
             for part in self.rule.split(",") if self.rule != "none" else ():
@@ -207,10 +207,10 @@ class Plan(
             counts[1] += line.parameters
         if self.source.unindexed:
             rows["keep", Kind.UNINDEXED] = [0, self.source.unindexed]
-        told = [dict(zip(COVERAGE, (*row, *counts), strict=True)) for row, counts in rows.items()]
+        stated = [dict(zip(COVERAGE, (*row, *counts), strict=True)) for row, counts in rows.items()]
         accounted = sum(counts[1] for counts in rows.values())
         total = accounted if self.source.parameters is None else self.source.parameters
-        return {"parameters": total, "unaccounted": total - accounted, "reasons": told}
+        return {"parameters": total, "unaccounted": total - accounted, "reasons": stated}
 
     def unlike(self, matrices: Sequence[Matrix]) -> list[str]:
         """Where the lines are not those of a checkpoint that holds these matrices, each with its line."""
@@ -243,9 +243,9 @@ class Plan(
             raise RecordError(f"the plan does not fit {checkpoint.name}: {wrong[0]}{more}; mend the line or plan again")
         now = Source.of(checkpoint)
         for key in ("parameters", "unindexed"):
-            told, there = getattr(self.source, key), getattr(now, key)
-            if told is not None and told != there:
-                raise RecordError(f"the plan's source has {key} {told}, found {there}; plan again")
+            stated, there = getattr(self.source, key), getattr(now, key)
+            if stated is not None and stated != there:
+                raise RecordError(f"the plan's source has {key} {stated}, found {there}; plan again")
 
     def require_moments(self, moments: Moments | None) -> None:
         """Raises UsageError where the plan needs moments and there are none, RecordError where they are others."""
@@ -253,7 +253,7 @@ class Plan(
         if not names:
             return
         made = self.calibration
-        told = f"{made.identity[:12]} of {made.text}" if made else "others"
+        message = f"{made.identity[:12]} of {made.text}" if made else "others"
         if moments is None:
             raise UsageError(
                 f"the plan reduces {len(names)} matrices in the metric of the data; try --moments with the file of "
@@ -262,7 +262,7 @@ class Plan(
         if made is None or moments.calibration.identity != made.identity:
             raise RecordError(
                 f"{moments.path}: found moments {moments.calibration.identity[:12]} of {moments.calibration.text}, the "
-                f"plan was made with {told}; scan and plan again with these"
+                f"plan was made with {message}; scan and plan again with these"
             )
 
 
@@ -423,7 +423,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     if why is not None:
         unseen = ""
         if why.kind is Kind.UNSEEN and spectra.seen is not None:
-            unseen = met_by(spectra.seen[matrix.name], min(matrix.shape))
+            unseen = seen_by(spectra.seen[matrix.name], min(matrix.shape))
         return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
     rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
@@ -439,7 +439,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     if spectra.seen is not None:
         return line_in_data(line, s, cut.rank, spectra.seen[matrix.name])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
-    noise = cut.noise or estimate(s, shape, estimator)
+    noise = cut.noise or estimate_noise(s, shape, estimator)
     fit = fit_noise(s, shape, estimator, noise)
     lower = noise.lower_edge(shape)
     below = int(np.count_nonzero(s[cut.rank :] < lower)) if treatment.two_sided else 0
@@ -475,8 +475,8 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     if np.all(g == 1):
         kept_whole = Why(Kind.ALL_KEPT, f"the rule keeps all {len(s)} values").also(near)
     elif np.all(g[s > 0] == 1):
-        told = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
-        kept_whole = Why(Kind.ALL_KEPT, told)
+        message = f"the {len(s) - cut.rank} values under the cut are 0: nothing to remove, and no SNR"
+        kept_whole = Why(Kind.ALL_KEPT, message)
     elif treatment.require_fit is not None and fit.level < treatment.require_fit:
         kept_whole = Why(Kind.NOT_NOISE, f"the bulk is not noise at level {treatment.require_fit:g}: {_describe(fit)}")
     return replace(line, action="keep", why=kept_whole) if kept_whole else line

@@ -23,8 +23,10 @@ from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_t
 from laser.errors import RecordError, first_line
 from laser.files import read_regular, write_atomically
 
-LARGEST = sys.float_info.max
-DEEPEST = 32  # objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds
+LARGEST_FLOAT = sys.float_info.max
+DEEPEST_RECORD = (
+    32  # objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds
+)
 # Metadata of a field: earlier versions lack it; it is written only where it is not the default; it is never written.
 LATER, SPARSE, ASIDE = ({"laser": word} for word in ("later", "sparse", "aside"))
 
@@ -32,14 +34,14 @@ LATER, SPARSE, ASIDE = ({"laser": word} for word in ("later", "sparse", "aside")
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def parse(data: bytes | str) -> Any:
+def parse_record(data: bytes | str) -> Any:
     """The document in a record's JSON. Raises ValueError for what is no JSON, or twice in it, or nested too deep."""
     try:
         document = json.loads(data, object_pairs_hook=each_once)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if is_deep(document, DEEPEST):
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if is_deep(document, DEEPEST_RECORD):
+        raise ValueError(f"it is nested more than {DEEPEST_RECORD} deep")
     return document
 
 
@@ -77,7 +79,9 @@ def plain(value: Any) -> Any:
         return value
     if is_dataclass(value):
         return {
-            name: plain(each) for name, default in _written(type(value)) if (each := getattr(value, name)) != default
+            name: plain(each)
+            for name, default in _written_fields(type(value))
+            if (each := getattr(value, name)) != default
         }
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
@@ -85,7 +89,7 @@ def plain(value: Any) -> Any:
 
 
 @cache
-def _written(cls: Any) -> list[tuple[str, Any]]:
+def _written_fields(cls: Any) -> list[tuple[str, Any]]:
     """The fields of a dataclass that are written, each with the value at which it is not; MISSING: it always is."""
     written = [field for field in fields(cls) if field.metadata != ASIDE]
     return [(field.name, field.default if field.metadata == SPARSE else MISSING) for field in written]
@@ -108,8 +112,8 @@ def is_sealed(document: Any) -> bool:
 class Misfit(Exception):
     """A JSON value is not what its type has. `places` lead to it from the outside; `told` says what was found."""
 
-    def __init__(self, told: str, joint: str = " ") -> None:
-        self.told, self.joint = told, joint
+    def __init__(self, stated: str, joint: str = " ") -> None:
+        self.stated, self.joint = stated, joint
         self.places: list[str] = []
 
     def inside(self, place: str) -> Misfit:
@@ -125,7 +129,7 @@ class Misfit(Exception):
         """All of it but for what to try."""
         places = [f"entry {place}" if isinstance(place, _Entry) else place for place in self.places]
         about = places or (["it"] if self.joint == " " else [])
-        return ": ".join([where, *about]) + self.joint + self.told
+        return ": ".join([where, *about]) + self.joint + self.stated
 
 
 class _Entry(str):
@@ -186,8 +190,8 @@ def reader(hint: Any) -> Callable[[Any], Any]:
     if hint is dict:
         return _mapping(hint, _finite, _finite)
     if hint is float:
-        return _number
-    return _word(hint) if issubclass(hint, StrEnum) else _exact(hint)
+        return _finite_number
+    return _word_reader(hint) if issubclass(hint, StrEnum) else _exact(hint)
 
 
 def is_object(hint: Any) -> bool:
@@ -198,15 +202,15 @@ def is_object(hint: Any) -> bool:
 def _exact(hint: type) -> Callable[[Any], Any]:
     def read(found: Any) -> Any:
         if type(found) is not hint:
-            raise _unlike(hint, found)
+            raise _misfit(hint, found)
         return found
 
     return read
 
 
-def _number(found: Any) -> Any:
-    if type(found) not in (float, int) or not abs(found) <= LARGEST:  # NaN is no more than anything
-        raise _unlike(float, found)
+def _finite_number(found: Any) -> Any:
+    if type(found) not in (float, int) or not abs(found) <= LARGEST_FLOAT:  # NaN is no more than anything
+        raise _misfit(float, found)
     return found
 
 
@@ -221,12 +225,12 @@ def _finite(found: Any) -> Any:
     return found
 
 
-def _word(hint: type[StrEnum]) -> Callable[[Any], Any]:
+def _word_reader(hint: type[StrEnum]) -> Callable[[Any], Any]:
     known = {str(word): word for word in hint}
 
     def read(found: Any) -> Any:
         if not isinstance(found, str) or found not in known:
-            raise _unlike(hint, found)
+            raise _misfit(hint, found)
         return known[found]
 
     return read
@@ -246,7 +250,7 @@ def _either(hint: Any, inside: Sequence[Any]) -> Callable[[Any], Any]:
             except Misfit as misfit:
                 if is_object(one) and isinstance(found, dict):  # its own fault says more than that of all
                     nearest = misfit
-        raise nearest or _unlike(hint, found)
+        raise nearest or _misfit(hint, found)
 
     return read
 
@@ -257,7 +261,7 @@ def _list(hint: Any, inside: Sequence[Any]) -> Callable[[Any], Any]:
 
     def read(found: Any) -> Any:
         if not isinstance(found, list | tuple) or (each and len(each) != len(found)):
-            raise _unlike(hint, found)
+            raise _misfit(hint, found)
         made: list[Any] = []
         try:
             for number, value in enumerate(found):
@@ -275,7 +279,7 @@ def _list(hint: Any, inside: Sequence[Any]) -> Callable[[Any], Any]:
 def _mapping(hint: Any, read_key: Callable[[Any], Any], read_value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def read(found: Any) -> Any:
         if not isinstance(found, dict):
-            raise _unlike(hint, found)
+            raise _misfit(hint, found)
         made: dict[Any, Any] = {}
         for key, value in found.items():
             try:
@@ -297,12 +301,12 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
     else:
         names, optional = list(hints), set(cls.__optional_keys__)
     needed = [name for name in names if name not in optional]
-    inside = {name: (reader(hints[name]), _place(name, hints[name])) for name in names}
+    inside = {name: (reader(hints[name]), _place_of(name, hints[name])) for name in names}
     make, wrong = cast("Callable[..., Any]", cls), getattr(cls, "wrong", lambda _: None)
 
     def read(found: Any) -> Any:
         if not isinstance(found, dict):
-            raise _unlike(cls, found)
+            raise _misfit(cls, found)
         for name in needed:
             if name not in found:
                 raise Misfit(f"has no key {name!r}, expected {', '.join(needed)}")
@@ -323,13 +327,13 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
     return read
 
 
-def _place(name: str, hint: Any) -> str:
+def _place_of(name: str, hint: Any) -> str:
     """What an error calls a field: the one object that it holds is told apart from a plain value."""
     one_of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return f"its {name}" if any(map(is_object, one_of)) else name
 
 
-def _unlike(hint: Any, found: Any) -> Misfit:
+def _misfit(hint: Any, found: Any) -> Misfit:
     return Misfit(f"is {shown(found)}, expected {words(hint)}")
 
 
@@ -347,17 +351,17 @@ def words(hint: Any) -> str:
     return WORDS.get(hint, "an object")
 
 
-WIDEST = 60  # characters of a value that a message repeats
+WIDEST_VALUE = 60  # characters of a value that a message repeats
 _short = reprlib.Repr()  # looks no further into a value than it tells of it
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 16, 16
-_short.maxstring = _short.maxlong = _short.maxother = WIDEST
+_short.maxstring = _short.maxlong = _short.maxother = WIDEST_VALUE
 
 
 def shown(found: Any, quote: str = '"') -> str:
     """A value as its file has it, shortened."""
     text = {None: "null", True: "true", False: "false"}.get(found) if type(found) in (bool, type(None)) else None
-    text = text or (f"{quote}{found[:WIDEST]}{quote}" if isinstance(found, str) else _short.repr(found))
-    return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
+    text = text or (f"{quote}{found[:WIDEST_VALUE]}{quote}" if isinstance(found, str) else _short.repr(found))
+    return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 3] + "..."
 
 
 def named(found: Any) -> str:
@@ -425,8 +429,8 @@ class Record:
 
     def document(self) -> dict[str, Any]:
         """What the file holds, as JSON has it."""
-        told = {"kind": self.kind, "version": self.version} | {name: getattr(self, name) for name in self.derived}
-        return sealed(told | plain(self)) if self.seal else told | plain(self)
+        stated = {"kind": self.kind, "version": self.version} | {name: getattr(self, name) for name in self.derived}
+        return sealed(stated | plain(self)) if self.seal else stated | plain(self)
 
     def to_json(self) -> bytes:
         return to_json(self.document())
@@ -441,7 +445,7 @@ class Record:
         as_written: whether its checksum has to be right.
         """
         with cls.reading(path):
-            document = parse(read_regular(path))
+            document = parse_record(read_regular(path))
         return cls.from_document(document, path, as_written=as_written)
 
     @classmethod
@@ -453,8 +457,8 @@ class Record:
         except FileNotFoundError:
             raise RecordError(f"no such file: {path}; {cls.missing}") from None
         except (OSError, ValueError, *unreadable) as error:
-            told = f"{path} is not a readable {cls.kind} file ({first_line(error)})"
-            raise RecordError(f"{told}; make it again: `{cls.made_by}`") from error
+            message = f"{path} is not a readable {cls.kind} file ({first_line(error)})"
+            raise RecordError(f"{message}; make it again: `{cls.made_by}`") from error
 
     @classmethod
     def from_document(cls, document: Any, path: Path, *, as_written: bool = False) -> Self:
@@ -468,17 +472,17 @@ class Record:
     @classmethod
     def require_kind(cls, document: Any, path: Path) -> None:
         """Raises RecordError for a document of another kind or version."""
-        if told := cls.other(document):
+        if stated := cls.other(document):
             of_kind = isinstance(document, dict) and document.get("kind") == cls.kind
             remedy = f"make it again with this version of laser: `{cls.made_by}`" if of_kind else cls.missing
-            raise RecordError(f"{path}: {told}; {remedy}")
+            raise RecordError(f"{path}: {stated}; {remedy}")
 
     @classmethod
     def require_seal(cls, document: Any, path: Path) -> None:
         """Raises RecordError for a document that is not as laser wrote it."""
         if cls.seal and not is_sealed(document):
-            told = f"{path} was changed or damaged since it was written"
-            raise RecordError(f"{told}; make it again: `{cls.made_by}`")
+            message = f"{path} was changed or damaged since it was written"
+            raise RecordError(f"{message}; make it again: `{cls.made_by}`")
 
     @classmethod
     def other(cls, document: Any) -> str | None:
@@ -486,15 +490,15 @@ class Record:
         kind, version = (document.get("kind"), document.get("version")) if isinstance(document, dict) else (None, None)
         if kind == cls.kind and type(version) is int and version in (cls.version, *cls.earlier):
             return None
-        told = f"kind {named(kind)} version {shown(version)}"
-        told = "kind None, so no record of laser" if kind is None and version is None else told
-        return f"found {told}, expected {cls.kind!r} version {cls.version}"
+        message = f"kind {named(kind)} version {shown(version)}"
+        message = "kind None, so no record of laser" if kind is None and version is None else message
+        return f"found {message}, expected {cls.kind!r} version {cls.version}"
 
     @classmethod
     def nested(cls, document: Any) -> Self:
         """The record in a document, which may lie inside another one. Raises Misfit."""
-        if told := cls.other(document):
-            raise Misfit(told, ": ")
+        if stated := cls.other(document):
+            raise Misfit(stated, ": ")
         return cls.current(cls.earlier.get(document["version"], dict)(document))
 
     @classmethod
@@ -504,24 +508,24 @@ class Record:
         record = object_reader(cls)({key: value for key, value in document.items() if key not in apart})
         for name, hint in cls.beside.items():
             if name in document:
-                _inside(name, hint, document[name])
+                _place_inside(name, hint, document[name])
         for name in cls.derived:
             if name not in document:
                 raise Misfit(f"has no key {name!r}")
             hint, expected = get_type_hints(getattr(cls, name).fget)["return"], getattr(record, name)
-            if not same(_inside(name, hint, document[name]), expected):
+            if not near_enough(_place_inside(name, hint, document[name]), expected):
                 raise Misfit(f"{name} is {shown(document[name])}, expected {shown(expected)} by the rest of it", ": ")
         return record
 
 
-def _inside(name: str, hint: Any, found: Any) -> Any:
+def _place_inside(name: str, hint: Any, found: Any) -> Any:
     try:
         return reader(hint)(found)
     except Misfit as misfit:
         raise misfit.inside(name) from None
 
 
-def same(a: float | None, b: float | None, within: float = 1e-6) -> bool:
+def near_enough(a: float | None, b: float | None, within: float = 1e-6) -> bool:
     """Whether two figures are the same but for rounding; one that is None is only like None."""
     return a is b if a is None or b is None else math.isclose(a, b, abs_tol=within)
 
@@ -540,7 +544,7 @@ class Fingerprint:
     samples: str | None = None
     content: str | None = None
 
-    def told(self) -> dict[str, str]:
+    def stated(self) -> dict[str, str]:
         """The hashes that are known, for records."""
         known = {"content": self.content, "samples": self.samples}
         return {kind: digest for kind, digest in known.items() if digest}
@@ -559,7 +563,9 @@ def agree(a: Fingerprint, b: Fingerprint) -> bool | None:
 
 def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
     """What a record or journal states of weights."""
-    samples, content = (told if isinstance(told := record.get(key), str) else None for key in ("samples", "content"))
+    samples, content = (
+        stated if isinstance(stated := record.get(key), str) else None for key in ("samples", "content")
+    )
     return Fingerprint(samples, content)
 
 

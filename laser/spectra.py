@@ -44,8 +44,8 @@ def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     """A line of a journal."""
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
     vectors |= {"data": _encode(measured.data)}
-    told = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
-    return told | {"data_failed": measured.data_failed} | vectors
+    stated = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
+    return stated | {"data_failed": measured.data_failed} | vectors
 
 
 def from_entry(entry: Any, where: str) -> Measured:
@@ -56,8 +56,8 @@ def from_entry(entry: Any, where: str) -> Measured:
         values, null, data = (_decode(entry[key]) for key in ("values", "null", "data"))
     except ValueError:
         raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
-    told = entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"]
-    return Measured(values, null, *told)
+    stated = entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"]
+    return Measured(values, null, *stated)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -139,13 +139,13 @@ def in_metric_of(asked: str, spectra: Spectra, fewest: int | None = None) -> Spe
         elif name in data.failed:
             skipped[name] = Why(Kind.FAILED, f"skipped: {data.failed[name]}")
         elif name in data.seen:
-            skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {met_by(data.seen[name], p)}")
+            skipped[name] = Why(Kind.UNSEEN, f"not seen enough: {seen_by(data.seen[name], p)}")
         elif name in spectra.values:
             skipped[name] = Why(Kind.NOT_CALIBRATED, "not calibrated")
     return replace(spectra, values=values, nulls={}, skipped=skipped, kurtosis={}, seen=data.seen)
 
 
-def met_by(tokens: int, p: int) -> str:
+def seen_by(tokens: int, p: int) -> str:
     """How many inputs a matrix has seen, and how many it should have at the least."""
     return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
 
@@ -157,8 +157,10 @@ NULL = "laser.null."  # before a tensor's name in the file: its permuted matrice
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A tensor in the file: Matrix without its cut, for whoever reads weights has the checkpoint and lists its matrices
-    anew, and what the scan found of it besides the vectors. Only of FP8 is it known whether it is `scaled`."""
+    """A tensor in the file: Matrix without its slice, and what the scan found of it besides the vectors.
+
+    Whoever reads weights has the checkpoint and lists its matrices anew. Only FP8 says whether it is `scaled`.
+    """
 
     name: str
     role: str
@@ -186,13 +188,13 @@ class Row:
         )  # fmt: skip
 
 
-def _from_texts(header: dict[str, Any]) -> dict[str, Any]:
+def _rows_from_texts(header: dict[str, Any]) -> dict[str, Any]:
     """The header of version 2, whose reasons are texts alone and whose rows may lack some keys, as of today."""
     rows = header.get("matrices")
-    return header | ({"matrices": [_with_kind(row) for row in rows]} if isinstance(rows, list) else {})
+    return header | ({"matrices": [_row_with_kind(row) for row in rows]} if isinstance(rows, list) else {})
 
 
-def _with_kind(row: Any) -> Any:
+def _row_with_kind(row: Any) -> Any:
     if not isinstance(row, dict):
         return row
     if isinstance(why := row.get("skipped"), str):
@@ -203,7 +205,9 @@ def _with_kind(row: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header(ArrayRecord, kind="spectra", version=3, earlier={2: _from_texts}, made_by="laser scan MODEL -o FILE"):
+class SpectraHeader(
+    ArrayRecord, kind="spectra", version=3, earlier={2: _rows_from_texts}, made_by="laser scan MODEL -o FILE"
+):
     """What the file says beside the vectors. vectors: their hash."""
 
     source: Source
@@ -246,7 +250,7 @@ class Spectra:
         vectors = dict(self.values) | {NULL + name: null for name, null in self.nulls.items()}
         vectors |= self.data.vectors() if self.data else {}
         rows = tuple(map(self._row, self.matrices))
-        header = Header(
+        header = SpectraHeader(
             source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
             vectors=hash_of(vectors),
         )  # fmt: skip
@@ -262,10 +266,10 @@ class Spectra:
     @staticmethod
     def load(path: Path) -> Spectra:
         """Raises RecordError for a file that is missing, damaged or of another version."""
-        with Header.opened(path, "numpy") as file:
-            document = Header.document_in(file, path)
+        with SpectraHeader.opened(path, "numpy") as file:
+            document = SpectraHeader.document_in(file, path)
             vectors = {name: file.get_tensor(name) for name in file.keys()}
-        header = Header.from_document(document, path)
+        header = SpectraHeader.from_document(document, path)
         rows, data = header.matrices, header.data
         values = {name: vector for name, vector in vectors.items() if not name.startswith((NULL, DATA, GONE))}
         nulls = {name.removeprefix(NULL): vector for name, vector in vectors.items() if name.startswith(NULL)}
@@ -275,11 +279,11 @@ class Spectra:
         kurtosis = {row.name: row.kurtosis for row in rows if row.kurtosis is not None}
         notes = {row.name: row.note for row in rows if row.note}
         matrices = tuple(row.matrix for row in rows)
-        told = header.method, header.device
-        spectra = Spectra(header.source, matrices, values, skipped, *told, nulls, kurtosis, data, notes)
+        stated = header.method, header.device
+        spectra = Spectra(header.source, matrices, values, skipped, *stated, nulls, kurtosis, data, notes)
         if wrong := _wrong(spectra):
-            raise RecordError(f"{path}: {wrong}; {Header.mend}")
-        Header.require_seal(document if header.vectors == hash_of(vectors) else None, path)
+            raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")
+        SpectraHeader.require_seal(document if header.vectors == hash_of(vectors) else None, path)
         return spectra
 
 

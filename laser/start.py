@@ -20,12 +20,12 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows, whi
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN else []))
 
 
-def begin() -> None:
+def begin_process() -> None:
     """End in one line on Windows, and, where this process is the command `laser`, on an interrupt from now on."""
     if sys.platform == "win32":  # which lacks modules that are imported below
         raise SystemExit("laser: Windows is not supported; try it in WSL, where it runs as on Linux")
-    if is_command() and (told := too_little_memory()):
-        raise SystemExit(f"laser: {told}")
+    if is_command() and (stated := too_little_memory()):
+        raise SystemExit(f"laser: {stated}")
     if is_command() and not is_address(os.environ.get("HF_ENDPOINT", "")):
         raise SystemExit(f"laser: HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it")
     if is_command():
@@ -40,7 +40,7 @@ def begin() -> None:
 # Limit -> how ulimit calls it, and the bytes that the libraries take once they are imported: by /proc/self/status on
 # x86-64 Linux with one core and torch's build without CUDA; others take more. Below that they end in tracebacks, abort,
 # or wait for ever.
-LIBRARIES = {"RLIMIT_DATA": ("ulimit -d", 268_000_000), "RLIMIT_AS": ("ulimit -v", 754_000_000)}
+LIBRARY_BYTES = {"RLIMIT_DATA": ("ulimit -d", 268_000_000), "RLIMIT_AS": ("ulimit -v", 754_000_000)}
 
 
 def too_little_memory() -> str | None:
@@ -49,11 +49,11 @@ def too_little_memory() -> str | None:
         return None
     import resource  # which Windows lacks
 
-    for name, (word, needed) in LIBRARIES.items():
+    for name, (word, needed) in LIBRARY_BYTES.items():
         found = resource.getrlimit(getattr(resource, name))[0]
         if 0 <= found < needed:  # RLIM_INFINITY is negative
-            told = f"{word} allows {found / 1e9:.2f} GB, and the libraries alone take {needed / 1e9:.2f} GB"
-            return f"out of memory: {told}; raise that limit"
+            message = f"{word} allows {found / 1e9:.2f} GB, and the libraries alone take {needed / 1e9:.2f} GB"
+            return f"out of memory: {message}; raise that limit"
     return None
 
 
@@ -111,4 +111,4 @@ def _end(line: bytes, number: int) -> None:
     os._exit(code_of(number))
 
 
-begin()
+begin_process()

@@ -19,7 +19,7 @@ from laser.reasons import Kind
 from laser.records import to_json
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral.noise import estimate, fit_noise
+from laser.spectral.noise import estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift
 
@@ -34,12 +34,12 @@ PREFIXES = {"h": "transformer.", "layers": "model."}
 # transformers 5 holds all experts of a layer in one parameter, expert first, whether the checkpoint has one tensor an
 # expert (the first row) or fused ones (the others; Granite's have another name in memory).
 ONE_EXPERT = re.compile(r"(?P<block>.*\.)experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-IN_MEMORY = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-IN_MEMORY |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+MEMORY_NAMES = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+MEMORY_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 ALL_EXPERTS = re.compile(
     r"(?P<tensor>.*\.(?:experts\.(?:gate_up|down)_proj|(?:in|out)put_linear\.weight))\[(?P<expert>\d+)"
 )
-GRANITE = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+GRANITE_NAMES = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
 FUSED_EXPERTS = (
     "# Lines that end in [e:f] are axolotl's, for experts that are one parameter in memory, as under transformers 5:",
     "# it trains rows e to f - 1, which is expert e, its gate and its up together. Scripts that read line by line know",
@@ -49,7 +49,7 @@ FUSED_PARTS = ("# A parameter that holds other matrices than experts is trained 
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """A matrix in numbers. Undefined ones are None: strict JSON has no Infinity, and an empty cell sorts honestly."""
 
     name: str
@@ -96,12 +96,12 @@ class Row:
 class Summary:
     source: Source
     rule: str
-    rows: tuple[Row, ...]  # in file order
+    rows: tuple[SummaryRow, ...]  # in file order
     skipped: tuple[tuple[str, str], ...]  # tensors that have no spectrum, and why
     calibration: Calibration | None = None  # of the data's metric
 
     @property
-    def under_seen(self) -> list[Row]:
+    def under_seen(self) -> list[SummaryRow]:
         """Matrices that saw fewer tokens than they have dimensions: what the data say of them is not to be trusted."""
         return [row for row in self.rows if row.tokens is not None and row.tokens < row.full_rank]
 
@@ -110,7 +110,7 @@ class Summary:
 
     def to_csv(self) -> str:
         """A header line and a line per matrix; an undefined number is an empty field."""
-        names = [f.name for f in fields(Row)]
+        names = [f.name for f in fields(SummaryRow)]
         return "".join(_csv_line(line) for line in (names, *(asdict(row).values() for row in self.rows)))
 
     def snr_json(self) -> bytes:
@@ -132,7 +132,7 @@ class Summary:
         """
         check_share(top_percent)
         lines = [f"- {_pattern(name)}" for name in ALWAYS_UNFROZEN]
-        told: list[str] = []
+        stated: list[str] = []
         for kind in dict.fromkeys(_type(row) for row in self.rows):
             scored = [r for r in self.rows if _type(r) == kind and r.snr_over_largest is not None]
             scored.sort(key=lambda r: -(r.snr_over_largest or 0.0))
@@ -141,8 +141,8 @@ class Summary:
                 tensor, slices = re.sub(CUT, "", row.name), _slices(row.name)
                 lines.append(f"- {_pattern(tensor)}")
                 lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in slices]
-                told += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
-        return "\n".join([*dict.fromkeys(told), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
+                stated += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
+        return "\n".join([*dict.fromkeys(stated), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
 
 
 def check_share(top_percent: float) -> None:
@@ -161,7 +161,7 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _type(row: Row) -> str:
+def _type(row: SummaryRow) -> str:
     """The module's place in its layer, without layer and expert number: Spectrum groups experts one by one, so that a
     share of them is a share per expert; here all experts of a role compete."""
     inside = re.sub(r"^.*\blayers\.\d+\.", "", _module(row.name))
@@ -188,13 +188,13 @@ def _escaped(character: str) -> str:
 
 def _slices(name: str) -> list[tuple[str, int]]:
     """(parameter in memory, index of its first dimension) of an expert's matrix, under every name that it may have."""
-    if (one := ONE_EXPERT.fullmatch(name)) and one["part"] in IN_MEMORY:
+    if (one := ONE_EXPERT.fullmatch(name)) and one["part"] in MEMORY_NAMES:
         # Mixtral's block has another name in memory; Granite's, which is fused on disk too, has not.
         block = one["block"].replace(".block_sparse_moe.", ".mlp.")
-        return [(f"{block}experts.{IN_MEMORY[one['part']]}", int(one["expert"]))]
+        return [(f"{block}experts.{MEMORY_NAMES[one['part']]}", int(one["expert"]))]
     if every := ALL_EXPERTS.match(name):
         tensor, expert = every["tensor"], int(every["expert"])
-        other = re.sub("|".join(map(re.escape, GRANITE)), lambda m: GRANITE[m[0]], tensor)
+        other = re.sub("|".join(map(re.escape, GRANITE_NAMES)), lambda m: GRANITE_NAMES[m[0]], tensor)
         return [(parameter, expert) for parameter in dict.fromkeys((tensor, other))]
     return []
 
@@ -216,13 +216,13 @@ def summarise(
             continue
         s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
         numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
-        noise = cut.noise or estimate(s, shape, estimator)
+        noise = cut.noise or estimate_noise(s, shape, estimator)
         fit = fit_noise(s, shape, estimator, noise)
         snr = signal_to_noise(s, cut.rank)
         kurtosis = spectra.kurtosis.get(matrix.name)
         ranks = dict(zip(ENERGIES, numbers.energy_ranks, strict=True))
         rows.append(
-            Row(
+            SummaryRow(
                 name=matrix.name,
                 role=matrix.role,
                 layer=matrix.layer,

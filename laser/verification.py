@@ -28,12 +28,14 @@ from laser.journal import journal_is_whole
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, plan_as_measured
 from laser.plan import Plan
-from laser.records import is_sealed, parse
+from laser.records import is_sealed, parse_record
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device, in_float64
 
-MEASURED: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(("eval.json", "eval-source.json"), Perplexity)
-MEASURED |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
+MEASURED_FILES: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(
+    ("eval.json", "eval-source.json"), Perplexity
+)
+MEASURED_FILES |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
 SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
 
 
@@ -57,15 +59,15 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         there.add(SOURCE)
         if "accept" in plan.selection:  # chosen by a search
             there |= {SEARCH, TRIALS}
-    for name, kind in MEASURED.items():
+    for name, kind in MEASURED_FILES.items():
         if name in there:
             check(name, lambda path, kind=kind: bool(kind.load(path)))
     if SEARCH in there:
-        check(SEARCH, lambda path: is_sealed(parse(read_regular(path))))
+        check(SEARCH, lambda path: is_sealed(parse_record(read_regular(path))))
     if TRIALS in there:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
-        check(SOURCE, lambda path: is_sealed(parse(read_regular(path))))
+        check(SOURCE, lambda path: is_sealed(parse_record(read_regular(path))))
     return problems
 
 
@@ -134,12 +136,12 @@ def verify(
         elif matrix.name in lines:
             touched += 1
             line = lines[matrix.name]
-            W, B = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+            W, B = (checkpoint.read(matrix.tensor, matrix.part) for checkpoint in (source, result))
             metric = metric_of(line.metric, matrix.name, W, moments)
             problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
         else:
             untouched += 1
-            if not _same(source, result, matrix):
+            if not _is_untouched(source, result, matrix):
                 problems.append(f"{matrix.name}: untouched by the plan, but its bytes differ from the source's")
         tick(matrix)
     if not problems:  # else what is wrong has been said
@@ -149,11 +151,11 @@ def verify(
     return Verification(untouched, touched, tuple(problems))
 
 
-def _same(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
+def _is_untouched(source: Checkpoint, result: Checkpoint, matrix: Matrix) -> bool:
     info = source.tensors[matrix.tensor]
-    if matrix.cut is None:
+    if matrix.part is None:
         return _same_bytes(source.shard_of(matrix.tensor), result.path / info.shard, info)
-    a, b = (checkpoint.read(matrix.tensor, matrix.cut) for checkpoint in (source, result))
+    a, b = (checkpoint.read(matrix.tensor, matrix.part) for checkpoint in (source, result))
     return bytes_of(a) == bytes_of(b)
 
 

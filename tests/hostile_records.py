@@ -434,7 +434,7 @@ def board(checkpoint: laser.Checkpoint) -> Leaderboard:
         for name in ("arc_challenge", "gsm8k")
     )
     settings = {"tasks": ["arc_challenge", "gsm8k"], "device": "cpu", "dtype": "float32", "batch_size": 1}
-    weights = checkpoint.fingerprint.told()
+    weights = checkpoint.fingerprint.stated()
     return Leaderboard(checkpoint.name, checkpoint.identity, scores, 4, {}, settings, {"torch": "2"}, "laser", weights)
 
 

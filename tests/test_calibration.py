@@ -19,7 +19,7 @@ from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.text import Windows
-from laser.moments import Calibration, Header, Moments, Site
+from laser.moments import Calibration, Moments, MomentsHeader, Site
 from laser.selection import Selection
 
 EXPERT = LAYER + "block_sparse_moe.experts.2."
@@ -341,7 +341,7 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
 ) -> None:
     site = Site("layer.0", 0, "diagonal", 9, 3.0, ("a.weight",), ("0",))
     calibration = Calibration("0", "t", "0", "0", 64, 1, 9, "float32", False, True)
-    header = Header(Source("m", "0"), calibration, {}, (site,), {}).document()
+    header = MomentsHeader(Source("m", "0"), calibration, {}, (site,), {}).document()
     change(header)
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):

@@ -307,7 +307,7 @@ def test_an_interrupted_verb_says_how_it_goes_on(
         raise SystemExit(130)
 
     # A command that ends so, whatever it does.
-    monkeypatch.setattr("laser.cli._commands", lambda: interrupted)
+    monkeypatch.setattr("laser.cli._click_commands", lambda: interrupted)
     assert main([*verb.split(), "model"]) == 130 and told in capsys.readouterr().err
 
 

@@ -50,7 +50,7 @@ def test_the_flow_in_the_metric_of_the_data(speaker: Path, tmp_path: Path, text:
     record = outcome["matrices"][LAYER + "self_attn.q_proj.weight"]
     line = lines[LAYER + "self_attn.q_proj.weight"]
     assert record["method"] == "data" and record["energy_kept"] == pytest.approx(line.energy_kept, rel=1e-6)
-    assert record["residual"] <= record["tolerance"] and 0 < record["fresh_output_error"] < 1
+    assert record["residual"] <= record["tolerance"] and 0 < record.get("fresh_output_error", 0) < 1
     assert outcome["plan"]["calibration"]["text"] == "text.txt"
     for more in ((), ("--moments", moments)):
         code, told, _ = run("verify", speaker, out, *more)
@@ -199,7 +199,7 @@ def test_wide_inputs_are_known_by_their_outputs_all_the_way(speaker: Path, tmp_p
     plan = laser.make_plan(spectra, "data:rank:12", fewest_tokens=1)
     outcome = laser.reduce(checkpoint, plan, tmp_path / "out", moments=moments, fresh=fresh)
     assert outcome.run["fresh"]["text_sha256"] == fresh.calibration.text_sha256
-    assert all(0 < record["fresh_output_error"] < 1 for record in outcome.matrices.values())
+    assert all(0 < record.get("fresh_output_error", 0) < 1 for record in outcome.matrices.values())
     assert laser.verify(checkpoint, tmp_path / "out", moments=moments).problems == ()
     weights = load_file(tmp_path / "out" / "model.safetensors")
     name = next(iter(plan.reductions))

@@ -16,7 +16,7 @@ from trainers import by_axolotl, by_scripts
 import laser
 from laser.checkpoint.families import FAMILIES, LLAMA
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.slices import Cut
+from laser.checkpoint.slices import Slice
 from laser.summary import ALWAYS_UNFROZEN, summarise
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -116,7 +116,7 @@ def test_a_fused_tensor_is_resumed_to_the_byte(family: str, tmp_path: Path, monk
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     true_read, reads, stop = laser.Checkpoint.read, [], [0]
 
-    def killed(self: laser.Checkpoint, name: str, cut: Cut | None = None) -> torch.Tensor:
+    def killed(self: laser.Checkpoint, name: str, cut: Slice | None = None) -> torch.Tensor:
         reads.append((name, cut))
         if len(reads) == stop[0]:
             raise KeyboardInterrupt
@@ -192,10 +192,10 @@ def test_what_is_chosen_is_what_is_trained(family: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     for matrix in (matrices[row.name] for row in rows):
-        if matrix.cut is None:
+        if matrix.part is None:
             tensors[matrix.tensor].zero_()
         else:
-            matrix.cut.put(tensors[matrix.tensor], torch.zeros(matrix.shape))
+            matrix.part.put(tensors[matrix.tensor], torch.zeros(matrix.shape))
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     old, changed = dict(model.named_parameters()), {}

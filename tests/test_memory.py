@@ -26,7 +26,7 @@ from laser.cli import LESS, VERBS, main, memory
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.causal import build_causal
-from laser.evaluation.footprint import LEAST, Needs, layered_needs, whole_needs
+from laser.evaluation.footprint import LEAST_SPACE, Needs, layered_needs, whole_needs
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, place, smaller_windows
 from laser.evaluation.streaming import LayeredModel
@@ -194,9 +194,9 @@ def test_whole_or_by_layers_or_refused_with_what_fits(
         placed = place("m", asked, needs_of, free_of, ways(asked))
         assert placed.stream is told
         chosen_by_memory = stream is None and told
-        assert bool(placed.told) is chosen_by_memory
-        if placed.told:
-            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.told)
+        assert bool(placed.stated) is chosen_by_memory
+        if placed.stated:
+            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.stated)
         return
     with pytest.raises(OutOfMemory, match=re.escape(f"try {told}")) as refused:
         place("m", asked, needs_of, free_of, ways(asked))
@@ -243,9 +243,9 @@ def test_the_needs_are_those_of_shapes(model: Path) -> None:
     parameters = sum(p.numel() for p in built.parameters())
     there = whole_needs(checkpoint, built, torch.float32, CPU, 32)
     assert there.device == 0 and there.mapped == sum(s.size for s in checkpoint.shards)
-    assert there.host > LEAST + 4.4 * parameters
+    assert there.host > LEAST_SPACE + 4.4 * parameters
     on_gpu = whole_needs(checkpoint, built, torch.float32, torch.device("cuda"), 32)
-    assert 0 < on_gpu.device - LEAST < on_gpu.host - LEAST + 1.1 * 32 * 64 * 8 * 4
+    assert 0 < on_gpu.device - LEAST_SPACE < on_gpu.host - LEAST_SPACE + 1.1 * 32 * 64 * 8 * 4
     needs = [layered_needs(layered, CPU, t, r).host for t, r in ((32, False), (64, False), (64, True))]
     assert needs[0] < needs[1] < needs[2] < there.host + 4 * parameters
     assert layered_needs(layered, CPU, 32, False, backward=True).host > needs[0]
@@ -344,7 +344,7 @@ def test_a_leaderboard_is_refused_before_the_work(
     assert code == 1 and err.strip().endswith("try --no-leaderboard") and not (tmp_path / "o").exists()
     assert run(*out, "--no-leaderboard")[0] == 0
     # One that was not asked for is left out, which is said: the reduction needs no more than a matrix.
-    monkeypatch.setattr("laser.cli.run._measure", lambda *_: None)
+    monkeypatch.setattr("laser.cli.run._search_measure", lambda *_: None)
     assert memory.for_run_leaderboard(open_checkpoint(model), devices.choose_device("cpu"), needed=False) is None
 
 
@@ -362,7 +362,7 @@ def test_a_dry_run_counts_the_search(
         found = json.loads(told)["search"]
         assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31
-        assert found["seconds"] > 0 and found["peak_bytes"] > LEAST and not found["stream"]
+        assert found["seconds"] > 0 and found["peak_bytes"] > LEAST_SPACE and not found["stream"]
         code, told, _ = run(*command, "--dry-run")
         assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and "in memory" in told
     between(monkeypatch, model, 31, 0.9)
@@ -394,7 +394,7 @@ class Counted(LayeredModel):
         )
 
 
-SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether what is foretold is exact
+SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether what is estimated is exact
     "layers": (("--rules", "fraction:0.9,fraction:0.5", "--lowest-snr", "all"), True),
     "embedding": (("--rules", "fraction:0.5", "--lowest-snr", "all", "--roles", "q,embedding"), True),
     "snr": (("--rules", "fraction:0.5", "--lowest-snr", "all", "--order", "snr"), False),
@@ -437,13 +437,13 @@ def test_what_is_foretold_of_a_search_is_what_it_runs(
         "any-drop",
         *(() if "--roles" in flags else ("--roles", "q,v")),
     )
-    foretold = json.loads(run(*words, *flags, "--dry-run", "--json")[1])["search"]
+    estimated = json.loads(run(*words, *flags, "--dry-run", "--json")[1])["search"]
     assert Counted.counts() == (0, 0, 0)
     code, out, err = run(*words, *flags, "--json")
     assert code == 0, err
     trials = json.loads(out)["trials"]
     found = (len({t["label"] for t in trials}), len(trials), *Counted.counts())
-    counted = tuple(foretold[key] for key in ("candidates", "trials", "texts", "tokens", "layer_forwards"))
+    counted = tuple(estimated[key] for key in ("candidates", "trials", "texts", "tokens", "layer_forwards"))
     assert all(here <= there for here, there in zip(found, counted, strict=True)), (found, counted)
     if exact and accept == "all":
         assert found == counted

@@ -23,7 +23,7 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.permutation import permuted
 from laser.spectral.rules import apply_rule
-from laser.summary import Row, Summary, summarise
+from laser.summary import Summary, SummaryRow, summarise
 
 
 def test_counts_are_those_of_permuting_by_hand(pico: Path) -> None:
@@ -240,4 +240,4 @@ def test_zero_matrices_and_empty_selections(make_pico: Callable[..., Path]) -> N
     strict(summarise(spectra).to_json())
     with pytest.raises(UsageError, match="no selected matrix was scanned"):
         summarise(replace(spectra, values={}))
-    assert isinstance(summarise(spectra), Summary) and isinstance(row, Row)
+    assert isinstance(summarise(spectra), Summary) and isinstance(row, SummaryRow)

@@ -17,7 +17,7 @@ from pico_language import TEXT, make_model
 from typer.testing import CliRunner
 
 from laser.cli import VERBS, app
-from laser.cli.options import Matrices, Record, option, with_options
+from laser.cli.options import Matrices, RecordOptions, option, with_options
 from laser.cli.recipe import follow, packaged
 from laser.errors import UsageError
 
@@ -45,8 +45,8 @@ def test_a_group_gives_every_verb_the_same_flags_defaults_and_help() -> None:
             options = {field.name: shown(verb.__name__)[field.name] for field in fields(group)}
             assert found.setdefault(group, options) == options, verb.__name__
             taken[group] = taken.get(group, 0) + 1
-    assert taken[Matrices] > 2 and taken[Record] > 2
-    assert found[Matrices]["layers"][0] == ["--layers"] and found[Record]["as_json"][0] == ["--json"]
+    assert taken[Matrices] > 2 and taken[RecordOptions] > 2
+    assert found[Matrices]["layers"][0] == ["--layers"] and found[RecordOptions]["as_json"][0] == ["--json"]
 
 
 def test_a_flag_that_two_verbs_take_from_a_group_has_one_text() -> None:

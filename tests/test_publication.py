@@ -21,7 +21,7 @@ from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.errors import OutputError, RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
-from laser.evaluation.perplexity import Perplexity, record_of
+from laser.evaluation.perplexity import Perplexity, record_of_losses
 from laser.evaluation.text import Window, Windows
 from laser.outcome import Outcome
 from laser.pipeline import reduce, scan
@@ -32,8 +32,8 @@ from laser.report.publish import (
     EVAL_SOURCE,
     LEADERBOARD,
     LEADERBOARD_SOURCE,
-    SEARCH,
-    SOURCE,
+    SEARCH_FILE,
+    SOURCE_FILE,
     describe_source,
     hub_origin,
     write_card,
@@ -60,13 +60,19 @@ def searched(pico: Path, tmp_path: Path) -> tuple[Checkpoint, Path]:
 
 def board(of: Checkpoint) -> Leaderboard:
     score = TaskScore("winogrande", "acc", 0.5, 0.5, 2, 5, (1.0, 0.0))
-    return Leaderboard("pico", of.identity, (score,), 2, {}, {}, {}, None, of.fingerprint.told())
+    return Leaderboard("pico", of.identity, (score,), 2, {}, {}, {}, None, of.fingerprint.stated())
 
 
 def loss(of: Checkpoint, *sums: float) -> Perplexity:
     windows = Windows((Window(np.array([1, 2]), 1),) * len(sums), "wiki", "0", 2, "windows", True, None)
-    return record_of(
-        windows, sums, model="pico", identity=of.identity, weights=of.fingerprint.told(), dtype="float32", device="cpu"
+    return record_of_losses(
+        windows,
+        sums,
+        model="pico",
+        identity=of.identity,
+        weights=of.fingerprint.stated(),
+        dtype="float32",
+        device="cpu",
     )
 
 
@@ -117,7 +123,7 @@ def test_evaluations_of_two_precisions_are_not_judged(reduced: tuple[Checkpoint,
 def test_it_can_be_made_again_without_the_source(reduced: tuple[Checkpoint, Path]) -> None:
     source, out = reduced
     first = write_card(out, source).read_bytes()
-    assert (out / SOURCE).exists()
+    assert (out / SOURCE_FILE).exists()
     assert write_card(out).read_bytes() == first
 
 
@@ -125,8 +131,8 @@ def test_the_commands_of_a_run_outlive_the_run(reduced: tuple[Checkpoint, Path])
     source, out = reduced
     write_card(out, source, commands=("laser run pico -o out --as-it-was",))
     assert "```sh\nlaser run pico -o out --as-it-was\nlaser verify" in write_card(out).read_text()
-    document = json.loads((out / SOURCE).read_bytes())
-    (out / SOURCE).write_text(
+    document = json.loads((out / SOURCE_FILE).read_bytes())
+    (out / SOURCE_FILE).write_text(
         json.dumps(sealed(document | {"outcome": {"model.safetensors": "0"}}))
     )  # of another output
     assert "--as-it-was" not in write_card(out).read_text()
@@ -224,8 +230,8 @@ def test_a_card_needs_an_output_and_its_own_source(
         write_card(tmp_path)
     with pytest.raises(RecordError, match="made from pico"):
         write_card(out, open_checkpoint(make_pico("another", rms_norm_eps=1e-6)))
-    (out / SOURCE).parent.mkdir()
-    (out / SOURCE).write_text('{"kind": "source", "version": 2, "name": "x"}')
+    (out / SOURCE_FILE).parent.mkdir()
+    (out / SOURCE_FILE).write_text('{"kind": "source", "version": 2, "name": "x"}')
     with pytest.raises(RecordError, match="not a whole source file"):
         write_card(out)
 
@@ -386,8 +392,8 @@ def test_a_searchs_record_is_checked_whole(
 ) -> None:
     out, document = searched[1], as_searched(*searched)
     document[part] = [document[part][0] | change, *document[part][1:]]
-    (out / SEARCH).parent.mkdir(exist_ok=True)
-    (out / SEARCH).write_text(json.dumps(sealed(document)))
+    (out / SEARCH_FILE).parent.mkdir(exist_ok=True)
+    (out / SEARCH_FILE).write_text(json.dumps(sealed(document)))
     if message is None:
         assert "+0.5000 ± 0.1000" in write_card(out).read_text()
         return
@@ -397,8 +403,8 @@ def test_a_searchs_record_is_checked_whole(
 
 def test_a_search_that_was_changed_is_refused(searched: tuple[Checkpoint, Path]) -> None:
     out, document = searched[1], as_searched(*searched)
-    (out / SEARCH).parent.mkdir(exist_ok=True)
-    (out / SEARCH).write_text(json.dumps(sealed(document) | {"held_out": [HELD | {"after": 2.0}]}))
+    (out / SEARCH_FILE).parent.mkdir(exist_ok=True)
+    (out / SEARCH_FILE).write_text(json.dumps(sealed(document) | {"held_out": [HELD | {"after": 2.0}]}))
     with pytest.raises(RecordError, match="changed or damaged since it was written"):
         write_card(out)
 
@@ -408,7 +414,7 @@ def test_a_search_that_was_changed_is_refused(searched: tuple[Checkpoint, Path])
 def test_the_record_of_a_source_is_checked_whole(reduced: tuple[Checkpoint, Path], key: str) -> None:
     source, out = reduced
     write_card(out, source)
-    document = json.loads((out / SOURCE).read_text())
-    (out / SOURCE).write_text(json.dumps(document | {key: [5]}))
+    document = json.loads((out / SOURCE_FILE).read_text())
+    (out / SOURCE_FILE).write_text(json.dumps(document | {key: [5]}))
     with pytest.raises(RecordError, match=rf"{key} is \[5\], expected"):
         write_card(out)

@@ -16,8 +16,8 @@ from typing import Any
 from laser.errors import LONGEST, CheckpointError, LaserError, first_line
 
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
-AGAIN = (408, 429, 500, 502, 503, 504)
-WINDOW = 60.0  # seconds of waiting over which a rate is measured
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+RATE_SECONDS = 60.0  # seconds of waiting over which a rate is measured
 LEAST_RATE = 1024.0  # bytes/s; at it 1 GB takes 11 days, so nobody's connection is meant by what is slower
 PIECE = 1 << 16  # bytes that are sent between two looks at the clock
 LARGEST_LISTING = 100_000_000  # bytes; also of a file whose size the server does not give
@@ -73,7 +73,7 @@ def _look(answer: Any) -> None:
 
     if status == 409 and path.endswith("/api/repos/create"):  # the client would ask again without end or pause
         raise CheckpointError(f"{where}: it is there, or is being made (status 409); run the same command again")
-    if status in AGAIN:
+    if status in TRANSIENT:
         require_short_wait(answer, where)
     commit, linked = headers.get("X-Repo-Commit"), headers.get("X-Linked-Etag")
     if commit is not None and not COMMIT.fullmatch(commit):
@@ -123,7 +123,7 @@ def _guarded(stream: Any, where: str, largest: int) -> Any:
                         f"{where}: the Hub sent {so_far} bytes and goes on, expected at most {largest}; "
                         "check HF_ENDPOINT and proxies"
                     )
-                if waited >= WINDOW:
+                if waited >= RATE_SECONDS:
                     require_rate(since, waited, where)
                     waited, since = 0.0, 0
                 yield piece
@@ -148,7 +148,7 @@ def _paced(stream: Any, where: str) -> Any:
                     before = time.monotonic()
                     yield piece
                     waited, since = waited + time.monotonic() - before, since + len(piece)
-                    if waited >= WINDOW:
+                    if waited >= RATE_SECONDS:
                         require_rate(since, waited, where, "takes")
                         waited, since = 0.0, 0
 

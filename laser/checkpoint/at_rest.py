@@ -11,7 +11,7 @@ from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
 from laser.files import read_regular
-from laser.records import decode, is_sealed, named, parse
+from laser.records import decode, is_sealed, named, parse_record
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CARD = "README.md"  # ours, made again at will, and people's to edit
@@ -29,9 +29,9 @@ def wrong_names(sums: Mapping[str, str], shards: Mapping[str, str | None]) -> st
             or (name in shards and path.name != name)
         ):
             return f"{name!r} is no file of an output"
-    for name, told in (*sums.items(), *shards.items()):
-        if told is not None and not SHA256.fullmatch(told):
-            return f"{name} has the sha256 {named(told)}, expected 64 digits"
+    for name, stated in (*sums.items(), *shards.items()):
+        if stated is not None and not SHA256.fullmatch(stated):
+            return f"{name} has the sha256 {named(stated)}, expected 64 digits"
     return None
 
 
@@ -47,7 +47,7 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with laser.json and the files that it has sums of; each entry names the file."""
     if document is None:
         try:
-            document = parse(read_regular(out / OUTCOME))
+            document = parse_record(read_regular(out / OUTCOME))
         except (OSError, ValueError) as error:
             return [f"{OUTCOME} cannot be read ({error}); make the output again with --force"]
     if not isinstance(document, dict) or not is_sealed(document):

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from laser.checkpoint.reader import INDEX, Checkpoint
-from laser.checkpoint.safetensors import BITS, Entry, TensorInfo, virtual_shard
+from laser.checkpoint.safetensors import BITS, HeaderEntry, TensorInfo, virtual_shard
 from laser.errors import OutputError
 from laser.files import claimed, disk_errors, require_led, unfinished
 
 MAX_SHARD = 5_000_000_000  # bytes, as save_pretrained cuts by default
 
 
-def assemble(
-    path: Path, config: Mapping[str, Any], entries: Sequence[Entry], tensor: Callable[[str], torch.Tensor]
+def assemble_shards(
+    path: Path, config: Mapping[str, Any], entries: Sequence[HeaderEntry], tensor: Callable[[str], torch.Tensor]
 ) -> Checkpoint:
     """The Hub's checkpoint of these tensors: config, index, shards of at most MAX_SHARD bytes; none is a file yet.
 
@@ -40,8 +40,8 @@ def assemble(
     return Checkpoint(path, config, texts[0], texts[1], tuple(shards), tensors)
 
 
-def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
+def _groups(entries: Sequence[HeaderEntry]) -> Iterator[list[HeaderEntry]]:
+    group: list[HeaderEntry] = []
     size = 0
     for entry in entries:
         bytes_ = math.prod(entry[2]) * BITS[entry[1]] // 8

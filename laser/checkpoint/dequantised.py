@@ -30,7 +30,7 @@ def as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.path,
         config,
         (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
-        None if checkpoint.index_bytes is None else _index(checkpoint.index_bytes, shards),
+        None if checkpoint.index_bytes is None else _index_without_scales(checkpoint.index_bytes, shards),
         shards,
         {name: tensors[name] for name in checkpoint.tensors if name in tensors},
         checkpoint.hub,
@@ -46,16 +46,16 @@ def _shard(checkpoint: Checkpoint, shard: Shard) -> Shard:
     entries = [
         (t.name, "BF16" if t.name in fp8.scales else t.dtype, t.shape) for t in shard.tensors if t.name not in dropped
     ]
-    made = virtual_shard(shard.name, shard.path, entries, partial(_tensor, checkpoint))
+    made = virtual_shard(shard.name, shard.path, entries, partial(_dequantised, checkpoint))
     return replace(made, path=shard.path)
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _dequantised(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     assert checkpoint.fp8 is not None
     return checkpoint.read(name).to(torch.bfloat16) if name in checkpoint.fp8.scales else checkpoint.raw(name)
 
 
-def _index(data: bytes, shards: tuple[Shard, ...]) -> bytes:
+def _index_without_scales(data: bytes, shards: tuple[Shard, ...]) -> bytes:
     index = json.loads(data)
     there = {t.name for shard in shards for t in shard.tensors}
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in there}

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilyRow:
     """One kind of tensor: its role, and the pattern of its whole name."""
 
     role: str
@@ -66,23 +66,25 @@ ENCODER_TOWERS = {
     "vision": r".*(?:vision|trocr|donut|nougat|pix2struct|florence).*",
 }
 MTP = r"(?:.*\.)?(?:mtp|nextn)\w*\."
-NUMBER = r"(?:^|\.)(?:layers|layer|blocks|block|h|encoders|(?:mtp|nextn)\w*)\.(\d+)(?:\.|$)"  # of a layer, the first
+LAYER_NUMBER = (
+    r"(?:^|\.)(?:layers|layer|blocks|block|h|encoders|(?:mtp|nextn)\w*)\.(\d+)(?:\.|$)"  # of a layer, the first
+)
 
 # What every family has and what is kept in all of them, known or not: looked up before a family's own rows.
 _AT = r"(?:.*\.)?"
 KEPT = (
-    Row(
+    FamilyRow(
         "adapter",
         rf"{_AT}(?:(?:lora|ia3|hada|lokr|vera|oft)_\w+|modules_to_save|adapters|\w+_adapters?|\w*adapter_\w+)(?:\..*)?",
     ),
-    Row(
+    FamilyRow(
         "router",
         rf"{_AT}(?:router|\w*_router|router_\w+|altup\w*|indexer|compressor|shared_expert_gate|shared_experts_gate|"
         r"\w*hyper_?connections?(?:_\w+)?|hc_\w+)(?:\.\w+)*|"
         rf"{_AT}(?:\w*moe|mlp|feed_forward|ffn|mixer)\.gate(?:\.\w+)*\.(?:weight|bias)|"
         rf"{_AT}(?:e_score_correction_bias|expert_bias|experts_bias|text_moe\.gate\.weight|vision_moe\.gate\.weight)",
     ),
-    Row(
+    FamilyRow(
         "ssm",
         # Also the low-rank pairs and the gates by which linear attention forgets (GLA, RWKV, Kimi, xLSTM).
         rf"{_AT}(?:dt_proj|x_proj|bcdt_proj|in_proj_ba|in_proj_a|in_proj_b|[fg]_[ab]_proj|[abf]_proj|gk_proj|"
@@ -90,29 +92,29 @@ KEPT = (
         rf"{_AT}(?:A_log|D|dt_bias|A|slope_rate|\w+_decay|time_\w+|rg_lru\.\w+)|{_AT}lora\.\d+\.(?:weight|bias)",
     ),
     # The causal mask, its fill value and the rotary frequencies, saved by older releases.
-    Row("buffer", rf"{_AT}(?:attn|attention|self_attention)\.(?:masked_)?bias|{_AT}(?:inv_freq|rotary_emb\.\w+)"),
-    Row(
+    FamilyRow("buffer", rf"{_AT}(?:attn|attention|self_attention)\.(?:masked_)?bias|{_AT}(?:inv_freq|rotary_emb\.\w+)"),
+    FamilyRow(
         "position",
         rf"{_AT}(?:rel_(?:pos|logits|emb)\w*|relative_\w+|\w*position_embeddings?|embed_positions|"
         r"pos(?:itions?)?_emb\w*|wpe|linear_pos|pos_(?:\w+_)?proj|r_net|wr_du|self_attn\.r_proj)(?:\.\w+)*",
     ),
-    Row("norm", rf"{_AT}(?:\w*[nN]orm\w*|\w*ln|ln_\w+)\.(?:W_\w+\.)?(?:weight|bias)"),
-    Row("sinks", rf"{_AT}(?:\w+_)?sinks?(?:_proj)?(?:\.weight)?"),
-    Row("bias", rf"{_AT}\w*bias"),
-    Row(
+    FamilyRow("norm", rf"{_AT}(?:\w*[nN]orm\w*|\w*ln|ln_\w+)\.(?:W_\w+\.)?(?:weight|bias)"),
+    FamilyRow("sinks", rf"{_AT}(?:\w+_)?sinks?(?:_proj)?(?:\.weight)?"),
+    FamilyRow("bias", rf"{_AT}\w*bias"),
+    FamilyRow(
         "head",
         rf"{_AT}(?:lm_head|embed_out|shared_head\.head|score|classifier|qa_outputs|seq_relationship|output_layer)(?:\.\w+)*|"
         rf"(?:output|head|decoder)\.weight|{_AT}(?:pooler|head|predictions\.transform)\.dense\.weight|"
         rf"{_AT}predictions\.decoder\.weight",
     ),
-    Row("embedding", rf"{_AT}(?:wte|shared|\w*embed\w*|embeddings\.\w+)(?:\.\d+)?\.weight"),
+    FamilyRow("embedding", rf"{_AT}(?:wte|shared|\w*embed\w*|embeddings\.\w+)(?:\.\d+)?\.weight"),
 )
 # What joins a block of multi-token prediction to the model.
 MTP_JOINT = r"(?:.*\.)?(?:eh_proj|fc|input_proj|\w*linear_proj(?:\.\d+)?)\.weight"
 
 
-def _roles(place: str, roles: str, suffix: str = r"_proj\.weight") -> tuple[Row, ...]:
-    return tuple(Row(role, rf"{place}{role}{suffix}") for role in roles.split())
+def _roles(place: str, roles: str, suffix: str = r"_proj\.weight") -> tuple[FamilyRow, ...]:
+    return tuple(FamilyRow(role, rf"{place}{role}{suffix}") for role in roles.split())
 
 
 TEXT = r"(?:thinker\.)?(?:language_model\.)?(?:model\.)?(?:language_model\.|text_model\.)?"  # before a decoder's layers
@@ -122,22 +124,22 @@ GROUPED = ("q=head*width", "k=key_value*width", "v=key_value*width")
 
 ATTENTION = _roles(rf"{LAYER}self_attn\.", "q k v o")
 # Queries and the gate of the output take turns, head by head (Qwen3-Next and Qwen3.5).
-GATED_ATTENTION = (Row("q", rf"{LAYER}self_attn\.q_proj\.weight", "head*blocks column", ("q", "z")), *ATTENTION)
+GATED_ATTENTION = (FamilyRow("q", rf"{LAYER}self_attn\.q_proj\.weight", "head*blocks column", ("q", "z")), *ATTENTION)
 COMPRESSED = (
     *_roles(rf"{LAYER}self_attn\.", "q o q_a q_b kv_b"),
-    Row("kv_a", rf"{LAYER}self_attn\.kv_a_proj_with_mqa\.weight"),
+    FamilyRow("kv_a", rf"{LAYER}self_attn\.kv_a_proj_with_mqa\.weight"),
 )
-DENSE = _roles(rf"{LAYER}mlp\.", "gate up down")
+DENSE_MLP = _roles(rf"{LAYER}mlp\.", "gate up down")
 FUSED_DENSE = (
-    Row("gate", rf"{LAYER}mlp\.gate_up_proj(?:\.base_layer)?\.weight", "blocks column", GATE_UP),
-    Row("down", rf"{LAYER}mlp\.down_proj(?:\.base_layer)?\.weight"),
+    FamilyRow("gate", rf"{LAYER}mlp\.gate_up_proj(?:\.base_layer)?\.weight", "blocks column", GATE_UP),
+    FamilyRow("down", rf"{LAYER}mlp\.down_proj(?:\.base_layer)?\.weight"),
 )
 # A checkpoint that transformers 5 saved with save_original_format=False: experts as they are in memory.
 IN_MEMORY = (
-    Row("gate", rf"{LAYER}(?:mlp|feed_forward)\.experts\.gate_up_proj", "expert blocks column", GATE_UP),
-    Row("down", rf"{LAYER}(?:mlp|feed_forward)\.experts\.down_proj", "expert row column"),
+    FamilyRow("gate", rf"{LAYER}(?:mlp|feed_forward)\.experts\.gate_up_proj", "expert blocks column", GATE_UP),
+    FamilyRow("down", rf"{LAYER}(?:mlp|feed_forward)\.experts\.down_proj", "expert row column"),
 )
-SPARSE = (*_roles(rf"{LAYER}block_sparse_moe\.experts\.\d+\.", "w1 w2 w3", r"\.weight"), *IN_MEMORY)
+SPARSE_MLP = (*_roles(rf"{LAYER}block_sparse_moe\.experts\.\d+\.", "w1 w2 w3", r"\.weight"), *IN_MEMORY)
 MOE = (
     *_roles(rf"{LAYER}mlp\.(?:experts\.\d+|shared_experts?|shared_mlp)\.", "gate up down"),
     *IN_MEMORY,
@@ -145,193 +147,193 @@ MOE = (
 FEED_FORWARD = (*_roles(rf"{LAYER}feed_forward\.(?:(?:experts\.\d+|shared_expert)\.)?", "gate up down"), *IN_MEMORY)
 # transformers 5 loads Qwen3-VL's experts either way round, as they lie in memory or transposed, as on the Hub.
 EITHER_WAY = (
-    Row(
+    FamilyRow(
         "gate",
         rf"{LAYER}mlp\.experts\.gate_up_proj",
         "expert blocks column=hidden | expert column=hidden blocks",
         GATE_UP,
     ),
-    Row("down", rf"{LAYER}mlp\.experts\.down_proj", "expert row=hidden column | expert column row=hidden"),
+    FamilyRow("down", rf"{LAYER}mlp\.experts\.down_proj", "expert row=hidden column | expert column row=hidden"),
 )
 # Mamba (x, z), and Mamba 2 (z, x, then B, C and dt: parameters of the state space).
 MAMBA = (
-    Row("x", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("x", "z")),
-    Row("out", rf"{LAYER}mamba\.out_proj\.weight"),
+    FamilyRow("x", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("x", "z")),
+    FamilyRow("out", rf"{LAYER}mamba\.out_proj\.weight"),
 )
 MAMBA2 = (
-    Row("z", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
-    Row("out", rf"{LAYER}mamba\.out_proj\.weight"),
+    FamilyRow("z", rf"{LAYER}mamba\.in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
+    FamilyRow("out", rf"{LAYER}mamba\.out_proj\.weight"),
 )
 MIXER = r"(?:backbone\.|model\.)layers\.\d+\.mixer\."
 # Qwen3-Next: q, k, v and z of each key head together; Qwen3.5: q, k and v one after another, z apart.
 LINEAR_KEYS = ("q=linear_key*linear_key_width", "k=linear_key*linear_key_width", "v=linear_value*linear_value_width")
 DELTA = (
-    Row(
+    FamilyRow(
         "q",
         rf"{LAYER}linear_attn\.in_proj_qkvz\.weight",
         "linear_key*blocks column",
         (*LINEAR_KEYS, "z=linear_value*linear_value_width"),
     ),
-    Row("q", rf"{LAYER}linear_attn\.in_proj_qkv\.weight", "blocks column", LINEAR_KEYS),
-    Row("z", rf"{LAYER}linear_attn\.in_proj_z\.weight"),
-    Row("out", rf"{LAYER}linear_attn\.out_proj\.weight"),
+    FamilyRow("q", rf"{LAYER}linear_attn\.in_proj_qkv\.weight", "blocks column", LINEAR_KEYS),
+    FamilyRow("z", rf"{LAYER}linear_attn\.in_proj_z\.weight"),
+    FamilyRow("out", rf"{LAYER}linear_attn\.out_proj\.weight"),
 )
 
-LLAMA = (*ATTENTION, *DENSE)
-GRANITE = (
-    Row("gate", rf"{LAYER}block_sparse_moe\.input_linear\.weight", "expert blocks column", GATE_UP),
-    Row("down", rf"{LAYER}block_sparse_moe\.output_linear\.weight", "expert row column"),
-    Row("gate", rf"{LAYER}shared_mlp\.input_linear\.weight", "blocks column", GATE_UP),
-    Row("down", rf"{LAYER}shared_mlp\.output_linear\.weight"),
+LLAMA = (*ATTENTION, *DENSE_MLP)
+GRANITE_ROWS = (
+    FamilyRow("gate", rf"{LAYER}block_sparse_moe\.input_linear\.weight", "expert blocks column", GATE_UP),
+    FamilyRow("down", rf"{LAYER}block_sparse_moe\.output_linear\.weight", "expert row column"),
+    FamilyRow("gate", rf"{LAYER}shared_mlp\.input_linear\.weight", "blocks column", GATE_UP),
+    FamilyRow("down", rf"{LAYER}shared_mlp\.output_linear\.weight"),
 )
 GPT_OSS = (
-    Row("gate", rf"{LAYER}mlp\.experts\.gate_up_proj", "expert column comb", GATE_UP),
-    Row("down", rf"{LAYER}mlp\.experts\.down_proj", "expert column row"),
+    FamilyRow("gate", rf"{LAYER}mlp\.experts\.gate_up_proj", "expert column comb", GATE_UP),
+    FamilyRow("down", rf"{LAYER}mlp\.experts\.down_proj", "expert column row"),
 )
 LLAMA4 = (
     *ATTENTION,
-    Row("gate", rf"{LAYER}feed_forward\.experts\.gate_up_proj", "expert column blocks", GATE_UP),
-    Row("down", rf"{LAYER}feed_forward\.experts\.down_proj", "expert column row"),
+    FamilyRow("gate", rf"{LAYER}feed_forward\.experts\.gate_up_proj", "expert column blocks", GATE_UP),
+    FamilyRow("down", rf"{LAYER}feed_forward\.experts\.down_proj", "expert column row"),
     *FEED_FORWARD,
 )
 PHI3 = (
-    Row("q", rf"{LAYER}self_attn\.qkv_proj(?:\.base_layer)?\.weight", "blocks column", GROUPED),
-    Row("o", rf"{LAYER}self_attn\.o_proj(?:\.base_layer)?\.weight"),
+    FamilyRow("q", rf"{LAYER}self_attn\.qkv_proj(?:\.base_layer)?\.weight", "blocks column", GROUPED),
+    FamilyRow("o", rf"{LAYER}self_attn\.o_proj(?:\.base_layer)?\.weight"),
     *FUSED_DENSE,
 )
 # Lightning attention in some layers (q, k and v head by head), plain attention in the others.
 MINIMAX = (
-    Row("q", rf"{LAYER}self_attn\.qkv_proj\.weight", "head*blocks column", QKV),
-    Row("o", rf"{LAYER}self_attn\.out_proj\.weight"),
-    Row("z", rf"{LAYER}self_attn\.output_gate\.weight"),
+    FamilyRow("q", rf"{LAYER}self_attn\.qkv_proj\.weight", "head*blocks column", QKV),
+    FamilyRow("o", rf"{LAYER}self_attn\.out_proj\.weight"),
+    FamilyRow("z", rf"{LAYER}self_attn\.output_gate\.weight"),
     *ATTENTION,
-    *SPARSE,
+    *SPARSE_MLP,
 )
 LFM2 = (
     *_roles(rf"{LAYER}self_attn\.", "q k v"),
-    Row("o", rf"{LAYER}self_attn\.out_proj\.weight"),
-    Row("out", rf"{LAYER}conv\.out_proj\.weight"),
-    Row("x", rf"{LAYER}conv\.in_proj\.weight", "blocks column", ("b", "c", "x")),
+    FamilyRow("o", rf"{LAYER}self_attn\.out_proj\.weight"),
+    FamilyRow("out", rf"{LAYER}conv\.out_proj\.weight"),
+    FamilyRow("x", rf"{LAYER}conv\.in_proj\.weight", "blocks column", ("b", "c", "x")),
     *_roles(rf"{LAYER}feed_forward\.(?:experts\.\d+\.)?", "w1 w2 w3", r"\.weight"),
     *IN_MEMORY,
 )
 GEMMA3N = (
     *LLAMA,
-    Row("linear", rf"{LAYER}laurel\.linear_(?:left|right)\.weight"),
-    Row("linear", rf"{LAYER}per_layer_(?:input_gate|projection)\.weight"),
-    Row("embedding", rf"{TEXT}per_layer_model_projection\.weight"),
+    FamilyRow("linear", rf"{LAYER}laurel\.linear_(?:left|right)\.weight"),
+    FamilyRow("linear", rf"{LAYER}per_layer_(?:input_gate|projection)\.weight"),
+    FamilyRow("embedding", rf"{TEXT}per_layer_model_projection\.weight"),
 )
 PHI = (
     *ATTENTION,
-    Row("o", rf"{LAYER}self_attn\.dense\.weight"),
-    Row("up", rf"{LAYER}mlp\.fc1\.weight"),
-    Row("down", rf"{LAYER}mlp\.fc2\.weight"),
+    FamilyRow("o", rf"{LAYER}self_attn\.dense\.weight"),
+    FamilyRow("up", rf"{LAYER}mlp\.fc1\.weight"),
+    FamilyRow("down", rf"{LAYER}mlp\.fc2\.weight"),
 )
 OPT = (
     *_roles(r"(?:model\.)?decoder\.layers\.\d+\.self_attn\.", "q k v"),
-    Row("o", r"(?:model\.)?decoder\.layers\.\d+\.self_attn\.out_proj\.weight"),
-    Row("up", r"(?:model\.)?decoder\.layers\.\d+\.fc1\.weight"),
-    Row("down", r"(?:model\.)?decoder\.layers\.\d+\.fc2\.weight"),
-    Row("embedding", r"(?:model\.)?decoder\.project_(?:in|out)\.weight"),
+    FamilyRow("o", r"(?:model\.)?decoder\.layers\.\d+\.self_attn\.out_proj\.weight"),
+    FamilyRow("up", r"(?:model\.)?decoder\.layers\.\d+\.fc1\.weight"),
+    FamilyRow("down", r"(?:model\.)?decoder\.layers\.\d+\.fc2\.weight"),
+    FamilyRow("embedding", r"(?:model\.)?decoder\.project_(?:in|out)\.weight"),
 )
-BLOCK = r"transformer\.blocks\.\d+\."
+IN_BLOCKS = r"transformer\.blocks\.\d+\."
 DBRX = (
-    Row("q", rf"{BLOCK}norm_attn_norm\.attn\.Wqkv\.weight", "blocks column", GROUPED),
-    Row("o", rf"{BLOCK}norm_attn_norm\.attn\.out_proj\.weight"),
-    Row("gate", rf"{BLOCK}ffn\.experts\.mlp\.w1", "expert*row column"),
-    Row("up", rf"{BLOCK}ffn\.experts\.mlp\.v1", "expert*row column"),
-    Row("down", rf"{BLOCK}ffn\.experts\.mlp\.w2", "expert*column row"),
+    FamilyRow("q", rf"{IN_BLOCKS}norm_attn_norm\.attn\.Wqkv\.weight", "blocks column", GROUPED),
+    FamilyRow("o", rf"{IN_BLOCKS}norm_attn_norm\.attn\.out_proj\.weight"),
+    FamilyRow("gate", rf"{IN_BLOCKS}ffn\.experts\.mlp\.w1", "expert*row column"),
+    FamilyRow("up", rf"{IN_BLOCKS}ffn\.experts\.mlp\.v1", "expert*row column"),
+    FamilyRow("down", rf"{IN_BLOCKS}ffn\.experts\.mlp\.w2", "expert*column row"),
 )
 MPT = (
-    Row("q", rf"{BLOCK}attn\.Wqkv\.weight", "blocks column", QKV),
-    Row("o", rf"{BLOCK}attn\.out_proj\.weight"),
-    *_roles(rf"{BLOCK}ffn\.", "up down"),
+    FamilyRow("q", rf"{IN_BLOCKS}attn\.Wqkv\.weight", "blocks column", QKV),
+    FamilyRow("o", rf"{IN_BLOCKS}attn\.out_proj\.weight"),
+    *_roles(rf"{IN_BLOCKS}ffn\.", "up down"),
 )
 NEOX = r"(?:gpt_neox\.layers|(?:transformer\.)?h|model\.layers)\.\d+\."
 NEOX_ATTENTION = rf"{NEOX}(?:attention|self_attention|self_attn)\."
 AROUND_NEOX = (
-    Row("o", rf"{NEOX_ATTENTION}dense\.weight"),
-    Row("up", rf"{NEOX}mlp\.dense_h_to_4h\.weight"),
-    Row("down", rf"{NEOX}mlp\.dense_4h_to_h\.weight"),
+    FamilyRow("o", rf"{NEOX_ATTENTION}dense\.weight"),
+    FamilyRow("up", rf"{NEOX}mlp\.dense_h_to_4h\.weight"),
+    FamilyRow("down", rf"{NEOX}mlp\.dense_4h_to_h\.weight"),
 )
-GPT_NEOX = (Row("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "head*blocks column", QKV), *AROUND_NEOX)
+GPT_NEOX = (FamilyRow("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "head*blocks column", QKV), *AROUND_NEOX)
 # Falcon: each key's queries, its key and its value together, whether there is one key in all or one a head.
-FALCON = (Row("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "key_value*blocks column", GROUPED), *AROUND_NEOX)
+FALCON = (FamilyRow("q", rf"{NEOX_ATTENTION}query_key_value\.weight", "key_value*blocks column", GROUPED), *AROUND_NEOX)
 H = r"(?:transformer\.)?h\.\d+\."
 GPT2 = (
-    Row("q", rf"{H}attn\.c_attn\.weight", "column blocks", QKV),
-    Row("o", rf"{H}attn\.c_proj\.weight", "column row"),
-    Row("up", rf"{H}mlp\.c_fc\.weight", "column row"),
-    Row("down", rf"{H}mlp\.c_proj\.weight", "column row"),
+    FamilyRow("q", rf"{H}attn\.c_attn\.weight", "column blocks", QKV),
+    FamilyRow("o", rf"{H}attn\.c_proj\.weight", "column row"),
+    FamilyRow("up", rf"{H}mlp\.c_fc\.weight", "column row"),
+    FamilyRow("down", rf"{H}mlp\.c_proj\.weight", "column row"),
 )
 GPT_BIGCODE = (
-    Row("q", rf"{H}attn\.c_attn\.weight", "key_value*blocks column", GROUPED),
-    Row("o", rf"{H}attn\.c_proj\.weight"),
-    Row("up", rf"{H}mlp\.c_fc\.weight"),
-    Row("down", rf"{H}mlp\.c_proj\.weight"),
+    FamilyRow("q", rf"{H}attn\.c_attn\.weight", "key_value*blocks column", GROUPED),
+    FamilyRow("o", rf"{H}attn\.c_proj\.weight"),
+    FamilyRow("up", rf"{H}mlp\.c_fc\.weight"),
+    FamilyRow("down", rf"{H}mlp\.c_proj\.weight"),
 )
 GPTJ = (
     *_roles(rf"{H}attn\.", "q k v"),
-    Row("q", rf"{H}attn\.qkv_proj\.weight", "4*blocks column", ("q", "v", "k")),  # CodeGen, made on four cores
-    Row("o", rf"{H}attn\.out_proj\.weight"),
-    Row("up", rf"{H}mlp\.fc_in\.weight"),
-    Row("down", rf"{H}mlp\.fc_out\.weight"),
+    FamilyRow("q", rf"{H}attn\.qkv_proj\.weight", "4*blocks column", ("q", "v", "k")),  # CodeGen, made on four cores
+    FamilyRow("o", rf"{H}attn\.out_proj\.weight"),
+    FamilyRow("up", rf"{H}mlp\.fc_in\.weight"),
+    FamilyRow("down", rf"{H}mlp\.fc_out\.weight"),
 )
 STARCODER2 = (
     *ATTENTION,
-    Row("up", rf"{LAYER}mlp\.c_fc\.weight"),
-    Row("down", rf"{LAYER}mlp\.c_proj\.weight"),
+    FamilyRow("up", rf"{LAYER}mlp\.c_fc\.weight"),
+    FamilyRow("down", rf"{LAYER}mlp\.c_proj\.weight"),
 )
 T5 = (
     *(
-        Row(role, rf"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.(?:Self|EncDec)Attention\.{role}\.weight")
+        FamilyRow(role, rf"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.(?:Self|EncDec)Attention\.{role}\.weight")
         for role in "qkvo"
     ),
-    Row("gate", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi_0\.weight"),
-    Row("up", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi(?:_1)?\.weight"),
-    Row("down", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wo\.weight"),
+    FamilyRow("gate", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi_0\.weight"),
+    FamilyRow("up", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wi(?:_1)?\.weight"),
+    FamilyRow("down", r"(?:encoder|decoder)\.block\.\d+\.layer\.\d\.DenseReluDense\.wo\.weight"),
 )
 SIDE = r"(?:model\.)?(?:encoder|decoder)\.layers\.\d+\."
 BART = (
     *_roles(rf"{SIDE}(?:self_attn|encoder_attn)\.", "q k v"),
-    Row("o", rf"{SIDE}(?:self_attn|encoder_attn)\.out_proj\.weight"),
-    Row("up", rf"{SIDE}fc1\.weight"),
-    Row("down", rf"{SIDE}fc2\.weight"),
+    FamilyRow("o", rf"{SIDE}(?:self_attn|encoder_attn)\.out_proj\.weight"),
+    FamilyRow("up", rf"{SIDE}fc1\.weight"),
+    FamilyRow("down", rf"{SIDE}fc2\.weight"),
 )
 BERT_LAYER = r"(?:\w+\.)?encoder\.layer\.\d+\."
 BERT = (
-    Row("q", rf"{BERT_LAYER}attention\.self\.query\.weight"),
-    Row("k", rf"{BERT_LAYER}attention\.self\.key\.weight"),
-    Row("v", rf"{BERT_LAYER}attention\.self\.value\.weight"),
-    Row("o", rf"{BERT_LAYER}attention\.output\.dense\.weight"),
-    Row("up", rf"{BERT_LAYER}intermediate\.dense\.weight"),
-    Row("down", rf"{BERT_LAYER}output\.dense\.weight"),
+    FamilyRow("q", rf"{BERT_LAYER}attention\.self\.query\.weight"),
+    FamilyRow("k", rf"{BERT_LAYER}attention\.self\.key\.weight"),
+    FamilyRow("v", rf"{BERT_LAYER}attention\.self\.value\.weight"),
+    FamilyRow("o", rf"{BERT_LAYER}attention\.output\.dense\.weight"),
+    FamilyRow("up", rf"{BERT_LAYER}intermediate\.dense\.weight"),
+    FamilyRow("down", rf"{BERT_LAYER}output\.dense\.weight"),
 )
 MODERNBERT = (
-    Row("q", r"(?:model\.)?layers\.\d+\.attn\.Wqkv\.weight", "blocks column", QKV),
-    Row("o", r"(?:model\.)?layers\.\d+\.attn\.Wo\.weight"),
-    Row("gate", r"(?:model\.)?layers\.\d+\.mlp\.Wi\.weight", "blocks column", GATE_UP),
-    Row("down", r"(?:model\.)?layers\.\d+\.mlp\.Wo\.weight"),
+    FamilyRow("q", r"(?:model\.)?layers\.\d+\.attn\.Wqkv\.weight", "blocks column", QKV),
+    FamilyRow("o", r"(?:model\.)?layers\.\d+\.attn\.Wo\.weight"),
+    FamilyRow("gate", r"(?:model\.)?layers\.\d+\.mlp\.Wi\.weight", "blocks column", GATE_UP),
+    FamilyRow("down", r"(?:model\.)?layers\.\d+\.mlp\.Wo\.weight"),
 )
-RELEASE = r"layers\.\d+\."
+RELEASE_LAYER = r"layers\.\d+\."
 MISTRAL_RELEASE = (
-    *(Row(role, rf"{RELEASE}attention\.w{role}\.weight") for role in "qkvo"),
-    *_roles(rf"{RELEASE}feed_forward\.(?:experts\.\d+\.)?", "w1 w2 w3", r"\.weight"),
+    *(FamilyRow(role, rf"{RELEASE_LAYER}attention\.w{role}\.weight") for role in "qkvo"),
+    *_roles(rf"{RELEASE_LAYER}feed_forward\.(?:experts\.\d+\.)?", "w1 w2 w3", r"\.weight"),
     # Mixtral's first release: (experts * width, hidden), w2 stored transposed.
-    Row("w1", rf"{RELEASE}block_sparse_moe\.w1", "expert*row column"),
-    Row("w3", rf"{RELEASE}block_sparse_moe\.w3", "expert*row column"),
-    Row("w2", rf"{RELEASE}block_sparse_moe\.w2", "expert*column row"),
+    FamilyRow("w1", rf"{RELEASE_LAYER}block_sparse_moe\.w1", "expert*row column"),
+    FamilyRow("w3", rf"{RELEASE_LAYER}block_sparse_moe\.w3", "expert*row column"),
+    FamilyRow("w2", rf"{RELEASE_LAYER}block_sparse_moe\.w2", "expert*column row"),
 )
 
-_DEEPSEEK = (*COMPRESSED, *DENSE, *MOE)
+_DEEPSEEK = (*COMPRESSED, *DENSE_MLP, *MOE)
 _GLM = (*ATTENTION, *FUSED_DENSE)
-_QWEN35 = (*GATED_ATTENTION, *DELTA, *DENSE, *MOE)
+_QWEN35 = (*GATED_ATTENTION, *DELTA, *DENSE_MLP, *MOE)
 # config.json's model_type -> rows, the first whose pattern is the whole name counts
-FAMILIES: dict[str, tuple[Row, ...]] = {
-    "mixtral": (*ATTENTION, *SPARSE),
-    "phimoe": (*ATTENTION, *SPARSE),
+FAMILIES: dict[str, tuple[FamilyRow, ...]] = {
+    "mixtral": (*ATTENTION, *SPARSE_MLP),
+    "phimoe": (*ATTENTION, *SPARSE_MLP),
     **dict.fromkeys("minimax minimax_m1 minimax_text_01".split(), MINIMAX),
-    "minimax_m2": (*ATTENTION, *SPARSE),
+    "minimax_m2": (*ATTENTION, *SPARSE_MLP),
     **dict.fromkeys(
         "mistral ministral ministral3 llama qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo olmo2 olmo3 granite "
         "ernie4_5 hunyuan_v1_dense cohere cohere2 stablelm exaone4 nemotron seed_oss helium apertus arcee".split(),
@@ -344,9 +346,9 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "qwen3_vl_moe": (*EITHER_WAY, *LLAMA, *MOE),
     **dict.fromkeys("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite".split(), _DEEPSEEK),
     **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text qwen3_5 qwen3_5_moe".split(), _QWEN35),
-    "granitemoe": (*ATTENTION, *GRANITE),
-    "granitemoeshared": (*ATTENTION, *GRANITE),
-    "granitemoehybrid": (*ATTENTION, *GRANITE, *MAMBA2),
+    "granitemoe": (*ATTENTION, *GRANITE_ROWS),
+    "granitemoeshared": (*ATTENTION, *GRANITE_ROWS),
+    "granitemoehybrid": (*ATTENTION, *GRANITE_ROWS, *MAMBA2),
     "gpt_oss": (*ATTENTION, *GPT_OSS),
     "llama4_text": LLAMA4,
     "llama4": LLAMA4,
@@ -354,12 +356,12 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "bamba": (*ATTENTION, *MAMBA2, *FEED_FORWARD),
     "falcon_h1": (*ATTENTION, *MAMBA2, *FEED_FORWARD),
     "mamba": (
-        Row("x", rf"{MIXER}in_proj\.weight", "blocks column", ("x", "z")),
-        Row("out", rf"{MIXER}out_proj\.weight"),
+        FamilyRow("x", rf"{MIXER}in_proj\.weight", "blocks column", ("x", "z")),
+        FamilyRow("out", rf"{MIXER}out_proj\.weight"),
     ),
     "mamba2": (
-        Row("z", rf"{MIXER}in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
-        Row("out", rf"{MIXER}out_proj\.weight"),
+        FamilyRow("z", rf"{MIXER}in_proj\.weight", "blocks column", ("z=inner", "x=inner", "ssm=*")),
+        FamilyRow("out", rf"{MIXER}out_proj\.weight"),
     ),
     "lfm2": LFM2,
     "lfm2_moe": LFM2,
@@ -445,14 +447,14 @@ GUESSES = (
     *_roles(IN_EXPERT, "gate up down w1 w2 w3", r"(?:_proj)?\.weight"),
     *_roles(ANY, "q k v o", r"(?:_proj)?\.weight"),
     *_roles(ANY, "q_a q_b kv_b gate up down"),
-    Row("kv_a", rf"{ANY}kv_a_proj_with_mqa\.weight"),
+    FamilyRow("kv_a", rf"{ANY}kv_a_proj_with_mqa\.weight"),
     *_roles(ANY, "w1 w2 w3", r"\.weight"),
-    Row("q", rf"{ANY}query\.weight"),
-    Row("k", rf"{ANY}key\.weight"),
-    Row("v", rf"{ANY}value\.weight"),
-    Row("router", rf"{ANY}gate(?:\.\w+)*\.weight"),
-    Row("adapter", rf"{ANY}adapter\.(?:.*\.)?weight"),
-    Row("linear", rf"{ANY}[^.]+\.weight"),
+    FamilyRow("q", rf"{ANY}query\.weight"),
+    FamilyRow("k", rf"{ANY}key\.weight"),
+    FamilyRow("v", rf"{ANY}value\.weight"),
+    FamilyRow("router", rf"{ANY}gate(?:\.\w+)*\.weight"),
+    FamilyRow("adapter", rf"{ANY}adapter\.(?:.*\.)?weight"),
+    FamilyRow("linear", rf"{ANY}[^.]+\.weight"),
 )
 # Names that hold several matrices in most families that use them.
 FUSED_NAMES = r".*(?:qkv|query_key_value|kv_proj|c_attn|gate_up|gate_and_up|in_proj|W_pack|fused|packed).*|Wi"

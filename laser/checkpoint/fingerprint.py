@@ -22,7 +22,7 @@ from laser.errors import CheckpointError
 from laser.files import raw_regular
 from laser.records import Fingerprint
 
-WHOLE = 64 << 20  # bytes of weights up to which a checkpoint is read whole: a fraction of a second
+READ_WHOLE = 64 << 20  # bytes of weights up to which a checkpoint is read whole: a fraction of a second
 PAGE = 4096  # bytes of one read, the unit in which disks and caches move them
 BETWEEN = 4  # reads between the first and the last of a tensor: 6 in all, 5,000 for Mixtral-8x7B
 READERS = 16  # reads under way at a time, so that a disk far away is waited for 16 at once
@@ -38,7 +38,7 @@ def fingerprint_of(shards: Sequence[Shard], hub: Hub | None) -> Fingerprint:
 
 def samples_of(shards: Sequence[Shard]) -> str:
     """sha256 over each tensor's name, dtype, shape and sampled bytes: the same however they are spread over files."""
-    whole = sum(shard.size for shard in shards) <= WHOLE
+    whole = sum(shard.size for shard in shards) <= READ_WHOLE
     digests: list[tuple[str, str, bytes]] = []
     for shard in shards:  # a pickle is opened once, and its tensors are read one after the other
         if shard.data is not None:

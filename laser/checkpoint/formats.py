@@ -22,16 +22,16 @@ GGUF = b"GGUF"  # how such a file begins
 LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins, in place of the file itself
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")
 # Weights by the names that transformers looks for.
-WHOLE = re.compile(r"(model\.safetensors|pytorch_model\.bin)(\.index\.json)?")
+WHOLE_FILES = re.compile(r"(model\.safetensors|pytorch_model\.bin)(\.index\.json)?")
 # Pickles that are no model: a trainer's state, an adapter, a part of a whole, or a variant of one.
 NO_MODEL = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state.*|model_optim_rng|distrib_optim)\.(bin|pt|pth)"
     r"|(adapter_model|pytorch_lora_weights|mm_projector|ggml-.*|params_shard_\d+|openvino_.*)\.bin"
     r"|consolidated\.\d+\.pth?|.*_(model|optim)_states\.pt|hf_model_\d+.*\.pt|lit_model\.pth|pytorch_model\.[a-z]\w*(-\d+-of-\d+)?\.bin"
 )
-DEEPEST = 3  # folders that are looked into
-MOST = 20_000  # files that are looked at
-HERE = "config.json and model.safetensors"
+DEEPEST_FOLDER = 3  # folders that are looked into
+MOST_FILES = 20_000  # files that are looked at
+TIDY_FILES = "config.json and model.safetensors"
 # Prompts and the like are no change of the weights: nothing can be merged.
 UNMERGED = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA")
 CONVERT = "try `laser convert {at} -o {out}`, and give {out}"
@@ -226,28 +226,30 @@ FORMATS = (
     ),
     Format(r".*\.(pkl|pickle|joblib)", "a pickle, which may run any code", ORIGINAL),
 )  # fmt: skip
-ROWS = tuple((row, re.compile(row.pattern)) for row in FORMATS)
+FORMAT_ROWS = tuple((row, re.compile(row.pattern)) for row in FORMATS)
 
 
 def what_lies_in(folder: Path) -> str | None:
     """What a folder without config.json or without weights is, and what to do; None where nothing is recognised."""
-    return _recognise(folder, _names(folder), lambda name: read_regular(folder / name))
+    return _recognise(folder, _file_names(folder), lambda name: read_regular(folder / name))
 
 
 def what_lies_on_hub(repo: str, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
     """The same for a repository of these files, as it would lie in a local folder of its name."""
     folder = repo.rpartition("/")[2]
-    told = _recognise(Path(folder), names, read)
-    return told and f"{repo} on the Hub, after `hf download {repo} --local-dir {folder}`: {told}"
+    stated = _recognise(Path(folder), names, read)
+    return stated and f"{repo} on the Hub, after `hf download {repo} --local-dir {folder}`: {stated}"
 
 
 def _recognise(folder: Path, names: Sequence[str], read: Callable[[str], bytes]) -> str | None:
     top = {name for name in names if "/" not in name}
     if ADAPTER in top and not {"adapters.safetensors", "adapters.npz"} & top:
         return _adapter(folder, "", read)
-    if any(WHOLE.fullmatch(name) for name in top):
+    if any(WHOLE_FILES.fullmatch(name) for name in top):
         return None  # weights by their right names: what is wrong is in the files
-    return _inside(folder, names, read) or _pieces(folder, top) or _by_table(folder, names) or _misnamed(folder, top)
+    return (
+        _inside(folder, names, read) or _incomplete(folder, top) or _by_table(folder, names) or _misnamed(folder, top)
+    )
 
 
 def what_is(file: Path) -> str:
@@ -276,14 +278,14 @@ def begins_with(path: Path, magic: bytes) -> bool:
         return False
 
 
-def _names(folder: Path) -> list[str]:
+def _file_names(folder: Path) -> list[str]:
     """Paths of files inside, those of the folder itself first."""
     names: list[str] = []
     for place, folders, files in os.walk(folder):
         inside = Path(place).relative_to(folder)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and len(inside.parts) < DEEPEST)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and len(inside.parts) < DEEPEST_FOLDER)
         names += sorted((inside / file).as_posix() for file in files)
-        if len(names) > MOST:
+        if len(names) > MOST_FILES:
             break
     return names
 
@@ -296,7 +298,7 @@ def _adapter(folder: Path, place: str, read: Callable[[str], bytes]) -> str:
         config = None
     folder = folder / place
     config = config if isinstance(config, dict) else {}
-    kind, base = _word(config.get("peft_type")), _word(config.get("base_model_name_or_path"))
+    kind, base = _word_of(config.get("peft_type")), _word_of(config.get("base_model_name_or_path"))
     what = f"{folder} is a PEFT adapter{f' ({kind})' if kind else ''} of {base or 'a base that it does not name'}"
     if kind in UNMERGED:
         return f"{what}, which adds to the input and changes no weights; give the base itself: {base or 'see its card'}"
@@ -309,7 +311,7 @@ def _adapter(folder: Path, place: str, read: Callable[[str], bytes]) -> str:
     return f"{what}, no model of its own; merge it: try `python -c {_quoted(command)}`, and give {out}"
 
 
-def _word(value: Any) -> str:
+def _word_of(value: Any) -> str:
     """A name from a stranger's file, on one line."""
     return "".join(c for c in value if c.isprintable())[:200] if isinstance(value, str) else ""
 
@@ -325,7 +327,8 @@ def _inside(folder: Path, names: Sequence[str], read: Callable[[str], bytes]) ->
     held = {
         place for place in places
         for name in names
-        if name.startswith(f"{place}/") and (WHOLE.fullmatch(name[len(place) + 1 :]) or name == f"{place}/{ADAPTER}")
+        if name.startswith(f"{place}/")
+        and (WHOLE_FILES.fullmatch(name[len(place) + 1 :]) or name == f"{place}/{ADAPTER}")
     }  # fmt: skip
     if not held:
         return None
@@ -335,10 +338,11 @@ def _inside(folder: Path, names: Sequence[str], read: Callable[[str], bytes]) ->
     if f"{first}/config.json" not in names:  # an adapter, as checkpoint-500/
         return _adapter(folder, first, read)
     several = f"; there are {len(held) - 1} more" if len(held) > 1 else ""
-    return f"{folder} is {what}: found {first}/config.json, expected {HERE} at its top; try {folder / first}{several}"
+    there = f"found {first}/config.json, expected {TIDY_FILES} at its top"
+    return f"{folder} is {what}: {there}; try {folder / first}{several}"
 
 
-def _pieces(folder: Path, top: set[str]) -> str | None:
+def _incomplete(folder: Path, top: set[str]) -> str | None:
     """Shards without an index: which there are, and which are missing."""
     matches = [m for name in sorted(top) if (m := SHARD.fullmatch(name)) and m["end"] in (".safetensors", ".bin")]
     matches = [m for m in matches if re.fullmatch(r"model|pytorch_model", m["stem"])]
@@ -355,22 +359,22 @@ def _pieces(folder: Path, top: set[str]) -> str | None:
 
 
 def _by_table(folder: Path, names: Sequence[str]) -> str | None:
-    for row, pattern in ROWS:
+    for row, pattern in FORMAT_ROWS:
         for name in names:
             if match := pattern.fullmatch(name):
                 remedy = _remedy(row, match, folder, folder / name, f"{folder}-hub")
-                return f"{folder} holds {row.what}: found {name}, expected {HERE}; {remedy}"
+                return f"{folder} holds {row.what}: found {name}, expected {TIDY_FILES}; {remedy}"
     return None
 
 
 def _by_name(file: Path) -> str | None:
     """The same table for a single file."""
-    if told := pointer(file):
-        return told
+    if message := pointer(file):
+        return message
     name = "model.gguf" if is_gguf(file) else file.name
     shard = SHARD.fullmatch(file.name)
     out = shard["stem"] if shard else file.stem if file.suffix else f"{file.name}-hub"
-    for row, pattern in ROWS:
+    for row, pattern in FORMAT_ROWS:
         if match := pattern.fullmatch(name):
             remedy = _remedy(row, match, file.parent, file, str(file.parent / out))
             return f"{file} is {row.what}, expected a checkpoint directory; {remedy}"
@@ -385,8 +389,8 @@ def _remedy(row: Format, match: re.Match[str], folder: Path, file: Path, out: st
     base = base.parent if below else folder
     code = row.python.format(path=str(folder), out=out, variant=groups.get("variant"))
     places = {"path": folder, "name": folder.name, "at": file, "parent": file.parent, "base": base, "below": below}
-    told = {key: shlex.quote(str(place)) for key, place in (places | {"out": out}).items()}
-    return row.remedy.format(**told, python=f"python -c {_quoted(code)}")
+    stated = {key: shlex.quote(str(place)) for key, place in (places | {"out": out}).items()}
+    return row.remedy.format(**stated, python=f"python -c {_quoted(code)}")
 
 
 def _misnamed(folder: Path, top: set[str]) -> str | None:

@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from laser.checkpoint.families import NUMBERS, Row
+from laser.checkpoint.families import NUMBERS, FamilyRow
 from laser.checkpoint.safetensors import TensorInfo
-from laser.checkpoint.slices import Cut
+from laser.checkpoint.slices import Slice
 from laser.errors import CheckpointError
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # of the language model inside a model of several
 
 
-def cuts_of(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, Cut]]:
-    """(label, role, expert, cut) of each matrix in a fused tensor, in stored order of the experts.
+def slices_of(
+    info: TensorInfo, row: FamilyRow, config: Mapping[str, Any]
+) -> Iterator[tuple[str, str, int | None, Slice]]:
+    """(label, role, expert, slice) of each matrix in a fused tensor, in stored order of the experts.
 
     Raises CheckpointError where the tensor does not have the shape that config.json implies.
     """
@@ -39,10 +41,10 @@ def cuts_of(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> Iterator[t
                 index[fused] = part
             words = [str(expert)] if expert is not None else []
             words += [role] if part is not None else []
-            yield f"[{','.join(words)}]" if words else "", role, expert, Cut(view, tuple(index), transposed)
+            yield f"[{','.join(words)}]" if words else "", role, expert, Slice(view, tuple(index), transposed)
 
 
-def _layout(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> tuple[list[str], tuple[int, ...]]:
+def _layout(info: TensorInfo, row: FamilyRow, config: Mapping[str, Any]) -> tuple[list[str], tuple[int, ...]]:
     """The axes' names and the tensor's shape in them, by the first of the row's layouts that the shape allows."""
     layouts = [layout.split() for layout in row.axes.split("|")]
     for words in layouts:
@@ -50,63 +52,65 @@ def _layout(info: TensorInfo, row: Row, config: Mapping[str, Any]) -> tuple[list
         dimensions = [name for name, _, _ in sized]
         if len(dimensions) != len(info.shape) or not math.prod(info.shape):
             expected = f"{len(words)} dimensions ({' '.join(words)}), none of them empty"
-            raise _unlike(info, expected)
+            raise _other_shape(info, expected)
         wanted = [
-            number(config, size) if size else found for (_, _, size), found in zip(sized, info.shape, strict=True)
+            config_number(config, size) if size else found
+            for (_, _, size), found in zip(sized, info.shape, strict=True)
         ]
         if wanted == list(info.shape):
             break
     else:
-        raise _unlike(info, " or ".join(" x ".join(words) for words in layouts))
+        raise _other_shape(info, " or ".join(" x ".join(words) for words in layouts))
     axes, view = " ".join(dimensions).replace("*", " ").split(), info.shape
     if len(axes) > len(view):
-        count = number(config, axes[0])
+        count = config_number(config, axes[0])
         if view[0] % count:
-            raise _unlike(info, f"rows in {count} equal parts, one per {axes[0]}")
+            raise _other_shape(info, f"rows in {count} equal parts, one per {axes[0]}")
         view = (count, view[0] // count, *view[1:])
     return axes, view
 
 
 def _ranges(
-    info: TensorInfo, row: Row, axis: str, size: int, groups: int, config: Mapping[str, Any]
+    info: TensorInfo, row: FamilyRow, axis: str, size: int, groups: int, config: Mapping[str, Any]
 ) -> dict[str, tuple[int, int, int]]:
     """role -> (start, stop, step) on the axis of `size` that the parts share, in each of the groups."""
     roles, widths = zip(*(part.partition("=")[::2] for part in row.parts), strict=True)
     count = len(roles)
     if not any(widths):
         if size % count:
-            raise _unlike(info, f"a dimension that {count} parts share equally ({', '.join(roles)})")
+            raise _other_shape(info, f"a dimension that {count} parts share equally ({', '.join(roles)})")
         if axis == "comb":
             return {role: (i, size, count) for i, role in enumerate(roles)}
         sizes = [size // count] * count
     else:
         known = [
-            math.prod(number(config, factor) for factor in width.split("*")) // groups if width != "*" else 0
+            math.prod(config_number(config, factor) for factor in width.split("*")) // groups if width != "*" else 0
             for width in widths
         ]
         rest = size - sum(known)
         sizes = [rest if width == "*" else n for width, n in zip(widths, known, strict=True)]
         if ("*" not in widths and rest) or min(sizes) < 1:
-            told = " + ".join("more" if width == "*" else str(n) for width, n in zip(widths, known, strict=True))
+            message = " + ".join("more" if width == "*" else str(n) for width, n in zip(widths, known, strict=True))
             each = f" in each of {groups} groups" if groups > 1 else ""
-            raise _unlike(info, f"{told} rows for {', '.join(roles)}{each}")
+            raise _other_shape(info, f"{message} rows for {', '.join(roles)}{each}")
     starts = [sum(sizes[:i]) for i in range(count)]
     return {role: (start, start + n, 1) for role, start, n in zip(roles, starts, sizes, strict=True)}
 
 
-def _unlike(info: TensorInfo, expected: str) -> CheckpointError:
+def _other_shape(info: TensorInfo, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{info.shard}: {info.name} has shape {list(info.shape)}, expected {expected} by config.json; "
         "use the config that belongs to these weights"
     )
 
 
-def number(config: Mapping[str, Any], what: str) -> int:
+def config_number(config: Mapping[str, Any], what: str) -> int:
     """A count that this family's config.json gives (see NUMBERS). Raises CheckpointError where it is missing."""
     found = number_or_none(config, what)
     if found is None:
         raise CheckpointError(
-            f"config.json holds none of {', '.join(_asked(config, what))}, which this family's fused tensors are cut "
+            f"config.json holds none of {', '.join(_config_keys(config, what))}, which this family's fused tensors are "
+            "cut "
             "by; use the config that belongs to these weights"
         )
     return found
@@ -114,22 +118,22 @@ def number(config: Mapping[str, Any], what: str) -> int:
 
 def number_or_none(config: Mapping[str, Any], what: str) -> int | None:
     """The same, or None where config.json does not say."""
-    for alternative in _asked(config, what):
+    for alternative in _config_keys(config, what):
         flag, _, expression = alternative.rpartition("?")
         wanted = not flag.startswith("!")
         if flag and _entry(config, flag.removeprefix("!")) is not wanted:
             continue
-        if (found := _product(config, expression)) is not None:
+        if (found := _product_of(config, expression)) is not None:
             return found
     return None
 
 
-def _asked(config: Mapping[str, Any], what: str) -> list[str]:
+def _config_keys(config: Mapping[str, Any], what: str) -> list[str]:
     own = NUMBERS.get(str(config.get("model_type")), {})
     return (own.get(what) or NUMBERS[""].get(what) or what).split()
 
 
-def _product(config: Mapping[str, Any], expression: str) -> int | None:
+def _product_of(config: Mapping[str, Any], expression: str) -> int | None:
     """A key, a number, or keys with * and / between; None where one of them is no positive number."""
     first, *rest = re.split(r"([*/])", expression)
     found = _positive(config, first)

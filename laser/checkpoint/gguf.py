@@ -20,21 +20,21 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.convert import assemble
+from laser.checkpoint.convert import assemble_shards
 from laser.checkpoint.formats import GGUF, SHARD, pointer
-from laser.checkpoint.mistral import LARGEST, MOST, TORCH_NAMES, expected, halves_from_pairs, impossible
+from laser.checkpoint.mistral import LARGEST_NUMBER, MOST_LAYERS, TORCH_NAMES, expected, halves_from_pairs, impossible
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import open_regular
 from laser.records import named
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+GGUF_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 AROUND = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-LAYER = {
+GGUF_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -42,10 +42,10 @@ LAYER = {
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
 }
-DENSE = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}
+GGUF_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}
 EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 # A place in the file: (its tensor, expert in a stacked one or None, heads whose rows are permuted or None)
-Place = tuple[Any, int | None, int | None]
+GgufPlace = tuple[Any, int | None, int | None]
 
 
 def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
@@ -54,9 +54,9 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     dtype: float32, float16 or bfloat16; by default that of the file's matrices, or bfloat16 where they are quantised.
     Raises CheckpointError for another architecture or what is not GGUF, UsageError without the `gguf` package.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(DTYPES)}")
-    meta, tensors = _read(path)
+    if dtype is not None and dtype not in GGUF_DTYPES:
+        raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(GGUF_DTYPES)}")
+    meta, tensors = _read_gguf(path)
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
@@ -70,15 +70,17 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     places = _places(path, [t for t in tensors if t.name not in FACTORS], config)
     kinds = {t.tensor_type.name for t in tensors if len(t.shape) > 1}
     stored = kinds.pop() if len(kinds) == 1 else ""
-    chosen = DTYPES[dtype] if dtype else stored if stored in TORCH_NAMES else "BF16"
+    chosen = GGUF_DTYPES[dtype] if dtype else stored if stored in TORCH_NAMES else "BF16"
     config |= {
         "tie_word_embeddings": "lm_head.weight" not in places,
         "vocab_size": int(places["model.embed_tokens.weight"][0].shape[-1]),
         "torch_dtype": TORCH_NAMES[chosen],
     }
     entries = [(name, chosen, _shape(place)) for name, place in places.items()]
-    _check(path, config, {name: shape for name, _, shape in entries})
-    return assemble(path, config, entries, partial(_tensor, places, config, getattr(torch, TORCH_NAMES[chosen])))
+    _check_shapes(path, config, {name: shape for name, _, shape in entries})
+    return assemble_shards(
+        path, config, entries, partial(_gguf_tensor, places, config, getattr(torch, TORCH_NAMES[chosen]))
+    )
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes] | str:
@@ -89,7 +91,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
 
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it would repeat on the terminal what the file says
-        parts = parts_of(path)
+        parts = gguf_parts(path)
         with TemporaryDirectory() as alone, TemporaryDirectory() as folder:
             for part in parts:  # without what lies beside them, which transformers would take first
                 (Path(alone) / part.name).symlink_to(part.resolve())
@@ -105,7 +107,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes] | str:
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def parts_of(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> list[Path]:
     """The files of a model that gguf-split has cut, in order, by any one of them; the file alone where it is whole.
 
     Raises CheckpointError where one is missing.
@@ -125,17 +127,17 @@ def parts_of(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
+def _read_gguf(path: Path) -> tuple[dict[str, Any], list[Any]]:
     """The metadata, which only the first part has, and the tensors of all parts."""
-    files = parts_of(path)
+    files = gguf_parts(path)
     parts = [_read_part(file) for file in files]
     metas = [meta for meta, _ in parts]
     for number, (file, meta) in enumerate(zip(files, metas, strict=True)):
-        told = (meta.get("split.no", 0), meta.get("split.count", 0) or 1)
-        if told != (number, len(files)):
-            part = told[0] + 1 if type(told[0]) is int else repr(told[0])
+        stated = (meta.get("split.no", 0), meta.get("split.count", 0) or 1)
+        if stated != (number, len(files)):
+            part = stated[0] + 1 if type(stated[0]) is int else repr(stated[0])
             raise CheckpointError(
-                f"{file.name} is part {part} of {told[1]} by its metadata, expected {number + 1} of "
+                f"{file.name} is part {part} of {stated[1]} by its metadata, expected {number + 1} of "
                 f"{len(files)}; give every part the name that gguf-split gave it, NAME-00001-of-00003.gguf"
             )
     tensors = [t for _, here in parts for t in here]
@@ -157,8 +159,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[Any]]:
         raise UsageError("reading GGUF needs the gguf package; try pip install 'laser-rmt[gguf]'") from error
     try:
         with open_regular(path) as file:
-            if told := pointer(path):
-                raise CheckpointError(told)
+            if message := pointer(path):
+                raise CheckpointError(message)
             if file.read(4) != GGUF:
                 raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; download it again")
         require_counts(path)
@@ -183,7 +185,7 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             "model on the Hub"
         )
 
-    def whole(key: str, default: int | None = None, most: int = LARGEST) -> int:
+    def whole(key: str, default: int | None = None, most: int = LARGEST_NUMBER) -> int:
         found = get(key, default)
         if type(found) is not int or not 1 <= found <= most:  # a list has a number per layer
             raise wrong(key, found, f"a whole number from 1 to {most}")
@@ -198,14 +200,14 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if get("attention.causal", True) is False:
         raise wrong("attention.causal", False, "a model in which no token sees those that follow")
     heads, hidden = whole("attention.head_count"), whole("embedding_length")
-    experts = whole("expert_count", most=MOST) if get("expert_count", 0) != 0 else 0
+    experts = whole("expert_count", most=MOST_LAYERS) if get("expert_count", 0) != 0 else 0
     turned = whole("rope.dimension_count", max(hidden // heads, 1))
     config: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
         "model_type": "mixtral" if experts else "llama",
         "hidden_size": hidden,
         "intermediate_size": whole("feed_forward_length"),
-        "num_hidden_layers": whole("block_count", most=MOST),
+        "num_hidden_layers": whole("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": whole("attention.head_count_kv", heads),
         "head_dim": whole("attention.key_length", turned),
@@ -232,12 +234,12 @@ def _config(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Place]:
+def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, GgufPlace]:
     """The Hub's name of every tensor, and every expert of a stacked one, to where it lies in the file."""
-    places: dict[str, Place] = {}
+    places: dict[str, GgufPlace] = {}
     permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
-    def put(name: str, place: Place) -> None:
+    def put(name: str, place: GgufPlace) -> None:
         if name in places:
             raise CheckpointError(f"{path.name}: {place[0].name} and another are both {name}; download it again")
         places[name] = place
@@ -248,8 +250,8 @@ def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Pl
         prefix = f"model.layers.{layer}."
         if layer is None and kind in AROUND:
             put(f"{AROUND[kind]}.weight", (t, None, None))
-        elif layer is not None and kind in LAYER:
-            put(f"{prefix}{LAYER[kind]}.weight", (t, None, permuted.get(kind)))
+        elif layer is not None and kind in GGUF_LAYER:
+            put(f"{prefix}{GGUF_LAYER[kind]}.weight", (t, None, permuted.get(kind)))
         elif layer is not None and kind == "ffn_gate_inp":
             put(f"{prefix}block_sparse_moe.gate.weight", (t, None, None))
         elif layer is not None and kind in EXPERTS and stacked:
@@ -262,8 +264,8 @@ def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Pl
                 put(f"{prefix}block_sparse_moe.experts.{e}.{EXPERTS[kind]}.weight", (t, e, None))
         elif layer is not None and kind in EXPERTS and expert is not None:
             put(f"{prefix}block_sparse_moe.experts.{expert}.{EXPERTS[kind]}.weight", (t, None, None))
-        elif layer is not None and kind in DENSE:
-            put(f"{prefix}{DENSE[kind]}.weight", (t, None, None))
+        elif layer is not None and kind in GGUF_MLP:
+            put(f"{prefix}{GGUF_MLP[kind]}.weight", (t, None, None))
         else:
             raise CheckpointError(f"{path.name}: {t.name} has no translation here; start from the model on the Hub")
     if "model.embed_tokens.weight" not in places:
@@ -271,16 +273,16 @@ def _places(path: Path, tensors: Any, config: Mapping[str, Any]) -> dict[str, Pl
     return places
 
 
-def _shape(place: Place) -> tuple[int, ...]:
+def _shape(place: GgufPlace) -> tuple[int, ...]:
     tensor, expert, _ = place
     shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts from the innermost
     return shape if expert is None else shape[1:]
 
 
-def _check(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError for a tensor that is missing, or of another shape than the metadata imply."""
-    if told := impossible(config, len(shapes)):
-        raise CheckpointError(f"{path.name}: {told} by its metadata; download it again")
+    if message := impossible(config, len(shapes)):
+        raise CheckpointError(f"{path.name}: {message} by its metadata; download it again")
     wanted = expected(config)
     if config["tie_word_embeddings"]:
         wanted.pop("lm_head.weight", None)
@@ -292,7 +294,9 @@ def _check(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int
             )
 
 
-def _tensor(places: Mapping[str, Place], config: Mapping[str, Any], dtype: torch.dtype, name: str) -> torch.Tensor:
+def _gguf_tensor(
+    places: Mapping[str, GgufPlace], config: Mapping[str, Any], dtype: torch.dtype, name: str
+) -> torch.Tensor:
     from gguf.quants import dequantize
 
     tensor, expert, heads = places[name]
@@ -400,11 +404,11 @@ class _Header:
                 raise self.wrong("a tensor that begins behind the end of the file")
 
 
-FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-FACTORS = (FREQS, LONG, SHORT)
-KINDS = ("none", "linear", "yarn", "longrope")
+FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (FREQS, LONG_FACTORS, SHORT_FACTORS)
+SCALINGS = ("none", "linear", "yarn", "longrope")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SOURCE = "start from the model on the Hub"
+FROM_THE_HUB = "start from the model on the Hub"
 
 
 def rope_scaling(
@@ -419,17 +423,19 @@ def rope_scaling(
     def number(key: str, default: float) -> float:
         found = get(key, default)
         if not isinstance(found, int | float) or not math.isfinite(found) or found < 0:
-            raise CheckpointError(f"{where}: {key} is {found!r}, expected a positive number; {SOURCE}")
+            raise CheckpointError(f"{where}: {key} is {found!r}, expected a positive number; {FROM_THE_HUB}")
         return float(f"{found:.7g}")  # a float32 there
 
     kind = get("rope.scaling.type", "linear")
-    if kind not in KINDS:
-        raise CheckpointError(f"{where}: rope scaling {kind!r} is not known, expected {', '.join(KINDS)}; {SOURCE}")
+    if kind not in SCALINGS:
+        raise CheckpointError(
+            f"{where}: rope scaling {kind!r} is not known, expected {', '.join(SCALINGS)}; {FROM_THE_HUB}"
+        )
     if number("rope.scaling.alpha", 0.0):
-        raise CheckpointError(f"{where}: rope.scaling.alpha has no translation to transformers; {SOURCE}")
+        raise CheckpointError(f"{where}: rope.scaling.alpha has no translation to transformers; {FROM_THE_HUB}")
     given = number("rope.scaling.factor", number("rope.scale_linear", 0.0))
     if kind == "yarn" and not given:
-        raise CheckpointError(f"{where}: rope scaling 'yarn' needs rope.scaling.factor, found none; {SOURCE}")
+        raise CheckpointError(f"{where}: rope scaling 'yarn' needs rope.scaling.factor, found none; {FROM_THE_HUB}")
     factor = given or 1.0
     factor = 1.0 if kind == "none" else factor
     attention = number("rope.scaling.attn_factor", 1.0)
@@ -438,12 +444,14 @@ def rope_scaling(
     half = config["head_dim"] // 2
     for name, values in factors.items():
         if len(values) != half or not all(math.isfinite(v) and v > 0 for v in values):
-            raise CheckpointError(f"{where}: {name} has {len(values)} values, expected {half} above 0; {SOURCE}")
+            raise CheckpointError(f"{where}: {name} has {len(values)} values, expected {half} above 0; {FROM_THE_HUB}")
     if kind == "longrope":
-        if LONG not in factors or SHORT not in factors:
-            lost = LONG if LONG not in factors else SHORT
-            raise CheckpointError(f"{where}: rope scaling 'longrope' needs the tensor {lost}, found none; {SOURCE}")
-        return _longrope(factors[SHORT], factors[LONG], factor, attention, original)
+        if LONG_FACTORS not in factors or SHORT_FACTORS not in factors:
+            lost = LONG_FACTORS if LONG_FACTORS not in factors else SHORT_FACTORS
+            raise CheckpointError(
+                f"{where}: rope scaling 'longrope' needs the tensor {lost}, found none; {FROM_THE_HUB}"
+            )
+        return _longrope(factors[SHORT_FACTORS], factors[LONG_FACTORS], factor, attention, original)
     freqs = factors.get(FREQS, [1.0] * half)
     scaled = any(f != 1 for f in freqs)
     if kind == "yarn" and factor != 1:
@@ -460,15 +468,15 @@ def _yarn(
 ) -> dict[str, Any]:
     """YaRN. Its attention factor there is transformers' own default times a."""
     mixed = number("rope.scaling.yarn_ext_factor", 1.0)
-    told = number("rope.scaling.yarn_attn_factor", 1.0)
+    stated = number("rope.scaling.yarn_attn_factor", 1.0)
     for wrong, what in (
         (factor < 1, f"a factor of {factor:g}"),
         (scaled, f"{FREQS} beside it"),
         (mixed != 1, f"yarn_ext_factor {mixed:g}"),
-        (told != 1, f"yarn_attn_factor {told:g}"),
+        (stated != 1, f"yarn_attn_factor {stated:g}"),
     ):
         if wrong:
-            raise CheckpointError(f"{where}: rope scaling 'yarn' with {what} has no translation; {SOURCE}")
+            raise CheckpointError(f"{where}: rope scaling 'yarn' with {what} has no translation; {FROM_THE_HUB}")
     found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         if (given := number(f"rope.scaling.yarn_{key}", default)) != default:

@@ -30,8 +30,8 @@ from laser.files import read_regular
 
 T = TypeVar("T")
 # Bytes of a shard in the cache up to which it is hashed when it is opened; all are before an output is made of them.
-SMALL = 64 << 20
-TRIES = 6  # in a row that bring less than STEP
+SMALL_FILE = 64 << 20
+SLOW_TRIES = 6  # in a row that bring less than STEP
 STEP = 1 << 20  # bytes
 
 ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -118,7 +118,7 @@ def recognised(repo: str, revision: str | None) -> str | None:
         return None
     with hub_errors(repo, revision):
         return what_lies_on_hub(
-            repo, sorted(_names(repo, revision)), lambda name: read_regular(_to_cache(repo, name, revision))
+            repo, sorted(_hub_names(repo, revision)), lambda name: read_regular(_to_cache(repo, name, revision))
         )
 
 
@@ -136,7 +136,7 @@ def listing(hub: Hub) -> frozenset[str]:
     try:
         with hub_errors(hub.repo, hub.revision):
             asked = (hub.repo, hub.commit)
-            names = _names(*asked) if whole else _patiently(lambda: _names(*asked), hub.repo)
+            names = _hub_names(*asked) if whole else _patiently(lambda: _hub_names(*asked), hub.repo)
     except CheckpointError:
         if not whole:
             raise
@@ -152,7 +152,7 @@ def _is_known_to_be_absent(hub: Hub, name: str) -> bool:
     return found is not None and not isinstance(found, str)  # it is not known, or the file's path
 
 
-def _names(repo: str, revision: str | None) -> list[str]:
+def _hub_names(repo: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
     return plain_names(repo, HfApi().model_info(repo, revision=revision).siblings)
@@ -193,7 +193,7 @@ def is_inside(name: str) -> bool:
 def headers(hub: Hub, names: Sequence[str]) -> tuple[Hub, tuple[Shard, ...]]:
     """The shards by their headers alone, eight at a time, and the model with their ETags."""
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda name: _header(hub, name), names))
+        found = list(pool.map(lambda name: _remote_header(hub, name), names))
     return replace(hub, etags={shard.name: etag for etag, shard in found}), tuple(shard for _, shard in found)
 
 
@@ -226,12 +226,12 @@ def require_content(hub: Hub, largest: int | None = None) -> None:
             )
 
 
-def _header(hub: Hub, name: str) -> tuple[str, Shard]:
+def _remote_header(hub: Hub, name: str) -> tuple[str, Shard]:
     local = hub.folder / name
     if local.exists():
         require_inside_cache(local)
         etag, shard = _cached_etag(local), read_header(local)
-        require_content(replace(hub, etags={name: etag}), SMALL)
+        require_content(replace(hub, etags={name: etag}), SMALL_FILE)
         return etag, shard
     with hub_errors(hub.repo, hub.revision):
         file = _remote_file(hub, name)
@@ -308,9 +308,10 @@ def _fetch(file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
         if start >= end:
             return
         failures = failures + 1 if start - before < STEP else 0
-        if failures >= TRIES:
+        if failures >= SLOW_TRIES:
             raise CheckpointError(
-                f"{file.repo}/{file.name}: bytes {start}-{end - 1} could not be fetched in {TRIES} tries ({reason}); "
+                f"{file.repo}/{file.name}: bytes {start}-{end - 1} could not be fetched in {SLOW_TRIES} tries "
+                f"({reason}); "
                 "run the same command again later"
             )
         _pause(failures, f"{file.repo}/{file.name}: {reason}")
@@ -415,11 +416,11 @@ def _patiently(ask: Callable[[], T], what: str) -> T:
     """The Hub's answer; its client gives up at the first one that says that the server is out of order."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for failures in range(TRIES):
+    for failures in range(SLOW_TRIES):
         try:
             return ask()
         except HfHubHTTPError as error:
-            if error.response.status_code < 500 or failures == TRIES - 1:
+            if error.response.status_code < 500 or failures == SLOW_TRIES - 1:
                 raise
             _pause(failures, f"{what}: status {error.response.status_code}")
     raise AssertionError("unreachable")

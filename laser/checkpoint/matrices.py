@@ -22,18 +22,18 @@ from laser.checkpoint.families import (
     FUSED_NAMES,
     GUESSES,
     KEPT,
+    LAYER_NUMBER,
     MTP,
     MTP_JOINT,
-    NUMBER,
     TOWERS,
     WRAPPERS,
-    Row,
+    FamilyRow,
 )
-from laser.checkpoint.fused import cuts_of, number_or_none, text_configs
+from laser.checkpoint.fused import number_or_none, slices_of, text_configs
 from laser.checkpoint.quantised import leftover
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import TORCH, TensorInfo
-from laser.checkpoint.slices import Cut
+from laser.checkpoint.slices import Slice
 from laser.errors import CheckpointError
 from laser.errors import DoubtWarning as DoubtWarning
 
@@ -59,7 +59,7 @@ class Matrix:
     shape: tuple[int, ...]  # (out, in), however it is stored
     dtype: str
     tensor: str  # that holds it
-    cut: Cut | None = None  # its place in the tensor; None: it is the tensor
+    part: Slice | None = None  # its place in the tensor; None: it is the tensor
     scaled: bool = False  # FP8, and its scales are known
     stack: str = ""  # whose layers are counted: "" the language model's own, else "mtp", "encoder", "vision", "audio"
 
@@ -127,7 +127,7 @@ def matrix_called(checkpoint: Checkpoint, name: str) -> Matrix:
 def read_matrix(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """The matrix (m, n) of that name, in storage dtype."""
     matrix = matrix_called(checkpoint, name)
-    return checkpoint.read(matrix.tensor, matrix.cut)
+    return checkpoint.read(matrix.tensor, matrix.part)
 
 
 def _tied(matrices: list[Matrix], config: Mapping[str, Any]) -> list[Matrix]:
@@ -145,7 +145,7 @@ def family_of(checkpoint: Checkpoint) -> str:
 
 
 @cache
-def _rows_of(family: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
+def _rows_of(family: str) -> tuple[tuple[FamilyRow, re.Pattern[str]], ...]:
     """The rows to try for a family, in order: what is kept in all families, then its own or guesses."""
     return tuple((row, re.compile(row.pattern)) for row in (*KEPT, *FAMILIES.get(family, GUESSES)))
 
@@ -171,7 +171,7 @@ class _Names:
     def encoder(self) -> str:
         """The stack of layers in an encoder: the model's own if there are no others."""
         names = {unwrapped(_alike(name)) for name in self.checkpoint.tensors}
-        if not any(_compiled(NUMBER).search(n) and not _in_encoder(n) and not _tower(n) for n in names):
+        if not any(_compiled(LAYER_NUMBER).search(n) and not _in_encoder(n) and not _tower(n) for n in names):
             return ""
         towers = (role for role, kinds in ENCODER_TOWERS.items() if _compiled(kinds).fullmatch(self.family))
         return next(towers, "encoder")
@@ -195,7 +195,7 @@ class _Names:
         return len(shape) == 2 and 4 * shape[0] <= shape[1] and (shape[0] <= heads or shape[0] == experts)
 
     def matrices(self, info: TensorInfo) -> list[Matrix]:
-        found = _compiled(NUMBER).search(info.name)
+        found = _compiled(LAYER_NUMBER).search(info.name)
         layer = int(found[1]) if found else None
         name = unwrapped(_alike(info.name))
         stack = self.stack(name, layer)
@@ -222,8 +222,8 @@ class _Names:
             return [replace(whole, role="mtp" if stack == "mtp" else "other")]
         if row.axes and info.dtype in TORCH:
             return [
-                replace(whole, name=info.name + label, role=role, expert=e, shape=cut.shape, cut=cut)
-                for label, role, e, cut in cuts_of(info, row, self.config)
+                replace(whole, name=info.name + label, role=role, expert=e, shape=part.shape, part=part)
+                for label, role, e, part in slices_of(info, row, self.config)
             ]
         if row.role == "linear" and self.family not in FAMILIES and self._decides(info.shape):
             return [replace(whole, role="router")]
@@ -237,7 +237,7 @@ def _alike(name: str) -> str:
 
 
 @lru_cache(LIKELY)
-def _row_of(family: str, name: str) -> Row | None:
+def _row_of(family: str, name: str) -> FamilyRow | None:
     return next((row for row, pattern in _rows_of(family) if pattern.fullmatch(name)), None)
 
 
@@ -263,7 +263,7 @@ def doubts(checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> str | None:
     """What a user should look at before trusting the list: guesses for an unknown family, tensors without a row, or
     names that transformers does not load. At most six lines."""
     family = family_of(checkpoint)
-    lines = [told] if (told := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors)) else []
+    lines = [stated] if (stated := leftover(checkpoint.name, checkpoint.config, checkpoint.tensors)) else []
     for prefix, cure in WRAPPERS.items():
         wrapped = [m.tensor for m in matrices if _compiled(prefix).search(m.tensor)]
         if wrapped:

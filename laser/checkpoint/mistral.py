@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.convert import assemble
+from laser.checkpoint.convert import assemble_shards
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import RELEASE, Checkpoint
 from laser.errors import CheckpointError
@@ -29,11 +29,14 @@ PARAMS = {
     "vocab_size": ("vocab_size",),
 }
 # What changes the mathematics in ways that this translation does not know.
-UNKNOWN = ("vision_encoder", "quantization", "yarn", "lora", "llama_4_scaling", "q_lora_rank", "ragged_attention")
-LARGEST, MOST = 2**31 - 1, 4096  # of any number, and of layers and experts, that a file of either format may ask for
+NOT_CONVERTED = ("vision_encoder", "quantization", "yarn", "lora", "llama_4_scaling", "q_lora_rank", "ragged_attention")
+LARGEST_NUMBER, MOST_LAYERS = (
+    2**31 - 1,
+    4096,
+)  # of any number, and of layers and experts, that a file of either format may ask for
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 PLACES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-DENSE = {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+MISTRAL_MLP = {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
@@ -44,7 +47,7 @@ def is_release(checkpoint: Checkpoint) -> bool:
 def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json for a release's params.json. Raises CheckpointError for what is missing or not known."""
     params = checkpoint.config
-    strange = [key for key in UNKNOWN if params.get(key)]
+    strange = [key for key in NOT_CONVERTED if params.get(key)]
     if strange:
         raise CheckpointError(
             f"{checkpoint.name}/params.json: {strange[0]} has no translation here; try the Hub's version of this model"
@@ -55,7 +58,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.name}/params.json: moe is {shown(moe)}, expected an object; download it again"
         )
 
-    def whole(place: Mapping[str, Any], *names: str, default: Any = None, most: int = LARGEST) -> Any:
+    def whole(place: Mapping[str, Any], *names: str, default: Any = None, most: int = LARGEST_NUMBER) -> Any:
         found = next((place[name] for name in names if place.get(name) is not None), default)
         if found is not default and (type(found) is not int or not 1 <= found <= most):
             raise wrong(names[0], found, f"a whole number from 1 to {most}")
@@ -68,14 +71,14 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
         return float(found)
 
     def wrong(name: str, found: Any, expected: str) -> CheckpointError:
-        told = None if found is None else shown(found)
+        stated = None if found is None else shown(found)
         return CheckpointError(
-            f"{checkpoint.name}/params.json: found {name} {told}, expected {expected}; download it again"
+            f"{checkpoint.name}/params.json: found {name} {stated}, expected {expected}; download it again"
         )
 
     numbers = {}
     for ours, names in PARAMS.items():
-        numbers[ours] = whole(params, *names, most=MOST if ours == "num_hidden_layers" else LARGEST)
+        numbers[ours] = whole(params, *names, most=MOST_LAYERS if ours == "num_hidden_layers" else LARGEST_NUMBER)
         if numbers[ours] is None:
             raise wrong(names[0], None, "a whole number")
     heads, tied = numbers["num_attention_heads"], params.get("tied_embeddings")
@@ -97,7 +100,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     # Where params.json does not say, Mistral's own code takes 1e6, and 1e4 with a sliding window (the first 7B).
     config["rope_theta"] = positive("rope_theta", 1e4 if config["sliding_window"] else 1e6)
-    experts = whole(moe, "num_experts", "num_local_experts", most=MOST)
+    experts = whole(moe, "num_experts", "num_local_experts", most=MOST_LAYERS)
     if experts:
         config |= {
             "architectures": ["MixtralForCausalLM"],
@@ -128,15 +131,15 @@ def as_hub(checkpoint: Checkpoint) -> Checkpoint:
     """
     config = hub_config(checkpoint)
     matrices = {_hub_name(matrix, config): matrix for matrix in list_matrices(checkpoint)}
-    _check(checkpoint, config, matrices)
+    _check_release(checkpoint, config, matrices)
 
     def tensor(name: str) -> torch.Tensor:
         matrix = matrices[name]
-        W = checkpoint.read(matrix.tensor, matrix.cut)
+        W = checkpoint.read(matrix.tensor, matrix.part)
         return halves_from_pairs(W, config["head_dim"]) if matrix.role in ("q", "k") else W
 
     entries = [(name, m.dtype, m.shape) for name, m in matrices.items()]
-    return assemble(checkpoint.path, config, entries, tensor)
+    return assemble_shards(checkpoint.path, config, entries, tensor)
 
 
 def halves_from_pairs(W: torch.Tensor, width: int) -> torch.Tensor:
@@ -157,17 +160,17 @@ def _hub_name(matrix: Matrix, config: Mapping[str, Any]) -> str:
         return f"{layer}{PLACES[role]}.weight"
     if role == "router":
         return f"{layer}block_sparse_moe.gate.weight"
-    if role in DENSE and matrix.expert is not None:
+    if role in MISTRAL_MLP and matrix.expert is not None:
         return f"{layer}block_sparse_moe.experts.{matrix.expert}.{role}.weight"
-    if role in DENSE:
-        return f"{layer}{DENSE[role]}.weight"
+    if role in MISTRAL_MLP:
+        return f"{layer}{MISTRAL_MLP[role]}.weight"
     raise CheckpointError(f"{matrix.name} is no tensor of Mistral's format; try the Hub's version of this model")
 
 
-def _check(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str, Matrix]) -> None:
-    if told := impossible(config, len(found)):
+def _check_release(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str, Matrix]) -> None:
+    if message := impossible(config, len(found)):
         raise CheckpointError(
-            f"{checkpoint.name}: {told} by params.json; use the params.json that belongs to these weights"
+            f"{checkpoint.name}: {message} by params.json; use the params.json that belongs to these weights"
         )
     wanted = expected(config)
     for name in (*wanted, *found):
@@ -177,9 +180,9 @@ def _check(checkpoint: Checkpoint, config: Mapping[str, Any], found: Mapping[str
             )
         shape = found[name].shape
         if wanted.get(name) != shape:
-            told = list(wanted[name]) if name in wanted else "no such tensor"
+            message = list(wanted[name]) if name in wanted else "no such tensor"
             raise CheckpointError(
-                f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {told} by params.json; "
+                f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {message} by params.json; "
                 "use the params.json that belongs to these weights"
             )
 
@@ -204,5 +207,5 @@ def expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 at = f"{layer}block_sparse_moe.experts."
                 shapes |= {f"{at}{expert}.{role}.weight": shape for expert in range(experts)}
             else:
-                shapes[f"{layer}{DENSE[role]}.weight"] = shape
+                shapes[f"{layer}{MISTRAL_MLP[role]}.weight"] = shape
     return shapes

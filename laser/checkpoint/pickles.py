@@ -22,13 +22,13 @@ import torch
 from laser.checkpoint.formats import pointer
 from laser.checkpoint.safetensors import DTYPES, Shard, virtual_shard
 from laser.errors import CheckpointError, first_line
-from laser.files import LARGEST, open_regular
+from laser.files import LARGEST_FILE, open_regular
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MOST_HASHED = 1_000_000
 SUFFIXES = (".bin", ".pt", ".pth")
-RESAVE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
+RESAVE_ADVICE = "load it on a machine that you can spare, save it with safetensors (save_pretrained does), and try that"
 
 
 def safetensors_name(name: str) -> str:
@@ -48,28 +48,28 @@ def read_pickle(path: Path, name: str | None = None) -> Shard:
             magic = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}; download it again") from error
-    if told := pointer(path):
-        raise CheckpointError(told)
+    if message := pointer(path):
+        raise CheckpointError(message)
     if magic != b"PK\x03\x04":
         raise CheckpointError(
             f"{path.name} is not a zip file, as torch.save writes since torch 1.6: an old pickle, or none at all; it "
-            f"was not opened; {RESAVE}"
+            f"was not opened; {RESAVE_ADVICE}"
         )
     sizes = _looked_into(path)
-    tensors = _load(path, stamp)
+    tensors = _load_pickle(path, stamp)
     for key, value in tensors.items():
         held = value.untyped_storage().nbytes()
         if value.device.type != "cpu" or held not in sizes or value.numel() * value.element_size() > held:
             raise CheckpointError(
                 f"{path.name}: {key} has shape {list(value.shape)}, more than the file holds of it, or not in its "
-                f"place; {RESAVE}"
+                f"place; {RESAVE_ADVICE}"
             )
     entries = [(key, DTYPES[value.dtype], tuple(value.shape)) for key, value in tensors.items()]
 
     def tensor(key: str) -> torch.Tensor:
         if _stamp(path) != stamp:
             raise CheckpointError(f"{path.name} changed while it was read; run again")
-        return _load(path, stamp)[key]
+        return _load_pickle(path, stamp)[key]
 
     return replace(virtual_shard(name or safetensors_name(path.name), path, entries, tensor), stamp=stamp)
 
@@ -88,22 +88,23 @@ def _looked_into(path: Path) -> frozenset[int]:
         with open_regular(path) as file, zipfile.ZipFile(file) as packed:
             entries = packed.infolist()
             if len({entry.filename.lower() for entry in entries}) < len(entries):  # torch looks for them so
-                raise CheckpointError(f"{path.name} holds two files of one name; {RESAVE}")
+                raise CheckpointError(f"{path.name} holds two files of one name; {RESAVE_ADVICE}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-                raise CheckpointError(f"{path.name} is compressed, which torch.save never does; {RESAVE}")
+                raise CheckpointError(f"{path.name} is compressed, which torch.save never does; {RESAVE_ADVICE}")
             for entry in entries:
                 if entry.filename.lower().endswith("/data.pkl"):
-                    if entry.file_size > LARGEST:
+                    if entry.file_size > LARGEST_FILE:
                         raise CheckpointError(
-                            f"{path.name}: its pickle has {entry.file_size} bytes, expected at most {LARGEST}; {RESAVE}"
+                            f"{path.name}: its pickle has {entry.file_size} bytes, expected at most {LARGEST_FILE}; "
+                            f"{RESAVE_ADVICE}"
                         )
                     if _hashing(packed.read(entry)) > MOST_HASHED:
-                        raise CheckpointError(f"{path.name} holds tuples in tuples without end; {RESAVE}")
+                        raise CheckpointError(f"{path.name} holds tuples in tuples without end; {RESAVE_ADVICE}")
             return frozenset(entry.file_size for entry in entries)
     except CheckpointError:
         raise
     except Exception as error:  # hostile bytes can fail in any way
-        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE_ADVICE}") from error
 
 
 def _hashing(pickled: bytes) -> int:
@@ -144,7 +145,7 @@ def _hashing(pickled: bytes) -> int:
 
 
 @lru_cache(maxsize=2)  # the file in work and the one before it; mapped memory, given back by the system as it needs
-def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
+def _load_pickle(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -152,12 +153,14 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
         what = f"wants {wanted[1]}" if wanted else f"is not plain data ({str(error).splitlines()[-1][:80]})"
         raise CheckpointError(
             f"{path.name} {what}, expected tensors only: a pickle that wants more can run any code, so it was refused "
-            f"and nothing in it was run; {RESAVE}"
+            f"and nothing in it was run; {RESAVE_ADVICE}"
         ) from error
     except Exception as error:  # hostile bytes can fail in any way
-        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE}") from error
+        raise CheckpointError(f"{path.name} cannot be read ({first_line(error)}); {RESAVE_ADVICE}") from error
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE}")
+        raise CheckpointError(
+            f"{path.name} holds a {type(state).__name__}, expected tensors under names; {RESAVE_ADVICE}"
+        )
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -168,6 +171,6 @@ def _load(path: Path, stamp: tuple[int, int]) -> dict[str, torch.Tensor]:
         if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES or lazy:
             raise CheckpointError(
                 f"{path.name}: {key} is {value.dtype}, {value.layout}, expected a dense tensor of "
-                f"{', '.join(DTYPES.values())}; {RESAVE}"
+                f"{', '.join(DTYPES.values())}; {RESAVE_ADVICE}"
             )
     return dict(state)

@@ -51,7 +51,7 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
     if revision is not None and (not re.fullmatch(r"\w[\w./-]{0,199}", revision) or not is_inside(revision)):
         raise UsageError(f"{revision[:60]!r} is no branch; try --revision trial, or leave it out")
     with claimed(out):  # else what is uploaded could be half of one output and half of the next
-        outcome = _finished(out)
+        outcome = _finished_output(out)
         files = {
             name: path
             for path in sorted(out.rglob("*"))
@@ -65,7 +65,7 @@ def _is_aside(name: str) -> bool:
     return name.split("/")[0] == NOTES or is_desktops(name.rpartition("/")[2])
 
 
-def _finished(out: Path) -> Mapping[str, Any]:
+def _finished_output(out: Path) -> Mapping[str, Any]:
     """The record of an output that may be published. Raises OutputError."""
     unfinished = (out / JOURNAL).exists() or any(out.glob("*.partial"))
     if unfinished or not (out / OUTCOME).is_file():
@@ -149,7 +149,7 @@ class _Push:
             state = f"{self.sent} of {len(self.shards)} shards are uploaded and kept, {committed}"
             raise type(error)(f"{why or advice}; {state}{mark}{advice if mark else ''}") from error
         others = sorted(before.keys() - self.files.keys() - {".gitattributes"})
-        old = sorted(n for n in before.keys() & self.files.keys() if not _same(before[n], after[n]))
+        old = sorted(n for n in before.keys() & self.files.keys() if not _same_commit(before[n], after[n]))
         return Pushed(f"{constants.ENDPOINT}/{self.repo}", commit, tuple(old), tuple(others))
 
     def _head(self, api: Any, private: bool) -> Any:
@@ -255,7 +255,7 @@ def _is_loaded(name: str) -> bool:
     return False
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same_commit(a: Any, b: Any) -> bool:
     return a.blob_id == b.blob_id and (a.lfs and a.lfs.sha256) == (b.lfs and b.lfs.sha256)
 
 

@@ -16,8 +16,8 @@ import torch
 from laser.checkpoint.safetensors import TensorInfo
 from laser.errors import CheckpointError
 
-LARGEST = 448.0  # of float8_e4m3fn
-BLOCK = (128, 128)
+LARGEST_FP8 = 448.0  # of float8_e4m3fn
+FP8_BLOCK = (128, 128)
 SUFFIX = "_scale_inv"
 # Ends of tensor names that only a packed format has -> its name. GPTQ and AWQ share theirs.
 PACKED = {
@@ -33,9 +33,9 @@ PACKED = {
     ".Qidxs": "QuIP",
 }
 # What no packed format keeps its numbers in: the weights' own dtypes, and those of positions and masks.
-PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+UNQUANTISED = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
 # Methods whose tensors have names of PACKED: where none has, config.json is wrong about them.
-METHODS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "mlx": "MLX"}
+QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "mlx": "MLX"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fp8:
     """
 
     scales: Mapping[str, str]
-    block: tuple[int, int] = BLOCK
+    block: tuple[int, int] = FP8_BLOCK
     powers_of_two: bool = False  # scales are rounded up to one (scale_fmt "ue8m0")
 
 
@@ -57,9 +57,9 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
     Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
     """
-    told, method, packed = _told(config), _method(config), _packed(tensors)
+    stated, method, packed = _config_of(config), _method(config), _packed(tensors)
     if packed or (method not in ("", "fp8") and not _is_leftover(method, tensors)):
-        kind = METHODS.get(method, method) or packed
+        kind = QUANTISERS.get(method, method) or packed
         raise CheckpointError(
             f"{where} holds {kind} weights, whose packed numbers have no spectrum; start from the unquantised model, "
             "and quantise the result again"
@@ -68,7 +68,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     scales = {weight: scale for weight, scale in scales.items() if tensors[weight].dtype == "F8_E4M3"}
     if not scales:
         return None
-    size = told.get("weight_block_size", BLOCK)
+    size = stated.get("weight_block_size", FP8_BLOCK)
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise CheckpointError(
             f"{where}: weight_block_size is {size!r}, expected two numbers; try the unquantised model"
@@ -87,7 +87,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
                 f"{found.shard}: {scale} is {found.dtype} {list(found.shape)}, expected F32 {list(expected)} for "
                 f"{list(m_n)} in blocks of {size[0]} x {size[1]}; start from the unquantised model"
             )
-    return Fp8(scales, (size[0], size[1]), told.get("scale_fmt") == "ue8m0")
+    return Fp8(scales, (size[0], size[1]), stated.get("scale_fmt") == "ue8m0")
 
 
 def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -95,7 +95,7 @@ def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     method = _method(config)
     if not method or not _is_leftover(method, tensors):
         return None
-    kind = METHODS.get(method, method)
+    kind = QUANTISERS.get(method, method)
     return (
         f"{where}: config.json says that the weights are quantised ({kind}), and they are stored as plain numbers, so "
         "they are read as such; other loaders go by config.json: remove its quantization_config from a copy"
@@ -105,11 +105,11 @@ def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 def _is_leftover(method: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the weights are not quantised by the method that config.json names: no tensor has such a name, or no
     matrix is stored in a dtype that a quantised one may have."""
-    plain = all(info.dtype in PLAIN for info in tensors.values() if len(info.shape) > 1)
-    return not _packed(tensors) and (method in METHODS or plain)
+    plain = all(info.dtype in UNQUANTISED for info in tensors.values() if len(info.shape) > 1)
+    return not _packed(tensors) and (method in QUANTISERS or plain)
 
 
-def _told(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config's section on quantisation, its own or its text model's; MLX calls it by another name."""
     for place in (config, config.get("text_config")):
         if isinstance(place, dict):
@@ -121,10 +121,10 @@ def _told(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _method(config: Mapping[str, Any]) -> str:
     """By which method config.json says that the weights are quantised; "" where it does not."""
-    told = _told(config)
-    named = told.get("quant_method") or told.get("quant_algo")
-    named = named or ("bitsandbytes" if told.get("load_in_4bit") or told.get("load_in_8bit") else "")
-    return str(named or ("MLX" if "bits" in told and "group_size" in told else "")).lower()
+    stated = _config_of(config)
+    named = stated.get("quant_method") or stated.get("quant_algo")
+    named = named or ("bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else "")
+    return str(named or ("MLX" if "bits" in stated and "group_size" in stated else "")).lower()
 
 
 def _packed(tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -150,18 +150,18 @@ def spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> to
     return wide[: shape[0], : shape[1]]
 
 
-def dequantise(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+def dequantise(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = FP8_BLOCK) -> torch.Tensor:
     """W (m, n), float8_e4m3fn, times its block's scale: (m, n), float32, in which the product is rounded once."""
     return W.float().mul_(spread(scale, block, W.shape))
 
 
-def rounding(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+def rounding(W: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = FP8_BLOCK) -> torch.Tensor:
     """Half a unit of e4m3 at each dequantised element W (m, n): how far off `quantise` may have put it. (m, n)."""
     return torch.maximum(W.abs() * 2.0**-4, spread(scale, block, W.shape) * 2.0**-10)
 
 
 def quantise(
-    W: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = BLOCK, powers_of_two: bool = False
+    W: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = FP8_BLOCK, powers_of_two: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W (m, n) to float8_e4m3fn (m, n) and the scales, of `dtype`, that `dequantise` multiplies by.
 
@@ -176,9 +176,9 @@ def quantise(
         strip = W[i * block[0] : (i + 1) * block[0]].float().abs().amax(0)  # (n,)
         padded = torch.nn.functional.pad(strip, (0, columns * block[1] - n))
         amax[i] = padded.reshape(columns, block[1]).amax(1)
-    scale = torch.where(amax > 0, amax / LARGEST, torch.ones(()))
+    scale = torch.where(amax > 0, amax / LARGEST_FP8, torch.ones(()))
     if powers_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     scale = scale.clamp_min(torch.finfo(dtype).tiny).to(dtype)
     scaled = W.float() / spread(scale, block, W.shape)
-    return scaled.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+    return scaled.clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scale

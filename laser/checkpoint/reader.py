@@ -24,7 +24,7 @@ from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.checkpoint.safetensors import (
     BITS,
-    DEEPEST,
+    DEEPEST_CONFIG,
     TORCH,
     Shard,
     TensorInfo,
@@ -34,7 +34,7 @@ from laser.checkpoint.safetensors import (
     read_bytes,
     read_header,
 )
-from laser.checkpoint.slices import Cut, read_cut
+from laser.checkpoint.slices import Slice, read_slice
 from laser.checkpoint.weights import (
     INDEX,
     INDEXED,
@@ -112,31 +112,31 @@ class Checkpoint:
     def _shards(self) -> Mapping[str, Shard]:
         return {shard.name: shard for shard in self.shards}
 
-    def read(self, name: str, cut: Cut | None = None) -> torch.Tensor:
-        """The values of tensor `name`, or of the matrix (m, n) that `cut` takes from it, on the host: in the storage
+    def read(self, name: str, part: Slice | None = None) -> torch.Tensor:
+        """The values of tensor `name`, or of the matrix (m, n) that `part` takes from it, on the host: in the storage
         dtype, or float32 where they are FP8 with scales.
 
         Raises CheckpointError for a file that changed or a dtype that torch does not know.
         """
         if self.origin is not None:
-            return self.origin.read(name, cut)
+            return self.origin.read(name, part)
         if self.fp8 is None or name not in self.fp8.scales:
-            return self.raw(name, cut)
+            return self.raw(name, part)
         W = dequantise(self.raw(name), self.raw(self.fp8.scales[name]), self.fp8.block)
-        return W if cut is None else cut.of(W)
+        return W if part is None else part.of(W)
 
-    def raw(self, name: str, cut: Cut | None = None) -> torch.Tensor:
-        """What is stored of tensor `name`, or of the matrix (m, n) that `cut` takes from it, in its storage dtype."""
+    def raw(self, name: str, part: Slice | None = None) -> torch.Tensor:
+        """What is stored of tensor `name`, or of the matrix (m, n) that `part` takes from it, in its storage dtype."""
         info, shard = self.tensors[name], self.shard_of(name)
         if info.dtype not in TORCH:
             raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(TORCH)}")
-        if cut is None:
+        if part is None:
             return read_bytes(shard, info.start, info.end).view(TORCH[info.dtype]).reshape(info.shape)
 
         def fetch(start: int, count: int) -> torch.Tensor:
             return read_bytes(shard, info.start + start, info.start + start + count)
 
-        return cut.oriented(read_cut(fetch, TORCH[info.dtype], cut))
+        return part.oriented(read_slice(fetch, TORCH[info.dtype], part))
 
 
 def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
@@ -167,20 +167,22 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     # Mistral's own format, which the Hub's cache holds only beside the Hub's.
     release = hub is None and (path / "params.json").exists() and not (path / "config.json").exists()
     about = path / ("params.json" if release else "config.json")
-    if hub is None and not about.exists() and (told := what_lies_in(path)):
-        raise CheckpointError(told)
+    if hub is None and not about.exists() and (message := what_lies_in(path)):
+        raise CheckpointError(message)
     config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
         raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
-    if is_deep(config, DEEPEST):
-        raise CheckpointError(f"{about} is nested more than {DEEPEST} deep, which no config is; download it again")
+    if is_deep(config, DEEPEST_CONFIG):
+        raise CheckpointError(
+            f"{about} is nested more than {DEEPEST_CONFIG} deep, which no config is; download it again"
+        )
     if release:
         config = config | {"model_type": RELEASE}
     weights = Weights(None, None, _release(path)) if release else _weights(path, hub, config, need)
     tensors = {info.name: info for shard in weights.shards for info in shard.tensors}
-    for told in weights.doubts:
-        warnings.warn(told, DoubtWarning, stacklevel=2)
+    for message in weights.doubts:
+        warnings.warn(message, DoubtWarning, stacklevel=2)
     fp8 = recognise(path.name if hub is None else hub.repo, config, tensors)
     return Checkpoint(
         path,
@@ -226,8 +228,8 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     if start is None:
         for name in order(config) if hub is None else ():
             require_absent(path / name)
-        if told := recognised(hub.repo, hub.commit) if hub else what_lies_in(path):
-            raise CheckpointError(told)
+        if message := recognised(hub.repo, hub.commit) if hub else what_lies_in(path):
+            raise CheckpointError(message)
         raise nothing_found(place, files_in(path, "**/*") if hub is None else names)
     if hub is not None:  # they are small; one that is not ours tells what others would read
         download(hub, sorted({INDEX, PICKLE_INDEX} & names))
@@ -247,13 +249,13 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     vllm = read_by_vllm(names, index_at(path / INDEX).values() if INDEX in names else None)
     if index is not None and pickled:
         index["weight_map"] = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
-    told = disagreements(start, names, files, vllm, merged, index)
-    told = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in told)
+    message = disagreements(start, names, files, vllm, merged, index)
+    message = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in message)
     index_bytes = None
     if index is not None:
         tidy = not pickled and indexes(index, merged)
         index_bytes = _bytes(path / start, "") if tidy else index_of(index, merged)
-    return Weights(hub, index_bytes, merged.shards, merged.left_out, told)
+    return Weights(hub, index_bytes, merged.shards, merged.left_out, message)
 
 
 def _pickles(path: Path, files: Sequence[str], alone: bool) -> tuple[Shard, ...]:

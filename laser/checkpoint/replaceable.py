@@ -14,7 +14,7 @@ from laser.checkpoint.side_files import is_weights
 from laser.errors import OutputError
 from laser.files import open_regular, real
 
-RECORDS = {"spectra", "moments", "plan", "eval", "leaderboard"}
+REPLACEABLE = {"spectra", "moments", "plan", "eval", "leaderboard"}
 # Drawn or derived from records: how such a file begins, or what stands near its beginning.
 DRAWN = (
     (b"\x89PNG\r\n", b"laser"),
@@ -28,19 +28,19 @@ _LIST = re.compile(rb"(#.*\n)*unfrozen_parameters:\n((- |#).*\n?)*-?")  # and no
 
 def require_replaceable(path: Path, kind: str | None) -> None:
     """Raises OutputError unless the file at `path` is a record of this `kind`, or for None a drawing, page or list."""
-    found = kind_of(path)
+    found = record_kind(path)
     if kind is None and found is None:
         with open_regular(path) as file:
             start = file.read(4096)
         if not start or any(all(mark in start for mark in marks) for marks in DRAWN) or _LIST.fullmatch(start):
             return
     if kind is None or found != kind:
-        told = f"a record of kind {found!r}" if found else "no record of laser"
+        message = f"a record of kind {found!r}" if found else "no record of laser"
         expected = f"a record of kind {kind!r}" if kind else "what this verb writes"
-        raise OutputError(f"{path} is {told}, expected {expected}: --force replaces nothing else; try another -o")
+        raise OutputError(f"{path} is {message}, expected {expected}: --force replaces nothing else; try another -o")
 
 
-def kind_of(path: Path) -> str | None:
+def record_kind(path: Path) -> str | None:
     """The kind of a record of laser; None for any other file."""
     try:
         with open_regular(path) as file:
@@ -56,14 +56,14 @@ def kind_of(path: Path) -> str | None:
 
 def _kind(document: Any) -> str | None:
     found = document.get("kind") if isinstance(document, Mapping) else None
-    return found if found in RECORDS else None
+    return found if found in REPLACEABLE else None
 
 
 def _torn(path: Path) -> str | None:
     """The kind of a record that is damaged: it has to be possible to make it again."""
     with open_regular(path) as file:
         start = file.read(512).translate(None, b"\\ \n")
-    return next((kind for kind in sorted(RECORDS) if f'"kind":"{kind}","version":'.encode() in start), None)
+    return next((kind for kind in sorted(REPLACEABLE) if f'"kind":"{kind}","version":'.encode() in start), None)
 
 
 def require_outside_models(path: Path) -> None:

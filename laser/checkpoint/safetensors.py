@@ -24,7 +24,7 @@ from laser.files import disk_errors, open_regular, raw_regular, replacing
 from laser.records import is_deep
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
-DEEPEST = 100  # lists in lists, of a config, and of what an entry of a header holds beyond the format
+DEEPEST_CONFIG = 100  # lists in lists, of a config, and of what an entry of a header holds beyond the format
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -121,8 +121,8 @@ def pieces(shard: Shard, start: int, end: int) -> Iterator[memoryview]:
 def read_header(path: Path) -> Shard:
     """Parse and check the header of one safetensors file. Raises CheckpointError naming the file and the tensor."""
     name = path.name
-    if told := pointer(path):
-        raise CheckpointError(told)
+    if message := pointer(path):
+        raise CheckpointError(message)
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -197,18 +197,24 @@ def _tensor(file: str, key: str, entry: Any, base: int, size: int) -> TensorInfo
         _require_plain(file, key, entry)
     if len(offsets) != 2 or offsets[0] > offsets[1] or base + offsets[1] > size:
         raise CheckpointError(
-            f"{file}: {key} has offsets {_short(offsets)}, expected two rising numbers up to {size - base}: "
+            f"{file}: {key} has offsets {_short_number(offsets)}, expected two rising numbers up to {size - base}: "
             "the file is truncated or damaged; download it again"
         )
     expected = math.prod(shape) * BITS[dtype]
     if (offsets[1] - offsets[0]) * 8 != expected:
-        needed = _short(expected // 8) if expected % 8 == 0 else f"{_short(expected)} bits, which fill no whole bytes,"
+        needed = (
+            _short_number(expected // 8)
+            if expected % 8 == 0
+            else f"{_short_number(expected)} bits, which fill no whole bytes,"
+        )
         raise CheckpointError(
             f"{file}: {key} holds {offsets[1] - offsets[0]} bytes, expected {needed} for {dtype} "
-            f"{_short(shape)}; download it again"
+            f"{_short_number(shape)}; download it again"
         )
     if not expected and math.prod(n for n in shape if n) >> 63:  # nothing of it is stored, and no library can make it
-        raise CheckpointError(f"{file}: {key} has shape {_short(shape)}, expected numbers within 64 bits; not a model")
+        raise CheckpointError(
+            f"{file}: {key} has shape {_short_number(shape)}, expected numbers within 64 bits; not a model"
+        )
     return TensorInfo(key, dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
 
 
@@ -246,7 +252,7 @@ def _strictly(header: bytes, path: Path) -> Any:
 def _require_plain(file: str, key: str, entry: dict[str, Any]) -> None:
     """Raises CheckpointError for more in an entry than the format has that safetensors, which passes over it, cannot
     read: numbers out of float64's range, nesting deeper than its limit of 128."""
-    deep, todo = is_deep(entry, DEEPEST), list(entry.values())
+    deep, todo = is_deep(entry, DEEPEST_CONFIG), list(entry.values())
     while todo and not deep:
         value = todo.pop()
         deep = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
@@ -258,22 +264,22 @@ def _require_plain(file: str, key: str, entry: dict[str, Any]) -> None:
         )
 
 
-def _short(value: Any) -> str:
+def _short_number(value: Any) -> str:
     """A number or list for a message. Python makes no text of a number of more than 4,300 digits."""
     if isinstance(value, list):
-        told = ", ".join(map(_short, value[:9])) + (", ..." if len(value) > 9 else "")
-        return f"[{told}]"
+        message = ", ".join(map(_short_number, value[:9])) + (", ..." if len(value) > 9 else "")
+        return f"[{message}]"
     return str(value) if value >> 64 == 0 else "a number above 64 bits"
 
 
 # (name, dtype as the header spells it, shape)
-Entry = tuple[str, str, tuple[int, ...]]
+HeaderEntry = tuple[str, str, tuple[int, ...]]
 DTYPES = {dtype: name for name, dtype in TORCH.items()}
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
 
 
-def make_header(entries: Sequence[Entry]) -> bytes:
+def make_header(entries: Sequence[HeaderEntry]) -> bytes:
     """The JSON text of a safetensors header for these tensors, in this order; the same bytes for the same tensors.
 
     Wide dtypes come first, so that every tensor begins at a multiple of its element's size, as readers expect.
@@ -287,7 +293,9 @@ def make_header(entries: Sequence[Entry]) -> bytes:
     return header_text(header)
 
 
-def virtual_shard(name: str, path: Path, entries: Sequence[Entry], tensor: Callable[[str], torch.Tensor]) -> Shard:
+def virtual_shard(
+    name: str, path: Path, entries: Sequence[HeaderEntry], tensor: Callable[[str], torch.Tensor]
+) -> Shard:
     """A shard called `name` that holds `entries`; `tensor` gives each, of the dtype and shape that its entry says.
 
     path: where the bytes come from, for messages. One tensor is in memory at a time.

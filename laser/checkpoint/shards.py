@@ -16,7 +16,7 @@ import torch
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
-from laser.checkpoint.slices import Cut, bytes_of, fetch_from, put_into, read_cut, whole, write_cut
+from laser.checkpoint.slices import Slice, bytes_of, fetch_from, put_into, read_slice, whole, write_slice
 from laser.errors import CheckpointError
 from laser.files import disk_errors, open_regular, unfinished
 from laser.journal import Journal
@@ -79,7 +79,7 @@ class Job:
     copied: bool  # whether its untouched bytes are in place
 
 
-def begin(
+def begin_shard(
     shard: Shard,
     out: Path,
     touched: Sequence[Matrix],
@@ -124,7 +124,7 @@ def _untouched_is_there(
     if not equal_ranges(shard, partial, untouched(shard, tensors), tick):
         return False
     made = replace(shard, path=partial, data=None)
-    for tensor in {m.tensor for m in touched if m.cut is not None}:
+    for tensor in {m.tensor for m in touched if m.part is not None}:
         numbers = next(math.prod(t.shape) for t in shard.tensors if t.name == tensor)
         if sum(m.parameters for m in parts[tensor]) != numbers:
             return False  # there is something between them that cannot be looked at by itself
@@ -179,7 +179,7 @@ def copy_untouched(job: Job, out: Path) -> bool:
     with disk_errors(partial), partial.open("wb") as target:
         target.truncate(job.shard.size)
         # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
-        copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.cut is None})))
+        copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.part is None})))
         if job.touched:
             target.flush()
             os.fsync(target.fileno())
@@ -188,35 +188,35 @@ def copy_untouched(job: Job, out: Path) -> bool:
 
 def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> str | None:
     """A new matrix (m, n) into its place, and the sha256 of its bytes; for None the source's bytes, and None."""
-    start, cut = _place(shard, matrix)
+    start, cut = _place_in_shard(shard, matrix)
     with partial_of(out, shard.name).open("r+b", buffering=0) as target:
         if new is None:
-            if matrix.cut is None:  # else they are there
+            if matrix.part is None:  # else they are there
                 copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
             return None
         assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
         part = cut.stored(new)
-        write_cut(fetch_from(target, start), put_into(target, start), part, cut)
+        write_slice(fetch_from(target, start), put_into(target, start), part, cut)
         return hashlib.sha256(bytes_of(part)).hexdigest()
 
 
 def digest(shard: Shard, matrix: Matrix) -> str | None:
     """sha256 of a matrix's bytes in stored order; None where the shard ends before them."""
-    start, cut = _place(shard, matrix)
+    start, cut = _place_in_shard(shard, matrix)
 
     def fetch(at: int, count: int) -> torch.Tensor:
         return read_bytes(shard, start + at, start + at + count)
 
     try:
-        return hashlib.sha256(bytes_of(read_cut(fetch, TORCH[matrix.dtype], cut))).hexdigest()
+        return hashlib.sha256(bytes_of(read_slice(fetch, TORCH[matrix.dtype], cut))).hexdigest()
     except CheckpointError:
         return None
 
 
-def _place(shard: Shard, matrix: Matrix) -> tuple[int, Cut]:
+def _place_in_shard(shard: Shard, matrix: Matrix) -> tuple[int, Slice]:
     """First byte of the tensor that holds a matrix, and the cut that is its own part of it."""
     info = next(t for t in shard.tensors if t.name == matrix.tensor)
-    return info.start, matrix.cut or whole(info.shape)
+    return info.start, matrix.part or whole(info.shape)
 
 
 def settle(partial: Path, changed: bool) -> str | None:

@@ -18,7 +18,7 @@ import unicodedata
 from pathlib import Path
 
 from laser.errors import CheckpointError
-from laser.files import LARGEST, open_regular, read_regular
+from laser.files import LARGEST_FILE, open_regular, read_regular
 
 # How files of weights end, in any format.
 WEIGHTS = (
@@ -124,8 +124,8 @@ def require_small_files(folder: Path) -> None:
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
-            if size > LARGEST:
-                raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {LARGEST}")
+            if size > LARGEST_FILE:
+                raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {LARGEST_FILE}")
         except FileNotFoundError:  # a link that leads nowhere: nobody waits for it
             continue
         except OSError as error:

@@ -1,6 +1,6 @@
 """A matrix inside a stored tensor: one expert of a 3-D tensor, q of a fused qkv, every second column.
 
-A cut is a strided part of a tensor, so it can be read from and written to a file in place, without the rest of the
+A slice is a strided part of a tensor, so it can be read from and written to a file in place, without the rest of the
 tensor in memory. Long runs of neighbouring bytes are read and written one by one; where runs are short (GPT-OSS
 interleaves gate and up column by column) the span that encloses them is read, changed and written back.
 """
@@ -20,7 +20,7 @@ MAX_SPAN = 64 << 20  # bytes in memory beside the matrix, where runs are short
 
 
 @dataclass(frozen=True)
-class Cut:
+class Slice:
     """tensor.view(view)[index] with all axes but the last joined into rows; transposed afterwards if so stored.
 
     view: the tensor's shape, an axis of it perhaps split in two. index: (start, stop, step) for each axis of the view.
@@ -58,18 +58,18 @@ class Cut:
         return (W.T if self.transposed else W).contiguous().reshape(self.extent)
 
 
-def whole(shape: tuple[int, ...]) -> Cut:
-    """The cut that is the tensor itself."""
-    return Cut(shape, tuple((0, size, 1) for size in shape))
+def whole(shape: tuple[int, ...]) -> Slice:
+    """The slice that is the tensor itself."""
+    return Slice(shape, tuple((0, size, 1) for size in shape))
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a cut: elements [start, start + length) of the tensor, and which of them belong to the cut."""
+    """A piece of a slice: elements [start, start + length) of the tensor, and which of them belong to the slice."""
 
     start: int
     length: int
-    where: tuple[int | slice, ...]  # in the cut's extent
+    where: tuple[int | slice, ...]  # in the slice's extent
     extent: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -81,14 +81,14 @@ class Span:
         return elements.as_strided(self.extent, self.strides)
 
 
-def spans(cut: Cut, itemsize: int) -> Iterator[Span]:
-    """The pieces of a cut in stored order: dense runs where they are long, else spans of at most about MAX_SPAN."""
-    extent = cut.extent
+def spans(slice_: Slice, itemsize: int) -> Iterator[Span]:
+    """The pieces of a slice in stored order: dense runs where they are long, else spans of at most about MAX_SPAN."""
+    extent = slice_.extent
     if not math.prod(extent):
         return
-    strides = [math.prod(cut.view[axis + 1 :]) for axis in range(len(cut.view))]
-    steps = [stride * axis[2] for stride, axis in zip(strides, cut.index, strict=True)]
-    base = sum(axis[0] * stride for axis, stride in zip(cut.index, strides, strict=True))
+    strides = [math.prod(slice_.view[axis + 1 :]) for axis in range(len(slice_.view))]
+    steps = [stride * axis[2] for stride, axis in zip(strides, slice_.index, strict=True)]
+    base = sum(axis[0] * stride for axis, stride in zip(slice_.index, strides, strict=True))
 
     def length(axis: int) -> int:  # of the span of everything behind `axis`
         return 1 + sum((extent[i] - 1) * steps[i] for i in range(axis, len(extent)))
@@ -116,18 +116,18 @@ def spans(cut: Cut, itemsize: int) -> Iterator[Span]:
 Fetch = Callable[[int, int], torch.Tensor]
 
 
-def read_cut(fetch: Fetch, dtype: torch.dtype, cut: Cut) -> torch.Tensor:
-    """The part of a tensor that belongs to `cut`, in stored order (`Cut.extent`)."""
-    part, size = torch.empty(cut.extent, dtype=dtype), dtype.itemsize
-    for span in spans(cut, size):
+def read_slice(fetch: Fetch, dtype: torch.dtype, slice_: Slice) -> torch.Tensor:
+    """The part of a tensor that belongs to `slice_`, in stored order (`Slice.extent`)."""
+    part, size = torch.empty(slice_.extent, dtype=dtype), dtype.itemsize
+    for span in spans(slice_, size):
         part[span.where] = span.part_of(fetch(span.start * size, span.length * size).view(dtype))
     return part
 
 
-def write_cut(fetch: Fetch, put: Callable[[int, memoryview], None], part: torch.Tensor, cut: Cut) -> None:
+def write_slice(fetch: Fetch, put: Callable[[int, memoryview], None], part: torch.Tensor, slice_: Slice) -> None:
     """Write what `read_cut` reads; the bytes in between stay as they are. One writer per tensor at a time."""
     size = part.element_size()
-    for span in spans(cut, size):
+    for span in spans(slice_, size):
         elements = part[span.where]
         if not span.dense:
             whole = fetch(span.start * size, span.length * size).view(part.dtype)

@@ -53,9 +53,9 @@ class Source:
     def weights(self) -> Fingerprint:
         return Fingerprint(self.samples, self.content)
 
-    def told(self) -> dict[str, str]:
+    def stated(self) -> dict[str, str]:
         """For a journal: what identifies the weights, as far as it is known, and their name for messages."""
-        return {"source": self.identity, "model": self.name} | self.weights.told()
+        return {"source": self.identity, "model": self.name} | self.weights.stated()
 
     def is_of(self, other: Source) -> bool:
         """Whether the two surely speak of the same weights."""

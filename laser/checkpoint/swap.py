@@ -34,8 +34,8 @@ from laser.checkpoint.writer import (
 from laser.errors import OutputError
 from laser.files import claimed, disk_errors, real, require_no_mount, short, tidy_up
 
-EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
-UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
+EXCHANGE, AT_FDCWD = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
 
 
 @contextmanager
@@ -163,11 +163,11 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if swap is not None:
             new.rename(old)  # so that what is called `new` is never the earlier one
-            if swap(HERE, os.fsencode(old), HERE, os.fsencode(target), EXCHANGE) == 0:
+            if swap(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(target), EXCHANGE) == 0:
                 return
             number = ctypes.get_errno()
             old.rename(new)
-            if number not in UNKNOWN:
+            if number not in NO_EXCHANGE:
                 raise OSError(number, os.strerror(number))
     target.rename(old)
     try:

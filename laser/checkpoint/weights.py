@@ -279,15 +279,15 @@ def disagreements(
             f"{ADAPTER} lies beside the weights: transformers with peft would put its adapter on top of them; laser "
             "reads and measures them without it, and an output has no adapter"
         )
-    yield from _copies(merged)
+    yield from _copies_told(merged)
     if index is not None:
-        yield from _index(merged, index["weight_map"])
+        yield from _index_problems(merged, index["weight_map"])
         if not isinstance(index.get("metadata"), dict):
             found = "metadata that are no object" if index.get("metadata") is not None else "no metadata"
             yield f"{start} has {found}, without which transformers does not load it; an output's index has some"
 
 
-def _copies(merged: Merged) -> Iterator[str]:
+def _copies_told(merged: Merged) -> Iterator[str]:
     """Sentences on tensors that lie in more than one shard."""
     stored = sum(info.end - info.start for found in merged.copies.values() for _, info in found)
     equal = {name: same_bytes(found) if stored <= COMPARED else None for name, found in merged.copies.items()}
@@ -302,7 +302,7 @@ def _copies(merged: Merged) -> Iterator[str]:
             yield f"{names[0]} is in {files}{_more(names)}, {how}"
 
 
-def _index(merged: Merged, weight_map: Mapping[str, str]) -> Iterator[str]:
+def _index_problems(merged: Merged, weight_map: Mapping[str, str]) -> Iterator[str]:
     """Sentences on tensors that an index does not name, or names elsewhere."""
     if names := [name for name in merged.tensors if name not in weight_map]:
         where = merged.tensors[names[0]].shard

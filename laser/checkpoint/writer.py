@@ -38,7 +38,7 @@ from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.safetensors import CHUNK
 from laser.checkpoint.shards import (
     Job,
-    begin,
+    begin_shard,
     copy_untouched,
     equal_ranges,
     intact,
@@ -69,12 +69,12 @@ from laser.files import (
     write_atomically,
 )
 from laser.journal import Journal, spoiling
-from laser.records import decode, differences, is_sealed, parse, sealed, to_json
+from laser.records import decode, differences, is_sealed, parse_record, sealed, to_json
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
 # What the journal's lines say: a matrix is in place, a shard is whole, a shard's untouched bytes are.
-SHAPES: tuple[dict[str, Any], ...] = (
+JOURNAL_SHAPES: tuple[dict[str, Any], ...] = (
     {"matrix": str, "sha256": str | None, "record": dict},
     {"shard": str, "sha256": str | None},
     {"copied": str},
@@ -83,7 +83,7 @@ DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside 
 
 # names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
 New = tuple[str, torch.Tensor | None, dict[str, Any]]
-Compute = Callable[[list[str]], Generator[New, None, None]]
+MakeNew = Callable[[list[str]], Generator[New, None, None]]
 # (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
@@ -108,7 +108,7 @@ def require_outside(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
 
 
-MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
+OUTCOME_MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
 
 
 def is_ours(out: Path) -> bool:
@@ -121,7 +121,7 @@ def is_ours(out: Path) -> bool:
         data = read_regular(out / OUTCOME)
     except OSError:
         return False
-    return sum(mark in data for mark in MARKS) > len(MARKS) // 2  # one of them may be damaged
+    return sum(mark in data for mark in OUTCOME_MARKS) > len(OUTCOME_MARKS) // 2  # one of them may be damaged
 
 
 # What laser keeps in OUT/laser, whole or half written.
@@ -149,7 +149,7 @@ def require_ours(source: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
     known = {s.name for s in source.shards} | {p.name for p in source.path.iterdir()}
     try:
-        document = parse(read_regular(out / OUTCOME))
+        document = parse_record(read_regular(out / OUTCOME))
         known |= {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass  # unfinished, or of an older laser: it does not say what it wrote
@@ -207,14 +207,14 @@ def require_run(source: Checkpoint, out: Path, run: Mapping[str, Any]) -> None:
     if is_settled(source, out):
         _settled(out, run)
     else:
-        Journal.require(out / JOURNAL, run, SHAPES)
+        Journal.require(out / JOURNAL, run, JOURNAL_SHAPES)
 
 
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
     touched: Sequence[Matrix],
-    compute: Compute,
+    compute: MakeNew,
     describe: Describe,
     run: dict[str, Any],
     done: Callable[[Shard], None] = lambda _: None,
@@ -236,7 +236,7 @@ def write_checkpoint(
         return document
     if source.hub is not None:
         require_content(source.hub)
-    with Journal(out / JOURNAL, run, shapes=SHAPES) as journal:
+    with Journal(out / JOURNAL, run, shapes=JOURNAL_SHAPES) as journal:
         records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
         hashes = _finished(source, out, journal, touched, on_check)
         for shard in source.shards:
@@ -252,7 +252,9 @@ def write_checkpoint(
         parts = _parts(source, touched) if journal.entries else {}
         tick = _counting(sum(s.size for s in source.shards if s.name not in hashes), on_check)
         jobs = [
-            begin(s, out, inside.get(s.name, []), parts, journal, tick) for s in source.shards if s.name not in hashes
+            begin_shard(s, out, inside.get(s.name, []), parts, journal, tick)
+            for s in source.shards
+            if s.name not in hashes
         ]
         _write_shards(source, out, jobs, compute, journal, records, hashes, done)
         with spoiling(journal):
@@ -298,17 +300,17 @@ def _finished(
     source: Checkpoint, out: Path, journal: Journal, touched: Sequence[Matrix], on_check: OnCheck
 ) -> dict[str, str | None]:
     """sha256 by name of the shards that the journal calls finished, and that are; None where it is the source's."""
-    told = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
-    shards = [shard for shard in source.shards if shard.name in told]
+    stated = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
+    shards = [shard for shard in source.shards if shard.name in stated]
     tick = _counting(sum(shard.size for shard in shards), on_check)
 
     def is_there(shard: Shard) -> bool:
         files = (out / shard.name, partial_of(out, shard.name))
         file = next((file for file in files if file.exists()), None)
         with disk_errors(out / shard.name):
-            return file is not None and _is_intact(source, shard, file, told[shard.name], touched, tick)
+            return file is not None and _is_intact(source, shard, file, stated[shard.name], touched, tick)
 
-    return {shard.name: told[shard.name] for shard in shards if is_there(shard)}
+    return {shard.name: stated[shard.name] for shard in shards if is_there(shard)}
 
 
 def _is_intact(
@@ -335,9 +337,9 @@ def require_intact(
     source: Checkpoint, out: Path, document: Mapping[str, Any], touched: Sequence[Matrix], on_check: OnCheck
 ) -> None:
     """Raises OutputError, naming the file, where a finished output is not what its outcome says."""
-    told, tick = document["shards"], _counting(sum(shard.size for shard in source.shards), on_check)
+    stated, tick = document["shards"], _counting(sum(shard.size for shard in source.shards), on_check)
     for shard in source.shards:
-        if not _is_intact(source, shard, out / shard.name, told.get(shard.name), touched, tick):
+        if not _is_intact(source, shard, out / shard.name, stated.get(shard.name), touched, tick):
             raise OutputError(
                 f"{out / shard.name} is not what was written there, or not of these weights: it was changed or damaged "
                 "since; try --force to make the output again"
@@ -352,7 +354,7 @@ def read_outcome(out: Path) -> dict[str, Any]:
     """laser.json of a finished output. Raises OutputError for one that is not as it was written."""
     where, remedy = str(out / OUTCOME), "try --force to make the output again"
     try:
-        document = parse(read_regular(out / OUTCOME))
+        document = parse_record(read_regular(out / OUTCOME))
     except (OSError, ValueError) as error:
         raise OutputError(f"{where} cannot be read ({error}); {remedy}") from error
     if not is_sealed(document):
@@ -366,7 +368,7 @@ def read_outcome(out: Path) -> dict[str, Any]:
 
 def _parts(source: Checkpoint, touched: Sequence[Matrix]) -> dict[str, list[Matrix]]:
     """All matrices of each tensor of which some are touched and that is cut into several."""
-    parts: dict[str, list[Matrix]] = {m.tensor: [] for m in touched if m.cut is not None}
+    parts: dict[str, list[Matrix]] = {m.tensor: [] for m in touched if m.part is not None}
     for matrix in list_matrices(source) if parts else ():
         if matrix.tensor in parts:
             parts[matrix.tensor].append(matrix)
@@ -377,7 +379,7 @@ def _write_shards(
     source: Checkpoint,
     out: Path,
     jobs: list[Job],
-    compute: Compute,
+    compute: MakeNew,
     journal: Journal,
     records: dict[str, dict[str, Any]],
     hashes: dict[str, str | None],

@@ -65,7 +65,7 @@ def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
 
 
 @cache
-def _commands() -> Any:
+def _click_commands() -> Any:
     """click's commands, made once: typer would make them at every call, and take 0.06 s."""
     return typer.main.get_command(app)
 
@@ -77,13 +77,13 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
     """Doubts as a line for people, each once; every other warning as it was."""
-    told: set[str] = set()
+    stated: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, DoubtWarning | CrowdWarning):
-            if str(message) not in told:
+            if str(message) not in stated:
                 common.say(f"laser: warning: {message}", aside=True)
-            told.add(str(message))
+            stated.add(str(message))
         else:
             otherwise(message, category, *rest)
 
@@ -94,10 +94,10 @@ def _verb(arguments: list[str]) -> str:
     return next((a for a in arguments if not a.startswith("-")), "")
 
 
-def _run(arguments: list[str]) -> None:
+def _run_verb(arguments: list[str]) -> None:
     """One verb. What it printed has arrived when this ends: where it cannot, that is an OSError and no success."""
     try:
-        _commands()(arguments, prog_name="laser")
+        _click_commands()(arguments, prog_name="laser")
     except SystemExit:  # how typer ends, whatever came of it
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -108,7 +108,7 @@ def _interrupted(arguments: list[str], held: common.Held) -> int:
     return _say(f"laser: interrupted; {left_behind(_going_on([*arguments, *held.given]), held.written())}", 130)
 
 
-def _disk(error: OSError) -> int:
+def _disk_error(error: OSError) -> int:
     """What is said of a file, or of a stream, that cannot be used."""
     if error.errno == errno.EPIPE:  # who reads has seen enough, as `| head` does
         _forget(sys.stdout)
@@ -119,7 +119,7 @@ def _disk(error: OSError) -> int:
     return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
 
 
-DEVICES = (
+DEVICE_VERBS = (
     "scan",
     "reduce",
     "run",
@@ -158,7 +158,7 @@ LESS = (
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
     Less("a smaller --window", ("eval", "search", "run", "calibrate")),
     Less("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
-    Less("--device cpu", DEVICES, ("--device cpu",), "device"),
+    Less("--device cpu", DEVICE_VERBS, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
 BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "reduce"), ("--device",))
@@ -231,7 +231,7 @@ def _ended(arguments: list[str], held: common.Held) -> int:
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _tell(warnings.showwarning)
             with common.one_verb(held):
-                _run([a for a in arguments if a != "--debug"])
+                _run_verb([a for a in arguments if a != "--debug"])
     except Exception as error:
         if debug:
             raise
@@ -241,7 +241,7 @@ def _ended(arguments: list[str], held: common.Held) -> int:
         if isinstance(error, LaserError):
             return _say(f"laser: {error}", error.exit_code)
         if isinstance(error, OSError):
-            return _disk(error)
+            return _disk_error(error)
         raise
     except SystemExit as end:  # how typer ends: bad usage is 2, an interrupt 130
         if end.code == 130:

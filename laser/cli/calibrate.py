@@ -24,13 +24,13 @@ def calibrate(
     model: options.Model,
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
-    text: options.Windows,
+    text: options.WindowOptions,
     which: options.Matrices,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
     ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
     dtype: options.Dtype = "float32",
     on: options.OneDevice,
-    record: options.Record,
+    record: options.RecordOptions,
 ) -> None:
     """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
 
@@ -77,10 +77,13 @@ def calibrate(
         say(f"{name}: {tokens} tokens seen, fewer than its {min(shapes[name])} dimensions; kept whole unless asked for")
     if len(unseen) > 20:
         say(f"... and {len(unseen) - 20} more")
-    told = moments.calibration
+    stated = moments.calibration
     if short := fewer(cut.text, len(cut.windows), cut.asked):
         say(short)
-    say(f"{told.tokens} tokens of {told.text} (sha256 {told.text_sha256[:12]}) in {seconds:.1f} s, written to {output}")
+    say(
+        f"{stated.tokens} tokens of {stated.text} (sha256 {stated.text_sha256[:12]}) in {seconds:.1f} s, "
+        f"written to {output}"
+    )
 
 
 def _print_moments(moments: Moments, matrices: dict[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -50,7 +50,7 @@ def _which(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-_verb: ContextVar[Held | None] = ContextVar("what this verb holds", default=None)
+_verb_now: ContextVar[Held | None] = ContextVar("what this verb holds", default=None)
 
 
 @contextmanager
@@ -58,34 +58,34 @@ def one_verb(held: Held | None = None) -> Iterator[None]:
     """Around a verb: what it keeps for itself is given back when it ends."""
     held = held or Held()
     with held.stack:
-        token = _verb.set(held)
+        token = _verb_now.set(held)
         try:
             yield
         finally:
-            _verb.reset(token)
+            _verb_now.reset(token)
 
 
 def keep(path: Path) -> None:
     """Nobody else writes `path` until this verb ends. Raises OutputError where somebody is at work on it."""
-    if (held := _verb.get()) is not None:
+    if (held := _verb_now.get()) is not None:
         held.stack.enter_context(claimed(path))
 
 
 def to_write(path: Path) -> None:
     """This verb is to write `path`, which appears by a rename: should it be interrupted, it says whether it did."""
-    if (held := _verb.get()) is not None:
+    if (held := _verb_now.get()) is not None:
         held.files[path] = _which(path)
 
 
 def do_nothing(*options: str) -> None:
     """These options do nothing in this call of the verb: they are not advised."""
-    if (held := _verb.get()) is not None:
+    if (held := _verb_now.get()) is not None:
         held.idle.update(options)
 
 
 def give(words: Sequence[str]) -> None:
     """A recipe gives these words of a command line: what is said of it counts them as given there."""
-    if (held := _verb.get()) is not None:
+    if (held := _verb_now.get()) is not None:
         held.given.extend(words)
 
 
@@ -125,7 +125,7 @@ def print_raw(data: bytes) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Aligned columns, numbers to the right. Plain text: the same in a terminal, a pipe and a README."""
-    cells = [list(headings)] + [[_text(value) for value in row] for row in rows]
+    cells = [list(headings)] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(headings))]
     for row in cells:
@@ -133,7 +133,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         say("  ".join(line).rstrip())
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else visible(value)

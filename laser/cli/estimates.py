@@ -13,7 +13,7 @@ from laser.checkpoint.matrices import PROTECTED, DoubtWarning, Matrix, doubts, l
 from laser.checkpoint.reader import Checkpoint
 from laser.cli import common
 from laser.cli.common import say
-from laser.engine.cost import Estimate, Measuring, Meter, cut_seconds, estimate, forward_seconds
+from laser.engine.cost import Estimate, Measuring, Meter, cut_seconds, estimate_cost, forward_seconds
 from laser.engine.crew import Crew
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import weights_met
@@ -23,7 +23,7 @@ from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.outcome import Outcome
 from laser.search.candidates import Candidate
-from laser.search.foretold import count_passes
+from laser.search.passes import count_passes
 from laser.selection import MAIN, Selection
 from laser.spectral.devices import Device
 
@@ -44,8 +44,8 @@ def print_dry_run(
     measuring: Sequence[Measuring] = (),
 ) -> None:
     matrices = list_matrices(checkpoint)
-    if told := doubts(checkpoint, matrices):
-        warnings.warn(told, DoubtWarning, stacklevel=2)
+    if message := doubts(checkpoint, matrices):
+        warnings.warn(message, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     skipped = chosen.skipped(matrices)
     print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped, measuring)
@@ -53,8 +53,8 @@ def print_dry_run(
         (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
     )
     if kept and not as_json:
-        told = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
-        say(f"left as they are, matrices by role: {told}")
+        message = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
+        say(f"left as they are, matrices by role: {message}")
 
 
 def print_estimate(
@@ -69,10 +69,10 @@ def print_estimate(
     measuring: Sequence[Measuring] = (),
 ) -> None:
     """A row per kind of matrix, what scanning and reducing them would take, and what measuring the model would."""
-    foretold = estimate(checkpoint, matrices, crew, ranks, draws, in_data)
+    estimated = estimate_cost(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
         return common.print_json(
-            asdict(foretold)
+            asdict(estimated)
             | {"device": crew.label, "names": [m.name for m in matrices]}
             | {"skipped": skipped or {}}
             | {each.what: asdict(each) for each in measuring}
@@ -93,10 +93,10 @@ def print_estimate(
     if skipped and len(skipped) > NAMED:
         say(f"and {len(skipped) - NAMED} more are skipped")
     say(
-        f"{len(matrices)} matrices on {crew.label}: about {_duration(foretold.scan_seconds)} to scan, "
-        f"{_duration(foretold.reduce_seconds)} to reduce them all, {foretold.peak_bytes / 1e9:.2f} GB of memory "
-        f"at the peak besides the libraries, {foretold.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
-        f"({foretold.basis})"
+        f"{len(matrices)} matrices on {crew.label}: about {_duration(estimated.scan_seconds)} to scan, "
+        f"{_duration(estimated.reduce_seconds)} to reduce them all, {estimated.peak_bytes / 1e9:.2f} GB of memory "
+        f"at the peak besides the libraries, {estimated.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
+        f"({estimated.basis})"
     )
     for each in measuring:
         say(measuring_line(each))
@@ -129,9 +129,9 @@ def search_measuring(
     dearest = dearest if grid or shortlisted else dearest[: passes.candidates]
     seconds += passes.cuts * cut_seconds(dearest, device) / max(len(dearest), 1)
     held = placed.needs.host + placed.needs.device
-    told = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
+    message = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
     return Measuring(
-        "search", told, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
+        "search", message, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
         seconds, held, placed.stream, basis,
     )  # fmt: skip
 
@@ -169,11 +169,11 @@ def _duration(seconds: float) -> str:
 
 
 def print_outcome(
-    outcome: Outcome, output: Path, meter: Meter, seconds: float | None, foretold: Estimate, as_json: bool
+    outcome: Outcome, output: Path, meter: Meter, seconds: float | None, estimated: Estimate, as_json: bool
 ) -> None:
     """`seconds`: what was estimated for this very work, None where nothing can be, as for a search."""
     if as_json:
-        return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, foretold))
+        return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, estimated))
     common.print_plan(outcome.plan.lines)
     if outcome.plan.edited:
         say("the plan was edited after the rule had made it, and was carried out line by line as it stands")
@@ -189,10 +189,10 @@ def print_outcome(
         more = f" and {more} more" if more > 0 else ""
         say(f"left out, as other copies of weights, parts of them, or links: {named}{more}")
     if seconds is not None:
-        say(meter.against(seconds, foretold))
+        say(meter.against(seconds, estimated))
 
 
-def took(meter: Meter, seconds: float | None, foretold: Estimate) -> dict[str, Any]:
+def took(meter: Meter, seconds: float | None, estimated: Estimate) -> dict[str, Any]:
     """For programs: what it took, and what was estimated."""
-    told = {"seconds": seconds, "peak_bytes": foretold.peak_bytes, "basis": foretold.basis}
-    return {"seconds": meter.seconds, "peak_bytes": meter.peak, "foretold": told}
+    stated = {"seconds": seconds, "peak_bytes": estimated.peak_bytes, "basis": estimated.basis}
+    return {"seconds": meter.seconds, "peak_bytes": meter.peak, "foretold": stated}

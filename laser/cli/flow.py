@@ -16,7 +16,7 @@ from laser.checkpoint.writer import require_run
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
-from laser.engine.cost import Meter, estimate
+from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.pipeline import check_scan, prepare, scan_into
 from laser.pipeline import reduce as reduce_checkpoint
@@ -32,10 +32,10 @@ def scan(
     *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
     which: options.Matrices,
-    compute: options.Compute,
+    compute: options.ComputeOptions,
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     moments: options.Inputs,
-    work: options.Work,
+    work: options.WorkOptions,
 ) -> None:
     """Measure the singular values of every selected matrix and write them to one small file.
 
@@ -54,7 +54,7 @@ def scan(
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
     work.claim(output, "spectra")
     matrices = chosen_of(list_matrices(checkpoint), selected)
-    foretold, meter = estimate(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
+    estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
         spectra = scan_into(
             output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=work.force
@@ -67,26 +67,26 @@ def scan(
                 "scanned": len(spectra.values),
                 "skipped": {name: asdict(why) for name, why in spectra.skipped.items()},
                 "device": spectra.device,
-                **took(meter, foretold.scan_seconds, foretold),
+                **took(meter, estimated.scan_seconds, estimated),
             }
         )
     _print_spectra(spectra)
     say(f"{len(spectra.values)} matrices in {meter.seconds:.1f} s on {spectra.device}, written to {output}")
-    say(meter.against(foretold.scan_seconds, foretold))
+    say(meter.against(estimated.scan_seconds, estimated))
 
 
 def plan(
-    spectra: options.Spectra,
+    spectra: options.SpectraFile,
     *,
     output: options.Output,
-    how: options.Rule,
+    how: options.RuleOptions,
     lowest: options.Lowest,
     fewest_tokens: Annotated[
         int | None,
         typer.Option("--fewest-tokens", help="Keep a matrix that saw fewer inputs; default: its smaller side."),
     ] = None,
     which: options.Matrices,
-    record: options.Record,
+    record: options.RecordOptions,
 ) -> None:
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
     if how.rule is None:
@@ -114,7 +114,7 @@ def reduce(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
     *,
     output: options.Output,
-    compute: options.Compute,
+    compute: options.ComputeOptions,
     moments: options.Inputs,
     fresh: Annotated[
         Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
@@ -140,7 +140,7 @@ def reduce(
         if work.resume:
             require_run(written, place, asked)
         return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
-    foretold, meter = estimate(checkpoint, touched, crew, ranks), Meter()
+    estimated, meter = estimate_cost(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:
         outcome = reduce_checkpoint(
             checkpoint,
@@ -157,7 +157,7 @@ def reduce(
             tick=bar,
             on_check=check,
         )
-    print_outcome(outcome, output, meter, foretold.reduce_seconds, foretold, work.as_json)
+    print_outcome(outcome, output, meter, estimated.reduce_seconds, estimated, work.as_json)
 
 
 def verify(
@@ -166,13 +166,13 @@ def verify(
     *,
     where: options.OneDevice,
     moments: options.Inputs,
-    told: options.Json,
+    stated: options.Json,
 ) -> None:
     """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
     checkpoint = open_checkpoint(model)
     with common.Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
-    if told.as_json:
+    if stated.as_json:
         common.print_json(asdict(found))
     else:
         for problem in found.problems:

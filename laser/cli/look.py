@@ -29,7 +29,7 @@ def null(
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
     which: options.Matrices,
     on: options.Precise,
-    told: options.Json,
+    stated: options.Json,
 ) -> None:
     """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
     tested = [part for part in rules.split(",") if part]
@@ -48,7 +48,7 @@ def null(
             device=where,
             tick=bar,
         )
-    if told.as_json:
+    if stated.as_json:
         return common.print_raw(test.to_json())
     headings = ["rule", "role", "matrices", "mean kept", "most", "share kept"]
     headings += ["in the model", "share"] if spectra else []
@@ -63,7 +63,7 @@ def null(
 
 
 def spectra(
-    spectra: options.Spectra,
+    spectra: options.SpectraFile,
     *,
     rule: Annotated[
         str | None,
@@ -76,7 +76,7 @@ def spectra(
     ] = None,
     top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
     which: options.Matrices,
-    file: options.Record,
+    file: options.RecordOptions,
 ) -> None:
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
     chosen = which.selection()
@@ -107,7 +107,7 @@ def spectra(
 
 
 def plot(
-    spectra: options.Spectra,
+    spectra: options.SpectraFile,
     *,
     output: options.Output,
     matrix: Annotated[
@@ -143,7 +143,7 @@ def plot(
 
 
 def report(
-    spectra: options.Spectra,
+    spectra: options.SpectraFile,
     *,
     output: options.Output,
     rule: options.ShownRule = "mp-edge",
@@ -156,7 +156,7 @@ def report(
     file.claim(output)
     record = Spectra.load(spectra)
     summary = summarise(record, rule, chosen)
-    text = page.render(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
+    text = page.render_page(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())
     say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
 

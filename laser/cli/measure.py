@@ -26,7 +26,7 @@ def eval(
     other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
     *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
-    text: options.Windows,
+    text: options.WindowOptions,
     mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
@@ -34,7 +34,7 @@ def eval(
     stream: options.Stream = None,
     dtype: options.Dtype = "float32",
     on: options.OneDevice,
-    record: options.Record,
+    record: options.RecordOptions,
 ) -> None:
     """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
     if output is not None:
@@ -81,7 +81,7 @@ def eval(
         records[0].save(output)
     compared = difference(records[0], records[1]) if len(records) == 2 else None
     if record.as_json:
-        document: dict[str, Any] = {"evaluations": [_document(r) for r in records]}
+        document: dict[str, Any] = {"evaluations": [_eval_document(r) for r in records]}
         return common.print_json(document | ({"difference": asdict(compared)} if compared else {}))
     common.print_table(
         ("model", "perplexity", "±", "nats per token", "±", "bits per byte", "tokens", "windows"),
@@ -107,8 +107,8 @@ def eval(
     first = records[0]
     bos = "with BOS" if first.bos else "without BOS"
     say(f"{first.text} (sha256 {first.text_sha256[:12]}), {first.mode} of {first.window} tokens {bos}, {first.dtype}")
-    if told := fewer(first.text, first.windows, first.asked):
-        say(told)
+    if message := fewer(first.text, first.windows, first.asked):
+        say(message)
     if output is not None:
         say(f"written to {output}")
 
@@ -120,7 +120,7 @@ def fewer(text: str, found: int, asked: int | None, what: str = "windows") -> st
     return f"only {found} of the {asked} {what} that were asked for: {text} has no more"
 
 
-def _document(record: Perplexity) -> dict[str, Any]:
+def _eval_document(record: Perplexity) -> dict[str, Any]:
     perplexity = record.perplexity if record.nll < 709 else None  # strict JSON has no infinity
     return asdict(record) | {"perplexity": perplexity, "bits_per_byte": record.bits_per_byte}
 

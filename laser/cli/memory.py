@@ -16,7 +16,7 @@ from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import Needs, layered_needs, longest, whole_needs
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, NeedsOf, Placement, place, refusal, smaller_windows
-from laser.evaluation.streaming import DTYPES, LayeredModel
+from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel
 from laser.evaluation.text import Window
 from laser.spectral.devices import HOST, Device, choose_device, free_bytes
 
@@ -51,11 +51,11 @@ def cannot_stream(
 def _of_eval(
     checkpoint: Checkpoint, windows: Sequence[Window], device: Device, dtype: str, stream: bool | None
 ) -> tuple[Asked, NeedsOf]:
-    if dtype not in DTYPES:
-        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(MODEL_DTYPES)}")
 
     def needs_of(asked: Asked) -> Needs:
-        kind = DTYPES[asked.dtype]
+        kind = MODEL_DTYPES[asked.dtype]
         if asked.stream:
             return layered_needs(_built(checkpoint, asked.dtype), asked.torch_device, asked.tokens, False)
         return whole_needs(checkpoint, build_causal(checkpoint, kind), kind, asked.torch_device, asked.tokens)
@@ -119,17 +119,17 @@ def for_run_leaderboard(checkpoint: Checkpoint, device: Device, *, needed: bool)
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """What transformers makes of dtype "auto": what config.json says, else what the first tensor is stored in."""
     for section in (checkpoint.config, checkpoint.config.get("text_config")):
-        told = isinstance(section, dict) and (section.get("dtype") or section.get("torch_dtype"))
-        if isinstance(told, str) and told.removeprefix("torch.") in ("float32", "bfloat16", "float16"):
-            return told.removeprefix("torch.")
+        stated = isinstance(section, dict) and (section.get("dtype") or section.get("torch_dtype"))
+        if isinstance(stated, str) and stated.removeprefix("torch.") in ("float32", "bfloat16", "float16"):
+            return stated.removeprefix("torch.")
     stored = {"F32": "float32", "F16": "float16", "F64": "float64"}
     return next((stored.get(t.dtype, "bfloat16") for t in checkpoint.tensors.values() if t.dtype[0] in "BF"), "float32")
 
 
 def said(placement: Placement) -> Placement:
     """The same; what memory decided is a line on stderr."""
-    if placement.told:
-        say(f"laser: {placement.told}", aside=True)
+    if placement.stated:
+        say(f"laser: {placement.stated}", aside=True)
     return placement
 
 

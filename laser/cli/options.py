@@ -79,11 +79,11 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 # --- arguments, and options that stand alone --------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
-Spectra = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
+SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
-DEVICES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
+DEVICE_NAMES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
@@ -109,7 +109,7 @@ class Matrices:
 class OneDevice:
     """Where a verb computes that takes one device."""
 
-    device: str = option("auto", f"{DEVICES}.")
+    device: str = option("auto", f"{DEVICE_NAMES}.")
 
     def choose(self) -> Device:
         return choose_device(self.device)
@@ -126,10 +126,10 @@ class Precise(OneDevice):
 
 
 @dataclass(frozen=True)
-class Compute(Precise):
+class ComputeOptions(Precise):
     """Where and how a verb computes that visits matrix after matrix, on all the devices that it is given."""
 
-    device: str = option("auto", f"{DEVICES}; several: cuda:0,cuda:1, or all, two workers each.")
+    device: str = option("auto", f"{DEVICE_NAMES}; several: cuda:0,cuda:1, or all, two workers each.")
     workers: int | None = option(None, "On the cpu, one thread each; default: as cores and memory allow.")
     engine: str = option("threads", "threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
     method: str = option("auto", "auto, gram (fast), projector (products alone) or svd (reference).")
@@ -155,7 +155,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Rule:
+class RuleOptions:
     """By which rule a matrix is cut, and how."""
 
     rule: str | None = option(
@@ -199,7 +199,7 @@ class Trials:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextOptions:
     """What is read to measure a model on, in windows of how many tokens."""
 
     text: Path | None = option(None, "A .txt, .jsonl or .json file; default: Python's pydoc topics.")
@@ -215,7 +215,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Windows(Dataset, Text):
+class WindowOptions(Dataset, TextOptions):
     """One text, and its windows from the front."""
 
     windows: int = option(32, "How many windows, from the front; 0: all.")
@@ -233,7 +233,7 @@ class Windows(Dataset, Text):
 
 
 @dataclass(frozen=True)
-class SearchText(Text):
+class SearchText(TextOptions):
     """The text that a search calibrates on, and what it reports on."""
 
     held_out: Path | None = option(None, "Text to report on; default: what follows the calibration.")
@@ -306,12 +306,12 @@ class Resume:
 
 # A dataclass has the fields of its last base first, and so they stand in the help.
 @dataclass(frozen=True)
-class Record(Json, Force):
+class RecordOptions(Json, Force):
     """Of a verb that writes a file."""
 
 
 @dataclass(frozen=True)
-class Work(Json, DryRun, Force):
+class WorkOptions(Json, DryRun, Force):
     """Of a verb that writes a file and works for long."""
 
 

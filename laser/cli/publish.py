@@ -20,8 +20,8 @@ from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, requi
 from laser.files import tidy_up, unfinished
 from laser.outcome import Outcome
 from laser.records import agree, fingerprint_in
-from laser.report.comparison import Row, leaderboard_rows
-from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE, require_shards, write_card
+from laser.report.comparison import ComparisonRow, leaderboard_rows
+from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE_FILE, require_shards, write_card
 
 
 def leaderboard(
@@ -35,7 +35,7 @@ def leaderboard(
     on: options.OneDevice,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
-    work: options.Work,
+    work: options.WorkOptions,
 ) -> None:
     """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
 
@@ -62,15 +62,15 @@ def leaderboard(
     workload = require_leaderboard(checkpoint, **request, counted=work.dry_run)
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     if workload is not None:
-        told = board_measuring(checkpoint, workload, placed, where, models=1)
-        return common.print_json({told.what: asdict(told)}) if work.as_json else say(measuring_line(told))
+        stated = board_measuring(checkpoint, workload, placed, where, models=1)
+        return common.print_json({stated.what: asdict(stated)}) if work.as_json else say(measuring_line(stated))
     board = _measure_tasks(
         checkpoint, output, where.name, **request, dtype=dtype, batch_size=batch_size, anew=work.force
     )
     compared = _against_source(checkpoint, output, board)
     if work.as_json:
         against = {"against_source": [asdict(row) for row in compared]} if compared else {}
-        common.print_json(_document(board) | against | {"output": str(output)})
+        common.print_json(_board_document(board) | against | {"output": str(output)})
         return
     common.print_table(
         ("task", "metric", "shots", "rows", "value", "standard error"),
@@ -90,7 +90,7 @@ def leaderboard(
     say(f"written to {output}")
 
 
-def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[Row]:
+def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) -> list[ComparisonRow]:
     """The lines that the card will have, where the record of an output's source lies beside that of the output."""
     source = checkpoint.path / LEADERBOARD_SOURCE
     if output.resolve() != (checkpoint.path / LEADERBOARD).resolve() or not source.is_file():
@@ -115,7 +115,7 @@ def leaderboards(checkpoint: Checkpoint, out: Path, name: str, device: str, requ
     if Outcome.load(out).plan.reductions:
         _measure_tasks(result, out / LEADERBOARD, device, **request, name=name, again=True)
     else:
-        weights = result.fingerprint.told()
+        weights = result.fingerprint.stated()
         replace(board, model=name, identity=result.identity, weights=weights).save(out / LEADERBOARD)
 
 
@@ -170,14 +170,14 @@ def push(
     revision: Annotated[
         str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
     ] = None,
-    told: options.Json,
+    stated: options.Json,
 ) -> None:
     """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
 
     It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
     """
     pushed = push_directory(output, repo, private=private, revision=revision)
-    if told.as_json:
+    if stated.as_json:
         return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
     for names, what in (
         (pushed.replaced, "replaced on the Hub"),
@@ -202,14 +202,14 @@ def card(
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
-    file: options.Record,
+    file: options.RecordOptions,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT.
 
     In OUT/laser it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
     leaderboard.json (laser leaderboard -o): what was measured of the source, and of OUT.
     """
-    for record in (SOURCE, CARD):
+    for record in (SOURCE_FILE, CARD):
         common.to_write(output / record)
     with common.Checking() as check:
         require_shards(output, check)
@@ -226,7 +226,7 @@ def card(
     say(f"written to {written}")
 
 
-def _document(board: Leaderboard) -> dict[str, object]:
+def _board_document(board: Leaderboard) -> dict[str, object]:
     """The record without its rows, which are for pairing and not for reading."""
     scores = [
         {key: getattr(s, key) for key in ("task", "metric", "value", "stderr", "n", "shots", "undefined")}

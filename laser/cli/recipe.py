@@ -46,13 +46,13 @@ def follow(ctx: typer.Context, recipe: str | None) -> str | None:
         option = options[flag]
         kinds = _kinds(declared[option.name].annotation)
         if not any(_is(value, kind) for kind in kinds):
-            expected = " or ".join(_word(kind) for kind in kinds)
+            expected = " or ".join(_kind_word(kind) for kind in kinds)
             raise UsageError(f"recipe {recipe}: {flag} is {named(value)}, expected {expected}; mend the line")
         try:
             option.process_value(ctx, value)  # as click does it with what a default map holds
         except typer.BadParameter as error:
-            told = first_line(error)
-            raise UsageError(f"recipe {recipe}: {flag} is {named(value)} ({told}); mend the line") from error
+            message = first_line(error)
+            raise UsageError(f"recipe {recipe}: {flag} is {named(value)} ({message}); mend the line") from error
         ctx.default_map[option.name] = value
         common.give(option.secondary_opts if value is False else [f"--{flag}", str(value)])
     return recipe
@@ -60,8 +60,8 @@ def follow(ctx: typer.Context, recipe: str | None) -> str | None:
 
 def _kinds(annotation: Any) -> list[Any]:
     """The kinds of value that an option has in a recipe: its own, or those that `options.option` names for recipes."""
-    own, *told = get_args(annotation)
-    kinds = next((each for each in told if each is not None and not isinstance(each, OptionInfo)), own)
+    own, *stated = get_args(annotation)
+    kinds = next((each for each in stated if each is not None and not isinstance(each, OptionInfo)), own)
     several = (kinds,) if get_origin(kinds) in (None, list, Literal) else get_args(kinds)
     return [kind for kind in several if kind is not NoneType]
 
@@ -76,11 +76,11 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) is kind and not (kind is float and not math.isfinite(value))  # True is an int to isinstance
 
 
-def _word(kind: Any) -> str:
+def _kind_word(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is list:
-        return f"a list of {_word(get_args(kind)[0])}"
+        return f"a list of {_kind_word(get_args(kind)[0])}"
     return "str" if kind is Path else kind.__name__
 
 

@@ -19,7 +19,7 @@ from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print
 from laser.cli.publish import leaderboards
 from laser.cli.recipe import follow, packaged
 from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
-from laser.engine.cost import Measuring, Meter, estimate
+from laser.engine.cost import Measuring, Meter, estimate_cost
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
@@ -30,8 +30,8 @@ from laser.flow import require_same_run
 from laser.flow import run as run_flow
 from laser.pipeline import records_of
 from laser.plan import Plan, Treatment, make_plan
-from laser.report.publish import SEARCH, write_card
-from laser.search.foretold import possible_candidates
+from laser.report.publish import SEARCH_FILE, write_card
+from laser.search.passes import possible_candidates
 from laser.search.search import SearchRecord, check_objectives, check_request, require_journal
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -48,7 +48,7 @@ def run(
             "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
         ),
     ] = None,
-    how: options.Rule,
+    how: options.RuleOptions,
     moments: options.Inputs,
     lowest: options.Lowest,
     which: options.Matrices,
@@ -62,7 +62,7 @@ def run(
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
     rows: options.Rows,
-    compute: options.Compute,
+    compute: options.ComputeOptions,
     work: options.Directory,
 ) -> None:
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
@@ -116,7 +116,7 @@ def run(
         workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
+        measure = _search_measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -137,7 +137,9 @@ def run(
                 require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
-            measuring.append(search_measuring(*measure.told, matrices, found, here(), tried=count, order=trials.order))
+            measuring.append(
+                search_measuring(*measure.stated, matrices, found, here(), tried=count, order=trials.order)
+            )
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
         return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
@@ -150,16 +152,16 @@ def run(
             selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
             journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
-        SearchRecord.of(result).save(place / SEARCH)
+        SearchRecord.of(result).save(place / SEARCH_FILE)
         if not work.as_json:
             print_search(result)
         return result.plan
 
-    foretold, meter = estimate(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
-    seconds = None if searching else foretold.visit_seconds
+    estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
+    seconds = None if searching else estimated.visit_seconds
     if (count or known) and seconds is not None:
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
-        seconds = foretold.scan_seconds + foretold.reduce_seconds * share
+        seconds = estimated.scan_seconds + estimated.reduce_seconds * share
     with (
         common.Progress("scan", matrices) as scanned,
         common.Progress("reduce", matrices) as reduced,
@@ -174,16 +176,16 @@ def run(
             **of_run,
             resume=True,
             name=output.resolve().name,
-            command=_command(checkpoint, output),
+            command=_run_command(checkpoint, output),
             on_scan=scanned,
             on_reduce=reduced,
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            command = (_command(checkpoint, output),)
+            command = (_run_command(checkpoint, output),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
-    print_outcome(result.outcome, output, meter, seconds if board is None else None, foretold, work.as_json)
+    print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,11 @@ class _Measure:
     reported: Sequence[Objective]
 
     @property
-    def told(self) -> tuple[LayeredModel, Placement, Objective, Sequence[Objective]]:
+    def stated(self) -> tuple[LayeredModel, Placement, Objective, Sequence[Objective]]:
         return self.model, self.placed, self.calibration, self.reported
 
 
-def _measure(
+def _search_measure(
     checkpoint: Checkpoint,
     text: Text,
     held_out: Text | None,
@@ -218,7 +220,7 @@ def _measure(
     return _Measure(layered, placed, calibration, reported)
 
 
-def _command(checkpoint: Checkpoint, output: Path) -> str:
+def _run_command(checkpoint: Checkpoint, output: Path) -> str:
     """The command line that makes the output: as it was given, without folders of this machine.
 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an

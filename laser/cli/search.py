@@ -25,7 +25,7 @@ from laser.evaluation.text import Text, check_cut, cut_windows, load_tokenizer
 from laser.files import real
 from laser.pipeline import scan_into, tidy_spectra
 from laser.search.candidates import candidates_of
-from laser.search.foretold import possible_candidates
+from laser.search.passes import possible_candidates
 from laser.search.search import (
     Report,
     SearchRecord,
@@ -76,7 +76,7 @@ def search(
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
     ] = None,
-    work: options.Work,
+    work: options.WorkOptions,
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
 
@@ -128,11 +128,11 @@ def search(
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
             found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
-        told = search_measuring(
+        stated = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
             tried=tried, order=trials.order, grid=asked["grid"], shortlisted=shortlist is not None,
         )  # fmt: skip
-        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [told])
+        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [stated])
     if measured is None:
         with common.Progress("scan", matrices) as bar:
             measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
@@ -185,7 +185,7 @@ def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
 
         def tick(trial: Trial, to_come: int) -> None:
             bar.total = bar.n + 1 + to_come
-            bar.set_postfix_str(f"{trial.label} {trial.told()} {'kept' if trial.accepted else ''}", refresh=False)
+            bar.set_postfix_str(f"{trial.label} {trial.stated()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
         try:
@@ -269,7 +269,7 @@ def print_search(result: SearchResult) -> None:
     for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):
         # What was selected on a text is no news of that text.
         verdict = f": {report.verdict}" if what == "held out" and report.verdict else ""
-        say(f"{what}: {_told(report)}{verdict}")
+        say(f"{what}: {_report_line(report)}{verdict}")
         if short := fewer(report.text, report.units, report.asked, report.unit_name):
             say(short)
     if result.rank_correlation is not None:
@@ -282,7 +282,7 @@ def print_search(result: SearchResult) -> None:
         say("nothing was kept: no reduction that was tried makes this model better")
 
 
-def _told(report: Report) -> str:
+def _report_line(report: Report) -> str:
     before, after, d = (digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
     return (
         f"{report.objective} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} before, "

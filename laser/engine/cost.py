@@ -59,7 +59,7 @@ class Estimate:
     basis: str
 
 
-def estimate(
+def estimate_cost(
     checkpoint: Checkpoint,
     matrices: Sequence[Matrix],
     crew: Crew,
@@ -76,7 +76,7 @@ def estimate(
     """
     probe, basis = constants(crew)
     host = crew.devices[0].host_blas
-    staff = len(crew.staff(matrices)) if host else len(crew.devices)
+    pool = len(crew.pool(matrices)) if host else len(crew.devices)
     factorised = [m for m in matrices if m.is_matrix]
     shapes = [(m, m.shape[0], m.shape[1]) for m in factorised]
     size = {m.name: m.parameters * BITS[m.dtype] / 8 for m in factorised}
@@ -92,11 +92,10 @@ def estimate(
     copying = disk / probe.disk_read + disk / probe.disk_write if probe.disk_read and probe.disk_write else 0.0
     return Estimate(
         len(matrices),
-        max(_spread(map(sum, zip(values, nulls, strict=True)), staff), reading),
-        max(_spread(cuts, staff), copying),
-        max(_spread(map(sum, zip(cuts, nulls, strict=True)), staff), copying),  # the values come with the vectors
-        peak_bytes(matrices, crew)
-        + in_data * staff * max((8 * _metric_entries(m, n) for _, m, n in shapes), default=0),
+        max(_spread(map(sum, zip(values, nulls, strict=True)), pool), reading),
+        max(_spread(cuts, pool), copying),
+        max(_spread(map(sum, zip(cuts, nulls, strict=True)), pool), copying),  # the values come with the vectors
+        peak_bytes(matrices, crew) + in_data * pool * max((8 * _metric_entries(m, n) for _, m, n in shapes), default=0),
         disk,
         basis,
     )
@@ -121,10 +120,10 @@ def _metric_entries(m: int, n: int) -> int:
     return 2 * m * n + 4 * min(n, 4096) ** 2
 
 
-def _spread(seconds: Iterable[float], staff: int) -> float:
-    """Seconds of a queue, most expensive first, that `staff` workers take from."""
+def _spread(seconds: Iterable[float], pool: int) -> float:
+    """Seconds of a queue, most expensive first, that `pool` workers take from."""
     every = list(seconds)
-    return max(sum(every) / staff, max(every, default=0.0))
+    return max(sum(every) / pool, max(every, default=0.0))
 
 
 @dataclass(frozen=True)
@@ -194,11 +193,11 @@ class Meter:
         high = resident_bytes(peak=True)
         return None if high is None or self.resident is None else max(high - self.resident, 0)
 
-    def against(self, seconds: float, foretold: Estimate) -> str:
+    def against(self, seconds: float, estimated: Estimate) -> str:
         """One line: estimated and real."""
         peak = self.peak
         memory = "" if peak is None else f" and {peak / 1e9:.2f} GB"
         return (
-            f"estimated {seconds:.1f} s and {foretold.peak_bytes / 1e9:.2f} GB ({foretold.basis}), "
+            f"estimated {seconds:.1f} s and {estimated.peak_bytes / 1e9:.2f} GB ({estimated.basis}), "
             f"took {self.seconds:.1f} s{memory}"
         )

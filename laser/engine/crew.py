@@ -50,7 +50,7 @@ class Crew:
         name, dtype = self.devices[0].label.split(" ", 1)
         return f"{name.partition(':')[0]} {dtype}"
 
-    def staff(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
+    def pool(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
         """A device per worker for these matrices. On the host never more workers than matrices."""
         first = self.devices[0]
         if not first.host_blas:
@@ -64,7 +64,7 @@ class Crew:
         return (first,) * max(1, min(room, len(matrices)))
 
 
-def dearest_first(matrices: Sequence[Matrix]) -> list[Matrix]:
+def most_expensive_first(matrices: Sequence[Matrix]) -> list[Matrix]:
     """Most expensive first, by m * n * min(m, n), so that no large matrix is left to one worker at the end."""
     return sorted(matrices, key=lambda m: -m.cost)
 
@@ -119,4 +119,4 @@ def worker_bytes(matrices: Sequence[Matrix], device: Device) -> int:
 
 def peak_bytes(matrices: Sequence[Matrix], crew: Crew) -> int:
     """The bound of a scan or reduction on the host, besides the libraries: every worker, two ahead and two behind."""
-    return len(crew.staff(matrices)) * worker_bytes(matrices, crew.devices[0]) + 4 * storage_bytes(matrices)
+    return len(crew.pool(matrices)) * worker_bytes(matrices, crew.devices[0]) + 4 * storage_bytes(matrices)

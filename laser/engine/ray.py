@@ -30,7 +30,7 @@ GROUP = {"cpu": 2e9, "cuda": 2e11}
 GROUP_BYTES = 256 << 20  # of results that come back at once
 RETRIES = 5  # Ray's own, for each task, where a node or a worker is lost
 IN_FLIGHT = 2  # tasks per slot
-TRIES = 2  # of connecting from outside: now and then the server that Ray starts for a client ends as it begins
+CONNECT_TRIES = 2  # of connecting from outside: now and then the server that Ray starts for a client ends as it begins
 # Of a GPU per task: two share one, and while one of them reads and copies, the other computes.
 SHARE = 0.5
 
@@ -87,7 +87,7 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
                 if isinstance(results[0], _Failed):
                     raise results[0].error
                 matrix, result, seconds = results.pop(0)
-                yield matrix, unpack(result), seconds
+                yield matrix, from_bytes(result), seconds
                 del result
     finally:
         for reference in pending:
@@ -141,7 +141,7 @@ def connect(engine: str) -> Any:
         try:
             ray.init(address=engine if "://" in engine else None, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionAbortedError as error:  # it answers, but the server that it starts for each client did not
-            if tries < TRIES:
+            if tries < CONNECT_TRIES:
                 continue
             cause = str(error).strip().splitlines()[-1:]  # of the traceback on that side
             raise UsageError(
@@ -182,9 +182,9 @@ def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: De
     with quiet(device):
         for matrix in group:
             try:
-                W = checkpoint.read(matrix.tensor, matrix.cut)
+                W = checkpoint.read(matrix.tensor, matrix.part)
                 matrix, result, seconds = do(work, matrix, W, device)
-                done.append((matrix, pack(result), seconds))
+                done.append((matrix, to_bytes(result), seconds))
             except LaserError as error:
                 done.append(_Failed(error))
             except (MemoryError, RuntimeError, OSError) as error:
@@ -203,10 +203,10 @@ def _portable(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def pack(result: Any) -> Any:
+def to_bytes(result: Any) -> Any:
     """Tensors of a result as plain bytes; pickling a tensor would copy it."""
     if isinstance(result, tuple):
-        parts = [pack(part) for part in result]
+        parts = [to_bytes(part) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # a named one stays so
     if isinstance(result, torch.Tensor):
         whole = result.contiguous()
@@ -214,10 +214,10 @@ def pack(result: Any) -> Any:
     return result
 
 
-def unpack(result: Any) -> Any:
+def from_bytes(result: Any) -> Any:
     """The result as it was; tensors share their bytes with Ray's object store, so they are for reading only."""
     if isinstance(result, tuple):
-        parts = [unpack(part) for part in result]
+        parts = [from_bytes(part) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     if isinstance(result, _Plain):
         with warnings.catch_warnings():  # that nobody may write to it: nobody does

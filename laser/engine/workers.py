@@ -53,14 +53,14 @@ def choose_crew(
 
         chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
     if len({found.dtype for found in chosen}) != 1:
-        told = ", ".join(found.label for found in chosen)
-        raise UsageError(f"found {told}, expected one precision on all devices; try --precision float32")
+        message = ", ".join(found.label for found in chosen)
+        raise UsageError(f"found {message}, expected one precision on all devices; try --precision float32")
     if workers is not None and not chosen[0].host_blas:
         raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --device cpu, or without --workers")
     return Crew(chosen, workers, engine)
 
 
-def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
+def visit_all(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
     """Every matrix with what `work` made of it and the seconds that took, in the order in which they are finished.
 
     They are begun in the order given. The first exception of a reader or worker is raised here, once all have
@@ -72,8 +72,8 @@ def visit(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], cre
 
         yield from visit_on_ray(checkpoint, matrices, work, crew)
     elif matrices:
-        staff = crew.staff(matrices)
-        yield from _visit_here(checkpoint, matrices, work, [shared(device, staff.count(device)) for device in staff])
+        pool = crew.pool(matrices)
+        yield from _visit_here(checkpoint, matrices, work, [shared(device, pool.count(device)) for device in pool])
 
 
 class _GivenUp(Exception):
@@ -109,17 +109,15 @@ class _Pipe(Generic[T]):
         raise _GivenUp
 
 
-def _visit_here(
-    checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], staff: Sequence[Device]
-) -> Visits[T]:
+def _visit_here(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], pool: Sequence[Device]) -> Visits[T]:
     stop = Event()
     todo: _Pipe[tuple[Matrix, torch.Tensor] | None] = _Pipe(stop)
     done: _Pipe[tuple[Matrix, T, float] | _Failure | None] = _Pipe(stop)
 
     def read() -> None:
         for matrix in matrices:
-            todo.put((matrix, checkpoint.read(matrix.tensor, matrix.cut)))
-        for _ in staff:
+            todo.put((matrix, checkpoint.read(matrix.tensor, matrix.part)))
+        for _ in pool:
             todo.put(None)
 
     def compute(device: Device) -> None:
@@ -142,12 +140,12 @@ def _visit_here(
                 pass
 
     threads = [Thread(target=guarded, args=(read,), name="laser reader")]
-    threads += [Thread(target=guarded, args=(compute, device), name=f"laser {device.name}") for device in staff]
-    with quiet(staff[0]):
+    threads += [Thread(target=guarded, args=(compute, device), name=f"laser {device.name}") for device in pool]
+    with quiet(pool[0]):
         try:
             for thread in threads:
                 thread.start()
-            working = len(staff)
+            working = len(pool)
             while working:
                 item = done.get()
                 if isinstance(item, _Failure):

@@ -30,7 +30,7 @@ COMPUTED = re.compile(r"rotary_emb\.|inv_freq|position_ids$|masked_bias$|attn\.b
 # As many tokens as a model is tried on before it is measured.
 PROBE = 16
 # Of a loss; what float arithmetic in another order makes of it is far below.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+LEAK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 # What rounding moves earlier logits by, relative to what the last token moves its own.
 LEAK = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -81,13 +81,13 @@ MOST_EXPERTS = 1 << 16  # of a layer; the most of any model so far are some hund
 
 def _require_possible(checkpoint: Checkpoint, config: Any) -> None:
     """Raises CheckpointError for more layers than there are tensors: making modules for them would take for ever."""
-    told = {**config.to_dict(), **config.get_text_config().to_dict()}
+    stated = {**config.to_dict(), **config.get_text_config().to_dict()}
     most = {"num_hidden_layers": len(checkpoint.tensors)}
     most |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), MOST_EXPERTS)
     for key, limit in most.items():
-        if isinstance(told.get(key), int) and told[key] > limit:
+        if isinstance(stated.get(key), int) and stated[key] > limit:
             raise CheckpointError(
-                f"{checkpoint.name}/config.json: {key} is {told[key]}, expected at most {limit} beside "
+                f"{checkpoint.name}/config.json: {key} is {stated[key]}, expected at most {limit} beside "
                 f"{len(checkpoint.tensors)} tensors; download it again"
             )
 
@@ -219,10 +219,10 @@ def check_causal(checkpoint: Checkpoint, before: torch.Tensor, after: torch.Tens
         )
 
 
-def same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+def same_logits(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two vectors of losses are equal but for the rounding of `dtype`; neither finite counts as equal."""
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return False
-    return bool(((a - b).abs() <= TOLERANCE[dtype] * (1 + a.abs()))[finite].all())
+    return bool(((a - b).abs() <= LEAK_TOLERANCE[dtype] * (1 + a.abs()))[finite].all())

@@ -14,8 +14,8 @@ from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored
 from laser.evaluation.causal import build_causal, check_causal, check_windows, probes, say_unused
 from laser.evaluation.layout import no_weights_for, running
-from laser.evaluation.perplexity import Perplexity, record_of
-from laser.evaluation.streaming import DTYPES, LayeredModel, require_dtype, token_losses
+from laser.evaluation.perplexity import Perplexity, record_of_losses
+from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel, require_dtype, token_losses
 from laser.evaluation.text import Window, Windows
 
 
@@ -38,7 +38,7 @@ def evaluate(
     weights that are missing, NumericalError for a loss that is not finite.
     """
     check_vocabulary(checkpoint, windows)
-    weights = checkpoint.fingerprint.told()
+    weights = checkpoint.fingerprint.stated()
     if stream:
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
         sums = model.losses(windows.windows, tick).sums
@@ -48,8 +48,8 @@ def evaluate(
         with running(checkpoint, "try another --window, or --dtype"):
             sums = whole_losses(whole, windows, tick)
     require_unchanged(checkpoint)
-    told = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}
-    return record_of(windows, sums, **told, dtype=dtype, device=str(device))
+    stated = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}
+    return record_of_losses(windows, sums, **stated, dtype=dtype, device=str(device))
 
 
 def check_evaluation(checkpoint: Checkpoint, windows: Windows) -> None:
@@ -61,8 +61,8 @@ def check_evaluation(checkpoint: Checkpoint, windows: Windows) -> None:
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
     """Raises UsageError for a token id that the embedding has no row for, before any weight is read."""
     embedding, text = checkpoint.tensors.get("model.embed_tokens.weight"), checkpoint.config.get("text_config")
-    told = text if isinstance(text, dict) and "vocab_size" not in checkpoint.config else checkpoint.config
-    rows = embedding.shape[0] if embedding else told.get("vocab_size")
+    stated = text if isinstance(text, dict) and "vocab_size" not in checkpoint.config else checkpoint.config
+    rows = embedding.shape[0] if embedding else stated.get("vocab_size")
     highest = max(int(w.tokens.max()) for w in windows.windows)
     if isinstance(rows, int) and highest >= rows:
         raise UsageError(
@@ -85,7 +85,7 @@ def load_whole(checkpoint: Checkpoint, dtype: str) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.path),
-            dtype=DTYPES[dtype],
+            dtype=MODEL_DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -120,7 +120,7 @@ def check_whole(checkpoint: Checkpoint, model: Any, windows: Sequence[Window], d
     _, second, changed = probes(windows)
     with running(checkpoint, "try another --dtype"), torch.inference_mode():
         before, after = (_logits(model, tokens) for tokens in (second, changed))
-    check_causal(checkpoint, before, after, DTYPES[dtype])
+    check_causal(checkpoint, before, after, MODEL_DTYPES[dtype])
 
 
 def whole_losses(model: Any, windows: Windows, tick: Callable[[], None] = lambda: None) -> list[float]:

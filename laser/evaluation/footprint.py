@@ -19,11 +19,11 @@ from laser.evaluation.layout import decoder_of, keep_dtypes, sources_of
 from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
-MARGIN, LEAST = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
+MARGIN, LEAST_SPACE = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
 # How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
 # STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).
-PLAIN, STACKED = 4.0, 2.5
+PLAIN_LOGITS, STACKED_COPIES = 4.0, 2.5
 SCORES, SCAN = 3, 3  # arrays of attention's scores where they are made at all; of states of a scan (GPT-OSS, Mamba)
 SAVED = 3  # times as many that a backward pass keeps
 
@@ -66,10 +66,10 @@ def whole_needs(
     whether logits become float32 before their logarithms are taken.
     """
     keep_dtypes(model, dtype)
-    weights = _bytes([*model.parameters(), *model.buffers()])
+    weights = _tensor_bytes([*model.parameters(), *model.buffers()])
     named = dict(model.named_parameters())
     joined = [
-        _bytes([named[name]])
+        _tensor_bytes([named[name]])
         for name, patterns in sources_of(checkpoint, model)[0].items()
         if None not in patterns and name in named
     ]
@@ -92,7 +92,7 @@ def layered_needs(
 
     backward: also of a pass back through each layer, with gradients of its weights.
     """
-    sizes = [_bytes(kinds) for kinds in model.kinds()]
+    sizes = [_tensor_bytes(kinds) for kinds in model.kinds()]
     *pieces, rest = sizes
     layers = max(pieces[1:-1])
     weights = sum(pieces) if resident else max(pieces)
@@ -125,12 +125,12 @@ _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def _needs(device: int, host: int, mapped: int = 0) -> Needs:
     def with_margin(counted: int) -> int:
-        return int(counted * (1 + MARGIN)) + LEAST if counted else 0
+        return int(counted * (1 + MARGIN)) + LEAST_SPACE if counted else 0
 
     return Needs(with_margin(device), with_margin(host), mapped)
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def _tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.dtype.itemsize for t in tensors)
 
 
@@ -153,7 +153,7 @@ def _layer_bytes(model: Any, dtype: torch.dtype, tokens: int) -> int:
         for W in () if isinstance(module, torch.nn.Embedding) else module.parameters(recurse=False):
             if W.dim() > 1:
                 rows = max(rows, *W.shape[-2:])
-                wide = max(wide, sum(W.shape[-2:]) * (PLAIN if W.dim() == 2 else STACKED * sent_to))
+                wide = max(wide, sum(W.shape[-2:]) * (PLAIN_LOGITS if W.dim() == 2 else STACKED_COPIES * sent_to))
     made = getattr(config, "_attn_implementation", None) == "eager"
     heads = _count(config, ("num_attention_heads",)) if made else 0
     passing = tokens * int(wide * dtype.itemsize + rows * states * SCAN * 4)

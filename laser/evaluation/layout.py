@@ -205,7 +205,7 @@ def fill(checkpoint: Checkpoint, model: Any) -> Filling:
         else:
             converter = next(c for c in converters if next(iter(patterns)) in c.source_patterns)
             parts[name] = _converted(checkpoint, name, converter, patterns)
-        _check(checkpoint, name, tuple(state[name].shape), parts[name])
+        _check_parts(checkpoint, name, tuple(state[name].shape), parts[name])
     return Filling(_with_tied(checkpoint, model, parts), tuple(unused))
 
 
@@ -267,7 +267,7 @@ STACKED, JOINED = "MergeModulelist", "Concatenate"
 KNOWN = ((STACKED,), (JOINED,), (STACKED, JOINED))
 
 
-def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], parts: Sequence[Part]) -> None:
+def _check_parts(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], parts: Sequence[Part]) -> None:
     """Raises CheckpointError unless the parts have the shapes of their places and cover the parameter."""
     covered = 0
     for part in parts:
@@ -329,7 +329,7 @@ def edited(
 ) -> torch.Tensor:
     """A tensor of the checkpoint with the matrices of `edits` (by name) in their places."""
     inside = [matrices[name] for name in edits if matrices[name].tensor == tensor]
-    if inside and inside[0].cut is None:
+    if inside and inside[0].part is None:
         return edits[inside[0].name]
     info = checkpoint.tensors[tensor]
     if info.dtype in WHOLE_NUMBERS:  # a table that routes tokens, which no cut is ever made of
@@ -337,6 +337,6 @@ def edited(
         return data.view(WHOLE_NUMBERS[info.dtype]).reshape(info.shape)
     W = checkpoint.read(tensor)
     for matrix in inside:
-        assert matrix.cut is not None
-        matrix.cut.put(W, edits[matrix.name])
+        assert matrix.part is not None
+        matrix.part.put(W, edits[matrix.name])
     return W

@@ -50,7 +50,7 @@ from laser.evaluation.text import load_tokenizer
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, unlike
 from laser.files import disk_errors
 from laser.journal import Journal, spoiling
-from laser.records import Record, decode, same, under
+from laser.records import Record, decode, near_enough, under
 
 LM_EVAL = "0.4.12"  # earlier ones fail on local rows
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
@@ -89,13 +89,13 @@ class TaskScore:
         if self.shots < 0 or not 0 <= min(self.rows) <= max(self.rows) <= 1 + 1e-6:
             return "shots or a row's score is not what it can be, 0 or more, and between 0 and 1"
         mean, error = mean_and_error(self.rows, self.sizes)
-        if not same(self.value, mean):
+        if not near_enough(self.value, mean):
             return "a value is not the mean of its rows"
-        return None if same(self.stderr, error) else "a standard error is not that of its rows"
+        return None if near_enough(self.stderr, error) else "a standard error is not that of its rows"
 
 
 @dataclass(frozen=True)
-class Difference:
+class TaskDifference:
     """Mean of b - a over the same rows, and its standard error: 0 where no row changed, None for a single row that did.
 
     unlike: what was not the same in the two measurements and moves their numbers.
@@ -202,7 +202,7 @@ def mean_and_error(rows: Sequence[float], sizes: Sequence[int]) -> tuple[float, 
     return mean, math.sqrt(math.fsum(variances)) / len(groups)
 
 
-def difference(a: TaskScore, b: TaskScore, differences: tuple[Unlike, ...] = ()) -> Difference | None:
+def task_difference(a: TaskScore, b: TaskScore, differences: tuple[Unlike, ...] = ()) -> TaskDifference | None:
     """b minus a, paired by row. None where the two were not asked the very same rows with the same shots.
 
     differences: what else was not the same, see `circumstances`; it is kept in the record.
@@ -211,7 +211,7 @@ def difference(a: TaskScore, b: TaskScore, differences: tuple[Unlike, ...] = ())
         return None
     steps = [y - x for x, y in zip(a.rows, b.rows, strict=True)]
     mean, error = mean_and_error(steps, a.sizes)
-    return Difference(mean, error if any(steps) else 0.0, len(steps), differences)
+    return TaskDifference(mean, error if any(steps) else 0.0, len(steps), differences)
 
 
 def comparable(a: Leaderboard, b: Leaderboard) -> bool:
@@ -224,13 +224,13 @@ def comparable(a: Leaderboard, b: Leaderboard) -> bool:
 def circumstances(a: Leaderboard, b: Leaderboard) -> tuple[Unlike, ...]:
     """What moves the scores of two boards without changing their rows, and is not the same."""
 
-    def told(board: Leaderboard) -> dict[str, Any]:
+    def stated(board: Leaderboard) -> dict[str, Any]:
         settings = {key: value for key, value in board.settings.items() if key != "tasks"}
         if "device" in settings:
             settings["device"] = device_class(settings["device"])
         return settings | {name: board.versions.get(name) for name in ("lm-eval", *LIBRARIES)}
 
-    return unlike(told(a), told(b))
+    return unlike(stated(a), stated(b))
 
 
 def run_leaderboard(
@@ -262,7 +262,7 @@ def run_leaderboard(
     RecordError for the journal of another measurement.
     """
     chosen = _asked(checkpoint, tasks, limit, data)
-    weights = checkpoint.fingerprint.told()
+    weights = checkpoint.fingerprint.stated()
     packaged = Path(_lm_eval("tasks").__path__[0])
     hashes: dict[str, str] = {}
     scores: list[TaskScore] = []
@@ -290,12 +290,12 @@ def run_leaderboard(
             return known
         kept = Journal(journal, run, anew=anew) if journal else None
         try:
-            finished = _finished(kept) if kept else {}
-            model = _load(checkpoint, device, dtype, batch_size)
+            finished = _finished_tasks(kept) if kept else {}
+            model = _load_model(checkpoint, device, dtype, batch_size)
             for task in chosen:
                 score = finished.get(task.name)
                 if score is None:
-                    score = _measure(model, task, Path(folder, task.name), names[task.name], limit)
+                    score = _measure_task(model, task, Path(folder, task.name), names[task.name], limit)
                     if kept:
                         kept.append(asdict(score))
                 scores.append(score)
@@ -410,7 +410,7 @@ def require_request(tasks: tuple[str, ...] | None, limit: int | None, data: Path
     return chosen
 
 
-def _finished(journal: Journal) -> dict[str, TaskScore]:
+def _finished_tasks(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     where, remedy = f"{journal.path} holds a task that is not whole", "start afresh with --force"
     scores = decode(tuple[TaskScore, ...], journal.entries, where, remedy)
@@ -450,7 +450,7 @@ def _lm_eval(module: str) -> Any:
 
 
 @_quiet()
-def _load(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
+def _load_model(checkpoint: Checkpoint, device: str, dtype: str, batch_size: int) -> Any:
     """The checkpoint's weights and tokenizer as lm-eval takes them.
 
     Loaded here and not by lm-eval, which would let transformers fill a missing tensor with random numbers.
@@ -509,7 +509,7 @@ def _load_rows(task: Task, folder: Path, names: list[str]) -> Any:
         ) from error
 
 
-def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
+def _measure_task(model: Any, task: Task, folder: Path, names: list[str], limit: int | None) -> TaskScore:
     """Run the task's files in `folder` and pool their rows."""
     loaded = _load_rows(task, folder, names)
     for each in loaded["tasks"].values():
@@ -534,8 +534,8 @@ def _measure(model: Any, task: Task, folder: Path, names: list[str], limit: int 
         for sample in samples:
             _check_finite(sample, name, model.model.dtype)
             # The row beside the prompts that were made of it: mc2 reads the right answers from the row alone.
-            told = [sample["doc_hash"], sample["arguments"], sample["target"]]
-            asked.update(json.dumps(told, sort_keys=True, default=str).encode())
+            stated = [sample["doc_hash"], sample["arguments"], sample["target"]]
+            asked.update(json.dumps(stated, sort_keys=True, default=str).encode())
         rows += [float(sample[metric]) for sample in samples]
         subjects.append((subject_of(task, name), len(samples)))
     undefined = sum(map(math.isnan, rows))

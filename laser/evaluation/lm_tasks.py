@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.errors import RecordError, UsageError
-from laser.evaluation.rows import Row, decode, rows_of
+from laser.evaluation.rows import TextRow, decode_rows, rows_of
 from laser.files import LARGEST_TEXT, read_regular
 
 PREFIX = "laser_"  # so that a task of ours never shadows lm-eval's own
@@ -142,11 +142,11 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
     if data is None:
         names = _subjects(packaged) if task.subjects else [""]
         return [_write_hub(task, packaged, folder, name) for name in names], {}
-    found, hashes = _read(data / task.file, task)
+    found, hashes = _read_rows(data / task.file, task)
     rows = [row.entries for row in found]
     pool: list[dict[str, Any]] | None = None
     if task.examples:
-        examples, more = _read(data / task.examples, task)
+        examples, more = _read_rows(data / task.examples, task)
         _require_fields(task, examples)
         pool, hashes = [row.entries for row in examples], hashes | more
     if not task.subjects:
@@ -170,7 +170,7 @@ def write_tasks(task: Task, packaged: Path, folder: Path, data: Path | None) -> 
     return names, hashes
 
 
-def _require_fields(task: Task, rows: Sequence[Row]) -> None:
+def _require_fields(task: Task, rows: Sequence[TextRow]) -> None:
     """Raises RecordError for a row without something to ask: lm-eval would ask the text "None"."""
     for row in rows:
         if absent := [field for field in task.fields if row.entries.get(field) is None]:
@@ -248,7 +248,7 @@ def _write(task: Task, packaged: Path, folder: Path, subject: str, changes: dict
     return name
 
 
-def _read(path: Path, task: Task) -> tuple[list[Row], dict[str, str]]:
+def _read_rows(path: Path, task: Task) -> tuple[list[TextRow], dict[str, str]]:
     """Rows of a JSON-lines file, and {file name: sha256}."""
     try:
         data = read_regular(path, LARGEST_TEXT)
@@ -257,5 +257,5 @@ def _read(path: Path, task: Task) -> tuple[list[Row], dict[str, str]]:
             f"cannot read {path}, the rows of {task.name} ({error.strerror}); "
             f"try another --data, or leave the task out with --tasks"
         ) from error
-    content = decode(path.name, data)
+    content = decode_rows(path.name, data)
     return rows_of(path, content.text), {path.name: content.sha256}

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from laser.errors import RecordError, UsageError
-from laser.evaluation.rows import Row, read_content, require_rows, rows_of
+from laser.evaluation.rows import TextRow, read_content, require_rows, rows_of
 from laser.evaluation.streaming import Scores
 from laser.evaluation.text import Window, Windows
 
@@ -135,7 +135,7 @@ def read_task(path: str | Path, tokenizer: Any, *, limit: int | None = None, ski
     return Accuracy(tuple(windows), tuple(groups), path.name, asked=limit)
 
 
-def _question(row: Row) -> tuple[str, list[str]]:
+def _question(row: TextRow) -> tuple[str, list[str]]:
     found = row.entries
     question, answer, others = found.get("question"), found.get("answer"), found.get("alternatives", [])
     texts = isinstance(others, list) and all(isinstance(t, str) and t for t in (question, answer, *others))

@@ -21,9 +21,9 @@ import numpy as np
 from laser.errors import NumericalError, UsageError, not_finite
 from laser.evaluation.text import Windows
 from laser.evaluation.verdict import LIBRARIES, Unlike, device_class, judge, unlike
-from laser.records import Record, same, under
+from laser.records import Record, near_enough, under
 
-MOST = 2**53  # tokens: whole numbers up to there are numbers of float64
+MOST_TOKENS = 2**53  # tokens: whole numbers up to there are numbers of float64
 ROUNDING = 1e-3  # how far under 0 arithmetic of few bits may take a loss
 
 
@@ -66,7 +66,7 @@ class Perplexity(Record, kind="eval", version=2, made_by="laser eval MODEL -o FI
         if low := under(self, 1, "window") or under(self, 0, "bytes", "asked"):
             return low
         alike = len(self.losses) == len(self.counts) > 0
-        if not alike or not 1 <= min(self.counts) <= max(self.counts) <= MOST or min(self.losses) < -ROUNDING:
+        if not alike or not 1 <= min(self.counts) <= max(self.counts) <= MOST_TOKENS or min(self.losses) < -ROUNDING:
             return (
                 f"it has {len(self.losses)} losses and {len(self.counts)} counts, expected as many of each, losses of "
                 "0 or more, and every count 1 or more"
@@ -76,7 +76,7 @@ class Perplexity(Record, kind="eval", version=2, made_by="laser eval MODEL -o FI
             return "its losses have no finite mean"
         own = {"nll": mean, "standard_error": error, "windows": len(self.losses), "tokens": sum(self.counts)}
         for name, expected in own.items():
-            if not same(found := getattr(self, name), expected, 1e-12):
+            if not near_enough(found := getattr(self, name), expected, 1e-12):
                 return f"found {name} {found}, expected {expected} from its own windows: it was changed by hand"
         return None
 
@@ -120,7 +120,7 @@ def paired_difference(
     return weighted_mean(change.tolist(), weights)
 
 
-def record_of(
+def record_of_losses(
     windows: Windows,
     sums: Sequence[float],
     *,

@@ -19,7 +19,7 @@ from laser.evaluation.layout import NotByLayers
 
 # (name of the device, bytes of files that are mapped meanwhile) -> bytes that are free there; None: not known
 Free = Callable[[str, int], int | None]
-HOST = "cpu"
+HOST_NAME = "cpu"
 SMALLEST = 32  # tokens of a window below which a loss says nothing
 
 
@@ -55,7 +55,7 @@ class Placement:
     stream: bool
     needs: Needs
     left: int | None
-    told: str | None = None
+    stated: str | None = None
 
     def store(self) -> Store:
         """Room for the states between the pieces: half of what is left, so that they never are what is too much."""
@@ -77,9 +77,9 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways) ->
             cannot = error
             continue
         if shortage(needs, asked.device, free) is None:
-            left = free(HOST, needs.mapped)
-            told = f"{name} {_too_much(tried[0][1], asked.device, free)}: {_how(True, needs)}" if tried else None
-            return Placement(stream, needs, None if left is None else left - needs.host, told)
+            left = free(HOST_NAME, needs.mapped)
+            message = f"{name} {_too_much(tried[0][1], asked.device, free)}: {_how(True, needs)}" if tried else None
+            return Placement(stream, needs, None if left is None else left - needs.host, message)
         tried.append((stream, needs))
     if cannot is not None and asked.stream and _fits(replace(asked, stream=False), needs_of, free):
         raise cannot
@@ -112,9 +112,9 @@ def refusal(
 
 def shortage(needs: Needs, device: str, free: Free) -> tuple[str, int, int] | None:
     """The first place that has too little: its name, bytes needed and bytes free there; None where all have enough."""
-    pairs = [(HOST, needs.host)] if device == HOST else [(device, needs.device), (HOST, needs.host)]
+    pairs = [(HOST_NAME, needs.host)] if device == HOST_NAME else [(device, needs.device), (HOST_NAME, needs.host)]
     for where, needed in pairs:
-        there = free(where, needs.mapped if where == HOST else 0)
+        there = free(where, needs.mapped if where == HOST_NAME else 0)
         if there is not None and needed > there:
             return where, needed, there
     return None
@@ -143,19 +143,21 @@ def _fits(asked: Asked, needs_of: NeedsOf, free: Free) -> bool:
 
 
 def _too_much(needs: Needs, device: str, free: Free, stream: bool = False) -> str:
-    where, needed, there = shortage(needs, device, free) or (HOST, needs.host, free(HOST, needs.mapped) or 0)
-    if where == HOST and there != (whole := free(HOST, 0) or 0):  # the process's own limit, which counts mapped files
+    where, needed, there = shortage(needs, device, free) or (HOST_NAME, needs.host, free(HOST_NAME, needs.mapped) or 0)
+    if where == HOST_NAME and there != (
+        whole := free(HOST_NAME, 0) or 0
+    ):  # the process's own limit, which counts mapped files
         needed, there = needed + needs.mapped, whole
-    place = "of memory" if where == HOST else f"on {where}"
-    return f"needs {gigabytes(needed)} {place} {_words(stream)}, and {gigabytes(there)} are free"
+    place = "of memory" if where == HOST_NAME else f"on {where}"
+    return f"needs {gigabytes(needed)} {place} {_how_words(stream)}, and {gigabytes(there)} are free"
 
 
-def _words(stream: bool) -> str:
+def _how_words(stream: bool) -> str:
     return "layer by layer" if stream else "to be loaded whole"
 
 
 def _how(stream: bool, needs: Needs) -> str:
-    return f"running it {_words(stream)}, which needs {gigabytes(needs.device + needs.host)}"
+    return f"running it {_how_words(stream)}, which needs {gigabytes(needs.device + needs.host)}"
 
 
 def _apart(asked: Asked, x: Asked, y: Asked) -> bool:

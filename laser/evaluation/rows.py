@@ -22,11 +22,11 @@ from laser.files import LARGEST_TEXT, read_regular
 from laser.records import each_once
 
 JSON_LINES, JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
-PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar")
+PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar")
 TABLES = (".parquet", ".arrow", ".feather")
 # UTF-32 first: its mark begins with that of UTF-16.
-MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
-MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """A JSON object and the place that it stands at, for messages."""
 
     where: str
@@ -53,7 +53,7 @@ class Row:
         value = self.entries[field]
         if not isinstance(value, str):
             raise RecordError(
-                f"{self.where}: expected a text in field {field!r}, found {kind_of(value)}; fill or remove the row"
+                f"{self.where}: expected a text in field {field!r}, found {json_kind(value)}; fill or remove the row"
             )
         return value
 
@@ -76,17 +76,17 @@ def read_content(path: Path, what: str, remedy: str) -> Content:
         raise RecordError(f"no such {what}: {path}; {remedy}") from None
     except OSError as error:
         raise RecordError(f"cannot read the {what} {path} ({error.strerror}); {remedy}") from error
-    if suffix in PACKED:
+    if suffix in PACKED_SUFFIXES:
         raise RecordError(f"{path.name} is packed, by its suffix {suffix}; unpack it and name the text inside")
     if suffix in TABLES:
         raise RecordError(f"{path.name} is a table, by its suffix {suffix}; write its texts to a .jsonl file")
-    return decode(path.name, data)
+    return decode_rows(path.name, data)
 
 
-def decode(name: str, data: bytes) -> Content:
+def decode_rows(name: str, data: bytes) -> Content:
     """Bytes of UTF-8 as text. Raises RecordError for what is not UTF-8, or holds NUL and so is no text."""
     digest, notes = hashlib.sha256(data).hexdigest(), []
-    if coding := next((coding for mark, coding in MARKS.items() if data.startswith(mark)), None):
+    if coding := next((coding for mark, coding in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None):
         raise RecordError(
             f"cannot read {name} as UTF-8 text: it begins as {coding} does; convert it with iconv -f {coding} -t UTF-8"
         )
@@ -106,25 +106,25 @@ def decode(name: str, data: bytes) -> Content:
     return Content(text, digest, tuple(notes))
 
 
-def rows_of(path: Path, text: str) -> list[Row]:
+def rows_of(path: Path, text: str) -> list[TextRow]:
     """The rows in `text`, the content of a file of JSON. Raises RecordError for what is not as its suffix says."""
     if path.suffix.lower() in JSON:
-        document = parse(text, path.name, "; if it holds one row a line, call it .jsonl")
+        document = parse_row(text, path.name, "; if it holds one row a line, call it .jsonl")
         rows = document if isinstance(document, list) else [document]
         placed = [(f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1)]
     else:
         # Not str.splitlines, which also breaks a row at U+2028 and its like, all allowed inside a JSON string.
         lines = [(f"{path.name}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        placed = [(where, parse(line, where)) for where, line in lines]
+        placed = [(where, parse_row(line, where)) for where, line in lines]
     for where, row in placed:
         if not isinstance(row, dict):
-            raise RecordError(f"{where}: found {kind_of(row)}, expected an object such as {{'text': '...'}}")
+            raise RecordError(f"{where}: found {json_kind(row)}, expected an object such as {{'text': '...'}}")
         for text in texts_in(row):
             require_characters(text, where)
-    return [Row(where, row) for where, row in placed]
+    return [TextRow(where, row) for where, row in placed]
 
 
-def parse(text: str, where: str, remedy: str = "; mend or remove it") -> Any:
+def parse_row(text: str, where: str, remedy: str = "; mend or remove it") -> Any:
     """JSON to Python. Raises RecordError, also for lists nested deeper than Python goes."""
     try:
         return json.loads(text, object_pairs_hook=each_once)
@@ -166,7 +166,7 @@ def texts_in(value: Any) -> Iterator[str]:
             waiting += value
 
 
-def kind_of(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What JSON calls a value, for messages."""
     names = {type(None): "null", bool: "true or false", str: "a text", list: "list", dict: "an object"}
     return names.get(type(value), "a number")

@@ -27,7 +27,15 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, UsageError, is_out_of_memory
 from laser.evaluation.activations import Activations, Store, keep_heap_flat
-from laser.evaluation.causal import build_causal, check_causal, check_windows, grows_between, probes, same, say_unused
+from laser.evaluation.causal import (
+    build_causal,
+    check_causal,
+    check_windows,
+    grows_between,
+    probes,
+    same_logits,
+    say_unused,
+)
 from laser.evaluation.layout import (
     Part,
     by_layers,
@@ -43,7 +51,7 @@ from laser.evaluation.layout import (
 )
 from laser.evaluation.text import Window
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Rows of logits at a time: 256 x 128,000 float32 are 128 MiB.
 HEAD_ROWS = 256
 PROBE_ROWS = 5  # fewer than the probe has, so that a head that looks beyond its row is caught
@@ -59,8 +67,8 @@ class _Enough(Exception):
 
 def require_dtype(dtype: str) -> None:
     """Raises UsageError for a dtype in which nothing is evaluated."""
-    if dtype not in DTYPES:
-        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(DTYPES)}")
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(MODEL_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class LayeredModel:
         store: Store | None = None,
     ) -> None:
         require_dtype(dtype)
-        self.checkpoint, self.dtype, self.device = checkpoint, DTYPES[dtype], torch.device(device)
+        self.checkpoint, self.dtype, self.device = checkpoint, MODEL_DTYPES[dtype], torch.device(device)
         self.resident, self.store = resident, store or Store()
         if not resident:
             keep_heap_flat()
@@ -479,7 +487,7 @@ class LayeredModel:
         targets = [torch.from_numpy(tokens[1:].copy()) for tokens in texts]
         for text in (0, 1):
             found, expected = (token_losses(x[text], targets[text])[0] for x in (layered, whole))
-            if not same(found, expected, self.dtype):
+            if not same_logits(found, expected, self.dtype):
                 raise not_by_layers(
                     self.checkpoint,
                     f"on {len(found)} tokens its layers one after the other give {float(found.mean()):.5f} nats per "
@@ -535,7 +543,7 @@ class LayeredModel:
                 gradient = parameters[parameter].grad
                 if gradient is None:
                     gradient = torch.zeros_like(parameters[parameter])
-                cut, whole = self._matrices[name].cut, gradient[part.where].detach()
+                cut, whole = self._matrices[name].part, gradient[part.where].detach()
                 yield name, (cut.of(whole) if cut else whole).clone()
             for parameter in parameters.values():
                 parameter.grad = None

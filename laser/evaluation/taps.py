@@ -19,7 +19,7 @@ from laser.evaluation.streaming import LayeredModel
 
 
 @dataclass(frozen=True)
-class Met:
+class SharedInput:
     """Matrices that are multiplied in one call: their names, and which of the output's columns are whose."""
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ MATMULS = (
 )
 
 # (which matrices, inputs (T, n), outputs without bias (T, m of all rows))
-Listener = Callable[[Met, torch.Tensor, torch.Tensor], None]
+Listener = Callable[[SharedInput, torch.Tensor, torch.Tensor], None]
 
 
 def run_one_expert_at_a_time(model: LayeredModel) -> None:
@@ -57,7 +57,7 @@ class Tap(TorchFunctionMode):
         self.parts, self.prefix = model.parts(layer), f"{model.stack}.{layer}."
         self.matrices = matrices
         self._places: list[Place] | None = None
-        self._met: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Met] = {}
+        self._known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], SharedInput] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -80,14 +80,14 @@ class Tap(TorchFunctionMode):
         if weight.untyped_storage().data_ptr() not in mine:  # two activations, as in attention
             return
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
-        if key not in self._met:
-            self._met[key] = self._inside(weight)
+        if key not in self._known:
+            self._known[key] = self._inside(weight)
         m, n = weight.shape
         x, y = x.reshape(-1, n)[routed], y.reshape(-1, m)[routed]
-        if self._met[key].names and len(x):
-            self.listen(self._met[key], x, y)
+        if self._known[key].names and len(x):
+            self.listen(self._known[key], x, y)
 
-    def _inside(self, weight: torch.Tensor) -> Met:
+    def _inside(self, weight: torch.Tensor) -> SharedInput:
         """The matrices that are rows of `weight` (m, n), all or some, by where they lie in memory."""
         if self._places is None:  # the layer is loaded when its first product is made
             self._places = self._find()
@@ -100,7 +100,7 @@ class Tap(TorchFunctionMode):
             if inside and matrix.shape[1] == weight.shape[1] and between in (across, None) and not (at % stride).any():
                 names.append(matrix.name)
                 rows.append(_as_slice(at // stride))
-        return Met(tuple(names), tuple(rows))
+        return SharedInput(tuple(names), tuple(rows))
 
     def _find(self) -> list[Place]:
         """Each matrix (m, n) as it lies in the layer's parameters."""
@@ -123,7 +123,7 @@ Place = tuple[Matrix, int, torch.Tensor, int | None]
 
 def _place(matrix: Matrix, stored: torch.Tensor) -> Place | None:
     """None where its columns are not evenly apart: no single product has them."""
-    cut, place = matrix.cut, stored
+    cut, place = matrix.part, stored
     if cut is not None:
         place = stored.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
     if place.ndim < 2 or matrix.shape != (cut.shape if cut else tuple(place.shape)):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.layout import load_config, require_hub_format
-from laser.evaluation.rows import Row, holds_rows, read_content, require_characters, rows_of
+from laser.evaluation.rows import TextRow, holds_rows, read_content, require_characters, rows_of
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
 # 384, 128 and 32 tokens in turn and pooled them; here the length is one and is written down.
@@ -135,7 +135,7 @@ def dataset_text(name: str, config: str | None = None, split: str = "test", fiel
     if field not in found:
         raise UsageError(f"dataset {name!r} has no field {field!r}, found {', '.join(found)}; try --field")
     label = " ".join(part for part in (name, config, split) if part)
-    texts = [Row(f"{label}, row {n}", {field: value}).text(field) for n, value in enumerate(rows[field], 1)]
+    texts = [TextRow(f"{label}, row {n}", {field: value}).text(field) for n, value in enumerate(rows[field], 1)]
     return _checked(Text(label, "\n\n".join(texts)))
 
 

@@ -125,7 +125,7 @@ def card(
         **_of_source(name, source, base, own),
         **_of_comparison(losses, before, after),
         **_of_plan(outcome),
-        commands=_commands(name, outcome, source, run, before, after),
+        commands=_command_block(name, outcome, source, run, before, after),
     )
     # A directory's name may hold bytes that are no UTF-8; they are shown as escapes.
     body = body.encode("utf-8", "backslashreplace").decode()
@@ -154,12 +154,12 @@ def _template() -> Template:
         "fence": lambda text, language: Markup(fence(str(text), language)),
         "word": shlex.quote,
         "figure": lambda number, form: "" if number is None else format(number, form),
-        "span": _span,
+        "span": _ranges_of,
     }
     return environment.from_string((resources.files("laser.report") / "card.md.jinja").read_text(encoding="utf-8"))
 
 
-def _span(numbers: Collection[int]) -> str:
+def _ranges_of(numbers: Collection[int]) -> str:
     """The least and the largest; nothing where there is none."""
     return "" if not numbers else " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
@@ -172,7 +172,7 @@ def _of_source(
     tokenizer = source.tokenizer_config or {}
     stored = config.get("dtype") or config.get("torch_dtype")
     template = chat.find_template(tokenizer, source.chat_template)
-    conversation, why = (None, "") if template is None else chat.render(template, tokenizer)
+    conversation, why = (None, "") if template is None else chat.render_chat(template, tokenizer)
     named, named_by = base
     ancestors = [] if named is None or named_by == "source" else [named] if isinstance(named, str) else named
     return {
@@ -227,7 +227,7 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
         "matrices": sum(line.why.kind is not Kind.NOT_A_MATRIX for line in plan.lines),
         "skipped": sum(line.action == "skip" for line in plan.lines),
         "removed": removed,  # by name: share of the squared singular values, or of the outputs' mean square
-        "roles": _roles(plan, reduced, removed),
+        "roles": _role_rows(plan, reduced, removed),
         "by_outputs": by_outputs,
         "lost_elsewhere": {name: lost for name, lost in elsewhere.items() if lost is not None},
         "unseen": [line for line in plan.lines if line.unseen and line.action != "reduce"],
@@ -236,7 +236,7 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _roles(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, float]) -> list[dict[str, Any]]:
+def _role_rows(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, float]) -> list[dict[str, Any]]:
     """A row for each role of each stack of which something was reduced."""
     rows = []
     for stack, role in dict.fromkeys((line.stack, line.role) for line in reduced):
@@ -255,7 +255,7 @@ def _roles(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, float]
     return rows
 
 
-def _commands(
+def _command_block(
     name: str,
     outcome: Outcome,
     source: CardSource,

@@ -13,7 +13,7 @@ from typing import Any
 
 from laser.errors import LONGEST
 
-SECONDS, PATIENCE = 10, 180  # for rendering, and with the start of its process
+SECONDS, RENDER_SECONDS = 10, 180  # for rendering, and with the start of its process
 MEMORY, LENGTH = 1 << 29, 100_000  # bytes more than at its start; characters
 CONVERSATION = (
     {"role": "user", "content": "{first question}"},
@@ -39,9 +39,9 @@ def _rendered(request: str) -> tuple[str | None, str]:
     """What rendering.py says to `request`, in a process of its own."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("rendering.py"))]
     try:
-        child = subprocess.run(command, input=request.encode(), capture_output=True, timeout=PATIENCE)
+        child = subprocess.run(command, input=request.encode(), capture_output=True, timeout=RENDER_SECONDS)
     except subprocess.TimeoutExpired:
-        return None, f"it took longer than {PATIENCE} s"
+        return None, f"it took longer than {RENDER_SECONDS} s"
     except OSError as error:
         return None, f"no process could be started for it ({error.strerror})"
     if child.returncode == -signal.SIGALRM:
@@ -53,7 +53,7 @@ def _rendered(request: str) -> tuple[str | None, str]:
     return text, why
 
 
-def render(template: str, tokenizer_config: Mapping[str, Any]) -> tuple[str | None, str]:
+def render_chat(template: str, tokenizer_config: Mapping[str, Any]) -> tuple[str | None, str]:
     """(the sample conversation as the model reads it, "") or (None, why it could not be rendered).
 
     Rendered by transformers in its sandbox, which limits neither time nor memory: a template comes with the model and

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NotRequired, Protocol, TypedDict
 
-from laser.evaluation.leaderboard import Leaderboard, TaskScore, average, circumstances, comparable, difference
+from laser.evaluation.leaderboard import Leaderboard, TaskScore, average, circumstances, comparable, task_difference
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import Direction, Unlike, direction, judge
 
@@ -17,7 +17,7 @@ NOT_PAIRED = "not measured on the same rows"
 ALONE = "measured on one model only"
 
 
-class Loss(TypedDict):
+class LossDocument(TypedDict):
     """A loss, or a difference of two, in nats per token, with its standard error over windows."""
 
     nll: float
@@ -31,13 +31,13 @@ class Losses(TypedDict):
     """The same text under both models; difference = result - source, paired by window. unlike: what was not the same
     in the two evaluations."""
 
-    source: Loss
-    result: Loss
-    difference: Loss
+    source: LossDocument
+    result: LossDocument
+    difference: LossDocument
     unlike: NotRequired[tuple[Unlike, ...]]
 
 
-class Measured(Protocol):
+class Comparable(Protocol):
     """A loss as the evaluation records it, for one model or as a difference of two."""
 
     @property
@@ -51,11 +51,11 @@ class Measured(Protocol):
 
 
 def losses_of(
-    source: Measured, result: Measured, difference: Measured, text: str, unlike: tuple[Unlike, ...] = ()
+    source: Comparable, result: Comparable, difference: Comparable, text: str, unlike: tuple[Unlike, ...] = ()
 ) -> Losses:
     """The evaluation's records of two models on `text`, and their paired difference, as the card takes them."""
 
-    def loss(of: Measured) -> Loss:
+    def loss(of: Comparable) -> LossDocument:
         return {"nll": of.nll, "se": of.standard_error, "tokens": of.tokens, "windows": of.windows, "text": text}
 
     losses: Losses = {"source": loss(source), "result": loss(result), "difference": loss(difference)}
@@ -65,7 +65,7 @@ def losses_of(
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of the first table, ready to print."""
 
     what: str
@@ -77,14 +77,14 @@ class Row:
     unlike: tuple[Unlike, ...] = ()
 
 
-def loss_rows(losses: Losses) -> list[Row]:
+def loss_rows(losses: Losses) -> list[ComparisonRow]:
     """The loss, and the perplexity that follows from it."""
     before, after, change = losses["source"], losses["result"], losses["difference"]
     unlike = losses.get("unlike", ())
     verdict = judge(change["nll"], change["se"], lower_is_better=True, units="windows", differences=unlike)
     way = direction(change["nll"], change["se"], lower_is_better=True, unlike=bool(unlike))
     of = f"{before['text']} ({before['tokens']} tokens in {before['windows']} windows)"
-    loss = Row(
+    loss = ComparisonRow(
         f"loss on {of}, nats per token",
         _value(before["nll"], before["se"], 4),
         _value(after["nll"], after["se"], 4),
@@ -94,10 +94,10 @@ def loss_rows(losses: Losses) -> list[Row]:
         unlike,
     )
     perplexity = f"perplexity on {before['text']}"
-    return [loss, Row(perplexity, _perplexity(before), _perplexity(after), "", verdict, way, unlike)]
+    return [loss, ComparisonRow(perplexity, _perplexity(before), _perplexity(after), "", verdict, way, unlike)]
 
 
-def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:
+def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> list[ComparisonRow]:
     """A row per task that either was measured on, in percent, and their averages where the tasks are the same."""
     old = before.by_task if before else {}
     new = after.by_task if after else {}
@@ -110,12 +110,14 @@ def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> l
             continue
         n = a.n if a and b is None else b.n if b else 0
         what = f"{task.title}, {task.metric}, {n} rows"
-        step = difference(a, b, unlike) if a and b and paired else None
+        step = task_difference(a, b, unlike) if a and b and paired else None
         if step:
             steps.append((step.mean, step.stderr))
             rows.append(_judged(what, _score(a), _score(b), step.mean, step.stderr, unlike))
         else:
-            rows.append(Row(what, _score(a), _score(b), "", NOT_PAIRED if a and b else ALONE, Direction.NOT_COMPARED))
+            rows.append(
+                ComparisonRow(what, _score(a), _score(b), "", NOT_PAIRED if a and b else ALONE, Direction.NOT_COMPARED)
+            )
     if before and after and old.keys() == new.keys() and len(old) > 1:
         what = f"average of the {len(old)} tasks"
         first = _percent(before.average, before.average_stderr)
@@ -123,17 +125,17 @@ def leaderboard_rows(before: Leaderboard | None, after: Leaderboard | None) -> l
         if len(steps) == len(old):
             rows.append(_judged(what, first, second, *average(steps), unlike))
         else:
-            rows.append(Row(what, first, second, "", NOT_PAIRED, Direction.NOT_COMPARED))
+            rows.append(ComparisonRow(what, first, second, "", NOT_PAIRED, Direction.NOT_COMPARED))
     return rows
 
 
-def _judged(what: str, a: str, b: str, change: float, se: float | None, unlike: tuple[Unlike, ...]) -> Row:
+def _judged(what: str, a: str, b: str, change: float, se: float | None, unlike: tuple[Unlike, ...]) -> ComparisonRow:
     verdict = judge(change, se, lower_is_better=False, differences=unlike)
     way = direction(change, se, lower_is_better=False, unlike=bool(unlike))
-    return Row(what, a, b, _percent(change, se, sign=True), verdict, way, unlike)
+    return ComparisonRow(what, a, b, _percent(change, se, sign=True), verdict, way, unlike)
 
 
-def compare(losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> list[Row]:
+def compare(losses: Losses | None, before: Leaderboard | None, after: Leaderboard | None) -> list[ComparisonRow]:
     """Everything that was measured, loss first."""
     return (loss_rows(losses) if losses else []) + leaderboard_rows(before, after)
 
@@ -151,7 +153,7 @@ def _value(value: float, se: float | None, digits: int, *, sign: bool = False) -
     return text if se is None else f"{text} ± {se:.{digits}f}"
 
 
-def _perplexity(loss: Mapping[str, float | None] | Loss) -> str:
+def _perplexity(loss: Mapping[str, float | None] | LossDocument) -> str:
     nll, se = loss["nll"], loss["se"]
     assert nll is not None
     if nll > 50:  # exp(50) = 5e21: not a number that anyone compares

@@ -16,7 +16,7 @@ import numpy as np
 from laser.report.plots import QUANTITIES, Histogram, grid_of
 from laser.summary import Summary
 
-BINS = 64
+DRAWN_BINS = 64
 COLUMNS = {
     # field of Row -> heading
     "name": "matrix",
@@ -55,17 +55,17 @@ def _metric(summary: Summary) -> str:
     return text + "."
 
 
-def render(summary: Summary, histograms: Iterable[Histogram]) -> str:
+def render_page(summary: Summary, histograms: Iterable[Histogram]) -> str:
     """The page as text; `histograms` are those of the summary's rows. The same records give the same bytes."""
     columns = COLUMNS | (IN_DATA if summary.calibration is not None else {})
     drawn = {each.name: _drawing(each) for each in histograms}
     rows = []
     for row in summary.rows:
-        rows.append([_short(getattr(row, field)) for field in columns])
+        rows.append([_rounded(getattr(row, field)) for field in columns])
     maps = []
     for title, unit, value in QUANTITIES.values():
         across, layers, grid = grid_of(summary.rows, value)
-        cells = [[None if np.isnan(x) else _short(float(x)) for x in line] for line in grid]
+        cells = [[None if np.isnan(x) else _rounded(float(x)) for x in line] for line in grid]
         maps.append({"title": title, "unit": unit, "columns": across, "layers": layers, "cells": cells})
     # Which matrix a cell of the maps stands for, so that it can be clicked as well.
     across, layers, _ = grid_of(summary.rows, lambda row: 0.0)
@@ -91,7 +91,7 @@ def render(summary: Summary, histograms: Iterable[Histogram]) -> str:
     return page.replace("/*DATA*/null", text)
 
 
-def _short(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     """Floats to five digits: 928 matrices stay under a megabyte."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
@@ -99,19 +99,19 @@ def _short(value: Any) -> Any:
 def _drawing(shown: Histogram) -> dict[str, Any]:
     """What the script draws for one matrix. Counts are per bin, the curve is scaled to them."""
     top = max(float(shown.values[0]), shown.upper_edge, shown.threshold or 0.0) or 1.0
-    counts, edges = np.histogram(shown.values, bins=BINS, range=(0.0, top * 1.02))
+    counts, edges = np.histogram(shown.values, bins=DRAWN_BINS, range=(0.0, top * 1.02))
     kept, _ = np.histogram(shown.values[: shown.rank], bins=edges)
     width = float(edges[1] - edges[0])
     return {
         "shape": [shown.rows, shown.columns],
-        "top": _short(top * 1.02),
+        "top": _rounded(top * 1.02),
         "counts": counts.tolist(),
         "kept": kept.tolist(),
-        "x": [_short(float(x)) for x in shown.curve_x[::2]],
-        "curve": [_short(float(y) * width) for y in shown.curve[::2]],
-        "edges": [_short(shown.lower_edge), _short(shown.upper_edge)],
-        "threshold": None if shown.threshold is None else _short(shown.threshold),
-        "sigma": _short(shown.sigma),
-        "fit": [_short(shown.distance), _short(shown.level)],
+        "x": [_rounded(float(x)) for x in shown.curve_x[::2]],
+        "curve": [_rounded(float(y) * width) for y in shown.curve[::2]],
+        "edges": [_rounded(shown.lower_edge), _rounded(shown.upper_edge)],
+        "threshold": None if shown.threshold is None else _rounded(shown.threshold),
+        "sigma": _rounded(shown.sigma),
+        "fit": [_rounded(shown.distance), _rounded(shown.level)],
         "rank": [shown.rank, len(shown.values)],
     }

@@ -16,20 +16,20 @@ from laser.errors import UsageError
 from laser.escape import visible
 from laser.plan import DEFAULT_ESTIMATOR
 from laser.spectra import Spectra
-from laser.spectral.noise import estimate, fit_noise
+from laser.spectral.noise import estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
-from laser.summary import Row, Summary
+from laser.summary import Summary, SummaryRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg")
+PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
 CURVE = 60  # points of the fitted law's curve
-WIDEST = 80  # characters of a name that fit over a picture
+WIDEST_TITLE = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
-QUANTITIES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
+QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
     "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
     "snr": ("signal-to-noise ratio", "sum over / sum under the cut", lambda r: r.snr),
     "sigma": ("noise level", "sigma, unit of the weights", lambda r: r.sigma),
@@ -71,7 +71,7 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
     matrix = next(m for m in spectra.matrices if m.name == name)
     s, shape = spectra.values[name], (matrix.shape[0], matrix.shape[1])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
-    fit, noise = fit_noise(s, shape, estimator), estimate(s, shape, estimator)
+    fit, noise = fit_noise(s, shape, estimator), estimate_noise(s, shape, estimator)
     cut = apply_rule(rule, s, shape, spectra.nulls.get(name))
     lower, upper = noise.lower_edge(shape), noise.upper_edge(shape)
     # Angles, not equal steps: the law rises like a square root at both edges, and at 0 it need not vanish.
@@ -107,8 +107,8 @@ def label(text: str) -> str:
 
     font = get_font(findfont(FontProperties()))
     drawn = "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in visible(text))
-    if len(drawn) > WIDEST:
-        drawn = f"{drawn[: WIDEST // 2]}...{drawn[-WIDEST // 2 + 3 :]}"
+    if len(drawn) > WIDEST_TITLE:
+        drawn = f"{drawn[: WIDEST_TITLE // 2]}...{drawn[-WIDEST_TITLE // 2 + 3 :]}"
     return (" " if drawn.startswith("_") else "") + drawn.replace("$", r"\$")
 
 
@@ -138,7 +138,7 @@ def encoded(figure: Figure, path: Path) -> bytes:
 def check_picture(path: Path, quantity: str = "kept") -> None:
     """What can be refused of a picture before there is anything to draw. Raises UsageError for another suffix or
     quantity of a heat map."""
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in PICTURE_SUFFIXES:
         raise UsageError(f"{path} is neither a .png nor a .svg; try -o {path.with_suffix('.png').name}")
     if quantity not in QUANTITIES:
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
@@ -243,7 +243,7 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
 
 
 def grid_of(
-    rows: Sequence[Row], value: Callable[[Row], float | None], *, experts: bool = True
+    rows: Sequence[SummaryRow], value: Callable[[SummaryRow], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     roles = list(dict.fromkeys(row.role for row in rows))

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from laser.checkpoint.at_rest import CARD
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.checkpoint.safetensors import DEEPEST, sha256_of
+from laser.checkpoint.safetensors import DEEPEST_CONFIG, sha256_of
 from laser.checkpoint.side_files import read_own
 from laser.checkpoint.source import Source
 from laser.checkpoint.writer import RECORDS
@@ -38,20 +38,20 @@ from laser.outcome import Outcome
 from laser.plan import Plan
 from laser.records import Record, agree, fingerprint_in, is_deep, under
 from laser.report.card import TAGS, CardRun, CardSource, card
-from laser.report.comparison import Loss, Losses, losses_of
+from laser.report.comparison import LossDocument, Losses, losses_of
 from laser.report.source_card import licence_of
 from laser.search.runner import Trial
 from laser.search.search import REMOVE, Report, SearchRecord
 from laser.spectral.rules import RULES
 
-SOURCE = f"{RECORDS}/source.json"
-SEARCH = f"{RECORDS}/search.json"
+SOURCE_FILE = f"{RECORDS}/source.json"
+SEARCH_FILE = f"{RECORDS}/search.json"
 EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 REMEDY = "remove it, or name the model with --source"
-Measured = TypeVar("Measured", Leaderboard, Perplexity)
+MeasuredRecord = TypeVar("MeasuredRecord", Leaderboard, Perplexity)
 PACKAGES = ("laser-rmt", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -111,15 +111,15 @@ def write_card(
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
         losses, trials = None, ()
-        if (out / SEARCH).exists():
-            losses, trials = _searched(out / SEARCH, made_of)
-            _require_search_of(outcome.plan, trials, out / SEARCH)
+        if (out / SEARCH_FILE).exists():
+            losses, trials = _searched(out / SEARCH_FILE, made_of)
+            _require_search_of(outcome.plan, trials, out / SEARCH_FILE)
         a, b = _record(Perplexity, out / EVAL_SOURCE, made_of), _record(Perplexity, out / EVAL, made)
         if a and b:
             change = difference(a, b)
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
-        commands = commands or _commands(out, outcome, source is not None)
+        commands = commands or _commands_of(out, outcome, source is not None)
         text = card(
             name or out.resolve().name,
             outcome,
@@ -134,8 +134,8 @@ def write_card(
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
         with disk_errors(out / RECORDS):
             (out / RECORDS).mkdir(exist_ok=True)
-        shards, weights = outcome.shards, outcome.plan.source.weights.told()
-        SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE)
+        shards, weights = outcome.shards, outcome.plan.source.weights.stated()
+        SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE_FILE)
         write_atomically(target, text.encode())
         return target
 
@@ -160,10 +160,10 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         identity=checkpoint.identity,
         hub_id=hub_id,
         revision=revision,
-        readme=_text(path / CARD),
+        readme=_text_of(path / CARD),
         config=_plain(dict(checkpoint.config)),
         tokenizer_config=_object(path / "tokenizer_config.json"),
-        chat_template=_text(path / "chat_template.jinja"),
+        chat_template=_text_of(path / "chat_template.jinja"),
         parameters=parameters,
         shards=shards,
         licence_files=files,
@@ -193,8 +193,8 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
     if source is not None:
         outcome.plan.source.require(source, "output")
         return describe_source(source, hash_source=hash_source)
-    if (out / SOURCE).exists():
-        record, of = SourceRecord.load(out / SOURCE), outcome.plan.source
+    if (out / SOURCE_FILE).exists():
+        record, of = SourceRecord.load(out / SOURCE_FILE), outcome.plan.source
         if record.identity == of.identity and agree(fingerprint_in(record.weights), of.weights):
             return record.about
     files, licences = _licences(out)
@@ -203,7 +203,7 @@ def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: 
         identity=outcome.plan.source.identity,
         config=_object(out / "config.json") or _plain(dict(open_checkpoint(out).config)),
         tokenizer_config=_object(out / "tokenizer_config.json"),
-        chat_template=_text(out / "chat_template.jinja"),
+        chat_template=_text_of(out / "chat_template.jinja"),
         licence_files=files,
         licences=licences,
     )
@@ -213,17 +213,17 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """(names of the files about a licence, those of them that are the whole text of one -> its name)."""
     files = sorted(p.name for p in folder.iterdir() if re.match(r"(?i)(licen[cs]e|copying|notice)", p.name))
     small = [name for name in files if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 20]
-    texts = {name: licence_of(_text(folder / name) or "") for name in small}
+    texts = {name: licence_of(_text_of(folder / name) or "") for name in small}
     return tuple(files), {name: licence for name, licence in texts.items() if licence is not None}
 
 
-def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
+def _commands_of(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
     """The commands that an earlier card of this very outcome was given; () where there are none, or where the record
     is damaged and, with the `source` at hand, is made again."""
-    if not (out / SOURCE).exists():
+    if not (out / SOURCE_FILE).exists():
         return ()
     try:
-        record = SourceRecord.load(out / SOURCE)
+        record = SourceRecord.load(out / SOURCE_FILE)
     except RecordError:
         if source:
             return ()
@@ -231,7 +231,7 @@ def _commands(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
     return record.commands if record.outcome == outcome.shards else ()
 
 
-def _record(kind: type[Measured], path: Path, of: Source) -> Measured | None:
+def _record(kind: type[MeasuredRecord], path: Path, of: Source) -> MeasuredRecord | None:
     """The record at `path`; None where it is absent."""
     if not path.exists():
         return None
@@ -262,7 +262,7 @@ def _losses_in(report: Report) -> Losses | None:
     if report.objective != "loss" or report.before is None or report.after is None or report.d is None:
         return None
 
-    def loss(nll: float, se: float | None) -> Loss:
+    def loss(nll: float, se: float | None) -> LossDocument:
         return {"nll": nll, "se": se, "tokens": report.tokens, "windows": report.units, "text": report.text}
 
     return {
@@ -301,7 +301,7 @@ def _is_ours(path: Path) -> bool:
     import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    match = REGEX_YAML_BLOCK.search(_text(path) or "")
+    match = REGEX_YAML_BLOCK.search(_text_of(path) or "")
     try:
         found = yaml.safe_load(match.group(2)) if match else None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):  # a foreign file may hold anything
@@ -310,7 +310,7 @@ def _is_ours(path: Path) -> bool:
     return isinstance(tags, list) and TAGS[0] in tags
 
 
-def _text(path: Path) -> str | None:
+def _text_of(path: Path) -> str | None:
     """The text of a file that may be absent; bytes that are not UTF-8 are replaced, for this is only shown. A link in
     its place counts as absent: what is read here goes into the card and its record."""
     data = read_own(path.parent, path.name)
@@ -320,10 +320,10 @@ def _text(path: Path) -> str | None:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: a card can do without."""
     try:
-        found = json.loads(_text(path) or "{}")
+        found = json.loads(_text_of(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return _plain(found) if isinstance(found, dict) and not is_deep(found, DEEPEST) else {}
+    return _plain(found) if isinstance(found, dict) and not is_deep(found, DEEPEST_CONFIG) else {}
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 LICENCE = ("license", "license_name", "license_link")
 LISTS = ("language",)  # always a list here; the others only where they name several
 KEYS = (*LICENCE, *LISTS, "base_model")
-BLOCK = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
-LARGEST = 1 << 20  # characters; the largest on the Hub, full of results, have about a third of it
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+LARGEST_CARD = 1 << 20  # characters; the largest on the Hub, full of results, have about a third of it
 NOTHING = ("none", "null", "~")  # what programs write that have no value
 # Texts without a change: what they begin with or hold, on one line in small letters, and how long they can be.
 OWNER = r"(?:copyright [^.]{,100}\.?(?: all rights reserved\.)? )?"
@@ -37,14 +37,14 @@ def read_source_card(readme: str | None) -> SourceCard:
     text = (readme or "").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         return SourceCard({}, "is not UTF-8 text, so its metadata were not read")
-    block = BLOCK.match(text)
+    block = FRONT_MATTER.match(text)
     if block is None:
         open_ended = text.lstrip().startswith("---\n")
         return SourceCard(
             {}, "has metadata without a second line of dashes; they were not read" if open_ended else None
         )
-    if len(block["yaml"]) > LARGEST:
-        return SourceCard({}, f"has more than {LARGEST} characters of metadata; they were not read")
+    if len(block["yaml"]) > LARGEST_CARD:
+        return SourceCard({}, f"has more than {LARGEST_CARD} characters of metadata; they were not read")
     try:
         # Nodes and no values: nothing is built that a tag, an anchor or a date asks for, and words stay as written.
         node = yaml.compose(block["yaml"], Loader=yaml.SafeLoader)
@@ -60,14 +60,14 @@ def read_source_card(readme: str | None) -> SourceCard:
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value not in KEYS:
             continue
-        if found.setdefault(key.value, _words(value)) != _words(value):
+        if found.setdefault(key.value, _scalar_words(value)) != _scalar_words(value):
             return SourceCard({}, f"gives two values for {key.value}; its metadata were not used")
     entries = {k: v if k in LISTS or len(v) > 1 else v[0] for k, v in found.items() if v}
     marked = "begins with a byte order mark, behind which programs may find no metadata"
     return SourceCard(entries, marked if readme and readme.startswith("\ufeff") else None)
 
 
-def _words(node: object) -> list[str]:
+def _scalar_words(node: object) -> list[str]:
     """The words of a scalar or a list. YAML 1.1, as PyYAML reads it, takes the language `no`, Norwegian, for false; the
     Hub and YAML 1.2 take only `true` and `false` for truth values."""
     import yaml

@@ -22,11 +22,18 @@ from laser.spectral.devices import Device
 
 # The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.
 VALUES = tuple[float | None, ...]
-NUMBER: Any = float | None
-TRIAL: dict[str, Any] = {"entry": str, "label": str, "rule": str, "ranks": Mapping[str, int], "d": NUMBER, "se": NUMBER}
-SHAPES: tuple[dict[str, Any], ...] = (
+FINITE_OR_NONE: Any = float | None
+TRIAL: dict[str, Any] = {
+    "entry": str,
+    "label": str,
+    "rule": str,
+    "ranks": Mapping[str, int],
+    "d": FINITE_OR_NONE,
+    "se": FINITE_OR_NONE,
+}
+TRIAL_SHAPES: tuple[dict[str, Any], ...] = (
     {"entry": str, "values": VALUES},
-    {"entry": str, "labels": tuple[str, ...], "predicted": tuple[NUMBER, ...]},
+    {"entry": str, "labels": tuple[str, ...], "predicted": tuple[FINITE_OR_NONE, ...]},
     TRIAL | {"accepted": bool, "layer_forwards": int, "seconds": float, "values": VALUES},
     {"report": str, "values": VALUES},
 )
@@ -50,7 +57,7 @@ class Trial:
     def wrong(self) -> str | None:
         return under(self, 0, "se")
 
-    def told(self) -> str:
+    def stated(self) -> str:
         if self.d is None:
             return f"{self.rule}: not finite"
         return f"{self.rule}: {self.d:+.5f}" + ("" if self.se is None else f" ± {self.se:.5f}")
@@ -65,7 +72,7 @@ class SearchLog:
 
     def __init__(self, path: Path | None, run: dict[str, Any], anew: bool = False) -> None:
         self.anew = anew
-        self.journal = Journal(path, run, shapes=SHAPES, anew=anew) if path else None
+        self.journal = Journal(path, run, shapes=TRIAL_SHAPES, anew=anew) if path else None
         entries = tuple(self.journal.entries) if self.journal else ()
         self._old = iter([entry for entry in entries if "report" not in entry])
         self._reports = {entry["report"]: entry["values"] for entry in entries if "report" in entry}

@@ -36,7 +36,7 @@ from laser.search.candidates import (
     in_order,
     predict,
 )
-from laser.search.runner import SHAPES, Runner, SearchLog, Trial
+from laser.search.runner import TRIAL_SHAPES, Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
@@ -118,8 +118,8 @@ class SearchRecord(Record, kind="search", version=2, made_by="laser run MODEL -o
 
     @staticmethod
     def of(result: SearchResult) -> SearchRecord:
-        told = result.trials, result.calibration, result.held_out, result.rank_correlation
-        return SearchRecord(result.plan.source, *told, result.families())
+        stated = result.trials, result.calibration, result.held_out, result.rank_correlation
+        return SearchRecord(result.plan.source, *stated, result.families())
 
 
 def search(
@@ -172,8 +172,8 @@ def search(
     for plan in plans.values():
         plan.require_moments(moments)
     options = {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid, "accept": accept, "order": order}
-    asked = _asked(model, calibration, selection, device, moments, options)
-    log = SearchLog(journal, _run(model, rules, asked), anew)
+    asked = _as_asked(model, calibration, selection, device, moments, options)
+    log = SearchLog(journal, _search_run(model, rules, asked), anew)
     try:
         bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
         base = log.values("baseline", calibration, bench.measure)
@@ -212,11 +212,11 @@ def require_journal(
 ) -> None:
     """Raises as `search` where the journal at `path`, if there is one, is of another search. options: lowest_snr,
     shortlist, grid, accept and order, each as `search` takes it."""
-    asked = _asked(model, calibration, selection, device, moments, options)
-    Journal.require(path, _run(model, rules, asked), SHAPES)
+    asked = _as_asked(model, calibration, selection, device, moments, options)
+    Journal.require(path, _search_run(model, rules, asked), TRIAL_SHAPES)
 
 
-def _asked(
+def _as_asked(
     model: LayeredModel,
     calibration: Objective,
     selection: Selection,
@@ -232,12 +232,12 @@ def _asked(
     return asked | ({"moments": moments.calibration.identity} if moments else {})
 
 
-def _run(model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _search_run(model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a search's journal belongs to."""
     # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
     alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
-    told = Source.of(model.checkpoint).told()
-    return {"kind": "search journal", "version": SearchRecord.version, **told, "rules": list(rules), **asked, **alike}
+    stated = Source.of(model.checkpoint).stated()
+    return {"kind": "search journal", "version": SearchRecord.version, **stated, "rules": list(rules), **asked, **alike}
 
 
 def check_request(
@@ -307,8 +307,8 @@ def _shortlisted(
             f"the journal of the search predicts {len(entry['predicted'])} changes, expected {len(found)}; start "
             "afresh with --force"
         )
-    told = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
-    return sorted(told, key=lambda c: c.predicted or 0.0)[:count]
+    stated = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
+    return sorted(stated, key=lambda c: c.predicted or 0.0)[:count]
 
 
 def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
@@ -348,10 +348,10 @@ def _plan(
     objective: Objective,
 ) -> Plan:
     first = next(iter(plans.values()))
-    told: dict[str, list[str]] = {}
+    stated: dict[str, list[str]] = {}
     for trial in trials:
         for name in trial.ranks:
-            told.setdefault(name, []).append(trial.told())
+            stated.setdefault(name, []).append(trial.stated())
     data = [line for plan in plans.values() if plan.calibration for line in plan.lines]
     unseen = {line.name: line for line in data if line.why.kind is Kind.UNSEEN}
     lines = []
@@ -360,10 +360,10 @@ def _plan(
         if name in kept:
             trial = kept[name]
             chosen = plans[trial.rule].reductions[name]
-            lines.append(replace(chosen, why=Why(Kind.ACCEPTED, f"accepted, {objective.unit} {trial.told()}")))
+            lines.append(replace(chosen, why=Why(Kind.ACCEPTED, f"accepted, {objective.unit} {trial.stated()}")))
             continue
-        if name in told:
-            why = Why(Kind.REJECTED, f"rejected, {objective.unit} " + "; ".join(told[name]))
+        if name in stated:
+            why = Why(Kind.REJECTED, f"rejected, {objective.unit} " + "; ".join(stated[name]))
             line = replace(line, action="keep", why=why)
         elif line.action == "reduce":
             line = replace(line, action="keep", why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))

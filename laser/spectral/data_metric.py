@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import Certificate, Truncation
 from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
-from laser.spectral.factorise import Spectrum, Values, Visit, check_storage, singular_values
+from laser.spectral.factorise import Factorised, Spectrum, Values, check_storage, singular_values
 from laser.spectral.rules import energy_share
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
@@ -73,7 +73,7 @@ class ByData:
 
     def visit(
         self, W: torch.Tensor, decide: Callable[[Spectrum], Gains | None], device: Device, method: str = "gram"
-    ) -> Visit:
+    ) -> Factorised:
         def rank(s: Spectrum) -> int | None:
             gains = decide(s)
             return None if gains is None else gains.above
@@ -153,7 +153,7 @@ def truncate_in_metric(W: torch.Tensor, rank: int, metric: ByData, device: Devic
 
 def visit_in_metric(
     W: torch.Tensor, decide: Callable[[NDArray[np.float64]], int | None], metric: ByData, device: Device
-) -> Visit:
+) -> Factorised:
     """One factorisation of W (m, n): `decide` gets the data's values (p,) and answers with a rank, or None to leave W.
 
     The certificate is in the metric: energy_kept is the share of E||y||^2 that is left, residual the difference of
@@ -170,7 +170,7 @@ def visit_in_metric(
         values, seen = Values(s * u, METHOD), int(np.count_nonzero(s))
         rank = decide(values.singular_values)
         if rank is None:
-            return Visit(values, None)
+            return Factorised(values, None)
         if not 0 <= rank <= seen:
             raise UsageError(
                 f"rank {rank} does not fit: {seen} of {len(s)} directions show in the {metric.tokens} inputs of the "
@@ -179,7 +179,7 @@ def visit_in_metric(
         total = float(np.sum(eigenvalues))
         if total <= 0:  # a zero matrix, or inputs that are all zero
             certificate = Certificate(1.0, 0.0, 0.0, 0.0, METHOD)
-            return Visit(values, Truncation((W * u).to(storage), values.singular_values, certificate))
+            return Factorised(values, Truncation((W * u).to(storage), values.singular_values, certificate))
         wide = W.double()
         U = V[:, len(s) - rank :]
         if half is not None:
@@ -206,7 +206,7 @@ def visit_in_metric(
     if not math.isfinite(largest_entry(result)):
         raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
     certificate = Certificate(1 - lost, residual, orthogonality, tolerance, METHOD)
-    return Visit(values, Truncation(result, values.singular_values, certificate))
+    return Factorised(values, Truncation(result, values.singular_values, certificate))
 
 
 def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, device: Device = HOST) -> float:

@@ -24,13 +24,13 @@ from laser.spectral.host_memory import host_free_bytes
 T = TypeVar("T")
 NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
-SMALL = 768  # side up to which a second BLAS thread gains less than a fifth
+SMALL_MATRIX = 768  # side up to which a second BLAS thread gains less than a fifth
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100 and H200, B200 (CUDA C++
 # Programming Guide, table of arithmetic throughput). All others have 1/32 or 1/64.
 FULL_RATE_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 # What an accelerator's failure says in a plain RuntimeError. Any other RuntimeError is a mistake of ours and is shown.
 SYMPTOMS = ("out of memory", "invalid buffer size", "cusolver", "cublas", "magma")
-SHORT = "carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
+FEW_BITS = "carry less than 24 bits (NVIDIA_TF32_OVERRIDE?)"
 PROBED = (64, 4096)  # sides of the precision probe: an accelerator picks its kernel by shape
 
 
@@ -134,7 +134,7 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     if precision != "auto":
         asked = torch.float32 if precision == "float32" else torch.float64
         if base == "cuda" and asked == torch.float32 and not exact_products(torch.device(name)):
-            raise UsageError(f"products in float32 on {name} {SHORT}; try --precision float64")
+            raise UsageError(f"products in float32 on {name} {FEW_BITS}; try --precision float64")
         return asked, f"{precision} asked for"
     if base == "cpu":
         return torch.float64, "float64, exact to the last digit of the source"
@@ -143,7 +143,7 @@ def _precision(name: str, base: str, precision: str) -> tuple[torch.dtype, str]:
     if capability in FULL_RATE_FLOAT64:
         return torch.float64, f"float64, which this chip has at full rate ({chip})"
     if not exact_products(torch.device(name)):
-        return torch.float64, f"float64, since its products in float32 {SHORT}"
+        return torch.float64, f"float64, since its products in float32 {FEW_BITS}"
     return torch.float32, f"float32, since float64 is 32 to 64 times slower on this chip ({chip})"
 
 
@@ -273,7 +273,7 @@ def host_threads(p: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _pools().limit(limits=1, user_api="blas") if p <= SMALL else nullcontext():
+        with _pools().limit(limits=1, user_api="blas") if p <= SMALL_MATRIX else nullcontext():
             yield
     finally:
         torch.set_num_threads(before)

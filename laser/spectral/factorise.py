@@ -88,13 +88,13 @@ class Values:
     note: str = ""
 
     @property
-    def told(self) -> str:
+    def stated(self) -> str:
         """How the values came about, for a record: nothing where the first step held."""
         return f"by {self.method}, as {self.note}" if self.note else ""
 
 
 @dataclass(frozen=True)
-class Visit:
+class Factorised:
     """One factorisation of a matrix, and what was made with it: None where the decision was to leave it alone."""
 
     values: Values
@@ -138,19 +138,19 @@ def truncate(
     UsageError for a rank outside [0, p], NumericalError when no method meets the tolerance.
     """
     gains = Gains(rank) if isinstance(rank, int) else rank
-    _check(W, gains)
-    found = visit(W, lambda _: gains, device, method, values).truncation
+    _check_rank(W, gains)
+    found = factorise(W, lambda _: gains, device, method, values).truncation
     assert found is not None
     return found
 
 
-def visit(
+def factorise(
     W: torch.Tensor,
     decide: Callable[[Spectrum], Gains | None],
     device: Device,
     method: str = "gram",
     values: Spectrum | None = None,
-) -> Visit:
+) -> Factorised:
     """Factorise W (m, n) once: `decide` gets its singular values (p,) and answers with gains, or None to leave it.
 
     What a scan and a reduction need together, for one pair of eigenvalues and eigenvectors instead of two. `decide` is
@@ -166,7 +166,7 @@ def visit(
         gains = decide(s)
         if gains is None:
             return s, None
-        _check(W, gains)
+        _check_rank(W, gains)
         return s, certified(factors.cut(gains.in_unit(u)), step.name)
 
     (s, found), step, note = climb(W, steps(method, device), attempt)
@@ -175,7 +175,7 @@ def visit(
         if not math.isfinite(largest_entry(result)):
             raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
         found = Truncation(result, s, replace(found.certificate, note=note))
-    return Visit(Values(s, step, note), found)
+    return Factorised(Values(s, step, note), found)
 
 
 def _scaled(s: Spectrum, u: float) -> Spectrum:
@@ -187,7 +187,7 @@ def _scaled(s: Spectrum, u: float) -> Spectrum:
     return s
 
 
-def _check(W: torch.Tensor, gains: Gains) -> None:
+def _check_rank(W: torch.Tensor, gains: Gains) -> None:
     p = min(W.shape)
     if not (0 <= gains.above and 0 <= gains.below and gains.above + gains.below <= p):
         raise UsageError(f"rank {gains.above + gains.below} does not fit shape {tuple(W.shape)}; try 0 to {p}")

@@ -39,10 +39,10 @@ def factors_by_gram(W: torch.Tensor, device: Device, values: NDArray[np.float64]
     trace = trace_of(G)
     eigenvalues, V = eigenvectors(G, device)  # ascending
     s = to_singular_values(eigenvalues, device.dtype, trace)
-    return Factors(s, lambda wanted: _cut(W, V, s, wanted, device))
+    return Factors(s, lambda wanted: _cut_by_gram(W, V, s, wanted, device))
 
 
-def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
+def _cut_by_gram(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
     gains = wanted.of(s, (W.shape[0], W.shape[1]))
     kept, cut = np.flatnonzero(gains), np.flatnonzero(gains != 1)
     keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
@@ -53,7 +53,7 @@ def _cut(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains
     for start, block in blocks(W, device):
         part = _project(block, basis, weights, device)
         result, removed = (part, block - part) if keep else (block - part, part)
-        squared += number(torch.sum(removed * removed))
+        squared += scalar(torch.sum(removed * removed))
         out_tall[start : start + BLOCK_ROWS] = moved(result, W.device, W.dtype)
     return Raw(out, s, gains, math.sqrt(squared), orthogonality, device.dtype)
 
@@ -67,7 +67,7 @@ def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Te
     return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
 
 
-def number(scalar: torch.Tensor) -> float:
+def scalar(scalar: torch.Tensor) -> float:
     """The value of a tensor with one element."""
     return float(scalar)
 
@@ -206,4 +206,4 @@ def _deviation_from_orthogonal(basis: torch.Tensor, device: Device) -> float:
         return 0.0
     if device.host_blas:
         return float(np.abs(basis.numpy().T @ basis.numpy() - np.eye(k)).max())
-    return number((basis.T @ basis - torch.eye(k, dtype=basis.dtype, device=basis.device)).abs().max())
+    return scalar((basis.T @ basis - torch.eye(k, dtype=basis.dtype, device=basis.device)).abs().max())

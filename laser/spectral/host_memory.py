@@ -48,7 +48,7 @@ def host_free_bytes(mapped: int = 0, root: Path = Path("/")) -> int | None:
 
 def _of_the_system(root: Path) -> Iterator[int]:
     """Bytes that the system would give without swapping."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.M)
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _system_file(root / "proc/meminfo"), re.M)
     if found:
         yield 1024 * int(found[1])
     elif sys.platform == "darwin":
@@ -60,10 +60,10 @@ def _of_the_system(root: Path) -> Iterator[int]:
             return
 
 
-def _of_a_mac(told: str) -> Iterator[int]:
+def _of_a_mac(stated: str) -> Iterator[int]:
     """Bytes in pages that are free, or that may be dropped, by the output of vm_stat."""
-    size = re.search(r"page size of (\d+) bytes", told)
-    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", told, re.M)
+    size = re.search(r"page size of (\d+) bytes", stated)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", stated, re.M)
     if size and pages:
         yield int(size[1]) * sum(map(int, pages))
 
@@ -87,11 +87,11 @@ def _of_groups(root: Path) -> Iterator[int]:
 
 
 def _of_a_group(folder: Path, files: Files) -> Iterator[int]:
-    used = _number(folder / files.used)
-    limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
+    used = _number_in(folder / files.used)
+    limits = [limit for name in files.limits if (limit := _number_in(folder / name)) is not None]
     if used is None or not limits:
         return
-    stat = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.M))
+    stat = dict(re.findall(r"^(\w+) (\d+)$", _system_file(folder / "memory.stat"), re.M))
     cached = sum(int(stat.get(name, 0)) for name in files.cached) - int(stat.get(files.mapped, 0))
     yield min(limits) - max(used - max(cached, 0), 0)
 
@@ -102,11 +102,11 @@ def _memberships(root: Path) -> Iterator[tuple[Path, str, Files]]:
     In a container the mount may begin at the container's own group; then paths count from there.
     """
     mine: dict[str, str] = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in _system_file(root / "proc/self/cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         for controller in controllers.split(","):
             mine[controller] = path
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in _system_file(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, kind = before.split(), after.split()
         if len(fields) < 5 or not kind:
@@ -133,7 +133,7 @@ def _of_the_process(root: Path) -> Iterator[int]:
         import resource  # not on Windows
     except ImportError:
         return
-    status = _text(root / "proc/self/status")
+    status = _system_file(root / "proc/self/status")
     for limit, entry in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft, _ = resource.getrlimit(limit)
         used = re.search(rf"^{entry}:\s+(\d+) kB", status, re.M)
@@ -149,7 +149,7 @@ def resident_bytes(peak: bool = False) -> int | None:
 
     Not getrusage on Linux: a child inherits its maximum.
     """
-    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", _text(Path("/proc/self/status")), re.M)
+    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", _system_file(Path("/proc/self/status")), re.M)
     if found:
         return 1024 * int(found[1])
     try:
@@ -160,13 +160,13 @@ def resident_bytes(peak: bool = False) -> int | None:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _number(path: Path) -> int | None:
+def _number_in(path: Path) -> int | None:
     """What a file holds; None where it is not there or says `max`."""
-    text = _text(path).strip()
+    text = _system_file(path).strip()
     return int(text) if text.isdecimal() else None
 
 
-def _text(path: Path) -> str:
+def _system_file(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, ValueError):

@@ -51,8 +51,8 @@ def measure_device(
         signed = [n for n in sides if n <= 1024 or not device.host_blas]
         signs = {n: _sign_seconds(corners[n], device) for n in signed}
         null = {2 * n * n: _seconds(lambda n=n: null_largest(W[: 2 * n, :n], 1, device), device) for n in sides}
-    to_device, to_host = _copies(device, copied)
-    read, write = _disk(disk, copied) if disk else (None, None)
+    to_device, to_host = _copy_rates(device, copied)
+    read, write = _disk_rates(disk, copied) if disk else (None, None)
     return Probe(
         device=device.label,
         name=chip(device),
@@ -99,8 +99,8 @@ def choose_method(method: str, device: Device, path: Path | None = None) -> tupl
         return "gram", "the projector was not measured here"
     # Both want eigenvalues: the projector to know where to cut.
     sign = probe.eigenvalues.get(p, 0.0) + probe.projector[p]
-    told = f"at p = {p} the projector takes {sign:.3g} s and eigenvectors on the host {probe.eigenvectors[p]:.3g} s"
-    return ("projector" if sign < probe.eigenvectors[p] else "gram"), told
+    message = f"at p = {p} the projector takes {sign:.3g} s and eigenvectors on the host {probe.eigenvectors[p]:.3g} s"
+    return ("projector" if sign < probe.eigenvectors[p] else "gram"), message
 
 
 def chip(device: Device) -> str:
@@ -138,7 +138,7 @@ def _sign_seconds(G: torch.Tensor, device: Device) -> float:
     return _seconds(lambda: matrix_sign(G, size**0.5, GAP * size), device)
 
 
-def _copies(device: Device, copied: int) -> tuple[float | None, float | None]:
+def _copy_rates(device: Device, copied: int) -> tuple[float | None, float | None]:
     """Bytes a second to the device and back; pageable memory, as that is what a checkpoint is read into."""
     if device.host_blas:
         return None, None
@@ -147,7 +147,7 @@ def _copies(device: Device, copied: int) -> tuple[float | None, float | None]:
     return copied / _seconds(lambda: here.to(device.torch_device), device), copied / _seconds(there.cpu, device)
 
 
-def _disk(directory: Path, copied: int) -> tuple[float, float]:
+def _disk_rates(directory: Path, copied: int) -> tuple[float, float]:
     """Bytes a second, read and written, of one file in `directory`, which is removed again.
 
     The write ends with fsync; before the read the file's pages are dropped from the cache where the system allows it.

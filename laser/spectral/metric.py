@@ -15,7 +15,15 @@ import torch
 from laser.errors import UsageError
 from laser.spectral.data_metric import ByData, projection_problems
 from laser.spectral.devices import Device
-from laser.spectral.factorise import Spectrum, Values, Visit, measure, singular_values, to_device_if_it_fits, visit
+from laser.spectral.factorise import (
+    Factorised,
+    Spectrum,
+    Values,
+    factorise,
+    measure,
+    singular_values,
+    to_device_if_it_fits,
+)
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
 
@@ -29,7 +37,7 @@ class Metric(Protocol):
         """Singular values (p,) of W (m, n). Raises NumericalError, UsageError."""
         ...
 
-    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Visit:
+    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
         """One factorisation of W (m, n), and what `decide` makes of its values (p,). Raises NumericalError."""
         ...
 
@@ -46,8 +54,8 @@ class Plain:
     def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
         return measure(W, device, method)
 
-    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Visit:
-        return visit(to_device_if_it_fits(W, device), decide, device, method)
+    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
+        return factorise(to_device_if_it_fits(W, device), decide, device, method)
 
     def problems(
         self, name: str, W: torch.Tensor, B: torch.Tensor, half: torch.Tensor, gains: Gains, device: Device
@@ -88,7 +96,7 @@ class UnknownData:
     def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
         raise UsageError("the inputs are not known; try --moments with the file of laser calibrate")
 
-    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Visit:
+    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
         raise UsageError("the inputs are not known; try --moments with the file of laser calibrate")
 
     def problems(
@@ -98,5 +106,5 @@ class UnknownData:
 
 
 PLAIN: Metric = Plain()
-UNKNOWN: Metric = UnknownData()
+UNKNOWN_DATA: Metric = UnknownData()
 _: type[Metric] = ByData

@@ -2,8 +2,8 @@
 
 Each estimator takes singular values `s` (descending, float64, shape (p,)) and the matrix's shape (m, n), and matches a
 statistic of the spectrum's bulk to the same statistic of the Marchenko-Pastur law. All are homogeneous (scaling W
-scales sigma), blind to transposition, and 0 for a zero matrix. `estimate` gives the level alone; `fit_noise` adds its
-standard error and the fit of the bulk.
+scales sigma), blind to transposition, and 0 for a zero matrix. `estimate_noise` gives the level alone; `fit_noise` adds
+its standard error and the fit of the bulk.
 
 The fit is the Kolmogorov-Smirnov distance between the bulk and the estimated law. Its level under the null cannot come
 from Kolmogorov's table: singular values repel each other, so that the distance of pure noise is near log(p) / p and not
@@ -195,7 +195,7 @@ ESTIMATORS: dict[str, Callable[[Spectrum, Shape], Noise]] = {
 }
 
 
-def estimate(s: Spectrum, shape: Shape, estimator: str) -> Noise:
+def estimate_noise(s: Spectrum, shape: Shape, estimator: str) -> Noise:
     """The noise in singular values `s` (p,), descending, by the named row of ESTIMATORS. Raises UsageError."""
     if estimator not in ESTIMATORS:
         raise UsageError(f"no estimator is called {estimator!r}; try one of {', '.join(ESTIMATORS)}")
@@ -209,7 +209,7 @@ def estimate(s: Spectrum, shape: Shape, estimator: str) -> Noise:
 # --- how far it can be trusted ----------------------------------------------------------------------------------------
 
 DRAWS = 199  # so that levels are multiples of 1/200
-LARGEST = 256  # a larger p is simulated at this p and the same aspect, and rescaled: see `_null`
+LARGEST_SIMULATED = 256  # a larger p is simulated at this p and the same aspect, and rescaled: see `_null`
 LARGEST_GAMMA = 96  # noise of unequal variances has no bidiagonal form, and each draw is a dense matrix
 
 
@@ -244,7 +244,7 @@ def fit_noise(s: Spectrum, shape: Shape, estimator: str = "trimmed", noise: Nois
     Where sigma is 0 (half of the values are: a matrix of low rank, or zero) there is no noise and nothing to fit:
     distance 1, level 0. Raises UsageError for an unknown estimator.
     """
-    noise = estimate(s, shape, estimator) if noise is None else noise
+    noise = estimate_noise(s, shape, estimator) if noise is None else noise
     theta = None if math.isinf(noise.theta) else noise.theta
     distance, bulk = bulk_distance(s, shape, noise)
     if noise.sigma == 0:
@@ -306,7 +306,7 @@ def _null(p: int, q: int, estimator: str, theta: float, along: str) -> tuple[flo
     matching), which 0.42 * (log p + 1.5) describes. With variances drawn at random both go as 1 / sqrt(p) instead.
     """
     equal = math.isinf(theta)
-    small = min(p, LARGEST if equal else LARGEST_GAMMA)
+    small = min(p, LARGEST_SIMULATED if equal else LARGEST_GAMMA)
     shape = (small, max(round(q * small / p), small))
     random = np.random.default_rng(0)
     sigmas, distances = [], []
@@ -316,7 +316,7 @@ def _null(p: int, q: int, estimator: str, theta: float, along: str) -> tuple[flo
         else:
             P, Q = shape if along == "p" else (shape[1], shape[0])
             s = gamma_spectrum(P, Q, theta, random)
-        noise = estimate(s, shape, estimator)
+        noise = estimate_noise(s, shape, estimator)
         sigmas.append(noise.sigma)
         distances.append(bulk_distance(s, shape, noise)[0])
     shrink = small / p if equal else (small / p) ** 0.5

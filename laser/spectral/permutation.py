@@ -20,8 +20,8 @@ from laser.spectral.gram import moved, tall, to_host
 from laser.spectral.unit import in_unit
 
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-KINDS = ("entries", "rows")
-DENSE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
+PERMUTATIONS = ("entries", "rows")
+SMALL_SIDE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
 VECTORS = 12  # of Lanczos: as many products as with 20 for a permuted matrix, and 13 for 21 in the data's metric
 TOLERANCE = 1e-6  # relative, of the squared value; the null's own spread is p^(-2/3), 4e-3 at p = 4096
 
@@ -32,8 +32,8 @@ def permuted(W: torch.Tensor, seed: int, kind: str = "entries") -> torch.Tensor:
     `rows` keeps each row's variance and is the null of noise whose rows differ. The same seed gives the same order.
     Raises UsageError for another kind.
     """
-    if kind not in KINDS:
-        raise UsageError(f"no permutation is called {kind!r}; try one of {', '.join(KINDS)}")
+    if kind not in PERMUTATIONS:
+        raise UsageError(f"no permutation is called {kind!r}; try one of {', '.join(PERMUTATIONS)}")
     random = np.random.default_rng(seed)
     # NumPy's shuffle: seeded the same on every platform, and in place. float32 holds bf16, fp16 and fp32 exactly.
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
@@ -59,7 +59,7 @@ def _largest(W: torch.Tensor, device: Device) -> float:
     p = A.shape[1]
     if not A.any():  # Lanczos would have no direction to start in
         return 0.0
-    if p <= DENSE:
+    if p <= SMALL_SIDE:
         small = to_host(A)
         return float(np.sqrt(max(np.linalg.eigvalsh(small.T @ small)[-1], 0.0)))
 

@@ -78,12 +78,12 @@ class Probe:
         """Keep it beside the probes of other devices; returns the file. Default path: `cache_path()`."""
         path = path or cache_path()
         try:
-            there = _read(path)
+            there = _read_probe(path)
         except RecordError:
             there = {}  # measured again in a minute: a damaged file is no reason to fail
         document = {"kind": KIND, "version": VERSION, "probes": there | {self.device: asdict(self)}}
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep_probes(path)
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -114,7 +114,7 @@ class Probe:
         Raises RecordError for a file that is damaged or of another version.
         """
         path = path or cache_path()
-        probes = _read(path)
+        probes = _read_probe(path)
         if device not in probes:
             return None
         try:
@@ -141,7 +141,7 @@ def cache_path() -> Path:
     return root / "laser" / "devices.json"
 
 
-def _sweep(path: Path) -> None:
+def _sweep_probes(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` left beside it."""
     for left in path.parent.glob(f"{path.name}.*.partial"):
         number = left.name.removeprefix(f"{path.name}.").removesuffix(".partial")
@@ -154,7 +154,7 @@ def _sweep(path: Path) -> None:
                 continue
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_probe(path: Path) -> dict[str, Any]:
     try:
         if not path.exists():
             return {}

@@ -28,14 +28,16 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError
 from laser.spectral.certificate import Factors, Raw
 from laser.spectral.devices import Device
-from laser.spectral.gram import BLOCK_ROWS, blocks, gram, moved, number, spectrum_of, tall, to_host
+from laser.spectral.gram import BLOCK_ROWS, blocks, gram, moved, scalar, spectrum_of, tall, to_host
 from laser.spectral.shrinkage import Gains
 
 Quintic = tuple[float, float, float]  # a, b, c of a x + b x^3 + c x^5
 
 NEWTON_SCHULZ: Quintic = (15 / 8, -10 / 8, 3 / 8)  # the limit of the sequence; cubic convergence near +-1
 POLISH = 2  # Newton-Schulz steps at the end: from 1e-2 to 1e-6 to the precision of the product
-SAFETY = 1.01  # Polar Express, section 4.4: the argument is divided by this, so that rounding cannot leave [-1, 1]
+POLAR_SAFETY = (
+    1.01  # Polar Express, section 4.4: the argument is divided by this, so that rounding cannot leave [-1, 1]
+)
 CUSHION = 0.02407327424182761  # ditto: no interval is taken wider than this, or the polynomial would swing too far
 SETTLED = 1e-2  # the sequence ends when the interval is [1 - this, 1 + this]
 UNRESOLVED = 0.05  # alarm on p - ||X||_F^2: one pair off by 0.013 each; measured 1e-4 where all is resolved (LOG.md)
@@ -80,7 +82,7 @@ def best_quintic(low: float, high: float) -> Quintic:
 
 
 @lru_cache(maxsize=64)
-def sign_steps(low: float, safety: float = SAFETY, cushion: float = CUSHION) -> tuple[Quintic, ...]:
+def sign_steps(low: float, safety: float = POLAR_SAFETY, cushion: float = CUSHION) -> tuple[Quintic, ...]:
     """Quintics whose composition takes [low, 1] to [1 - SETTLED, 1 + SETTLED], the last ones Newton-Schulz.
 
     Not the plain greedy sequence: `safety` keeps rounding from leaving the interval and `cushion` keeps the polynomial
@@ -116,14 +118,14 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
     p = G.shape[0]
     B = (G + G.T) / 2
     B.diagonal().sub_(tau * tau)
-    size = number(B.abs().max())
+    size = scalar(B.abs().max())
     if not 0 < size < math.inf:  # not `<=`, or NaN would pass
         raise NumericalError(f"the shifted Gram matrix has the largest entry {size}; no projector can be made of it")
     B = B / size  # else its powers may leave float32
     # A bound from above, not an estimate: ||B||_2 <= ||B^4||_F^(1/4). Power iteration, from below, let 7 of 48 runs
     # diverge (LOG.md); the 1-norm is free and loose by about sqrt(p).
     square = B @ B
-    scale = number(torch.linalg.vector_norm(square @ square)) ** 0.25
+    scale = scalar(torch.linalg.vector_norm(square @ square)) ** 0.25
     X, products = B / scale, 2
     del B, square
     low = finest(p, G.dtype)
@@ -165,10 +167,10 @@ def factors_by_projector(W: torch.Tensor, device: Device, values: NDArray[np.flo
     if values is None:
         values = spectrum_of(G, device)
     s = values
-    return Factors(s, lambda wanted: _cut(W, G, s, wanted, device))
+    return Factors(s, lambda wanted: _cut_by_projector(W, G, s, wanted, device))
 
 
-def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
+def _cut_by_projector(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
     if not wanted.plain:
         raise NumericalError("shrinkage and two-sided cuts need eigenvectors")
     p, rank = len(s), wanted.above
@@ -185,7 +187,7 @@ def _cut(W: torch.Tensor, G: torch.Tensor, s: NDArray[np.float64], wanted: Gains
         else:
             result = torch.addmm(block, block, X, beta=0.5, alpha=0.5)  # A P = (A + A X) / 2
         removed = block - result
-        squared += number(torch.sum(removed * removed))
+        squared += scalar(torch.sum(removed * removed))
         out_tall[start : start + BLOCK_ROWS] = moved(result, W.device, W.dtype)
     return Raw(out, s, gains, math.sqrt(squared), off, device.dtype, limit=UNRESOLVED / 4)
 

@@ -310,7 +310,7 @@ def crowd(spec: str, s: Spectrum, shape: Shape) -> int | None:
         return None
     if rule.estimator == "iqr" and not _iqr_tells(shape):  # then it is the median's
         return None
-    spikes = noise.estimate(s, shape, "trimmed").signals
+    spikes = noise.estimate_noise(s, shape, "trimmed").signals
     if spikes <= (1 - rule.reads) * len(s) + 1e-9:
         return None
     if rule.estimator == "bema" and fit_noise(s, shape, "bema").level > UNFIT:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.devices import HOST, Device, on_device_or_host
-from laser.spectral.gram import moved, number
+from laser.spectral.gram import moved, scalar
 from laser.spectral.noise import Shape, Spectrum
 from laser.spectral.permutation import TOLERANCE
 from laser.spectral.rules import Cut, parse_rule
@@ -119,7 +119,7 @@ def fit_tail(s: Spectrum) -> Tail | None:
 # Without e the edge is at w = 1 / sqrt(beta), z = 1 + sqrt(beta). There the term adds e z^2 / sqrt(beta) to z^2,
 # which is the relative amount k / sqrt(p q) of the squared edge.
 
-BLOCK = 1 << 22  # entries that are in float64 at a time: 32 MiB
+ENTRIES_AT_A_TIME = 1 << 22  # entries that are in float64 at a time: 32 MiB
 
 # A shift by a tenth of a Tracy-Widom unit turns 5 % of false finds into 6; Gaussian entries show 0.005 at 576 x 192 and
 # less at larger shapes, Laplace entries 0.2 to 0.7 (LOG.md).
@@ -142,17 +142,17 @@ def excess_kurtosis(W: torch.Tensor, device: Device = HOST) -> float:
 def _kurtosis(W: torch.Tensor, device: Device) -> float:
     flat = W.detach().reshape(-1)
     second = fourth = 0.0
-    for start in range(0, len(flat), BLOCK):
-        block = flat[start : start + BLOCK]
+    for start in range(0, len(flat), ENTRIES_AT_A_TIME):
+        block = flat[start : start + ENTRIES_AT_A_TIME]
         narrow = min(block.dtype, device.dtype, key=lambda dtype: dtype.itemsize)
         block = moved(block, device.torch_device, narrow)
-        scale = number(block.abs().max())
+        scale = scalar(block.abs().max())
         if scale == 0.0:
             continue
         squares = block.to(device.dtype) / scale  # a new tensor, so that what follows may overwrite it
         squares.mul_(squares)
-        second += number(torch.sum(squares)) * scale**2
-        fourth += number(torch.sum(squares.mul_(squares))) * scale**4
+        second += scalar(torch.sum(squares)) * scale**2
+        fourth += scalar(torch.sum(squares.mul_(squares))) * scale**4
     return fourth * len(flat) / second**2 - 3 if second else 0.0
 
 

@@ -287,7 +287,7 @@ def test_a_server_that_is_too_slow_is_given_up(
     hub: Hub, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A limit: laser really waits for half a minute.
-    monkeypatch.setattr(answers, "WINDOW", 0.05)
+    monkeypatch.setattr(answers, "RATE_SECONDS", 0.05)
     hub.instead = chunked(hub, where, b"x", pause=0.02, status=206 if where == "storage" else 200)
     line = refused(hub, tmp_path)
     assert "too slow: found" in line and "expected at least 1024" in line and "same command" in line
@@ -347,7 +347,7 @@ def test_a_file_damaged_in_the_cache_is_not_believed(
     blob.write_bytes(data)
     if not small:
         # A limit: a file that laser calls large is one of gigabytes.
-        monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
+        monkeypatch.setattr("laser.checkpoint.hub.SMALL_FILE", 0)
     with pytest.raises(LaserError) as error:
         reduce(open_checkpoint(ID), plan, tmp_path / "out")
     assert place != -1 or not small or f"remove {blob}" in str(error.value)
@@ -372,7 +372,7 @@ def test_a_run_in_one_pass_does_not_believe_a_damaged_file_either(
     data[-1] ^= 1
     blob.write_bytes(data)
     # A limit: a file that laser calls large is one of gigabytes.
-    monkeypatch.setattr("laser.checkpoint.hub.SMALL", 0)
+    monkeypatch.setattr("laser.checkpoint.hub.SMALL_FILE", 0)
     assert main(["run", ID, "-o", str(tmp_path / "out"), "--rule", "rank:4", "--no-search"]) == 1
     assert f"remove {blob}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "laser.json").exists()

@@ -85,7 +85,7 @@ def test_hashes_of_the_hub_and_bytes_of_a_directory(hub: Hub, pico: Path, tmp_pa
     with pytest.raises(RecordError, match=r"only the hashes of its files are known.*hf download maker/pico"):
         reduce(remote, make_plan(scan(local, SELECTED), "rank:4"), tmp_path / "other")
     cached = open_checkpoint(ID, "weights")
-    assert cached.fingerprint.told().keys() == {"content", "samples"}
+    assert cached.fingerprint.stated().keys() == {"content", "samples"}
     for made in (plan, make_plan(scan(local, SELECTED), "rank:4")):
         made.source.require(cached, "plan")
     data = bytearray((pico / FIRST).read_bytes())

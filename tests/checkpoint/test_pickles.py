@@ -86,7 +86,7 @@ def test_one_pickle_with_views_and_mixed_dtypes(make_pico: Callable[..., Path], 
 def test_killed_and_resumed_is_the_same_to_the_byte(pickled: Path, tmp_path: Path) -> None:
     touched = [Q1, Q1.replace("q_proj", "k_proj"), Q1.replace("1.", "2.", 1)]
 
-    def compute(checkpoint: Checkpoint, stop_at: int | None) -> writer.Compute:
+    def compute(checkpoint: Checkpoint, stop_at: int | None) -> writer.MakeNew:
         done = 0
 
         def run(names: list[str]) -> Generator[tuple[str, torch.Tensor, dict[str, Any]], None, None]:

@@ -326,7 +326,7 @@ def test_spectra_know_which_fp8_has_scales(fp8: Path, tmp_path: Path) -> None:
     spectra = scan(open_checkpoint(fp8), SELECTED)
     spectra.save(tmp_path / "s")
     loaded = spectra.load(tmp_path / "s")
-    assert loaded.matrices == tuple(replace(m, cut=None) for m in spectra.matrices)
+    assert loaded.matrices == tuple(replace(m, part=None) for m in spectra.matrices)
     assert any(m.dtype == "F8_E4M3" and m.scaled for m in loaded.matrices)
 
 

@@ -25,7 +25,7 @@ from laser.cli.recipe import load_recipe
 from laser.errors import CheckpointError, DoubtWarning, LaserError, OutputError, RecordError
 from laser.evaluation.rows import read_content
 from laser.evaluation.text import load_tokenizer
-from laser.files import LARGEST, read_regular
+from laser.files import LARGEST_FILE, read_regular
 from laser.plan import Plan
 from laser.spectra import Spectra
 
@@ -66,7 +66,7 @@ def unix_socket(path: Path) -> None:
 
 def huge(path: Path) -> None:
     with path.open("wb") as file:  # sparse: takes no room
-        file.truncate(40 * LARGEST)
+        file.truncate(40 * LARGEST_FILE)
 
 
 STRANGE = (fifo, endless, full, folder, loop, dangling, unix_socket, huge)

@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laser.checkpoint import slices
-from laser.checkpoint.slices import Cut, bytes_of, read_cut, spans, write_cut
+from laser.checkpoint.slices import Slice, bytes_of, read_slice, spans, write_slice
 
 
 @st.composite
-def any_cut(draw: st.DrawFn) -> Cut:
+def any_cut(draw: st.DrawFn) -> Slice:
     view = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     index = []
     for size in view:
         start = draw(st.integers(0, size - 1))
         index.append((start, draw(st.integers(start + 1, size)), draw(st.integers(1, 3))))
-    return Cut(view, tuple(index), draw(st.booleans()))
+    return Slice(view, tuple(index), draw(st.booleans()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("long_run", "max_span"), [(64 << 10, 64 << 20), (1, 1), (8, 40), (40, 8)])
 @given(cut=any_cut())
-def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> None:
+def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Slice) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # Limits: real ones need tensors of megabytes for each of hundreds of examples.
         patch.setattr(slices, "LONG_RUN", long_run)
@@ -40,14 +40,14 @@ def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> N
         def put(start: int, data: memoryview) -> None:
             memory[start : start + len(data)] = data
 
-        part = read_cut(fetch, torch.int32, cut)
+        part = read_slice(fetch, torch.int32, cut)
         slow = tensor.reshape(cut.view)[tuple(slice(*axis) for axis in cut.index)]
         assert torch.equal(part, slow)
         W = cut.oriented(part)
         assert tuple(W.shape) == cut.shape and W.is_contiguous()
         assert torch.equal(W, cut.of(tensor)) and torch.equal(cut.stored(W), part)
 
-        write_cut(fetch, put, cut.stored(-1 - W), cut)
+        write_slice(fetch, put, cut.stored(-1 - W), cut)
         expected = tensor.clone()
         cut.put(expected, -1 - W)
         assert torch.equal(torch.frombuffer(memory, dtype=torch.int32), expected)
@@ -58,10 +58,10 @@ def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Cut) -> N
 
 def test_long_runs_are_read_alone_and_short_ones_within_their_span() -> None:
     """Rows of a fused qkv cost their own bytes; interleaved columns cost the span, in pieces of bounded size."""
-    rows = Cut((3 * 64, 1024), ((64, 128, 1), (0, 1024, 1)))
+    rows = Slice((3 * 64, 1024), ((64, 128, 1), (0, 1024, 1)))
     assert [(s.start, s.length) for s in spans(rows, 2)] == [(64 * 1024, 64 * 1024)]
-    heads = Cut((4, 3, 64, 1024), ((0, 4, 1), (1, 2, 1), (0, 64, 1), (0, 1024, 1)))
+    heads = Slice((4, 3, 64, 1024), ((0, 4, 1), (1, 2, 1), (0, 64, 1), (0, 1024, 1)))
     assert [s.length for s in spans(heads, 2)] == [64 * 1024] * 4
-    comb = Cut((2, 5120, 16384), ((1, 2, 1), (0, 5120, 1), (1, 16384, 2)), transposed=True)
+    comb = Slice((2, 5120, 16384), ((1, 2, 1), (0, 5120, 1), (1, 16384, 2)), transposed=True)
     found = list(spans(comb, 2))
     assert max(s.length for s in found) * 2 <= slices.MAX_SPAN and len(found) == 3

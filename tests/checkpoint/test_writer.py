@@ -24,7 +24,7 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
 W2 = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
 
 
-def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Compute:
+def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.MakeNew:
     def compute(names: list[str]) -> Generator[writer.New, None, None]:
         for name in names:
             if calls is not None:

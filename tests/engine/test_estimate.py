@@ -8,7 +8,7 @@ import torch
 from conftest import Run
 
 import laser
-from laser.engine.cost import ELSEWHERE, Estimate, Meter, estimate
+from laser.engine.cost import ELSEWHERE, Estimate, Meter, estimate_cost
 from laser.engine.crew import Crew
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.probe import Probe
@@ -32,7 +32,7 @@ def test_by_the_probe_of_this_machine(pico: Path) -> None:
     probe.save()
     checkpoint = laser.open_checkpoint(pico)
     matrices = [m for m in selected(checkpoint) if m.role == "q"]  # three of 32 x 32
-    one = estimate(checkpoint, matrices, Crew((CPU,), 1))
+    one = estimate_cost(checkpoint, matrices, Crew((CPU,), 1))
     product = 2 * 32**3 / 1e6
     assert one.scan_seconds == pytest.approx(3 * (product + 0.5))
     assert one.reduce_seconds == pytest.approx(3 * (2 * product + 1.0))  # rank p / 2: as much again for the cut
@@ -40,10 +40,10 @@ def test_by_the_probe_of_this_machine(pico: Path) -> None:
     assert one.basis == "by the probe of 2026-11-23"
     second = Crew((Device("cuda:1", torch.float64, False, ""),))  # a probe of "cuda" serves each of several
     Probe("cuda float64", "a chip", "2.13", 1, 1e6, {32: 0.5}, {32: 1.0}, measured="2026-11-22").save()
-    assert estimate(checkpoint, matrices, second).basis == "by the probe of 2026-11-22"
-    two = estimate(checkpoint, matrices, Crew((CPU,), 3))
+    assert estimate_cost(checkpoint, matrices, second).basis == "by the probe of 2026-11-22"
+    two = estimate_cost(checkpoint, matrices, Crew((CPU,), 3))
     assert two.scan_seconds == pytest.approx(one.scan_seconds / 3) and two.peak_bytes > one.peak_bytes
-    known = estimate(checkpoint, matrices, Crew((CPU,), 1), {m.name: 0 for m in matrices})
+    known = estimate_cost(checkpoint, matrices, Crew((CPU,), 1), {m.name: 0 for m in matrices})
     assert known.reduce_seconds == pytest.approx(3 * (product + 1.0))
 
 
@@ -51,11 +51,11 @@ def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) ->
     Probe("cpu float64", "a chip", "2.13", 1, 1e6, {32: 0.5}, {32: 1.0}, null={32**2: 1.0}).save()
     checkpoint = laser.open_checkpoint(pico)
     matrices = [m for m in selected(checkpoint) if m.role == "q"]
-    plain = estimate(checkpoint, matrices, Crew((CPU,), 1))
-    drawn = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19)
+    plain = estimate_cost(checkpoint, matrices, Crew((CPU,), 1))
+    drawn = estimate_cost(checkpoint, matrices, Crew((CPU,), 1), draws=19)
     assert drawn.scan_seconds - plain.scan_seconds == pytest.approx(3 * 19 * 1.0)
     assert drawn.visit_seconds > plain.visit_seconds and drawn.reduce_seconds == plain.reduce_seconds
-    both = estimate(checkpoint, matrices, Crew((CPU,), 1), draws=19, in_data=True)
+    both = estimate_cost(checkpoint, matrices, Crew((CPU,), 1), draws=19, in_data=True)
     assert both.peak_bytes > drawn.peak_bytes
     assert both.scan_seconds - drawn.scan_seconds > plain.scan_seconds  # a second spectrum, and no second permutations
 
@@ -63,7 +63,7 @@ def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) ->
 def test_the_slower_of_disk_and_arithmetic_decides(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     Probe("cpu float64", "a chip", "2.13", 1, 1e15, {32: 0.0}, {32: 0.0}, disk_read=1e3, disk_write=1e3).save()
-    found = estimate(checkpoint, selected(checkpoint), Crew((CPU,), 1))
+    found = estimate_cost(checkpoint, selected(checkpoint), Crew((CPU,), 1))
     assert found.reduce_seconds == pytest.approx(2 * found.disk_bytes / 1e3)
     assert found.scan_seconds == pytest.approx(sum(2 * m.parameters for m in selected(checkpoint)) / 1e3)
 
@@ -73,11 +73,11 @@ def test_without_a_probe_it_says_whose_constants(pico: Path, cache: Path) -> Non
     for label in ELSEWHERE:
         name, dtype = label.split()
         device = Device(name, getattr(torch, dtype), name == "cpu", "")
-        found = estimate(checkpoint, selected(checkpoint), Crew((device,)))
+        found = estimate_cost(checkpoint, selected(checkpoint), Crew((device,)))
         assert "`laser devices --probe` measures yours" in found.basis and 0 < found.scan_seconds < found.reduce_seconds
     (cache / "laser").mkdir(parents=True)
     (cache / "laser" / "devices.json").write_text("{")
-    assert "--probe" in estimate(checkpoint, selected(checkpoint), Crew((CPU,))).basis
+    assert "--probe" in estimate_cost(checkpoint, selected(checkpoint), Crew((CPU,))).basis
 
 
 def test_the_constants_of_elsewhere_give_the_measured_times() -> None:

@@ -22,7 +22,7 @@ import laser
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.engine import ray as ray_engine
 from laser.engine.crew import Crew
-from laser.engine.workers import choose_crew, visit
+from laser.engine.workers import choose_crew, visit_all
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import reduce, scan
 from laser.plan import make_plan
@@ -153,14 +153,14 @@ def test_an_error_in_a_task_is_the_error_of_the_run(cluster: Any, pico: Path) ->
         raise NumericalError(f"{matrix.name}: no")
 
     with pytest.raises(NumericalError, match=r"model\..*: no"):
-        list(visit(checkpoint, list_matrices(checkpoint)[:3], fail, ON_RAY))
+        list(visit_all(checkpoint, list_matrices(checkpoint)[:3], fail, ON_RAY))
 
 
 def test_a_device_that_the_cluster_lacks(cluster: Any, pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     crew = Crew((Device("cuda", torch.float64, False, ""),), engine="ray")
     with pytest.raises(UsageError, match="cluster has no GPU"):
-        list(visit(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
+        list(visit_all(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
 
 
 def test_the_device_is_chosen_where_the_gpus_are(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_task_uses_the_one_card_that_it_sees(pico: Path, monkeypatch: pytest.M
 def test_apple_gpus_are_refused(pico: Path) -> None:
     crew, checkpoint = Crew((Device("mps", torch.float32, True, ""),), engine="ray"), laser.open_checkpoint(pico)
     with pytest.raises(UsageError, match="Ray lends no device 'mps', expected cuda or cpu; try --device cpu"):
-        list(visit(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
+        list(visit_all(checkpoint, list_matrices(checkpoint), lambda m, W, d: None, crew))
     with pytest.raises(UsageError, match="Ray lends no device 'mps'"):
         choose_crew("mps", engine="ray")
 
@@ -235,7 +235,7 @@ def test_a_node_killed_half_way(cluster: Any, one_by_one: None, pico: Path, tmp_
 
     second = next(node for node in cluster.worker_nodes)
     results = {}
-    with closing(visit(checkpoint, matrices, work, ON_RAY)) as visits:
+    with closing(visit_all(checkpoint, matrices, work, ON_RAY)) as visits:
         for matrix, new, _ in visits:
             assert matrix.name not in results
             results[matrix.name] = new

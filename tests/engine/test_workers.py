@@ -19,8 +19,8 @@ import laser
 from laser import pipeline
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.engine import workers
-from laser.engine.crew import Crew, dearest_first, peak_bytes, quiet, worker_bytes
-from laser.engine.workers import choose_crew, visit
+from laser.engine.crew import Crew, most_expensive_first, peak_bytes, quiet, worker_bytes
+from laser.engine.workers import choose_crew, visit_all
 from laser.errors import NumericalError, UsageError
 from laser.flow import run
 from laser.pipeline import by_shard, reduce, scan
@@ -47,7 +47,7 @@ class Full(Device):
 class Alone(Crew):
     """One worker per device."""
 
-    def staff(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
+    def pool(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
         return self.devices
 
 
@@ -92,7 +92,7 @@ def test_large_matrices_too(make_pico: Callable[..., Path], tmp_path: Path) -> N
             crew = Crew((CPU,), count)
             scan(checkpoint, crew=crew).save(tmp_path / f"{count}.safetensors")
             matrices = laser.list_matrices(checkpoint)
-            assert [found for _, found, _ in visit(checkpoint, matrices, threads, crew)] == [{1}] * len(matrices)
+            assert [found for _, found, _ in visit_all(checkpoint, matrices, threads, crew)] == [{1}] * len(matrices)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
@@ -165,7 +165,7 @@ def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
         return found
 
     checkpoint, card = laser.open_checkpoint(pico), Device("cuda", torch.float64, False, "pretends")
-    assert [found for _, found, _ in visit(checkpoint, scanned(checkpoint)[:4], work, Crew((card,)))] == [500] * 4
+    assert [found for _, found, _ in visit_all(checkpoint, scanned(checkpoint)[:4], work, Crew((card,)))] == [500] * 4
 
 
 def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it() -> None:
@@ -193,7 +193,7 @@ def test_any_order_of_completion_gives_the_same_output(
 def test_dearest_first_and_shard_by_shard(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     matrices = scanned(checkpoint)
-    costs = [m.cost for m in dearest_first(matrices)]
+    costs = [m.cost for m in most_expensive_first(matrices)]
     assert costs == sorted(costs, reverse=True)
     order = [(checkpoint.tensors[m.tensor].shard, -m.cost) for m in by_shard(checkpoint, matrices)]
     assert order == sorted(order)
@@ -219,7 +219,7 @@ def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, count: i
     with pytest.MonkeyPatch.context() as patch:
         # Counted while they are alive: in the thread that reads.
         patch.setattr(laser.Checkpoint, "read", read)
-        with closing(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), count))) as visits:
+        with closing(visit_all(checkpoint, scanned(checkpoint), work, Crew((CPU,), count))) as visits:
             for matrix, name, _ in visits:
                 assert matrix.name == name
                 seen.append(name)
@@ -239,14 +239,14 @@ def test_what_fails_in_a_worker_is_raised_here_and_all_threads_end(pico: Path, e
             raise error
 
     with pytest.raises(type(error)):
-        list(visit(checkpoint, scanned(checkpoint), work, Crew((CPU,), 2)))
+        list(visit_all(checkpoint, scanned(checkpoint), work, Crew((CPU,), 2)))
     assert threading.active_count() == before
 
 
 def test_a_caller_that_stops_ends_all_threads(pico: Path) -> None:
     checkpoint, before = laser.open_checkpoint(pico), threading.active_count()
     threads = torch.get_num_threads()
-    with closing(visit(checkpoint, scanned(checkpoint), lambda m, W, d: m.name, Crew((CPU,), 2))) as visits:
+    with closing(visit_all(checkpoint, scanned(checkpoint), lambda m, W, d: m.name, Crew((CPU,), 2))) as visits:
         next(visits)
     assert (threading.active_count(), torch.get_num_threads()) == (before, threads)
 
@@ -256,7 +256,7 @@ def test_a_read_that_fails_is_raised(pico: Path) -> None:
     last = checkpoint.shards[-1]
     last.path.write_bytes(last.path.read_bytes()[:-100])
     with pytest.raises(laser.CheckpointError, match="it changed; run again"):
-        list(visit(checkpoint, list_matrices(checkpoint)[::-1], lambda m, W, d: None, Crew((CPU,), 2)))
+        list(visit_all(checkpoint, list_matrices(checkpoint)[::-1], lambda m, W, d: None, Crew((CPU,), 2)))
 
 
 @pytest.mark.parametrize(
@@ -285,9 +285,9 @@ def test_a_crew_fits_into_memory(pico: Path) -> None:
     matrices = scanned(laser.open_checkpoint(pico))
     each = worker_bytes(matrices, CPU)
     crew = Crew((replace(CPU, share=2 * each),))
-    assert len(crew.staff(matrices)) == 1  # half of what is there
-    assert len(Crew((CPU,), 3).staff(matrices)) == 3  # asked for
-    assert len(Crew((CPU,), 3).staff(matrices[:2])) == 2
+    assert len(crew.pool(matrices)) == 1  # half of what is there
+    assert len(Crew((CPU,), 3).pool(matrices)) == 3  # asked for
+    assert len(Crew((CPU,), 3).pool(matrices[:2])) == 2
     assert peak_bytes(matrices, crew) == each + 4 * 2 * 48 * 32
 
 
@@ -295,4 +295,4 @@ def test_records_name_the_kind_of_device_and_not_its_number() -> None:
     first, second = (Device(f"cuda:{i}", torch.float64, False, "") for i in (0, 1))
     assert Crew((second,)).label == Crew((first, second)).label == "cuda float64"
     assert Crew((CPU,), 2).label == CPU.label
-    assert Crew((first, second)).staff([]) == (first, second, first, second)  # two workers each
+    assert Crew((first, second)).pool([]) == (first, second, first, second)  # two workers each

@@ -27,10 +27,10 @@ from laser.evaluation.leaderboard import (
     TaskScore,
     circumstances,
     comparable,
-    difference,
     mean_and_error,
     require_leaderboard,
     run_leaderboard,
+    task_difference,
 )
 from laser.evaluation.lm_tasks import TASKS, choose_tasks, write_tasks
 from laser.journal import Journal
@@ -192,7 +192,7 @@ def test_what_is_counted_beforehand_is_what_the_model_is_asked(
     checkpoint, asked = open_checkpoint(speaker), {"prompts": 0, "tokens": 0}
     workload = require_leaderboard(checkpoint, data=data, counted=True)
     assert workload is not None and require_leaderboard(checkpoint, data=data) is None
-    load = leaderboard._load
+    load = leaderboard._load_model
 
     def counting(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -215,7 +215,7 @@ def test_what_is_counted_beforehand_is_what_the_model_is_asked(
         return model
 
     # What is asked of a model that the command loads itself.
-    monkeypatch.setattr(leaderboard, "_load", counting)
+    monkeypatch.setattr(leaderboard, "_load_model", counting)
     run_leaderboard(checkpoint, data=data, limit=None)
     assert workload.prompts == asked["prompts"] > 50
     assert workload.tokens == pytest.approx(asked["tokens"], rel=0.05)
@@ -309,7 +309,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
     tasks, path = ("mmlu", "truthfulqa_mc2", "winogrande"), tmp_path / "board.json.partial"
     whole = run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks)
     measured: list[str] = []
-    measure = module._measure
+    measure = module._measure_task
 
     def counted(model: Any, task: Any, *rest: Any) -> TaskScore:
         measured.append(task.name)
@@ -318,7 +318,7 @@ def test_a_leaderboard_that_was_killed_goes_on(
         return measure(model, task, *rest)
 
     # Killed between two tasks, where nothing is called that a caller hands in.
-    monkeypatch.setattr(module, "_measure", counted)
+    monkeypatch.setattr(module, "_measure_task", counted)
     with pytest.raises(Killed):
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=tasks, journal=path)
     with path.open("a") as file:
@@ -492,16 +492,16 @@ def board_of(*scores: TaskScore) -> Leaderboard:
 
 def test_difference_is_paired() -> None:
     a, b = score(1, 0, 1, 0), score(1, 1, 1, 0)
-    step = difference(a, b)
+    step = task_difference(a, b)
     assert step is not None
     # By hand: steps 0, 1, 0, 0 have mean 1/4 and variance (3/16 + 9/16) / 3 = 1/4.
     assert (step.mean, step.stderr, step.n) == (0.25, 0.25, 4)
-    same = difference(a, a)
+    same = task_difference(a, a)
     assert same is not None and (same.mean, same.stderr) == (0, 0)  # no row changed
-    one = difference(score(1), score(0))
+    one = task_difference(score(1), score(0))
     assert one is not None and (one.mean, one.stderr) == (-1, None)
-    assert difference(a, score(1, 0, 1)) is None
-    assert difference(a, dataclasses.replace(b, shots=0)) is None
+    assert task_difference(a, score(1, 0, 1)) is None
+    assert task_difference(a, dataclasses.replace(b, shots=0)) is None
 
 
 def test_a_difference_needs_the_very_same_questions() -> None:
@@ -512,17 +512,17 @@ def test_a_difference_needs_the_very_same_questions() -> None:
         {"metric": "acc_norm"},
         {"subjects": (("x", 2), ("y", 2))},
     ):
-        assert difference(a, dataclasses.replace(a, **change)) is None
-    assert difference(a, a) is not None
+        assert task_difference(a, dataclasses.replace(a, **change)) is None
+    assert task_difference(a, a) is not None
 
 
 def test_errors_of_steps_that_are_all_alike() -> None:
     """40 rows that did not change have no error; 40 that all got worse are no lack of rows; one row is."""
     still, right, wrong = score(*[1.0] * 40), score(*[1.0] * 40), score(*[0.0] * 40)
     for a, b, expected in ((still, still, (0, 0)), (right, wrong, (-1, 0)), (score(1), score(1), (0, 0))):
-        step = difference(a, b)
+        step = task_difference(a, b)
         assert step is not None and (step.mean, step.stderr) == expected
-    step = difference(score(1), score(0))
+    step = task_difference(score(1), score(0))
     assert step is not None and step.stderr is None
 
 

@@ -12,7 +12,7 @@ from test_stream_families import STREAMED, WINDOWS
 import laser
 from laser.calibration import calibrate
 from laser.evaluation.streaming import LayeredModel
-from laser.evaluation.taps import Met, Tap, run_one_expert_at_a_time
+from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Windows
 
 # A family for each way in which matrices are stored and met: the first of the table, and what is stored otherwise.
@@ -39,7 +39,7 @@ def test_every_matrix_of_a_layer_is_met_with_outputs_of_its_own(family: str, tmp
     forms = set()
     for matrix in laser.list_matrices(checkpoint):
         if matrix.name in whole.sites:
-            W = checkpoint.read(matrix.tensor, matrix.cut)
+            W = checkpoint.read(matrix.tensor, matrix.part)
             metric, known = wide.metric(matrix.name, W), whole.metric(matrix.name, W)
             forms.add(metric.form)
             if metric.form == "outputs":
@@ -55,12 +55,12 @@ def test_what_is_met_is_the_product_with_the_stored_matrix(family: str, tmp_path
     model = LayeredModel(checkpoint, dtype="float32")
     run_one_expert_at_a_time(model)
     chosen = [m for m in laser.list_matrices(checkpoint) if laser.Selection().why_not(m) is None]
-    stored = {m.name: (m.tensor, m.cut) for m in chosen}
+    stored = {m.name: (m.tensor, m.part) for m in chosen}
     states, met = model.embed(WINDOWS), set[str]()
     for layer in range(model.layers):
         matrices = [m for m in chosen if m.layer == layer]
 
-        def listen(what: Met, x: torch.Tensor, y: torch.Tensor) -> None:
+        def listen(what: SharedInput, x: torch.Tensor, y: torch.Tensor) -> None:
             for name, rows in zip(what.names, what.rows, strict=True):
                 wanted = x @ checkpoint.read(*stored[name]).float().T
                 assert torch.allclose(wanted, y[:, rows], atol=1e-5 * float(wanted.abs().max())), name

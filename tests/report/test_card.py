@@ -28,7 +28,7 @@ from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
-from laser.report.comparison import Loss, Losses, compare, losses_of
+from laser.report.comparison import LossDocument, Losses, compare, losses_of
 from laser.report.source_card import licence_of, read_source_card
 from laser.search.runner import Trial
 
@@ -94,7 +94,7 @@ def board_of(
 
 
 def losses_of_change(change: float, se: float | None = 0.01) -> Losses:
-    def loss(nll: float, error: float | None) -> Loss:
+    def loss(nll: float, error: float | None) -> LossDocument:
         return {"nll": nll, "se": error, "tokens": 5120, "windows": 10, "text": "wiki.test"}
 
     return {"source": loss(3.0, 0.1), "result": loss(3.0 + change, 0.1), "difference": loss(change, se)}
@@ -408,7 +408,7 @@ def test_a_template_has_limits_of_time_and_memory(
 ) -> None:
     # A limit: the longest is a minute.
     monkeypatch.setattr(chat, "SECONDS", seconds)
-    text, told = chat.render(template, {})
+    text, told = chat.render_chat(template, {})
     assert text is None and why in told and "\n" not in told
 
 

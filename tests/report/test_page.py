@@ -17,7 +17,7 @@ from report.browser import CHROMIUM, Browser
 import laser
 from laser.escape import visible
 from laser.pipeline import scan
-from laser.report.page import render
+from laser.report.page import render_page
 from laser.report.plots import histogram_of
 from laser.summary import summarise
 
@@ -28,7 +28,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: ap
 def text(pico: Path) -> str:
     spectra = scan(laser.open_checkpoint(pico))
     summary = summarise(spectra)
-    return render(summary, [histogram_of(spectra, row.name) for row in summary.rows])
+    return render_page(summary, [histogram_of(spectra, row.name) for row in summary.rows])
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def large(pico: Path) -> str:
             rows.append(replace(row, name=name, layer=number, snr=(row.snr or 0) + number / 10))
             histograms.append(replace(histogram_of(spectra, row.name), name=name))
     assert len(rows) == 928
-    return render(replace(summary, rows=tuple(rows)), histograms)
+    return render_page(replace(summary, rows=tuple(rows)), histograms)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_page_is_whole_and_a_name_cannot_break_it(pico: Path) -> None:
     rows = (replace(summary.rows[0], name=evil), *summary.rows[1:])
     drawn = [replace(histogram_of(spectra, summary.rows[0].name), name=evil)]
     drawn += [histogram_of(spectra, row.name) for row in summary.rows[1:]]
-    page = render(replace(summary, rows=rows), drawn)
+    page = render_page(replace(summary, rows=rows), drawn)
     assert page.count("</script>") == 1 and "/*DATA*/" not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # a namespace, never fetched
 
@@ -107,7 +107,7 @@ def test_the_page_shows_names_as_a_terminal_does_and_keeps_its_data(pico: Path) 
     summary = summarise(spectra)
     rows = tuple(replace(row, name=name) for row, name in zip(summary.rows, STRANGE, strict=False))
     drawn = [replace(histogram_of(spectra, summary.rows[0].name), name=name) for name in STRANGE]
-    script = render(replace(summary, rows=rows), drawn).partition("<script>")[2].partition("</script>")[0]
+    script = render_page(replace(summary, rows=rows), drawn).partition("<script>")[2].partition("</script>")[0]
     lines = [line for line in script.splitlines() if line.startswith(("const data =", "const visible ="))]
     lines.append("const names = data.rows.map(row => row[0]);")
     lines.append("const drawn = names.map(name => data.drawings[name].shape.join());")
@@ -129,7 +129,7 @@ def test_every_text_of_the_page_goes_through_what_makes_it_visible() -> None:
 def test_same_records_same_bytes(pico: Path) -> None:
     spectra = scan(laser.open_checkpoint(pico))
     summary = summarise(spectra)
-    one, two = (render(summary, [histogram_of(spectra, r.name) for r in summary.rows]) for _ in range(2))
+    one, two = (render_page(summary, [histogram_of(spectra, r.name) for r in summary.rows]) for _ in range(2))
     assert one == two
 
 

@@ -18,7 +18,7 @@ def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch
     expected = (sum(v**4 for v in x) / 77) / (sum(v**2 for v in x) / 77) ** 2 - 3
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
     # A limit: real blocks need matrices of thousands of rows.
-    monkeypatch.setattr(spectrum, "BLOCK", 10)
+    monkeypatch.setattr(spectrum, "ENTRIES_AT_A_TIME", 10)
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
     assert excess_kurtosis(1e-30 * W) == pytest.approx(expected, rel=1e-12)  # nothing underflows
     assert excess_kurtosis((1e-30 * W).float().T) == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ from scipy import integrate, optimize
 from laser.errors import UsageError
 from laser.spectral import gamma_law, noise
 from laser.spectral import marchenko_pastur as mp
-from laser.spectral.noise import ESTIMATORS, Noise, estimate
+from laser.spectral.noise import ESTIMATORS, Noise, estimate_noise
 
 Array = NDArray[np.float64]
 
@@ -180,13 +180,13 @@ def test_scaling_scales_and_transposing_or_permuting_changes_nothing(
     random = np.random.default_rng(seed)
     W = random.standard_normal(shape)
     W[:, :spikes] *= 10
-    found = estimate(spectrum(W), shape, name)
-    scaled = estimate(spectrum(scale * W), shape, name)
+    found = estimate_noise(spectrum(W), shape, name)
+    scaled = estimate_noise(spectrum(scale * W), shape, name)
     assert scaled.sigma == pytest.approx(scale * found.sigma, rel=1e-6)
     assert (scaled.signals, scaled.theta, scaled.along) == (found.signals, found.theta, found.along)
-    assert estimate(spectrum(W.T), (shape[1], shape[0]), name).sigma == pytest.approx(found.sigma, rel=1e-6)
+    assert estimate_noise(spectrum(W.T), (shape[1], shape[0]), name).sigma == pytest.approx(found.sigma, rel=1e-6)
     shuffled = W[random.permutation(shape[0])][:, random.permutation(shape[1])]
-    assert estimate(spectrum(shuffled), shape, name).sigma == pytest.approx(found.sigma, rel=1e-6)
+    assert estimate_noise(spectrum(shuffled), shape, name).sigma == pytest.approx(found.sigma, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -197,7 +197,7 @@ def test_low_rank_and_zero_matrices_have_finite_levels(name: str, shape: tuple[i
     W = random.standard_normal((shape[0], rank)) @ random.standard_normal((rank, shape[1]))
     s = spectrum(W)
     s[rank:] = 0.0
-    found = estimate(s, shape, name)
+    found = estimate_noise(s, shape, name)
     assert found.sigma >= 0 and math.isfinite(found.sigma)
     assert 0 <= found.lower_edge(shape) <= found.upper_edge(shape) < math.inf
     if rank == 0:
@@ -209,14 +209,14 @@ def test_low_rank_and_zero_matrices_have_finite_levels(name: str, shape: tuple[i
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS if n != "iqr"])  # one value has no interquartile range
 def test_a_single_row_gives_the_deviation_of_its_entries(name: str) -> None:
     row = gaussian(1, 4000, sigma=0.7)
-    assert estimate(spectrum(row), (1, 4000), name).sigma == pytest.approx(0.7, rel=0.03)
+    assert estimate_noise(spectrum(row), (1, 4000), name).sigma == pytest.approx(0.7, rel=0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 448), (448, 128)])
 def test_sigma_is_recovered_on_pure_noise(name: str, shape: tuple[int, int]) -> None:
-    errors = [abs(estimate(spectrum(gaussian(*shape, seed=s)), shape, name).sigma - 1) for s in range(10)]
+    errors = [abs(estimate_noise(spectrum(gaussian(*shape, seed=s)), shape, name).sigma - 1) for s in range(10)]
     # Five standard errors or so at p = 128; quartiles are four times as noisy as medians (noise.py).
     assert max(errors) < (0.09 if name == "iqr" else 0.05)
 
@@ -232,4 +232,4 @@ def test_trimming_stays_right_where_the_median_is_led_astray() -> None:
 
 def test_unknown_estimator_is_answered_with_the_list() -> None:
     with pytest.raises(UsageError, match="least-squares"):
-        estimate(np.ones(3), (3, 3), "mean")
+        estimate_noise(np.ones(3), (3, 3), "mean")

@@ -39,7 +39,7 @@ def of_demo() -> list[Case]:
     wanted = [m for m in laser.list_matrices(checkpoint) if m.is_matrix and min(m.shape) > 32 and m.layer is not None]
     chosen = wanted[:: max(1, len(wanted) // 10)][:10]
     return [
-        (np.linalg.svd(checkpoint.read(m.tensor, m.cut).double().numpy(), compute_uv=False), m.shape[:2])  # pyright: ignore
+        (np.linalg.svd(checkpoint.read(m.tensor, m.part).double().numpy(), compute_uv=False), m.shape[:2])  # pyright: ignore
         for m in chosen
     ]
 

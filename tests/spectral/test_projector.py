@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laser.errors import NumericalError
 from laser.spectral import projector
 from laser.spectral.devices import Device
-from laser.spectral.factorise import truncate, visit
+from laser.spectral.factorise import factorise, truncate
 from laser.spectral.gram import moved, to_host
 from laser.spectral.projector import UNRESOLVED, best_quintic, finest, matrix_sign, sign_steps
 from laser.spectral.shrinkage import Gains
@@ -174,9 +174,9 @@ def test_a_decision_is_asked_for_once_and_may_be_to_leave_the_matrix(device: Dev
         asked.append(len(s))
         return None if len(asked) == 2 else Gains(4)
 
-    first = visit(W, decide, device)
+    first = factorise(W, decide, device)
     assert first.truncation is not None and torch.equal(first.truncation.matrix, truncate(W, 4, device).matrix)
-    assert visit(W, decide, device).truncation is None and asked == [30, 30]
+    assert factorise(W, decide, device).truncation is None and asked == [30, 30]
 
 
 def test_a_matrix_of_zeros_or_nan_is_refused(device: Device) -> None:
