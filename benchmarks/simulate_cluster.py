@@ -3,7 +3,7 @@
 
     python benchmarks/simulate_cluster.py [--matrices 45000] [--shape 2048x7168] [--constant NAME=VALUE ...]
 
-The rules are those of ray_engine.py: groups of matrices, two tasks per GPU (one reads while the other computes), twice
+The rules are those of engine/ray.py: groups of matrices, two tasks per GPU (one reads while the other computes), twice
 as many tasks in flight as slots, one driver that takes results one after the other. What is busy or free: each GPU,
 each node's link to the shared file system, the file system as a whole, and the driver. Nothing fails. Printed: seconds,
 speed-up, and how busy these are, which shows what limits; before that, the constants and where they come from.

@@ -633,7 +633,7 @@ VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
     "null": ("m --roles q", "laser.cli.look.null_test"),
     "spectra": ("s.safetensors", "laser.cli.look.summarise"),
     "plot": ("s.safetensors -o new.png --heat kept", "laser.cli.look.plots.encoded"),
-    "report": ("s.safetensors -o new.html", "laser.cli.look.page.render"),
+    "report": ("s.safetensors -o new.html", "laser.cli.look.page.render_page"),
     "convert": ("m -o new", "laser.cli.convert.open_checkpoint"),
     "devices": ("--probe", "laser.cli.devices.measure_device"),
 }  # fmt: skip

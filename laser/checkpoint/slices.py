@@ -125,7 +125,7 @@ def read_slice(fetch: Fetch, dtype: torch.dtype, slice_: Slice) -> torch.Tensor:
 
 
 def write_slice(fetch: Fetch, put: Callable[[int, memoryview], None], part: torch.Tensor, slice_: Slice) -> None:
-    """Write what `read_cut` reads; the bytes in between stay as they are. One writer per tensor at a time."""
+    """Write what `read_slice` reads; the bytes in between stay as they are. One writer per tensor at a time."""
     size = part.element_size()
     for span in spans(slice_, size):
         elements = part[span.where]

@@ -628,7 +628,7 @@ def test_a_record_of_the_same_is_not_measured_again(speaker: Path, data: Path, m
     board = run_leaderboard(checkpoint, **options, limit=2)
     with monkeypatch.context() as unable:
         # Whoever measures loads a model first: with none to load, it shows.
-        unable.delattr("laser.evaluation.leaderboard._load")
+        unable.delattr("laser.evaluation.leaderboard._load_model")
         assert run_leaderboard(checkpoint, **options, limit=2, known=board) is board
         for other in (replace(board, command="d"), replace(board, data={}), replace(board, weights={})):
             with pytest.raises(NameError):
