@@ -58,14 +58,14 @@ def selected(checkpoint: laser.Checkpoint) -> list[laser.Matrix]:
 
 
 class FromMemory:
-    """Stands for a checkpoint in `visit`: one matrix of each shape, read once."""
+    """Stands for a checkpoint in `visit_all`: one matrix of each shape, read once."""
 
     def __init__(self, checkpoint: laser.Checkpoint, matrices: list[laser.Matrix]) -> None:
         self.shapes = {m.tensor: m.shape for m in matrices}
         first = {m.shape: m for m in reversed(matrices)}
         self.weights = {shape: checkpoint.read(m.tensor) for shape, m in first.items()}
 
-    def read(self, name: str, cut: Any = None) -> torch.Tensor:
+    def read(self, name: str, part: Any = None) -> torch.Tensor:
         return self.weights[self.shapes[name]]
 
 

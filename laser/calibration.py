@@ -137,7 +137,7 @@ def calibrate(
     partial = unfinished(path)
     begun = partial.exists()
     parts = Parts(partial, run, anew)
-    if begun and not parts.others and (made := Moments.made_by(run, path)):  # killed or stopped while it tidied up
+    if begun and not parts.others and (made := Moments.found_again(run, path)):  # killed or stopped while it tidied up
         tidy_up(partial, path)
         return made
     run_one_expert_at_a_time(model)

@@ -139,7 +139,7 @@ class Moments:
         return tensor
 
     @staticmethod
-    def made_by(run: Mapping[str, Any], path: Path) -> Moments | None:
+    def found_again(run: Mapping[str, Any], path: Path) -> Moments | None:
         """The moments at `path` if this very run made them and every byte is as it wrote it."""
         try:
             there = Moments.load(path)
@@ -161,9 +161,9 @@ def fingerprint(W: torch.Tensor) -> str:
     """Of a matrix W (m, n) as stored: over its dtype, shape and SAMPLED entries, evenly spaced."""
     flat = W.reshape(-1)
     sample = flat[:: max(1, len(flat) // SAMPLED)].contiguous().view(torch.uint8)
-    stated = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
-    stated.update(sample.cpu().numpy().tobytes())
-    return stated.hexdigest()[:16]
+    digest = hashlib.sha256(f"{W.dtype} {tuple(W.shape)} ".encode())
+    digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def to_correlations(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,7 +110,7 @@ def wrong_entries(entries: Mapping[str, Entry]) -> str | None:
 
 
 def check_entries(found: Any, where: str) -> None:
-    """Raises RecordError, which begins with `where`, for a journal's entries that `record_of` does not make."""
+    """Raises RecordError, which begins with `where`, for a journal's entries that `entry_of` does not make."""
     remedy = "start afresh with --force"
     if wrong := wrong_entries(decode(Mapping[str, Entry], found, where, remedy)):
         raise RecordError(f"{where}: {wrong}; {remedy}")

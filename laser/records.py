@@ -110,7 +110,7 @@ def is_sealed(document: Any) -> bool:
 
 
 class Misfit(Exception):
-    """A JSON value is not what its type has. `places` lead to it from the outside; `told` says what was found."""
+    """A JSON value is not what its type has. `places` lead to it from the outside; `stated` says what was found."""
 
     def __init__(self, stated: str, joint: str = " ") -> None:
         self.stated, self.joint = stated, joint

@@ -55,7 +55,7 @@ class _Failed:
 
 
 def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T], crew: Crew) -> Visits[T]:
-    """As `workers.visit`. Connects to the cluster that `crew.engine` names, or that is there already."""
+    """As `workers.visit_all`. Connects to the cluster that `crew.engine` names, or that is there already."""
     device = crew.devices[0]
     kind = device.torch_device.type
     _require_lent(kind)

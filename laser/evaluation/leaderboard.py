@@ -125,7 +125,7 @@ class Leaderboard(
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     command: str | None
-    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.stated
 
     @property
     def average(self) -> float:

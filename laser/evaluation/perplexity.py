@@ -50,7 +50,7 @@ class Perplexity(Record, kind="eval", version=2, made_by="laser eval MODEL -o FI
     counts: tuple[int, ...]  # tokens scored per window
     asked: int | None  # windows that were asked for, None for all; a shorter text gave fewer
     versions: Mapping[str, str]  # of the libraries that computed
-    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.told
+    weights: Mapping[str, str] = field(default_factory=dict)  # which they were, see Fingerprint.stated
 
     @property
     def perplexity(self) -> float:

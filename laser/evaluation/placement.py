@@ -49,7 +49,7 @@ class Placement:
     """How a model is run, as it was chosen.
 
     left: bytes of the host's memory that stay free beside it, None where that is not known
-    told: what to say of the choice, None where there was none
+    stated: what to say of the choice, None where there was none
     """
 
     stream: bool
