@@ -62,7 +62,7 @@ class Parts:
             partial.mkdir(parents=True, exist_ok=True)
             if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
-        stated = {file: found for file in (partial / STATES, *self._files()) if (found := self._told(file))}
+        stated = {file: found for file in (partial / STATES, *self._files()) if (found := self._header_of(file))}
         others = [found for found in stated.values() if differences(found["run"], run)]
         own = {file: found for file, found in stated.items() if found not in others}
         if others and not anew:
@@ -103,7 +103,7 @@ class Parts:
     def _file(self, layer: int, number: int) -> Path:
         return self.partial / f"layer-{layer:05d}-{number:05d}.safetensors"
 
-    def _told(self, path: Path) -> dict[str, Any] | None:
+    def _header_of(self, path: Path) -> dict[str, Any] | None:
         """What the metadata of a file say that is as it was written; None for any other, or none."""
         try:
             require_regular(path)

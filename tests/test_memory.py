@@ -407,7 +407,7 @@ SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether 
 
 @pytest.mark.parametrize("name", sampled(SEARCHES, 4))
 @pytest.mark.parametrize("accept", ["all", "nothing"])
-def test_what_is_foretold_of_a_search_is_what_it_runs(
+def test_what_is_estimated_of_a_search_is_what_it_runs(
     name: str, accept: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly where every candidate is tried in the order of the layers and one is kept; else it is not exceeded."""

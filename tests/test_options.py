@@ -55,7 +55,7 @@ def test_a_flag_that_two_verbs_take_from_a_group_has_one_text() -> None:
     for verb in VERBS:
         for group in groups_of(verb):
             for field in fields(group):
-                texts.setdefault(field.name, set()).add(field.metadata["told"][0].help)
+                texts.setdefault(field.name, set()).add(field.metadata["declared"][0].help)
     assert {name for name, several in texts.items() if len(several) > 1} == {"device", "windows"}
 
 

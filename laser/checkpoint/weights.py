@@ -279,7 +279,7 @@ def disagreements(
             f"{ADAPTER} lies beside the weights: transformers with peft would put its adapter on top of them; laser "
             "reads and measures them without it, and an output has no adapter"
         )
-    yield from _copies_told(merged)
+    yield from _copy_problems(merged)
     if index is not None:
         yield from _index_problems(merged, index["weight_map"])
         if not isinstance(index.get("metadata"), dict):
@@ -287,7 +287,7 @@ def disagreements(
             yield f"{start} has {found}, without which transformers does not load it; an output's index has some"
 
 
-def _copies_told(merged: Merged) -> Iterator[str]:
+def _copy_problems(merged: Merged) -> Iterator[str]:
     """Sentences on tensors that lie in more than one shard."""
     stored = sum(info.end - info.start for found in merged.copies.values() for _, info in found)
     equal = {name: same_bytes(found) if stored <= COMPARED else None for name, found in merged.copies.items()}

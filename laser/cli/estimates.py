@@ -16,7 +16,7 @@ from laser.cli.common import say
 from laser.engine.cost import Estimate, Measuring, Meter, cut_seconds, estimate_cost, forward_seconds
 from laser.engine.crew import Crew
 from laser.evaluation.causal import build_causal
-from laser.evaluation.footprint import weights_met
+from laser.evaluation.footprint import active_weights
 from laser.evaluation.leaderboard import Workload
 from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
@@ -120,14 +120,14 @@ def search_measuring(
     passes = count_passes(
         candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted
     )
-    in_layers, in_head = weights_met(model.model)
+    in_layers, in_head = active_weights(model.model)
     read = passes.loads * sum(s.size for s in model.checkpoint.shards) / model.layers if placed.stream else 0
     products = in_layers / model.layers * passes.layer_tokens + in_head * passes.tokens
     seconds, basis = forward_seconds(device, products, read)
     named = {name for c in candidates for _, ranks in c.options for name in ranks}
-    dearest = sorted((m for m in matrices if m.name in named), key=lambda m: -m.cost)
-    dearest = dearest if grid or shortlisted else dearest[: passes.candidates]
-    seconds += passes.cuts * cut_seconds(dearest, device) / max(len(dearest), 1)
+    most_expensive = sorted((m for m in matrices if m.name in named), key=lambda m: -m.cost)
+    most_expensive = most_expensive if grid or shortlisted else most_expensive[: passes.candidates]
+    seconds += passes.cuts * cut_seconds(most_expensive, device) / max(len(most_expensive), 1)
     held = placed.needs.host + placed.needs.device
     message = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
     return Measuring(
@@ -140,9 +140,9 @@ def board_measuring(
     checkpoint: Checkpoint, workload: Workload, placed: Placement, device: Device, models: int
 ) -> Measuring:
     """What the six tasks take of so many models of this kind."""
-    met = sum(weights_met(build_causal(checkpoint)))
+    active = sum(active_weights(build_causal(checkpoint)))
     prompts, tokens = models * workload.prompts, models * workload.tokens
-    seconds, basis = forward_seconds(device, met * tokens)
+    seconds, basis = forward_seconds(device, active * tokens)
     held = placed.needs.host + placed.needs.device
     return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, 0, seconds, held, False, basis)
 

@@ -40,14 +40,14 @@ def option(default: Any, help: str, *names: str, recipe: Any = None, **more: Any
 
     recipe: what a recipe may hold for it, where that is no value of the field's type.
     """
-    return field(default=default, metadata={"told": (typer.Option(*names, help=help, **more), recipe)})
+    return field(default=default, metadata={"declared": (typer.Option(*names, help=help, **more), recipe)})
 
 
 def declared(group: type[Any]) -> list[inspect.Parameter]:
     """The options of a group as typer reads them."""
     types, kind = get_type_hints(group), inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[types[f.name], *f.metadata["told"]])
+        inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[types[f.name], *f.metadata["declared"]])
         for f in fields(group)
     ]
 

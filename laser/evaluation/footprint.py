@@ -105,7 +105,7 @@ def layered_needs(
     return _needs(0, there + reading) if device.type == "cpu" else _needs(there, reading)
 
 
-def weights_met(model: Any) -> tuple[int, int]:
+def active_weights(model: Any) -> tuple[int, int]:
     """How many weights each token is multiplied with, in the layers and in the head: of stacked experts those that it
     is sent to."""
     config = model.config.get_text_config()

@@ -74,8 +74,8 @@ def count_passes(
     again; from the last layer to the first this never happens. A search begins with the untouched model, and ends with
     every reported text before and after.
     """
-    dearest = sorted(candidates, key=lambda c: (max(c.piece, 1), -len(c.options)))
-    chosen = dearest if tried is None else dearest[:tried]
+    most_expensive = sorted(candidates, key=lambda c: (max(c.piece, 1), -len(c.options)))
+    chosen = most_expensive if tried is None else most_expensive[:tried]
     above = [layers + 1 - max(c.piece, 1) for c in chosen]
     runs = layers  # decoder layers over all windows of the calibration
     if grid:  # each cell alone, then the accepted ones on top of one another

@@ -47,7 +47,7 @@ def test_by_the_probe_of_this_machine(pico: Path) -> None:
     assert known.reduce_seconds == pytest.approx(3 * (product + 1.0))
 
 
-def test_permutations_and_the_metric_of_the_data_are_foretold_too(pico: Path) -> None:
+def test_permutations_and_the_metric_of_the_data_are_estimated_too(pico: Path) -> None:
     Probe("cpu float64", "a chip", "2.13", 1, 1e6, {32: 0.5}, {32: 1.0}, null={32**2: 1.0}).save()
     checkpoint = laser.open_checkpoint(pico)
     matrices = [m for m in selected(checkpoint) if m.role == "q"]
@@ -87,7 +87,7 @@ def test_the_constants_of_elsewhere_give_the_measured_times() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_foretold_and_real(run: Run, pico: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_estimated_and_real(run: Run, pico: Path, tmp_path: Path) -> None:
     spectra, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
     _, out, _ = run("scan", pico, "-o", spectra)
     assert "estimated" in out.splitlines()[-1] and "took" in out.splitlines()[-1]

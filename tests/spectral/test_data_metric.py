@@ -126,7 +126,7 @@ def test_shrunk_moments_of_outputs_are_those_of_shrunk_inputs(device: Device, to
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-def test_what_rounding_to_storage_does_is_foretold(device: Device, shape: tuple[int, int]) -> None:
+def test_what_rounding_to_storage_does_is_estimated(device: Device, shape: tuple[int, int]) -> None:
     W, X = drawn(*shape)
     C = X.T @ X / len(X)
     forms = [ByData("full", C, 300)]

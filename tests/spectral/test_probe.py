@@ -51,7 +51,7 @@ def test_between_and_beyond_what_was_measured() -> None:
     assert interpolate({}, 10) == 0.0
 
 
-def test_foretold_seconds_grow_with_the_matrix_and_not_with_its_orientation() -> None:
+def test_estimated_seconds_grow_with_the_matrix_and_not_with_its_orientation() -> None:
     assert ONE.values_seconds(1024, 4096) == ONE.values_seconds(4096, 1024) > ONE.values_seconds(1024, 1024)
     assert ONE.truncate_seconds(1024, 1024) == ONE.truncate_seconds(1024, 1024, 512)
     assert ONE.truncate_seconds(1024, 1024, 10) == pytest.approx(ONE.truncate_seconds(1024, 1024, 1014))
