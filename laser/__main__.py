@@ -12,10 +12,10 @@ from laser.start import code_of, interrupted, on_interrupt, too_early
 
 def main() -> None:
     """Run the command line and end the process with its exit code. An interrupt until here is start.py's."""
-    stated: list[int] = []
+    signals: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stated.append(number)
+        signals.append(number)
         interrupted(number, frame)
 
     code: int | None = None
@@ -25,9 +25,9 @@ def main() -> None:
         on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
     except KeyboardInterrupt:  # beside the verb
         if code is None:
-            too_early(stated[0] if stated else 0)
+            too_early(signals[0] if signals else 0)
         on_interrupt(signal.SIG_IGN)
-    sys.exit(code_of(stated[0]) if stated and code else code)  # also where what is kept could not be said any more
+    sys.exit(code_of(signals[0]) if signals and code else code)  # also where what is kept could not be said any more
 
 
 if __name__ == "__main__":

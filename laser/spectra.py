@@ -56,8 +56,7 @@ def from_entry(entry: Any, where: str) -> Measured:
         values, null, data = (_decode(entry[key]) for key in ("values", "null", "data"))
     except ValueError:
         raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
-    stated = entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"]
-    return Measured(values, null, *stated)
+    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"])
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -279,8 +278,9 @@ class Spectra:
         kurtosis = {row.name: row.kurtosis for row in rows if row.kurtosis is not None}
         notes = {row.name: row.note for row in rows if row.note}
         matrices = tuple(row.matrix for row in rows)
-        stated = header.method, header.device
-        spectra = Spectra(header.source, matrices, values, skipped, *stated, nulls, kurtosis, data, notes)
+        spectra = Spectra(
+            header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes
+        )
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")
         SpectraHeader.require_seal(document if header.vectors == hash_of(vectors) else None, path)

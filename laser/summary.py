@@ -132,7 +132,7 @@ class Summary:
         """
         check_share(top_percent)
         lines = [f"- {_pattern(name)}" for name in ALWAYS_UNFROZEN]
-        stated: list[str] = []
+        notes: list[str] = []
         for kind in dict.fromkeys(_type(row) for row in self.rows):
             scored = [r for r in self.rows if _type(r) == kind and r.snr_over_largest is not None]
             scored.sort(key=lambda r: -(r.snr_over_largest or 0.0))
@@ -141,8 +141,8 @@ class Summary:
                 tensor, slices = re.sub(CUT, "", row.name), _slices(row.name)
                 lines.append(f"- {_pattern(tensor)}")
                 lines += [f"- {_pattern(name)}[{e}:{e + 1}]" for name, e in slices]
-                stated += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
-        return "\n".join([*dict.fromkeys(stated), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
+                notes += FUSED_EXPERTS if slices else FUSED_PARTS if tensor != row.name else ()
+        return "\n".join([*dict.fromkeys(notes), "unfrozen_parameters:", *dict.fromkeys(lines)]) + "\n"
 
 
 def check_share(top_percent: float) -> None:

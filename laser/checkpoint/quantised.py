@@ -57,7 +57,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
     Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
     """
-    stated, method, packed = _config_of(config), _method(config), _packed(tensors)
+    section, method, packed = _config_of(config), _method(config), _packed(tensors)
     if packed or (method not in ("", "fp8") and not _is_leftover(method, tensors)):
         kind = QUANTISERS.get(method, method) or packed
         raise CheckpointError(
@@ -68,7 +68,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     scales = {weight: scale for weight, scale in scales.items() if tensors[weight].dtype == "F8_E4M3"}
     if not scales:
         return None
-    size = stated.get("weight_block_size", FP8_BLOCK)
+    size = section.get("weight_block_size", FP8_BLOCK)
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise CheckpointError(
             f"{where}: weight_block_size is {size!r}, expected two numbers; try the unquantised model"
@@ -87,7 +87,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
                 f"{found.shard}: {scale} is {found.dtype} {list(found.shape)}, expected F32 {list(expected)} for "
                 f"{list(m_n)} in blocks of {size[0]} x {size[1]}; start from the unquantised model"
             )
-    return Fp8(scales, (size[0], size[1]), stated.get("scale_fmt") == "ue8m0")
+    return Fp8(scales, (size[0], size[1]), section.get("scale_fmt") == "ue8m0")
 
 
 def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -121,10 +121,10 @@ def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _method(config: Mapping[str, Any]) -> str:
     """By which method config.json says that the weights are quantised; "" where it does not."""
-    stated = _config_of(config)
-    named = stated.get("quant_method") or stated.get("quant_algo")
-    named = named or ("bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else "")
-    return str(named or ("MLX" if "bits" in stated and "group_size" in stated else "")).lower()
+    section = _config_of(config)
+    named = section.get("quant_method") or section.get("quant_algo")
+    named = named or ("bitsandbytes" if section.get("load_in_4bit") or section.get("load_in_8bit") else "")
+    return str(named or ("MLX" if "bits" in section and "group_size" in section else "")).lower()
 
 
 def _packed(tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -43,7 +43,7 @@ def convert(
         str | None,
         typer.Option("--dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
     ] = None,
-    stated: options.Json,
+    shown_as: options.Json,
 ) -> None:
     """Translate a model into the Hub's format, with the same logits.
 
@@ -75,7 +75,7 @@ def convert(
         common.to_write(output)
         write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)
     seconds = time.perf_counter() - start
-    if stated.as_json:
+    if shown_as.as_json:
         copied = sorted(files)
         return common.print_json(
             {"output": str(output), "tensors": len(seen.tensors), "bytes": size, "copied": copied, "seconds": seconds}

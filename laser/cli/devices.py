@@ -21,7 +21,7 @@ def devices(
     where: options.Precise,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's speed, and keep it.")] = False,
     disk: Annotated[Path, typer.Option("--disk", help="With --probe: a directory on the disk to measure.")] = Path(),
-    stated: options.Json,
+    shown_as: options.Json,
 ) -> None:
     """Say which device would compute here, in which precision, by which method, and why.
 
@@ -40,7 +40,7 @@ def devices(
         measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
-    if stated.as_json:
+    if shown_as.as_json:
         return common.print_json(
             {
                 "available": here,

@@ -166,13 +166,13 @@ def verify(
     *,
     where: options.OneDevice,
     moments: options.Inputs,
-    stated: options.Json,
+    shown_as: options.Json,
 ) -> None:
     """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
     checkpoint = open_checkpoint(model)
     with common.Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
-    if stated.as_json:
+    if shown_as.as_json:
         common.print_json(asdict(found))
     else:
         for problem in found.problems:

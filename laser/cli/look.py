@@ -29,7 +29,7 @@ def null(
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
     which: options.Matrices,
     on: options.Precise,
-    stated: options.Json,
+    shown_as: options.Json,
 ) -> None:
     """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
     tested = [part for part in rules.split(",") if part]
@@ -48,7 +48,7 @@ def null(
             device=where,
             tick=bar,
         )
-    if stated.as_json:
+    if shown_as.as_json:
         return common.print_raw(test.to_json())
     headings = ["rule", "role", "matrices", "mean kept", "most", "share kept"]
     headings += ["in the model", "share"] if spectra else []

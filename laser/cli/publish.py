@@ -62,8 +62,8 @@ def leaderboard(
     workload = require_leaderboard(checkpoint, **request, counted=work.dry_run)
     placed = memory.for_leaderboard(checkpoint, where, dtype, batch_size)
     if workload is not None:
-        stated = board_measuring(checkpoint, workload, placed, where, models=1)
-        return common.print_json({stated.what: asdict(stated)}) if work.as_json else say(measuring_line(stated))
+        estimate = board_measuring(checkpoint, workload, placed, where, models=1)
+        return common.print_json({estimate.what: asdict(estimate)}) if work.as_json else say(measuring_line(estimate))
     board = _measure_tasks(
         checkpoint, output, where.name, **request, dtype=dtype, batch_size=batch_size, anew=work.force
     )
@@ -170,14 +170,14 @@ def push(
     revision: Annotated[
         str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
     ] = None,
-    stated: options.Json,
+    shown_as: options.Json,
 ) -> None:
     """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
 
     It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
     """
     pushed = push_directory(output, repo, private=private, revision=revision)
-    if stated.as_json:
+    if shown_as.as_json:
         return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
     for names, what in (
         (pushed.replaced, "replaced on the Hub"),

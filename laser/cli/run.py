@@ -138,7 +138,17 @@ def run(
         if measure is not None:
             found = possible_candidates(matrices, measure.model, rules, False)
             measuring.append(
-                search_measuring(*measure.stated, matrices, found, here(), tried=count, order=trials.order)
+                search_measuring(
+                    measure.model,
+                    measure.placed,
+                    measure.calibration,
+                    measure.reported,
+                    matrices,
+                    found,
+                    here(),
+                    tried=count,
+                    order=trials.order,
+                )
             )
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
@@ -196,10 +206,6 @@ class _Measure:
     placed: Placement
     calibration: Objective
     reported: Sequence[Objective]
-
-    @property
-    def stated(self) -> tuple[LayeredModel, Placement, Objective, Sequence[Objective]]:
-        return self.model, self.placed, self.calibration, self.reported
 
 
 def _search_measure(

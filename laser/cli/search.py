@@ -128,11 +128,11 @@ def search(
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
             found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
-        stated = search_measuring(
+        estimate = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
             tried=tried, order=trials.order, grid=asked["grid"], shortlisted=shortlist is not None,
         )  # fmt: skip
-        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [stated])
+        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [estimate])
     if measured is None:
         with common.Progress("scan", matrices) as bar:
             measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)

@@ -81,13 +81,13 @@ MOST_EXPERTS = 1 << 16  # of a layer; the most of any model so far are some hund
 
 def _require_possible(checkpoint: Checkpoint, config: Any) -> None:
     """Raises CheckpointError for more layers than there are tensors: making modules for them would take for ever."""
-    stated = {**config.to_dict(), **config.get_text_config().to_dict()}
+    entries = {**config.to_dict(), **config.get_text_config().to_dict()}
     most = {"num_hidden_layers": len(checkpoint.tensors)}
     most |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), MOST_EXPERTS)
     for key, limit in most.items():
-        if isinstance(stated.get(key), int) and stated[key] > limit:
+        if isinstance(entries.get(key), int) and entries[key] > limit:
             raise CheckpointError(
-                f"{checkpoint.name}/config.json: {key} is {stated[key]}, expected at most {limit} beside "
+                f"{checkpoint.name}/config.json: {key} is {entries[key]}, expected at most {limit} beside "
                 f"{len(checkpoint.tensors)} tensors; download it again"
             )
 

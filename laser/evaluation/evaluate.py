@@ -61,8 +61,8 @@ def check_evaluation(checkpoint: Checkpoint, windows: Windows) -> None:
 def check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
     """Raises UsageError for a token id that the embedding has no row for, before any weight is read."""
     embedding, text = checkpoint.tensors.get("model.embed_tokens.weight"), checkpoint.config.get("text_config")
-    stated = text if isinstance(text, dict) and "vocab_size" not in checkpoint.config else checkpoint.config
-    rows = embedding.shape[0] if embedding else stated.get("vocab_size")
+    config = text if isinstance(text, dict) and "vocab_size" not in checkpoint.config else checkpoint.config
+    rows = embedding.shape[0] if embedding else config.get("vocab_size")
     highest = max(int(w.tokens.max()) for w in windows.windows)
     if isinstance(rows, int) and highest >= rows:
         raise UsageError(

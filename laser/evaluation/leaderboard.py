@@ -224,13 +224,13 @@ def comparable(a: Leaderboard, b: Leaderboard) -> bool:
 def circumstances(a: Leaderboard, b: Leaderboard) -> tuple[Unlike, ...]:
     """What moves the scores of two boards without changing their rows, and is not the same."""
 
-    def stated(board: Leaderboard) -> dict[str, Any]:
+    def conditions(board: Leaderboard) -> dict[str, Any]:
         settings = {key: value for key, value in board.settings.items() if key != "tasks"}
         if "device" in settings:
             settings["device"] = device_class(settings["device"])
         return settings | {name: board.versions.get(name) for name in ("lm-eval", *LIBRARIES)}
 
-    return unlike(stated(a), stated(b))
+    return unlike(conditions(a), conditions(b))
 
 
 def run_leaderboard(

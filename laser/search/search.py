@@ -118,8 +118,14 @@ class SearchRecord(Record, kind="search", version=2, made_by="laser run MODEL -o
 
     @staticmethod
     def of(result: SearchResult) -> SearchRecord:
-        stated = result.trials, result.calibration, result.held_out, result.rank_correlation
-        return SearchRecord(result.plan.source, *stated, result.families())
+        return SearchRecord(
+            result.plan.source,
+            result.trials,
+            result.calibration,
+            result.held_out,
+            result.rank_correlation,
+            result.families(),
+        )
 
 
 def search(
@@ -307,8 +313,8 @@ def _shortlisted(
             f"the journal of the search predicts {len(entry['predicted'])} changes, expected {len(found)}; start "
             "afresh with --force"
         )
-    stated = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
-    return sorted(stated, key=lambda c: c.predicted or 0.0)[:count]
+    predicted = [replace(c, predicted=p) for c, p in zip(found, entry["predicted"], strict=True)]
+    return sorted(predicted, key=lambda c: c.predicted or 0.0)[:count]
 
 
 def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:

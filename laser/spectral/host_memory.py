@@ -60,10 +60,10 @@ def _of_the_system(root: Path) -> Iterator[int]:
             return
 
 
-def _of_a_mac(stated: str) -> Iterator[int]:
+def _of_a_mac(text: str) -> Iterator[int]:
     """Bytes in pages that are free, or that may be dropped, by the output of vm_stat."""
-    size = re.search(r"page size of (\d+) bytes", stated)
-    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", stated, re.M)
+    size = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.", text, re.M)
     if size and pages:
         yield int(size[1]) * sum(map(int, pages))
 
