@@ -24,9 +24,8 @@ from laser.errors import RecordError, first_line
 from laser.files import read_regular, write_atomically
 
 LARGEST_FLOAT = sys.float_info.max
-DEEPEST_RECORD = (
-    32  # objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds
-)
+# Objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds.
+DEEPEST_RECORD = 32
 # Metadata of a field: earlier versions lack it; it is written only where it is not the default; it is never written.
 LATER, SPARSE, ASIDE = ({"laser": word} for word in ("later", "sparse", "aside"))
 

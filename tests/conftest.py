@@ -221,9 +221,8 @@ def make_pico(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-CHARACTERS = (
-    "abcdefghijklmnopqrstuvwxyz0123456789 \n.,?!:'\"#-_()$/&;+=%"  # and 3 special tokens: within the vocabulary
-)
+# And 3 special tokens: within the vocabulary.
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,?!:'\"#-_()$/&;+=%"
 
 
 @pytest.fixture

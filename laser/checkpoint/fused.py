@@ -90,9 +90,9 @@ def _ranges(
         rest = size - sum(known)
         sizes = [rest if width == "*" else n for width, n in zip(widths, known, strict=True)]
         if ("*" not in widths and rest) or min(sizes) < 1:
-            message = " + ".join("more" if width == "*" else str(n) for width, n in zip(widths, known, strict=True))
+            rows = " + ".join("more" if width == "*" else str(n) for width, n in zip(widths, known, strict=True))
             each = f" in each of {groups} groups" if groups > 1 else ""
-            raise _other_shape(info, f"{message} rows for {', '.join(roles)}{each}")
+            raise _other_shape(info, f"{rows} rows for {', '.join(roles)}{each}")
     starts = [sum(sizes[:i]) for i in range(count)]
     return {role: (start, start + n, 1) for role, start, n in zip(roles, starts, sizes, strict=True)}
 
@@ -110,8 +110,7 @@ def config_number(config: Mapping[str, Any], what: str) -> int:
     if found is None:
         raise CheckpointError(
             f"config.json holds none of {', '.join(_config_keys(config, what))}, which this family's fused tensors are "
-            "cut "
-            "by; use the config that belongs to these weights"
+            "cut by; use the config that belongs to these weights"
         )
     return found
 

@@ -30,10 +30,8 @@ PARAMS = {
 }
 # What changes the mathematics in ways that this translation does not know.
 NOT_CONVERTED = ("vision_encoder", "quantization", "yarn", "lora", "llama_4_scaling", "q_lora_rank", "ragged_attention")
-LARGEST_NUMBER, MOST_LAYERS = (
-    2**31 - 1,
-    4096,
-)  # of any number, and of layers and experts, that a file of either format may ask for
+# Of any number, and of layers and experts, that a file of either format may ask for.
+LARGEST_NUMBER, MOST_LAYERS = 2**31 - 1, 4096
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 PLACES = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 MISTRAL_MLP = {"w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
@@ -180,10 +178,10 @@ def _check_release(checkpoint: Checkpoint, config: Mapping[str, Any], found: Map
             )
         shape = found[name].shape
         if wanted.get(name) != shape:
-            message = list(wanted[name]) if name in wanted else "no such tensor"
+            expected_shape = list(wanted[name]) if name in wanted else "no such tensor"
             raise CheckpointError(
-                f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {message} by params.json; "
-                "use the params.json that belongs to these weights"
+                f"{checkpoint.name}: {found[name].name} has shape {list(shape)}, expected {expected_shape} by "
+                "params.json; use the params.json that belongs to these weights"
             )
 
 

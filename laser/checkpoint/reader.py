@@ -249,13 +249,13 @@ def _weights(path: Path, hub: Hub | None, config: Mapping[str, Any], need: str) 
     vllm = read_by_vllm(names, index_at(path / INDEX).values() if INDEX in names else None)
     if index is not None and pickled:
         index["weight_map"] = {tensor: safetensors_name(file) for tensor, file in index["weight_map"].items()}
-    message = disagreements(start, names, files, vllm, merged, index)
-    message = tuple(f"{path.name if hub is None else hub.repo}: {sentence}" for sentence in message)
+    name = path.name if hub is None else hub.repo
+    doubts = tuple(f"{name}: {each}" for each in disagreements(start, names, files, vllm, merged, index))
     index_bytes = None
     if index is not None:
         tidy = not pickled and indexes(index, merged)
         index_bytes = _bytes(path / start, "") if tidy else index_of(index, merged)
-    return Weights(hub, index_bytes, merged.shards, merged.left_out, message)
+    return Weights(hub, index_bytes, merged.shards, merged.left_out, doubts)
 
 
 def _pickles(path: Path, files: Sequence[str], alone: bool) -> tuple[Shard, ...]:

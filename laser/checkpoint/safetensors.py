@@ -267,8 +267,8 @@ def _require_plain(file: str, key: str, entry: dict[str, Any]) -> None:
 def _short_number(value: Any) -> str:
     """A number or list for a message. Python makes no text of a number of more than 4,300 digits."""
     if isinstance(value, list):
-        message = ", ".join(map(_short_number, value[:9])) + (", ..." if len(value) > 9 else "")
-        return f"[{message}]"
+        numbers = ", ".join(map(_short_number, value[:9])) + (", ..." if len(value) > 9 else "")
+        return f"[{numbers}]"
     return str(value) if value >> 64 == 0 else "a number above 64 bits"
 
 

@@ -119,17 +119,8 @@ def _disk_error(error: OSError) -> int:
     return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
 
 
-DEVICE_VERBS = (
-    "scan",
-    "reduce",
-    "run",
-    "verify",
-    "null",
-    "eval",
-    "search",
-    "calibrate",
-    "leaderboard",
-)  # verbs with --device
+# Verbs with --device.
+DEVICE_VERBS = ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")
 ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer size")  # in what they say of themselves
 
 

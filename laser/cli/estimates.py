@@ -53,8 +53,8 @@ def print_dry_run(
         (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
     )
     if kept and not as_json:
-        message = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
-        say(f"left as they are, matrices by role: {message}")
+        counts = ", ".join(f"{stack + ' ' if stack else ''}{role} {count}" for (stack, role), count in kept.items())
+        say(f"left as they are, matrices by role: {counts}")
 
 
 def print_estimate(
@@ -129,9 +129,9 @@ def search_measuring(
     most_expensive = most_expensive if grid or shortlisted else most_expensive[: passes.candidates]
     seconds += passes.cuts * cut_seconds(most_expensive, device) / max(len(most_expensive), 1)
     held = placed.needs.host + placed.needs.device
-    message = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
+    texts = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
     return Measuring(
-        "search", message, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
+        "search", texts, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
         seconds, held, placed.stream, basis,
     )  # fmt: skip
 

@@ -53,8 +53,8 @@ def choose_crew(
 
         chosen = (choose_in_cluster(engine, names[0].partition(":")[0], precision),)
     if len({found.dtype for found in chosen}) != 1:
-        message = ", ".join(found.label for found in chosen)
-        raise UsageError(f"found {message}, expected one precision on all devices; try --precision float32")
+        labels = ", ".join(found.label for found in chosen)
+        raise UsageError(f"found {labels}, expected one precision on all devices; try --precision float32")
     if workers is not None and not chosen[0].host_blas:
         raise UsageError(f"--workers is for the cpu, found {chosen[0].name}; try --device cpu, or without --workers")
     return Crew(chosen, workers, engine)

@@ -35,9 +35,8 @@ Quintic = tuple[float, float, float]  # a, b, c of a x + b x^3 + c x^5
 
 NEWTON_SCHULZ: Quintic = (15 / 8, -10 / 8, 3 / 8)  # the limit of the sequence; cubic convergence near +-1
 POLISH = 2  # Newton-Schulz steps at the end: from 1e-2 to 1e-6 to the precision of the product
-POLAR_SAFETY = (
-    1.01  # Polar Express, section 4.4: the argument is divided by this, so that rounding cannot leave [-1, 1]
-)
+# Polar Express, section 4.4: the argument is divided by this, so that rounding cannot leave [-1, 1].
+POLAR_SAFETY = 1.01
 CUSHION = 0.02407327424182761  # ditto: no interval is taken wider than this, or the polynomial would swing too far
 SETTLED = 1e-2  # the sequence ends when the interval is [1 - this, 1 + this]
 UNRESOLVED = 0.05  # alarm on p - ||X||_F^2: one pair off by 0.013 each; measured 1e-4 where all is resolved (LOG.md)
