@@ -178,7 +178,7 @@ def copy_untouched(job: Job, out: Path) -> bool:
     partial = partial_of(out, job.shard.name)
     with disk_errors(partial), partial.open("wb") as target:
         target.truncate(job.shard.size)
-        # A tensor with cuts is copied whole: what lies between a cut's elements has to be there.
+        # A tensor of parts is copied whole: what lies between a part's elements has to be there.
         copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.part is None})))
         if job.touched:
             target.flush()
@@ -188,33 +188,33 @@ def copy_untouched(job: Job, out: Path) -> bool:
 
 def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> str | None:
     """A new matrix (m, n) into its place, and the sha256 of its bytes; for None the source's bytes, and None."""
-    start, cut = _place_in_shard(shard, matrix)
+    start, part = _place_in_shard(shard, matrix)
     with partial_of(out, shard.name).open("r+b", buffering=0) as target:
         if new is None:
             if matrix.part is None:  # else they are there
                 copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
             return None
         assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
-        part = cut.stored(new)
-        write_slice(fetch_from(target, start), put_into(target, start), part, cut)
-        return hashlib.sha256(bytes_of(part)).hexdigest()
+        stored = part.stored(new)
+        write_slice(fetch_from(target, start), put_into(target, start), stored, part)
+        return hashlib.sha256(bytes_of(stored)).hexdigest()
 
 
 def digest(shard: Shard, matrix: Matrix) -> str | None:
     """sha256 of a matrix's bytes in stored order; None where the shard ends before them."""
-    start, cut = _place_in_shard(shard, matrix)
+    start, part = _place_in_shard(shard, matrix)
 
     def fetch(at: int, count: int) -> torch.Tensor:
         return read_bytes(shard, start + at, start + at + count)
 
     try:
-        return hashlib.sha256(bytes_of(read_slice(fetch, TORCH[matrix.dtype], cut))).hexdigest()
+        return hashlib.sha256(bytes_of(read_slice(fetch, TORCH[matrix.dtype], part))).hexdigest()
     except CheckpointError:
         return None
 
 
 def _place_in_shard(shard: Shard, matrix: Matrix) -> tuple[int, Slice]:
-    """First byte of the tensor that holds a matrix, and the cut that is its own part of it."""
+    """First byte of the tensor that holds a matrix, and the part of it that is the matrix."""
     info = next(t for t in shard.tensors if t.name == matrix.tensor)
     return info.start, matrix.part or whole(info.shape)
 

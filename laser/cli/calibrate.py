@@ -42,12 +42,12 @@ def calibrate(
     chosen, where = which.selection(), on.choose().torch_device
     record.claim(output, "moments")
     read, checkpoint = text.read(), open_checkpoint(model)
-    cut = text.cut(read, checkpoint)
+    windows = text.cut(read, checkpoint)
     start = time.perf_counter()
     with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
         moments = calibrate_checkpoint(
             checkpoint,
-            cut,
+            windows,
             output,
             chosen,
             diagonal=diagonal,
@@ -66,7 +66,7 @@ def calibrate(
                 "output": str(output),
                 "source": asdict(moments.source),
                 "calibration": asdict(moments.calibration),
-                "windows_asked": cut.asked,
+                "windows_asked": windows.asked,
                 "tokens": {name: site.tokens for name, site in moments.sites.items()},
                 "unseen": unseen,
                 "seconds": seconds,
@@ -78,7 +78,7 @@ def calibrate(
     if len(unseen) > 20:
         say(f"... and {len(unseen) - 20} more")
     stated = moments.calibration
-    if short := fewer(cut.text, len(cut.windows), cut.asked):
+    if short := fewer(windows.text, len(windows.windows), windows.asked):
         say(short)
     say(
         f"{stated.tokens} tokens of {stated.text} (sha256 {stated.text_sha256[:12]}) in {seconds:.1f} s, "

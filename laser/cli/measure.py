@@ -53,16 +53,16 @@ def eval(
         checkpoint = open_checkpoint(name, "weights")
         return checkpoint, text.cut(read, checkpoint, bos=False if no_bos else None, mode=mode)
 
-    def measure(checkpoint: Checkpoint, cut: Windows, placed: Placement) -> Perplexity:
+    def measure(checkpoint: Checkpoint, windows: Windows, placed: Placement) -> Perplexity:
         try:
             with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
                 return evaluate(
-                    checkpoint, cut, stream=placed.stream, dtype=dtype, device=where.torch_device,
+                    checkpoint, windows, stream=placed.stream, dtype=dtype, device=where.torch_device,
                     store=placed.store(), tick=lambda: advance(bar),
                 )  # fmt: skip
         except NotByLayers as error:
             if stream is None:  # it was memory that asked for it
-                raise memory.cannot_stream(checkpoint, cut.windows, where, dtype, error) from error
+                raise memory.cannot_stream(checkpoint, windows.windows, where, dtype, error) from error
             raise
 
     both = [ready(name) for name in (model, other) if name is not None]

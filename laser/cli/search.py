@@ -224,14 +224,14 @@ def objectives_of(
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out
     skip = windows if held_out is None else 0
-    cut = cut_windows(other, tokenizer, length=asked.window, limit=most, skip=skip)
-    check_vocabulary(checkpoint, cut)
+    later = cut_windows(other, tokenizer, length=asked.window, limit=most, skip=skip)
+    check_vocabulary(checkpoint, later)
     if task is None:
-        return Loss(calibration), [Loss(cut)]
+        return Loss(calibration), [Loss(later)]
     minimised = read_task(task, tokenizer, limit=windows or None)
     if windows == 0:  # every question is calibrated on, and none is left
-        return minimised, [Loss(cut)]
-    return minimised, [read_task(task, tokenizer, limit=most, skip=windows), Loss(cut)]
+        return minimised, [Loss(later)]
+    return minimised, [read_task(task, tokenizer, limit=most, skip=windows), Loss(later)]
 
 
 def _grid(text: str) -> list[str]:

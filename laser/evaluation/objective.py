@@ -48,29 +48,29 @@ class Objective(Protocol):
 class Loss:
     """Nats per token of each window."""
 
-    cut: Windows
+    windows_of_text: Windows
     name: str = "loss"
     unit: str = "nats per token"
 
     @property
     def windows(self) -> Sequence[Window]:
-        return self.cut.windows
+        return self.windows_of_text.windows
 
     @property
     def weights(self) -> tuple[int, ...]:
-        return tuple(w.scored for w in self.cut.windows)
+        return tuple(w.scored for w in self.windows_of_text.windows)
 
     @property
     def text(self) -> str:
-        return self.cut.text
+        return self.windows_of_text.text
 
     @property
     def sha256(self) -> str:
-        return self.cut.sha256
+        return self.windows_of_text.sha256
 
     @property
     def asked(self) -> int | None:
-        return self.cut.asked
+        return self.windows_of_text.asked
 
     def values(self, scores: Scores) -> list[float]:
         return [s / n for s, n in zip(scores.sums, self.weights, strict=True)]

@@ -543,8 +543,8 @@ class LayeredModel:
                 gradient = parameters[parameter].grad
                 if gradient is None:
                     gradient = torch.zeros_like(parameters[parameter])
-                cut, whole = self._matrices[name].part, gradient[part.where].detach()
-                yield name, (cut.of(whole) if cut else whole).clone()
+                own_part, whole = self._matrices[name].part, gradient[part.where].detach()
+                yield name, (own_part.of(whole) if own_part else whole).clone()
             for parameter in parameters.values():
                 parameter.grad = None
                 parameter.requires_grad_(False)

@@ -123,13 +123,13 @@ Place = tuple[Matrix, int, torch.Tensor, int | None]
 
 def _place(matrix: Matrix, stored: torch.Tensor) -> Place | None:
     """None where its columns are not evenly apart: no single product has them."""
-    cut, place = matrix.part, stored
-    if cut is not None:
-        place = stored.view(cut.view)[tuple(slice(*axis) for axis in cut.index)]
-    if place.ndim < 2 or matrix.shape != (cut.shape if cut else tuple(place.shape)):
+    part, place = matrix.part, stored
+    if part is not None:
+        place = stored.view(part.view)[tuple(slice(*axis) for axis in part.index)]
+    if place.ndim < 2 or matrix.shape != (part.shape if part else tuple(place.shape)):
         return None
     joined, last = _offsets(place.shape[:-1], place.stride()[:-1]), _offsets(place.shape[-1:], place.stride()[-1:])
-    rows, columns = (last, joined) if cut is not None and cut.transposed else (joined, last)
+    rows, columns = (last, joined) if part is not None and part.transposed else (joined, last)
     steps = columns.diff().unique()
     if len(steps) > 1:
         return None

@@ -293,8 +293,8 @@ def test_experts_of_qwen3_vl_either_way_round(tmp_path: Path) -> None:
     W = torch.arange(2 * 48 * 32.0).view(2, 48, 32)  # (E, 2I, H)
     for stored in (W, W.transpose(1, 2).contiguous()):
         placed(tmp_path, config, **{f"{at}gate_up_proj": tuple(stored.shape)})
-        cut = {m.name: m.part for m in list_matrices(open_checkpoint(tmp_path))}
-        found = cut[f"{at}gate_up_proj[1,up]"]
+        parts = {m.name: m.part for m in list_matrices(open_checkpoint(tmp_path))}
+        found = parts[f"{at}gate_up_proj[1,up]"]
         assert found is not None and torch.equal(found.of(stored), W[1, 24:])
     with pytest.raises(CheckpointError, match=r"column=hidden or expert x column=hidden x blocks by config\.json"):
         placed(tmp_path, config, **{f"{at}gate_up_proj": (2, 20, 24)})

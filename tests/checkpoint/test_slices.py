@@ -1,4 +1,4 @@
-"""Cuts of tensors: read and written in place they are what plain indexing gives, whatever the strides."""
+"""Parts of tensors: read and written in place they are what plain indexing gives, whatever the strides."""
 
 import math
 
@@ -12,7 +12,7 @@ from laser.checkpoint.slices import Slice, bytes_of, read_slice, spans, write_sl
 
 
 @st.composite
-def any_cut(draw: st.DrawFn) -> Slice:
+def any_part(draw: st.DrawFn) -> Slice:
     view = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     index = []
     for size in view:
@@ -23,13 +23,13 @@ def any_cut(draw: st.DrawFn) -> Slice:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("long_run", "max_span"), [(64 << 10, 64 << 20), (1, 1), (8, 40), (40, 8)])
-@given(cut=any_cut())
-def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Slice) -> None:
+@given(part=any_part())
+def test_in_place_is_plain_indexing(long_run: int, max_span: int, part: Slice) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # Limits: real ones need tensors of megabytes for each of hundreds of examples.
         patch.setattr(slices, "LONG_RUN", long_run)
         patch.setattr(slices, "MAX_SPAN", max_span)
-        size = math.prod(cut.view)
+        size = math.prod(part.view)
         tensor = torch.arange(size, dtype=torch.int32)
         memory = bytearray(bytes_of(tensor))
 
@@ -40,20 +40,20 @@ def test_in_place_is_plain_indexing(long_run: int, max_span: int, cut: Slice) ->
         def put(start: int, data: memoryview) -> None:
             memory[start : start + len(data)] = data
 
-        part = read_slice(fetch, torch.int32, cut)
-        slow = tensor.reshape(cut.view)[tuple(slice(*axis) for axis in cut.index)]
-        assert torch.equal(part, slow)
-        W = cut.oriented(part)
-        assert tuple(W.shape) == cut.shape and W.is_contiguous()
-        assert torch.equal(W, cut.of(tensor)) and torch.equal(cut.stored(W), part)
+        stored = read_slice(fetch, torch.int32, part)
+        slow = tensor.reshape(part.view)[tuple(slice(*axis) for axis in part.index)]
+        assert torch.equal(stored, slow)
+        W = part.oriented(stored)
+        assert tuple(W.shape) == part.shape and W.is_contiguous()
+        assert torch.equal(W, part.of(tensor)) and torch.equal(part.stored(W), stored)
 
-        write_slice(fetch, put, cut.stored(-1 - W), cut)
+        write_slice(fetch, put, part.stored(-1 - W), part)
         expected = tensor.clone()
-        cut.put(expected, -1 - W)
+        part.put(expected, -1 - W)
         assert torch.equal(torch.frombuffer(memory, dtype=torch.int32), expected)
-        assert int((expected < 0).sum()) == math.prod(cut.extent)
-        found = list(spans(cut, 4))
-        assert sum(math.prod(span.extent) for span in found) == math.prod(cut.extent)
+        assert int((expected < 0).sum()) == math.prod(part.extent)
+        found = list(spans(part, 4))
+        assert sum(math.prod(span.extent) for span in found) == math.prod(part.extent)
 
 
 def test_long_runs_are_read_alone_and_short_ones_within_their_span() -> None:

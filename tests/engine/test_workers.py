@@ -205,12 +205,12 @@ def test_every_matrix_is_visited_once_and_few_are_in_memory(pico: Path, count: i
     alive, most, lock = 0, 0, threading.Lock()
     true_read = laser.Checkpoint.read
 
-    def read(self: laser.Checkpoint, name: str, cut: Any = None) -> torch.Tensor:
+    def read(self: laser.Checkpoint, name: str, part: Any = None) -> torch.Tensor:
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
-        return true_read(self, name, cut)
+        return true_read(self, name, part)
 
     def work(matrix: Matrix, W: torch.Tensor, device: Device) -> str:
         return matrix.name

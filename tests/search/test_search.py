@@ -96,10 +96,10 @@ def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None
     write_tokenizer(tmp_path / "out")
     calibration, held_out = losses_for(model_path)
     out = open_checkpoint(tmp_path / "out")
-    assert evaluate(out, calibration.cut).nll == pytest.approx(result.calibration.after, abs=1e-6)
-    assert evaluate(out, held_out.cut).nll == pytest.approx(result.held_out[0].after, abs=1e-6)
+    assert evaluate(out, calibration.windows_of_text).nll == pytest.approx(result.calibration.after, abs=1e-6)
+    assert evaluate(out, held_out.windows_of_text).nll == pytest.approx(result.held_out[0].after, abs=1e-6)
     source = open_checkpoint(model_path)
-    assert evaluate(source, held_out.cut).nll == pytest.approx(result.held_out[0].before, abs=1e-6)
+    assert evaluate(source, held_out.windows_of_text).nll == pytest.approx(result.held_out[0].before, abs=1e-6)
     result.plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").reductions == result.plan.reductions
     for line in result.plan.lines:
