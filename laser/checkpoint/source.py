@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
-from laser.records import (
-    LATER,
-    Fingerprint,
-    agree,
-    under,
-)
+from laser.records import LATER, Fingerprint, agree, under
 
 if TYPE_CHECKING:
     from laser.checkpoint.reader import Checkpoint

@@ -29,13 +29,7 @@ from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
-from laser.search.candidates import (
-    ORDERS,
-    Candidate,
-    candidates_of,
-    in_order,
-    predict,
-)
+from laser.search.candidates import ORDERS, Candidate, candidates_of, in_order, predict
 from laser.search.runner import TRIAL_SHAPES, Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
