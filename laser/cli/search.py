@@ -224,14 +224,14 @@ def objectives_of(
     check_vocabulary(checkpoint, calibration)
     other = text if held_out is None else held_out
     skip = windows if held_out is None else 0
-    later = cut_windows(other, tokenizer, length=asked.window, limit=most, skip=skip)
-    check_vocabulary(checkpoint, later)
+    reported = cut_windows(other, tokenizer, length=asked.window, limit=most, skip=skip)
+    check_vocabulary(checkpoint, reported)
     if task is None:
-        return Loss(calibration), [Loss(later)]
+        return Loss(calibration), [Loss(reported)]
     minimised = read_task(task, tokenizer, limit=windows or None)
     if windows == 0:  # every question is calibrated on, and none is left
-        return minimised, [Loss(later)]
-    return minimised, [read_task(task, tokenizer, limit=most, skip=windows), Loss(later)]
+        return minimised, [Loss(reported)]
+    return minimised, [read_task(task, tokenizer, limit=most, skip=windows), Loss(reported)]
 
 
 def _grid(text: str) -> list[str]:
