@@ -190,7 +190,7 @@ def test_any_order_of_completion_gives_the_same_output(
     assert snapshot(tmp_path / "straight") == snapshot(tmp_path / "backwards")
 
 
-def test_dearest_first_and_shard_by_shard(pico: Path) -> None:
+def test_most_expensive_first_and_shard_by_shard(pico: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     matrices = scanned(checkpoint)
     costs = [m.cost for m in most_expensive_first(matrices)]
