@@ -175,7 +175,7 @@ def _take(lock: Path, path: Path) -> int:
             if not regular or not (os.pread(handle, 8, 0) or _SAYS).startswith(_SAYS):  # under the lock: nobody writes
                 raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
-                _say_who(handle, lock)
+                _say_who(handle)
                 return handle
         except BaseException:
             os.close(handle)
@@ -183,7 +183,7 @@ def _take(lock: Path, path: Path) -> int:
         os.close(handle)
 
 
-def _say_who(handle: int, lock: Path) -> None:
+def _say_who(handle: int) -> None:
     """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
     stated = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:

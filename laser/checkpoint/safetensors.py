@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from laser.checkpoint.formats import pointer
+from laser.checkpoint.slices import bytes_of
 from laser.errors import CheckpointError, first_line
 from laser.files import disk_errors, open_regular, raw_regular, replacing
 from laser.records import is_deep
@@ -310,14 +311,9 @@ def virtual_shard(
         for info in shard.tensors:
             low, high = max(start, info.start), min(end, info.end)
             if low < high:
-                yield raw_bytes(tensor(info.name))[low - info.start : high - info.start]
+                yield bytes_of(tensor(info.name))[low - info.start : high - info.start]
 
     return replace(shard, data=data)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; a copy only where it is laid out otherwise."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
