@@ -28,6 +28,11 @@ from typing import Any, BinaryIO
 
 from laser.errors import OutputError, remedy
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LARGEST_FILE = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
 LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
 FILE_KINDS = {
@@ -89,10 +94,7 @@ def _require(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+# --- one writer at a time ---------------------------------------------------------------------------------------------
 
 # Names of locks and of temporary files, which are gone when whoever works there ends.
 PASSING = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")
