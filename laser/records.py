@@ -429,9 +429,14 @@ class Record:
         """How the record contradicts itself, as a sentence; None where it does not."""
         return None
 
+    @classmethod
+    def heading(cls) -> dict[str, Any]:
+        """What a file of this kind begins with."""
+        return {"kind": cls.kind, "version": cls.version}
+
     def document(self) -> dict[str, Any]:
         """What the file holds, as JSON has it."""
-        stated = {"kind": self.kind, "version": self.version} | {name: getattr(self, name) for name in self.derived}
+        stated = self.heading() | {name: getattr(self, name) for name in self.derived}
         return sealed(stated | plain(self)) if self.seal else stated | plain(self)
 
     def to_json(self) -> bytes:
