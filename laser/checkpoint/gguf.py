@@ -56,7 +56,7 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     Raises CheckpointError for another architecture or what is not GGUF, UsageError without the `gguf` package.
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
-        raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(GGUF_DTYPES)}")
+        raise UsageError(f"no model is written as {dtype!r}; try --output-dtype {', '.join(GGUF_DTYPES)}")
     meta, tensors = _read_gguf(path)
     architecture = meta.get("general.architecture")
     if architecture != "llama":
