@@ -89,7 +89,7 @@ def ours(model: Path, work: Path, arguments: argparse.Namespace) -> dict[str, An
     return {
         "wall": told["seconds"],
         "peak": told["peak_bytes"],
-        "bound": told["foretold"]["peak_bytes"],
+        "bound": told["estimated"]["peak_bytes"],
         "gpu": samples,
     }
 

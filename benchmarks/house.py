@@ -25,6 +25,7 @@ import smoke
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 COMPARED = r"""(?:\bmetric|\.metric|metric_in\([^)]*\)) *(?:==|!=) *["'](?:plain|data)|(?<!def )\bby_data\("""
+KNOWN = r"\b(?:moments|known|seen|tokens|calibration|fresh) is (?:not )?None"
 PROSE = "|".join(
     (
         r"\b(?:why|reason|note|verdict)\.(?:startswith|rpartition|partition)\(",
@@ -40,8 +41,8 @@ MOST = {
     "names defined at the top of more than one module": 15,
     "branches on the metric": 6,
     "prose read as data": 0,
-    "frames from the visit to eigh": 7,
-    "frames from the writer to the write": 5,
+    "from the visit to eigh": 7,
+    "from the writer to the write": 5,
 }
 
 
@@ -98,28 +99,31 @@ def frames() -> dict[str, int]:
     from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 
     import laser
-    from laser.checkpoint import writer
+    from laser.checkpoint import shards
     from laser.flow import run
     from laser.plan import Treatment, make_plan
 
     found: dict[str, int] = {}
-    true, put = np.linalg.eigh, writer.put
+    true, put_into = np.linalg.eigh, shards.put_into
 
     def eigh(*arguments: Any) -> Any:
         found["from the visit to eigh"] = max(found.get("from the visit to eigh", 0), depth_of("do"))
         return true(*arguments)
 
-    def counted(*arguments: Any) -> Any:
-        found["from the writer to the write"] = max(
-            found.get("from the writer to the write", 0), depth_of("write_checkpoint")
-        )
-        return put(*arguments)
+    def counted(file: Any, base: int) -> Any:
+        def put(*arguments: Any) -> None:
+            depth = depth_of("write_checkpoint") + 1  # with the `put` that this stands for
+            found["from the writer to the write"] = max(found.get("from the writer to the write", 0), depth)
+            true_put(*arguments)
+
+        true_put = put_into(file, base)
+        return put
 
     assert conftest
     with (
         tempfile.TemporaryDirectory() as folder,
         patch("numpy.linalg.eigh", eigh),
-        patch.object(writer, "put", counted),
+        patch.object(shards, "put_into", counted),
     ):
         source, out = Path(folder, "model"), Path(folder, "out")
         write_checkpoint_directory(source, mixtral_tensors(), mixtral_config())
@@ -141,6 +145,7 @@ def main() -> None:
         "option declarations": options_declared(texts),
         "names defined at the top of more than one module": twice(texts),
         "branches on the metric": lines_with(COMPARED, texts),
+        "lines that ask whether inputs are known": len(lines_with(KNOWN, texts)),
         "prose read as data": lines_with(PROSE, texts),
         **frames(),
     }

@@ -195,4 +195,4 @@ def print_outcome(
 def took(meter: Meter, seconds: float | None, estimated: Estimate) -> dict[str, Any]:
     """For programs: what it took, and what was estimated."""
     stated = {"seconds": seconds, "peak_bytes": estimated.peak_bytes, "basis": estimated.basis}
-    return {"seconds": meter.seconds, "peak_bytes": meter.peak, "foretold": stated}
+    return {"seconds": meter.seconds, "peak_bytes": meter.peak, "estimated": stated}

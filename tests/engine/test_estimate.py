@@ -94,7 +94,7 @@ def test_a_run_ends_with_foretold_and_real(run: Run, pico: Path, tmp_path: Path)
     run("plan", spectra, "-o", plan, "--rule", "mp-edge")
     _, out, _ = run("reduce", pico, plan, "-o", tmp_path / "out", "--json")
     document = json.loads(out)
-    assert document["seconds"] > 0 and document["peak_bytes"] > 0 and document["foretold"]["seconds"] > 0
+    assert document["seconds"] > 0 and document["peak_bytes"] > 0 and document["estimated"]["seconds"] > 0
     _, out, _ = run("run", pico, "-o", tmp_path / "run", "--rule", "mp-edge", "--no-search")
     assert "estimated" in out.splitlines()[-1]
     _, out, _ = run("scan", pico, "--dry-run", "--json")
