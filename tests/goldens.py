@@ -116,11 +116,17 @@ def _first(row: str) -> str:
 def here(folder: Path) -> Iterator[None]:
     """In `folder`, so that no path of this machine is in a record, as a user with 100 columns and an empty cache."""
     given = {"COLUMNS": "100", "XDG_CACHE_HOME": str(folder / "cache"), "HF_HOME": str(folder / "cache" / "hub")}
+    with one_thread(), chdir(folder), patch.dict(os.environ, given):
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums have another order with more, and other last digits; pytest-xdist's processes have one each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with chdir(folder), patch.dict(os.environ, given):
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -315,6 +321,7 @@ def is_of_this_machine() -> bool:
     return _kept().get(MACHINE) == machine()
 
 
+@one_thread()
 def machine() -> str:
     """What the last digits of products, factorisations and exponentials are here, as a digest."""
     W = torch.randn(96, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
