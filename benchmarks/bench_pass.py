@@ -65,7 +65,7 @@ class FromMemory:
         first = {m.shape: m for m in reversed(matrices)}
         self.weights = {shape: checkpoint.read(m.tensor) for shape, m in first.items()}
 
-    def read(self, name: str, part: Any = None) -> torch.Tensor:
+    def read(self, name: str, _part: Any = None) -> torch.Tensor:
         return self.weights[self.shapes[name]]
 
 

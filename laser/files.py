@@ -28,6 +28,11 @@ from typing import Any, BinaryIO
 
 from laser.errors import OutputError, remedy
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LARGEST_FILE = 100_000_000  # bytes of a config, an index or a record; safetensors has the same limit for headers
 LARGEST_TEXT = 2_000_000_000  # bytes of a text, which is held in memory whole, several times over
 FILE_KINDS = {
@@ -89,10 +94,7 @@ def _require(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+# --- one writer at a time ---------------------------------------------------------------------------------------------
 
 # Names of locks and of temporary files, which are gone when whoever works there ends.
 PASSING = re.compile(r"\..+\.(lock|[0-9a-f]{8}\.tmp)")
@@ -175,7 +177,7 @@ def _take(lock: Path, path: Path) -> int:
             if not regular or not (os.pread(handle, 8, 0) or _SAYS).startswith(_SAYS):  # under the lock: nobody writes
                 raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
             if _is_at(handle, lock):  # else its holder has just finished and removed it
-                _say_who(handle, lock)
+                _say_who(handle)
                 return handle
         except BaseException:
             os.close(handle)
@@ -183,7 +185,7 @@ def _take(lock: Path, path: Path) -> int:
         os.close(handle)
 
 
-def _say_who(handle: int, lock: Path) -> None:
+def _say_who(handle: int) -> None:
     """For the message to others. The lock holds without it, so a full disk is left to what is to be written."""
     stated = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:

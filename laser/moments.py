@@ -1,4 +1,9 @@
-"""moments: second moments of each matrix's inputs on a text, the record that calibration writes."""
+"""moments: second moments of each matrix's inputs on a text, the record that calibration writes.
+
+The file keeps a moment as correlations in float32, which takes half the bytes, and a diagonal in float64;
+`from_correlations` puts them together again. `metric_of` gives the metric that a rule or a plan's line names, from the
+record or without it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,13 @@ from laser.records import differences, named, under
 from laser.spectral.data_metric import ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
 
+FORMS = ("full", "diagonal", "outputs")  # see ByData
+SAMPLED = 4096  # entries of a matrix that tell it from another model's
+NO_MOMENTS = (
+    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try --moments with a "
+    "file of laser calibrate, and for laser search --spectra with a file that is not there yet"
+)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -36,10 +48,6 @@ class Calibration:
 
     def wrong(self) -> str | None:
         return under(self, 1, "window", "windows", "tokens")
-
-
-FORMS = ("full", "diagonal", "outputs")  # see ByData
-SAMPLED = 4096  # entries of a matrix that tell it from another model's
 
 
 @dataclass(frozen=True)
@@ -177,12 +185,6 @@ def from_correlations(correlations: torch.Tensor, diagonal: torch.Tensor) -> tor
     """The second moment (k, k), float64."""
     scale = diagonal.clamp_min(0).sqrt()
     return correlations.double() * scale[:, None] * scale
-
-
-NO_MOMENTS = (
-    "a rule in the metric of the data needs moments, and spectra that were scanned with them; try --moments with a "
-    "file of laser calibrate, and for laser search --spectra with a file that is not there yet"
-)
 
 
 def metric_of(metric: str, name: str, W: torch.Tensor, moments: Moments | None) -> Metric:

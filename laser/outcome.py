@@ -159,7 +159,7 @@ def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, st
     def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         check_entries(records, "the journal's entries")
         done = plan_as_measured(plan, records)
-        stated = {"kind": Plan.kind, "version": Plan.version} | plain(done)
-        return {"kind": Outcome.kind, "version": Outcome.version, "plan": stated, "matrices": records, "shards": shards}
+        stated = Plan.heading() | plain(done)
+        return Outcome.heading() | {"plan": stated, "matrices": records, "shards": shards}
 
     return describe

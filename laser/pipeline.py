@@ -465,7 +465,7 @@ def in_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     if dtype is None:
         return checkpoint
     if dtype != "bfloat16":
-        raise UsageError(f"no reduction is written as {dtype!r}; try --dtype bfloat16, or without")
+        raise UsageError(f"no reduction is written as {dtype!r}; try --output-dtype bfloat16, or without")
     return as_bfloat16(checkpoint)
 
 
@@ -481,7 +481,9 @@ def with_scales(checkpoint: Checkpoint, touched: list[Matrix], matrices: Mapping
         return touched
     fused = next((m for m in touched if m.part is not None and m.tensor in checkpoint.fp8.scales), None)
     if fused:
-        raise UsageError(f"{fused.name} is a part of an FP8 tensor, whose blocks it shares; try --dtype bfloat16")
+        raise UsageError(
+            f"{fused.name} is a part of an FP8 tensor, whose blocks it shares; try --output-dtype bfloat16"
+        )
     names = {part for m in touched for part in weights_and_scales(checkpoint, m)}
     return [m for m in matrices.values() if m.name in names]
 

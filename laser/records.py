@@ -2,6 +2,7 @@
 
 A record declares its kind, its version and its fields. What is missing, unknown, of another type or not finite in its
 file is a RecordError, and so is a checksum that is not that of the rest. `wrong` says how it contradicts itself.
+`Fingerprint` says which weights a record is of, and `differences` in what two descriptions of a run differ.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ def is_sealed(document: Any) -> bool:
 
 # --- a value by its type ----------------------------------------------------------------------------------------------
 
+SINGULAR = {"matrices": "matrix", "losses": "loss", "hashes": "hash", "families": "family"}
+CALLED = ("name", "task", "label")  # keys that say which entry of a list it is
+
 
 class Misfit(Exception):
     """A JSON value is not what its type has. `places` lead to it from the outside; `stated` says what was found."""
@@ -133,18 +137,6 @@ class Misfit(Exception):
 
 class _Entry(str):
     """Which entry of a list or a mapping: the field that holds it puts its own name before."""
-
-
-SINGULAR = {"matrices": "matrix", "losses": "loss", "hashes": "hash", "families": "family"}
-CALLED = ("name", "task", "label")  # keys that say which entry of a list it is
-WORDS = {
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
 
 
 def decode(hint: Any, found: Any, where: str, remedy: str) -> Any:
@@ -336,6 +328,22 @@ def _misfit(hint: Any, found: Any) -> Misfit:
     return Misfit(f"is {shown(found)}, expected {words(hint)}")
 
 
+# --- types and values in messages -------------------------------------------------------------------------------------
+
+WIDEST_VALUE = 60  # characters of a value that a message repeats
+_short = reprlib.Repr()  # looks no further into a value than it tells of it
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 16, 16
+_short.maxstring = _short.maxlong = _short.maxother = WIDEST_VALUE
+WORDS = {
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
 def words(hint: Any) -> str:
     """A type, for people."""
     origin, inside = get_origin(hint), get_args(hint)
@@ -348,12 +356,6 @@ def words(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return f"one of {', '.join(hint)}"
     return WORDS.get(hint, "an object")
-
-
-WIDEST_VALUE = 60  # characters of a value that a message repeats
-_short = reprlib.Repr()  # looks no further into a value than it tells of it
-_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 16, 16
-_short.maxstring = _short.maxlong = _short.maxother = WIDEST_VALUE
 
 
 def shown(found: Any, quote: str = '"') -> str:
@@ -426,9 +428,14 @@ class Record:
         """How the record contradicts itself, as a sentence; None where it does not."""
         return None
 
+    @classmethod
+    def heading(cls) -> dict[str, Any]:
+        """What a file of this kind begins with."""
+        return {"kind": cls.kind, "version": cls.version}
+
     def document(self) -> dict[str, Any]:
         """What the file holds, as JSON has it."""
-        stated = {"kind": self.kind, "version": self.version} | {name: getattr(self, name) for name in self.derived}
+        stated = self.heading() | {name: getattr(self, name) for name in self.derived}
         return sealed(stated | plain(self)) if self.seal else stated | plain(self)
 
     def to_json(self) -> bytes:

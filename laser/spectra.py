@@ -1,4 +1,8 @@
-"""Singular values of every selected matrix, kept in one small file so that planning never touches the weights."""
+"""Singular values of every selected matrix, kept in one small file so that planning never touches the weights.
+
+`Measured` is one matrix as a scan finds it, and as a line of the scan's journal. `InData` holds the values again in the
+metric of the data, where the scan was given moments, and `in_metric_of` puts them in the place of the plain ones.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +70,8 @@ def _encode(vector: NDArray[np.float64]) -> str:
 def _decode(text: str) -> NDArray[np.float64]:
     return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
 
+
+# --- in the metric of the data ----------------------------------------------------------------------------------------
 
 DATA = "laser.data."  # before a tensor's name in the spectra file
 
@@ -148,6 +154,8 @@ def seen_by(tokens: int, p: int) -> str:
     """How many inputs a matrix has seen, and how many it should have at the least."""
     return f"has seen {tokens} tokens of the calibration, and has {p} dimensions"
 
+
+# --- the record -------------------------------------------------------------------------------------------------------
 
 LARGEST_INTEGER = 2**63 - 1
 GONE = "laser.data-null."  # before others in files of earlier versions, which nobody reads any more

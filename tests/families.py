@@ -7,7 +7,6 @@ laser: it truncates each weight with torch.linalg.svd, cutting fused ones by han
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -465,6 +464,3 @@ def table(rows: list[Row]) -> str:
     head = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
     made = f"transformers {transformers.__version__}, tiny random models, every matrix cut to rank {RANK}"
     return "\n".join([*head, *map(line_of, rows), "", f"Made by `python scripts/render_families.py`: {made}.", ""])
-
-
-Examine = Callable[[str, Path], Row]

@@ -33,9 +33,6 @@ from laser.search.search import Report
 
 Place = tuple[Any, ...]
 Document = Any
-# Parts of records that are free: whatever the recipe, the library or the source's own files say.
-FREE = {"selection", "run", "settings", "config", "tokenizer_config", "families", "coverage"}
-WORDS = {"reason", "text", "note", "device", "name", "model", "command", "label", "unit", "method", "readme"}
 JUNK: list[Any] = [None, True, False, 0, 1, -1, 2**63, 10**30, 1.5, -0.5, 1e308, "", "3", "x", [], {}, [1], {"a": 1}]
 JUNK += [
     float("nan"),

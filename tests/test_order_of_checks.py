@@ -26,7 +26,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "scan {model} -o": ("{there}", "{folder}/none/s", "{model}/s", "{folder}", "{there} --force"),
     "reduce {model} {plan} -o {new}": (
         *("--device tpu", "--precision bf16", "--method magic", "--workers 0", "--engine none", "--device cpu,tpu"),
-        *("--moments {missing}", "--fresh {missing}", "--fresh {others_moments}", "--evict", "--dtype float8"),
+        *("--moments {missing}", "--fresh {missing}", "--fresh {others_moments}", "--evict", "--output-dtype float8"),
     ),
     "reduce {model}": ("{missing} -o {new}", "{others_plan} -o {new}", "{spectra} -o {new}"),
     "reduce {model} {plan} -o": ("{output}", "{text}", "{model}", "{model}/in", "{folder} --force", "{text}/in"),

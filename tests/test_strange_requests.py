@@ -166,8 +166,8 @@ def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "words",
     [
-        ["--dtype", "nonsense"],
-        ["--dtype", "bfloat16"],  # of a model that is not quantised
+        ["--output-dtype", "nonsense"],
+        ["--output-dtype", "bfloat16"],  # of a model that is not quantised
         ["--method", "nonsense"],
         ["--evict"],
         ["--moments", "/nonexistent"],

@@ -20,7 +20,7 @@ def as_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
     `read` still gives float32, so that a reduction is rounded once. Raises UsageError where nothing is quantised.
     """
     if checkpoint.fp8 is None:
-        raise UsageError(f"{checkpoint.name} is not quantised, and its dtype is kept; try without --dtype")
+        raise UsageError(f"{checkpoint.name} is not quantised, and its dtype is kept; try without --output-dtype")
     shards = tuple(_shard(checkpoint, shard) for shard in checkpoint.shards)
     tensors = {t.name: t for shard in shards for t in shard.tensors if t.name in checkpoint.tensors}
     config: dict[str, Any] = dict(checkpoint.config)

@@ -2,7 +2,8 @@
 
 Read by the `gguf` package (the extra [gguf]), tensor by tensor from the mapped file, or files where llama.cpp's
 gguf-split has cut it. Names and metadata as llama.cpp writes them: its converter turns the rotary halves of q and k
-into pairs, which is undone here.
+into pairs, which is undone here. Every count in a header is checked against the file's size before the package reads
+it. The scaling of rotary embeddings is written as transformers has it, and refused where it cannot be.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def open_gguf(path: Path, dtype: str | None = None) -> Checkpoint:
     Raises CheckpointError for another architecture or what is not GGUF, UsageError without the `gguf` package.
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
-        raise UsageError(f"no model is written as {dtype!r}; try --dtype {', '.join(GGUF_DTYPES)}")
+        raise UsageError(f"no model is written as {dtype!r}; try --output-dtype {', '.join(GGUF_DTYPES)}")
     meta, tensors = _read_gguf(path)
     architecture = meta.get("general.architecture")
     if architecture != "llama":
@@ -310,6 +311,8 @@ def _gguf_tensor(
     return made.to(dtype)
 
 
+# --- the header, before it is believed --------------------------------------------------------------------------------
+
 MOST_VALUES = 3_000_000  # in all metadata together; a vocabulary of 256,000 words and its merges are 1.3 million
 LONGEST_NAME = 65535  # bytes, the format's own limit
 DIMENSIONS = 4  # the same
@@ -403,6 +406,8 @@ class _Header:
             if self.number("Q") > self.size:
                 raise self.wrong("a tensor that begins behind the end of the file")
 
+
+# --- rope scaling -----------------------------------------------------------------------------------------------------
 
 FREQS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQS, LONG_FACTORS, SHORT_FACTORS)

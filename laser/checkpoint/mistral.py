@@ -128,7 +128,7 @@ def as_hub(checkpoint: Checkpoint) -> Checkpoint:
     Raises CheckpointError for a tensor that is missing, has another shape, or is not known.
     """
     config = hub_config(checkpoint)
-    matrices = {_hub_name(matrix, config): matrix for matrix in list_matrices(checkpoint)}
+    matrices = {_hub_name(matrix): matrix for matrix in list_matrices(checkpoint)}
     _check_release(checkpoint, config, matrices)
 
     def tensor(name: str) -> torch.Tensor:
@@ -146,7 +146,7 @@ def halves_from_pairs(W: torch.Tensor, width: int) -> torch.Tensor:
     return W.view(rows // width, width // 2, 2, n).transpose(1, 2).reshape(rows, n)
 
 
-def _hub_name(matrix: Matrix, config: Mapping[str, Any]) -> str:
+def _hub_name(matrix: Matrix) -> str:
     around = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
     layer, role = f"model.layers.{matrix.layer}.", matrix.role
     if role in around:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from laser.checkpoint.formats import pointer
+from laser.checkpoint.slices import bytes_of
 from laser.errors import CheckpointError, first_line
 from laser.files import disk_errors, open_regular, raw_regular, replacing
 from laser.records import is_deep
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 DEEPEST_CONFIG = 100  # lists in lists, of a config, and of what an entry of a header holds beyond the format
+CHUNK = 8 << 20  # bytes of a file that are read at a time
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -41,6 +43,9 @@ BITS |= {"U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "
 BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {dtype: name for name, dtype in TORCH.items()}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class TensorInfo:
     end: int
 
 
+# (name, dtype as the header spells it, shape)
+HeaderEntry = tuple[str, str, tuple[int, ...]]
 # (start, end) -> the bytes of that range of a shard, in pieces of any size
 Data = Callable[[int, int], Iterator[memoryview]]
 
@@ -75,9 +82,6 @@ class Shard:
     data: Data | None = None
     whole: Callable[[], Path] | None = None  # on the Hub: fetches the file, once, and says where it is
     stamp: tuple[int, int] | None = None  # size and mtime in ns of the file at `path`, before its header was read
-
-
-CHUNK = 8 << 20
 
 
 def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
@@ -272,13 +276,6 @@ def _short_number(value: Any) -> str:
     return str(value) if value >> 64 == 0 else "a number above 64 bits"
 
 
-# (name, dtype as the header spells it, shape)
-HeaderEntry = tuple[str, str, tuple[int, ...]]
-DTYPES = {dtype: name for name, dtype in TORCH.items()}
-DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
-
-
 def make_header(entries: Sequence[HeaderEntry]) -> bytes:
     """The JSON text of a safetensors header for these tensors, in this order; the same bytes for the same tensors.
 
@@ -310,14 +307,9 @@ def virtual_shard(
         for info in shard.tensors:
             low, high = max(start, info.start), min(end, info.end)
             if low < high:
-                yield raw_bytes(tensor(info.name))[low - info.start : high - info.start]
+                yield bytes_of(tensor(info.name))[low - info.start : high - info.start]
 
     return replace(shard, data=data)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; a copy only where it is laid out otherwise."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:

@@ -137,8 +137,8 @@ def write_slice(fetch: Fetch, put: Callable[[int, memoryview], None], part: torc
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements as bytes, copied only where it is not contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor in row-major order; a copy only where it is laid out otherwise."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def fetch_from(file: Any, base: int) -> Fetch:

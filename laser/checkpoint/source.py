@@ -6,17 +6,12 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from laser.checkpoint.fingerprint import changed, fingerprint_of, require_stamp
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
 from laser.records import LATER, Fingerprint, agree, under
-
-if TYPE_CHECKING:
-    from laser.checkpoint.reader import Checkpoint
-
-from laser.checkpoint.fingerprint import changed, fingerprint_of, require_stamp
 
 
 @dataclass(frozen=True)

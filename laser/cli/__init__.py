@@ -119,6 +119,8 @@ def _disk_error(error: OSError) -> int:
     return _say(f"laser: cannot write: {error.strerror or error}; free some space, or print elsewhere", 1)
 
 
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
 # Verbs with --device.
 DEVICE_VERBS = ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")
 ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer size")  # in what they say of themselves
@@ -179,6 +181,9 @@ def out_of_memory(error: BaseException, arguments: list[str], idle: Collection[s
     kept = f"; {_INTERRUPTED[goes_on]}" if goes_on in _INTERRUPTED else ""
     afresh = f"; or begin anew with --force and {', or '.join(anew)}" if anew else ""
     return f"out of memory ({message}); {tries}{kept}{afresh}"
+
+
+# --- one command line -------------------------------------------------------------------------------------------------
 
 
 def _say(line: str, code: int) -> int:

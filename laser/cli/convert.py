@@ -41,7 +41,7 @@ def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
+        typer.Option("--output-dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
     ] = None,
     shown_as: options.Json,
 ) -> None:
@@ -61,7 +61,7 @@ def convert(
 
     else:
         if dtype is not None:
-            raise UsageError("--dtype is for GGUF files; a release keeps its own")
+            raise UsageError("--output-dtype is for GGUF files; a release keeps its own")
         release = open_checkpoint(model)
         require_outside(release, output)
         seen, side = _from_release(release, model)

@@ -123,7 +123,8 @@ def reduce(
         bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales.")
+        str | None,
+        typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
     ] = None,
     work: options.Directory,
 ) -> None:

@@ -26,6 +26,8 @@ MARGIN, LEAST_SPACE = 0.1, 64 << 20  # of what is counted; the second for work s
 PLAIN_LOGITS, STACKED_COPIES = 4.0, 2.5
 SCORES, SCAN = 3, 3  # arrays of attention's scores where they are made at all; of states of a scan (GPT-OSS, Mamba)
 SAVED = 3  # times as many that a backward pass keeps
+SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,6 @@ def active_weights(model: Any) -> tuple[int, int]:
                 if W.dim() > 1:
                     found += W.numel() // (W.shape[0] if W.dim() == 3 else 1) * (sent_to if W.dim() == 3 else 1)
     return found, _vocabulary(model) * int(config.hidden_size)  # the head may be the embedding again
-
-
-SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _needs(device: int, host: int, mapped: int = 0) -> Needs:

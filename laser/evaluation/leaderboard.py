@@ -53,7 +53,11 @@ from laser.journal import Journal, spoiling
 from laser.records import Record, decode, near_enough, under
 
 LM_EVAL = "0.4.12"  # earlier ones fail on local rows
+NEEDED = ("lm_eval", "accelerate")
 SEED = 1234  # lm-eval's own default for drawing few-shot examples
+SAMPLE = 4  # rows of each task file whose prompts are built to estimate the rest
+# Of a run, which takes the dtype as stored, too.
+IN_FLOAT32 = "laser leaderboard with --dtype float32 and --force (laser run: with --no-leaderboard before it)"
 
 
 @dataclass(frozen=True)
@@ -326,9 +330,6 @@ def run_leaderboard(
     )
 
 
-SAMPLE = 4  # rows of each task file whose prompts are built to estimate the rest
-
-
 @dataclass(frozen=True)
 class Workload:
     """What a leaderboard asks of a model: prompts, and about how many tokens they are."""
@@ -418,9 +419,6 @@ def _finished_tasks(journal: Journal) -> dict[str, TaskScore]:
     if len(found) < len(scores):
         raise RecordError(f"{where}: one is there twice; {remedy}")
     return found
-
-
-NEEDED = ("lm_eval", "accelerate")
 
 
 def lm_eval_is_here() -> bool:
@@ -552,10 +550,6 @@ def _measure_task(model: Any, task: Task, folder: Path, names: list[str], limit:
     return TaskScore(
         task.name, task.metric, mean, error, len(rows), task.shots, tuple(rows), parts, asked.hexdigest(), undefined
     )
-
-
-# Of a run, which takes the dtype as stored, too.
-IN_FLOAT32 = "laser leaderboard with --dtype float32 and --force (laser run: with --no-leaderboard before it)"
 
 
 def _check_finite(sample: Mapping[str, Any], name: str, dtype: object) -> None:

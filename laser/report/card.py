@@ -275,7 +275,7 @@ def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
     if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
         words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
         words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
-        words += ["--dtype", str(dtype)] if dtype else []
+        words += ["--output-dtype", str(dtype)] if dtype else []
         return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
     words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
     for key in ("lowest_snr", "include", "exclude", "shrink", "require_fit"):

@@ -195,7 +195,7 @@ def search(
             require_unchanged(checkpoint)
     finally:
         log.close()
-    plan = _plan(plans, selection, asked, runner.trials, kept, calibration)
+    plan = _plan(plans, asked, runner.trials, kept, calibration)
     summary = _summary(calibration, base, values)
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
@@ -341,7 +341,6 @@ def _summary(objective: Objective, before: list[float], after: list[float]) -> R
 
 def _plan(
     plans: Mapping[str, Plan],
-    selection: Selection,
     asked: dict[str, Any],
     trials: Sequence[Trial],
     kept: Mapping[str, Trial],

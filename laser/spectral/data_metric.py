@@ -144,7 +144,7 @@ def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.f
 def truncate_in_metric(W: torch.Tensor, rank: int, metric: ByData, device: Device) -> Truncation:
     """The matrix of rank `rank` with the least mean squared error of the outputs, U U^T W, certified.
 
-    Raises as `visit_in_metric`.
+    For scripts and tests: laser itself calls `visit_in_metric`, and chooses the rank by the values. Raises as that.
     """
     found = visit_in_metric(W, lambda _: rank, metric, device).truncation
     assert found is not None

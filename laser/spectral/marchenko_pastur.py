@@ -48,7 +48,10 @@ def edges(sigma: float, shape: tuple[int, int]) -> tuple[float, float]:
 
 
 def density(x: ArrayLike, beta: float) -> NDArray[np.float64]:
-    """f(x) as above; 0 outside the support. At beta = 1 the density at 0 is its limit, 1 / pi * 2."""
+    """f(x) as above; 0 outside the support. At beta = 1 the density at 0 is its limit, 1 / pi * 2.
+
+    For notebooks and tests: laser itself works with the distribution function.
+    """
     x = np.asarray(x, dtype=np.float64)
     low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
     inside = np.clip((x**2 - low) * (high - x**2), 0.0, None)

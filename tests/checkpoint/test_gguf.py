@@ -181,12 +181,12 @@ def test_tied_embeddings_and_a_bad_dtype(tmp_path: Path, run: Callable[..., Any]
     tensors = dense_tensors()
     del tensors["lm_head.weight"]
     file = write_gguf(tmp_path / "tied.gguf", tensors, experts=0)
-    assert run("convert", file, "-o", tmp_path / "out", "--dtype", "float16")[0] == 0
+    assert run("convert", file, "-o", tmp_path / "out", "--output-dtype", "float16")[0] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] and config["torch_dtype"] == "float16" and config["vocab_size"] == VOCABULARY
     assert logits(tmp_path / "out").isfinite().all()
-    code, _, err = run("convert", file, "-o", tmp_path / "other", "--dtype", "int8")
-    assert code == 2 and "try --dtype float32, float16, bfloat16" in err
+    code, _, err = run("convert", file, "-o", tmp_path / "other", "--output-dtype", "int8")
+    assert code == 2 and "try --output-dtype float32, float16, bfloat16" in err
 
 
 def cut_off(path: Path) -> None:

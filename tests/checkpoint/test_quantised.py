@@ -139,7 +139,7 @@ def test_written_as_bfloat16(fp8: Path, tmp_path: Path, run: Callable[..., Any])
     source, out = open_checkpoint(fp8), tmp_path / "out"
     plan = make_plan(scan(source, SELECTED), "rank:4")
     plan.save(tmp_path / "plan.json")
-    assert run("reduce", fp8, tmp_path / "plan.json", "-o", out, "--dtype", "bfloat16")[0] == 0
+    assert run("reduce", fp8, tmp_path / "plan.json", "-o", out, "--output-dtype", "bfloat16")[0] == 0
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["torch_dtype"] == "bfloat16"
     index = json.loads((out / INDEX).read_text())
@@ -210,10 +210,10 @@ def test_weights_and_scales_in_different_shards(fp8: Path, tmp_path: Path) -> No
 def test_dtype_is_for_quantised_sources(pico: Path, tmp_path: Path, fp8: Path) -> None:
     source = open_checkpoint(pico)
     plan = make_plan(scan(source, SELECTED), "rank:4")
-    with pytest.raises(UsageError, match="is not quantised, and its dtype is kept; try without --dtype"):
+    with pytest.raises(UsageError, match="is not quantised, and its dtype is kept; try without --output-dtype"):
         reduce(source, plan, tmp_path / "out", dtype="bfloat16")
     source = open_checkpoint(fp8)
-    with pytest.raises(UsageError, match="no reduction is written as 'float16'; try --dtype bfloat16"):
+    with pytest.raises(UsageError, match="no reduction is written as 'float16'; try --output-dtype bfloat16"):
         reduce(source, make_plan(scan(source, SELECTED), "rank:4"), tmp_path / "out", dtype="float16")
 
 

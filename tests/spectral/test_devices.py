@@ -1,5 +1,10 @@
 """The choice of device, and its reason."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import Machine
@@ -10,12 +15,24 @@ from laser.spectral import devices
 from laser.spectral.devices import choose_device
 
 
-def test_the_fixture_takes_every_device_that_is_there() -> None:
-    """A device joins the numeric suites by its line in `available`."""
-    assert names_of(devices.available())[-1] == "cpu"
-    yes, no = devices.Here(True, "a card"), devices.Here(False, "not available: x")
-    assert names_of({"cuda": yes, "mps": no, "cpu": yes}) == ["cuda", "cpu"]
-    assert names_of({"mps": yes, "cpu": yes, "npu": yes}) == ["mps", "cpu", "npu"]
+@pytest.mark.slow
+def test_a_device_joins_the_numeric_suites_by_its_line_in_available() -> None:
+    """The host under another name, of which `available` says that it is there: the fixture has it, and a test passes
+    on it."""
+    code = (
+        "import sys, pytest\n"
+        "from laser.spectral import devices\n"
+        "there = devices.available() | {'cpu:0': devices.Here(True, 'the host again')}\n"
+        # The fixture asks while its file is imported, which is over in this process; so another one asks anew.
+        "devices.available = lambda *_: there\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    numeric = Path(__file__).with_name("test_factorise.py")
+    words = (f"{numeric}::test_rows_beyond_one_block", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist")
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    passed = re.findall(r"PASSED .*::test_rows_beyond_one_block\[(.+)\]", ended.stdout)
+    assert passed == [*names_of(devices.available()), "cpu:0", "like mps"]
 
 
 def test_cpu_is_always_there() -> None:
