@@ -60,7 +60,17 @@ def test_spectra_and_plan_survive_saving(pico: Path, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json").to_json() == plan.to_json()
 
 
-@pytest.mark.parametrize("rule", [rule.sample or name for name, rule in RULES.items() if not rule.needs_null])
+SLOWER = {"bema": pytest.mark.slow}  # its law is made anew for every shape
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(rule.sample or name, marks=SLOWER.get(name, ()))
+        for name, rule in RULES.items()
+        if not rule.needs_null
+    ],
+)
 def test_every_rule_end_to_end_against_numpy(pico: Path, tmp_path: Path, rule: str) -> None:
     """Ranks equal those from numpy's SVD; touched tensors equal numpy's truncation; the rest is bit-identical."""
     checkpoint = laser.open_checkpoint(pico)

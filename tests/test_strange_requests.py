@@ -48,6 +48,7 @@ cd "$1" && shift && {laser} reduce m p -o "a b" && {laser} reduce m p -o "a b" -
 """
 
 
+@pytest.mark.slow
 def test_a_mount_point_is_written_to_and_never_replaced(pico: Path, tmp_path: Path, run: Run) -> None:
     """It was found when all the work was done, and called a matter of permissions."""
     shutil.copytree(pico, tmp_path / "m")
@@ -209,6 +210,7 @@ SEARCHED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("killed", ["scan", "reduce", "finished"])
 @pytest.mark.parametrize(
