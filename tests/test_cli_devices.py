@@ -44,6 +44,7 @@ def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path) -> Non
 WRONG = {"kind": "devices", "version": 1, "probes": {"cpu float64": {"product": 0}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", json.dumps(WRONG), "null"])
 def test_a_damaged_record_is_told_and_measured_again(run: Run, cache: Path, content: str) -> None:
     cache.parent.mkdir(parents=True)

@@ -63,6 +63,7 @@ def test_a_run_killed_behind_its_reduction_writes_no_shard_again(pico: Path, tmp
     assert found == snapshot(tmp_path / "out") != old
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("linux", sampled([True, False], 2))
 def test_a_process_killed_beside_the_exchange_leaves_one_of_both_and_no_doubt(

@@ -405,6 +405,7 @@ SEARCHES: dict[str, tuple[tuple[str, ...], bool]] = {  # the flags, and whether 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(SEARCHES, 4))
 @pytest.mark.parametrize("accept", ["all", "nothing"])
 def test_what_is_estimated_of_a_search_is_what_it_runs(
@@ -558,6 +559,7 @@ SAVINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", SAVINGS)
 def test_what_is_said_to_be_kept_is_kept_and_what_begins_anew_does(
     verb: str, run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -652,6 +654,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS_AND_FAULTS)
 def test_out_of_memory_is_one_line_in_every_verb(
     verb: str, run: Run, made: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ def at_a_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wait", "number"), [(0.0, signal.SIGTERM), (0.5, signal.SIGINT), (0.2, signal.SIGHUP)])
 def test_an_interrupt_while_libraries_are_imported_is_one_line(wait: float, number: signal.Signals) -> None:
     words = [sys.executable, "-m", "laser", "devices"]

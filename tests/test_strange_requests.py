@@ -164,6 +164,7 @@ def test_a_dry_run_of_a_scan_refuses_what_the_scan_does(pico: Path, tmp_path: Pa
     assert real[0] == dry[0] != 0 and real[2] == dry[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -286,6 +287,7 @@ def test_records_have_a_place_in_an_output_without_records(speaker: Path, tmp_pa
     assert code == 1 and f"there is no directory {tmp_path / 'laser'}" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["\u6f22" * 83, "\u00e9" * 127, "a" * 255, os.fsdecode(b"\xff" * 250)])
 def test_the_longest_names(pico: Path, tmp_path: Path, run: Run, name: str) -> None:
     """Names are as long as the system takes, in bytes: what is made beside them is no longer."""

@@ -293,6 +293,7 @@ def test_a_server_that_is_too_slow_is_given_up(
     assert "too slow: found" in line and "expected at least 1024" in line and "same command" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", sampled(["/api/", "config.json", "storage"], 3))
 def test_a_server_that_says_nothing_is_given_up(
     hub: Hub, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch

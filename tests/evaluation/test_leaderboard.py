@@ -221,6 +221,7 @@ def test_what_is_counted_beforehand_is_what_the_model_is_asked(
     assert workload.tokens == pytest.approx(asked["tokens"], rel=0.05)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_arc_is_what_a_plain_loop_computes(speaker: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

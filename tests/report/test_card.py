@@ -352,6 +352,7 @@ def test_the_loading_code_compiles_and_names_the_model(source: CardSource) -> No
     assert "torch.float16" in half and "torch.bfloat16" not in half
 
 
+@pytest.mark.slow
 def test_the_chat_format_is_the_template_rendered(source: CardSource) -> None:
     text = card("m", outcome_of(), source)
     rendered = "<s>[user] {first question}</s>[assistant] {first answer}</s>[user] {second question}</s>"

@@ -42,6 +42,7 @@ def heights(figure: object) -> list[list[float]]:
     return [[patch.get_height() for patch in container] for container in axes.containers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["mp-edge", "bema", "gavish-donoho", "rank:5"])
 def test_curve_is_a_density_of_the_bulk_between_the_edges(spectra: Spectra, rule: str) -> None:
     drawn = plots.histogram_of(spectra, NAME, rule)

@@ -107,6 +107,7 @@ def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None
         assert line.why.text.startswith(("accepted", "rejected")) == bool(tried)
 
 
+@pytest.mark.slow
 def test_each_decision_against_a_slow_reference(model_path: Path) -> None:
     """Every trial again, as a whole checkpoint's loss with the kept matrices in it; and the best option is kept."""
     result = run(model_path, accept="no-worse")

@@ -111,6 +111,7 @@ def test_bema_is_a_search_over_all_laws() -> None:
     assert found.sigma == pytest.approx(best[1], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [1.0, 4.0, math.inf])
 @pytest.mark.parametrize(("m", "n"), [(200, 500), (500, 200)])
 def test_bema_finds_sigma_and_the_spread(theta: float, m: int, n: int) -> None:
