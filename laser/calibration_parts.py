@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from laser.checkpoint.safetensors import join, read_header
-from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError, first_line, is_out_of_memory
 from laser.evaluation.activations import Activations
@@ -172,11 +172,6 @@ class Parts:
             source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes
         )
         join(self._files(), path, header.metadata)
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes."""
-    return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def _part_sum(stated: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:

@@ -26,6 +26,7 @@ from laser.pipeline import (
     run_of_scan,
     scan_into,
     spectra_there,
+    tidy_spectra,
 )
 from laser.plan import Plan, Treatment
 from laser.report.publish import write_card
@@ -109,8 +110,11 @@ def _run_in(
         )  # fmt: skip
         return Result(spectra, plan, outcome)
     # Of a finished output nothing is touched before it is known to be of this very run.
-    outcome, _ = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
-    spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
+    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
+    if spectra is None:
+        spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
+    else:
+        tidy_spectra(path)
     plan = choose(spectra)
     _require_plan(out, plan, outcome)
     plan.save(records_of(out) / "plan.json")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from laser.arrays import ArrayRecord
-from laser.checkpoint.slices import bytes_of
+from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
 from laser.records import differences, named, under
@@ -142,7 +142,7 @@ class Moments:
         """Raises RecordError for one whose bytes are not those that were written."""
         with MomentsHeader.opened(self.path, "pt") as file:
             tensor = file.get_tensor(name)
-        if self.hashes.get(name) != hashlib.sha256(bytes_of(tensor)).hexdigest():
+        if self.hashes.get(name) != tensor_sha256(tensor):
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
         return tensor
 

@@ -16,7 +16,7 @@ import torch
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
-from laser.checkpoint.slices import Slice, bytes_of, fetch_from, put_into, read_slice, whole, write_slice
+from laser.checkpoint.slices import Slice, fetch_from, put_into, read_slice, tensor_sha256, whole, write_slice
 from laser.errors import CheckpointError
 from laser.files import disk_errors, open_regular, unfinished
 from laser.journal import Journal
@@ -197,7 +197,7 @@ def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> st
         assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
         stored = part.stored(new)
         write_slice(fetch_from(target, start), put_into(target, start), stored, part)
-        return hashlib.sha256(bytes_of(stored)).hexdigest()
+        return tensor_sha256(stored)
 
 
 def digest(shard: Shard, matrix: Matrix) -> str | None:
@@ -208,7 +208,7 @@ def digest(shard: Shard, matrix: Matrix) -> str | None:
         return read_bytes(shard, start + at, start + at + count)
 
     try:
-        return hashlib.sha256(bytes_of(read_slice(fetch, TORCH[matrix.dtype], part))).hexdigest()
+        return tensor_sha256(read_slice(fetch, TORCH[matrix.dtype], part))
     except CheckpointError:
         return None
 

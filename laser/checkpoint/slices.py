@@ -7,6 +7,7 @@ interleaves gate and up column by column) the span that encloses them is read, c
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,6 +140,11 @@ def write_slice(fetch: Fetch, put: Callable[[int, memoryview], None], part: torc
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; a copy only where it is laid out otherwise."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes in row-major order, whatever its dtype and shape."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def fetch_from(file: Any, base: int) -> Fetch:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from laser.errors import UsageError
-from laser.spectral.data_metric import ByData, projection_problems
+from laser.spectral.data_metric import projection_problems
 from laser.spectral.devices import Device
 from laser.spectral.factorise import (
     Factorised,
@@ -90,14 +90,17 @@ class Plain:
         return problems
 
 
+NOT_GIVEN = "the inputs are not known; try --moments with the file of laser calibrate"
+
+
 class UnknownData:
     """By inputs that nobody gave: all that can be checked is whether B is some projection of W."""
 
     def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
-        raise UsageError("the inputs are not known; try --moments with the file of laser calibrate")
+        raise UsageError(NOT_GIVEN)
 
     def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
-        raise UsageError("the inputs are not known; try --moments with the file of laser calibrate")
+        raise UsageError(NOT_GIVEN)
 
     def problems(
         self, name: str, W: torch.Tensor, B: torch.Tensor, half: torch.Tensor, gains: Gains, device: Device
@@ -107,4 +110,3 @@ class UnknownData:
 
 PLAIN: Metric = Plain()
 UNKNOWN_DATA: Metric = UnknownData()
-_: type[Metric] = ByData
