@@ -124,7 +124,7 @@ class Hub:
     url: str
     repos: dict[str, Repo] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    log: list[tuple[str, str, str | None, int]] = field(default_factory=list)  # method, path, range, bytes of the body
+    noted: list[tuple[str, str, str | None, int]] = field(default_factory=list)  # method, path, range, body's bytes
     leaked: list[str] = field(default_factory=list)  # paths of the storage that were sent a token
     store: dict[str, bytes] = field(default_factory=dict)  # large files that were sent, by sha256
     put: list[str] = field(default_factory=list)  # those, in order, as often as they were sent
@@ -144,12 +144,16 @@ class Hub:
         self.repos[name] = Repo(files, **options)
         return self.repos[name]
 
-    def sent(self, pattern: str = "") -> int:
-        """Bytes of bodies sent so far for paths that match. A client may have its answer before it is in the log."""
+    @property
+    def log(self) -> list[tuple[str, str, str | None, int]]:
+        """The requests so far, once none is being answered: a client may have its answer before it is noted here."""
         with self.idle:
             assert self.idle.wait_for(lambda: self.busy == 0, 10)
-        with self.lock:
-            return sum(count for _, path, _, count in self.log if re.search(pattern, path))
+        return self.noted
+
+    def sent(self, pattern: str = "") -> int:
+        """Bytes of bodies sent so far for paths that match."""
+        return sum(count for _, path, _, count in self.log if re.search(pattern, path))
 
     def fault(self, method: str, path: str, kinds: tuple[str, ...]) -> Fault | None:
         with self.lock:
@@ -183,26 +187,26 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self.counted()
+            self.counted(self.answer)
 
         def do_GET(self) -> None:
-            self.counted()
+            self.counted(self.answer)
 
-        def counted(self) -> None:
+        def counted(self, work: Callable[[], None]) -> None:
             with hub.idle:
                 hub.busy += 1
             try:
-                self.answer()
+                work()
             finally:
                 with hub.idle:
                     hub.busy -= 1
                     hub.idle.notify_all()
 
         def do_POST(self) -> None:
-            self.given()
+            self.counted(self.given)
 
         def do_PUT(self) -> None:
-            self.given()
+            self.counted(self.given)
 
         def given(self) -> None:
             """Something is sent here."""
@@ -399,7 +403,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def note(self, path: str, count: int) -> None:
             with hub.lock:
-                hub.log.append((self.command, path, self.headers.get("Range"), count))
+                hub.noted.append((self.command, path, self.headers.get("Range"), count))
 
     return Handler
 
