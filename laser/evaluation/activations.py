@@ -58,6 +58,11 @@ class Store:
             hidden = self._mapped(shape, dtype, size)
         return Activations(hidden, tuple(starts))
 
+    def room(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
+        """How many more Activations of these `lengths` fit in memory, before the next one is a file."""
+        size = sum(lengths) * width * dtype.itemsize
+        return max(self.limit - self.used, 0) // max(size, 1)
+
     def _mapped(self, shape: tuple[int, int], dtype: torch.dtype, size: int) -> torch.Tensor:
         directory = self.directory or _on_disk()
         with disk_errors(directory), tempfile.NamedTemporaryFile(dir=directory, prefix="laser-activations-") as file:
