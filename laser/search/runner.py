@@ -130,7 +130,8 @@ def from_numbers(values: Sequence[float | None], objective: Objective) -> list[f
 
 # What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
 State = tuple[tuple[str, int], ...]
-LEAST_AHEAD = 8  # candidates that are looked ahead at the least where a walk reads layers from disk
+# Candidates that a walk which reads layers takes: at first, as many as LaserRMT tries; and at the least.
+FIRST_AHEAD, LEAST_AHEAD = 15, 4
 
 
 class Runner:
@@ -247,7 +248,7 @@ class Runner:
 
     def _keep(self, candidate: Candidate, option: int, trial: Trial) -> None:
         rule, ranks = candidate.options[option]
-        self.bench.keep({name: self.bench.cut(name, rule, rank) for name, rank in ranks.items()})
+        self.bench.keep({name: (rule, rank) for name, rank in ranks.items()})
         self.kept |= dict.fromkeys(ranks, trial)
         # The states before this one are done with, and what was measured on top of them.
         self.state = (*self.state, (name_of(candidate), option))
@@ -286,17 +287,16 @@ class Runner:
         """As many candidates as a walk should take at the most.
 
         Where it reads no layer, one: nothing is saved then, and a wrong guess costs what was measured behind it. Else
-        all of them, until guesses have been wrong; from then on about as many as were right between two wrong ones, so
-        that at the most as much is measured in vain as counts.
+        about as many as were right between two wrong guesses so far. So the number doubles while guesses are right, and
+        what is measured in vain stays below what counts.
         """
         if at >= len(candidates):
             return 0
         first = max(candidates[at].piece, 1)
         if all(self.bench.model.in_memory(piece) for piece in range(first, self.bench.model.layers + 2)):
             return 1
-        if not self._wrong:
-            return len(candidates)
-        return max(LEAST_AHEAD, math.ceil((self._right + self._wrong) / self._wrong))
+        least = LEAST_AHEAD if self._wrong else FIRST_AHEAD
+        return max(least, (self._right + self._wrong) // max(self._wrong, 1))
 
     def _guess(self, candidate: Candidate) -> int | None:
         """The option that will be kept, None for none: what its latest results say, measured on another state. Without

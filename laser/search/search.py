@@ -186,7 +186,7 @@ def search(
         runner = Runner(bench, calibration, accept, log, tick)
         if shortlist is None:
             found = in_order(found, order)
-            bench.wanted = _wanted(found, model)
+            bench.wanted, bench.branches = _wanted(found, model)
             base = runner.baseline(found, grid)
         else:
             bench.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
@@ -198,8 +198,8 @@ def search(
             )
         if shortlist is not None:
             found = in_order(_shortlisted(found, shortlist, bench, device, log, moments), order)
-            bench.wanted = _wanted(found, model)
-            bench.forget(piece for piece in tuple(bench.boundaries) if piece not in bench.wanted)
+            bench.wanted, bench.branches = _wanted(found, model)
+            bench.forget(boundary for boundary in tuple(bench.boundaries) if boundary[0] not in bench.wanted)
         runner.grid(found) if grid else runner.one_by_one(found)
         reports = _reports(model, held_out, runner.kept, log, told)
         with spoiling(log.journal):
@@ -211,10 +211,14 @@ def search(
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
 
-def _wanted(candidates: Sequence[Candidate], model: LayeredModel) -> set[int]:
-    """The boundaries worth keeping: the lowest, where every walk can begin, and those from which no layer is read."""
+def _wanted(candidates: Sequence[Candidate], model: LayeredModel) -> tuple[set[int], set[int]]:
+    """Before which pieces the model's own states are worth keeping, and before which those of variants.
+
+    Its own: at the lowest, where every walk can begin, and where no layer is read from there on. A variant's: where an
+    edit may be kept, since that leaves what lies below it as it was.
+    """
     pieces = {max(c.piece, 1) for c in candidates}
-    return {p for p in pieces if p == min(pieces) or model.in_memory(p)}
+    return {p for p in pieces if p == min(pieces) or model.in_memory(p)}, {p for p in pieces if not model.in_memory(p)}
 
 
 def require_journal(

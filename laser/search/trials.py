@@ -5,14 +5,15 @@ variant edits; each variant branches off from the model's own states at its own 
 matrices that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants
 there are. Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
 
-States that enter the pieces of `wanted` are kept until an accepted edit below makes them stale.
+States that enter a piece depend on the edits below it alone. Some are kept under that name, the model's own and those
+of variants, and the next walk begins as high as they allow; an accepted edit makes those above it stale.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -31,10 +32,12 @@ ACCEPT = {
     "any-drop": lambda d, se: d < 0,
 }
 
-# Tensor name -> what stands in for it. A variant's are made where the walk needs them, and freed behind.
-Edits = Mapping[str, torch.Tensor]
+# A variant's matrices are made where the walk needs them, and freed behind.
 Cut = tuple[str, int]  # rule, rank
 Variant = Mapping[str, Cut]
+# States that are kept: the piece that they enter, and the edits below it on top of those that are part of the model.
+Boundary = tuple[int, frozenset[tuple[str, Cut]]]
+OWN: frozenset[tuple[str, Cut]] = frozenset()
 
 
 def accepted(rule: str, d: float, se: float | None) -> bool:
@@ -68,9 +71,9 @@ class Bench:
         told: Callable[[int, int, int], None] = lambda *_: None,
     ) -> None:
         self.model, self.objective, self.cut, self.told = model, objective, cut, told
-        self.wanted: set[int] = set()
-        self.boundaries: dict[int, Activations] = {}
-        self.walks = 0
+        self.wanted: set[int] = set()  # pieces before which the model's own states are kept
+        self.branches: set[int] = set()  # pieces before which those of variants are kept, as far as memory goes
+        self.boundaries: dict[Boundary, Activations] = {}
 
     def first_piece(self, names: Iterable[str]) -> int:
         """Where a variant with edits of these matrices leaves the model's own states."""
@@ -78,42 +81,69 @@ class Bench:
 
     def room(self) -> int:
         """How many variants at a time leave their states in memory; at least 1. Beside them are the model's own states
-        at the walk, and those that are still to be kept."""
-        wanted = len(self.wanted - self.boundaries.keys())
-        return max(self.model.store.room(self._lengths, self.model.width, self.model.dtype) - 1 - wanted, 1)
+        at the walk, and those that are still to be kept. The kept ones of variants give way."""
+        give_way = sum(1 for boundary in self.boundaries if boundary[1])
+        return max(self._room() + give_way - self.others(), 1)
+
+    def _room(self) -> int:
+        return self.model.store.room(self._lengths, self.model.width, self.model.dtype)
+
+    def others(self) -> int:
+        """States that a walk needs beside those of its variants."""
+        return 1 + sum((piece, OWN) not in self.boundaries for piece in self.wanted)
+
+    def make_room(self, count: int, used: Collection[Boundary] = ()) -> None:
+        """Let kept states of variants go until memory has room for `count` more; those that are `used` the last."""
+        these = sorted((b for b in self.boundaries if b[1]), key=lambda boundary: boundary in used)
+        for boundary in these:
+            if self._room() >= count:
+                return
+            self.model.store.free(self.boundaries.pop(boundary))
+
+    def may_keep(self, to_come: int) -> bool:
+        """Whether states of a variant can be kept beside `to_come` others that a walk still needs."""
+        return self._room() > to_come
 
     def walk(self, variants: Sequence[Variant], base: bool = False) -> tuple[list[Measured], Measured | None]:
         """The objective's values for each variant on top of what is kept, and with `base` for the model as it is.
 
         The model is afterwards as it was before, bit for bit.
         """
-        self.walks += 1
         walk = _Walk(self, variants, base)
         try:
             return walk.go()
         finally:
             walk.free()
 
-    def keep(self, edits: Edits) -> None:
-        """Make `edits` part of the model."""
-        lowest = self.first_piece(edits)
-        for name, W in edits.items():
-            self.model.edit(name, self.model.store.keep(W))
-        self.forget(piece for piece in tuple(self.boundaries) if piece > lowest)
+    def keep(self, variant: Variant) -> None:
+        """Make the edits of `variant` part of the model."""
+        for name, cut in variant.items():
+            self.model.edit(name, self.model.store.keep(self.cut(name, *cut)))
+        for piece, below in tuple(self.boundaries):
+            made = self.below(piece, variant)
+            states = self.boundaries.pop((piece, below))
+            if made <= below and (piece, below - made) not in self.boundaries:  # with it, or not touched by it
+                self.boundaries[piece, below - made] = states
+            else:
+                self.model.store.free(states)
 
-    def forget(self, pieces: Iterable[int]) -> None:
-        """Free the boundaries of these pieces."""
-        for piece in tuple(pieces):
-            self.model.store.free(self.boundaries.pop(piece))
+    def below(self, piece: int, variant: Variant) -> frozenset[tuple[str, Cut]]:
+        """The edits that the states which enter a piece depend on."""
+        return frozenset((name, cut) for name, cut in variant.items() if self.model.first_piece(name) < piece)
+
+    def forget(self, boundaries: Iterable[Boundary]) -> None:
+        """Free what is kept there."""
+        for boundary in tuple(boundaries):
+            self.model.store.free(self.boundaries.pop(boundary))
 
     def all_boundaries(self, first: int) -> dict[int, Activations]:
         """Every boundary from piece `first` to the head, for a backward pass. Kept until forgotten."""
         pieces = range(first, self.model.layers + 2)
-        if not self.boundaries.keys() >= set(pieces):
+        if not self.boundaries.keys() >= {(piece, OWN) for piece in pieces}:
             wanted, self.wanted = self.wanted, set(pieces)
             self.walk((), base=True)
             self.wanted = wanted
-        return {piece: self.boundaries[piece] for piece in pieces}
+        return {piece: self.boundaries[piece, OWN] for piece in pieces}
 
     @property
     def _lengths(self) -> list[int]:
@@ -132,14 +162,22 @@ class _Walk:
     def __init__(self, bench: Bench, variants: Sequence[Variant], base: bool) -> None:
         self.bench, self.model, self.variants, self.base = bench, bench.model, variants, base
         self.last = self.model.layers + 1
+        # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept.
         self.begins: dict[int, list[int]] = {}
+        self.kept: dict[int, Boundary] = {}
         self.edits: list[dict[int, dict[str, Cut]]] = []  # of each variant by piece
         for number, variant in enumerate(variants):
-            self.begins.setdefault(bench.first_piece(variant), []).append(number)
+            first = bench.first_piece(variant)
+            boundaries = [(p, below) for p, below in bench.boundaries if p > first and below == bench.below(p, variant)]
+            if boundaries:
+                self.kept[number] = max(boundaries, key=lambda boundary: boundary[0])
+            else:
+                self.begins.setdefault(first, []).append(number)
             self.edits.append({})
             for name, cut in variant.items():
                 for piece in self.model.pieces_of(name):
                     self.edits[number].setdefault(piece, {})[name] = cut
+        bench.make_room(len(variants) + bench.others(), self.kept.values())
         # The model's own states are of use up to the piece where the last variant leaves them.
         self.highest = self.last if base else max(self.begins, default=0)
         self.own: Activations | None = None
@@ -157,7 +195,8 @@ class _Walk:
                 self.alive[number] = self.model.embed(self.bench.objective.windows)
         if self.highest:
             self._enter()
-        for piece in range(1 if self.alive else self.enters, self.last + 1):
+        taken_up = [piece for piece, _ in self.kept.values()]
+        for piece in range(1 if self.alive else min([self.enters, *taken_up]), self.last + 1):
             self._branch(piece)
             self.bench.told(piece, self.last, len(self.alive))
             with self.model.held(*self.model.together(piece), then=piece + 1 if piece < self.last else None):
@@ -181,22 +220,32 @@ class _Walk:
 
     def _enter(self) -> None:
         """Take up the model's own states at the highest boundary that lies below all that needs them."""
-        boundaries, lowest = self.bench.boundaries, min(piece for piece in (*self.begins, self.last) if piece)
-        at = max((piece for piece in boundaries if piece <= lowest), default=0)
-        self.own = self.bench.copy(boundaries[at]) if at else self.model.embed(self.bench.objective.windows)
+        lowest = min(piece for piece in (*self.begins, self.last) if piece)
+        at = max((piece for piece, below in self.bench.boundaries if below == OWN and piece <= lowest), default=0)
+        windows = self.bench.objective.windows
+        self.own = self.bench.copy(self.bench.boundaries[at, OWN]) if at else self.model.embed(windows)
         self.enters = at or 1
 
     def _branch(self, piece: int) -> None:
-        """Keep the model's own states here if they are wanted, and let those variants begin that leave them here."""
-        if self.own is None or piece < self.enters:
-            return
-        if piece in self.bench.wanted and piece not in self.bench.boundaries:
-            self.bench.boundaries[piece] = self.bench.copy(self.own)
-        for number in self.begins.get(piece, ()):
-            self.alive[number] = self.bench.copy(self.own)
-        if piece == self.highest and not self.base:
-            self.model.store.free(self.own)
-            self.own = None
+        """Let those begin that begin here, and keep what is worth keeping."""
+        boundaries = self.bench.boundaries
+        if self.own is not None and piece >= self.enters:
+            if piece in self.bench.wanted and (piece, OWN) not in boundaries:
+                boundaries[piece, OWN] = self.bench.copy(self.own)
+            for number in self.begins.get(piece, ()):
+                self.alive[number] = self.bench.copy(self.own)
+            if piece == self.highest and not self.base:
+                self.model.store.free(self.own)
+                self.own = None
+        if piece in self.bench.branches:
+            to_come = len(self.variants) - len(self.alive) + self.bench.others() - 1
+            for number in self.alive if len(self.variants) > 1 else ():
+                boundary = piece, self.bench.below(piece, self.variants[number])
+                if boundary[1] and boundary not in boundaries and self.bench.may_keep(to_come):
+                    boundaries[boundary] = self.bench.copy(self.alive[number])
+        for number, boundary in self.kept.items():
+            if boundary[0] == piece:
+                self.alive[number] = self.bench.copy(boundaries[boundary])
 
     def _alike(self, piece: int) -> dict[tuple[tuple[str, Cut], ...], list[int]]:
         """The variants that are alive, by what they edit in this piece: each cut is made and swapped in once."""

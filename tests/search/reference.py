@@ -62,5 +62,5 @@ def naive_search(
         tried = [(*trial(candidate, i, False), candidate.options[i][1]) for i in range(len(candidate.options))]
         if good := [t for t in tried if t[1]]:
             _, _, now, edits, ranks = min(good, key=lambda t: t[0] or 0.0)
-            kept, ranks_kept = kept | edits, ranks_kept | ranks
+            kept, ranks_kept = kept | edits, ranks_kept | dict(ranks)
     return rows, ranks_kept, now
