@@ -76,7 +76,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
     spectra = scan(checkpoint, selection, device=device)
 
     def attempt(cache: bool) -> tuple[SearchResult, LayeredModel]:
-        model = LayeredModel(checkpoint, resident=not given.stream)
+        model = LayeredModel(checkpoint, resident=0 if given.stream else None)
         model.losses(held_out.windows)  # warm: weights resident, kernels chosen
         found = search(
             model,

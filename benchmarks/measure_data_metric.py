@@ -121,7 +121,7 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
     todo = list(edits(asked, spectra, {(e["name"], e["metric"], e["rank"]) for e in journal.entries}))
     if not todo:
         return
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
     bench = Bench(model, Loss(together), {model.first_piece(name) for name, _, _ in todo})
     base, start = bench.measure(), time.monotonic()
     for number, (name, metric, rank) in enumerate(todo, 1):

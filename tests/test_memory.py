@@ -155,9 +155,9 @@ def test_an_apple_gpu_says_how_much_it_has(monkeypatch: pytest.MonkeyPatch) -> N
 WHOLE, STREAMED = Needs(0, 10 * GB), Needs(0, 3 * GB)
 
 
-def needs_of(asked: Asked) -> Needs:
+def needs_of(asked: Asked, resident: int | None) -> Needs:
     """Of a pretended model: a narrower dtype halves it, a window costs 1 MB a token, a GPU takes it off the host."""
-    counted = (WHOLE if not asked.stream else STREAMED).host // (2 if asked.dtype == "bfloat16" else 1)
+    counted = (WHOLE if resident is None else STREAMED).host // (2 if asked.dtype == "bfloat16" else 1)
     counted += asked.tokens * MB
     return Needs(0, counted) if asked.device == "cpu" else Needs(counted, 100 * MB)
 
@@ -194,9 +194,9 @@ def test_whole_or_by_layers_or_refused_with_what_fits(
         placed = place("m", asked, needs_of, free_of, ways(asked))
         assert placed.stream is told
         chosen_by_memory = stream is None and told
-        assert bool(placed.stated) is chosen_by_memory
-        if placed.stated:
-            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.stated)
+        assert placed.news is chosen_by_memory
+        if chosen_by_memory:
+            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.why)
         return
     with pytest.raises(OutOfMemory, match=re.escape(f"try {told}")) as refused:
         place("m", asked, needs_of, free_of, ways(asked))
@@ -204,10 +204,10 @@ def test_whole_or_by_layers_or_refused_with_what_fits(
 
 
 def test_what_cannot_be_run_by_layers_is_refused_and_not_sent_in_a_circle() -> None:
-    def only_whole(asked: Asked) -> Needs:
-        if asked.stream:
+    def only_whole(asked: Asked, resident: int | None) -> Needs:
+        if resident is not None:
             raise NotByLayers("m cannot be run layer by layer: it is a knot", "try laser eval without --stream")
-        return needs_of(asked)
+        return needs_of(asked, None)
 
     asked = Asked("float32", "cpu", 511)
     for stream in (None, True):
@@ -239,16 +239,16 @@ def test_what_a_search_keeps_goes_to_a_file_where_memory_is_short(tmp_path: Path
 
 def test_the_needs_are_those_of_shapes(model: Path) -> None:
     checkpoint = open_checkpoint(model)
-    built, layered = build_causal(checkpoint), LayeredModel(checkpoint, resident=True)
+    built, layered = build_causal(checkpoint), LayeredModel(checkpoint, resident=None)
     parameters = sum(p.numel() for p in built.parameters())
     there = whole_needs(checkpoint, built, torch.float32, CPU, 32)
     assert there.device == 0 and there.mapped == sum(s.size for s in checkpoint.shards)
     assert there.host > LEAST_SPACE + 4.4 * parameters
     on_gpu = whole_needs(checkpoint, built, torch.float32, torch.device("cuda"), 32)
     assert 0 < on_gpu.device - LEAST_SPACE < on_gpu.host - LEAST_SPACE + 1.1 * 32 * 64 * 8 * 4
-    needs = [layered_needs(layered, CPU, t, r).host for t, r in ((32, False), (64, False), (64, True))]
+    needs = [layered_needs(layered, CPU, t, r).host for t, r in ((32, 0), (64, 0), (64, None))]
     assert needs[0] < needs[1] < needs[2] < there.host + 4 * parameters
-    assert layered_needs(layered, CPU, 32, False, backward=True).host > needs[0]
+    assert layered_needs(layered, CPU, 32, 0, backward=True).host > needs[0]
 
 
 # --- the verbs --------------------------------------------------------------------------------------------------------
@@ -257,10 +257,10 @@ def test_the_needs_are_those_of_shapes(model: Path) -> None:
 def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: float) -> None:
     """Pretend that so much is free: between what streaming a model needs (0) and what it needs whole (1)."""
     checkpoint = open_checkpoint(path)
-    layered = LayeredModel(checkpoint, resident=True)
-    streamed = layered_needs(layered, CPU, tokens, False).host
+    layered = LayeredModel(checkpoint, resident=None)
+    streamed = layered_needs(layered, CPU, tokens, 0).host
     # A search keeps the pieces, eval has transformers load them: the smaller need of the two.
-    whole = layered_needs(layered, CPU, tokens, True).host
+    whole = layered_needs(layered, CPU, tokens, None).host
     # So much memory as this test needs to be free: this machine has another amount.
     monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)))
 

@@ -41,7 +41,7 @@ def losses_for(path: Path, windows: int = 6) -> tuple[Loss, Loss]:
     return Loss(calibration), Loss(cut_windows(Text("h", TEXT[::-1]), tokenizer, length=24, limit=4))
 
 
-def run(path: Path, rules: Sequence[str] = RULES, *, resident: bool = True, **options: Any) -> SearchResult:
+def run(path: Path, rules: Sequence[str] = RULES, *, resident: int | None = None, **options: Any) -> SearchResult:
     checkpoint = open_checkpoint(path)
     calibration, held_out = losses_for(path)
     selection = options.pop("selection", Selection(include=r"q_proj|experts\.[01]\.w2"))
@@ -80,7 +80,7 @@ def test_what_is_accepted() -> None:
 def test_cached_streamed_and_plain_searches_decide_alike(order: str, model_path: Path) -> None:
     plain = run(model_path, accept="any-drop", order=order, cache=False)
     fast = run(model_path, accept="any-drop", order=order)
-    streamed = run(model_path, accept="any-drop", order=order, resident=False)
+    streamed = run(model_path, accept="any-drop", order=order, resident=0)
     assert decisions(plain) == decisions(fast) == decisions(streamed)
     assert {t.accepted for t in plain.trials} == {True, False}  # or nothing was tested
     assert fast.plan == plain.plan and fast.held_out == plain.held_out == streamed.held_out
@@ -221,7 +221,7 @@ def test_another_held_out_text_repeats_no_trial(
     def report_on(text: str, journal: Path | None = path) -> SearchResult:
         held_out = Loss(cut_windows(Text("h", text), tokenizer, length=24, limit=4))
         return search(
-            LayeredModel(checkpoint, resident=True), spectra, RULES, calibration, [held_out], device=CPU,
+            LayeredModel(checkpoint, resident=None), spectra, RULES, calibration, [held_out], device=CPU,
             selection=Selection(include=r"q_proj|experts\.[01]\.w2"), accept="any-drop", journal=journal,
         )  # fmt: skip
 
@@ -405,7 +405,7 @@ def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model_path)
     _, held_out = losses_for(model_path)
     options: dict[str, Any] = {"selection": Selection(roles=("w2",)), "grid": True, "accept": "any-drop", "device": CPU}
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
     result = search(
         model,
         scan(checkpoint, device=CPU),
