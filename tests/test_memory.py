@@ -21,8 +21,10 @@ import torch
 from conftest import Methods, Run, sampled, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import LESS, VERBS, main, memory
+from laser.engine.crew import worker_bytes
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.causal import build_causal
@@ -254,15 +256,23 @@ def test_the_needs_are_those_of_shapes(model: Path) -> None:
 # --- the verbs --------------------------------------------------------------------------------------------------------
 
 
-def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: float) -> None:
-    """Pretend that so much is free: between what streaming a model needs (0) and what it needs whole (1)."""
+def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: float, beside: int = 0) -> None:
+    """Pretend that so much is free: between what streaming a model needs (0) and what it needs whole (1).
+
+    beside: bytes that a search needs besides the pieces.
+    """
     checkpoint = open_checkpoint(path)
     layered = LayeredModel(checkpoint, resident=None)
     streamed = layered_needs(layered, CPU, tokens, 0).host
     # A search keeps the pieces, eval has transformers load them: the smaller need of the two.
     whole = layered_needs(layered, CPU, tokens, None).host
     # So much memory as this test needs to be free: this machine has another amount.
-    monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)))
+    monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)) + beside)
+
+
+def cut_bytes(path: Path) -> int:
+    """What cutting the largest of the matrices q and v needs, which a search does beside the pieces."""
+    return worker_bytes([m for m in list_matrices(open_checkpoint(path)) if m.role in ("q", "v")], devices.HOST)
 
 
 def test_eval_streams_by_itself_and_says_so(
@@ -312,18 +322,52 @@ def test_run_keeps_its_promise_and_finds_the_same(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 4, "--held-out-windows", 2)
-    words = (*words, "--rule", "fraction:0.9", "--roles", "q,v")
-    assert run("run", model, "-o", tmp_path / "a", *words)[0] == 0
-    between(monkeypatch, model, 31, 0.9)
-    limited = run("run", model, "-o", tmp_path / "b", *words)
-    assert limited[0] == 0 and "running it layer by layer" in limited[2]
-    plans = [json.loads((tmp_path / out / "laser/plan.json").read_text())["lines"] for out in "ab"]
-    assert [line["action"] for line in plans[0]] == [line["action"] for line in plans[1]]
+    words = (*words, "--rule", "fraction:0.9,fraction:0.5", "--roles", "q,v", "--accept", "any-drop")
+    beside = cut_bytes(model) + 4 * 4 * 31 * 32 * 4  # and four states
+    told = {}
+    for out, share in {"whole": None, "part": 0.8, "read": 0.0}.items():
+        if share is not None:
+            between(monkeypatch, model, 31, share, beside)
+        code, _, told[out] = run("run", model, "-o", tmp_path / out, *words)
+        assert code == 0, told
+    assert not told["whole"] and "laser: m needs 0.07 GB" in told["part"]
+    assert "the last 1 of 3 layers stay in memory, the others are read at each pass" in told["part"]
+    assert "each layer is read at each pass; 3 variants at a time" in told["read"]
+    plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in told]
+    assert plans[0] == plans[1] == plans[2] and b"accepted" in plans[0]
+    trials = [json.loads((tmp_path / out / "laser/search.json").read_text()) for out in told]
+    for record in trials:
+        del record["check"]  # over the seconds as well
+        for trial in record["trials"]:
+            del trial["seconds"], trial["layer_forwards"]
+    assert trials[0] == trials[1] == trials[2]
     code, _, err = run("run", model, "-o", tmp_path / "c", *words, "--no-stream")
     assert code == 1 and "try --stream" in err and not (tmp_path / "c").exists()
-    between(monkeypatch, model, 31, -0.5)  # the flag that it names is one that `run` has
-    code, _, err = run("run", model, "-o", tmp_path / "d", *words)
-    assert code == 1 and "--dtype" not in err and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_run_names_the_dtype_that_fits_and_its_search_records_it(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 4, "--held-out-windows", 2)
+    words = ("run", model, "-o", tmp_path / "o", *words, "--rule", "fraction:0.9", "--roles", "q,v")
+    need = {
+        dtype: layered_needs(LayeredModel(open_checkpoint(model), dtype=dtype, resident=None), CPU, 31, 0).host
+        for dtype in ("float32", "bfloat16")
+    }
+    cut = cut_bytes(model)
+    # As in `between`.
+    monkeypatch.setattr(memory, "free", lambda *_: sum(need.values()) // 2 + cut)
+    for dry in ((), ("--dry-run",)):
+        code, _, err = run(*words, *dry)
+        assert code == 1 and err.strip().endswith("; try --dtype bfloat16") and not (tmp_path / "o").exists()
+    assert run(*words, "--dtype", "float16")[::2] == (
+        2, "laser: no evaluation in 'float16'; try --dtype float32|bfloat16\n"
+    )  # fmt: skip
+    found = json.loads(run(*words, "--dtype", "bfloat16", "--dry-run", "--json")[1])["search"]
+    assert found["dtype"] == "bfloat16" and found["stream"]
+    assert run(*words, "--dtype", "bfloat16")[0] == 0
+    assert json.loads((tmp_path / "o/laser/plan.json").read_text())["selection"]["dtype"] == "torch.bfloat16"
 
 
 def test_a_leaderboard_is_refused_before_the_work(
@@ -363,10 +407,17 @@ def test_a_dry_run_counts_the_search(
         assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31
         assert found["seconds"] > 0 and found["peak_bytes"] > LEAST_SPACE and not found["stream"]
+        assert (found["layers_in_memory"], found["variants_at_a_time"], found["dtype"]) == (3, 8, "float32")
+        chosen = "all of it stays in memory; all 8 variants at a time"
+        assert found["why"].endswith(chosen)
         code, told, _ = run(*command, "--dry-run")
-        assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and "in memory" in told
-    between(monkeypatch, model, 31, 0.9)
-    assert json.loads(run(*command, "--dry-run", "--json")[1])["search"]["stream"]
+        assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and chosen in told
+    cut = cut_bytes(model)
+    between(monkeypatch, model, 31, 0.8, beside=cut + 4 * 5 * 31 * 32 * 4)
+    code, told, err = run(*command, "--dry-run", "--json")
+    found = json.loads(told)["search"]
+    assert found["stream"] and (found["layers_in_memory"], found["variants_at_a_time"]) == (1, 5)
+    assert err == f"laser: {found['why']}\n"
     assert not (tmp_path / "o").exists() and not (tmp_path / "p.json").exists()
 
 

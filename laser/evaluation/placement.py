@@ -70,13 +70,12 @@ class Alive:
 
     @property
     def least(self) -> int:
-        return min(LEAST, self.most)
+        """Bytes of the states that come before layers."""
+        return min(LEAST, self.most) * self.size
 
-    def states(self, left: int | None, least: int) -> int:
-        """How many are to lie where so many bytes are left: `least`, or as many as half of that holds."""
-        if left is None:
-            left, least = MEMORY_LIMIT, self.most
-        return min(self.most, max(least, left // 2 // self.size), left // self.size)
+    def wanted(self, left: int) -> int:
+        """Bytes that states are to have where so many are left: half of them, but no fewer than `least`."""
+        return min(self.most * self.size, max(self.least, left // 2))
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, al
             continue
         wanted = needs
         if alive is not None and resident is None and asked.stream is None:
-            wanted = needs.beside(**_at(asked.device, alive.least * alive.size))
+            wanted = needs.beside(**_at(asked.device, alive.least))
         compared = compared or f"{name} {_against(wanted, asked.device, free, resident == 0)}"
         if shortage(wanted, asked.device, free) is None:
             if alive is not None:
@@ -158,33 +157,35 @@ def _searched(
     """A search, of a model that fits whole (None) or layer by layer (0): with how many states, and how many layers."""
     needs = needs_of(asked, resident)
     own = asked.device.partition(":")[0] == OWN_MEMORY
-    places = (asked.device,) if own else (asked.device, HOST_NAME)
-    left = [left for where in places if (left := _left(needs, where, asked.device, free)) is not None]
-    near = 0 if own and not left else alive.states(min(left, default=None), alive.least)  # where the pieces run
-    beside = _at(asked.device, near * alive.size)
-    here, size = near, alive.size
-    if asked.device != HOST_NAME:  # the others come to the device for each layer
-        size = pinned_bytes(alive.size) if own else alive.size
-        more = replace(alive, size=size, most=alive.most - near)
-        here = more.states(_left(needs.beside(**beside), HOST_NAME, asked.device, free), 0)
+    left = [
+        _left(needs, where, asked.device, free) for where in ((asked.device,) if own else (asked.device, HOST_NAME))
+    ]
+    known = min((count for count in left if count is not None), default=0 if own else 2 * MEMORY_LIMIT)
+    near = min(alive.wanted(known), known)  # bytes of states where the pieces run
+    states = near // alive.size
+    far = 0
+    if own:  # where others wait, and come to the device for each layer
+        left_here, size = _left(needs, HOST_NAME, asked.device, free), pinned_bytes(alive.size)
+        far = min((alive.most - states) * size, MEMORY_LIMIT if left_here is None else left_here // 2)
+        states += far // size
     if resident == 0 and asked.stream is None:
+        beside = _at(asked.device, alive.wanted(known))
 
-        def holds(pieces: int) -> bool:
-            return shortage(needs_of(asked, pieces).beside(**beside), asked.device, free) is None
+        def lacks(pieces: int) -> bool:
+            return shortage(needs_of(asked, pieces).beside(**beside), asked.device, free) is not None
 
-        resident = bisect_left(range(1, alive.layers + 1), True, key=lambda pieces: not holds(pieces))
+        resident = bisect_left(range(1, alive.layers + 1), True, key=lacks)
         needs = needs_of(asked, resident)
-    found = here if asked.device == HOST_NAME else near + here
-    variants = min(alive.variants, max(found - 1, 1))
+    variants = min(alive.variants, max(states - 1, 1))
     return Placement(
         resident,
         needs,
-        host_states=here * size,
-        device_states=0 if asked.device == HOST_NAME else near * alive.size,
+        host_states=near if asked.device == HOST_NAME else far,
+        device_states=0 if asked.device == HOST_NAME else near,
         dtype=asked.dtype,
         layers=alive.layers if resident is None else max(resident - 1, 0),
         variants=variants,
-        why=f"{compared}: {_kept(resident, alive.layers)}; {_at_a_time(variants, found, alive)}",
+        why=f"{compared}: {_kept(resident, alive.layers)}; {_at_a_time(variants, states, alive)}",
         news=(resident is not None and asked.stream is None) or variants < alive.variants,
     )
 
