@@ -866,13 +866,10 @@ def limited(megabytes: int, work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of data memory")
-def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
-    """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""
-    hidden, width, layers = 512, 2048, 12
-    matrices = {"q_proj": (hidden, hidden), "k_proj": (hidden, hidden), "v_proj": (hidden, hidden)}
-    shapes = {f"self_attn.{name}": shape for name, shape in (matrices | {"o_proj": (hidden, hidden)}).items()}
+def large_model(path: Path, layers: int) -> Path:
+    """A Llama of 17 MB a layer in float32, half of that on disk, with a tokenizer."""
+    hidden, width = 512, 2048
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}
     noise = (0.02 * torch.randn(width, hidden, generator=torch.Generator().manual_seed(0))).bfloat16()
     tensors = {f"model.layers.{i}.{n}.weight": noise.flatten()[: a * b].reshape(a, b).roll(i, 0).clone()
@@ -886,8 +883,18 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
         "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8,
         "vocab_size": 64, "max_position_embeddings": 128, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip
-    path = write_checkpoint_directory(tmp_path / "m", {n: t.contiguous() for n, t in tensors.items()}, config)
-    write_tokenizer(path)
+    write_checkpoint_directory(path, {n: t.contiguous() for n, t in tensors.items()}, config)
+    return write_tokenizer(path)
+
+
+NEEDS_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of data memory")
+
+
+@pytest.mark.slow
+@NEEDS_LINUX
+def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
+    """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""
+    path = large_model(tmp_path / "m", 12)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
     assert main(["eval", str(path), *text]) == 0  # what is imported and built once is there before the limit
@@ -900,3 +907,27 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
     out = ("run", "-o", str(tmp_path / "o"), "--held-out-windows", "2", "--rule", "rank:8", "--layers", "3,9")
     assert limited(160, laser(*out, "--roles", "k", "--workers", "1")) == 0
     assert (tmp_path / "o/README.md").exists()
+
+
+@pytest.mark.slow
+@NEEDS_LINUX
+def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, limit = large_model(tmp_path / "m", 26), 135
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["run", str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
+    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "3,14,22", "--roles", "k"]
+    words += ["--search", "--accept", "any-drop", "--workers", "1", "-o"]
+    assert sum(t.numel() for t in build_causal(open_checkpoint(path)).parameters()) * 4 > 3 * limit * MB
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    assert "laser: m needs" not in capfd.readouterr().err
+    assert limited(limit, lambda: main([*words, str(tmp_path / "part")])) == 0
+    err = capfd.readouterr().err
+    assert re.match(
+        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.1\d GB are free: the last [1-9] of 26 layers "
+        r"stay in memory, the others are read at each pass; all 6 variants at a time\n", err
+    ), err  # fmt: skip
+    assert limited(limit, lambda: main([*words, str(tmp_path / "none"), "--no-stream"])) == 1
+    plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in ("whole", "part")]
+    assert plans[0] == plans[1] and b'"action": "reduce"' in plans[0]
