@@ -409,7 +409,7 @@ def test_a_dry_run_counts_the_search(
         assert found["seconds"] > 0 and found["peak_bytes"] > LEAST_SPACE and not found["stream"]
         assert (found["layers_in_memory"], found["variants_at_a_time"], found["dtype"]) == (3, 8, "float32")
         chosen = "all of it stays in memory; all 8 variants at a time"
-        assert found["why"].endswith(chosen)
+        assert found["placed"].endswith(chosen)
         code, told, _ = run(*command, "--dry-run")
         assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and chosen in told
     cut = cut_bytes(model)
@@ -417,7 +417,7 @@ def test_a_dry_run_counts_the_search(
     code, told, err = run(*command, "--dry-run", "--json")
     found = json.loads(told)["search"]
     assert found["stream"] and (found["layers_in_memory"], found["variants_at_a_time"]) == (1, 5)
-    assert err == f"laser: {found['why']}\n"
+    assert err == f"laser: {found['placed']}\n"
     assert not (tmp_path / "o").exists() and not (tmp_path / "p.json").exists()
 
 

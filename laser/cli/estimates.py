@@ -158,7 +158,7 @@ def measuring_line(of: Measuring) -> str:
     return (
         f"{of.what}: {tried}{of.texts} {'windows' if searched else 'prompts'} scored{runs} "
         f"({of.tokens} tokens of {of.on}), about {_duration(of.seconds)}, {of.peak_bytes / 1e9:.2f} GB of memory, "
-        f"in {of.dtype} ({of.basis}); {of.why}"
+        f"in {of.dtype} ({of.basis}); {of.placed}"
     )
 
 

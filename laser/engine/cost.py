@@ -136,7 +136,7 @@ class Measuring:
     peak_bytes: besides the libraries
     stream: whether layers are read again at each pass
     layers_in_memory, variants_at_a_time: of a search, as memory allows
-    why: how that was chosen
+    placed: what of it stays in memory, and why
     """
 
     what: str
@@ -153,7 +153,7 @@ class Measuring:
     dtype: str
     layers_in_memory: int
     variants_at_a_time: int
-    why: str
+    placed: str
 
 
 def cut_seconds(matrices: Sequence[Matrix], device: Device) -> float:
