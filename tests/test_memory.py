@@ -914,10 +914,10 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
 def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, limit = large_model(tmp_path / "m", 26), 135
+    path, limit = large_model(tmp_path / "m", 36), 190
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["run", str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
-    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "3,14,22", "--roles", "k"]
+    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "16,30", "--roles", "k"]
     words += ["--search", "--accept", "any-drop", "--workers", "1", "-o"]
     assert sum(t.numel() for t in build_causal(open_checkpoint(path)).parameters()) * 4 > 3 * limit * MB
     assert main([*words, str(tmp_path / "whole")]) == 0
@@ -925,8 +925,8 @@ def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
     assert limited(limit, lambda: main([*words, str(tmp_path / "part")])) == 0
     err = capfd.readouterr().err
     assert re.match(
-        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.1\d GB are free: the last [1-9] of 26 layers "
-        r"stay in memory, the others are read at each pass; all 6 variants at a time\n", err
+        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.2\d GB are free: the last [1-9] of 36 layers "
+        r"stay in memory, the others are read at each pass; all 4 variants at a time\n", err
     ), err  # fmt: skip
     assert limited(limit, lambda: main([*words, str(tmp_path / "none"), "--no-stream"])) == 1
     plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in ("whole", "part")]

@@ -11,10 +11,10 @@ import torch
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.cli.common import say
-from laser.engine.crew import worker_bytes
+from laser.engine.crew import Crew, worker_bytes
 from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.causal import build_causal
-from laser.evaluation.footprint import Needs, layered_needs, longest, states_bytes, whole_needs
+from laser.evaluation.footprint import WORKER, Needs, layered_needs, longest, states_bytes, whole_needs
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Alive, Asked, NeedsOf, Placement, place, refusal, smaller_windows
 from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel
@@ -69,6 +69,7 @@ def for_search(
     calibration: Sequence[Window],
     reported: Sequence[Window],
     matrices: Sequence[Matrix],
+    crew: Crew,
     device: Device,
     dtype: str,
     stream: bool | None,
@@ -78,14 +79,16 @@ def for_search(
 ) -> Placement:
     """How a search runs a model: which of its pieces stay in memory, and how many of `variants` are tried at a time.
 
-    A cut of the largest of `matrices` is made beside it. backward: with --shortlist gradient.
+    A cut of the largest of `matrices` is made beside it. crew: has scanned them before. backward: with --shortlist
+    gradient.
     """
+    beside = {"host": worker_bytes(matrices, HOST), "mapped": WORKER * len(crew.pool(matrices))}
     built = cache(partial(_built, checkpoint))
     asked = Asked(dtype, device.name, longest([*calibration, *reported]), stream)
 
     def needs_of(asked: Asked, resident: int | None) -> Needs:
         needs = layered_needs(built(asked.dtype), asked.torch_device, asked.tokens, resident, backward)
-        return needs.beside(worker_bytes(matrices, HOST))
+        return needs.beside(**beside)
 
     model = built(dtype)
     # A pass backwards wants the states between all the layers.

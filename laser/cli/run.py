@@ -27,6 +27,7 @@ from laser.cli.search import (
     search_with_bar,
 )
 from laser.engine.cost import Measuring, Meter, estimate_cost
+from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
@@ -130,7 +131,7 @@ def run(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         most = most_variants(matrices, rules, count)
-        measure = _search_measure(checkpoint, *texts, text, here(), dtype, stream, matrices, trials.accept, most)
+        measure = _search_measure(checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most)
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -227,6 +228,7 @@ def _search_measure(
     text: Text,
     held_out: Text | None,
     asked: options.SearchText,
+    crew: Crew,
     device: Device,
     dtype: str,
     stream: bool | None,
@@ -237,7 +239,7 @@ def _search_measure(
     calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
     check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
-        checkpoint, calibration, reported, matrices, device, dtype, stream, variants=variants
+        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants
     )
     return _Measure(layered, placed, calibration, reported)
 

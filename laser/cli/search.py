@@ -117,7 +117,7 @@ def search(
         measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     layered, placed = layered_model(
-        checkpoint, calibration, reported, matrices, where, dtype, stream,
+        checkpoint, calibration, reported, matrices, crew, where, dtype, stream,
         variants=most_variants(matrices, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"]),
         backward=shortlist is not None,
     )  # fmt: skip
@@ -163,6 +163,7 @@ def layered_model(
     calibration: Objective,
     reported: Sequence[Objective],
     matrices: Sequence[Matrix],
+    crew: Crew,
     device: Device,
     dtype: str,
     stream: bool | None,
@@ -173,7 +174,7 @@ def layered_model(
     Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
     """
     others = [window for each in reported for window in each.windows]
-    placed = memory.for_search(checkpoint, calibration.windows, others, matrices, device, dtype, stream, **how)
+    placed = memory.for_search(checkpoint, calibration.windows, others, matrices, crew, device, dtype, stream, **how)
     store = memory.said(placed).store(device.torch_device)
     layered = LayeredModel(checkpoint, dtype=dtype, device=device.torch_device, resident=placed.resident, store=store)
     for each in (calibration, *reported):

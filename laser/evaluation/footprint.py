@@ -20,6 +20,7 @@ from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
 MARGIN, LEAST_SPACE = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
+WORKER = 72 << 20  # reserved by each that scans and hardly filled: a stack, and buffers of NumPy's and SciPy's OpenBLAS
 # How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
 # STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).
@@ -35,16 +36,16 @@ class Needs:
     """Bytes at the peak besides the libraries.
 
     device: on an accelerator, 0 without one
-    mapped: files that are mapped into memory meanwhile, which only the process's own limits count
+    mapped: what is mapped or reserved meanwhile and takes no memory; only the process's own limits count it
     """
 
     device: int
     host: int
     mapped: int = 0
 
-    def beside(self, host: int = 0, device: int = 0) -> Needs:
-        """With so many more bytes on the host, and on the device."""
-        return Needs(self.device + device, self.host + host, self.mapped)
+    def beside(self, host: int = 0, device: int = 0, mapped: int = 0) -> Needs:
+        """With so many more bytes."""
+        return Needs(self.device + device, self.host + host, self.mapped + mapped)
 
 
 def longest(windows: Sequence[Window]) -> int:
