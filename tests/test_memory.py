@@ -866,9 +866,9 @@ def limited(megabytes: int, work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def large_model(path: Path, layers: int) -> Path:
-    """A Llama of 17 MB a layer in float32, half of that on disk, with a tokenizer."""
-    hidden, width = 512, 2048
+def large_model(path: Path, layers: int, width: int = 2048) -> Path:
+    """A Llama of 17 MB a layer in float32 (10 MB at half the width), half of that on disk, with a tokenizer."""
+    hidden = 512
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}
     noise = (0.02 * torch.randn(width, hidden, generator=torch.Generator().manual_seed(0))).bfloat16()
@@ -914,10 +914,10 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
 def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, limit = large_model(tmp_path / "m", 36), 190
+    path, limit = large_model(tmp_path / "m", 58, width=1024), 192
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["run", str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
-    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "16,30", "--roles", "k"]
+    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "25,48", "--roles", "k"]
     words += ["--search", "--accept", "any-drop", "--workers", "1", "-o"]
     assert sum(t.numel() for t in build_causal(open_checkpoint(path)).parameters()) * 4 > 3 * limit * MB
     assert main([*words, str(tmp_path / "whole")]) == 0
@@ -925,7 +925,7 @@ def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
     assert limited(limit, lambda: main([*words, str(tmp_path / "part")])) == 0
     err = capfd.readouterr().err
     assert re.match(
-        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.2\d GB are free: the last [1-9] of 36 layers "
+        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.2\d GB are free: the last [1-9] of 58 layers "
         r"stay in memory, the others are read at each pass; all 4 variants at a time\n", err
     ), err  # fmt: skip
     assert limited(limit, lambda: main([*words, str(tmp_path / "none"), "--no-stream"])) == 1
