@@ -124,7 +124,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
     print(f"{checkpoint.name}: {len(calibration.windows)} windows of {given.window}, {given.rule}, {given.accept}")
 
     def attempt(count: int) -> tuple[Took, LayeredModel]:
-        model = LayeredModel(checkpoint, resident=given.resident)
+        model = LayeredModel(checkpoint, resident=None if given.resident else 0)
         model.prove(calibration.windows)
         model.loads, start = 0, (time.process_time(), time.perf_counter())
         with counted() as counts:

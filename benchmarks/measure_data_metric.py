@@ -122,7 +122,7 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
     todo = list(edits(asked, spectra, {(e["name"], e["metric"], e["rank"]) for e in journal.entries}))
     if not todo:
         return
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
 
     def cut(name: str, metric: str, rank: int) -> torch.Tensor:
         W = checkpoint.read(name)

@@ -1,4 +1,4 @@
-"""A model in pieces: embedding, decoder layers, head. Each is resident, or loaded from the checkpoint and freed.
+"""A model in pieces: embedding, decoder layers, head. The last of them stay in memory, the others are read and freed.
 
 The pieces are transformers' own modules, built on the meta device and filled by our reader, so nothing of the
 architecture is written twice. Masks, rotary embeddings and everything else that a layer is called with are recorded
@@ -102,8 +102,9 @@ class Scores:
 
 
 class LayeredModel:
-    """One checkpoint as pieces to run one after the other. `resident` keeps each piece once it has been loaded.
+    """One checkpoint as pieces to run one after the other.
 
+    `resident` is how many of the last pieces stay once they are loaded, the head being the last; None: all of them.
     `edits` maps names of matrices to what stands in for them, in storage dtype; see `edit` and `swapped`.
     `layer_forwards` counts decoder layers times windows that were run, `loads` pieces that were read: the cost of
     everything. `ahead`: a thread reads the next piece meanwhile, which takes the memory of one more.
@@ -115,14 +116,14 @@ class LayeredModel:
         *,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
-        resident: bool = False,
+        resident: int | None = 0,
         store: Store | None = None,
         ahead: bool = False,
     ) -> None:
         require_dtype(dtype)
         self.checkpoint, self.dtype, self.device = checkpoint, MODEL_DTYPES[dtype], torch.device(device)
         self.resident, self.store = resident, store or Store()
-        if not resident:
+        if resident is not None:
             keep_heap_flat()
         self.model = build_causal(checkpoint, self.dtype)
         with by_layers(checkpoint):
@@ -136,7 +137,7 @@ class LayeredModel:
         self.layer_forwards = self.loads = 0
         self._loaded: set[int] = set()
         self._held: set[int] = set()  # not freed before they are let go
-        self._ahead = Ahead(self.device) if ahead and not resident else None
+        self._ahead = Ahead(self.device) if ahead and resident is not None else None
         self._spare: dict[tuple[Any, ...], list[torch.Tensor]] = {}  # memory of pieces that were freed
         self._calls: dict[int, list[Call]] = {}  # window length -> per layer
         self._returns: int | None = None  # see TUPLES
@@ -170,7 +171,7 @@ class LayeredModel:
 
     def in_memory(self, piece: int) -> bool:
         """Whether a piece is read at most once, however often it is run."""
-        return self.resident
+        return self._stays(piece)
 
     def _where_used(self) -> dict[str, int]:
         """Parameter -> piece. Towers of other modalities, which a text does not reach, are in none."""
@@ -318,9 +319,16 @@ class LayeredModel:
         value = self._value(name)
         return value.shape, value.dtype
 
+    def _stays(self, piece: int) -> bool:
+        """Whether a piece that is loaded is kept. What is none of the pieces stays with the last of them."""
+        return self.resident is None or (0 < self.resident and piece >= self.layers + 2 - self.resident)
+
     def _free(self, piece: int) -> None:
-        if self.resident or piece not in self._loaded or piece in self._held:
-            return
+        """Give up the memory of a piece that need not stay."""
+        if piece in self._loaded and piece not in self._held and not self._stays(piece):
+            self._drop(piece)
+
+    def _drop(self, piece: int) -> None:
         values = {name: self._value(name) for name in self._pieces[piece]}
         # The next layer has the same shapes and is read into the same memory.
         self._give_back({name: value.data for name, value in values.items()})
@@ -337,13 +345,11 @@ class LayeredModel:
             setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
     def unload(self) -> None:
-        """Free every piece, resident or not."""
-        resident, self.resident = self.resident, False
+        """Free every piece, also those that stay."""
         if self._ahead is not None:
             self._ahead.close()
         for piece in tuple(self._loaded):
-            self._free(piece)
-        self.resident = resident
+            self._drop(piece)
         self._spare.clear()
 
     # --- the pieces in order ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def naive_search(
 ) -> tuple[list[Row], dict[str, int], list[float]]:
     """Every trial, the ranks that were kept, and the values with all of them in."""
 
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
 
     def measure(edits: Edits) -> list[float]:
         for name in {*model.edits, *edits}:

@@ -47,7 +47,7 @@ def losses_for(path: Path, windows: int = 6) -> tuple[Loss, Loss]:
     return Loss(calibration), Loss(cut_windows(Text("h", TEXT[::-1]), tokenizer, length=24, limit=4))
 
 
-def run(path: Path, rules: Sequence[str] = RULES, *, resident: bool = True, **options: Any) -> SearchResult:
+def run(path: Path, rules: Sequence[str] = RULES, *, resident: int | None = None, **options: Any) -> SearchResult:
     checkpoint = open_checkpoint(path)
     calibration, held_out = losses_for(path)
     selection = options.pop("selection", Selection(include=r"q_proj|experts\.[01]\.w2"))
@@ -138,8 +138,8 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
     asked = Asked(model_path, accept=accept, order=order)
     lengths = [len(w.tokens) - 1 for w in asked.objective.windows]
     state = sum(lengths) * LayeredModel(asked.checkpoint).width * 4
-    held_out = asked.search(resident=True)[0].held_out
-    for memory in ({}, {"ahead": True}, {"store": Store(0)}, {"store": Store(4 * state)}):
+    held_out = asked.search(resident=None)[0].held_out
+    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, {"store": Store(4 * state)}):
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
@@ -166,7 +166,7 @@ def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_pat
         result, _, walks = asked.search()
         assert accuracy or {t.alone for t in result.trials} == {True, False}
         assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
-        asked.search(resident=True)
+        asked.search(resident=None)
 
 
 def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_another_held_out_text_repeats_no_trial(
     def report_on(text: str, journal: Path | None = path) -> SearchResult:
         held_out = Loss(cut_windows(Text("h", text), tokenizer, length=24, limit=4))
         return search(
-            LayeredModel(checkpoint, resident=True), spectra, RULES, calibration, [held_out], device=CPU,
+            LayeredModel(checkpoint, resident=None), spectra, RULES, calibration, [held_out], device=CPU,
             selection=Selection(include=r"q_proj|experts\.[01]\.w2"), accept="any-drop", journal=journal,
         )  # fmt: skip
 
@@ -486,7 +486,7 @@ def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model_path)
     _, held_out = losses_for(model_path)
     options: dict[str, Any] = {"selection": Selection(roles=("w2",)), "grid": True, "accept": "any-drop", "device": CPU}
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
     result = search(
         model,
         scan(checkpoint, device=CPU),
