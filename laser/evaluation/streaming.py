@@ -230,7 +230,7 @@ class LayeredModel:
             self._give_back(self._ahead.take())  # it may have been read without this edit
         for piece, parameter, part in self._places_of(name):
             if piece in self._loaded:
-                copy_in(self._value(parameter).data[part.where], self._read(part.tensor))
+                copy_in(self._value(parameter).data[part.where], self._read(part.tensor, self.edits))
 
     @contextlib.contextmanager
     def swapped(self, edits: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -244,7 +244,7 @@ class LayeredModel:
                     if piece in self._held:
                         place = self._value(parameter).data[part.where]
                         before.append((place, place.clone()))
-                        copy_in(place, self._read(part.tensor))
+                        copy_in(place, self._read(part.tensor, self.edits))
             yield
         finally:
             self.edits = edited_before
@@ -267,8 +267,9 @@ class LayeredModel:
             for piece in pieces:
                 self._free(piece)
 
-    def _read(self, tensor: str) -> torch.Tensor:
-        return edited(self.checkpoint, tensor, self.edits, self._matrices)
+    def _read(self, tensor: str, edits: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A tensor with these edits, which may be other than the model's by the time that a thread reads it."""
+        return edited(self.checkpoint, tensor, edits, self._matrices)
 
     def _value(self, name: str) -> torch.Tensor:
         """A parameter or stored buffer as it is now."""
@@ -300,10 +301,10 @@ class LayeredModel:
         return found
 
     def _fill(self, piece: int, edits: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
-        """Read a piece with these edits, which may no longer be the model's when a thread gets there."""
+        """Read a piece."""
         for name, parts in self._pieces[piece].items():
             for part in parts:
-                copy_in(tensors[name][part.where], edited(self.checkpoint, part.tensor, edits, self._matrices))
+                copy_in(tensors[name][part.where], self._read(part.tensor, edits))
 
     def _give_back(self, tensors: Tensors) -> None:
         """Keep memory for the next piece of these shapes."""

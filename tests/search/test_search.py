@@ -143,6 +143,8 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
+        if "resident" in memory:  # above, one candidate a walk costs no reading
+            continue
         if model.store.limit > 4 * state:
             assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
             assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
