@@ -22,6 +22,7 @@ from conftest import Methods, Run, sampled, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.choices import ACCEPT
 from laser.cli import LESS, VERBS, main, memory
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
@@ -31,7 +32,6 @@ from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, place, smaller_windows
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window
-from laser.search.trials import ACCEPT
 from laser.spectral import devices
 from laser.spectral.host_memory import host_free_bytes
 
