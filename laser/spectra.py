@@ -31,7 +31,7 @@ ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float |
 ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
 

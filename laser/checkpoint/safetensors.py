@@ -49,7 +49,7 @@ DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int
 DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as its header describes it; `start` and `end` are byte offsets in the shard's file."""
 

@@ -70,7 +70,7 @@ from laser.files import (
     write_atomically,
 )
 from laser.journal import Journal, spoiling
-from laser.records import decode, differences, is_sealed, parse_record, sealed, to_json
+from laser.records import decode, differences, is_sealed, parse_record, save_json, sealed
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -312,7 +312,7 @@ def write_checkpoint(
         document = {**document, "run": document.get("run", run)}
         _require_there(out, files)
         document = sealed(document | {"files": files})
-        write_atomically(out / OUTCOME, to_json(document))
+        save_json(out / OUTCOME, document)
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
             if partial_of(out, shard.name).exists():
                 _rename(partial_of(out, shard.name), out / shard.name)
