@@ -19,6 +19,8 @@ from laser.spectra import Spectra
 from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
+MOST_ROWS = 200  # of the table that `spectra` prints
+
 
 def null(
     model: options.Model,
@@ -57,8 +59,7 @@ def null(
         found = [r.found, r.found_share] if spectra else []
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
-    for name, why in test.skipped.items():
-        say(f"{name}: {why}")
+    common.say_first([f"{name}: {why}" for name, why in test.skipped.items()])
     say(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
@@ -78,7 +79,10 @@ def spectra(
     which: options.Matrices,
     file: options.RecordOptions,
 ) -> None:
-    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
+    """List scanned matrices in numbers: ranks, tail, noise and its fit, what the rule keeps.
+
+    The table ends after 200 matrices; --csv and --json list all.
+    """
     chosen = which.selection()
     parse_rule(rule or "mp-edge")
     check_share(top_percent)
@@ -166,9 +170,10 @@ def _print_summary(summary: Summary) -> None:
         ("matrix", "rank", "of", "SNR", "sigma", "fit", "level", "alpha", "stable rank", "s_1"),
         [
             (r.name, r.rank, r.full_rank, r.snr, r.sigma, r.fit, r.fit_level, r.alpha, r.stable_rank, r.largest)
-            for r in summary.rows
+            for r in summary.rows[:MOST_ROWS]
         ],
     )
-    for name, why in summary.skipped:
-        say(f"{name}: {why}")
+    if len(summary.rows) > MOST_ROWS:
+        say(f"... and {len(summary.rows) - MOST_ROWS} more; --csv and --json list all")
+    common.say_first([f"{name}: {why}" for name, why in summary.skipped])
     say(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")
