@@ -78,30 +78,55 @@ def json_pieces(document: Any) -> Iterator[bytes]:
 
     The text of a plan of 45,000 lines, and JSON of all its lines at once, are larger than the plan.
     """
-    for piece in _pieces(document, 0):
-        yield piece.encode()
+    if not _holds_others(document):
+        yield _ENCODER.encode(document).encode()
+    else:
+        for piece in _pieces(document, 0):
+            yield piece.encode()
     yield b"\n"
 
 
 CONTAINERS = Mapping | list | tuple
 DEEPEST_PIECES = 3  # objects and lists around a piece: those of a line in the plan of an outcome
+TOGETHER = 32  # entries of a piece
+
+
+def _holds_others(value: Any) -> bool:
+    """Whether a JSON object or list holds objects or lists, and is not a part of a record, such as a plan's line."""
+    if not isinstance(value, CONTAINERS):
+        return False
+    inside = value.values() if isinstance(value, Mapping) else value
+    return any(isinstance(each, CONTAINERS) or is_dataclass(each) for each in inside)
 
 
 def _pieces(value: Any, depth: int) -> Iterator[str]:
-    """The text of a value inside `depth` objects and lists: a flat one, and a part of a record, in one piece."""
-    inside = value.values() if isinstance(value, Mapping) else value
-    many = isinstance(value, CONTAINERS) and any(isinstance(each, CONTAINERS) or is_dataclass(each) for each in inside)
-    if depth >= DEEPEST_PIECES or not many:
-        yield _ENCODER.encode(value).replace("\n", "\n" + " " * depth)  # no text in JSON holds a line's end
-        return
-    is_object = isinstance(value, Mapping)
-    start, end = "{}" if is_object else "[]"
-    for each in value.items() if is_object else value:
-        key, found = (json.dumps({each[0]: 0})[1:-2], each[1]) if is_object else ("", each)
-        pieces = _pieces(found, depth + 1)
-        yield start + "\n" + " " * (depth + 1) + key + next(pieces)
-        yield from pieces
-        start = ","
+    """The text of an object or list inside `depth` others: entries that hold no others together, the rest in pieces of
+    their own."""
+    make, start, end = (dict, "{", "}") if isinstance(value, Mapping) else (list, "[", "]")
+    together: list[Any] = []
+
+    def written() -> str:
+        """No text in JSON holds a line's end: those are between the entries."""
+        text = _ENCODER.encode(make(together))[1:-2].replace("\n", "\n" + " " * depth)
+        together.clear()
+        return text
+
+    for each in value.items() if make is dict else value:
+        key, inside = each if make is dict else (None, each)
+        opened = depth < DEEPEST_PIECES - 1 and _holds_others(inside)
+        if not opened:
+            together.append(each)
+        if together and (opened or len(together) == TOGETHER):
+            yield start + written()
+            start = ","
+        if opened:
+            before = "" if make is list else json.dumps({key: 0})[1:-2]
+            pieces = _pieces(inside, depth + 1)
+            yield start + "\n" + " " * (depth + 1) + before + next(pieces)
+            yield from pieces
+            start = ","
+    if together:
+        yield start + written()
     yield "\n" + " " * depth + end
 
 
