@@ -79,7 +79,7 @@ def spectra(
     which: options.Matrices,
     file: options.RecordOptions,
 ) -> None:
-    """List scanned matrices in numbers: ranks, tail, noise and its fit, what the rule keeps.
+    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps.
 
     The table ends after 200 matrices; --csv and --json list all.
     """
