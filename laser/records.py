@@ -377,10 +377,10 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
     needed = [name for name in names if name not in optional]
     inside = {name: (reader(hints[name]), _place_of(name, hints[name])) for name in names}
     make, wrong = cast("Callable[..., Any]", cls), getattr(cls, "wrong", lambda _: None)
-    made_already = is_dataclass(cls)
+    made_already: Any = cls if is_dataclass(cls) else ()
 
     def read(found: Any) -> Any:
-        if made_already and isinstance(found, cls):  # a part of a document that was not read from a file
+        if isinstance(found, made_already):  # a part of a document that was not read from a file
             return checked(found)
         if not isinstance(found, dict):
             raise _misfit(cls, found)
