@@ -401,7 +401,10 @@ def spectra(
     which: options.Matrices,
     file: options.RecordOptions,
 ) -> None:
-    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
+    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps.
+
+    The table ends after 200 matrices; --csv and --json list all.
+    """
     with loading():
         from laser.cli import look
     look.spectra_verb(
