@@ -24,13 +24,13 @@ from pico_language import TEXT, make_model, write_tokenizer
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import LESS, VERBS, main, memory
-from laser.engine.crew import worker_bytes
+from laser.engine.crew import Crew, worker_bytes
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from laser.evaluation.activations import Store
+from laser.evaluation.activations import Store, pinned_bytes
 from laser.evaluation.causal import build_causal
 from laser.evaluation.footprint import LEAST_SPACE, Needs, layered_needs, whole_needs
 from laser.evaluation.layout import NotByLayers
-from laser.evaluation.placement import Asked, place, smaller_windows
+from laser.evaluation.placement import Asked, Placement, place, smaller_windows
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window
 from laser.search.trials import ACCEPT
@@ -343,6 +343,43 @@ def test_run_keeps_its_promise_and_finds_the_same(
     assert trials[0] == trials[1] == trials[2]
     code, _, err = run("run", model, "-o", tmp_path / "c", *words, "--no-stream")
     assert code == 1 and "try --stream" in err and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_on_a_device_layers_and_states_share_its_memory_and_leave_room_to_cut(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(model)
+    where, matrices = devices.Device(name, torch.float32, name == "mps", "pretends"), list_matrices(checkpoint)
+    windows = tuple(Window(np.arange(3, 35), 31) for _ in range(200))  # of states as large as the layers
+    size = 200 * 31 * 32 * 4
+    built = LayeredModel(checkpoint, device="meta", resident=None)
+    streamed, whole = (layered_needs(built, torch.device(name), 31, k).device for k in (0, None))
+    cut = worker_bytes(matrices, where)
+    # A device of so much memory, and a host of the other figure.
+    rooms = {"cpu": 10 * GB}
+    monkeypatch.setattr(memory, "free", lambda name, *_: rooms[name])
+
+    def placed(on_device: int) -> Placement:
+        rooms[name] = on_device
+        crew = Crew((where,))
+        return memory.for_search(checkpoint, windows, [], matrices, crew, where, "float32", None, variants=15)
+
+    found = placed(whole + cut + 4 * size)
+    assert found.resident is None and found.device_states == 4 * size
+    # Others wait in pinned memory, which an Apple GPU has none of besides its own.
+    assert found.variants == (15 if name == "cuda" else 3)
+    assert found.host_states == (12 * pinned_bytes(size) if name == "cuda" else 0)
+    part = placed(whole + cut + 4 * size - 1)
+    assert part.stream and part.layers == 2 and part.device_states == 4 * size
+    assert "on " + name in part.why and "the last 2 of 3 layers stay in memory" in part.why
+    assert placed(streamed).resident == 0 and placed(streamed).device_states == 0
+    with pytest.raises(OutOfMemory, match=r"try --dtype bfloat16"):
+        placed(streamed - 1)
+    store = found.store(CPU)  # as it is used: the device is pretended
+    lengths = [31] * 200
+    assert store.room(lengths, 32, torch.float32) == 4 + found.host_states // size
+    assert store.allocate(lengths, 32, torch.float32).hidden.shape == (6200, 32) and store.device_used == size
 
 
 @pytest.mark.slow

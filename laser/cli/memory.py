@@ -88,7 +88,9 @@ def for_search(
 
     def needs_of(asked: Asked, resident: int | None) -> Needs:
         needs = layered_needs(built(asked.dtype), asked.torch_device, asked.tokens, resident, backward)
-        return needs.beside(**beside)
+        # What stays on a device leaves room to cut there; where nothing does, the host cuts if it must.
+        cut = worker_bytes(matrices, device) if resident != 0 and asked.device != HOST.name else 0
+        return needs.beside(device=cut, **beside)
 
     model = built(dtype)
     # A pass backwards wants the states between all the layers.
