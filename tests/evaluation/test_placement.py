@@ -182,7 +182,9 @@ def test_what_stays_is_read_once_and_gives_the_same_bits(
     for resident in (0, 1, 2, 3, 4, 5, None):
         model = LayeredModel(checkpoint, resident=resident)
         read: list[str] = []
-        monkeypatch.setattr(model, "_read", lambda name, own=model._read, read=read: (read.append(name), own(name))[1])
+        monkeypatch.setattr(
+            model, "_read", lambda name, edits, own=model._read, read=read: (read.append(name), own(name, edits))[1]
+        )
         first = model.losses(windows)
         read.clear()
         again = model.losses(windows)
