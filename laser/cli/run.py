@@ -112,7 +112,9 @@ def run_verb(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         most = most_variants(matrices, rules, count)
-        measure = _search_measure(checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most)
+        measure = _search_measure(
+            checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most, len(rules)
+        )
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -216,11 +218,12 @@ def _search_measure(
     matrices: Sequence[Matrix],
     accept: str,
     variants: int,
+    rules: int,
 ) -> _Measure:
     calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
     check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
-        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants
+        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants, rules=rules
     )
     return _Measure(layered, placed, calibration, reported)
 
