@@ -349,7 +349,17 @@ def test_run_keeps_its_promise_and_finds_the_same(
     run: Run, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 4, "--held-out-windows", 2)
-    words = (*words, "--rule", "fraction:0.9,fraction:0.5", "--roles", "q,v", "--accept", "any-drop", "--layers", "2,6,10")
+    words = (
+        *words,
+        "--rule",
+        "fraction:0.9,fraction:0.5",
+        "--roles",
+        "q,v",
+        "--accept",
+        "any-drop",
+        "--layers",
+        "2,6,10",
+    )
     beside = cut_bytes(deep) + 5 * 4 * 31 * 32 * 4  # and five states
     told = {}
     for out, share in {"whole": None, "part": 0.9, "read": 0.0}.items():

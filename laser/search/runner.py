@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.journal import Journal
-from laser.records import under
+from laser.records import SPARSE, under
 from laser.search.candidates import Candidate
 from laser.search.trials import Bench, Cut, Measured, Variant, accepted, change
 
@@ -49,7 +49,8 @@ class Trial:
     predicted: float | None
     layer_forwards: int  # decoder layers times windows that this trial ran
     seconds: float
-    raced: int | None = None  # units after which a race had ended for it; None: it was measured on all
+    # Units after which a race had ended for it; None: it was measured on all.
+    raced: int | None = field(default=None, metadata=SPARSE)
 
     def wrong(self) -> str | None:
         return under(self, 0, "se", "raced")

@@ -18,6 +18,7 @@ from pico_language import TEXT, make_model, write_tokenizer
 from reference import Row, naive_search
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import main
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.activations import Store
 from laser.evaluation.evaluate import evaluate
@@ -189,6 +190,11 @@ def test_a_race_ends_early_for_the_worst(accept: str, model_path: Path, tmp_path
     asked.search(resident=None)
     whole = Asked(model_path, accept=accept, windows=16)
     assert model.layer_forwards < whole.search()[1].layer_forwards
+    journal.unlink()
+    words = ["search", str(model_path), "-o", str(tmp_path / "plan.json"), "--text", str(write_text(tmp_path))]
+    words += ["--window", "24", "--windows", "16", "--held-out-windows", "2", "--rules", ",".join(RULES)]
+    assert main([*words, "--racing", "--accept", accept, "--lowest-snr", "all", "--json"]) == 0
+    assert Plan.load(tmp_path / "plan.json").selection["racing"] is True
     with pytest.raises(UsageError, match="a race wants 8 at the least"):
         Asked(model_path, racing=True).search()
     with pytest.raises(RecordError, match="racing"):
@@ -453,6 +459,11 @@ def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
     for trial in composed:
         if trial.accepted:
             assert all(result.plan.reductions[name].rank == rank for name, rank in trial.ranks.items())
+
+
+def write_text(folder: Path) -> Path:
+    (folder / "text.txt").write_text(TEXT)
+    return folder / "text.txt"
 
 
 def write_task(path: Path, rows: list[dict[str, Any]]) -> Path:
