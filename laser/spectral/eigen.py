@@ -13,6 +13,7 @@ is not the default is part of a record's device label.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,12 @@ class Routes:
         return " ".join(f"{what}:{steps}" for what, steps in told)
 
 
-# Under 256 nothing is to be gained. From 2560 on two stages are faster, with one worker and with all (LOG.md).
+SMALLEST = 256  # side under which nothing is to be gained
+MARGIN = 0.1
+# From 2560 on two stages are faster, with one worker and with all (LOG.md).
 DEFAULT = Routes(
-    values=((0, "numpy"), (256, "one-stage"), (2560, "two-stage")),
-    vectors=((0, "numpy"), (256, "one-stage")),
+    values=((0, "numpy"), (SMALLEST, "one-stage"), (2560, "two-stage")),
+    vectors=((0, "numpy"), (SMALLEST, "one-stage")),
 )
 
 
@@ -69,6 +72,34 @@ def eigenvalues(G: Real, routes: Routes | None = None) -> Values:
 def eigenvectors(G: Real, routes: Routes | None = None) -> Eigen:
     """As `eigenvalues`, and eigenvectors in the precision of G."""
     return VECTORS[taken("vectors", len(G), G.dtype, routes)](G)
+
+
+def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]], dtype: np.dtype[Any]) -> Routes | None:
+    """The routes that are fastest by measured["values" or "vectors"][route][side] seconds; None: those of DEFAULT.
+
+    Another route than the default one has to be faster by MARGIN: the next measurement should choose alike.
+    """
+    found = Routes(*(_fastest(what, measured.get(what, {}), dtype) for what in ("values", "vectors")))
+    return None if found == DEFAULT else found
+
+
+def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]], dtype: np.dtype[Any]) -> Steps:
+    """From side 256 on the best route of each measured side, up to half way (in logarithms) to the next one."""
+    there = {route: table for route, table in seconds.items() if route in offered(what, dtype)}
+    sides = sorted({p for table in there.values() for p in table})
+    best: list[str] = []
+    for p in sides:
+        usual = taken(what, p, dtype, None)
+        at = {route: table[p] for route, table in there.items() if p in table}
+        first = min(at, key=lambda route: at[route])
+        best.append(first if at[first] < at.get(usual, math.inf) * (1 - MARGIN) else usual)
+    if best == [taken(what, p, dtype, None) for p in sides]:
+        return getattr(DEFAULT, what)
+    steps = [(0, "numpy")]
+    for i, (p, route) in enumerate(zip(sides, best, strict=True)):
+        if route != steps[-1][1]:
+            steps.append((round(math.sqrt(sides[i - 1] * p)) if i else SMALLEST, route))
+    return tuple(steps)
 
 
 def taken(what: str, p: int, dtype: np.dtype[Any], routes: Routes | None) -> str:
