@@ -127,7 +127,8 @@ def _gram_on_host(W: torch.Tensor, device: Device, G: NDArray[Any]) -> None:
     cost more than the arithmetic. Of NumPy and SciPy only NumPy lets go of Python's lock meanwhile, without which two
     workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass over it.
     """
-    library, p = find_openblas(), len(G)
+    p = len(G)
+    library = find_openblas() if p >= eigen.SMALLEST else None
     part = None if library else np.empty_like(G)
     with np.errstate(over="ignore", invalid="ignore"):  # `trace_of` says so better
         for _, block in blocks(W, device):

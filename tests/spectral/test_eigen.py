@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from laser.engine.crew import quiet
 from laser.errors import UsageError
 from laser.spectral import eigen, openblas
 from laser.spectral.devices import HOST, Device
@@ -63,6 +65,20 @@ def test_a_route_gives_the_same_bits_again_and_leaves_its_matrix_alone(what: str
         assert (one.vectors(which) == other.vectors(which)).all() and (one.values == other.values).all()
         assert (one.vectors(which) == one.vectors(which)).all()  # asked again, as by a second cut
     assert (G == before).all()
+
+
+@pytest.mark.parametrize(("what", "dtype", "route"), EVERY)
+def test_two_workers_at_once_get_the_bits_of_one(what: str, dtype: np.dtype, route: str) -> None:
+    which = np.arange(200, 300)
+
+    def solve(p: int) -> np.ndarray:
+        G = gram_of(p, 2 * p, dtype)
+        return VALUES[route](G) if what == "values" else VECTORS[route](G).vectors(which)
+
+    with quiet(HOST), ThreadPoolExecutor(2) as pool:
+        alone = [solve(p) for p in (300, 350)]
+        for one, other in zip(alone * 4, pool.map(solve, (300, 350) * 4), strict=True):
+            assert (one == other).all()
 
 
 @needs_openblas
