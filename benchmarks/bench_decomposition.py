@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import smoke
@@ -180,7 +181,9 @@ def rows_of(
     errors: dict[str, float],
 ) -> list[dict]:
     """A row for each way and number of workers, and printed."""
-    rows = [{"shape": shape, "what": what, "way": name, "failed": why} for name, why in failed.items()]
+    rows: list[dict[str, Any]] = [
+        {"shape": shape, "what": what, "way": name, "failed": why} for name, why in failed.items()
+    ]
     median = {
         key: Spent(*(statistics.median(x) for x in zip(*map(astuple, spent), strict=True)))
         for key, spent in taken.items()
