@@ -100,11 +100,12 @@ class Asked:
     include: str = r"q_proj|experts\.[01]\.w2"
     racing: bool = False
     windows: int = 6
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path, self.windows)
-        self.objective, self.selection = self.accuracy or calibration, Selection(include=self.include)
-        self.spectra = scan(self.checkpoint, device=CPU, moments=self.moments)
+        self.objective, self.selection = self.accuracy or calibration, Selection(roles=self.roles, include=self.include)
+        self.spectra = scan(self.checkpoint, self.selection if self.roles else None, device=CPU, moments=self.moments)
 
     @functools.cached_property
     def expected(self) -> tuple[list[Row], dict[str, int], list[float]]:
@@ -174,6 +175,17 @@ def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_pat
         assert accuracy or {t.alone for t in result.trials} == {True, False}
         assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
         asked.search(resident=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, roles", [("tied", ("embedding", "q")), ("llama", ("embedding", "head", "q"))])
+def test_an_embedding_and_a_head_are_one_after_the_other(kind: str, roles: tuple[str, ...], tmp_path: Path) -> None:
+    """A tied one is edited in two pieces at once, below all layers and above them."""
+    path = make_model(tmp_path / "m", kind)
+    asked = Asked(path, ("fraction:0.9", "fraction:0.5"), include=r"embed|lm_head|layers\.[01].*q_proj", roles=roles)
+    asked.search()
+    asked.search(resident=2, ahead=True)
+    assert {t.label.split(".")[-2] for t in asked.search(resident=None)[0].trials} >= {"embed_tokens", "q_proj"}
 
 
 @pytest.mark.slow
