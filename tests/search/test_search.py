@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrated import windows_of
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 from reference import Row, naive_search
 
+from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import main
 from laser.errors import NumericalError, RecordError, UsageError
@@ -175,6 +177,17 @@ def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_pat
         assert accuracy or {t.alone for t in result.trials} == {True, False}
         assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
         asked.search(resident=None)
+
+
+@pytest.mark.slow
+def test_rules_by_the_data_are_one_after_the_other(model_path: Path, tmp_path: Path) -> None:
+    calibrate(open_checkpoint(model_path), windows_of(model_path), tmp_path / "m.safetensors")
+    moments = Moments.load(tmp_path / "m.safetensors")
+    rules = ("fraction:0.8", "data:fraction:0.8", "data:fraction:0.3")
+    asked = Asked(model_path, rules, moments=moments, include=r"layers\.[12].*(q_proj|experts\.0\.w1)")
+    families = asked.search()[0].families()
+    assert families["data"]["trials"] and families["plain"]["trials"]
+    asked.search(resident=None)
 
 
 @pytest.mark.slow
