@@ -147,13 +147,14 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
     lengths = [len(w.tokens) - 1 for w in asked.objective.windows]
     state = sum(lengths) * LayeredModel(asked.checkpoint).width * 4
     held_out = asked.search(resident=None)[0].held_out
-    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, {"store": Store(4 * state)}):
+    stores = [{"store": Store(count * state)} for count in (3, 6)]
+    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, *stores):
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
         if "resident" in memory:  # above, one candidate a walk costs no reading
             continue
-        if model.store.limit > 4 * state:
+        if model.store.limit > 6 * state:
             assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
             assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
             assert walks < count
