@@ -155,22 +155,20 @@ class _Walk:
     def __init__(self, bench: Bench, variants: Sequence[Variant], base: bool) -> None:
         self.bench, self.model, self.variants, self.base = bench, bench.model, variants, base
         self.last = self.model.layers + 1
-        # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept.
-        self.begins: dict[int, list[int]] = {}
-        self.kept: dict[int, Boundary] = {}
         self.edits: list[dict[int, dict[str, Cut]]] = []  # of each variant by piece
         for number, variant in enumerate(variants):
-            first = bench.first_piece(variant)
-            boundaries = [(p, below) for p, below in bench.boundaries if p > first and below == bench.below(p, variant)]
-            if boundaries:
-                self.kept[number] = max(boundaries, key=lambda boundary: boundary[0])
-            else:
-                self.begins.setdefault(first, []).append(number)
             self.edits.append({})
             for name, cut in variant.items():
                 for piece in self.model.pieces_of(name):
                     self.edits[number].setdefault(piece, {})[name] = cut
-        bench.make_room(len(variants) + bench.others(), self.kept.values())
+        bench.make_room(len(variants) + bench.others(), self._taken_up().values())
+        # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept
+        # and that have not given way.
+        self.kept = self._taken_up()
+        self.begins: dict[int, list[int]] = {}
+        for number, variant in enumerate(variants):
+            if number not in self.kept:
+                self.begins.setdefault(bench.first_piece(variant), []).append(number)
         # The model's own states are of use up to the piece where the last variant leaves them.
         self.highest = self.last if base else max(self.begins, default=0)
         self.own: Activations | None = None
@@ -179,6 +177,18 @@ class _Walk:
         self.steps = dict.fromkeys(range(-1, len(variants)), 0)  # pieces that each ran; -1: the model itself
         self.forwards = dict(self.steps)
         self.scores: dict[int, list[float]] = {}
+
+    def _taken_up(self) -> dict[int, Boundary]:
+        """The highest boundary of each variant that there is one of its own for."""
+        found: dict[int, Boundary] = {}
+        for number, variant in enumerate(self.variants):
+            first = self.bench.first_piece(variant)
+            own = [
+                (p, below) for p, below in self.bench.boundaries if p > first and below == self.bench.below(p, variant)
+            ]
+            if own:
+                found[number] = max(own, key=lambda boundary: boundary[0])
+        return found
 
     def go(self) -> tuple[list[Measured], Measured | None]:
         started = time.perf_counter()
