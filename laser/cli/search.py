@@ -73,6 +73,7 @@ def search_verb(
         "order": trials.order,
     }
     check_request(wanted, **asked, calibrated=moments.moments is not None)
+    asked["racing"] = trials.racing
     check_objective(objective, task, text)
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose()
@@ -90,7 +91,7 @@ def search_verb(
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)
-    check_objectives(calibration, reported, trials.accept, asked["shortlist"])
+    check_objectives(calibration, reported, trials.accept, asked["shortlist"], trials.racing)
     if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
         chosen.check(list_matrices(checkpoint))
     else:
