@@ -7,9 +7,9 @@
 
 On a GPU, as it stands:  python benchmarks/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
 On two cores, under six minutes each:
-    python benchmarks/bench_decomposition.py --device cpu --shapes 14336x4096 --precisions float64 --repeat 1
-    python benchmarks/bench_decomposition.py --device cpu --shapes 14336x4096 --precisions float32 --repeat 1
-    python benchmarks/bench_decomposition.py --device cpu --shapes 4096x4096 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 14336x4096 --precisions float64 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 14336x4096 --precisions float32 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 4096x4096 --repeat 1
 
 For each shape a bf16 matrix of noise with power-law spikes, resident on the device. "values": singular values, against
 torch.linalg.svdvals; "truncation" to --rank (or a quarter of p), against torch.linalg.svd and the product
