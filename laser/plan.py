@@ -18,19 +18,18 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError
+from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
 from laser.spectra import Spectra, in_metric_of, seen_by
-from laser.spectral.noise import NoiseFit, estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, NoiseFit, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse_rule, rule_in, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
-DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
 COVERAGE = ("action", "kind", "matrices", "parameters")
@@ -378,10 +377,6 @@ def parse_lowest_snr(text: str | None, default: int | None) -> int | None:
     count = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
     check_lowest_snr(count)
     return int(count)
-
-
-class CrowdWarning(UserWarning):
-    """Spikes are so many that a rule takes them for noise; the message lists the matrices."""
 
 
 def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:

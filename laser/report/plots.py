@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.escape import visible
-from laser.plan import DEFAULT_ESTIMATOR
-from laser.spectra import Spectra
-from laser.spectral.noise import estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
-from laser.summary import Summary, SummaryRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from laser.spectra import Spectra
+    from laser.summary import Summary, SummaryRow
 
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
