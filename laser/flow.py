@@ -117,6 +117,7 @@ def _run_in(
         tidy_spectra(path)
     plan = choose(spectra)
     _require_plan(out, plan, outcome)
+    del outcome  # it is read again, and of very many matrices two take more than all else
     plan.save(records_of(out) / "plan.json")
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
