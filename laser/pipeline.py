@@ -46,7 +46,7 @@ from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
-from laser.spectral.permutation import null_largest
+from laser.spectral.permutation import ORDER, null_largest
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import excess_kurtosis
 
@@ -228,12 +228,17 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def drawn_as(null_draws: int) -> dict[str, int]:
+    """How many permutations a run measures, and in which order they put the entries: two orders are not mixed."""
+    return {"null_draws": null_draws} | ({"null_order": ORDER} if null_draws else {})
+
+
 def run_of_scan(
     checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
     more = {"moments": moments.calibration.identity} if moments else {}
-    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
@@ -316,7 +321,8 @@ def spectra_there(
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
+    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == ORDER)
+    return there if wanted == done and same_nulls and same else None
 
 
 def of_another_run(out: Path) -> OutputError:
@@ -530,7 +536,7 @@ def run_of_pass(
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
     how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, **drawn_as(null_draws))
 
 
 def reduce_in_one_pass(

@@ -23,7 +23,7 @@ from laser.spectral import gram, projector
 from laser.spectral.data_metric import ByData, data_values
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
-from laser.spectral.permutation import largest_singular_value, null_largest
+from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, null_largest, permuted
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import excess_kurtosis
 
@@ -32,11 +32,14 @@ ALLOWED = {
     "aten::_to_copy",
     "aten::abs",
     "aten::add.Tensor",
+    "aten::add_.Tensor",
     "aten::addmm",
     "aten::addmm_",
     "aten::aminmax",
     "aten::all",
     "aten::any",
+    "aten::arange",
+    "aten::arange.start",
     "aten::bitwise_not",
     "aten::copy_",
     "aten::detach",
@@ -65,7 +68,8 @@ ALLOWED = {
     "aten::zeros",
     "aten::zeros_like",
 }
-# What the host may do with a matrix that is stored in float64: look at it, cut it up, convert it, and fill the result.
+# What the host may do with a matrix that is stored in float64: look at it, cut it up, permute and convert it, and fill
+# the result.
 TRANSPORT = {
     "aten::_local_scalar_dense",  # its largest entry
     "aten::_to_copy",
@@ -73,6 +77,7 @@ TRANSPORT = {
     "aten::copy_",
     "aten::detach",
     "aten::empty_like",
+    "aten::index_select",
     "aten::lift_fresh",
     "aten::permute",
     "aten::slice.Tensor",
@@ -284,6 +289,11 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     device = ACCELERATORS[name]
     for shape, storage in (((80, 40), torch.bfloat16), ((12, 30), torch.float64)):
         assert null_largest(torch.empty(shape, dtype=storage), 1, device).shape == (1,)
+        there = torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device)  # permuted where it is
+        assert null_largest(there, 1, device).shape == (1,)
+        for kind in PERMUTATIONS:
+            moved = permuted(there, 0, kind)
+            assert (moved.device, moved.dtype, moved.shape) == (there.device, there.dtype, there.shape)
         assert np.isfinite(largest_singular_value(torch.empty(shape, dtype=storage), device))
         assert np.isfinite(excess_kurtosis(torch.empty(shape, dtype=storage), device))
     exact_products.cache_clear()
