@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
 from laser.spectral.permutation import ORDER, null_largest
 from laser.spectral.shrinkage import Gains
-from laser.spectral.spectrum import excess_kurtosis
+from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
 # --- one visit --------------------------------------------------------------------------------------------------------
 
@@ -67,15 +67,17 @@ class Scan:
     """A visit that measures: what cannot be factorised is a reason, not an error.
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
+    rules: that are going to be asked; where float32 leaves the rank of one of them open, the values are in float64.
     """
 
     method: str
     null_draws: int = 0
     moments: Moments | None = None
+    rules: tuple[str, ...] = ()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host."""
-        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
+        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws, self.rules)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
         try:
@@ -137,7 +139,8 @@ class OnePass:
         try:
             null = null_largest(W, self.null_draws, device)
             tails = excess_kurtosis(W, device)
-            found = PLAIN.visit(W, decide, device, self.method)
+            doubt = doubt_by((self.treatment.rule,), (W.shape[0], W.shape[1]), null)
+            found = PLAIN.visit(W, decide, device, self.method, doubt)
         except (NumericalError, UsageError) as error:
             scanned = measured_of(W, device, self.method, self.null_draws)
             if scanned.skipped is None:  # no reason to skip, but one to stop
@@ -158,11 +161,11 @@ class OnePass:
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
-def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """What a scan records of W (m, n), on the host or the device, by its plain singular values."""
+def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int, rules: Sequence[str] = ()) -> Measured:
+    """What a scan records of W (m, n), wherever it is, by its plain singular values. rules: as in `Scan`."""
     try:
-        found = PLAIN.values(W, device, method)
         null = null_largest(W, null_draws, device)
+        found = PLAIN.values(W, device, method, doubt_by(rules, (W.shape[0], W.shape[1]), null))
         return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
@@ -234,10 +237,18 @@ def drawn_as(null_draws: int) -> dict[str, int]:
 
 
 def run_of_scan(
-    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+    rules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
-    more = {"moments": moments.calibration.identity} if moments else {}
+    more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
+    if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
+        more |= {"rules": sorted(rules)}
     more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
@@ -252,6 +263,7 @@ def scan(
     journal: Path | None = None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    rules: Sequence[str] = (),
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -264,7 +276,8 @@ def scan(
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
-    singular values are measured once more in the metric of the data, where a matrix was calibrated.
+    singular values are measured once more in the metric of the data, where a matrix was calibrated. In float32 the
+    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -273,7 +286,7 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -282,7 +295,7 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = Scan(method, null_draws, moments)
+        work = Scan(method, null_draws, moments, tuple(rules))
         with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
@@ -349,6 +362,7 @@ def scan_into(
     null_draws: int = 0,
     moments: Moments | None = None,
     anew: bool = False,
+    rules: Sequence[str] = (),
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
 
@@ -369,6 +383,7 @@ def scan_into(
             journal=partial,
             null_draws=null_draws,
             moments=moments,
+            rules=rules,
             tick=tick,
             anew=anew,
         )

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-from laser.errors import UsageError
+from laser.errors import UsageError, is_out_of_memory
 from laser.spectral.host_memory import host_free_bytes
 
 T = TypeVar("T")
@@ -158,6 +158,38 @@ def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> boo
             x = torch.full((side, side), 1 + 2**-13, dtype=torch.float32, device=device)
             product = x @ torch.eye(side, dtype=torch.float32, device=device)
             if not bool((product == x).all()):
+                return False
+    return True
+
+
+def products_in_float32(device: Device, storage: torch.dtype) -> bool:
+    """Whether a device in float32 multiplies matrices in `storage` as they are and gives float32: on tensor cores.
+
+    A product of two numbers of 16 bits is exact in float32, so nothing is lost but in the sums, which are float32's.
+    """
+    if device.torch_device.type != "cuda" or device.dtype != torch.float32:
+        return False
+    return storage in (torch.bfloat16, torch.float16) and _sums_in_float32(device.torch_device, storage)
+
+
+@lru_cache(maxsize=16)
+def _sums_in_float32(device: torch.device, storage: torch.dtype, sides: tuple[int, ...] = PROBED) -> bool:
+    """Whether a product of `storage` matrices with the result in float32 (torch 2.8) exists, and sums in 24 bits; once
+    per process.
+
+    In each column one 1 and 1023 times 2^-9: the sum of squares is 1 + 1023 * 2^-18, whatever the order.
+    """
+    with full_precision():
+        for side in sides:
+            A = torch.full((1024, side), 2**-9, dtype=storage, device=device)
+            A[:1] = torch.ones(1, side, dtype=storage, device=device)
+            try:
+                product = torch.mm(A.T, A, out_dtype=torch.float32)
+            except (TypeError, RuntimeError) as error:  # no such argument; not on this chip, or not in this dtype
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):  # says nothing, and is not kept
+                    raise
+                return False
+            if not bool((product == 1 + 1023 * 2**-18).all()):
                 return False
     return True
 

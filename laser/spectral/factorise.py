@@ -9,7 +9,8 @@ Where a step fails the next one is tried, from the untouched matrix, and the rec
 
 A projector goes to eigenvectors first. A step that does not exist (float64 on Apple MPS, another host on the host) is
 left out. A step fails with NaN in its result, a missed certificate, an eigensolver that does not converge, or too
-little memory on the device.
+little memory on the device. One in float32 also fails where the caller cannot decide by its values (`Doubt`), as where
+one lies at the threshold of a rule; then the next step in float64 is tried.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ _FACTORS: dict[str, Callable[[torch.Tensor, Device, Spectrum | None], Factors]] 
     "svd": factors_by_svd,
 }
 METHODS = tuple(_FACTORS)
+# Why a decision by singular values (p,) is not sure where their arithmetic has this eps; "" where it is.
+Doubt = Callable[[Spectrum, float], str]
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,22 @@ def check_storage(dtype: torch.dtype) -> None:
         )
 
 
-def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
+def measure(W: torch.Tensor, device: Device, method: str = "gram", doubt: Doubt | None = None) -> Values:
     """Singular values of W (m, n). The projector has none of its own: its values are those of the Gram matrix.
 
-    Raises NumericalError for a NaN or Inf in W or when every step of the ladder fails.
+    In float64 where `doubt` finds those in float32 not sure enough. Raises NumericalError for a NaN or Inf in W or when
+    every step of the ladder fails.
     """
     check_storage(W.dtype)
     W, u = in_unit(W)
     ladder = steps("gram" if method == "projector" else method, device)
-    found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
-    return Values(_scaled(found, u), step, note)
+
+    def attempt(step: Step, W: torch.Tensor) -> Spectrum:
+        s = _scaled(_VALUES[step.method](W, step.device), u)
+        _require_sure(doubt, s, step)
+        return s
+
+    return Values(*climb(W, ladder, attempt))
 
 
 def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
@@ -150,11 +159,12 @@ def factorise(
     device: Device,
     method: str = "gram",
     values: Spectrum | None = None,
+    doubt: Doubt | None = None,
 ) -> Factorised:
     """Factorise W (m, n) once: `decide` gets its singular values (p,) and answers with gains, or None to leave it.
 
     What a scan and a reduction need together, for one pair of eigenvalues and eigenvectors instead of two. `decide` is
-    asked again by each step of the ladder. Raises as `truncate`.
+    asked again by each step of the ladder, in float32 only where `doubt` has none. Raises as `truncate`.
     """
     check_storage(W.dtype)
     storage = W.dtype
@@ -163,6 +173,7 @@ def factorise(
     def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
         factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
         s = _scaled(factors.singular_values, u)
+        _require_sure(doubt, s, step)
         gains = decide(s)
         if gains is None:
             return s, None
@@ -187,6 +198,16 @@ def _scaled(s: Spectrum, u: float) -> Spectrum:
     return s
 
 
+class _Unsure(NumericalError):
+    """The values are as good as their precision, and that is not enough for the decision."""
+
+
+def _require_sure(doubt: Doubt | None, s: Spectrum, step: Step) -> None:
+    """Raises _Unsure for values of a step in float32 by which nobody can decide. Those in float64 are the last word."""
+    if doubt is not None and step.single and (why := doubt(s, torch.finfo(torch.float32).eps)):
+        raise _Unsure(why)
+
+
 def _check_rank(W: torch.Tensor, gains: Gains) -> None:
     p = min(W.shape)
     if not (0 <= gains.above and 0 <= gains.below and gains.above + gains.below <= p):
@@ -204,18 +225,26 @@ class Step:
     method: str
     device: Device
 
+    @property
+    def single(self) -> bool:
+        return self.device.dtype == torch.float32
+
+
+# What the steps in float64 are called that come after those in float32.
+DOUBLE, ON_HOST, PLAIN_SVD = IN_FLOAT64 = ("gram float64", "gram on the host", "svd")
+
 
 def steps(method: str, device: Device) -> tuple[Step, ...]:
     """The steps for `method` on `device`, in order."""
     host = replace(HOST, reason="the ladder")
     if method == "svd":
-        return (Step("svd", "svd", host),)
+        return (Step(PLAIN_SVD, "svd", host),)
     found = [Step(name, name, device) for name in dict.fromkeys((method, "gram"))]
     if device.dtype == torch.float32 and device.has_float64:
-        found.append(Step("gram float64", "gram", replace(device, dtype=torch.float64)))
+        found.append(Step(DOUBLE, "gram", replace(device, dtype=torch.float64)))
     if not device.host_blas:
-        found.append(Step("gram on the host", "gram", host))
-    return (*found, Step("svd", "svd", host))
+        found.append(Step(ON_HOST, "gram", host))
+    return (*found, Step(PLAIN_SVD, "svd", host))
 
 
 def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, torch.Tensor], T]) -> tuple[T, str, str]:
@@ -226,8 +255,10 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
     left.
     """
     failures: list[str] = []
-    residual = None
+    residual, unsure = None, False
     for step in ladder:
+        if unsure and step.single:
+            continue
         W = W.cpu() if step.device.host_blas else W
         on_host = step.device.host_blas and step.method != "svd"
         try:
@@ -236,6 +267,7 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
                 return attempt(step, W), step.name, "; ".join(failures)
         except NumericalError as error:
             failures.append(f"{step.name}: {error}")
+            unsure = unsure or isinstance(error, _Unsure)
             residual = error.residual if residual is None else residual
         except MemoryError as error:
             if step.device.host_blas:  # no other step needs less, and a matrix is not skipped for want of memory

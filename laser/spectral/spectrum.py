@@ -6,6 +6,7 @@ near a singular value lies to the threshold of a rule."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.devices import HOST, Device, on_device_or_host
+from laser.spectral.factorise import IN_FLOAT64, Doubt
 from laser.spectral.gram import moved, scalar
 from laser.spectral.noise import Shape, Spectrum
 from laser.spectral.permutation import TOLERANCE
-from laser.spectral.rules import Cut, parse_rule
+from laser.spectral.rules import Cut, apply_rule, by_data, draws_needed, parse_rule
 from laser.spectral.unit import in_unit, unit_of
 
 ENERGIES = (0.5, 0.9, 0.95, 0.99)  # points of the energy curve
@@ -179,9 +181,11 @@ def edge_shift(kurtosis: float, shape: Shape) -> float:
 GROWTH = 2.0  # times sqrt(p) eps s_1^2, half of it reserve
 
 
-def precision_of(device: str, method: str) -> float:
-    """eps of the arithmetic behind a record's singular values: of its device's label, and of its method."""
-    single = device.endswith("float32") and method != "svd"
+def precision_of(device: str, method: str, note: str = "") -> float:
+    """eps of the arithmetic behind a record's singular values: of its device's label and method, and of the note that
+    names the step of the ladder that gave them, if that was another."""
+    double = method == "svd" or note.startswith(tuple(f"by {step}" for step in IN_FLOAT64))
+    single = device.endswith("float32") and not double
     return torch.finfo(torch.float32 if single else torch.float64).eps
 
 
@@ -194,6 +198,21 @@ def value_errors(s: Spectrum, eps: float) -> Spectrum:
     """(p,) errors of the values themselves: E / (2 s_i), and sqrt(E) where a value is smaller than that."""
     E = squared_error(s, eps)
     return E / (2 * np.maximum(s, math.sqrt(E) / 2)) if E else np.zeros_like(s)
+
+
+def doubt_by(rules: Sequence[str], shape: Shape, null: Spectrum) -> Doubt:
+    """What tells whether the ranks that `rules` find in a spectrum are sure in its precision.
+
+    shape: (m, n) of the matrix; null: as `apply_rule` takes it. A rule in the metric of the data, or one that asks for
+    more permutations than there are, has no say.
+    """
+    asked = [rule for rule in rules if not by_data(rule) and draws_needed(rule) <= len(null)]
+
+    def doubt(s: Spectrum, eps: float) -> str:
+        found = (at_threshold(rule, s, apply_rule(rule, s, shape, null), eps) for rule in asked)
+        return next(filter(None, found), "")
+
+    return doubt
 
 
 def at_threshold(spec: str, s: Spectrum, cut: Cut, eps: float) -> str:

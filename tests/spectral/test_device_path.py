@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import gram, projector
+from laser.spectral import devices, gram, projector
 from laser.spectral.data_metric import ByData, data_values
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
@@ -227,6 +227,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert (there.shape, there.device, there.dtype) == (value.shape, value.device, value.dtype)
 
     small_blocks(monkeypatch)
+    devices._sums_in_float32.cache_clear()
     monkeypatch.setattr(torch.Tensor, "to", send)
     monkeypatch.setattr(torch.Tensor, "__getitem__", part)
     monkeypatch.setattr(torch.Tensor, "__setitem__", put)
@@ -236,6 +237,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(projector, "UNRESOLVED", 1e9)  # nothing is right in a fake
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+    devices._sums_in_float32.cache_clear()
 
 
 ACCELERATORS = {
@@ -299,6 +301,43 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     exact_products.cache_clear()
     assert exact_products(device.torch_device)
     exact_products.cache_clear()
+
+
+class Noted(TorchDispatchMode):
+    """The operators that run, and the dtypes of what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[torch.dtype, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtypes = tuple(t.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        self.seen.add((f"{func._schema.name}.{func._schema.overload_name}", dtypes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensor_cores_multiply_what_is_stored_in_16_bits(
+    fake: None, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Limits: real ones need matrices of thousands of rows.
+    monkeypatch.setattr(gram, "TENSOR_SIDE", 40)
+    monkeypatch.setattr(gram, "TENSOR_ROWS", 16)
+    device, wide = ACCELERATORS["cuda float32"], ("aten::mm.dtype", (storage, storage))
+    for shape in ((80, 40), (40, 80)):
+        for where in ("cpu", device.torch_device):
+            W = torch.empty(shape, dtype=storage, device=where)
+            with Noted() as noted:
+                G = gram.gram(W, device)
+            assert (G.dtype, G.device.type, tuple(G.shape)) == (torch.float32, "cuda", (40, 40))
+            assert (wide in noted.seen) == (storage != torch.float32)
+            if storage != torch.float32:  # nothing is converted, there or here
+                assert not any("_to_copy" in name for name, _ in noted.seen)
+    small = torch.empty(80, 39, dtype=storage)
+    with Noted() as noted:
+        gram.gram(W, ACCELERATORS["cuda"])  # in float64 they are of no use
+        gram.gram(small, device)  # and where their error would show
+    assert not any(name == "aten::mm.dtype" for name, _ in noted.seen)
 
 
 def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None) -> None:
