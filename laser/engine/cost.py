@@ -18,6 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import BITS
 from laser.engine.crew import Crew, peak_bytes
 from laser.errors import RecordError
+from laser.spectral.data_metric import KEPT
 from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
@@ -95,7 +96,7 @@ def estimate_cost(
         max(_spread(map(sum, zip(values, nulls, strict=True)), pool), reading),
         max(_spread(cuts, pool), copying),
         max(_spread(map(sum, zip(cuts, nulls, strict=True)), pool), copying),  # the values come with the vectors
-        peak_bytes(matrices, crew) + in_data * pool * max((8 * _metric_entries(m, n) for _, m, n in shapes), default=0),
+        peak_bytes(matrices, crew) + in_data * max((8 * _metric_entries(m, n, pool) for _, m, n in shapes), default=0),
         disk,
         basis,
     )
@@ -115,9 +116,11 @@ def constants(crew: Crew) -> tuple[Probe, str]:
     return other, f"by {other.name}; `laser devices --probe` measures yours"
 
 
-def _metric_entries(m: int, n: int) -> int:
-    """What the metric of the data holds in float64: W and W C^(1/2), C or W C W^T with its root and eigenvectors."""
-    return 2 * m * n + 4 * min(n, 4096) ** 2
+def _metric_entries(m: int, n: int, pool: int) -> int:
+    """What the metric of the data holds in float64: each worker W and W C^(1/2), C or W C W^T with its root and
+    eigenvectors; and all together the moments and roots that are kept for the next."""
+    inputs = min(n, 4096) ** 2
+    return pool * (2 * m * n + 4 * inputs) + 2 * KEPT * inputs
 
 
 def _spread(seconds: Iterable[float], pool: int) -> float:

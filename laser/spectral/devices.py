@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.errors import UsageError, is_out_of_memory
 from laser.spectral.host_memory import host_free_bytes
@@ -224,7 +225,8 @@ def shared(device: Device, workers: int) -> Device:
 
 def failed_there(error: RuntimeError, device: Device) -> bool:
     """Whether it is the device that failed, its memory or its libraries; from the host there is nowhere else to go."""
-    return not device.host_blas and any(symptom in str(error).lower() for symptom in SYMPTOMS)
+    said = isinstance(error, LinAlgError) or any(symptom in str(error).lower() for symptom in SYMPTOMS)
+    return said and not device.host_blas
 
 
 def on_device_or_host(compute: Callable[[Device], T], device: Device) -> T:

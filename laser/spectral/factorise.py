@@ -301,15 +301,35 @@ def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
     return on_device_or_host(lambda where: W.to(where.torch_device), device)
 
 
+def eigh_squares(version: str = torch.__version__) -> int:
+    """How many matrices (p, p) an eigenproblem on CUDA holds at the most, G among them, by the routine of this torch.
+
+    torch copies G, since the eigenvectors take the place of what cuSOLVER is given; the rest is cuSOLVER's work space.
+    NVIDIA does not state that, so these are bounds. Up to torch 2.11 it is `Xsyevd`: two matrices, as LAPACK's dsyevd
+    states for divide and conquer, and panels of some hundred columns, counted as a third. (In float32 with p from 32 to
+    512 it is Jacobi's `syevj`, which takes less.) From 2.12 on it is `XsyevBatched` even for one matrix (pytorch pull
+    request 175403), which may not work in the matrix that it is given: one more. benchmarks/on_device.py measures both.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return 6 if (major, minor) >= (2, 12) else 5
+
+
+# Work spaces of the libraries that do not depend on p: 32 MiB for a handle of cuBLAS on Hopper, and as much again.
+LIBRARIES = 64 << 20
+
+
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
     """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
-    With eigenvalues on the device G, V and the solver's work space of three more; else G and V, or for the projector G,
-    X and two of its powers. And four blocks of rows in the precision of the arithmetic.
+    With eigenvalues on the device what `eigh_squares` says, and the libraries' own; else G and V, or for the projector
+    G, X and two of its powers. And four blocks of rows in the precision of the arithmetic.
     """
     p, q = min(W.shape), max(W.shape)
     there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
-    squares = 5 if not device.host_eigensolver else 4 if method == "projector" else 2
+    if not device.host_eigensolver:
+        squares, there = eigh_squares(), there + LIBRARIES
+    else:
+        squares = 4 if method == "projector" else 2
     return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
 
 

@@ -6,6 +6,7 @@ tests hold it against the reference lists, where those are present), and on fake
 have no data.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import devices, gram, projector
-from laser.spectral.data_metric import ByData, data_values
+from laser.spectral import data_metric, devices, gram, projector
+from laser.spectral.data_metric import ByData, data_values, relative_error, rounding_error, truncate_in_metric
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
 from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, null_largest, permuted
@@ -276,14 +277,42 @@ def test_no_device_is_mixed_with_another(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACCELERATORS)
-def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
-    device, x = ACCELERATORS[name], torch.empty(300, 40, dtype=torch.float64)
+def test_the_metric_of_the_data_is_in_float64_where_the_device_has_it(
+    fake: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, x = replace(ACCELERATORS[name], share=1 << 40), torch.empty(300, 40, dtype=torch.float64)
+    # Nothing is right in a fake.
+    monkeypatch.setattr(data_metric, "SAFETY", math.inf)
+    data_metric.ROOTS.clear()
+    at = "cuda" if device.has_float64 else "cpu"
+
+    class There(TorchDispatchMode):
+        """Products and eigenproblems, and where."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::mm", "aten::_linalg_eigh", "aten::addmm"):
+                found = {(t.device.type, t.dtype) for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+                assert found == {(at, torch.float64)}, func
+                seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
     for m in (30, 60):
         W = torch.empty(m, 40, dtype=torch.bfloat16)
-        for metric in (ByData("full", x.T @ x, 300), ByData("diagonal", x.sum(dim=0), 300)):
-            assert data_values(W, metric, device).shape == (min(m, 40),)
-        wide = ByData("outputs", torch.empty(m, m, dtype=torch.float64), 300)
-        assert data_values(W, wide, device).shape == (m,)
+        C = torch.empty(40, 40, dtype=torch.float64)
+        wide = ByData("outputs", torch.empty(m, m, dtype=torch.float64), 300, 1.0, shrink=True)
+        for metric in (ByData("full", C, 300, 1.0, m > 40, "key"), ByData("diagonal", x.sum(dim=0), 300), wide):
+            seen: set[str] = set()
+            p = m if metric.form == "outputs" else min(m, 40)
+            with There():
+                assert data_values(W, metric, device).shape == (p,)
+                found = truncate_in_metric(W, 1, metric, device).matrix
+                assert found.device.type == "cpu" and found.dtype == W.dtype
+                assert relative_error(W, W, 1, metric, device) >= 0
+                assert rounding_error(W, W, W, 1, metric, device) >= 0
+            assert seen == ({"aten::mm", "aten::_linalg_eigh"} if at == "cuda" else {"aten::mm"})
+    kept = list(data_metric.ROOTS._kept.values())
+    assert [each.result().device.type for each in kept] == [at]
+    data_metric.ROOTS.clear()
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)
