@@ -36,6 +36,7 @@ from laser.spectral.devices import (
     host_threads,
     on_device_or_host,
     release,
+    sent,
 )
 from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
 from laser.spectral.projector import factors_by_projector
@@ -298,7 +299,7 @@ def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
     free = free_bytes(device)
     if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
         return W
-    return on_device_or_host(lambda where: W.to(where.torch_device), device)
+    return on_device_or_host(lambda where: sent(W, where.torch_device), device)
 
 
 def eigh_squares(version: str = torch.__version__) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError
 from laser.spectral.certificate import SAFETY, Factors, Raw
-from laser.spectral.devices import Device, products_in_float32
+from laser.spectral.devices import Device, products_in_float32, sent
 from laser.spectral.shrinkage import Gains
 
 # Rows per block: large enough for the product to run at full speed, 64 MiB in float64 at n = 4096. On MPS an inner
@@ -67,7 +67,7 @@ def _cut_by_gram(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wante
 def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """x on `device` and in `dtype`. The narrower of the two dtypes is what is copied: there is less of it, and float64
     never reaches a device that has none."""
-    return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
+    return sent(x.to(dtype), device) if x.dtype.itemsize > dtype.itemsize else sent(x, device).to(dtype)
 
 
 def scalar(scalar: torch.Tensor) -> float:

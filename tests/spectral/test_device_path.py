@@ -61,6 +61,7 @@ ALLOWED = {
     "aten::ne.Scalar",
     "aten::permute",
     "aten::slice.Tensor",
+    "aten::stack",
     "aten::sub.Tensor",
     "aten::sub_.Tensor",
     "aten::sum",
@@ -233,6 +234,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "__getitem__", part)
     monkeypatch.setattr(torch.Tensor, "__setitem__", put)
     monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: False)
     monkeypatch.setattr(torch.Tensor, "__float__", lambda _: 1.0)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)
     monkeypatch.setattr(projector, "UNRESOLVED", 1e9)  # nothing is right in a fake
