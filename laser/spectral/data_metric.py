@@ -37,7 +37,7 @@ from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import SAFETY, Certificate, Truncation
 from laser.spectral.devices import HOST, Device, free_bytes, host_threads, in_float64, on_device_or_host
 from laser.spectral.factorise import Factorised, Spectrum, Values, check_storage, eigh_squares, singular_values
-from laser.spectral.gram import moved, to_host
+from laser.spectral.gram import eigenvalues, eigenvectors, moved
 from laser.spectral.recent import Recent
 from laser.spectral.rules import energy_share
 from laser.spectral.shrinkage import Gains
@@ -143,7 +143,7 @@ def _computed(compute: Callable[[Device], T], W: torch.Tensor, metric: ByData, d
         fits = free is None or data_bytes((W.shape[0], W.shape[1]), metric.form) <= free
         return compute(at if fits else HOST)
 
-    return on_device_or_host(attempt, HOST if device.host_eigensolver else in_float64(device))
+    return on_device_or_host(attempt, in_float64(device))
 
 
 def data_bytes(shape: tuple[int, int], form: str) -> int:
@@ -170,7 +170,7 @@ def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.f
     def values(at: Device) -> NDArray[np.float64]:
         G = _gram(moved(W, at.torch_device, torch.float64), metric, at)[0]
         with _threads(at, len(G)):
-            return np.linalg.eigvalsh(G.numpy()) if at.host_blas else to_host(torch.linalg.eigvalsh(G))
+            return eigenvalues(G, at)
 
     return _to_values(_computed(values, W, metric, device), metric) * u
 
@@ -200,8 +200,8 @@ def visit_in_metric(
     def visit(at: Device) -> Factorised:
         wide = moved(W, at.torch_device, torch.float64)
         G, half, C_half = _gram(wide, metric, at)
-        eigenvalues, V = _eigh(G, at)
-        s = _to_values(eigenvalues, metric)
+        squares, V = _eigh(G, at)
+        s = _to_values(squares, metric)
         values, seen = Values(s * u, METHOD), int(np.count_nonzero(s))
         rank = decide(values.singular_values)
         if rank is None:
@@ -211,7 +211,7 @@ def visit_in_metric(
                 f"rank {rank} does not fit: {seen} of {len(s)} directions show in the {metric.tokens} inputs of the "
                 "calibration; calibrate on more text, or plan a lower rank"
             )
-        total = float(np.sum(eigenvalues))
+        total = float(np.sum(squares))
         if total <= 0:  # a zero matrix, or inputs that are all zero
             certificate = Certificate(1.0, 0.0, 0.0, 0.0, METHOD)
             return Factorised(values, Truncation((W * u).to(storage), values.singular_values, certificate))
@@ -227,7 +227,7 @@ def visit_in_metric(
             measured = _squares((wide - B) @ C_half)
         else:
             measured = _mean_square(wide - B, metric, at)
-        lost = max(float(np.sum(eigenvalues[: len(s) - rank])), 0.0) / total
+        lost = max(float(np.sum(squares[: len(s) - rank])), 0.0) / total
         residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
         delta = SAFETY * len(s) * torch.finfo(torch.float64).eps
         tolerance = min(math.sqrt(delta), delta / (2 * math.sqrt(lost)) if lost > 0 else math.inf)
@@ -409,11 +409,7 @@ def _threads(at: Device, p: int) -> AbstractContextManager[None]:
 def _eigh(G: torch.Tensor, at: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
     """Ascending eigenvalues (p,), on the host, and eigenvectors (p, p), where G is."""
     with _threads(at, len(G)):
-        if at.host_blas:
-            values, vectors = np.linalg.eigh(G.numpy())
-            return values, torch.from_numpy(vectors)
-        values, vectors = torch.linalg.eigh(G)
-        return to_host(values), vectors
+        return eigenvectors(G, at)
 
 
 def _orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
