@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -17,14 +15,21 @@ from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.publish import leaderboards
-from laser.cli.recipe import follow, packaged
-from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
+from laser.cli.search import (
+    check_objective,
+    layered_model,
+    most_variants,
+    objectives_of,
+    print_search,
+    search_with_bar,
+)
 from laser.engine.cost import Measuring, Meter, estimate_cost
+from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
-from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
 from laser.flow import require_same_run
 from laser.flow import run as run_flow
@@ -38,39 +43,26 @@ from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
 
 
-def run(
-    model: options.Model,
+def run_verb(
+    model: str,
     *,
-    output: options.Output,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
-        ),
-    ] = None,
+    output: Path,
+    recipe: str | None,
     how: options.RuleOptions,
     moments: options.Inputs,
     lowest: options.Lowest,
     which: options.Matrices,
-    search: Annotated[
-        bool | None, typer.Option("--search/--no-search", help="Keep only edits that help; default without a recipe.")
-    ] = None,
+    search: bool | None,
     trials: options.Trials,
     text: options.SearchText,
-    stream: options.Stream = None,
-    leaderboard: Annotated[
-        bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
-    ] = None,
+    stream: bool | None,
+    dtype: str,
+    leaderboard: bool | None,
     rows: options.Rows,
     compute: options.ComputeOptions,
     work: options.Directory,
 ) -> None:
-    """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
-
-    Without a recipe nothing is cut unmeasured: candidates are tried one at a time and kept only if the model gets
-    better. A recipe is followed as it stands. With --search its candidates are tried in the same way, and the six tasks
-    of the leaderboard are run on source and result, where lm-eval is installed.
-    """
+    """`laser run`, whose arguments and help are in verbs.py."""
     # Rule and number default to the published procedure's candidates.
     wanted = "laser-rmt" if how.rule is None else how.rule
     searching = recipe is None if search is None else search
@@ -85,6 +77,7 @@ def run(
         calibrated = moments.moments is not None
         check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
         check_objective("loss", None, text)
+        require_dtype(dtype)
     crew = compute.crew()
     draws = max((draws_needed(each) for each in rules), default=0)
     method = compute.truncating(crew)
@@ -97,7 +90,9 @@ def run(
         known.source.require(checkpoint, "moments")
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
-    common.do_nothing(*(() if searching else ("--stream", "--window")), *(() if wants_board else ("--no-leaderboard",)))
+    common.do_nothing(
+        *(() if searching else ("--stream", "--window", "--dtype")), *(() if wants_board else ("--no-leaderboard",))
+    )
 
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
@@ -116,7 +111,8 @@ def run(
         workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _search_measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
+        most = most_variants(matrices, rules, count)
+        measure = _search_measure(checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most)
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -214,15 +210,18 @@ def _search_measure(
     text: Text,
     held_out: Text | None,
     asked: options.SearchText,
+    crew: Crew,
     device: Device,
+    dtype: str,
     stream: bool | None,
     matrices: Sequence[Matrix],
     accept: str,
+    variants: int,
 ) -> _Measure:
     calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
     check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
-        checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False
+        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants
     )
     return _Measure(layered, placed, calibration, reported)
 

@@ -215,7 +215,8 @@ RULES: dict[str, Rule] = {
     ),
 }
 
-
+# By `laser null` unless it is asked for others.
+TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 BY_DATA = "data:"  # before a rule that is asked of the values in the metric of the data
 
 
