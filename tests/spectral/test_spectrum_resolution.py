@@ -17,7 +17,7 @@ from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral import gram as gram_module
-from laser.spectral.devices import HOST, Device
+from laser.spectral.devices import HOST, Device, choose_device, products_in_float32
 from laser.spectral.factorise import Values, factorise, measure, truncate
 from laser.spectral.gram import TENSOR_SIDE, gram, values_by_gram
 from laser.spectral.projector import UNRESOLVED, matrix_sign
@@ -71,6 +71,19 @@ def test_what_tensor_cores_cut_off_is_little_beside_it(
     size = np.linalg.norm(exact, 2)
     assert np.linalg.norm(rounded - exact, 2) < 5e-7 * size and not np.array_equal(cut, rounded)
     assert np.linalg.norm(cut - exact, 2) < squared_error(np.full(TENSOR_SIDE, math.sqrt(size)), EPS) / 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which is not here")
+@pytest.mark.parametrize("strength", [0, 10, 80])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_errors_on_real_tensor_cores_stay_within_it(strength: float, storage: torch.dtype) -> None:
+    single, random = choose_device("cuda", "float32"), np.random.default_rng(0)
+    assert products_in_float32(single, storage), "this chip or torch has none"
+    W = random.standard_normal((4096, 1024))
+    W += strength * 12 * np.outer(random.standard_normal(4096), random.standard_normal(1024)) / 64
+    W16 = torch.from_numpy(W / 64).to(storage)
+    exact, found = values_by_gram(W16, HOST), values_by_gram(W16.to("cuda"), single)
+    assert (np.abs(found - exact) <= value_errors(exact, EPS)).all()
 
 
 # --- what is not sure in float32 is measured again in float64 ---------------------------------------------------------
