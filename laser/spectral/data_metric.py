@@ -409,7 +409,8 @@ def _threads(at: Device, p: int) -> AbstractContextManager[None]:
 def _eigh(G: torch.Tensor, at: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
     """Ascending eigenvalues (p,), on the host, and eigenvectors (p, p), where G is."""
     with _threads(at, len(G)):
-        return eigenvectors(G, at)
+        values, vectors = eigenvectors(G, at)
+        return values, vectors(np.arange(len(G)))
 
 
 def _orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
