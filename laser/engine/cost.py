@@ -140,7 +140,8 @@ class Measuring:
     layer_forwards: of a search, decoder layers times windows that are run
     peak_bytes: besides the libraries
     stream: whether layers are read again at each pass
-    layers_in_memory, variants_at_a_time: of a search, as memory allows
+    layers_in_memory: of a search, how many stay there
+    variants_at_a_time: of a search that reads layers, how many can be measured in one walk
     placed: what of it stays in memory, and why
     """
 
