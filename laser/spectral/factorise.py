@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -34,11 +35,12 @@ from laser.spectral.devices import (
     free_bytes,
     full_precision,
     host_threads,
+    in_float64,
     on_device_or_host,
     release,
     sent,
 )
-from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
+from laser.spectral.gram import BLOCK_ROWS, eigenvalues, factors_by_gram, values_by_gram
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import Spectrum, in_unit, largest_entry
@@ -79,6 +81,7 @@ _FACTORS: dict[str, Callable[[torch.Tensor, Device, Spectrum | None], Factors]] 
     "svd": factors_by_svd,
 }
 METHODS = tuple(_FACTORS)
+SLACK_SIDE = 1024
 # Why a decision by singular values (p,) is not sure where their arithmetic has this eps; "" where it is.
 Doubt = Callable[[Spectrum, float], str]
 
@@ -205,8 +208,27 @@ class _Unsure(NumericalError):
 
 def _require_sure(doubt: Doubt | None, s: Spectrum, step: Step) -> None:
     """Raises _Unsure for values of a step in float32 by which nobody can decide. Those in float64 are the last word."""
-    if doubt is not None and step.single and (why := doubt(s, torch.finfo(torch.float32).eps)):
+    if doubt is None or not step.single:
+        return
+    slack = 1.0 if step.device.host_eigensolver else eigensolver_slack(replace(step.device, share=None))
+    if why := doubt(s, slack * torch.finfo(torch.float32).eps):
         raise _Unsure(why)
+
+
+@lru_cache(maxsize=16)
+def eigensolver_slack(device: Device) -> float:
+    """1, or the power of two by which float32 loses more in this device's eigenvalues than the stated error allows for.
+
+    That error (spectrum.py) was measured of the host's LAPACK, and libraries differ: MKL's in float32 is off by 1.6
+    sqrt(p) eps of the largest one at p = 1024, where OpenBLAS's is by 0.1, and cuSOLVER's nobody has stated. So it is
+    asked once per process: a Gram matrix of noise, the least favourable kind, in float32 and in float64.
+    """
+    A = torch.randn(SLACK_SIDE, SLACK_SIDE, generator=torch.Generator().manual_seed(0)).to(device.torch_device).double()
+    G = A.T @ A
+    exact, found = eigenvalues(G, in_float64(device)), eigenvalues(G.float(), device)
+    unit = math.sqrt(SLACK_SIDE) * torch.finfo(torch.float32).eps * float(exact[-1])
+    worst = float(np.abs(found - exact).max()) / unit
+    return 2.0 ** math.ceil(math.log2(worst)) if worst > 1 else 1.0  # 1 of the 2 that are stated; the other is reserve
 
 
 def _check_rank(W: torch.Tensor, gains: Gains) -> None:

@@ -16,6 +16,7 @@ from laser.pipeline import run_of_scan, scan
 from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
+from laser.spectral import factorise as factorise_module
 from laser.spectral import gram as gram_module
 from laser.spectral.devices import HOST, Device, choose_device, products_in_float32
 from laser.spectral.factorise import Values, factorise, measure, truncate
@@ -125,6 +126,30 @@ def test_a_value_on_the_threshold_sends_a_matrix_to_float64_and_no_other() -> No
     assert settled(W, HOST, f"energy:{share!r}", np.empty(0))[1].note == ""  # there is nothing beyond float64
     for rule in (f"data:energy:{share!r}", "parallel"):  # of other values; and the plan says what it lacks
         assert doubt_by((rule,), (96, 64), np.empty(0))(s, EPS) == ""
+
+
+@pytest.mark.parametrize(("off", "slack"), [(0.0, 1), (0.9, 1), (1.5, 2), (3.0, 4), (9.0, 16)])
+def test_a_device_whose_eigensolver_loses_more_is_believed_less(
+    monkeypatch: pytest.MonkeyPatch, off: float, slack: float
+) -> None:
+    card, asked = Accelerator("cpu", torch.float32, False, "with a LAPACK of its own"), []
+
+    def eigenvalues(G: torch.Tensor, device: Device) -> np.ndarray:
+        exact = np.linalg.eigvalsh(G.double().numpy())
+        return exact + off * math.sqrt(len(exact)) * EPS * exact[-1] * (device.dtype == torch.float32)
+
+    def doubt(s: np.ndarray, eps: float) -> str:
+        asked.append(eps)
+        return ""
+
+    # Another library than the one that is here, and a side that takes no time.
+    monkeypatch.setattr(factorise_module, "eigenvalues", eigenvalues)
+    monkeypatch.setattr(factorise_module, "SLACK_SIDE", 64)
+    factorise_module.eigensolver_slack.cache_clear()
+    for device in (card, replace(card, share=1 << 30), SINGLE, LIKE_MPS, replace(card, dtype=torch.float64)):
+        measure(weights(0), device, "gram", doubt)
+    factorise_module.eigensolver_slack.cache_clear()
+    assert asked == [slack * EPS, slack * EPS, EPS, EPS]  # float64 is not asked about
 
 
 @pytest.mark.parametrize("device", [SINGLE, LIKE_MPS])
