@@ -35,7 +35,16 @@ from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
 from laser.spectral.certificate import SAFETY, Certificate, Truncation
-from laser.spectral.devices import HOST, Device, free_bytes, host_threads, in_float64, on_device_or_host
+from laser.spectral.devices import (
+    HOST,
+    Device,
+    free_bytes,
+    host_threads,
+    in_float64,
+    on_device_or_host,
+    used_here,
+    whole,
+)
 from laser.spectral.factorise import Factorised, Spectrum, Values, check_storage, eigh_squares, singular_values
 from laser.spectral.gram import eigenvalues, eigenvectors, moved
 from laser.spectral.recent import Recent
@@ -341,12 +350,12 @@ def _inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
 
 def _root_of_inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
     def make() -> torch.Tensor:
-        return root(_inputs(wide, metric, at), at)
+        return whole(root(_inputs(wide, metric, at), at), at)
 
     if not metric.key:
         return make()
     # The shrinkage of inputs goes by the moment alone, and not by W.
-    return ROOTS.get((metric.key, metric.shrink, metric.tokens, metric.fourth, at.name), make)
+    return used_here(ROOTS.get((metric.key, metric.shrink, metric.tokens, metric.fourth, at.name), make))
 
 
 def root(C: torch.Tensor, at: Device = HOST) -> torch.Tensor:

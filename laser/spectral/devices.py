@@ -291,6 +291,19 @@ def sent(x: torch.Tensor, where: torch.device) -> torch.Tensor:
     return x.to(where, non_blocking=True) if free else x.to(where)
 
 
+def whole(x: torch.Tensor, device: Device) -> torch.Tensor:
+    """x, made on this thread's stream, when it is all there: others may then use it on theirs."""
+    synchronise(device)
+    return x
+
+
+def used_here(x: torch.Tensor) -> torch.Tensor:
+    """x, made on another thread's stream: its memory is not handed out again before this thread's stream is done."""
+    if x.device.type == "cuda":
+        x.record_stream(torch.cuda.current_stream(x.device))
+    return x
+
+
 # --- precision and threads --------------------------------------------------------------------------------------------
 
 _precision_lock = Lock()

@@ -285,6 +285,11 @@ def test_the_metric_of_the_data_is_in_float64_where_the_device_has_it(
     device, x = replace(ACCELERATORS[name], share=1 << 40), torch.empty(300, 40, dtype=torch.float64)
     # Nothing is right in a fake.
     monkeypatch.setattr(data_metric, "SAFETY", math.inf)
+    # A root is made on one worker's stream and used on another's: it is waited for, and each use of it noted.
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: events.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "a stream")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: events.append("noted"))
     data_metric.ROOTS.clear()
     at = "cuda" if device.has_float64 else "cpu"
 
@@ -312,6 +317,8 @@ def test_the_metric_of_the_data_is_in_float64_where_the_device_has_it(
                 assert relative_error(W, W, 1, metric, device) >= 0
                 assert rounding_error(W, W, W, 1, metric, device) >= 0
             assert seen == ({"aten::mm", "aten::_linalg_eigh"} if at == "cuda" else {"aten::mm"})
+    # Only the tall matrix takes a root, for its values and for its truncation.
+    assert events == (["waited", "noted", "noted"] if at == "cuda" else [])
     kept = list(data_metric.ROOTS._kept.values())
     assert [each.result().device.type for each in kept] == [at]
     data_metric.ROOTS.clear()
