@@ -30,6 +30,8 @@ from laser.spectral.devices import (
     free_bytes,
     full_precision,
     host_threads,
+    sent,
+    staged,
     synchronise,
 )
 from laser.spectral.eigen import TABLES, Routes, choose, offered
@@ -233,12 +235,12 @@ def _sign_seconds(G: torch.Tensor, device: Device) -> float:
 
 
 def _copy_rates(device: Device, copied: int) -> tuple[float | None, float | None]:
-    """Bytes a second to the device and back; pageable memory, as that is what a checkpoint is read into."""
+    """Bytes a second to the device, from such memory as a checkpoint is read into for it, and back."""
     if device.host_blas:
         return None, None
-    here = torch.zeros(copied, dtype=torch.uint8)
-    there = here.to(device.torch_device)
-    return copied / _seconds(lambda: here.to(device.torch_device), device), copied / _seconds(there.cpu, device)
+    here = staged(torch.zeros(copied, dtype=torch.uint8), device)
+    there = sent(here, device.torch_device)
+    return copied / _seconds(lambda: sent(here, device.torch_device), device), copied / _seconds(there.cpu, device)
 
 
 def _disk_rates(directory: Path, copied: int) -> tuple[float, float]:
