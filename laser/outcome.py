@@ -153,10 +153,11 @@ def plan_as_measured(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Pl
     return replace(plan, lines=tuple(lines))
 
 
-def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:
+def describe_by(plan: Plan) -> Callable[[Mapping[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:
     """laser.json from what was measured."""
 
-    def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+    def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+        records = dict(records)
         check_entries(records, "the journal's entries")
         done = plan_as_measured(plan, records)
         stated = Plan.heading() | plain(done)

@@ -572,10 +572,13 @@ def reduce_in_one_pass(
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
-        found = {name: from_entry(record.get("scan"), f"{place} {name}") for name, record in records.items()}
+        found, cuts = dict[str, Measured](), dict[str, Any]()
+        for name, record in records.items():
+            found[name] = from_entry(record.get("scan"), f"{place} {name}")
+            if record.get("cut") is not None:
+                cuts[name] = record["cut"]
         spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
         plan = choose(spectra)
-        cuts = {name: record["cut"] for name, record in records.items() if record.get("cut") is not None}
         check_entries(cuts, place)
         if cuts.keys() != plan.reductions.keys():
             raise RecordError(f"{out / JOURNAL}: its matrices were judged otherwise; start afresh with --force")

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -160,13 +161,14 @@ class Plan(
     # Whether its file was changed after it was written: rule and selection may not have made it.
     edited: bool = field(default=False, metadata=LATER)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
         return digest_of(self.rule, self.selection, plain(self.lines))
 
-    @property
-    def reductions(self) -> dict[str, PlanLine]:
+    @cached_property
+    def reductions(self) -> Mapping[str, PlanLine]:
+        """The lines that reduce, by name. Made once: whoever writes asks for it at every matrix."""
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
     def document(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ class Shard:
     data: Data | None = None
     whole: Callable[[], Path] | None = None  # on the Hub: fetches the file, once, and says where it is
     stamp: tuple[int, int] | None = None  # size and mtime in ns of the file at `path`, before its header was read
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name. Made once: a shard may hold thousands, each of which is looked up."""
+        return {info.name: info for info in self.tensors}
 
 
 def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
