@@ -28,13 +28,22 @@ from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrice
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.safetensors import TORCH, Shard
+from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
-from laser.engine.crew import Crew, most_expensive_first
+from laser.checkpoint.writer import (
+    JOURNAL,
+    RECORDS,
+    MakeNew,
+    MakeShards,
+    OnCheck,
+    elsewhere_is_not_here,
+    write_checkpoint,
+)
+from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
-from laser.files import claimed, lock_of, tidy_up, unfinished
+from laser.files import claimed, lock_of, real, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, entry_of
@@ -410,19 +419,8 @@ def reduce(
     hub = checkpoint.hub
     checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
 
-    def compute(names: list[str]) -> Generator[New, None, None]:
-        work = Reduction(method, plan.reductions, moments, fresh)
-        wanted = set(names)
-        weights = [m for m in touched if m.name in plan.reductions and wanted & weights_and_scales(checkpoint, m)]
-        order = by_shard(checkpoint, weights)
-        with closing(visit_all(checkpoint, order, work, crew)) as visits:
-            for matrix, visited, seconds in visits:
-                for name, part, stated in stored(checkpoint, matrix, visited):
-                    if name in wanted:
-                        yield name, part, stated
-                    del part
-                del visited
-                tick(matrix, seconds)
+    weights = tuple(m for m in touched if m.name in plan.reductions)
+    cuts = Cuts(checkpoint, weights, Reduction(method, plan.reductions, moments, fresh), stored)
 
     def done(shard: Shard) -> None:
         if evict and hub is not None:
@@ -431,7 +429,8 @@ def reduce(
             drop(hub, shard.path.name)
 
     with writing(checkpoint, out, resume=resume, force=force) as place:
-        document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
+        makers = makers_of(cuts, place, crew, tick)
+        document = write_checkpoint(checkpoint, place, touched, *makers, describe_by(plan), run, done, on_check)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -501,6 +500,77 @@ def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator
     yield scale, s, {}
 
 
+def judged(_: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator[New]:
+    """A matrix of one pass as it is to be stored, None where it stays, with what was measured of it beside its cut."""
+    assert visited.measured is not None, "one pass measures"
+    yield matrix.name, visited.new, {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where new matrices come from: visits to these `weights` of a checkpoint, and what is stored of each visit."""
+
+    checkpoint: Checkpoint
+    weights: tuple[Matrix, ...]
+    work: Work[Visited]
+    stored: Callable[[Checkpoint, Matrix, Visited], Iterator[New]]
+
+    def make(
+        self, names: Iterable[str], crew: Crew, tick: Callable[[Matrix, float], None]
+    ) -> Generator[New, None, None]:
+        """Those of these names, each once. The scales of an FP8 matrix, perhaps in another shard, are made with it."""
+        wanted = set(names)
+        weights = [m for m in self.weights if wanted & weights_and_scales(self.checkpoint, m)]
+        with closing(visit_all(self.checkpoint, by_shard(self.checkpoint, weights), self.work, crew)) as visits:
+            for matrix, visited, seconds in visits:
+                for name, new, record in self.stored(self.checkpoint, matrix, visited):
+                    if name in wanted:
+                        yield name, new, record
+                    del new
+                del visited
+                tick(matrix, seconds)
+
+
+@dataclass(frozen=True)
+class WholeShards:
+    """On a node: a whole shard of `out`, made by the workers there."""
+
+    cuts: Cuts
+    out: Path
+
+    def __call__(self, job: tuple[str, tuple[Matrix, ...]], crew: Crew) -> tuple[Made, list[tuple[Matrix, float]]]:
+        """job: the shard's name, and which of its matrices are touched. Raises OutputError where `out` is not here."""
+        if not self.out.is_dir():
+            raise elsewhere_is_not_here(self.out)
+        seconds: list[tuple[Matrix, float]] = []
+        name, touched = job
+        shard = next(shard for shard in self.cuts.checkpoint.shards if shard.name == name)
+        names = [matrix.name for matrix in touched]
+        with closing(self.cuts.make(names, crew, lambda *found: seconds.append(found))) as results:
+            return make_shard(shard, touched, self.out, results), seconds
+
+
+def makers_of(
+    cuts: Cuts, out: Path, crew: Crew, tick: Callable[[Matrix, float], None]
+) -> tuple[MakeNew, MakeShards | None]:
+    """Who makes the matrices of `out` for `write_checkpoint`: workers here, or nodes that write whole shards."""
+
+    def compute(names: list[str]) -> Generator[New, None, None]:
+        return cuts.make(names, crew, tick)
+
+    def elsewhere(jobs: list[Job]) -> Generator[Made, None, None]:
+        from laser.engine.ray import on_nodes  # imported when needed: Ray is an extra
+
+        todo = [(job.shard.name, job.touched) for job in jobs]
+        with closing(on_nodes(cuts.checkpoint, todo, WholeShards(cuts, real(out)), crew)) as results:
+            for made, visits in results:
+                for matrix, seconds in visits:
+                    tick(matrix, seconds)
+                yield made
+
+    return compute, None if crew.engine == "threads" else elsewhere
+
+
 def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
     """Shard after shard, and within each the most expensive first.
 
@@ -558,17 +628,8 @@ def reduce_in_one_pass(
     selected = {m.name: m for m in matrices if m.name not in skipped}
     made: dict[str, Any] = {}
 
-    def compute(names: list[str]) -> Generator[New, None, None]:
-        label = crew.devices[0].label
-        work = OnePass(method, Source.of(checkpoint), treatment, selection, label, null_draws)
-        order = by_shard(checkpoint, [selected[name] for name in names])
-        with closing(visit_all(checkpoint, order, work, crew)) as visits:
-            for matrix, visited, seconds in visits:
-                assert visited.measured is not None, "one pass measures"
-                entry = {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
-                yield matrix.name, visited.new, entry
-                del visited
-                tick(matrix, seconds)
+    work = OnePass(method, Source.of(checkpoint), treatment, selection, crew.devices[0].label, null_draws)
+    makers = makers_of(Cuts(checkpoint, tuple(selected.values()), work, judged), out, crew, tick)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
@@ -588,5 +649,5 @@ def reduce_in_one_pass(
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
     run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
-    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
+    document = write_checkpoint(checkpoint, out, list(selected.values()), *makers, describe, run, on_check=on_check)
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -30,8 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from laser.checkpoint.at_rest import CARD, check_names, damage
 from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.matrices import Matrix, list_matrices
@@ -39,6 +37,8 @@ from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.safetensors import CHUNK
 from laser.checkpoint.shards import (
     Job,
+    Made,
+    New,
     begin_shard,
     copy_untouched,
     equal_ranges,
@@ -82,9 +82,10 @@ JOURNAL_SHAPES: tuple[dict[str, Any], ...] = (
 )
 DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside the one in work
 
-# names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
-New = tuple[str, torch.Tensor | None, dict[str, Any]]
+# names of matrices in file order -> each of them, once, in any order
 MakeNew = Callable[[list[str]], Generator[New, None, None]]
+# shards that are to be made, in whatever process -> each of them, once, in any order
+MakeShards = Callable[[list[Job]], Generator[Made, None, None]]
 # (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[Mapping[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
@@ -258,6 +259,7 @@ def write_checkpoint(
     out: Path,
     touched: Sequence[Matrix],
     compute: MakeNew,
+    elsewhere: MakeShards | None,
     describe: Describe,
     run: dict[str, Any],
     done: Callable[[Shard], None] = lambda _: None,
@@ -269,7 +271,8 @@ def write_checkpoint(
     of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
     (call `prepare_output` first); what is there is believed once it has been read. `done` is called with each shard
-    whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many.
+    whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many. With
+    `elsewhere`, other processes make each shard from beginning to end (`make_shard`), and this one keeps the journal.
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept. Raises
     CheckpointError for weights that were damaged in the Hub's cache.
     """
@@ -301,7 +304,10 @@ def write_checkpoint(
             for s in source.shards
             if s.name not in hashes
         ]
-        _write_shards(source, out, jobs, compute, journal, promises, hashes, done)
+        if elsewhere is None:
+            _write_shards(source, out, jobs, compute, journal, promises, hashes, done)
+        else:
+            _take_shards(source, out, jobs, elsewhere, journal, promises, hashes, done)
         with spoiling(journal):
             # Of a model on the Hub, shards that are no more needed may have left the cache.
             require_unchanged(source, [s.name for s in source.shards if source.hub and not s.path.exists()])
@@ -314,8 +320,12 @@ def write_checkpoint(
         document = sealed(document | {"files": files})
         write_atomically(out / OUTCOME, to_json(document))
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
-            if partial_of(out, shard.name).exists():
-                _rename(partial_of(out, shard.name), out / shard.name)
+            partial = partial_of(out, shard.name)
+            with disk_errors(partial):
+                if (out / shard.name).exists():  # of a node that was given up and came too late
+                    partial.unlink(missing_ok=True)
+                elif partial.exists():
+                    _rename(partial, out / shard.name)
         if source.index_bytes is not None:
             write_atomically(out / INDEX, source.index_bytes)
         _sync_directory(out)
@@ -473,7 +483,8 @@ def _write_shards(
                 job, matrix = by_name[name]
                 ready(job)
                 with disk_errors(partial_of(out, job.shard.name)):
-                    sha256 = put(job.shard, matrix, out, new)
+                    with partial_of(out, job.shard.name).open("r+b", buffering=0) as target:
+                        sha256 = put(job.shard, matrix, target, new)
                 del new  # before the next is waited for
                 entry = {"matrix": name, "sha256": sha256, "record": record}
                 journal.append(entry)
@@ -487,6 +498,48 @@ def _write_shards(
     finally:
         copier.shutdown(cancel_futures=True)
         settler.shutdown(cancel_futures=True)
+
+
+def _take_shards(
+    source: Checkpoint,
+    out: Path,
+    jobs: list[Job],
+    elsewhere: MakeShards,
+    journal: Journal,
+    promises: Promises,
+    hashes: dict[str, str | None],
+    done: Callable[[Shard], None],
+) -> None:
+    """Let others make each shard, and journal it once it is there for this process, too.
+
+    Raises OutputError where it is not: where `out` is another directory on the machine that made it.
+    """
+    shards = {job.shard.name: job.shard for job in jobs}
+    with closing(elsewhere(jobs)) if jobs else nullcontext(iter(())) as results:
+        for made in results:
+            shard, partial = shards[made.shard], partial_of(out, made.shard)
+            try:
+                with open_regular(partial) as file:  # opening asks the server, where a network keeps what it knew
+                    there = os.fstat(file.fileno()).st_size == shard.size
+            except FileNotFoundError:
+                there = False
+            if not there:
+                raise elsewhere_is_not_here(out)
+            for line in made.matrices:
+                journal.append(line)
+                promises.add(len(journal.entries) - 1, line)
+            hashes[shard.name] = made.sha256
+            journal.append({"shard": shard.name, "sha256": made.sha256})
+            if source.index_bytes is not None:  # without an index the shards wait for laser.json
+                _rename(partial, out / shard.name)
+            done(shard)
+
+
+def elsewhere_is_not_here(out: Path) -> OutputError:
+    return OutputError(
+        f"{out} is not the same directory on every node, each of which writes whole shards; try -o on a disk that they "
+        "share, or --engine threads"
+    )
 
 
 def _collect(
