@@ -86,8 +86,8 @@ def on_nodes(
 ) -> Generator[R, None, None]:
     """What `work` gives of each task, in the order in which they are finished.
 
-    A task is one node's alone. Where there are fewer of them than slots, it gets several slots, as many as one node
-    has. `work` is handed the workers that may be used.
+    A task is one node's alone. Two share a GPU, as of a scan: one computes while the other writes. Where there are
+    fewer tasks than GPUs or cores, each gets several, as many as one node has. `work` is handed the workers to use.
     """
     device = crew.devices[0]
     kind = device.torch_device.type
@@ -97,18 +97,19 @@ def on_nodes(
     resource = RESOURCES[kind]
     _slots(ray, kind)
     here = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
-    each = slots_of_a_task(len(tasks), here)
-    options = {"num_gpus": each, "num_cpus": 1} if kind == "cuda" else {"num_cpus": each}
+    lent = lent_to_a_task(len(tasks), here, SHARE if kind == "cuda" else 1)
+    options: dict[str, Any] = {"num_gpus": lent, "num_cpus": 1} if kind == "cuda" else {"num_cpus": lent}
     task, shared = ray.remote(max_retries=RETRIES, **options)(_on_node), ray.put(work)
-    submitted = (task.remote(shared, item, device, each) for item in tasks)
+    submitted = (task.remote(shared, item, device, lent) for item in tasks)
     with closing(_results(ray, submitted, IN_FLIGHT * sum(here))) as results:
         yield from results
 
 
-def slots_of_a_task(tasks: int, here: Sequence[int]) -> int:
-    """Of the slots `here`, by node: all that there are for each of so many tasks, but no more than the smallest node's,
-    where it would wait for ever."""
-    return max(1, min(sum(here) // max(tasks, 1), min(filter(None, here), default=1)))
+def lent_to_a_task(tasks: int, here: Sequence[int], least: float) -> float:
+    """How many of the GPUs or cores `here`, by node, each of so many tasks gets: as many as there are for it, at most
+    those of the smallest node, for which else it would wait for ever, and at least `least` of one."""
+    whole = min(sum(here) // max(tasks, 1), min(filter(None, here), default=1))
+    return whole if whole > 1 else least
 
 
 def _results(ray: Any, submitted: Iterator[Any], most: int) -> Generator[Any, None, None]:
@@ -236,8 +237,8 @@ def groups(matrices: Sequence[Matrix], kind: str) -> Iterator[list[Matrix]]:
 def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: Device) -> list[Any]:
     """On a node: the same visits that a thread of the driver would make, with one BLAS thread as there."""
     done: list[Any] = []
-    if device.torch_device.type == "cuda":  # the one card that Ray lets a task see, whatever its number
-        device = replace(device, name="cuda", share=int(SHARE * torch.cuda.mem_get_info()[1]))
+    if device.torch_device.type == "cuda":
+        device = _part_of_the_card(device)
     with quiet(device):
         for matrix in group:
             try:
@@ -249,15 +250,23 @@ def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: De
     return done
 
 
-def _on_node(work: Callable[[X, Crew], R], item: X, device: Device, each: int) -> list[R | _Failed]:
+def _on_node(work: Callable[[X, Crew], R], item: X, device: Device, lent: float) -> list[R | _Failed]:
     """On a node: one task of `on_nodes`, by a crew of what Ray has lent it."""
-    lent = (device,)
-    if device.torch_device.type == "cuda":  # it sees those cards alone, whatever their numbers
-        lent = tuple(replace(device, name=f"cuda:{number}") for number in range(each))
+    if device.torch_device.type != "cuda":
+        crew = Crew((device,), int(lent))
+    elif lent < 1:
+        crew = Crew((_part_of_the_card(device),))
+    else:  # it sees those cards alone, whatever their numbers
+        crew = Crew(tuple(replace(device, name=f"cuda:{number}") for number in range(int(lent))))
     try:
-        return [work(item, Crew(lent, each if device.host_blas else None))]
+        return [work(item, crew)]
     except Exception as error:
         return [_failed(error)]
+
+
+def _part_of_the_card(device: Device) -> Device:
+    """The one card that Ray lets a task see, whatever its number, of which another task has a part, too."""
+    return replace(device, name="cuda", share=int(SHARE * torch.cuda.mem_get_info()[1]))
 
 
 def _failed(error: Exception) -> _Failed:

@@ -136,15 +136,22 @@ def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, pico: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("tasks", "here", "each"),
-    [(163, [8] * 8, 1), (19, [8] * 8, 3), (2, [8, 8], 8), (1, [8] * 8, 8), (1, [8, 2, 0], 2), (0, [4], 4), (5, [1], 1)],
+    ("tasks", "here", "lent"),
+    [
+        *((163, [8] * 8, 0.5), (40, [8] * 8, 0.5), (19, [8] * 8, 3), (2, [8, 8], 8), (1, [8] * 8, 8)),
+        *((1, [8, 2, 0], 2), (0, [4], 4), (5, [1], 0.5), (1, [1], 0.5)),
+    ],
 )
-def test_fewer_shards_than_slots_share_them(tasks: int, here: list[int], each: int) -> None:
-    assert ray_engine.slots_of_a_task(tasks, here) == each
+def test_fewer_shards_than_gpus_share_them(tasks: int, here: list[int], lent: float) -> None:
+    assert ray_engine.lent_to_a_task(tasks, here, 0.5) == lent
+    assert ray_engine.lent_to_a_task(tasks, here, 1) == max(lent, 1)
 
 
-def test_a_task_uses_all_the_cards_that_it_is_lent() -> None:
+def test_a_task_uses_all_the_cards_that_it_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
     fifth = Device("cuda:5", torch.float64, False, "")
+    (crew,) = ray_engine._on_node(lambda item, crew: crew, None, fifth, 0.5)
+    assert isinstance(crew, Crew) and [(d.name, d.share) for d in crew.devices] == [("cuda", 500)]
     (crew,) = ray_engine._on_node(lambda item, crew: crew, None, fifth, 3)
     assert isinstance(crew, Crew)
     assert [device.name for device in crew.devices] == ["cuda:0", "cuda:1", "cuda:2"] and crew.workers is None
