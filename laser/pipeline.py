@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
-from laser.checkpoint.swap import writing
+from laser.checkpoint.swap import require_place, writing
 from laser.checkpoint.writer import (
     JOURNAL,
     RECORDS,
@@ -38,7 +38,9 @@ from laser.checkpoint.writer import (
     MakeShards,
     OnCheck,
     elsewhere_is_not_here,
+    prepare_output,
     write_checkpoint,
+    write_part,
 )
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
@@ -47,6 +49,7 @@ from laser.files import claimed, lock_of, real, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, entry_of
+from laser.parts import Part, alone, opened, read_all, require_undivided, tidy_parts
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
@@ -278,26 +281,43 @@ def scan(
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
     run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
-    found: dict[str, Measured] = {}
+    todo = most_expensive_first([m for m in matrices if m.name not in skipped])
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
-        for entry in log.entries if log else ():
-            found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
-        for matrix in matrices:
-            if matrix.name in found:
-                tick(matrix)
-        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = Scan(method, null_draws, moments)
-        with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
-            for matrix, visited, _ in visits:
-                assert visited.measured is not None, "a scan measures"
-                found[matrix.name] = visited.measured
-                if log:
-                    log.append(to_entry(matrix.name, visited.measured))
-                tick(matrix)
-        with spoiling(log):
-            require_unchanged(checkpoint)
+        found = _measure(checkpoint, todo, Scan(method, null_draws, moments), crew, log, tick)
     spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
     return replace(spectra, data=InData.of(moments, spectra.values, found))
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    work: Scan,
+    crew: Crew,
+    log: Journal | None,
+    tick: Callable[[Matrix], None],
+) -> dict[str, Measured]:
+    """What was measured of these matrices by name: what the journal has of them, and all else."""
+    found = measured_in(log) if log else {}
+    for matrix in matrices:
+        if matrix.name in found:
+            tick(matrix)
+    todo = [m for m in matrices if m.name not in found]
+    with closing(visit_all(checkpoint, todo, work, crew)) as visits:
+        for matrix, visited, _ in visits:
+            assert visited.measured is not None, "a scan measures"
+            found[matrix.name] = visited.measured
+            if log:
+                log.append(to_entry(matrix.name, visited.measured))
+            tick(matrix)
+    with spoiling(log):
+        require_unchanged(checkpoint)
+    return found
+
+
+def measured_in(log: Journal) -> dict[str, Measured]:
+    """What a scan's journal has of its matrices, by name."""
+    entries = (entry for entry in log.entries if "name" in entry)
+    return {entry["name"]: from_entry(entry, f"{log.path}: the entry of {entry['name']}") for entry in entries}
 
 
 def records_of(out: Path) -> Path:
@@ -364,6 +384,8 @@ def scan_into(
             if there is not None:
                 tidy_spectra(path)
                 return there
+        if not anew:
+            require_undivided(partial)
         spectra = scan(
             checkpoint,
             selection,
@@ -377,6 +399,64 @@ def scan_into(
         )
         spectra.save(path)
         tidy_up(partial, path)
+        tidy_parts(partial)
+        return spectra
+
+
+def scan_part(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    part: Part,
+    tick: Callable[[Matrix], None] = lambda _: None,
+    null_draws: int = 0,
+    moments: Moments | None = None,
+) -> Spectra | list[Part]:
+    """Scan every Nth matrix; whoever ends last puts the spectra at `path`, and returns them.
+
+    Others return which parts are not done. Killed and called again, it goes on where it was. Raises as `scan`, and
+    OutputError where parts of another scan lie there.
+    """
+    check_scan(method, null_draws)
+    if moments is not None:
+        moments.source.require(checkpoint, "moments")
+    matrices, skipped = selected_of(checkpoint, selection)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    place = unfinished(path)
+
+    def there() -> Spectra | None:
+        """The spectra, where they are whole: then no part is left."""
+        if not path.exists():
+            return None
+        made = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+        if made is None:
+            raise OutputError(f"{path} exists and is of another scan; try another -o")
+        tidy_parts(place)
+        return made
+
+    if (made := there()) is not None:
+        return made
+    mine = part.mine(most_expensive_first([m for m in matrices if m.name not in skipped]))
+    with opened(place, run, (ENTRY,), part) as (log, was_done):
+        _measure(checkpoint, mine, Scan(method, null_draws, moments), crew, log, tick)
+        if not was_done:
+            log.append({"done": {}})
+    with read_all(place, run, (ENTRY,), part) as (_, missing):
+        if missing and not path.exists():
+            return missing
+    with alone(path):
+        if (made := there()) is not None:
+            return made
+        found: dict[str, Measured] = {}
+        with read_all(place, run, (ENTRY,), part) as (logs, _):
+            for each in logs:
+                found |= measured_in(each)
+        spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+        spectra = replace(spectra, data=InData.of(moments, spectra.values, found))
+        spectra.save(path)
+        tidy_parts(place)
         return spectra
 
 
@@ -416,22 +496,71 @@ def reduce(
     certificate.
     """
     crew = crew or Crew((device or choose_device(),))
-    hub = checkpoint.hub
-    checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    with writing(writer.source, out, resume=resume, force=force) as place:
+        document = write_checkpoint(*writer.whole(place), done=writer.done, on_check=on_check)
+    return Outcome.from_document(document, out / OUTCOME)
 
-    weights = tuple(m for m in touched if m.name in plan.reductions)
-    cuts = Cuts(checkpoint, weights, Reduction(method, plan.reductions, moments, fresh), stored)
 
-    def done(shard: Shard) -> None:
-        if evict and hub is not None:
+def reduce_part(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    part: Part,
+    *,
+    crew: Crew,
+    method: str = "gram",
+    evict: bool = False,
+    dtype: str | None = None,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
+    tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
+) -> Outcome | list[Part]:
+    """As `reduce`, of every Nth shard alone; whoever ends last makes the output whole, and returns its outcome.
+
+    Others return which parts are not done. Killed and called again, it goes on where it was. The directory `out` is the
+    same one for all parts, at the same time or one after the other. Raises as `reduce`, and OutputError where parts of
+    another reduction lie there, or one that was begun undivided.
+    """
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    require_place(writer.source, out, resume=True, force=False)
+    prepare_output(writer.source, out, resume=True)
+    made = write_part(*writer.whole(out), part=part, done=writer.done, on_check=on_check)
+    return made if isinstance(made, list) else Outcome.from_document(made, out / OUTCOME)
+
+
+class _Reducer:
+    """What writes a reduction, once all that can be refused of it has been."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        crew: Crew,
+        method: str,
+        evict: bool,
+        dtype: str | None,
+        moments: Moments | None,
+        fresh: Moments | None,
+        tick: Callable[[Matrix, float], None],
+    ) -> None:
+        self.hub, self.plan, self.crew, self.tick = checkpoint.hub if evict else None, plan, crew, tick
+        self.source, self.touched, self.run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+        weights = tuple(m for m in self.touched if m.name in plan.reductions)
+        self.cuts = Cuts(self.source, weights, Reduction(method, plan.reductions, moments, fresh), stored)
+
+    def whole(self, out: Path) -> tuple[Any, ...]:
+        """The arguments of `write_checkpoint` and `write_part`."""
+        makers = makers_of(self.cuts, out, self.crew, self.tick)
+        return self.source, out, self.touched, *makers, describe_by(self.plan), self.run
+
+    def done(self, shard: Shard) -> None:
+        """Let a shard of the source leave the Hub's cache."""
+        if self.hub is not None:
             if shard.stamp is not None and shard.path.exists():
                 require_stamp(shard.path, shard.stamp)
-            drop(hub, shard.path.name)
-
-    with writing(checkpoint, out, resume=resume, force=force) as place:
-        makers = makers_of(cuts, place, crew, tick)
-        document = write_checkpoint(checkpoint, place, touched, *makers, describe_by(plan), run, done, on_check)
-    return Outcome.from_document(document, out / OUTCOME)
+            drop(self.hub, shard.path.name)
 
 
 def prepare(
