@@ -79,14 +79,15 @@ def test_a_verb_hands_on_all_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     """Each by its own name: the file of a verb repeats the names that verbs.py declares."""
     verb: Any
     for verb in cli.VERBS:
-        (called,) = [node for node in ast.walk(ast.parse(inspect.getsource(verb))) if isinstance(node, ast.Attribute)
-                     and node.attr == verb.__name__]  # fmt: skip
-        file = importlib.import_module(f"laser.cli.{ast.unparse(called.value)}")
+        name = f"{verb.__name__}_verb"
+        tree = ast.parse(inspect.getsource(verb))
+        (file,) = [n.value for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == name]
+        module = importlib.import_module(f"laser.cli.{ast.unparse(file)}")
         names = list(inspect.signature(verb).parameters)
-        assert names == list(inspect.signature(getattr(file, verb.__name__)).parameters)
+        assert names == list(inspect.signature(getattr(module, name)).parameters)
         got: dict[str, Any] = {}
         # It is what the verb calls, by name, and there is nothing that it could be handed instead.
-        monkeypatch.setattr(file, verb.__name__, stand_in(got, names))
+        monkeypatch.setattr(module, name, stand_in(got, names))
         verb(**{name: name.upper() for name in names})
         assert got == {name: name.upper() for name in names}, verb.__name__
 

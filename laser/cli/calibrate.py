@@ -18,7 +18,7 @@ from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
 
 
-def calibrate(
+def calibrate_verb(
     model: str,
     *,
     output: Path,

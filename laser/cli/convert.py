@@ -31,7 +31,7 @@ TOKENIZERS = (
 )
 
 
-def convert(
+def convert_verb(
     model: Path,
     *,
     output: Path,

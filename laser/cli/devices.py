@@ -13,7 +13,7 @@ from laser.spectral.measuring import choose_method, measure_device
 from laser.spectral.probe import Probe, cache_path
 
 
-def devices(
+def devices_verb(
     *,
     where: options.Precise,
     probe: bool,

@@ -30,7 +30,7 @@ from laser.spectral.rules import RULES
 from laser.verification import verify as verify_output
 
 
-def scan(
+def scan_verb(
     model: str,
     *,
     output: Path | None,
@@ -83,7 +83,7 @@ def scan(
     say(meter.against(estimated.scan_seconds, estimated))
 
 
-def plan(
+def plan_verb(
     spectra: Path,
     *,
     output: Path,
@@ -114,7 +114,7 @@ def plan(
     say(f"written to {output}")
 
 
-def reduce(
+def reduce_verb(
     model: str,
     plan: Path,
     *,
@@ -162,7 +162,7 @@ def reduce(
     print_outcome(outcome, output, meter, estimated.reduce_seconds, estimated, work.as_json)
 
 
-def verify(
+def verify_verb(
     model: str,
     output: Path,
     *,

@@ -17,7 +17,7 @@ from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
 
-def null(
+def null_verb(
     model: str,
     *,
     rules: str,
@@ -59,7 +59,7 @@ def null(
     say(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
-def spectra(
+def spectra_verb(
     spectra: Path,
     *,
     rule: str | None,
@@ -98,7 +98,7 @@ def spectra(
         say(f"written to {path}, by the scores of {scored.rule}")
 
 
-def plot(
+def plot_verb(
     spectra: Path,
     *,
     output: Path,
@@ -132,7 +132,7 @@ def plot(
     say(f"written to {output}")
 
 
-def report(
+def report_verb(
     spectra: Path,
     *,
     output: Path,

@@ -20,7 +20,7 @@ from laser.evaluation.streaming import require_dtype
 from laser.evaluation.text import Windows
 
 
-def eval(
+def eval_verb(
     model: str,
     other: str | None,
     *,

@@ -22,7 +22,7 @@ from laser.report.comparison import ComparisonRow, leaderboard_rows
 from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE_FILE, require_shards, write_card
 
 
-def leaderboard(
+def leaderboard_verb(
     model: str,
     *,
     output: Path | None,
@@ -154,7 +154,7 @@ def _there(output: Path) -> Leaderboard | None:
         return None
 
 
-def push(
+def push_verb(
     output: Path,
     repo: str,
     *,
@@ -180,7 +180,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def card(
+def card_verb(
     output: Path,
     *,
     source: str | None,

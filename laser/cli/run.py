@@ -35,7 +35,7 @@ from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
 
 
-def run(
+def run_verb(
     model: str,
     *,
     output: Path,

@@ -40,7 +40,7 @@ from laser.spectral.devices import Device
 from laser.spectral.rules import BY_DATA, draws_needed
 
 
-def search(
+def search_verb(
     model: str,
     *,
     output: Path,

@@ -34,7 +34,9 @@ def scan(
     """
     with loading():
         from laser.cli import flow
-    flow.scan(model, output=output, which=which, compute=compute, null=null, moments=moments, parts=parts, work=work)
+    flow.scan_verb(
+        model, output=output, which=which, compute=compute, null=null, moments=moments, parts=parts, work=work
+    )
 
 
 def plan(
@@ -53,7 +55,9 @@ def plan(
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
     with loading():
         from laser.cli import flow
-    flow.plan(spectra, output=output, how=how, lowest=lowest, fewest_tokens=fewest_tokens, which=which, record=record)
+    flow.plan_verb(
+        spectra, output=output, how=how, lowest=lowest, fewest_tokens=fewest_tokens, which=which, record=record
+    )
 
 
 def reduce(
@@ -79,7 +83,7 @@ def reduce(
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
     with loading():
         from laser.cli import flow
-    flow.reduce(
+    flow.reduce_verb(
         model,
         plan,
         output=output,
@@ -104,7 +108,7 @@ def verify(
     """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
     with loading():
         from laser.cli import flow
-    flow.verify(model, output, where=where, moments=moments, shown_as=shown_as)
+    flow.verify_verb(model, output, where=where, moments=moments, shown_as=shown_as)
 
 
 def run(
@@ -142,7 +146,7 @@ def run(
     """
     with loading():
         from laser.cli import run
-    run.run(
+    run.run_verb(
         model,
         output=output,
         recipe=recipe,
@@ -175,7 +179,7 @@ def devices(
     """
     with loading():
         from laser.cli import devices
-    devices.devices(where=where, probe=probe, disk=disk, shown_as=shown_as)
+    devices.devices_verb(where=where, probe=probe, disk=disk, shown_as=shown_as)
 
 
 def eval(
@@ -196,7 +200,7 @@ def eval(
     """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
     with loading():
         from laser.cli import measure
-    measure.eval(
+    measure.eval_verb(
         model,
         other,
         output=output,
@@ -229,7 +233,7 @@ def calibrate(
     """
     with loading():
         from laser.cli import calibrate
-    calibrate.calibrate(
+    calibrate.calibrate_verb(
         model,
         output=output,
         text=text,
@@ -286,7 +290,7 @@ def search(
     """
     with loading():
         from laser.cli import search
-    search.search(
+    search.search_verb(
         model,
         output=output,
         spectra=spectra,
@@ -328,7 +332,7 @@ def leaderboard(
     """
     with loading():
         from laser.cli import publish
-    publish.leaderboard(model, output=output, rows=rows, on=on, dtype=dtype, batch_size=batch_size, work=work)
+    publish.leaderboard_verb(model, output=output, rows=rows, on=on, dtype=dtype, batch_size=batch_size, work=work)
 
 
 def card(
@@ -349,7 +353,7 @@ def card(
     """
     with loading():
         from laser.cli import publish
-    publish.card(output, source=source, name=name, base_model=base_model, hash_source=hash_source, file=file)
+    publish.card_verb(output, source=source, name=name, base_model=base_model, hash_source=hash_source, file=file)
 
 
 def push(
@@ -368,7 +372,7 @@ def push(
     """
     with loading():
         from laser.cli import publish
-    publish.push(output, repo, private=private, revision=revision, shown_as=shown_as)
+    publish.push_verb(output, repo, private=private, revision=revision, shown_as=shown_as)
 
 
 def null(
@@ -385,7 +389,9 @@ def null(
     """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
     with loading():
         from laser.cli import look
-    look.null(model, rules=rules, permute=permute, draws=draws, spectra=spectra, which=which, on=on, shown_as=shown_as)
+    look.null_verb(
+        model, rules=rules, permute=permute, draws=draws, spectra=spectra, which=which, on=on, shown_as=shown_as
+    )
 
 
 def spectra(
@@ -407,7 +413,7 @@ def spectra(
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
     with loading():
         from laser.cli import look
-    look.spectra(
+    look.spectra_verb(
         spectra,
         rule=rule,
         as_csv=as_csv,
@@ -436,7 +442,7 @@ def plot(
     """Draw a PNG or SVG: a matrix's histogram with the fitted law, two models overlaid, or a heat map of a model."""
     with loading():
         from laser.cli import look
-    look.plot(
+    look.plot_verb(
         spectra, output=output, matrix=matrix, other=other, heat=heat, mean=mean, rule=rule, which=which, file=file
     )
 
@@ -452,7 +458,7 @@ def report(
     """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
     with loading():
         from laser.cli import look
-    look.report(spectra, output=output, rule=rule, which=which, file=file)
+    look.report_verb(spectra, output=output, rule=rule, which=which, file=file)
 
 
 def convert(
@@ -474,4 +480,4 @@ def convert(
     """
     with loading():
         from laser.cli import convert
-    convert.convert(model, output=output, dtype=dtype, shown_as=shown_as)
+    convert.convert_verb(model, output=output, dtype=dtype, shown_as=shown_as)
