@@ -96,7 +96,11 @@ class Journal:
         looked = cls.__new__(cls)
         looked._begin(path, run, shapes)
         looked._file = raw_regular(path)
-        looked._load(run)
+        try:
+            looked._load(run)
+        except BaseException:
+            looked.close()
+            raise
         return looked
 
     def _load(self, run: Mapping[str, Any]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -119,9 +120,15 @@ def test_all_parts_at_once(round: int, pico: Path, whole: Path, tmp_path: Path) 
 
 def test_a_part_that_is_run_twice_does_nothing_twice(pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
     assert run(*scan(pico, tmp_path / "s", "1/2"))[0] == run(*reduce(pico, whole, tmp_path / "out", "1/2"))[0] == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    def state() -> list[object]:
+        """Every byte, and which files weights were written to when; a journal that is opened is new to the disk."""
+        shards = [path.stat() for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+        return [snapshot(tmp_path), [(found.st_ino, found.st_mtime_ns) for found in shards]]
+
+    before = state()
     assert run(*scan(pico, tmp_path / "s", "1/2"))[0] == run(*reduce(pico, whole, tmp_path / "out", "1/2"))[0] == 0
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == state()
     assert run(*scan(pico, tmp_path / "s", "2/2"))[0] == run(*reduce(pico, whole, tmp_path / "out", "2/2"))[0] == 0
     made = snapshot(tmp_path / "out")
     for part in ("1/2", "2/2"):  # the whole is there: it is looked at, and stays
@@ -130,24 +137,19 @@ def test_a_part_that_is_run_twice_does_nothing_twice(pico: Path, whole: Path, ru
     assert snapshot(tmp_path / "out") == made == snapshot(whole / "out")
 
 
+@pytest.mark.slow
 def test_the_same_part_in_two_processes_is_refused(pico: Path, whole: Path, tmp_path: Path) -> None:
     checkpoint, plan = laser.open_checkpoint(pico), laser.Plan.load(whole / "p")
-    tried: list[str] = []
+    told: list[str] = []
 
     def tick(*_: object) -> None:
-        if not tried:
-            done = multiprocessing.get_context("fork").Value("i", 99)
-            child = multiprocessing.get_context("fork").Process(
-                target=lambda: setattr(
-                    done, "value", main([str(w) for w in reduce(pico, whole, tmp_path / "out", "1/2")])
-                )
-            )
-            child.start()
-            child.join(60)
-            tried.append(str(done.value))
+        if not told:
+            words = [sys.executable, "-m", "laser", *map(str, reduce(pico, whole, tmp_path / "out", "1/2"))]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+            told.append(f"{done.returncode} {done.stderr}")
 
     reduce_part(checkpoint, plan, tmp_path / "out", Part(1, 2), crew=CREW, tick=tick)
-    assert tried == ["1"]
+    assert told[0].startswith("1 laser: ") and "journal.jsonl.1-of-2 is being written by process " in told[0]
 
 
 @pytest.mark.parametrize("verb", ["scan", "reduce"])
@@ -158,7 +160,7 @@ def test_what_is_of_another_run_is_refused(verb: str, pico: Path, whole: Path, r
         verb
     ]
     assert run(*make("1/3"))[0] == 0
-    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    before = sorted(p for p in tmp_path.rglob("*") if whole not in p.parents)
     code, _, err = run(*make("2/4"))
     assert code == 1 and "1-of-3 is one of 3 parts, found --part 2/4; try --part I/3, or another -o" in err
     if verb == "reduce":
@@ -171,7 +173,7 @@ def test_what_is_of_another_run_is_refused(verb: str, pico: Path, whole: Path, r
     undivided = [word for word in make("2/3") if word not in ("--part", "2/3")]
     code, _, err = run(*undivided, *(["--resume"] if verb == "reduce" else []))
     assert code == 1 and "1-of-3 is of a run in parts; give the command of one of them again" in err
-    assert before == sorted(p for p in tmp_path.rglob("*") if (p.is_file() and p.name != "p") or p.parent == whole)
+    assert before == sorted(p for p in tmp_path.rglob("*") if whole not in p.parents)
     assert run(*undivided, "--force")[0] == 0  # begins afresh
     assert not [p for p in tmp_path.rglob("*") if "-of-" in p.name and "safetensors" not in p.name]
 
@@ -205,7 +207,7 @@ def test_a_killed_part_goes_on_and_so_does_one_killed_while_it_makes_the_whole(
         with pytest.raises(KeyboardInterrupt):
             reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW, tick=stop)
     assert reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW, tick=stop) == [Part(2, 2)]
-    assert len(ticks) == len(set(ticks)) + 2  # each kill cost the one matrix that it fell on
+    assert len(ticks) == len(set(ticks)) > 20  # no matrix was computed twice
     from laser.checkpoint import writer
 
     calls: list[Path] = []
@@ -275,7 +277,7 @@ def test_what_is_only_for_the_whole(pico: Path, whole: Path, run: Run, tmp_path:
 def test_every_matrix_is_of_one_part() -> None:
     for of in (1, 2, 3, 8):
         parts = [Part(number, of).mine(range(20)) for number in range(1, of + 1)]
-        assert sorted(sum(parts, [])) == list(range(20))
+        assert sorted(item for part in parts for item in part) == list(range(20))
     assert [str(part) for part in Part(2, 3).all()] == ["1/3", "2/3", "3/3"]
 
 
@@ -283,4 +285,4 @@ def test_a_selection_that_is_small(pico: Path, tmp_path: Path) -> None:
     checkpoint, selection = laser.open_checkpoint(pico), Selection(layers=(0,), roles=("q",))
     assert scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", Part(2, 2)) == [Part(1, 2)]
     spectra = scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", Part(1, 2))
-    assert isinstance(spectra, laser.Spectra) and len(spectra.values) == 1 and os.listdir(tmp_path / "pico")
+    assert isinstance(spectra, laser.Spectra) and len(spectra.values) == 1

@@ -114,7 +114,7 @@ class Promises:
             self.records[entry["matrix"]] = number if entry["record"] else None
         elif "shard" in entry:
             self.shards[entry["shard"]] = entry["sha256"]
-        else:
+        elif "copied" in entry:
             self.copied.add(entry["copied"])
 
 

@@ -136,6 +136,7 @@ def run(
     ] = None,
     rows: options.Rows,
     compute: options.ComputeOptions,
+    part: Annotated[str | None, typer.Option("--part", hidden=True)] = None,
     work: options.Directory,
 ) -> None:
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
@@ -161,6 +162,7 @@ def run(
         leaderboard=leaderboard,
         rows=rows,
         compute=compute,
+        part=part,
         work=work,
     )
 
