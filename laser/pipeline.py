@@ -10,7 +10,6 @@ pass may differ from a scan's in the last digits.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -715,7 +714,7 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
         "kind": "reduce journal",
         "version": Outcome.version,
         **plan.source.stated(),  # which `require` has compared with the checkpoint: here it may know more
-        "plan": hashlib.sha256(plan.to_json()).hexdigest(),
+        "plan": plan.sha256,
         "method": method,
         "device": crew.label,
     }

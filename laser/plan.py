@@ -44,7 +44,7 @@ SELECTION: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlanLine:
     """What happens to one tensor, and why. Numbers are None where no rule was asked or none applies."""
 
@@ -164,15 +164,15 @@ class Plan(
     @cached_property
     def digest(self) -> str:
         """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
-        return digest_of(self.rule, self.selection, plain(self.lines))
+        return digest_of(self.rule, self.selection, self.lines)
 
     @cached_property
     def reductions(self) -> Mapping[str, PlanLine]:
         """The lines that reduce, by name. Made once: whoever writes asks for it at every matrix."""
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
-    def document(self) -> dict[str, Any]:
-        return super().document() | {"coverage": self.coverage, "digest": self.digest}
+    def stated(self) -> dict[str, Any]:
+        return super().stated() | {"coverage": self.coverage, "digest": self.digest}
 
     @classmethod
     def current(cls, document: dict[str, Any]) -> Plan:
@@ -268,7 +268,16 @@ class Plan(
 
 
 def digest_of(rule: Any, selection: Any, lines: Any) -> str:
-    return hashlib.sha256(json.dumps([rule, selection, lines], sort_keys=True).encode()).hexdigest()
+    """sha256 of these three as one JSON list, of whose lines one is in memory at a time."""
+    encode = json.JSONEncoder(sort_keys=True).encode
+    if not isinstance(lines, list | tuple):  # of a file that somebody has edited
+        return hashlib.sha256(encode([rule, selection, lines]).encode()).hexdigest()
+    digest, joint = hashlib.sha256(encode([rule, selection])[:-1].encode() + b", ["), b""
+    for line in lines:
+        digest.update(joint + encode(plain(line)).encode())
+        joint = b", "
+    digest.update(b"]]")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float |
 ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
 
@@ -251,6 +252,11 @@ class Spectra:
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Matrix]:
+        """The matrices by name."""
+        return {matrix.name: matrix for matrix in self.matrices}
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""

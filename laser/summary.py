@@ -48,7 +48,7 @@ FUSED_EXPERTS = (
 FUSED_PARTS = ("# A parameter that holds other matrices than experts is trained whole where one of them is chosen.",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SummaryRow:
     """A matrix in numbers. Undefined ones are None: strict JSON has no Infinity, and an empty cell sorts honestly."""
 

@@ -71,7 +71,7 @@ from laser.files import (
 )
 from laser.journal import Journal, spoiling
 from laser.parts import Part, alone, journals_there, opened, read_all, require_undivided, tidy_parts
-from laser.records import decode, differences, is_sealed, parse_record, sealed, to_json
+from laser.records import decode, differences, is_sealed, parse_record, save_json, sealed
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -441,7 +441,7 @@ def _write_all(work: _Work, describe: Describe, run: dict[str, Any], stamps: Map
     document = {**document, "run": document.get("run", run)}
     _require_there(out, files)
     document = sealed(document | {"files": files})
-    write_atomically(out / OUTCOME, to_json(document))
+    save_json(out / OUTCOME, document)
     for shard in source.shards:  # already renamed, but where there is no index or a kill came between
         partial = partial_of(out, shard.name)
         with disk_errors(partial):

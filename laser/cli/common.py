@@ -19,6 +19,8 @@ from laser.records import to_json
 if TYPE_CHECKING:
     from laser.checkpoint.matrices import Matrix
 
+MOST_LINES = 40  # of a list for people that may have one line for each of 45,000 matrices
+
 
 @dataclass
 class Held:
@@ -140,7 +142,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else visible(value)
 
 
-def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
+def say_first(lines: Sequence[str], limit: int = MOST_LINES, what: str = "--json lists all") -> None:
+    """The first of these lines, and how many more there are."""
+    for line in lines[:limit]:
+        say(line)
+    if len(lines) > limit:
+        say(f"... and {len(lines) - limit} more; {what}")
+
+
+def print_plan(lines: Sequence[Any], limit: int = MOST_LINES) -> None:
     """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept."""
     reduced = [line for line in lines if line.action == "reduce"]
     if reduced:
@@ -156,8 +166,7 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
     say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
-    for line in skipped[:limit]:
-        say(f"  {line.name}: {line.why.text}")
+    say_first([f"  {line.name}: {line.why.text}" for line in skipped], limit, "the plan has all")
 
 
 def _removed(kept: float | None) -> str:

@@ -177,8 +177,7 @@ def verify_verb(
     if shown_as.as_json:
         common.print_json(asdict(found))
     else:
-        for problem in found.problems:
-            say(problem)
+        common.say_first(found.problems)
         say(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
@@ -206,6 +205,5 @@ def _print_spectra(spectra: Spectra) -> None:
         means = (float(np.mean([f(s) for s in values])) for f in (np.max, np.median, np.linalg.norm))
         rows.append((role, len(ms), "x".join(map(str, ms[0].shape)), *means))
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
-    for name, why in spectra.skipped.items():
-        if why.kind is Kind.FAILED:
-            say(f"{name}: {why.text}")
+    failed = [f"{name}: {why.text}" for name, why in spectra.skipped.items() if why.kind is Kind.FAILED]
+    common.say_first(failed)

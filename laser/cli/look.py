@@ -16,6 +16,8 @@ from laser.spectra import Spectra
 from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
+MOST_ROWS = 200  # of the table that `spectra` prints
+
 
 def null_verb(
     model: str,
@@ -54,8 +56,7 @@ def null_verb(
         found = [r.found, r.found_share] if spectra else []
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
-    for name, why in test.skipped.items():
-        say(f"{name}: {why}")
+    common.say_first([f"{name}: {why}" for name, why in test.skipped.items()])
     say(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
@@ -156,9 +157,10 @@ def _print_summary(summary: Summary) -> None:
         ("matrix", "rank", "of", "SNR", "sigma", "fit", "level", "alpha", "stable rank", "s_1"),
         [
             (r.name, r.rank, r.full_rank, r.snr, r.sigma, r.fit, r.fit_level, r.alpha, r.stable_rank, r.largest)
-            for r in summary.rows
+            for r in summary.rows[:MOST_ROWS]
         ],
     )
-    for name, why in summary.skipped:
-        say(f"{name}: {why}")
+    if len(summary.rows) > MOST_ROWS:
+        say(f"... and {len(summary.rows) - MOST_ROWS} more; --csv and --json list all")
+    common.say_first([f"{name}: {why}" for name, why in summary.skipped])
     say(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")

@@ -83,7 +83,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by l
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
 DEVICE_NAMES = f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}"
-_LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
+_LAYER_BY_LAYER = "One layer's weights in memory at a time; default: as many as fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
 

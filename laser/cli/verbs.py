@@ -131,6 +131,9 @@ def run(
     trials: options.Trials,
     text: options.SearchText,
     stream: options.Stream = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32 or bfloat16, in which a search runs the model.")
+    ] = "float32",
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
@@ -159,6 +162,7 @@ def run(
         trials=trials,
         text=text,
         stream=stream,
+        dtype=dtype,
         leaderboard=leaderboard,
         rows=rows,
         compute=compute,
@@ -412,7 +416,10 @@ def spectra(
     which: options.Matrices,
     file: options.RecordOptions,
 ) -> None:
-    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
+    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps.
+
+    The table ends after 200 matrices; --csv and --json list all.
+    """
     with loading():
         from laser.cli import look
     look.spectra_verb(
