@@ -242,7 +242,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Its temporary name beside `path` is its own. What a killed process left there is removed; nobody's who is at work.
     """
-    _sweep(path)
+    sweep(path)
     while True:
         temporary = path.with_name(f".{short(path.name)}.{secrets.token_hex(4)}.tmp")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -261,7 +261,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove temporary files of `path` that no living process holds."""
     if fcntl is None:
         return

@@ -439,9 +439,10 @@ def scan_part(
         return made
     mine = part.mine(most_expensive_first([m for m in matrices if m.name not in skipped]))
     with opened(place, run, (ENTRY,), part) as (log, was_done):
-        _measure(checkpoint, mine, Scan(method, null_draws, moments), crew, log, tick)
-        if not was_done:
-            log.append({"done": {}})
+        if not path.exists():  # else made whole meanwhile
+            _measure(checkpoint, mine, Scan(method, null_draws, moments), crew, log, tick)
+            if not was_done:
+                log.append({"done": {}})
     with read_all(place, run, (ENTRY,), part) as (_, missing):
         if missing and not path.exists():
             return missing

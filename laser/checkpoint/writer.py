@@ -67,6 +67,7 @@ from laser.files import (
     real,
     require_led,
     require_regular,
+    sweep,
     write_atomically,
 )
 from laser.journal import Journal, spoiling
@@ -318,7 +319,7 @@ def write_part(
         require_content(source.hub)
     mine = part.mine(_by_cost(source, touched))
     with opened(out / JOURNAL, run, JOURNAL_SHAPES, part) as (journal, was_done):
-        if is_finished(source, out):  # made whole meanwhile, this journal is of nothing
+        if is_settled(source, out):  # made whole meanwhile: this journal is a new one, of nothing
             journal.remove()
         else:
             work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
@@ -328,7 +329,7 @@ def write_part(
             if not was_done or len(journal.entries) > before:
                 journal.append({"done": {shard.name: _stamp(out, shard) for shard in mine}})
     with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (_, missing):
-        if missing and not is_finished(source, out):
+        if missing and not is_settled(source, out):
             return missing
     with alone(out):
         if is_settled(source, out):
@@ -449,6 +450,8 @@ def _write_all(work: _Work, describe: Describe, run: dict[str, Any], stamps: Map
                 partial.unlink(missing_ok=True)
             elif partial.exists():
                 _rename(partial, out / shard.name)
+        if work.elsewhere is not None:  # of a node that was lost
+            sweep(partial)
     if source.index_bytes is not None:
         write_atomically(out / INDEX, source.index_bytes)
     _sync_directory(out)

@@ -57,7 +57,8 @@ def scan_verb(
     if part is None:
         work.claim(output, "spectra")
     else:
-        common.keep_file(part.beside(unfinished(output)))
+        common.check_file(output)
+        common.keep(part.beside(unfinished(output)))
     matrices = chosen_of(list_matrices(checkpoint), selected)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:

@@ -158,6 +158,19 @@ def test_two_that_make_the_same_shard_do_not_see_each_other(work: Work, tmp_path
     assert made[0].sha256 is not None and snapshot(out) == snapshot(tmp_path / "b")
 
 
+def test_what_a_lost_node_left_is_swept_away(work: Work, tmp_path: Path) -> None:
+    out, shard = tmp_path / "a", work.source.shards[0]
+
+    def elsewhere(jobs: list[Job]) -> Iterator[Made]:
+        for job in jobs:
+            yield work.whole(out)((job.shard.name, job.touched), CREW)[0]
+        (out / f".{shard.name}.partial.0123abcd.tmp").write_bytes(b"half of it")
+
+    work.write(out, elsewhere)
+    laser.reduce(work.checkpoint, work.plan, tmp_path / "b", crew=CREW)
+    assert snapshot(out) == snapshot(tmp_path / "b") and not list(out.glob(".*"))
+
+
 def nothing(*_: Any) -> None: ...
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -133,6 +135,26 @@ def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, pico: Path, tmp_
         write_checkpoint(source, place, touched, *makers, describe_by(plan), stated)
     assert killed.exists() and snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
     assert not [path for path in (tmp_path / "ray").rglob(".*")]
+
+
+def test_a_driver_that_is_killed(cluster: Any, pico: Path, tmp_path: Path) -> None:
+    """As soon as its journal has a shard; the next one goes on."""
+    checkpoint = laser.open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint), "mp-edge")
+    plan.save(tmp_path / "plan")
+    reduce(checkpoint, plan, tmp_path / "here", crew=Crew((CPU,), 1))
+    words = ["reduce", str(pico), str(tmp_path / "plan"), "-o", str(tmp_path / "ray"), "--engine", "ray"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    driver = subprocess.Popen([sys.executable, "-m", "laser", *words, "--device", "cpu"], env=environment)
+    journal, until = tmp_path / "ray" / "laser" / "journal.jsonl", time.monotonic() + 120
+    while driver.poll() is None and time.monotonic() < until:
+        if journal.exists() and b'"shard"' in journal.read_bytes():
+            break
+        time.sleep(0.01)
+    driver.kill()
+    assert driver.wait(60) == -signal.SIGKILL
+    reduce(checkpoint, plan, tmp_path / "ray", crew=ON_RAY, resume=True)
+    assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
 
 
 @pytest.mark.parametrize(
