@@ -21,18 +21,18 @@ from laser.journal import Journal
 T = TypeVar("T")
 DONE: dict[str, Any] = {"done": dict}  # the shape of the line that ends a part's journal
 MOST = 9999
-NAMED = re.compile(r"\.(\d+)-of-(\d+)$")  # the end of the name of a part's journal
+OF_A_PART = re.compile(r"\.(\d+)-of-(\d+)$")  # the end of the name of a part's journal
 
 
 @dataclass(frozen=True)
-class Part:
+class PartOfRun:
     """The `number`th of `of` parts, from 1."""
 
     number: int
     of: int
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> PartOfRun:
         """I/N. Raises UsageError for anything else."""
         found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text, re.ASCII)
         part = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
@@ -55,14 +55,16 @@ class Part:
         """What the part's journal is identified by."""
         return {**run, "part": str(self)}
 
-    def all(self) -> list[Part]:
-        return [Part(number, self.of) for number in range(1, self.of + 1)]
+    def all(self) -> list[PartOfRun]:
+        return [PartOfRun(number, self.of) for number in range(1, self.of + 1)]
 
 
 def journals_there(path: Path) -> list[Path]:
     """The journals of parts, of whatever run, beside the place `path` of an undivided run's."""
     with suppress(FileNotFoundError):
-        return sorted(p for p in path.parent.iterdir() if NAMED.sub("", p.name) == path.name and p.name != path.name)
+        return sorted(
+            p for p in path.parent.iterdir() if OF_A_PART.sub("", p.name) == path.name and p.name != path.name
+        )
     return []
 
 
@@ -77,7 +79,7 @@ def require_undivided(path: Path) -> None:
 
 @contextmanager
 def opened(
-    path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: Part
+    path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: PartOfRun
 ) -> Iterator[tuple[Journal, bool]]:
     """The journal of this part, which nobody else writes meanwhile, and whether it says already that the part is done.
 
@@ -100,13 +102,13 @@ def is_done(journal: Journal) -> bool:
     return len(journal.entries) > 0 and "done" in journal.entries[-1]
 
 
-def _require_alike(path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: Part) -> None:
+def _require_alike(path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: PartOfRun) -> None:
     for other in journals_there(path):
-        number, of = map(int, NAMED.findall(other.name)[0])
+        number, of = map(int, OF_A_PART.findall(other.name)[0])
         if of != part.of:
             raise OutputError(f"{other} is one of {of} parts, found --part {part}; try --part I/{of}, or another -o")
         try:
-            Journal.require(other, Part(number, of).run(run), (*shapes, DONE))
+            Journal.require(other, PartOfRun(number, of).run(run), (*shapes, DONE))
         except RecordError as error:
             cause = str(error).rpartition("; repeat")[0] or str(error)
             raise OutputError(
@@ -120,8 +122,8 @@ def _require_alike(path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[
 
 @contextmanager
 def read_all(
-    path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: Part
-) -> Iterator[tuple[list[Journal], list[Part]]]:
+    path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]], part: PartOfRun
+) -> Iterator[tuple[list[Journal], list[PartOfRun]]]:
     """The journals of all parts, open for reading, and which parts are not done; then there are no journals."""
     journals, missing = [], []
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ from laser.files import claimed, lock_of, real, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, entry_of
-from laser.parts import Part, alone, opened, read_all, require_undivided, tidy_parts
+from laser.parts import PartOfRun, alone, opened, read_all, require_undivided, tidy_parts
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
@@ -408,11 +408,11 @@ def scan_part(
     selection: Selection,
     crew: Crew,
     method: str,
-    part: Part,
+    part: PartOfRun,
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
     moments: Moments | None = None,
-) -> Spectra | list[Part]:
+) -> Spectra | list[PartOfRun]:
     """Scan every Nth matrix; whoever ends last puts the spectra at `path`, and returns them.
 
     Others return which parts are not done. Killed and called again, it goes on where it was. Raises as `scan`, and
@@ -506,7 +506,7 @@ def reduce_part(
     checkpoint: Checkpoint,
     plan: Plan,
     out: Path,
-    part: Part,
+    part: PartOfRun,
     *,
     crew: Crew,
     method: str = "gram",
@@ -516,7 +516,7 @@ def reduce_part(
     fresh: Moments | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
     on_check: OnCheck = lambda *_: None,
-) -> Outcome | list[Part]:
+) -> Outcome | list[PartOfRun]:
     """As `reduce`, of every Nth shard alone; whoever ends last makes the output whole, and returns its outcome.
 
     Others return which parts are not done. Killed and called again, it goes on where it was. The directory `out` is the

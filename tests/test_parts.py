@@ -20,7 +20,7 @@ import laser
 from laser.cli import main
 from laser.engine.crew import Crew
 from laser.errors import OutputError, UsageError
-from laser.parts import Part
+from laser.parts import PartOfRun
 from laser.pipeline import reduce_part, scan_part
 from laser.selection import Selection
 from laser.spectral.devices import choose_device
@@ -85,8 +85,8 @@ def test_a_checkpoint_of_one_file(make_pico: Callable[..., Path], tmp_path: Path
     checkpoint = laser.open_checkpoint(make_pico(shards=1))
     plan = laser.make_plan(laser.scan(checkpoint, crew=CREW), "mp-edge")
     laser.reduce(checkpoint, plan, tmp_path / "whole", crew=CREW)
-    assert reduce_part(checkpoint, plan, tmp_path / "out", Part(1, 2), crew=CREW) == [Part(2, 2)]
-    reduce_part(checkpoint, plan, tmp_path / "out", Part(2, 2), crew=CREW)
+    assert reduce_part(checkpoint, plan, tmp_path / "out", PartOfRun(1, 2), crew=CREW) == [PartOfRun(2, 2)]
+    reduce_part(checkpoint, plan, tmp_path / "out", PartOfRun(2, 2), crew=CREW)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
@@ -148,7 +148,7 @@ def test_the_same_part_in_two_processes_is_refused(pico: Path, whole: Path, tmp_
             done = subprocess.run(words, capture_output=True, text=True, timeout=120)
             told.append(f"{done.returncode} {done.stderr}")
 
-    reduce_part(checkpoint, plan, tmp_path / "out", Part(1, 2), crew=CREW, tick=tick)
+    reduce_part(checkpoint, plan, tmp_path / "out", PartOfRun(1, 2), crew=CREW, tick=tick)
     assert told[0].startswith("1 laser: ") and "journal.jsonl.1-of-2 is being written by process " in told[0]
 
 
@@ -187,7 +187,7 @@ def test_a_part_of_what_was_begun_undivided_is_refused(pico: Path, whole: Path, 
     with pytest.raises(KeyboardInterrupt):
         laser.reduce(checkpoint, plan, tmp_path / "out", crew=CREW, tick=stop)
     with pytest.raises(OutputError, match=r"journal.jsonl is of a run without --part; go on with it without"):
-        reduce_part(checkpoint, plan, tmp_path / "out", Part(1, 2), crew=CREW)
+        reduce_part(checkpoint, plan, tmp_path / "out", PartOfRun(1, 2), crew=CREW)
     laser.reduce(checkpoint, plan, tmp_path / "out", crew=CREW, resume=True)
     assert snapshot(tmp_path / "out") == snapshot(whole / "out")
 
@@ -205,8 +205,8 @@ def test_a_killed_part_goes_on_and_so_does_one_killed_while_it_makes_the_whole(
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW, tick=stop)
-    assert reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW, tick=stop) == [Part(2, 2)]
+            reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW, tick=stop)
+    assert reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW, tick=stop) == [PartOfRun(2, 2)]
     from laser.checkpoint import writer
 
     calls: list[Path] = []
@@ -219,26 +219,26 @@ def test_a_killed_part_goes_on_and_so_does_one_killed_while_it_makes_the_whole(
         with monkeypatch.context() as patch:
             patch.setattr(writer, name, killed)  # a kill at that very call: nothing can be handed in there
             with pytest.raises(KeyboardInterrupt):
-                reduce_part(checkpoint, plan, out, Part(2, 2), crew=CREW, tick=stop)
+                reduce_part(checkpoint, plan, out, PartOfRun(2, 2), crew=CREW, tick=stop)
     assert (out / "laser" / "journal.jsonl").exists() and len(calls) == 2
-    reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW, tick=stop)  # any part
+    reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW, tick=stop)  # any part
     assert sorted(ticks) == sorted(plan.reductions)  # no matrix was computed twice
     assert snapshot(out) == snapshot(whole / "out") and not (out / "laser").exists()
 
 
 def test_what_was_changed_between_two_parts_is_made_again(pico: Path, whole: Path, tmp_path: Path) -> None:
     checkpoint, plan, out = laser.open_checkpoint(pico), laser.Plan.load(whole / "p"), tmp_path / "out"
-    reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW)
+    reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW)
     first = next(out.glob("*.safetensors"))
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
-    reduce_part(checkpoint, plan, out, Part(2, 2), crew=CREW)
+    reduce_part(checkpoint, plan, out, PartOfRun(2, 2), crew=CREW)
     assert snapshot(out) == snapshot(whole / "out")
     shutil.rmtree(out)
-    reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW)
+    reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW)
     next(out.glob("*.safetensors")).unlink()
-    reduce_part(checkpoint, plan, out, Part(2, 2), crew=CREW)
+    reduce_part(checkpoint, plan, out, PartOfRun(2, 2), crew=CREW)
     assert snapshot(out) == snapshot(whole / "out")
 
 
@@ -246,8 +246,8 @@ def test_a_part_s_shard_that_is_whole_is_not_read_again_by_the_last(pico: Path, 
     """It would take one process as long as all of them took to write. What counts is that it looks as it was left."""
     checkpoint, plan, out = laser.open_checkpoint(pico), laser.Plan.load(whole / "p"), tmp_path / "out"
     read: list[tuple[int, int]] = []
-    reduce_part(checkpoint, plan, out, Part(1, 2), crew=CREW)
-    reduce_part(checkpoint, plan, out, Part(2, 2), crew=CREW, on_check=lambda *found: read.append(found))
+    reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW)
+    reduce_part(checkpoint, plan, out, PartOfRun(2, 2), crew=CREW, on_check=lambda *found: read.append(found))
     assert not read
 
 
@@ -261,7 +261,7 @@ def test_json_names_what_is_missing(pico: Path, run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "-1/3", "1/0", "1/2/3", "a/b", "1/99999", "１/3", " 1/3"])
 def test_what_names_no_part(text: str) -> None:
     with pytest.raises(UsageError, match=r"names no part, expected I/N with I from 1 to N; try --part 1/8"):
-        Part.parse(text)
+        PartOfRun.parse(text)
 
 
 def test_what_is_only_for_the_whole(pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
@@ -276,13 +276,13 @@ def test_what_is_only_for_the_whole(pico: Path, whole: Path, run: Run, tmp_path:
 
 def test_every_matrix_is_of_one_part() -> None:
     for of in (1, 2, 3, 8):
-        parts = [Part(number, of).mine(range(20)) for number in range(1, of + 1)]
+        parts = [PartOfRun(number, of).mine(range(20)) for number in range(1, of + 1)]
         assert sorted(item for part in parts for item in part) == list(range(20))
-    assert [str(part) for part in Part(2, 3).all()] == ["1/3", "2/3", "3/3"]
+    assert [str(part) for part in PartOfRun(2, 3).all()] == ["1/3", "2/3", "3/3"]
 
 
 def test_a_selection_that_is_small(pico: Path, tmp_path: Path) -> None:
     checkpoint, selection = laser.open_checkpoint(pico), Selection(layers=(0,), roles=("q",))
-    assert scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", Part(2, 2)) == [Part(1, 2)]
-    spectra = scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", Part(1, 2))
+    assert scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", PartOfRun(2, 2)) == [PartOfRun(1, 2)]
+    spectra = scan_part(tmp_path / "s", checkpoint, selection, CREW, "gram", PartOfRun(1, 2))
     assert isinstance(spectra, laser.Spectra) and len(spectra.values) == 1

@@ -71,7 +71,7 @@ from laser.files import (
     write_atomically,
 )
 from laser.journal import Journal, spoiling
-from laser.parts import Part, alone, journals_there, opened, read_all, require_undivided, tidy_parts
+from laser.parts import PartOfRun, alone, journals_there, opened, read_all, require_undivided, tidy_parts
 from laser.records import decode, differences, is_sealed, parse_record, save_json, sealed
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -303,10 +303,10 @@ def write_part(
     elsewhere: MakeShards | None,
     describe: Describe,
     run: dict[str, Any],
-    part: Part,
+    part: PartOfRun,
     done: Callable[[Shard], None] = lambda _: None,
     on_check: OnCheck = lambda *_: None,
-) -> dict[str, Any] | list[Part]:
+) -> dict[str, Any] | list[PartOfRun]:
     """As `write_checkpoint`, of every Nth shard alone; whoever ends last adds all else, and returns laser.json.
 
     Others return which parts are not done. What another part has done is believed if its files look as it left them.
@@ -327,7 +327,7 @@ def write_part(
             work.find(mine, {})
             work.make(mine)
             if not was_done or len(journal.entries) > before:
-                journal.append({"done": {shard.name: _stamp(out, shard) for shard in mine}})
+                journal.append({"done": {shard.name: _stamp_of_shard(out, shard) for shard in mine}})
     with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (_, missing):
         if missing and not is_settled(source, out):
             return missing
@@ -356,7 +356,7 @@ def _by_cost(source: Checkpoint, touched: Sequence[Matrix]) -> list[Shard]:
     return sorted(source.shards, key=lambda shard: (-costs[shard.name], -shard.size, shard.name))
 
 
-def _stamp(out: Path, shard: Shard) -> list[int] | None:
+def _stamp_of_shard(out: Path, shard: Shard) -> list[int] | None:
     """Size and time of the last write, in ns, of a shard that is whole; None where it is not there."""
     for file in (out / shard.name, partial_of(out, shard.name)):
         with disk_errors(file), suppress(FileNotFoundError):
@@ -494,7 +494,7 @@ def _finished(
 
     def is_there(shard: Shard) -> bool:
         files = (out / shard.name, partial_of(out, shard.name))
-        if shard.name in stamps and _stamp(out, shard) == stamps[shard.name]:
+        if shard.name in stamps and _stamp_of_shard(out, shard) == stamps[shard.name]:
             return True
         file = next((file for file in files if file.exists()), None)
         with disk_errors(out / shard.name):

@@ -20,7 +20,7 @@ from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.files import unfinished
-from laser.parts import Part
+from laser.parts import PartOfRun
 from laser.pipeline import check_scan, prepare, reduce_part, scan_into, scan_part
 from laser.pipeline import reduce as reduce_checkpoint
 from laser.plan import Plan, Treatment, make_plan
@@ -38,7 +38,7 @@ def scan_verb(
     compute: options.ComputeOptions,
     null: int,
     moments: options.Inputs,
-    parts: options.Parts,
+    parts: options.PartOption,
     work: options.WorkOptions,
 ) -> None:
     """`laser scan`, whose arguments and help are in verbs.py."""
@@ -125,7 +125,7 @@ def reduce_verb(
     fresh: Path | None,
     evict: bool,
     dtype: str | None,
-    parts: options.Parts,
+    parts: options.PartOption,
     work: options.Directory,
 ) -> None:
     """`laser reduce`, whose arguments and help are in verbs.py."""
@@ -184,7 +184,9 @@ def verify_verb(
         raise typer.Exit(1)
 
 
-def _print_part(missing: Sequence[Part], part: Part | None, output: Path, meter: Meter, as_json: bool) -> None:
+def _print_part(
+    missing: Sequence[PartOfRun], part: PartOfRun | None, output: Path, meter: Meter, as_json: bool
+) -> None:
     """What a part says that is not the last one."""
     if as_json:
         return common.print_json(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from laser.engine.crew import Crew
     from laser.evaluation import text as texts
     from laser.moments import Moments
-    from laser.parts import Part
+    from laser.parts import PartOfRun
     from laser.selection import Selection
     from laser.spectral.devices import Device
 
@@ -280,7 +280,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartOption:
     """Which share of the work is this process's."""
 
     part: str | None = option(
@@ -289,15 +289,15 @@ class Parts:
         metavar="I/N",
     )
 
-    def chosen(self, work: WorkOptions | Directory) -> Part | None:
+    def chosen(self, work: WorkOptions | Directory) -> PartOfRun | None:
         """Raises UsageError for what is no part, and for what only an undivided run can do."""
-        from laser.parts import Part
+        from laser.parts import PartOfRun
 
         if self.part is None:
             return None
         if work.force or work.dry_run:
             raise UsageError(f"--{'force' if work.force else 'dry-run'} is for the whole; try it without --part")
-        return Part.parse(self.part)
+        return PartOfRun.parse(self.part)
 
 
 @dataclass(frozen=True)

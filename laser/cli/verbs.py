@@ -25,7 +25,7 @@ def scan(
     compute: options.ComputeOptions,
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     moments: options.Inputs,
-    parts: options.Parts,
+    parts: options.PartOption,
     work: options.WorkOptions,
 ) -> None:
     """Measure the singular values of every selected matrix and write them to one small file.
@@ -77,7 +77,7 @@ def reduce(
         str | None,
         typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
     ] = None,
-    parts: options.Parts,
+    parts: options.PartOption,
     work: options.Directory,
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
