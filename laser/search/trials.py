@@ -267,7 +267,8 @@ class _Walk:
 
 
 def change(objective: Objective, before: list[float], after: list[float]) -> tuple[float, float | None]:
-    """d and se of the objective, NaN and None where a value is not finite."""
+    """d and se of the objective, NaN and None where a value is not finite. `after` may end early: see `racing`."""
+    before = before[: len(after)]
     if not all(map(math.isfinite, [*before, *after])):
         return math.nan, None
-    return paired_difference(before, after, objective.weights)
+    return paired_difference(before, after, objective.weights[: len(after)])
