@@ -498,7 +498,7 @@ def reduce(
     crew = crew or Crew((device or choose_device(),))
     writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
     with writing(writer.source, out, resume=resume, force=force) as place:
-        document = write_checkpoint(*writer.whole(place), done=writer.done, on_check=on_check)
+        document = write_checkpoint(**writer.whole(place), on_check=on_check)
     return Outcome.from_document(document, out / OUTCOME)
 
 
@@ -526,7 +526,7 @@ def reduce_part(
     writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
     require_place(writer.source, out, resume=True, force=False)
     prepare_output(writer.source, out, resume=True)
-    made = write_part(*writer.whole(out), part=part, done=writer.done, on_check=on_check)
+    made = write_part(**writer.whole(out), part=part, on_check=on_check)
     return made if isinstance(made, list) else Outcome.from_document(made, out / OUTCOME)
 
 
@@ -550,10 +550,19 @@ class _Reducer:
         weights = tuple(m for m in self.touched if m.name in plan.reductions)
         self.cuts = Cuts(self.source, weights, Reduction(method, plan.reductions, moments, fresh), stored)
 
-    def whole(self, out: Path) -> tuple[Any, ...]:
+    def whole(self, out: Path) -> dict[str, Any]:
         """The arguments of `write_checkpoint` and `write_part`."""
-        makers = makers_of(self.cuts, out, self.crew, self.tick)
-        return self.source, out, self.touched, *makers, describe_by(self.plan), self.run
+        compute, elsewhere = makers_of(self.cuts, out, self.crew, self.tick)
+        return {
+            "source": self.source,
+            "out": out,
+            "touched": self.touched,
+            "compute": compute,
+            "describe": describe_by(self.plan),
+            "run": self.run,
+            "done": self.done,
+            "elsewhere": elsewhere,
+        }
 
     def done(self, shard: Shard) -> None:
         """Let a shard of the source leave the Hub's cache."""
@@ -758,7 +767,7 @@ def reduce_in_one_pass(
     made: dict[str, Any] = {}
 
     work = OnePass(method, Source.of(checkpoint), treatment, selection, crew.devices[0].label, null_draws)
-    makers = makers_of(Cuts(checkpoint, tuple(selected.values()), work, judged), out, crew, tick)
+    compute, elsewhere = makers_of(Cuts(checkpoint, tuple(selected.values()), work, judged), out, crew, tick)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
@@ -778,5 +787,7 @@ def reduce_in_one_pass(
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
     run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
-    document = write_checkpoint(checkpoint, out, list(selected.values()), *makers, describe, run, on_check=on_check)
+    document = write_checkpoint(
+        checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check, elsewhere=elsewhere
+    )
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -263,11 +263,11 @@ def write_checkpoint(
     out: Path,
     touched: Sequence[Matrix],
     compute: MakeNew,
-    elsewhere: MakeShards | None,
     describe: Describe,
     run: dict[str, Any],
     done: Callable[[Shard], None] = lambda _: None,
     on_check: OnCheck = lambda *_: None,
+    elsewhere: MakeShards | None = None,
 ) -> dict[str, Any]:
     """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
@@ -300,12 +300,12 @@ def write_part(
     out: Path,
     touched: Sequence[Matrix],
     compute: MakeNew,
-    elsewhere: MakeShards | None,
     describe: Describe,
     run: dict[str, Any],
     part: PartOfRun,
     done: Callable[[Shard], None] = lambda _: None,
     on_check: OnCheck = lambda *_: None,
+    elsewhere: MakeShards | None = None,
 ) -> dict[str, Any] | list[PartOfRun]:
     """As `write_checkpoint`, of every Nth shard alone; whoever ends last adds all else, and returns laser.json.
 

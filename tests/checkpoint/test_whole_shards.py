@@ -49,7 +49,8 @@ class Work:
             yield
 
         with writing(self.source, out, resume=True, force=False) as place:
-            write_checkpoint(self.source, place, self.touched, compute, elsewhere, describe_by(self.plan), self.run)
+            describe = describe_by(self.plan)
+            write_checkpoint(self.source, place, self.touched, compute, describe, self.run, elsewhere=elsewhere)
 
 
 @pytest.fixture

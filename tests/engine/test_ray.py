@@ -131,8 +131,8 @@ def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, pico: Path, tmp_
     source, touched, stated = prepare(checkpoint, plan, ON_RAY, "gram", False, None, None, None)
     cuts = Cuts(source, tuple(touched), Killed("gram", plan.reductions), stored)
     with writing(source, tmp_path / "ray", resume=False, force=False) as place:
-        makers = makers_of(cuts, place, ON_RAY, lambda *_: None)
-        write_checkpoint(source, place, touched, *makers, describe_by(plan), stated)
+        compute, elsewhere = makers_of(cuts, place, ON_RAY, lambda *_: None)
+        write_checkpoint(source, place, touched, compute, describe_by(plan), stated, elsewhere=elsewhere)
     assert killed.exists() and snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
     assert not [path for path in (tmp_path / "ray").rglob(".*")]
 
