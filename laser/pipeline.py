@@ -57,9 +57,9 @@ from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
-from laser.spectral.permutation import null_largest
+from laser.spectral.permutation import ORDER, null_largest
 from laser.spectral.shrinkage import Gains
-from laser.spectral.spectrum import excess_kurtosis
+from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
 # --- one visit --------------------------------------------------------------------------------------------------------
 
@@ -78,15 +78,17 @@ class Scan:
     """A visit that measures: what cannot be factorised is a reason, not an error.
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
+    rules: that are going to be asked; where float32 leaves the rank of one of them open, the values are in float64.
     """
 
     method: str
     null_draws: int = 0
     moments: Moments | None = None
+    rules: tuple[str, ...] = ()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host."""
-        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
+        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws, self.rules)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
         try:
@@ -148,7 +150,8 @@ class OnePass:
         try:
             null = null_largest(W, self.null_draws, device)
             tails = excess_kurtosis(W, device)
-            found = PLAIN.visit(W, decide, device, self.method)
+            doubt = doubt_by((self.treatment.rule,), (W.shape[0], W.shape[1]), null)
+            found = PLAIN.visit(W, decide, device, self.method, doubt)
         except (NumericalError, UsageError) as error:
             scanned = measured_of(W, device, self.method, self.null_draws)
             if scanned.skipped is None:  # no reason to skip, but one to stop
@@ -169,11 +172,11 @@ class OnePass:
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
-def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """What a scan records of W (m, n), on the host or the device, by its plain singular values."""
+def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int, rules: Sequence[str] = ()) -> Measured:
+    """What a scan records of W (m, n), wherever it is, by its plain singular values. rules: as in `Scan`."""
     try:
-        found = PLAIN.values(W, device, method)
         null = null_largest(W, null_draws, device)
+        found = PLAIN.values(W, device, method, doubt_by(rules, (W.shape[0], W.shape[1]), null))
         return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
@@ -239,12 +242,25 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def drawn_as(null_draws: int) -> dict[str, int]:
+    """How many permutations a run measures, and in which order they put the entries: two orders are not mixed."""
+    return {"null_draws": null_draws} | ({"null_order": ORDER} if null_draws else {})
+
+
 def run_of_scan(
-    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+    rules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
-    more = {"moments": moments.calibration.identity} if moments else {}
-    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
+    if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
+        more |= {"rules": sorted(rules)}
+    more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
@@ -258,6 +274,7 @@ def scan(
     journal: Path | None = None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    rules: Sequence[str] = (),
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -270,7 +287,8 @@ def scan(
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
-    singular values are measured once more in the metric of the data, where a matrix was calibrated.
+    singular values are measured once more in the metric of the data, where a matrix was calibrated. In float32 the
+    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -279,10 +297,10 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules)
     todo = most_expensive_first([m for m in matrices if m.name not in skipped])
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
-        found = _measure(checkpoint, todo, Scan(method, null_draws, moments), crew, log, tick)
+        found = _measure(checkpoint, todo, Scan(method, null_draws, moments, tuple(rules)), crew, log, tick)
     spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
     return replace(spectra, data=InData.of(moments, spectra.values, found))
 
@@ -344,7 +362,8 @@ def spectra_there(
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
+    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == ORDER)
+    return there if wanted == done and same_nulls and same else None
 
 
 def of_another_run(out: Path) -> OutputError:
@@ -371,6 +390,7 @@ def scan_into(
     null_draws: int = 0,
     moments: Moments | None = None,
     anew: bool = False,
+    rules: Sequence[str] = (),
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
 
@@ -393,6 +413,7 @@ def scan_into(
             journal=partial,
             null_draws=null_draws,
             moments=moments,
+            rules=rules,
             tick=tick,
             anew=anew,
         )
@@ -738,7 +759,7 @@ def run_of_pass(
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
     how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, **drawn_as(null_draws))
 
 
 def reduce_in_one_pass(
