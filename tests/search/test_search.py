@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrated import windows_of
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 from reference import Row, naive_search
 
+from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import main
 from laser.errors import NumericalError, RecordError, UsageError
@@ -100,11 +102,12 @@ class Asked:
     include: str = r"q_proj|experts\.[01]\.w2"
     racing: bool = False
     windows: int = 6
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path, self.windows)
-        self.objective, self.selection = self.accuracy or calibration, Selection(include=self.include)
-        self.spectra = scan(self.checkpoint, device=CPU, moments=self.moments)
+        self.objective, self.selection = self.accuracy or calibration, Selection(roles=self.roles, include=self.include)
+        self.spectra = scan(self.checkpoint, self.selection if self.roles else None, device=CPU, moments=self.moments)
 
     @functools.cached_property
     def expected(self) -> tuple[list[Row], dict[str, int], list[float]]:
@@ -144,13 +147,14 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
     lengths = [len(w.tokens) - 1 for w in asked.objective.windows]
     state = sum(lengths) * LayeredModel(asked.checkpoint).width * 4
     held_out = asked.search(resident=None)[0].held_out
-    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, {"store": Store(4 * state)}):
+    stores = [{"store": Store(count * state)} for count in (3, 6)]
+    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, *stores):
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
         if "resident" in memory:  # above, one candidate a walk costs no reading
             continue
-        if model.store.limit > 4 * state:
+        if model.store.limit > 6 * state:
             assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
             assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
             assert walks < count
@@ -174,6 +178,28 @@ def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_pat
         assert accuracy or {t.alone for t in result.trials} == {True, False}
         assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
         asked.search(resident=None)
+
+
+@pytest.mark.slow
+def test_rules_by_the_data_are_one_after_the_other(model_path: Path, tmp_path: Path) -> None:
+    calibrate(open_checkpoint(model_path), windows_of(model_path), tmp_path / "m.safetensors")
+    moments = Moments.load(tmp_path / "m.safetensors")
+    rules = ("fraction:0.8", "data:fraction:0.8", "data:fraction:0.3")
+    asked = Asked(model_path, rules, moments=moments, include=r"layers\.[12].*(q_proj|experts\.0\.w1)")
+    families = asked.search()[0].families()
+    assert families["data"]["trials"] and families["plain"]["trials"]
+    asked.search(resident=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, roles", [("tied", ("embedding", "q")), ("llama", ("embedding", "head", "q"))])
+def test_an_embedding_and_a_head_are_one_after_the_other(kind: str, roles: tuple[str, ...], tmp_path: Path) -> None:
+    """A tied one is edited in two pieces at once, below all layers and above them."""
+    path = make_model(tmp_path / "m", kind)
+    asked = Asked(path, ("fraction:0.9", "fraction:0.5"), include=r"embed|lm_head|layers\.[01].*q_proj", roles=roles)
+    asked.search()
+    asked.search(resident=2, ahead=True)
+    assert {t.label.split(".")[-2] for t in asked.search(resident=None)[0].trials} >= {"embed_tokens", "q_proj"}
 
 
 @pytest.mark.slow
