@@ -11,7 +11,7 @@ pass may differ from a scan's in the last digits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,9 +45,9 @@ from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
-from laser.spectral.permutation import null_largest
+from laser.spectral.permutation import ORDER, null_largest
 from laser.spectral.shrinkage import Gains
-from laser.spectral.spectrum import excess_kurtosis
+from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
 # --- one visit --------------------------------------------------------------------------------------------------------
 
@@ -66,15 +66,17 @@ class Scan:
     """A visit that measures: what cannot be factorised is a reason, not an error.
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
+    rules: that are going to be asked; where float32 leaves the rank of one of them open, the values are in float64.
     """
 
     method: str
     null_draws: int = 0
     moments: Moments | None = None
+    rules: tuple[str, ...] = ()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host."""
-        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
+        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws, self.rules)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
         try:
@@ -136,7 +138,8 @@ class OnePass:
         try:
             null = null_largest(W, self.null_draws, device)
             tails = excess_kurtosis(W, device)
-            found = PLAIN.visit(W, decide, device, self.method)
+            doubt = doubt_by((self.treatment.rule,), (W.shape[0], W.shape[1]), null)
+            found = PLAIN.visit(W, decide, device, self.method, doubt)
         except (NumericalError, UsageError) as error:
             scanned = measured_of(W, device, self.method, self.null_draws)
             if scanned.skipped is None:  # no reason to skip, but one to stop
@@ -157,11 +160,11 @@ class OnePass:
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
-def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """What a scan records of W (m, n), on the host or the device, by its plain singular values."""
+def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int, rules: Sequence[str] = ()) -> Measured:
+    """What a scan records of W (m, n), wherever it is, by its plain singular values. rules: as in `Scan`."""
     try:
-        found = PLAIN.values(W, device, method)
         null = null_largest(W, null_draws, device)
+        found = PLAIN.values(W, device, method, doubt_by(rules, (W.shape[0], W.shape[1]), null))
         return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
@@ -227,12 +230,25 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def drawn_as(null_draws: int) -> dict[str, int]:
+    """How many permutations a run measures, and in which order they put the entries: two orders are not mixed."""
+    return {"null_draws": null_draws} | ({"null_order": ORDER} if null_draws else {})
+
+
 def run_of_scan(
-    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+    rules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
-    more = {"moments": moments.calibration.identity} if moments else {}
-    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
+    if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
+        more |= {"rules": sorted(rules)}
+    more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
@@ -246,6 +262,7 @@ def scan(
     journal: Path | None = None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    rules: Sequence[str] = (),
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -258,7 +275,8 @@ def scan(
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
-    singular values are measured once more in the metric of the data, where a matrix was calibrated.
+    singular values are measured once more in the metric of the data, where a matrix was calibrated. In float32 the
+    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -267,7 +285,7 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -276,7 +294,7 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = Scan(method, null_draws, moments)
+        work = Scan(method, null_draws, moments, tuple(rules))
         with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
@@ -315,7 +333,8 @@ def spectra_there(
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
+    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == ORDER)
+    return there if wanted == done and same_nulls and same else None
 
 
 def of_another_run(out: Path) -> OutputError:
@@ -342,6 +361,7 @@ def scan_into(
     null_draws: int = 0,
     moments: Moments | None = None,
     anew: bool = False,
+    rules: Sequence[str] = (),
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
 
@@ -362,6 +382,7 @@ def scan_into(
             journal=partial,
             null_draws=null_draws,
             moments=moments,
+            rules=rules,
             tick=tick,
             anew=anew,
         )
@@ -529,7 +550,7 @@ def run_of_pass(
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
     how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, **drawn_as(null_draws))
 
 
 def reduce_in_one_pass(

@@ -25,6 +25,7 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, shown, under
+from laser.spectral.permutation import ORDER
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
@@ -216,13 +217,14 @@ def _row_with_kind(row: Any) -> Any:
 class SpectraHeader(
     ArrayRecord, kind="spectra", version=3, earlier={2: _rows_from_texts}, made_by="laser scan MODEL -o FILE"
 ):
-    """What the file says beside the vectors. vectors: their hash."""
+    """What the file says beside the vectors. vectors: their hash. null_order: see `Spectra`."""
 
     source: Source
     method: str
     device: str
     matrices: tuple[Row, ...]
     data: InData | None = field(default=None, metadata=SPARSE)
+    null_order: int = field(default=1, metadata=SPARSE)
     vectors: str
 
     def wrong(self) -> str | None:
@@ -235,7 +237,8 @@ class Spectra:
 
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them.
+    empty unless the scan was asked for them. null_order: by which order of the entries (permutation.ORDER); 1 is the
+    shuffle of earlier versions, whose values have the same law
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
@@ -252,6 +255,7 @@ class Spectra:
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
+    null_order: int = ORDER
 
     @cached_property
     def by_name(self) -> Mapping[str, Matrix]:
@@ -265,7 +269,7 @@ class Spectra:
         rows = tuple(map(self._row, self.matrices))
         header = SpectraHeader(
             source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
-            vectors=hash_of(vectors),
+            null_order=self.null_order if self.nulls else 1, vectors=hash_of(vectors),
         )  # fmt: skip
         header.save(path, vectors)
 
@@ -293,8 +297,9 @@ class Spectra:
         notes = {row.name: row.note for row in rows if row.note}
         matrices = tuple(row.matrix for row in rows)
         spectra = Spectra(
-            header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes
-        )
+            header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes,
+            null_order=header.null_order if nulls else ORDER,
+        )  # fmt: skip
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")
         SpectraHeader.require_seal(document if header.vectors == hash_of(vectors) else None, path)
