@@ -20,12 +20,12 @@ from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
 from laser.records import differences, named, under
-from laser.spectral.data_metric import KEPT, ByData
+from laser.spectral.data_metric import SITES_KEPT, ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
 from laser.spectral.recent import Recent
 
 FORMS = ("full", "diagonal", "outputs")  # see ByData
-WHOLE: Recent[torch.Tensor] = Recent(KEPT)  # moments, which nobody may change
+WHOLE: Recent[torch.Tensor] = Recent(SITES_KEPT)  # moments, which nobody may change
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 NO_MOMENTS = (
     "a rule in the metric of the data needs moments, and spectra that were scanned with them; try --moments with a "

@@ -20,7 +20,7 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import check_storage, singular_values, to_device_if_it_fits
-from laser.spectral.permutation import ORDER, PERMUTATIONS, largest_singular_value, permuted
+from laser.spectral.permutation import NULL_ORDER, PERMUTATIONS, largest_singular_value, permuted
 from laser.spectral.rules import TESTED, apply_rule, draws_needed, parse_rule
 
 # Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
@@ -47,7 +47,7 @@ class NullTest(Record, kind="null test", version=1, made_by="laser null MODEL --
     draws: int
     rows: tuple[NullRow, ...]
     skipped: Mapping[str, str]  # name -> why it could not be tested
-    order: int = field(default=1, metadata=SPARSE)  # of the permuted entries, see permutation.ORDER
+    order: int = field(default=1, metadata=SPARSE)  # of the permuted entries, see permutation.NULL_ORDER
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def null_test(
         tick(matrix)
     require_unchanged(checkpoint)
     rows = tuple(_null_row(spec, role, group) for (spec, role), group in counts.items())
-    return NullTest(source, permutation, draws, rows, skipped, ORDER)
+    return NullTest(source, permutation, draws, rows, skipped, NULL_ORDER)
 
 
 def check_test(rules: Sequence[str], permutation: str, draws: int) -> None:

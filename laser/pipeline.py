@@ -57,7 +57,7 @@ from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
-from laser.spectral.permutation import ORDER, null_largest
+from laser.spectral.permutation import NULL_ORDER, null_largest
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
@@ -244,7 +244,7 @@ def check_scan(method: str, null_draws: int) -> None:
 
 def drawn_as(null_draws: int) -> dict[str, int]:
     """How many permutations a run measures, and in which order they put the entries: two orders are not mixed."""
-    return {"null_draws": null_draws} | ({"null_order": ORDER} if null_draws else {})
+    return {"null_draws": null_draws} | ({"null_order": NULL_ORDER} if null_draws else {})
 
 
 def run_of_scan(
@@ -362,7 +362,7 @@ def spectra_there(
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
-    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == ORDER)
+    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == NULL_ORDER)
     return there if wanted == done and same_nulls and same else None
 
 

@@ -83,7 +83,7 @@ def json_pieces(document: Any) -> Iterator[bytes]:
     if not _holds_others(document):
         yield _ENCODER.encode(document).encode()
     else:
-        for piece in _pieces(document, 0):
+        for piece in _in_pieces(document, 0):
             yield piece.encode()
     yield b"\n"
 
@@ -101,7 +101,7 @@ def _holds_others(value: Any) -> bool:
     return any(isinstance(each, CONTAINERS) or is_dataclass(each) for each in inside)
 
 
-def _pieces(value: Any, depth: int) -> Iterator[str]:
+def _in_pieces(value: Any, depth: int) -> Iterator[str]:
     """The text of an object or list inside `depth` others: entries that hold no others together, the rest in pieces of
     their own."""
     make, start, end = (dict, "{", "}") if isinstance(value, Mapping) else (list, "[", "]")
@@ -123,7 +123,7 @@ def _pieces(value: Any, depth: int) -> Iterator[str]:
             start = ","
         if opened:
             before = "" if make is list else json.dumps({key: 0})[1:-2]
-            pieces = _pieces(inside, depth + 1)
+            pieces = _in_pieces(inside, depth + 1)
             yield start + "\n" + " " * (depth + 1) + before + next(pieces)
             yield from pieces
             start = ","

@@ -25,7 +25,7 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, shown, under
-from laser.spectral.permutation import ORDER
+from laser.spectral.permutation import NULL_ORDER
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
@@ -237,8 +237,8 @@ class Spectra:
 
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them. null_order: by which order of the entries (permutation.ORDER); 1 is the
-    shuffle of earlier versions, whose values have the same law
+    empty unless the scan was asked for them. null_order: by which order of the entries (permutation.NULL_ORDER); 1 is
+    the shuffle of earlier versions, whose values have the same law
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
@@ -255,7 +255,7 @@ class Spectra:
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
-    null_order: int = ORDER
+    null_order: int = NULL_ORDER
 
     @cached_property
     def by_name(self) -> Mapping[str, Matrix]:
@@ -298,7 +298,7 @@ class Spectra:
         matrices = tuple(row.matrix for row in rows)
         spectra = Spectra(
             header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes,
-            null_order=header.null_order if nulls else ORDER,
+            null_order=header.null_order if nulls else NULL_ORDER,
         )  # fmt: skip
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")

@@ -150,7 +150,7 @@ def test_permutations_in_another_order_are_read_and_not_mixed(
     crew = Crew((HOST,))
     scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4)
     now = Spectra.load(path)
-    assert now.null_order == permutation.ORDER
+    assert now.null_order == permutation.NULL_ORDER
     stamp = path.stat().st_mtime_ns
     scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4)
     assert path.stat().st_mtime_ns == stamp  # not measured again
@@ -158,10 +158,10 @@ def test_permutations_in_another_order_are_read_and_not_mixed(
     assert b"null_order" not in path.read_bytes()
     assert Spectra.load(path).null_order == 1
     make_plan(Spectra.load(path), "parallel:0.2")
-    assert scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4).null_order == permutation.ORDER
+    assert scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4).null_order == permutation.NULL_ORDER
     journal = tmp_path / "journal"
     # A journal as another version leaves it: of what says so nothing else in it would differ.
-    monkeypatch.setattr(pipeline, "ORDER", 1)
+    monkeypatch.setattr(pipeline, "NULL_ORDER", 1)
     with pytest.raises(KeyboardInterrupt):
         scan(checkpoint, chosen, null_draws=4, journal=journal, tick=interrupted)
     monkeypatch.undo()

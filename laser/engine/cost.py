@@ -18,7 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import BITS
 from laser.engine.crew import Crew, peak_bytes
 from laser.errors import RecordError
-from laser.spectral.data_metric import KEPT
+from laser.spectral.data_metric import SITES_KEPT
 from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
@@ -122,7 +122,7 @@ def _metric_entries(m: int, n: int, pool: int) -> int:
     """What the metric of the data holds in float64: each worker W and W C^(1/2), C or W C W^T with its root and
     eigenvectors; and all together the moments and roots that are kept for the next."""
     inputs = min(n, 4096) ** 2
-    return pool * (2 * m * n + 4 * inputs) + 2 * KEPT * inputs
+    return pool * (2 * m * n + 4 * inputs) + 2 * SITES_KEPT * inputs
 
 
 def _spread(seconds: Iterable[float], pool: int) -> float:

@@ -143,8 +143,8 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, al
         compared = compared or f"{name} {_against(wanted, asked.device, free, resident == 0)}"
         if shortage(wanted, asked.device, free) is None:
             if alive is not None:
-                return _searched(asked, resident, needs_of, free, compared, alive)
-            left = _left(needs, HOST_NAME, asked.device, free)
+                return _placed_search(asked, resident, needs_of, free, compared, alive)
+            left = _left_over(needs, HOST_NAME, asked.device, free)
             states = MEMORY_LIMIT if left is None else min(MEMORY_LIMIT, left // 2)
             how, news = "it is loaded whole", resident == 0 and asked.stream is None
             if resident == 0:
@@ -155,20 +155,20 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, al
     raise refusal(name, asked, needs_of, free, ways, cannot)
 
 
-def _searched(
+def _placed_search(
     asked: Asked, resident: int | None, needs_of: NeedsOf, free: Free, compared: str, alive: Alive
 ) -> Placement:
     """A search, of a model that fits whole (None) or layer by layer (0): with how many states, and how many layers."""
     needs = needs_of(asked, resident)
     own, whole = asked.device.partition(":")[0] == OWN_MEMORY, resident is None
     places = (asked.device,) if own else (asked.device, HOST_NAME)
-    left = (_left(needs, where, asked.device, free) for where in places)
+    left = (_left_over(needs, where, asked.device, free) for where in places)
     known = min((count for count in left if count is not None), default=0 if own else 2 * MEMORY_LIMIT)
     near = min(alive.wanted(known, whole), known)  # bytes of states where the pieces run
     states = near // alive.size
     far = 0
     if own:  # where others wait, and come to the device for each layer
-        left_here, size = _left(needs, HOST_NAME, asked.device, free), pinned_bytes(alive.size)
+        left_here, size = _left_over(needs, HOST_NAME, asked.device, free), pinned_bytes(alive.size)
         far = min((alive.most(whole) - states) * size, MEMORY_LIMIT if left_here is None else left_here // 2)
         states += far // size
     if resident == 0 and asked.stream is None:
@@ -188,7 +188,7 @@ def _searched(
         dtype=asked.dtype,
         layers=alive.layers if resident is None else max(resident - 1, 0),
         variants=variants,
-        why=f"{compared}: {_kept(resident, alive.layers)}{_at_a_time(variants, states)}",
+        why=f"{compared}: {_what_stays(resident, alive.layers)}{_at_a_time(variants, states)}",
         news=resident is not None and asked.stream is None,
     )
 
@@ -263,7 +263,7 @@ def _against(needs: Needs, device: str, free: Free, stream: bool) -> str:
     return f"needs {gigabytes(needed)} {place} {how}, and {are_free}"
 
 
-def _kept(resident: int | None, layers: int) -> str:
+def _what_stays(resident: int | None, layers: int) -> str:
     if resident is None:
         return "all of it stays in memory"
     if resident == 0:
@@ -277,7 +277,7 @@ def _at_a_time(variants: int, states: int) -> str:
     return f"; up to {variants} variant{'s' * (variants != 1)} at a time{files}" if variants else ""
 
 
-def _left(needs: Needs, where: str, device: str, free: Free) -> int | None:
+def _left_over(needs: Needs, where: str, device: str, free: Free) -> int | None:
     """Bytes that stay free there beside `needs`; None where that is not known."""
     left = free(where, needs.mapped if where == HOST_NAME else 0)
     return None if left is None else max(left - _needed(needs, where, device), 0)

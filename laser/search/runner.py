@@ -14,7 +14,7 @@ from laser.evaluation.objective import Objective
 from laser.journal import Journal
 from laser.records import SPARSE, under
 from laser.search.candidates import Candidate
-from laser.search.trials import Bench, Cut, Measured, Variant, accepted, change
+from laser.search.trials import Bench, RuleAndRank, Variant, VariantResult, accepted, change
 
 # The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.
 VALUES = tuple[float | None, ...]
@@ -162,7 +162,7 @@ class Runner:
         self.log, self.tick = log, tick
         self.trials: list[Trial] = []
         self.to_come = 0
-        self.measured: dict[State, Measured] = {}
+        self.measured: dict[State, VariantResult] = {}
         self.kept: dict[str, Trial] = {}
         self.state: State = ()
         self._said: dict[str, int | None] = {}  # each candidate's option by its latest results, on whichever state
@@ -177,7 +177,7 @@ class Runner:
 
         entry = self.log.entry({"entry": "baseline"}, measure)
         values = from_numbers(entry.get("values", ()), self.objective)
-        self.measured.setdefault((), Measured(values, 0, 0.0))
+        self.measured.setdefault((), VariantResult(values, 0, 0.0))
         return values
 
     @property
@@ -208,7 +208,7 @@ class Runner:
 
         entry = self.log.entry(what, measure)
         values = from_numbers(entry["values"], self.objective, self.raced)
-        self.measured[state] = Measured(values, entry["layer_forwards"], entry["seconds"])
+        self.measured[state] = VariantResult(values, entry["layer_forwards"], entry["seconds"])
         d, se = change(self.objective, self.now, values)  # by the values, also where the journal has them
         trial = Trial(
             candidate.label,
@@ -267,7 +267,7 @@ class Runner:
     def _measure_ahead(self, candidates: Sequence[Candidate], at: int, alone: bool) -> None:
         """One walk for candidate number `at` and as many behind it as are worth it, see `_ahead`."""
         room, states, variants = self.bench.room(), list[State](), list[Variant]()
-        state, on_top, kept = self.state, dict[str, Cut](), dict[str, Any](self.kept)
+        state, on_top, kept = self.state, dict[str, RuleAndRank](), dict[str, Any](self.kept)
         for candidate in itertools.islice(candidates, at, at + self._ahead(candidates, at)):
             if len(states) >= room:
                 break
@@ -291,12 +291,12 @@ class Runner:
 
     def _walk(
         self, states: Sequence[State], variants: Sequence[Variant], base: bool, bench: Bench | None = None
-    ) -> dict[State, Measured]:
+    ) -> dict[State, VariantResult]:
         """The variants of these states, each on top of what is kept, and with `base` what is kept itself."""
         found, own = (bench or self.bench).walk(variants, base)
         return dict(zip(states, found, strict=True)) | ({} if own is None else {self.state: own})
 
-    def _race(self, states: Sequence[State], variants: Sequence[Variant], base: bool) -> dict[State, Measured]:
+    def _race(self, states: Sequence[State], variants: Sequence[Variant], base: bool) -> dict[State, VariantResult]:
         """The same in two walks. The second, over the other units, is for those that the first has not shown worse
         by LOST standard errors, each against the state that it is tried on. What has lost keeps its few values."""
         found, lost, on = self._walk(states, variants, base, self.heat), set[State](), list[int]()
@@ -313,7 +313,7 @@ class Runner:
         for state, more in rest.items():
             first = found[state]
             forwards, seconds = first.layer_forwards + more.layer_forwards, first.seconds + more.seconds
-            found[state] = Measured([*first.values, *more.values], forwards, round(seconds, 3))
+            found[state] = VariantResult([*first.values, *more.values], forwards, round(seconds, 3))
         return found
 
     def _ahead(self, candidates: Sequence[Candidate], at: int) -> int:
@@ -338,7 +338,7 @@ class Runner:
 
     def _hear(self) -> None:
         """What the results say of each candidate, if the state they were measured on were the one that counts."""
-        options: dict[tuple[State, str], dict[int, Measured]] = {}
+        options: dict[tuple[State, str], dict[int, VariantResult]] = {}
         for state, found in self.measured.items():
             if state:
                 options.setdefault((state[:-1], state[-1][0]), {})[state[-1][1]] = found

@@ -26,11 +26,11 @@ from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
 
 # A variant's matrices are made where the walk needs them, and freed behind.
-Cut = tuple[str, int]  # rule, rank
-Variant = Mapping[str, Cut]
+RuleAndRank = tuple[str, int]  # rule, rank
+Variant = Mapping[str, RuleAndRank]
 # States that are kept: the piece that they enter, and the edits below it on top of those that are part of the model.
-Boundary = tuple[int, frozenset[tuple[str, Cut]]]
-OWN: frozenset[tuple[str, Cut]] = frozenset()
+Boundary = tuple[int, frozenset[tuple[str, RuleAndRank]]]
+NO_EDITS: frozenset[tuple[str, RuleAndRank]] = frozenset()
 
 
 def accepted(rule: str, d: float, se: float | None) -> bool:
@@ -40,7 +40,7 @@ def accepted(rule: str, d: float, se: float | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Measured:
+class VariantResult:
     """One variant's values, one per unit of the objective, and what they took: layers times windows, and its share of
     the walk's seconds."""
 
@@ -89,7 +89,7 @@ class Bench:
 
     def others(self) -> int:
         """States that a walk needs beside those of its variants."""
-        return 1 + sum((piece, OWN) not in self.boundaries for piece in self.wanted)
+        return 1 + sum((piece, NO_EDITS) not in self.boundaries for piece in self.wanted)
 
     def make_room(self, count: int, used: Collection[Boundary | None] = ()) -> None:
         """Let kept states of variants go until memory has room for `count` more; those that are `used` the last."""
@@ -103,7 +103,7 @@ class Bench:
         """Whether states of a variant can be kept beside `to_come` others that a walk still needs."""
         return self._room() > to_come
 
-    def walk(self, variants: Sequence[Variant], base: bool = False) -> tuple[list[Measured], Measured | None]:
+    def walk(self, variants: Sequence[Variant], base: bool = False) -> tuple[list[VariantResult], VariantResult | None]:
         """The objective's values for each variant on top of what is kept, and with `base` for the model as it is.
 
         The model is afterwards as it was before, bit for bit.
@@ -126,7 +126,7 @@ class Bench:
             else:
                 self.model.store.free(states)
 
-    def below(self, piece: int, variant: Variant) -> frozenset[tuple[str, Cut]]:
+    def below(self, piece: int, variant: Variant) -> frozenset[tuple[str, RuleAndRank]]:
         """The edits that the states which enter a piece depend on."""
         return frozenset((name, cut) for name, cut in variant.items() if self._first(name) < piece)
 
@@ -138,11 +138,11 @@ class Bench:
     def all_boundaries(self, first: int) -> dict[int, Activations]:
         """Every boundary from piece `first` to the head, for a backward pass. Kept until forgotten."""
         pieces = range(first, self.model.layers + 2)
-        if not self.boundaries.keys() >= {(piece, OWN) for piece in pieces}:
+        if not self.boundaries.keys() >= {(piece, NO_EDITS) for piece in pieces}:
             wanted, self.wanted = self.wanted, set(pieces)
             self.walk((), base=True)
             self.wanted = wanted
-        return {piece: self.boundaries[piece, OWN] for piece in pieces}
+        return {piece: self.boundaries[piece, NO_EDITS] for piece in pieces}
 
     @property
     def _lengths(self) -> list[int]:
@@ -164,7 +164,7 @@ class _Walk:
         # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept.
         self.begins: dict[int, list[int]] = {}
         self.kept: dict[int, Boundary] = {}
-        self.edits: list[dict[int, dict[str, Cut]]] = []  # of each variant by piece
+        self.edits: list[dict[int, dict[str, RuleAndRank]]] = []  # of each variant by piece
         bench.make_room(len(variants) + bench.others(), {*map(self._kept_of, variants)})
         for number, variant in enumerate(variants):
             if boundary := self._kept_of(variant):
@@ -190,7 +190,7 @@ class _Walk:
         found = ((p, self.bench.below(p, variant)) for p in sorted(self.bench.branches, reverse=True) if p > first)
         return next((boundary for boundary in found if boundary in boundaries), None)
 
-    def go(self) -> tuple[list[Measured], Measured | None]:
+    def go(self) -> tuple[list[VariantResult], VariantResult | None]:
         started = time.perf_counter()
         self.model.prove(self.bench.objective.windows)
         for number in self.begins.get(0, ()):
@@ -211,7 +211,7 @@ class _Walk:
                             self._run(piece, number, self.alive[number])
         seconds = (time.perf_counter() - started) / max(sum(self.steps.values()), 1)
         found = {
-            number: Measured(values, self.forwards[number], round(seconds * self.steps[number], 3))
+            number: VariantResult(values, self.forwards[number], round(seconds * self.steps[number], 3))
             for number, values in self.scores.items()
         }
         return [found[number] for number in range(len(self.variants))], found.get(-1)
@@ -224,17 +224,17 @@ class _Walk:
     def _enter(self) -> None:
         """Take up the model's own states at the highest boundary that lies below all that needs them."""
         lowest = min(piece for piece in (*self.begins, self.last) if piece)
-        at = max((piece for piece, below in self.bench.boundaries if below == OWN and piece <= lowest), default=0)
+        at = max((piece for piece, below in self.bench.boundaries if below == NO_EDITS and piece <= lowest), default=0)
         windows = self.bench.objective.windows
-        self.own = self.bench.copy(self.bench.boundaries[at, OWN]) if at else self.model.embed(windows)
+        self.own = self.bench.copy(self.bench.boundaries[at, NO_EDITS]) if at else self.model.embed(windows)
         self.enters = at or 1
 
     def _branch(self, piece: int) -> None:
         """Let those begin that begin here, and keep what is worth keeping."""
         boundaries = self.bench.boundaries
         if self.own is not None and piece >= self.enters:
-            if piece in self.bench.wanted and (piece, OWN) not in boundaries:
-                boundaries[piece, OWN] = self.bench.copy(self.own)
+            if piece in self.bench.wanted and (piece, NO_EDITS) not in boundaries:
+                boundaries[piece, NO_EDITS] = self.bench.copy(self.own)
             for number in self.begins.get(piece, ()):
                 self.alive[number] = self.bench.copy(self.own)
             if piece == self.highest and not self.base:
@@ -250,14 +250,14 @@ class _Walk:
             if boundary[0] == piece:
                 self.alive[number] = self.bench.copy(boundaries[boundary])
 
-    def _alike(self, piece: int) -> dict[tuple[tuple[str, Cut], ...], list[int]]:
+    def _alike(self, piece: int) -> dict[tuple[tuple[str, RuleAndRank], ...], list[int]]:
         """The variants that are alive, by what they edit in this piece: each cut is made and swapped in once."""
-        found: dict[tuple[tuple[str, Cut], ...], list[int]] = {}
+        found: dict[tuple[tuple[str, RuleAndRank], ...], list[int]] = {}
         for number in self.alive:
             found.setdefault(tuple(sorted(self._here(piece, number).items())), []).append(number)
         return found
 
-    def _here(self, piece: int, number: int) -> dict[str, Cut]:
+    def _here(self, piece: int, number: int) -> dict[str, RuleAndRank]:
         edits = self.edits[number]
         return {name: cut for each in self.model.together(piece) for name, cut in edits.get(each, {}).items()}
 

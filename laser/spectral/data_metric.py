@@ -55,8 +55,8 @@ from laser.spectral.unit import in_unit, largest_entry
 T = TypeVar("T")
 METHOD = "data"  # what a certificate calls it
 STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
-KEPT = 2  # roots at a time: of the matrix that is measured and of the next
-ROOTS: Recent[torch.Tensor] = Recent(KEPT)
+SITES_KEPT = 2  # roots at a time: of the matrix that is measured and of the next
+ROOTS: Recent[torch.Tensor] = Recent(SITES_KEPT)
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,12 @@ def _computed(compute: Callable[[Device], T], W: torch.Tensor, metric: ByData, d
 def data_bytes(shape: tuple[int, int], form: str) -> int:
     """What one matrix (m, n) takes at the most while it is measured or cut in this metric, all in float64, in bytes.
 
-    W, B, W - B and two products of W's shape; C, what shrinking makes of it, its root and KEPT roots of others; and
-    twice what an eigenproblem takes.
+    W, B, W - B and two products of W's shape; C, what shrinking makes of it, its root and SITES_KEPT roots of others;
+    and twice what an eigenproblem takes.
     """
     (m, n), p = shape, min(shape)
     inputs = n * n if form == "full" else 0
-    return 8 * (5 * m * n + (3 + KEPT) * inputs + 2 * eigh_squares() * max(p * p, inputs if m > n else 0))
+    return 8 * (5 * m * n + (3 + SITES_KEPT) * inputs + 2 * eigh_squares() * max(p * p, inputs if m > n else 0))
 
 
 # --- values and truncations -------------------------------------------------------------------------------------------

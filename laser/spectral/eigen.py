@@ -26,8 +26,7 @@ from laser.errors import UsageError
 from laser.spectral.openblas import LARGEST, OpenBlas, Tridiagonal, find_openblas
 from laser.spectral.unit import unit
 
-Real = NDArray[Any]  # float64 or float32
-Values = NDArray[np.float64]  # (p,), ascending
+Eigenvalues = NDArray[np.float64]  # (p,), ascending
 Steps = tuple[tuple[int, str], ...]  # (from this side p on, this route), rising
 
 
@@ -35,7 +34,7 @@ Steps = tuple[tuple[int, str], ...]  # (from this side p on, this route), rising
 class Eigen:
     """Eigenvalues (p,), float64, ascending, and what gives the eigenvectors (p, k) of those with the numbers (k,)."""
 
-    values: Values
+    values: Eigenvalues
     vectors: Callable[[NDArray[np.intp]], Real]
 
 
@@ -52,12 +51,12 @@ class Routes:
         return " ".join(f"{what}:{steps}" for what, steps in told)
 
 
-SMALLEST = 256  # side under which nothing is to be gained
-MARGIN = 0.1
+SMALLEST_SIDE = 256  # side under which nothing is to be gained
+LEAST_GAIN = 0.1
 # From 2560 on two stages are faster, with one worker and with all (LOG.md).
 DEFAULT = Routes(
-    values=((0, "numpy"), (SMALLEST, "one-stage"), (2560, "two-stage")),
-    vectors=((0, "numpy"), (SMALLEST, "one-stage")),
+    values=((0, "numpy"), (SMALLEST_SIDE, "one-stage"), (2560, "two-stage")),
+    vectors=((0, "numpy"), (SMALLEST_SIDE, "one-stage")),
 )
 
 
@@ -74,23 +73,23 @@ def here(routes: Routes | None, dtype: np.dtype[Any]) -> Routes:
     return Routes(**found)
 
 
-def eigenvalues(G: Real, routes: Routes | None = None) -> Values:
+def eigenvalues(G: Real, routes: Routes | None = None) -> Eigenvalues:
     """Eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32. routes: None for DEFAULT.
 
     Raises LinAlgError where LAPACK does not converge, UsageError for a route that does not exist here.
     """
-    return VALUES[taken("values", len(G), G.dtype, routes)](G)
+    return VALUE_ROUTES[taken("values", len(G), G.dtype, routes)](G)
 
 
 def eigenvectors(G: Real, routes: Routes | None = None) -> Eigen:
     """As `eigenvalues`, and eigenvectors in the precision of G."""
-    return VECTORS[taken("vectors", len(G), G.dtype, routes)](G)
+    return VECTOR_ROUTES[taken("vectors", len(G), G.dtype, routes)](G)
 
 
 def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]], dtype: np.dtype[Any]) -> Routes | None:
     """The routes that are fastest by measured["values" or "vectors"][route][side] seconds; None: those of DEFAULT.
 
-    Another route than the default one has to be faster by MARGIN: the next measurement should choose alike.
+    Another route than the default one has to be faster by LEAST_GAIN: the next measurement should choose alike.
     """
     found = Routes(*(_fastest(what, measured.get(what, {}), dtype) for what in ("values", "vectors")))
     return None if found == DEFAULT else found
@@ -105,13 +104,13 @@ def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]], dtype: np.dt
         usual = taken(what, p, dtype, None)
         at = {route: table[p] for route, table in there.items() if p in table}
         first = min(at, key=lambda route: at[route])
-        best.append(first if at[first] < at.get(usual, math.inf) * (1 - MARGIN) else usual)
+        best.append(first if at[first] < at.get(usual, math.inf) * (1 - LEAST_GAIN) else usual)
     if best == [taken(what, p, dtype, None) for p in sides]:
         return getattr(DEFAULT, what)
     steps = [(0, "numpy")]
     for i, (p, route) in enumerate(zip(sides, best, strict=True)):
         if route != steps[-1][1]:
-            steps.append((round(math.sqrt(sides[i - 1] * p)) if i else SMALLEST, route))
+            steps.append((round(math.sqrt(sides[i - 1] * p)) if i else SMALLEST_SIDE, route))
     return tuple(steps)
 
 
@@ -130,13 +129,13 @@ def taken(what: str, p: int, dtype: np.dtype[Any], routes: Routes | None) -> str
 def offered(what: str, dtype: np.dtype[Any]) -> tuple[str, ...]:
     """The routes for "values" or "vectors" that this machine has in that precision."""
     there = {"numpy": True, "mkl": dtype == np.float64 and torch.backends.mkl.is_available()}
-    return tuple(route for route in TABLES[what] if there.get(route, find_openblas() is not None))
+    return tuple(route for route in ROUTE_TABLES[what] if there.get(route, find_openblas() is not None))
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 
-def _numpy_values(G: Real) -> Values:
+def _numpy_values(G: Real) -> Eigenvalues:
     return np.linalg.eigvalsh(G).astype(np.float64)
 
 
@@ -145,7 +144,7 @@ def _numpy_vectors(G: Real) -> Eigen:
     return Eigen(values.astype(np.float64), lambda which: columns(vectors, which))
 
 
-def _mkl_values(G: Real) -> Values:
+def _mkl_values(G: Real) -> Eigenvalues:
     return torch.linalg.eigvalsh(torch.from_numpy(G)).numpy()
 
 
@@ -154,7 +153,7 @@ def _mkl_vectors(G: Real) -> Eigen:
     return Eigen(values, lambda which: columns(vectors, which))
 
 
-def _reduced(G: Real, stages: int) -> tuple[OpenBlas, Tridiagonal, Values]:
+def _reduced(G: Real, stages: int) -> tuple[OpenBlas, Tridiagonal, Eigenvalues]:
     """G's tridiagonal form and its eigenvalues, from G in a unit: the squares that a reflection sums stay in range."""
     library = find_openblas()
     assert library is not None, "the route is offered only where it is"
@@ -185,15 +184,15 @@ def neighbours(which: NDArray[np.intp]) -> bool:
     return bool(len(which) and which[-1] - which[0] == len(which) - 1)
 
 
-VALUES: Mapping[str, Callable[[Real], Values]] = {
+VALUE_ROUTES: Mapping[str, Callable[[Real], Eigenvalues]] = {
     "numpy": _numpy_values,
     "one-stage": lambda G: _reduced(G, 1)[2],
     "two-stage": lambda G: _reduced(G, 2)[2],
     "mkl": _mkl_values,
 }
-VECTORS: Mapping[str, Callable[[Real], Eigen]] = {
+VECTOR_ROUTES: Mapping[str, Callable[[Real], Eigen]] = {
     "numpy": _numpy_vectors,
     "one-stage": _one_stage_vectors,
     "mkl": _mkl_vectors,
 }
-TABLES: Mapping[str, Mapping[str, object]] = {"values": VALUES, "vectors": VECTORS}
+ROUTE_TABLES: Mapping[str, Mapping[str, object]] = {"values": VALUE_ROUTES, "vectors": VECTOR_ROUTES}

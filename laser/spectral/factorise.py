@@ -338,7 +338,7 @@ def eigh_squares(version: str = torch.__version__) -> int:
 
 
 # Work spaces of the libraries that do not depend on p: 32 MiB for a handle of cuBLAS on Hopper, and as much again.
-LIBRARIES = 64 << 20
+LIBRARY_SPACE = 64 << 20
 
 
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
@@ -350,7 +350,7 @@ def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
     p, q = min(W.shape), max(W.shape)
     there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
     if not device.host_eigensolver:
-        squares, there = eigh_squares(), there + LIBRARIES
+        squares, there = eigh_squares(), there + LIBRARY_SPACE
     else:
         squares = 4 if method == "projector" else 2
     return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8

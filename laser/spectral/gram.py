@@ -35,7 +35,7 @@ BLOCK_ROWS = 2048
 TENSOR_ROWS, TENSOR_SIDE = 512, 1024
 MIRRORED = 512  # columns of a triangle that are turned at a time, so that both sides lie in the cache
 # Numbers (k,) in ascending order of eigenvalues -> those eigenvectors (p, k), on the device.
-Vectors = Callable[[NDArray[np.intp]], torch.Tensor]
+EigenvectorsOf = Callable[[NDArray[np.intp]], torch.Tensor]
 
 
 def values_by_gram(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
@@ -51,7 +51,9 @@ def factors_by_gram(W: torch.Tensor, device: Device, values: NDArray[np.float64]
     return Factors(s, lambda wanted: _cut_by_gram(W, vectors, s, wanted, device))
 
 
-def _cut_by_gram(W: torch.Tensor, vectors: Vectors, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
+def _cut_by_gram(
+    W: torch.Tensor, vectors: EigenvectorsOf, s: NDArray[np.float64], wanted: Gains, device: Device
+) -> Raw:
     gains = wanted.of(s, (W.shape[0], W.shape[1]))
     kept, cut = np.flatnonzero(gains), np.flatnonzero(gains != 1)
     keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
@@ -139,7 +141,7 @@ def _gram_on_host(W: torch.Tensor, device: Device, G: NDArray[Any]) -> None:
     workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass over it.
     """
     p = len(G)
-    library = find_openblas() if p >= eigen.SMALLEST else None
+    library = find_openblas() if p >= eigen.SMALLEST_SIDE else None
     part = None if library else np.empty_like(G)
     with np.errstate(over="ignore", invalid="ignore"):  # `trace_of` says so better
         for _, block in blocks(W, device):
@@ -182,7 +184,7 @@ def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
     return to_host(torch.linalg.eigvalsh(G))
 
 
-def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], Vectors]:
+def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], EigenvectorsOf]:
     """Eigenvalues as above, and what gives the eigenvectors with given numbers, on the device."""
     if device.host_eigensolver:
         found = eigen.eigenvectors(G.cpu().numpy(), device.routes)

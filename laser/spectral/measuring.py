@@ -34,7 +34,7 @@ from laser.spectral.devices import (
     staged,
     synchronise,
 )
-from laser.spectral.eigen import TABLES, Routes, choose, offered
+from laser.spectral.eigen import ROUTE_TABLES, Routes, choose, offered
 from laser.spectral.factorise import METHODS
 from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram
 from laser.spectral.permutation import null_largest
@@ -103,8 +103,8 @@ def measure_routes(device: Device, sides: tuple[int, ...], busy: int) -> dict[st
     NumPy's own functions make the same calls as the route one-stage, and are asked only without it. A route that takes
     half as long again as the best one is not asked at the next side.
     """
-    found: dict[str, dict[str, dict[int, float]]] = {what: {} for what in TABLES}
-    asked = {what: set(offered(what, precision(device))) for what in TABLES}
+    found: dict[str, dict[str, dict[int, float]]] = {what: {} for what in ROUTE_TABLES}
+    asked = {what: set(offered(what, precision(device))) for what in ROUTE_TABLES}
     for what, routes in asked.items():
         routes -= {"numpy"} if "one-stage" in routes else set()
         for p in sides:

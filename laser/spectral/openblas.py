@@ -24,8 +24,8 @@ from threadpoolctl import ThreadpoolController
 Real = NDArray[Any]  # float64 or float32
 # As the wheels of NumPy, conda and Linux distributions name them.
 NAMES = tuple((prefix, suffix) for prefix in ("scipy_", "") for suffix in ("_64_", "64_", "_"))
-NEEDED = ("dsyrk", "ssyrk", *(f"{x}{name}" for x in "ds" for name in ("sytrd", "sytrd_2stage", "stedc", "ormtr")))
-NEEDED += ("dsterf",)
+ROUTINES = ("dsyrk", "ssyrk", *(f"{x}{name}" for x in "ds" for name in ("sytrd", "sytrd_2stage", "stedc", "ormtr")))
+ROUTINES += ("dsterf",)
 LARGEST = 32768  # side up to which every work space can be counted in 32 bits
 
 
@@ -40,7 +40,7 @@ def find_openblas() -> OpenBlas | None:
             continue  # SciPy's wheel has one of its own, of another version, which may be loaded or not
         library = ctypes.CDLL(path)
         for prefix, suffix in NAMES:
-            if all(hasattr(library, f"{prefix}{name}{suffix}") for name in NEEDED):
+            if all(hasattr(library, f"{prefix}{name}{suffix}") for name in ROUTINES):
                 return OpenBlas(library, prefix, suffix)
     return None
 
@@ -85,9 +85,9 @@ class OpenBlas:
         F = np.array(G.T, order="F")
         d, e, tau = np.empty(p, G.dtype), np.empty(p - 1, G.dtype), np.empty(p, G.dtype)
         if stages == 1:
-            self._lapack("sytrd", G.dtype, "L", p, F, p, d, e, tau, _Work())
+            self._lapack("sytrd", G.dtype, "L", p, F, p, d, e, tau, _WorkSpace())
             return Tridiagonal(d, e, F, tau)
-        self._lapack("sytrd_2stage", G.dtype, "N", "L", p, F, p, d, e, tau, _Work(), _Work())
+        self._lapack("sytrd_2stage", G.dtype, "N", "L", p, F, p, d, e, tau, _WorkSpace(), _WorkSpace())
         return Tridiagonal(d, e, None, None)
 
     def values(self, T: Tridiagonal) -> NDArray[np.float64]:
@@ -100,23 +100,23 @@ class OpenBlas:
         """Eigenvectors of T itself (p, p), by divide and conquer; columns in the order of rising eigenvalues."""
         d, e, p = T.diagonal.copy(), T.beside.copy(), len(T.diagonal)
         Z = np.empty((p, p), d.dtype, order="F")
-        self._lapack("stedc", d.dtype, "I", p, d, e, Z, p, _Work(), _Work(np.int64))
+        self._lapack("stedc", d.dtype, "I", p, d, e, Z, p, _WorkSpace(), _WorkSpace(np.int64))
         return Z
 
     def turn_back(self, T: Tridiagonal, Z: Real) -> Real:
         """Q Z, in the place of Z (p, k) in Fortran's order: eigenvectors of G from those of T."""
         p, k = Z.shape
         if k:
-            self._lapack("ormtr", Z.dtype, "L", "L", "N", p, k, T.reflectors, p, T.scales, Z, p, _Work())
+            self._lapack("ormtr", Z.dtype, "L", "L", "N", p, k, T.reflectors, p, T.scales, Z, p, _WorkSpace())
         return Z
 
     def _lapack(self, name: str, dtype: np.dtype[Any], *arguments: Any) -> None:
         """Call it; where it takes work spaces, first ask how large. Raises LinAlgError where LAPACK reports failure."""
-        spaces = [a for a in arguments if isinstance(a, _Work)]
+        spaces = [a for a in arguments if isinstance(a, _WorkSpace)]
         for asking in (True, False) if spaces else (False,):
             sent: list[Any] = []
             for a in arguments:
-                sent += a.sent(dtype, asking) if isinstance(a, _Work) else [a]
+                sent += a.sent(dtype, asking) if isinstance(a, _WorkSpace) else [a]
             info = ctypes.c_int64(0)
             self._call(name, dtype, *sent, info)
             failed = ctypes.c_int32(info.value & 0xFFFFFFFF).value
@@ -143,7 +143,7 @@ class OpenBlas:
         routine(*addresses, *lengths)
 
 
-class _Work:
+class _WorkSpace:
     """A work space: two arguments, the array and its length. LAPACK says how long when it is asked with -1."""
 
     def __init__(self, dtype: Any = None) -> None:

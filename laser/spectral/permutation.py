@@ -34,11 +34,11 @@ from laser.spectral.unit import in_unit
 Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 PERMUTATIONS = ("entries", "rows")
 # Which order a seed gives, for records: 2 is the one above; 1, of records that say nothing, was NumPy's shuffle.
-ORDER = 2
+NULL_ORDER = 2
 # The largest singular value of permuted stripes, blocks, chequers and sorted entries is off with 3 rounds, by up to 25
 # standard errors of 300 draws; with 4 sometimes by 2; with 6 it is that of NumPy's shuffle (LOG.md).
 ROUNDS = 6
-PLACES = {"cpu": 1 << 16}  # worked out at a time: on the host what stays in a core's cache
+GRID_PLACES = {"cpu": 1 << 16}  # worked out at a time: on the host what stays in a core's cache
 PLACES_ELSEWHERE = 1 << 22
 SMALL_SIDE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
 VECTORS = 12  # of Lanczos: as many products as with 20 for a permuted matrix, and 13 for 21 in the data's metric
@@ -82,7 +82,7 @@ def places(count: int, seed: int, device: torch.device) -> Iterator[tuple[int, t
     table = [on_device(np.tile(row[: sides[i]], 1 + (i + 1) // 2)) for i, row in enumerate(amounts(seed, a, b))]
     first_of_row = on_device(np.arange((1 + (ROUNDS + 1) // 2) * a) % a * b)
     column_of = on_device(np.arange((1 + ROUNDS // 2) * b) % b)
-    rows = max(PLACES.get(device.type, PLACES_ELSEWHERE) // b, 1)
+    rows = max(GRID_PLACES.get(device.type, PLACES_ELSEWHERE) // b, 1)
     columns = torch.arange(b, dtype=dtype, device=device)
     for start in range(0, a, rows):
         numbers = torch.arange(start, min(start + rows, a), dtype=dtype, device=device)
@@ -121,7 +121,7 @@ def columns_by_row(m: int, n: int, seed: int) -> Iterator[tuple[int, NDArray[np.
     bits = np.uint64(max(n - 1, 1).bit_length())
     mask, columns = (np.uint64(1) << bits) - np.uint64(1), np.arange(n, dtype=np.uint64)
     key = split_mix(split_mix(np.array([seed], dtype=np.uint64)) + np.uint64(ROUNDS))  # none of `amounts`
-    rows = max(PLACES["cpu"] // max(n, 1), 1)
+    rows = max(GRID_PLACES["cpu"] // max(n, 1), 1)
     for start in range(0, m, rows):
         numbers = np.arange(start, min(start + rows, m), dtype=np.uint64)
         mixed = split_mix(key ^ split_mix(numbers)[:, None] ^ columns) & ~mask | columns

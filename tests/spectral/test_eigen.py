@@ -13,7 +13,17 @@ from laser.engine.crew import quiet
 from laser.errors import UsageError
 from laser.spectral import eigen, openblas
 from laser.spectral.devices import HOST, Device
-from laser.spectral.eigen import DEFAULT, VALUES, VECTORS, Routes, eigenvalues, eigenvectors, here, offered, taken
+from laser.spectral.eigen import (
+    DEFAULT,
+    VALUE_ROUTES,
+    VECTOR_ROUTES,
+    Routes,
+    eigenvalues,
+    eigenvectors,
+    here,
+    offered,
+    taken,
+)
 from laser.spectral.gram import factors_by_gram, gram, tall, values_by_gram
 from laser.spectral.openblas import find_openblas
 from laser.spectral.shrinkage import Gains
@@ -39,13 +49,13 @@ def test_every_route_keeps_the_laws(what: str, dtype: np.dtype, route: str, p: i
         G = gram_of(p, rank, dtype)
         truth = np.linalg.eigvalsh(G.astype(np.float64))
         allowed = 2 * p**0.5 * np.finfo(dtype).eps * truth[-1]  # what spectrum.py states
-        found = VALUES[route](G) if what == "values" else VECTORS[route](G).values
+        found = VALUE_ROUTES[route](G) if what == "values" else VECTOR_ROUTES[route](G).values
         assert found.dtype == np.float64 and (np.diff(found) >= 0).all()
         assert np.abs(found - truth).max() <= allowed
         assert abs(found.sum() - np.trace(G.astype(np.float64))) <= p * allowed
         if what == "values":
             continue
-        solved = VECTORS[route](G)
+        solved = VECTOR_ROUTES[route](G)
         for which in (np.arange(p), np.arange(p - p // 2, p), np.array([0, p - 1]), np.arange(0)):
             V = solved.vectors(which)
             assert V.dtype == dtype and V.shape == (p, len(which))
@@ -59,9 +69,9 @@ def test_a_route_gives_the_same_bits_again_and_leaves_its_matrix_alone(what: str
     G = gram_of(200, 400, dtype)
     before, which = G.copy(), np.arange(150, 200)
     if what == "values":
-        assert (VALUES[route](G) == VALUES[route](G)).all()
+        assert (VALUE_ROUTES[route](G) == VALUE_ROUTES[route](G)).all()
     else:
-        one, other = VECTORS[route](G), VECTORS[route](G)
+        one, other = VECTOR_ROUTES[route](G), VECTOR_ROUTES[route](G)
         assert (one.vectors(which) == other.vectors(which)).all() and (one.values == other.values).all()
         assert (one.vectors(which) == one.vectors(which)).all()  # asked again, as by a second cut
     assert (G == before).all()
@@ -73,7 +83,7 @@ def test_two_workers_at_once_get_the_bits_of_one(what: str, dtype: np.dtype, rou
 
     def solve(p: int) -> np.ndarray:
         G = gram_of(p, 2 * p, dtype)
-        return VALUES[route](G) if what == "values" else VECTORS[route](G).vectors(which)
+        return VALUE_ROUTES[route](G) if what == "values" else VECTOR_ROUTES[route](G).vectors(which)
 
     with quiet(HOST), ThreadPoolExecutor(2) as pool:
         alone = [solve(p) for p in (300, 350)]
@@ -89,9 +99,9 @@ def test_the_unit_keeps_squares_in_range(dtype: np.dtype, scale: float) -> None:
     G = gram_of(300, 900, dtype)
     big = (G * scale * scale).astype(dtype)
     for route in ("one-stage", "two-stage"):
-        assert (VALUES[route](big) == VALUES[route](G) * scale * scale).all()
+        assert (VALUE_ROUTES[route](big) == VALUE_ROUTES[route](G) * scale * scale).all()
     which = np.arange(100)
-    assert (VECTORS["one-stage"](big).vectors(which) == VECTORS["one-stage"](G).vectors(which)).all()
+    assert (VECTOR_ROUTES["one-stage"](big).vectors(which) == VECTOR_ROUTES["one-stage"](G).vectors(which)).all()
 
 
 @needs_openblas
@@ -108,7 +118,7 @@ def test_a_failure_of_lapack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     # No matrix is known that sterf gives up on.
     monkeypatch.setattr(openblas.OpenBlas, "_call", call)
     with pytest.raises(np.linalg.LinAlgError, match="sterf failed with info 3"):
-        VALUES["one-stage"](gram_of(20, 40, DTYPES[0]))
+        VALUE_ROUTES["one-stage"](gram_of(20, 40, DTYPES[0]))
 
 
 # --- which one is taken -----------------------------------------------------------------------------------------------
@@ -142,10 +152,10 @@ def test_the_device_carries_its_routes_to_the_gram_matrix() -> None:
     G = gram(W, HOST).numpy()
     for route in offered("values", G.dtype):
         device = replace(HOST, routes=Routes(((0, route),), DEFAULT.vectors))
-        expected = np.sqrt(np.maximum(VALUES[route](G)[::-1], 0))
+        expected = np.sqrt(np.maximum(VALUE_ROUTES[route](G)[::-1], 0))
         assert np.allclose(values_by_gram(W, device), expected, rtol=1e-15)
     one = eigenvectors(G, Routes(DEFAULT.values, ((0, "one-stage"),))).vectors(np.arange(5))
-    assert (one == VECTORS["one-stage"](G).vectors(np.arange(5))).all()
+    assert (one == VECTOR_ROUTES["one-stage"](G).vectors(np.arange(5))).all()
 
 
 # --- float32 on the host ----------------------------------------------------------------------------------------------
