@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
-from laser.spectral.openblas import LARGEST, OpenBlas, Tridiagonal, find_openblas
+from laser.spectral.openblas import LARGEST, OpenBlas, Real, Tridiagonal, find_openblas
 from laser.spectral.unit import unit
 
 Eigenvalues = NDArray[np.float64]  # (p,), ascending

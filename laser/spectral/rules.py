@@ -222,7 +222,7 @@ BY_DATA = "data:"  # before a rule that is asked of the values in the metric of 
 
 def metric_in(asked: str) -> str:
     """In which metric a rule is asked: "data" for `data:NAME`, else "plain"."""
-    return "data" if by_data(asked) else "plain"
+    return "data" if asked.startswith(BY_DATA) else "plain"
 
 
 def by_data(asked: str) -> bool:
