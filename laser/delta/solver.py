@@ -1,0 +1,206 @@
+"""The adapter behind a merge: X of rank r with merge(W, X) = q, from the stored bits of base W and tuned q.
+
+Every stored q_ij confines X_ij to an interval (formulas.py). X is sought in all m n of them at once, among matrices of
+rank r: r (m + n) unknowns against m n intervals, so where r is the rank of the adapter hardly anything else fits.
+Projections alternate: into the intervals, entry by entry, and onto rank r, by one step of subspace iteration. Momentum
+(k - 1) / (k + 2) as in Nesterov (1983) carries the iteration on; it starts afresh whenever the distance to the
+intervals grows (O'Donoghue and Candes 2015). The set of low rank is not convex, so nothing is promised, and nothing
+has to be: the bits that come out are compared with those that are stored.
+
+The factors are kept on grids so coarse that the float64 product of any row and column is exact. Whatever sums in
+whatever order gives the same X then, on every device, and so does `merge`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from laser.delta.formats import format_of, same_bits
+from laser.delta.formulas import Formula
+from laser.delta.whitening import biwhiten
+from laser.spectral.devices import HOST, Device, full_precision, in_float64
+
+ROUNDS = 300  # of projections at the most
+CHECK = 10  # rounds between two looks at the bits
+PATIENCE = 8  # looks without fewer wrong bits, after which it ends
+MARGIN = 2**-7  # of an interval's width: a sequence that nears an interval from outside would else never be inside
+ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """X = B A: B (m, r) and A (r, n), float32, on grids, on the host."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def rows(self, start: int, stop: int, device: torch.device | None = None) -> torch.Tensor:
+        """Rows of X, (stop - start, n), float64: exact, see `on_grid`."""
+        B, A = (f.double() if device is None else f.to(device).double() for f in (self.B[start:stop], self.A))
+        return B @ A
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An adapter and what it is worth. wrong: entries whose bits it does not give; rounds: of projections."""
+
+    adapter: Adapter
+    formula: Formula
+    wrong: int
+    rounds: int
+    entries: int
+
+    @property
+    def share_wrong(self) -> float:
+        return self.wrong / self.entries
+
+
+def on_grid(B: torch.Tensor, A: torch.Tensor) -> Adapter:
+    """The factors with so few bits that every sum of products in B A is exact in float64, whatever its order.
+
+    The r factors of each side are multiples of one power of two, at most 2^b of it with 2 b + log2 r <= 53, and b no
+    more than the 24 bits of float32.
+    """
+    bits = min(24, (53 - math.ceil(math.log2(max(len(A), 1)))) // 2)
+
+    def coarse(x: torch.Tensor) -> torch.Tensor:
+        x = x.double()
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not largest:
+            return x.float()
+        step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
+        return (torch.round(x / step) * step).float()
+
+    return Adapter(coarse(B).cpu(), coarse(A).cpu())
+
+
+def wrong_bits(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> torch.Tensor:
+    """Positions (row-major, int64, rising) of the entries of q (m, n) that the formula does not give from W.
+
+    On the host, exactly as `rebuilt` computes them.
+    """
+    n, found = q.shape[1], []
+    for start, stop in _blocks(*q.shape):
+        made = formula.merge(W[start:stop], adapter.rows(start, stop), q.dtype)
+        found.append(torch.nonzero(~same_bits(made, q[start:stop]).reshape(-1)).reshape(-1) + start * n)
+    return torch.cat(found)
+
+
+def solve(
+    W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula, device: Device = HOST, rounds: int = ROUNDS
+) -> Solution:
+    """The adapter of this rank that makes most of the stored q (m, n) from W (m, n), as far as `rounds` get.
+
+    W and q are finite, on the host. In memory on the device: two bounds, one matrix, and W and q themselves.
+    """
+    with full_precision():
+        device = in_float64(device)
+        work = _Work(W.to(device.torch_device), q.to(device.torch_device), rank, formula)
+        done = work.run(rounds)
+    adapter = on_grid(*work.factors())
+    return Solution(adapter, formula, len(wrong_bits(W, q, adapter, formula)), done, q.numel())
+
+
+def _blocks(m: int, n: int) -> list[tuple[int, int]]:
+    size = max(1, ENTRIES // max(n, 1))
+    return [(start, min(start + size, m)) for start in range(0, m, size)]
+
+
+class _Work:
+    """The iteration's state: X = Q Rt^T, Q (m, r) orthonormal, Rt (n, r)."""
+
+    def __init__(self, W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula) -> None:
+        self.W, self.q, self.formula = W, q, formula
+        m, n = q.shape
+        self.blocks = _blocks(m, n)
+        # In the precision in which a sum is rounded: the cells of 16 bits are wide for float32.
+        dtype = format_of(q.dtype).wide
+        self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
+        self.inside = torch.empty(m, n, dtype=dtype, device=q.device)
+        for a, b in self.blocks:
+            low, high = formula.cell(W[a:b], q[a:b])
+            margin = MARGIN * (high - low)
+            self.low[a:b], self.high[a:b] = low + margin, high - margin
+        self.Q, self.Rt = start_of(W, q, rank, dtype)
+        self.V = torch.linalg.qr(self.Rt)[0]
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (m, r) and A (r, n), of equal norms, direction by direction."""
+        U, s, Vh = torch.linalg.svd(self.Rt.double().T, full_matrices=False)
+        root = s.sqrt()
+        return (self.Q.double() @ U) * root, root[:, None] * Vh
+
+    def run(self, rounds: int) -> int:
+        """Projections until all bits are right, or they get no better. Keeps the best X; returns the rounds."""
+        best, kept, looks = self.wrong(), (self.Q, self.Rt), 0
+        Q, Rt, k, last = self.Q, self.Rt, 1, math.inf
+        done = 0
+        while best and done < rounds and looks < PATIENCE:
+            before = (Q, Rt)
+            beta = (k - 1) / (k + 2)
+            left = torch.cat((self.Q * (1 + beta), Q * -beta), 1) if beta else self.Q
+            right = torch.cat((self.Rt, Rt), 1) if beta else self.Rt
+            Q, Rt = self.Q, self.Rt
+            distance = self.project(left, right)
+            k, last = (1, math.inf) if distance > last else (k + 1, distance)
+            done += 1
+            if done % CHECK == 0:
+                wrong = self.wrong()
+                looks += 1
+                if wrong < best:
+                    looks = 0 if wrong < 0.95 * best else looks
+                    best, kept = wrong, (self.Q, self.Rt)
+            del before
+        self.Q, self.Rt = kept
+        return done
+
+    def project(self, left: torch.Tensor, right: torch.Tensor) -> float:
+        """Z = left right^T into the intervals, and from there to rank r. Returns Z's distance to them."""
+        m, r = len(left), self.V.shape[1]
+        Y = torch.empty(m, r, dtype=left.dtype, device=left.device)
+        distance = torch.zeros((), dtype=torch.float64, device=left.device)
+        for a, b in self.blocks:
+            Z = left[a:b] @ right.T
+            C = torch.clamp(Z, self.low[a:b], self.high[a:b], out=self.inside[a:b])
+            torch.mm(C, self.V, out=Y[a:b])
+            distance += Z.sub_(C).pow_(2).sum(dtype=torch.float64)
+        self.Q = torch.linalg.qr(Y)[0]
+        self.Rt = self.inside.T @ self.Q
+        self.V = torch.linalg.qr(self.Rt)[0]
+        return float(distance)
+
+    def wrong(self) -> int:
+        """How many bits X gives wrongly, in the precision of the iteration."""
+        count = torch.zeros((), dtype=torch.int64, device=self.q.device)
+        for a, b in self.blocks:
+            made = self.formula.merge(self.W[a:b], self.Q[a:b] @ self.Rt.T, self.q.dtype)
+            count += (~same_bits(made, self.q[a:b])).sum()
+        return int(count)
+
+
+def start_of(W: torch.Tensor, q: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q (m, r) orthonormal and Rt (n, r) of the truncated difference, biwhitened while it is truncated.
+
+    By subspace iteration from a seeded start, with as many directions more.
+    """
+    D = q.double() - W.double()
+    scales = biwhiten(format_of(q.dtype).variance(q))
+    D = scales.of(D).to(dtype)
+    m, n = D.shape
+    width = min(2 * rank + 8, m, n)
+    seeded = torch.Generator().manual_seed(0)
+    V = torch.randn(n, width, generator=seeded, dtype=torch.float64).to(D)
+    for _ in range(6):
+        V = torch.linalg.qr(D.T @ torch.linalg.qr(D @ V)[0])[0]
+    U, s, Vh = torch.linalg.svd(D @ V, full_matrices=False)
+    left = U[:, :rank] * s[:rank] / scales.rows.to(dtype)
+    right = (V @ Vh.T)[:, :rank] / scales.columns.T.to(dtype)
+    Q, R = torch.linalg.qr(left)
+    return Q, right @ R.T
