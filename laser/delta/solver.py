@@ -1,11 +1,14 @@
 """The adapter behind a merge: X of rank r with merge(W, X) = q, from the stored bits of base W and tuned q.
 
 Every stored q_ij confines X_ij to an interval (formulas.py). X is sought in all m n of them at once, among matrices of
-rank r: r (m + n) unknowns against m n intervals, so where r is the rank of the adapter hardly anything else fits.
-Projections alternate: into the intervals, entry by entry, and onto rank r, by one step of subspace iteration. Momentum
-(k - 1) / (k + 2) as in Nesterov (1983) carries the iteration on; it starts afresh whenever the distance to the
-intervals grows (O'Donoghue and Candes 2015). The set of low rank is not convex, so nothing is promised, and nothing
-has to be: the bits that come out are compared with those that are stored.
+rank r: r (m + n) unknowns against m n intervals, so where r is the rank of the adapter hardly anything else fits. With
+G the way from X into the intervals, entry by entry, and T the directions in which a matrix of rank r can move at X,
+
+    X  <-  the nearest matrix of rank r to X + L P_T(G),    L = ||G||^2 / ||P_T(G)||^2
+
+L is the extrapolated step of parallel projections (Pierra 1984; Combettes 1997). Near the end few entries are still
+outside, and P_T(G) is short for their sake: L is 20 to 300 then, and a plain alternating projection has L = 1. The set
+of low rank is not convex, so nothing is promised, and nothing has to be: the bits are compared with those stored.
 
 The factors are kept on grids so coarse that the float64 product of any row and column is exact. Whatever sums in
 whatever order gives the same X then, on every device, and so does `merge`.
@@ -23,10 +26,13 @@ from laser.delta.formulas import Formula
 from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
-ROUNDS = 300  # of projections at the most
-CHECK = 10  # rounds between two looks at the bits
-PATIENCE = 8  # looks without fewer wrong bits, after which it ends
-MARGIN = 2**-7  # of an interval's width: a sequence that nears an interval from outside would else never be inside
+ROUNDS = 300  # steps at the most
+CHECK = 10  # steps between two looks at the bits
+# Of an interval's width, kept from its ends: a sequence that nears an interval from outside would else never be inside.
+# The fewer the unknowns, the nearer to some ends the only solution lies, so the margin falls where the bits stay wrong.
+MARGINS = (2**-7, 2**-9, 2**-11)
+PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
+NOTABLY = 0.8
 ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
 
 
@@ -114,7 +120,7 @@ def _blocks(m: int, n: int) -> list[tuple[int, int]]:
 
 
 class _Work:
-    """The iteration's state: X = Q Rt^T, Q (m, r) orthonormal, Rt (n, r)."""
+    """The iteration's state: X = U M^T, U (m, r) and V (n, r) orthonormal, M (n, r) = V S for some S (r, r)."""
 
     def __init__(self, W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula) -> None:
         self.W, self.q, self.formula = W, q, formula
@@ -123,70 +129,75 @@ class _Work:
         # In the precision in which a sum is rounded: the cells of 16 bits are wide for float32.
         dtype = format_of(q.dtype).wide
         self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
-        self.inside = torch.empty(m, n, dtype=dtype, device=q.device)
+        self.U, self.M = start_of(W, q, rank, dtype)
+        self.V = torch.linalg.qr(self.M)[0]
+
+    def keep_from_ends(self, margin: float) -> None:
+        """The intervals, less this share of them at either end."""
         for a, b in self.blocks:
-            low, high = formula.cell(W[a:b], q[a:b])
-            margin = MARGIN * (high - low)
-            self.low[a:b], self.high[a:b] = low + margin, high - margin
-        self.Q, self.Rt = start_of(W, q, rank, dtype)
-        self.V = torch.linalg.qr(self.Rt)[0]
+            low, high = self.formula.cell(self.W[a:b], self.q[a:b])
+            width = margin * (high - low)
+            self.low[a:b], self.high[a:b] = low + width, high - width
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B (m, r) and A (r, n), of equal norms, direction by direction."""
-        U, s, Vh = torch.linalg.svd(self.Rt.double().T, full_matrices=False)
+        U, s, Vh = torch.linalg.svd(self.M.double().T, full_matrices=False)
         root = s.sqrt()
-        return (self.Q.double() @ U) * root, root[:, None] * Vh
+        return (self.U.double() @ U) * root, root[:, None] * Vh
 
     def run(self, rounds: int) -> int:
-        """Projections until all bits are right, or they get no better. Keeps the best X; returns the rounds."""
-        best, kept, looks = self.wrong(), (self.Q, self.Rt), 0
-        Q, Rt, k, last = self.Q, self.Rt, 1, math.inf
-        done = 0
-        while best and done < rounds and looks < PATIENCE:
-            before = (Q, Rt)
-            beta = (k - 1) / (k + 2)
-            left = torch.cat((self.Q * (1 + beta), Q * -beta), 1) if beta else self.Q
-            right = torch.cat((self.Rt, Rt), 1) if beta else self.Rt
-            Q, Rt = self.Q, self.Rt
-            distance = self.project(left, right)
-            k, last = (1, math.inf) if distance > last else (k + 1, distance)
-            done += 1
-            if done % CHECK == 0:
-                wrong = self.wrong()
-                looks += 1
-                if wrong < best:
-                    looks = 0 if wrong < 0.95 * best else looks
-                    best, kept = wrong, (self.Q, self.Rt)
-            del before
-        self.Q, self.Rt = kept
+        """Steps until all bits are right, or they get no better. Keeps the best X; returns the number of steps."""
+        best, kept = self.wrong(), (self.U, self.M)
+        done, margins = 0, iter(MARGINS)
+        while best and done < rounds and (margin := next(margins, None)) is not None:
+            self.keep_from_ends(margin)
+            moved, looks = True, 0
+            while best and moved and done < rounds and looks < PATIENCE:
+                moved = self.step()
+                done += 1
+                if done % CHECK == 0 or not moved:
+                    wrong = self.wrong()
+                    looks = 0 if wrong < NOTABLY * best else looks + 1
+                    if wrong < best:
+                        best, kept = wrong, (self.U, self.M)
+        self.U, self.M = kept
         return done
 
-    def project(self, left: torch.Tensor, right: torch.Tensor) -> float:
-        """Z = left right^T into the intervals, and from there to rank r. Returns Z's distance to them."""
-        m, r = len(left), self.V.shape[1]
-        Y = torch.empty(m, r, dtype=left.dtype, device=left.device)
-        distance = torch.zeros((), dtype=torch.float64, device=left.device)
+    def step(self) -> bool:
+        """One step of the iteration; False where X lies in all intervals, or cannot come nearer to them."""
+        U, V, r = self.U, self.V, self.V.shape[1]
+        GV, GU = torch.empty_like(U), torch.zeros_like(V)
+        squares = torch.zeros((), dtype=torch.float64, device=U.device)
         for a, b in self.blocks:
-            Z = left[a:b] @ right.T
-            C = torch.clamp(Z, self.low[a:b], self.high[a:b], out=self.inside[a:b])
-            torch.mm(C, self.V, out=Y[a:b])
-            distance += Z.sub_(C).pow_(2).sum(dtype=torch.float64)
-        self.Q = torch.linalg.qr(Y)[0]
-        self.Rt = self.inside.T @ self.Q
-        self.V = torch.linalg.qr(self.Rt)[0]
-        return float(distance)
+            X = U[a:b] @ self.M.T
+            G = torch.clamp(X, self.low[a:b], self.high[a:b]).sub_(X)
+            GV[a:b] = G @ V
+            GU.addmm_(G.T, U[a:b])
+            squares += torch.linalg.vector_norm(G, dtype=torch.float64) ** 2
+        P = GV - U @ (U.T @ GV)  # P_T(G) = U GU^T + P V^T
+        reach = float((GU.double() ** 2).sum() + (P.double() ** 2).sum())
+        if not reach or not float(squares):
+            return False
+        L = float(squares) / reach
+        # X + L P_T(G) = U (M + L GU)^T + L P V^T has rank 2 r; the nearest of rank r by two thin QR and a small SVD.
+        left, R = torch.linalg.qr(torch.cat((U, L * P), 1))
+        right, S = torch.linalg.qr(torch.cat((self.M + L * GU, V), 1))
+        inner, s, outer = torch.linalg.svd(R @ S.T)
+        self.U, self.V = left @ inner[:, :r], right @ outer[:r].T
+        self.M = self.V * s[:r]
+        return True
 
     def wrong(self) -> int:
         """How many bits X gives wrongly, in the precision of the iteration."""
         count = torch.zeros((), dtype=torch.int64, device=self.q.device)
         for a, b in self.blocks:
-            made = self.formula.merge(self.W[a:b], self.Q[a:b] @ self.Rt.T, self.q.dtype)
+            made = self.formula.merge(self.W[a:b], self.U[a:b] @ self.M.T, self.q.dtype)
             count += (~same_bits(made, self.q[a:b])).sum()
         return int(count)
 
 
 def start_of(W: torch.Tensor, q: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q (m, r) orthonormal and Rt (n, r) of the truncated difference, biwhitened while it is truncated.
+    """U (m, r) orthonormal and M (n, r) of the truncated difference, biwhitened while it is truncated.
 
     By subspace iteration from a seeded start, with as many directions more.
     """
