@@ -27,12 +27,14 @@ from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
 ROUNDS = 300  # steps at the most
+RELAX = 1.9  # times the extrapolated step, of less than 2: overshooting lands well inside the intervals, nearer to BA
 CHECK = 10  # steps between two looks at the bits
 # Of an interval's width, kept from its ends: a sequence that nears an interval from outside would else never be inside.
 # The fewer the unknowns, the nearer to some ends the only solution lies, so the margin falls where the bits stay wrong.
 MARGINS = (2**-7, 2**-9, 2**-11)
 PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
 NOTABLY = 0.8
+HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
 ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
 
 
@@ -150,6 +152,8 @@ class _Work:
         best, kept = self.wrong(), (self.U, self.M)
         done, margins = 0, iter(MARGINS)
         while best and done < rounds and (margin := next(margins, None)) is not None:
+            if best > HOPELESS * self.q.numel() and done:
+                break
             self.keep_from_ends(margin)
             moved, looks = True, 0
             while best and moved and done < rounds and looks < PATIENCE:
@@ -178,7 +182,7 @@ class _Work:
         reach = float((GU.double() ** 2).sum() + (P.double() ** 2).sum())
         if not reach or not float(squares):
             return False
-        L = float(squares) / reach
+        L = RELAX * float(squares) / reach
         # X + L P_T(G) = U (M + L GU)^T + L P V^T has rank 2 r; the nearest of rank r by two thin QR and a small SVD.
         left, R = torch.linalg.qr(torch.cat((U, L * P), 1))
         right, S = torch.linalg.qr(torch.cat((self.M + L * GU, V), 1))
