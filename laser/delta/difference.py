@@ -129,7 +129,7 @@ def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
 
 def judge(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
     """What `compare` left open, by the singular values `s` (p,) of the biwhitened difference."""
-    if found.kind is not Kind.CHANGED:
+    if found.kind is not Kind.CHANGED or not found.moved:  # signs of zeros alone are in no spectrum
         return found
     rank = apply_rule(RULE, s, shape, sigma=SIGMA).rank
     energy = energy_share(s, np.arange(len(s)) < rank) if s.any() else 0.0

@@ -1,15 +1,19 @@
 """The rank and the formula of a merge, found by whether the stored bits come out.
 
 The edge of the rounding (difference.py) is a lower bound of the rank: small directions hide under it. Too low a rank
-leaves percents of the bits wrong, the right one next to none, and one that is too high none either. So the lowest rank
-that gives the bits is the answer, and a matrix that no rank up to a quarter of its smaller side explains is no base
-plus an adapter. All matrices of an adapter have one rank as a rule, so what is most common among them is tried early.
+leaves percents of the bits wrong, the right one next to none, and so does one that is too high. So the lowest rank that
+gives the bits is the answer. All matrices of an adapter have one rank as a rule, so what is most common is tried early.
+
+Bits prove something only where they are many. An entry that the tuned model did not move is right without any adapter,
+so the entries that moved are what has to be explained, and N unknowns meet 2 N conditions by chance (Cover 1965: the
+capacity of a linear threshold device). Full fine-tunes so faint that few entries move are explained like that. A rank
+is proven where its r (m + n - r) unknowns explain at least four times as many entries.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -24,13 +28,23 @@ BELIEVED = {torch.bfloat16: 2e-3, torch.float16: 2e-3, torch.float32: 0.1}
 USUAL = (Formula("once"), Formula("delta-first"))
 
 
+PROVEN = 4.0  # moved entries per unknown: twice Cover's capacity
+PLAUSIBLE = 1.0  # of a rank that other matrices have proven
+
+
 def is_believed(solution: Solution, dtype: torch.dtype) -> bool:
     """Whether so few bits are wrong that these are base and adapter."""
     return solution.share_wrong <= BELIEVED[dtype]
 
 
+def evidence(rank: int, shape: tuple[int, int], moved: float) -> float:
+    """Moved entries per unknown of an adapter of this rank; `moved` is their share."""
+    m, n = shape
+    return moved * m * n / (rank * (m + n - rank)) if rank else 0.0
+
+
 def vote(changes: Iterable[Change]) -> int | None:
-    """The rank that is most common among the matrices of low rank, else among the faint ones; None where there are none.
+    """The rank that most matrices of low rank have, else most of the faint ones; None where there are none.
 
     Of ranks that are equally common the higher: the edge may miss directions and invents next to none.
     """
@@ -51,13 +65,13 @@ def recover(
     device: Device = HOST,
     rounds: int = ROUNDS,
 ) -> Solution | None:
-    """Base W and tuned q (m, n) of one format or two as base and adapter; None where they are not.
+    """Base W and tuned q (m, n), of one format or two, as base and adapter; None where that is not what they are.
 
-    change: what difference.py says of them, for the edge's rank. voted: the rank of other matrices. Of the formulas the
-    one that leaves the fewest bits wrong is taken; if it leaves none, no other is tried.
+    change: what difference.py says of them. voted: the rank that others have proven. Of the formulas the one that
+    leaves the fewest bits wrong is taken; if one leaves none, no other is tried.
     """
-    most = int(MOST * min(q.shape))
-    if change.rank is None or change.rank > most:
+    shape, moved = (q.shape[0], q.shape[1]), change.moved or 0.0
+    if change.rank is None:
         return None
     tried: dict[int, Solution] = {}
 
@@ -73,29 +87,33 @@ def recover(
             tried[rank] = found
         return tried[rank]
 
+    def right(rank: int) -> bool:
+        return is_believed(at(rank), q.dtype)
+
     least = max(change.rank, 1)
-    order = _order(least, voted if change.kind is Kind.FAINT or change.rank == 0 else None, voted, most)
-    for rank in order:
-        if is_believed(at(rank), q.dtype):
+    least = least - 1 if voted == least - 1 else least
+    for rank in _ranks(least, voted, change.kind is Kind.FAINT):
+        needed = PLAUSIBLE if rank == voted else PROVEN
+        if rank > MOST * min(shape) or evidence(rank, shape, moved) < needed:
+            continue
+        if right(rank):
             break
     else:
         return None
-    low = max((r for r in tried if r < rank and not is_believed(tried[r], q.dtype)), default=least - 1)
-    while rank - low > 1 and rank != voted:  # the lowest that gives the bits, unless others have this one, too
+    low = max((r for r in tried if r < rank), default=least - 1)
+    while rank - low > 1 and rank != voted:  # the lowest that gives the bits
         middle = (low + rank) // 2
-        if is_believed(at(middle), q.dtype):
+        if right(middle):
             rank = middle
         else:
             low = middle
+    while rank > 1 and rank != voted and right(rank - 1):  # pure noise passes the bare edge in one of five draws
+        rank -= 1
     return tried[rank]
 
 
-def _order(least: int, first: int | None, then: int | None, most: int) -> Iterator[int]:
-    """Ranks to try, up to `most`: those of others where they are not under the edge's, the edge's, and ever higher."""
-    seen: set[int] = set()
-    steps = [least + step for step in (0, 1, 2, 4, 8, 16, 32, 64, 128)]
-    named = [*([first] if first else []), least, *([then] if then else []), *steps, most]
-    for rank in named:
-        if least <= rank <= most and rank not in seen:
-            seen.add(rank)
-            yield rank
+def _ranks(least: int, voted: int | None, faint: bool) -> list[int]:
+    """Ranks to try: the edge's, or first the others' where the edge sees little; and ever higher ones."""
+    others = [voted] if voted is not None and voted >= least else []
+    first = [*others, least] if faint else [least, *others]
+    return list(dict.fromkeys([*first, *(least + 2**k for k in range(9))]))

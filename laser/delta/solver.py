@@ -27,13 +27,15 @@ from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
 ROUNDS = 300  # steps at the most
-RELAX = 1.9  # times the extrapolated step, of less than 2: overshooting lands well inside the intervals, nearer to BA
 CHECK = 10  # steps between two looks at the bits
-# Of an interval's width, kept from its ends: a sequence that nears an interval from outside would else never be inside.
-# The fewer the unknowns, the nearer to some ends the only solution lies, so the margin falls where the bits stay wrong.
+# Of an interval's width, kept from its ends. First so much that hardly all intervals can be met: that leads to the
+# middle of what is possible, nearer to BA. Steps are kept short there, for where nothing meets all, L has no sense.
+WIDE, WIDE_STEPS, WIDE_L = (2**-4, 2**-5, 2**-6), 20, 16.0
+# Then a little, since a sequence that nears an interval from outside would else never be inside. The fewer the
+# unknowns, the nearer to some ends the only solution lies, so the margin falls where the bits stay wrong.
 MARGINS = (2**-7, 2**-9, 2**-11)
 PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
-NOTABLY = 0.8
+NOTABLY = 0.95
 HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
 ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
 
@@ -149,13 +151,18 @@ class _Work:
 
     def run(self, rounds: int) -> int:
         """Steps until all bits are right, or they get no better. Keeps the best X; returns the number of steps."""
-        best, kept = self.wrong(), (self.U, self.M)
-        done, margins = 0, iter(MARGINS)
-        while best and done < rounds and (margin := next(margins, None)) is not None:
-            if best > HOPELESS * self.q.numel() and done:
+        best, kept, done = self.wrong(), (self.U, self.M), 0
+        for margin in WIDE if best else ():
+            self.keep_from_ends(margin)
+            for _ in range(min(WIDE_STEPS, rounds - done)):
+                done += 1
+                if not self.step(WIDE_L):
+                    break
+        for margin in MARGINS:
+            if not best or done >= rounds or (margin < MARGINS[0] and best > HOPELESS * self.q.numel()):
                 break
             self.keep_from_ends(margin)
-            moved, looks = True, 0
+            looks, moved = 0, True
             while best and moved and done < rounds and looks < PATIENCE:
                 moved = self.step()
                 done += 1
@@ -165,10 +172,11 @@ class _Work:
                     if wrong < best:
                         best, kept = wrong, (self.U, self.M)
         self.U, self.M = kept
+        self.V = torch.linalg.qr(self.M)[0]
         return done
 
-    def step(self) -> bool:
-        """One step of the iteration; False where X lies in all intervals, or cannot come nearer to them."""
+    def step(self, most: float = math.inf) -> bool:
+        """One step of the iteration, L at most `most`; False where X lies in all intervals, or cannot come nearer."""
         U, V, r = self.U, self.V, self.V.shape[1]
         GV, GU = torch.empty_like(U), torch.zeros_like(V)
         squares = torch.zeros((), dtype=torch.float64, device=U.device)
@@ -182,7 +190,7 @@ class _Work:
         reach = float((GU.double() ** 2).sum() + (P.double() ** 2).sum())
         if not reach or not float(squares):
             return False
-        L = RELAX * float(squares) / reach
+        L = min(float(squares) / reach, most)
         # X + L P_T(G) = U (M + L GU)^T + L P V^T has rank 2 r; the nearest of rank r by two thin QR and a small SVD.
         left, R = torch.linalg.qr(torch.cat((U, L * P), 1))
         right, S = torch.linalg.qr(torch.cat((self.M + L * GU, V), 1))

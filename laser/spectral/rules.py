@@ -288,9 +288,7 @@ def draws_needed(asked: str) -> int:
     return fewest_draws(argument) if rule.needs_null else 0
 
 
-def apply_rule(
-    spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None, sigma: float | None = None
-) -> Cut:
+def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None, sigma: float | None = None) -> Cut:
     """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n).
 
     null: (draws,) largest singular values of the permuted matrix, for the rules that ask for them. sigma: the level of
