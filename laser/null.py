@@ -127,7 +127,7 @@ def _kept_of(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: boo
     if spectra is None or matrix.name not in spectra.values or (needs_null and matrix.name not in spectra.nulls):
         return None
     shape = (matrix.shape[0], matrix.shape[1])
-    return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name)).rank
+    return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name), spectra.sigma).rank
 
 
 def _null_row(rule: str, role: str, group: list[_Counts]) -> NullRow:

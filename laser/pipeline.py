@@ -31,6 +31,8 @@ from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
+from laser.delta.base import Base
+from laser.delta.difference import judge
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -41,7 +43,7 @@ from laser.outcome import Outcome, check_entries, describe_by, entry_of
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
-from laser.spectra import ENTRY, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
+from laser.spectra import ENTRY, OF_DIFFERENCE, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
@@ -67,14 +69,19 @@ class Scan:
     """A visit that measures: what cannot be factorised is a reason, not an error.
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
+    base: with it the difference from the base's is measured; of those in `compared` only the entries are compared.
     """
 
     method: str
     null_draws: int = 0
     moments: Moments | None = None
+    base: Base | None = None
+    compared: frozenset[str] = frozenset()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host."""
+        if self.base is not None:
+            return Visited(self.difference(self.base, matrix, W, device))
         measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
@@ -83,6 +90,17 @@ class Scan:
             return Visited(replace(measured, data=values.singular_values))
         except (NumericalError, UsageError) as error:  # the plain spectrum stands
             return Visited(replace(measured, data_failed=str(error)))
+
+    def difference(self, base: Base, matrix: Matrix, W: torch.Tensor, device: Device) -> Measured:
+        """What became of W (m, n), or a tensor of any shape, of the tuned checkpoint, and its difference's spectrum."""
+        change, D = base.difference(matrix, W, device, matrix.name not in self.compared)
+        if D is None:
+            reason = f"skipped: {change.kind}, so there is no difference to factorise"
+            return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
+        measured = measured_of(D, device, self.method, self.null_draws)
+        if measured.skipped is None:
+            change = judge(change, measured.values, (matrix.shape[0], matrix.shape[1]))
+        return replace(measured, change=change)
 
 
 @dataclass(frozen=True)
@@ -229,10 +247,19 @@ def check_scan(method: str, null_draws: int) -> None:
 
 
 def run_of_scan(
-    checkpoint: Checkpoint, selection: Selection, crew: Crew, method: str, null_draws: int, moments: Moments | None
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    moments: Moments | None,
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
-    more = {"moments": moments.calibration.identity} if moments else {}
+    more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
+    if base is not None:
+        there = Source.of(base.checkpoint)
+        more["base"] = [there.identity, there.weights.short]
     more |= {"selection": selection.describe(), "null_draws": null_draws}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
@@ -247,6 +274,7 @@ def scan(
     journal: Path | None = None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -259,7 +287,8 @@ def scan(
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
-    singular values are measured once more in the metric of the data, where a matrix was calibrated.
+    singular values are measured once more in the metric of the data, where a matrix was calibrated. With `base` they
+    are those of the biwhitened differences from it; what became of each tensor is recorded, of those not selected too.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -268,16 +297,16 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, base)
     found: dict[str, Measured] = {}
-    with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
+    with Journal(journal, run, shapes=(ENTRY, OF_DIFFERENCE), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
             found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
         for matrix in matrices:
             if matrix.name in found:
                 tick(matrix)
-        todo = [m for m in matrices if m.name not in found and m.name not in skipped]
-        work = Scan(method, null_draws, moments)
+        todo = [m for m in matrices if m.name not in found and (m.name not in skipped or (base and m.dtype in TORCH))]
+        work = Scan(method, null_draws, moments, base, frozenset(skipped))
         with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
@@ -287,8 +316,16 @@ def scan(
                 tick(matrix)
         with spoiling(log):
             require_unchanged(checkpoint)
-    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
-    return replace(spectra, data=InData.of(moments, spectra.values, found))
+            if base is not None:
+                base.require_unchanged()
+    chosen = {name: measured for name, measured in found.items() if name not in skipped}
+    spectra = assemble(checkpoint, matrices, chosen, skipped, method, crew.label, null_draws)
+    spectra = replace(spectra, data=InData.of(moments, spectra.values, chosen))
+    if base is None:
+        return spectra
+    changes = {name: measured.change for name, measured in found.items() if measured.change is not None}
+    delta = base.delta_of({m.name: changes.get(m.name) or base.by_bytes(m) for m in matrices})
+    return replace(spectra, source=delta.source, delta=delta)
 
 
 def records_of(out: Path) -> Path:
@@ -304,6 +341,7 @@ def spectra_there(
     method: str,
     null_draws: int,
     moments: Moments | None,
+    base: Base | None = None,
 ) -> Spectra | None:
     """The spectra at `path`, if they are those of this scan."""
     there = Spectra.load(path)
@@ -311,7 +349,8 @@ def spectra_there(
     tried = {m.name for m in there.matrices if m.no_spectrum is None}
     reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
     done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
+    wanted_source = Source.of(checkpoint) if base is None else base.delta_of({}).source
+    if not there.source.is_of(wanted_source) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
@@ -342,6 +381,7 @@ def scan_into(
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    base: Base | None = None,
     anew: bool = False,
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
@@ -351,7 +391,7 @@ def scan_into(
     partial = unfinished(path)
     with claimed(path):
         if path.exists() and not anew:
-            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments, base)
             if there is not None:
                 tidy_spectra(path)
                 return there
@@ -363,6 +403,7 @@ def scan_into(
             journal=partial,
             null_draws=null_draws,
             moments=moments,
+            base=base,
             tick=tick,
             anew=anew,
         )

@@ -16,6 +16,7 @@ from laser.checkpoint.writer import require_run
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
+from laser.delta.difference import RULE
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.pipeline import check_scan, prepare, scan_into
@@ -89,14 +90,16 @@ def plan(
     record: options.RecordOptions,
 ) -> None:
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
-    if how.rule is None:
-        raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
     count = lowest.count()
-    Treatment(how.rule, **how.treatment()).check()
+    measured = Spectra.load(spectra) if how.rule is None else None
+    if measured is not None and measured.delta is None:
+        raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
+    rule = how.rule or RULE
+    Treatment(rule, **how.treatment()).check()
     record.claim(output, "plan")
     made = make_plan(
-        Spectra.load(spectra),
-        how.rule,
+        measured or Spectra.load(spectra),
+        rule,
         which.selection(),
         lowest_snr=count,
         **how.treatment(),

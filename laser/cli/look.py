@@ -80,7 +80,7 @@ def spectra(
 ) -> None:
     """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
     chosen = which.selection()
-    parse_rule(rule or "mp-edge")
+    parse_rule(rule or "mp-edge")  # before the file is read
     check_share(top_percent)
     if snr_json and unfrozen and snr_json.resolve() == unfrozen.resolve():
         raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
@@ -88,7 +88,7 @@ def spectra(
         if path is not None:
             file.claim(path)
     record = Spectra.load(spectra)
-    summary = summarise(record, rule or "mp-edge", chosen)
+    summary = summarise(record, rule or record.usual_rule, chosen)
     written: dict[Path, bytes] = {}
     scored = summarise(record, rule or SPECTRUM_RULE, chosen) if snr_json or unfrozen else summary
     if snr_json:
@@ -116,7 +116,7 @@ def plot(
     other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
     heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(plots.QUANTITIES)}.")] = None,
     mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
-    rule: options.ShownRule = "mp-edge",
+    rule: options.ShownRule = None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
@@ -126,17 +126,17 @@ def plot(
     if other and matrix is None:
         raise UsageError("--with lays one matrix over another; try --matrix NAME as well")
     plots.check_picture(output, heat or "kept")
-    parse_rule(rule)
+    parse_rule(rule or "mp-edge")
     chosen = which.selection()
     file.claim(output)
     records = [Spectra.load(path) for path in (spectra, *(other or ()))]
     if matrix is None:
-        summary = summarise(records[0], rule, chosen)
+        summary = summarise(records[0], rule or records[0].usual_rule, chosen)
         figure = plots.heat_map(summary, heat or "kept", experts=not mean)
     else:
         named = [name for name in records[0].values if matrix in name]
         name = named[0] if len(named) == 1 else matrix
-        several = [plots.histogram_of(record, name, rule) for record in records]
+        several = [plots.histogram_of(record, name, rule or record.usual_rule) for record in records]
         figure = plots.overlay(several) if len(several) > 1 else plots.histogram(several[0])
     write_atomically(output, plots.encoded(figure, output))
     say(f"written to {output}")
@@ -146,15 +146,16 @@ def report(
     spectra: options.SpectraFile,
     *,
     output: options.Output,
-    rule: options.ShownRule = "mp-edge",
+    rule: options.ShownRule = None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
     """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
-    parse_rule(rule)
+    parse_rule(rule or "mp-edge")
     chosen = which.selection()
     file.claim(output)
     record = Spectra.load(spectra)
+    rule = rule or record.usual_rule
     summary = summarise(record, rule, chosen)
     text = page.render_page(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())

@@ -82,7 +82,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint director
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
-ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
+ShownRule = Annotated[
+    str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
+]
 DEVICE_NAMES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]

@@ -29,6 +29,8 @@ SIGMA = 1.0  # of the rounding in a biwhitened difference
 # move, full fine-tunes at 2 to 6 (LOG.md).
 FAINT, FULL = 0.9, 1.2
 MOST = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
+MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
+PROVEN = 4.0  # moved entries per unknown, see `evidence`
 AGREE = 0.7  # cosine between base and tuned under which nothing of the base is left; fine-tunes have over 0.98
 
 
@@ -135,11 +137,22 @@ def judge(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
     energy = energy_share(s, np.arange(len(s)) < rank) if s.any() else 0.0
     left = (shape[0] - rank) * (shape[1] - rank)
     rest = float(np.sum(s[rank:] ** 2)) / left if left else 0.0
+    told = found.moved > MOVED or evidence(rank, shape, found.moved) >= PROVEN
     kind = Kind.LOW_RANK
     if found.cosine is None or found.cosine < AGREE:
         kind = Kind.OTHER
     elif rank > MOST * len(s) or rest > FULL:
         kind = Kind.FULL
-    elif rest < FAINT or not rank:
+    elif rest < FAINT or not rank or not told:
         kind = Kind.FAINT
     return Change(kind, found.moved, found.share, found.cosine, None, rank, energy, rest)
+
+
+def evidence(rank: int, shape: tuple[int, int], moved: float) -> float:
+    """Moved entries per unknown of an adapter of this rank; `moved` is their share.
+
+    An entry that did not move needs no adapter, so the others are what it explains, and N unknowns meet 2 N conditions
+    by chance (Cover 1965: the capacity of a linear threshold device).
+    """
+    m, n = shape
+    return moved * m * n / (rank * (m + n - rank)) if rank else 0.0

@@ -4,10 +4,8 @@ The edge of the rounding (difference.py) is a lower bound of the rank: small dir
 leaves percents of the bits wrong, the right one next to none, and so does one that is too high. So the lowest rank that
 gives the bits is the answer. All matrices of an adapter have one rank as a rule, so what is most common is tried early.
 
-Bits prove something only where they are many. An entry that the tuned model did not move is right without any adapter,
-so the entries that moved are what has to be explained, and N unknowns meet 2 N conditions by chance (Cover 1965: the
-capacity of a linear threshold device). Full fine-tunes so faint that few entries move are explained like that. A rank
-is proven where its r (m + n - r) unknowns explain at least four times as many entries.
+Bits prove something only where they are many (`evidence`): full fine-tunes so faint that few entries move are explained
+by any adapter of some size. A rank is proven where its r (m + n - r) unknowns explain four times as many entries.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections.abc import Iterable
 
 import torch
 
-from laser.delta.difference import MOST, Change, Kind
+from laser.delta.difference import MOST, PROVEN, Change, Kind, evidence
 from laser.delta.formulas import Formula
 from laser.delta.solver import ROUNDS, Solution, solve
 from laser.spectral.devices import HOST, Device
@@ -28,19 +26,12 @@ BELIEVED = {torch.bfloat16: 2e-3, torch.float16: 2e-3, torch.float32: 0.1}
 USUAL = (Formula("once"), Formula("delta-first"))
 
 
-PROVEN = 4.0  # moved entries per unknown: twice Cover's capacity
-PLAUSIBLE = 1.0  # of a rank that other matrices have proven
+PLAUSIBLE = 1.0  # evidence that a rank needs which other matrices or the spectrum have proven
 
 
 def is_believed(solution: Solution, dtype: torch.dtype) -> bool:
     """Whether so few bits are wrong that these are base and adapter."""
     return solution.share_wrong <= BELIEVED[dtype]
-
-
-def evidence(rank: int, shape: tuple[int, int], moved: float) -> float:
-    """Moved entries per unknown of an adapter of this rank; `moved` is their share."""
-    m, n = shape
-    return moved * m * n / (rank * (m + n - rank)) if rank else 0.0
 
 
 def vote(changes: Iterable[Change]) -> int | None:
@@ -93,7 +84,8 @@ def recover(
     least = max(change.rank, 1)
     least = least - 1 if voted == least - 1 else least
     for rank in _ranks(least, voted, change.kind is Kind.FAINT):
-        needed = PLAUSIBLE if rank == voted else PROVEN
+        told = rank == voted or change.kind is Kind.LOW_RANK
+        needed = PLAUSIBLE if told else PROVEN
         if rank > MOST * min(shape) or evidence(rank, shape, moved) < needed:
             continue
         if right(rank):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from merges import BF16, F16, F32, full, merged, update, weights
 
-from laser.delta.difference import Kind, compare, judge, whitened
+from laser.delta.difference import Kind, compare, evidence, judge, whitened
 from laser.delta.formats import same_bits
 from laser.delta.formulas import Formula
-from laser.delta.recover import evidence, is_believed, recover, vote
+from laser.delta.recover import is_believed, recover, vote
 from laser.delta.solver import Solution, on_grid, solve, wrong_bits
 from laser.spectral.devices import HOST, Device
 
