@@ -97,7 +97,9 @@ class Scan:
         if D is None:
             reason = f"skipped: {change.kind}, so there is no difference to factorise"
             return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
-        measured = measured_of(D, device, self.method, self.null_draws)
+        # An update lies so far over float32's rounding that squares of both do not fit into float64.
+        method = "svd" if matrix.dtype == "F32" else self.method
+        measured = measured_of(D, device, method, self.null_draws)
         if measured.skipped is None:
             change = judge(change, measured.values, (matrix.shape[0], matrix.shape[1]))
         return replace(measured, change=change)
@@ -349,8 +351,8 @@ def spectra_there(
     tried = {m.name for m in there.matrices if m.no_spectrum is None}
     reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
     done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    wanted_source = Source.of(checkpoint) if base is None else base.delta_of({}).source
-    if not there.source.is_of(wanted_source) or (there.method, there.device) != (method, crew.label):
+    source = Source.of(checkpoint) if base is None else base.source
+    if not there.source.is_of(source) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None

@@ -91,8 +91,8 @@ def plan(
 ) -> None:
     """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
     count = lowest.count()
-    measured = Spectra.load(spectra) if how.rule is None else None
-    if measured is not None and measured.delta is None:
+    measured = Spectra.load(spectra) if how.rule is None and spectra.is_file() else None
+    if how.rule is None and (measured is None or measured.delta is None):
         raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
     rule = how.rule or RULE
     Treatment(rule, **how.treatment()).check()

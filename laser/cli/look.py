@@ -11,6 +11,7 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.delta.base import Base
 from laser.errors import UsageError
 from laser.files import write_atomically
 from laser.null import TESTED, check_test, null_test
@@ -27,6 +28,9 @@ def null(
     permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Permute the differences from this model, as laser delta has them.")
+    ] = None,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
@@ -45,6 +49,7 @@ def null(
             permutation=permute,
             draws=draws,
             spectra=Spectra.load(spectra) if spectra else None,
+            base=Base.of(open_checkpoint(base), checkpoint) if base else None,
             device=where,
             tick=bar,
         )

@@ -22,6 +22,7 @@ from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
 from laser.delta.difference import Change, Kind, compare, whitened
 from laser.delta.formats import FORMATS
+from laser.errors import NumericalError, RecordError
 from laser.spectral.devices import Device
 
 
@@ -88,6 +89,19 @@ class Base:
         used = {m.name for m in places.values()}
         return Base(base, tuned, places, tuple(m.name for m in theirs if m.name not in used))
 
+    @property
+    def source(self) -> Source:
+        """The virtual checkpoint TUNED - BASE."""
+        return self.delta_of({}).source
+
+    def require(self, source: Source, what: str) -> None:
+        """Raises RecordError unless `what` was made of these two checkpoints."""
+        if not source.is_of(self.source):
+            raise RecordError(
+                f"the {what} was made from {source.name} ({source.identity[:12]}), found {self.source.name} "
+                f"({self.source.identity[:12]}); make the {what} again: `laser delta BASE TUNED -o FILE`"
+            )
+
     def delta_of(self, changes: Mapping[str, Change]) -> Delta:
         """What a record says of these changes, and of what the tuned checkpoint lacks."""
         gone = {name: Change(Kind.MISSING) for name in self.missing}
@@ -114,6 +128,13 @@ class Base:
         if not {matrix.dtype, there.dtype} <= FORMATS.keys():  # what eight bits round to is not known here
             return Difference(found, None)
         return Difference(found, whitened(W, q, device))
+
+    def matrix(self, matrix: Matrix, q: torch.Tensor, device: Device) -> torch.Tensor:
+        """The biwhitened difference (m, n). Raises NumericalError where there is none."""
+        change, D = self.difference(matrix, q, device)
+        if D is None:
+            raise NumericalError(f"{change.kind}, so there is no difference to factorise")
+        return D
 
     def by_bytes(self, matrix: Matrix) -> Change:
         """What became of a tensor of a dtype that torch does not have, or that holds no weights."""

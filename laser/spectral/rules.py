@@ -283,7 +283,7 @@ def draws_needed(asked: str) -> int:
     Raises UsageError as `rule_in`, and for a rule that no scan of one checkpoint can serve.
     """
     rule, argument = parse_rule(rule_in(asked))
-    if rule.needs_sigma:  # which no scan measures
+    if rule.needs_sigma:  # which no scan of one checkpoint knows
         raise UsageError(NO_DIFFERENCE)
     return fewest_draws(argument) if rule.needs_null else 0
 
