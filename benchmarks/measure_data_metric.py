@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import smoke
+import torch
 
 import laser
 from laser.calibration import calibrate
@@ -121,17 +122,21 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
     todo = list(edits(asked, spectra, {(e["name"], e["metric"], e["rank"]) for e in journal.entries}))
     if not todo:
         return
-    model = LayeredModel(checkpoint, resident=True)
-    bench = Bench(model, Loss(together), {model.first_piece(name) for name, _, _ in todo})
-    base, start = bench.measure(), time.monotonic()
-    for number, (name, metric, rank) in enumerate(todo, 1):
+    model = LayeredModel(checkpoint, resident=None)
+
+    def cut(name: str, metric: str, rank: int) -> torch.Tensor:
         W = checkpoint.read(name)
         if metric == "data":
-            edit = truncate_in_metric(W, rank, moments.metric(name, W), device).matrix
-        else:
-            edit = laser.truncate(W, rank, device).matrix
-        after = bench.measure({name: edit})
-        changes = [float(b - a) for a, b in zip(base, after, strict=True)]
+            return truncate_in_metric(W, rank, moments.metric(name, W), device).matrix
+        return laser.truncate(W, rank, device).matrix
+
+    bench = Bench(model, Loss(together), cut)
+    bench.wanted = {model.first_piece(name) for name, _, _ in todo}
+    (_, base), start = bench.walk((), base=True), time.monotonic()
+    assert base is not None, "it was asked for"
+    for number, (name, metric, rank) in enumerate(todo, 1):
+        (after,), _ = bench.walk([{name: (metric, rank)}])
+        changes = [float(b - a) for a, b in zip(base.values, after.values, strict=True)]
         journal.append({"name": name, "metric": metric, "rank": rank, "changes": changes})
         print(f"{number} of {len(todo)}: {name} {metric} {rank}: {1000 * np.mean(changes):+.1f}", flush=True)
         if time.monotonic() - start > asked.seconds:

@@ -43,7 +43,7 @@ from laser.evaluation.lm_tasks import TASKS
 
 KEPT = Path(__file__).with_name("goldens.json")
 # Keys whose values are a machine's: times, memory, versions of libraries, what is installed and free.
-MASKED = {"seconds", "scan_seconds", "reduce_seconds", "visit_seconds", "peak_bytes", "basis", "versions"}
+MASKED = {"seconds", "scan_seconds", "reduce_seconds", "visit_seconds", "peak_bytes", "basis", "versions", "placed"}
 # Errors of rounding, which are nothing but last digits.
 MASKED |= {"residual", "orthogonality", "tolerance"}
 # Hashes over digits; those of moments and spectra stand under `calibration` and in a file's header.

@@ -21,8 +21,10 @@ import torch
 from conftest import Methods, Run, sampled, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 
+from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import LESS, VERBS, main, memory
+from laser.engine.crew import worker_bytes
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.causal import build_causal
@@ -155,9 +157,9 @@ def test_an_apple_gpu_says_how_much_it_has(monkeypatch: pytest.MonkeyPatch) -> N
 WHOLE, STREAMED = Needs(0, 10 * GB), Needs(0, 3 * GB)
 
 
-def needs_of(asked: Asked) -> Needs:
+def needs_of(asked: Asked, resident: int | None) -> Needs:
     """Of a pretended model: a narrower dtype halves it, a window costs 1 MB a token, a GPU takes it off the host."""
-    counted = (WHOLE if not asked.stream else STREAMED).host // (2 if asked.dtype == "bfloat16" else 1)
+    counted = (WHOLE if resident is None else STREAMED).host // (2 if asked.dtype == "bfloat16" else 1)
     counted += asked.tokens * MB
     return Needs(0, counted) if asked.device == "cpu" else Needs(counted, 100 * MB)
 
@@ -194,9 +196,9 @@ def test_whole_or_by_layers_or_refused_with_what_fits(
         placed = place("m", asked, needs_of, free_of, ways(asked))
         assert placed.stream is told
         chosen_by_memory = stream is None and told
-        assert bool(placed.stated) is chosen_by_memory
-        if placed.stated:
-            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.stated)
+        assert placed.news is chosen_by_memory
+        if chosen_by_memory:
+            assert re.search(r"11\.27 GB .*4\.29 GB are free: running it layer by layer, .*3\.76 GB", placed.why)
         return
     with pytest.raises(OutOfMemory, match=re.escape(f"try {told}")) as refused:
         place("m", asked, needs_of, free_of, ways(asked))
@@ -204,10 +206,10 @@ def test_whole_or_by_layers_or_refused_with_what_fits(
 
 
 def test_what_cannot_be_run_by_layers_is_refused_and_not_sent_in_a_circle() -> None:
-    def only_whole(asked: Asked) -> Needs:
-        if asked.stream:
+    def only_whole(asked: Asked, resident: int | None) -> Needs:
+        if resident is not None:
             raise NotByLayers("m cannot be run layer by layer: it is a knot", "try laser eval without --stream")
-        return needs_of(asked)
+        return needs_of(asked, None)
 
     asked = Asked("float32", "cpu", 511)
     for stream in (None, True):
@@ -239,30 +241,38 @@ def test_what_a_search_keeps_goes_to_a_file_where_memory_is_short(tmp_path: Path
 
 def test_the_needs_are_those_of_shapes(model: Path) -> None:
     checkpoint = open_checkpoint(model)
-    built, layered = build_causal(checkpoint), LayeredModel(checkpoint, resident=True)
+    built, layered = build_causal(checkpoint), LayeredModel(checkpoint, resident=None)
     parameters = sum(p.numel() for p in built.parameters())
     there = whole_needs(checkpoint, built, torch.float32, CPU, 32)
     assert there.device == 0 and there.mapped == sum(s.size for s in checkpoint.shards)
     assert there.host > LEAST_SPACE + 4.4 * parameters
     on_gpu = whole_needs(checkpoint, built, torch.float32, torch.device("cuda"), 32)
     assert 0 < on_gpu.device - LEAST_SPACE < on_gpu.host - LEAST_SPACE + 1.1 * 32 * 64 * 8 * 4
-    needs = [layered_needs(layered, CPU, t, r).host for t, r in ((32, False), (64, False), (64, True))]
+    needs = [layered_needs(layered, CPU, t, r).host for t, r in ((32, 0), (64, 0), (64, None))]
     assert needs[0] < needs[1] < needs[2] < there.host + 4 * parameters
-    assert layered_needs(layered, CPU, 32, False, backward=True).host > needs[0]
+    assert layered_needs(layered, CPU, 32, 0, backward=True).host > needs[0]
 
 
 # --- the verbs --------------------------------------------------------------------------------------------------------
 
 
-def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: float) -> None:
-    """Pretend that so much is free: between what streaming a model needs (0) and what it needs whole (1)."""
+def between(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, share: float, beside: int = 0) -> None:
+    """Pretend that so much is free: between what streaming a model needs (0) and what it needs whole (1).
+
+    beside: bytes that a search needs besides the pieces.
+    """
     checkpoint = open_checkpoint(path)
-    layered = LayeredModel(checkpoint, resident=True)
-    streamed = layered_needs(layered, CPU, tokens, False).host
+    layered = LayeredModel(checkpoint, resident=None)
+    streamed = layered_needs(layered, CPU, tokens, 0).host
     # A search keeps the pieces, eval has transformers load them: the smaller need of the two.
-    whole = layered_needs(layered, CPU, tokens, True).host
+    whole = layered_needs(layered, CPU, tokens, None).host
     # So much memory as this test needs to be free: this machine has another amount.
-    monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)))
+    monkeypatch.setattr(memory, "free", lambda *_: int(streamed + share * (whole - streamed)) + beside)
+
+
+def cut_bytes(path: Path) -> int:
+    """What cutting the largest of the matrices q and v needs, which a search does beside the pieces."""
+    return worker_bytes([m for m in list_matrices(open_checkpoint(path)) if m.role in ("q", "v")], devices.HOST)
 
 
 def test_eval_streams_by_itself_and_says_so(
@@ -312,18 +322,52 @@ def test_run_keeps_its_promise_and_finds_the_same(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 4, "--held-out-windows", 2)
-    words = (*words, "--rule", "fraction:0.9", "--roles", "q,v")
-    assert run("run", model, "-o", tmp_path / "a", *words)[0] == 0
-    between(monkeypatch, model, 31, 0.9)
-    limited = run("run", model, "-o", tmp_path / "b", *words)
-    assert limited[0] == 0 and "running it layer by layer" in limited[2]
-    plans = [json.loads((tmp_path / out / "laser/plan.json").read_text())["lines"] for out in "ab"]
-    assert [line["action"] for line in plans[0]] == [line["action"] for line in plans[1]]
+    words = (*words, "--rule", "fraction:0.9,fraction:0.5", "--roles", "q,v", "--accept", "any-drop")
+    beside = cut_bytes(model) + 4 * 4 * 31 * 32 * 4  # and four states
+    told = {}
+    for out, share in {"whole": None, "part": 0.8, "read": 0.0}.items():
+        if share is not None:
+            between(monkeypatch, model, 31, share, beside)
+        code, _, told[out] = run("run", model, "-o", tmp_path / out, *words)
+        assert code == 0, told
+    assert not told["whole"] and "laser: m needs 0.07 GB" in told["part"]
+    assert "the last 1 of 3 layers stay in memory, the others are read at each pass" in told["part"]
+    assert "each layer is read at each pass; 3 variants at a time" in told["read"]
+    plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in told]
+    assert plans[0] == plans[1] == plans[2] and b"accepted" in plans[0]
+    trials = [json.loads((tmp_path / out / "laser/search.json").read_text()) for out in told]
+    for record in trials:
+        del record["check"]  # over the seconds as well
+        for trial in record["trials"]:
+            del trial["seconds"], trial["layer_forwards"]
+    assert trials[0] == trials[1] == trials[2]
     code, _, err = run("run", model, "-o", tmp_path / "c", *words, "--no-stream")
     assert code == 1 and "try --stream" in err and not (tmp_path / "c").exists()
-    between(monkeypatch, model, 31, -0.5)  # the flag that it names is one that `run` has
-    code, _, err = run("run", model, "-o", tmp_path / "d", *words)
-    assert code == 1 and "--dtype" not in err and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_run_names_the_dtype_that_fits_and_its_search_records_it(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--text", tmp_path / "text.txt", "--window", 32, "--windows", 4, "--held-out-windows", 2)
+    words = ("run", model, "-o", tmp_path / "o", *words, "--rule", "fraction:0.9", "--roles", "q,v")
+    need = {
+        dtype: layered_needs(LayeredModel(open_checkpoint(model), dtype=dtype, resident=None), CPU, 31, 0).host
+        for dtype in ("float32", "bfloat16")
+    }
+    cut = cut_bytes(model)
+    # As in `between`.
+    monkeypatch.setattr(memory, "free", lambda *_: sum(need.values()) // 2 + cut)
+    for dry in ((), ("--dry-run",)):
+        code, _, err = run(*words, *dry)
+        assert code == 1 and err.strip().endswith("; try --dtype bfloat16") and not (tmp_path / "o").exists()
+    assert run(*words, "--dtype", "float16")[::2] == (
+        2, "laser: no evaluation in 'float16'; try --dtype float32|bfloat16\n"
+    )  # fmt: skip
+    found = json.loads(run(*words, "--dtype", "bfloat16", "--dry-run", "--json")[1])["search"]
+    assert found["dtype"] == "bfloat16" and found["stream"]
+    assert run(*words, "--dtype", "bfloat16")[0] == 0
+    assert json.loads((tmp_path / "o/laser/plan.json").read_text())["selection"]["dtype"] == "torch.bfloat16"
 
 
 def test_a_leaderboard_is_refused_before_the_work(
@@ -363,10 +407,17 @@ def test_a_dry_run_counts_the_search(
         assert code == 0 and found["candidates"] == 4 and found["trials"] == 8
         assert found["texts"] == (1 + 4 * 2) * 5 + 2 * 3 and found["tokens"] == found["texts"] * 31
         assert found["seconds"] > 0 and found["peak_bytes"] > LEAST_SPACE and not found["stream"]
+        assert (found["layers_in_memory"], found["variants_at_a_time"], found["dtype"]) == (3, 8, "float32")
+        chosen = "all of it stays in memory; all 8 variants at a time"
+        assert found["placed"].endswith(chosen)
         code, told, _ = run(*command, "--dry-run")
-        assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and "in memory" in told
-    between(monkeypatch, model, 31, 0.9)
-    assert json.loads(run(*command, "--dry-run", "--json")[1])["search"]["stream"]
+        assert code == 0 and "search: at most 4 candidates in 8 trials, 51 windows" in told and chosen in told
+    cut = cut_bytes(model)
+    between(monkeypatch, model, 31, 0.8, beside=cut + 4 * 5 * 31 * 32 * 4)
+    code, told, err = run(*command, "--dry-run", "--json")
+    found = json.loads(told)["search"]
+    assert found["stream"] and (found["layers_in_memory"], found["variants_at_a_time"]) == (1, 5)
+    assert err == f"laser: {found['placed']}\n"
     assert not (tmp_path / "o").exists() and not (tmp_path / "p.json").exists()
 
 
@@ -815,13 +866,10 @@ def limited(megabytes: int, work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of data memory")
-def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
-    """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""
-    hidden, width, layers = 512, 2048, 12
-    matrices = {"q_proj": (hidden, hidden), "k_proj": (hidden, hidden), "v_proj": (hidden, hidden)}
-    shapes = {f"self_attn.{name}": shape for name, shape in (matrices | {"o_proj": (hidden, hidden)}).items()}
+def large_model(path: Path, layers: int, width: int = 2048) -> Path:
+    """A Llama of 17 MB a layer in float32 (10 MB at half the width), half of that on disk, with a tokenizer."""
+    hidden = 512
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width)}
     noise = (0.02 * torch.randn(width, hidden, generator=torch.Generator().manual_seed(0))).bfloat16()
     tensors = {f"model.layers.{i}.{n}.weight": noise.flatten()[: a * b].reshape(a, b).roll(i, 0).clone()
@@ -835,8 +883,18 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
         "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8,
         "vocab_size": 64, "max_position_embeddings": 128, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip
-    path = write_checkpoint_directory(tmp_path / "m", {n: t.contiguous() for n, t in tensors.items()}, config)
-    write_tokenizer(path)
+    write_checkpoint_directory(path, {n: t.contiguous() for n, t in tensors.items()}, config)
+    return write_tokenizer(path)
+
+
+NEEDS_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of data memory")
+
+
+@pytest.mark.slow
+@NEEDS_LINUX
+def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
+    """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""
+    path = large_model(tmp_path / "m", 12)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
     assert main(["eval", str(path), *text]) == 0  # what is imported and built once is there before the limit
@@ -849,3 +907,27 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
     out = ("run", "-o", str(tmp_path / "o"), "--held-out-windows", "2", "--rule", "rank:8", "--layers", "3,9")
     assert limited(160, laser(*out, "--roles", "k", "--workers", "1")) == 0
     assert (tmp_path / "o/README.md").exists()
+
+
+@pytest.mark.slow
+@NEEDS_LINUX
+def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, limit = large_model(tmp_path / "m", 58, width=1024), 192
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["run", str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
+    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "25,48", "--roles", "k"]
+    words += ["--search", "--accept", "any-drop", "--workers", "1", "-o"]
+    assert sum(t.numel() for t in build_causal(open_checkpoint(path)).parameters()) * 4 > 3 * limit * MB
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    assert "laser: m needs" not in capfd.readouterr().err
+    assert limited(limit, lambda: main([*words, str(tmp_path / "part")])) == 0
+    err = capfd.readouterr().err
+    assert re.match(
+        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.2\d GB are free: the last [1-9] of 58 layers "
+        r"stay in memory, the others are read at each pass; all 4 variants at a time\n", err
+    ), err  # fmt: skip
+    assert limited(limit, lambda: main([*words, str(tmp_path / "none"), "--no-stream"])) == 1
+    plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in ("whole", "part")]
+    assert plans[0] == plans[1] and b'"action": "reduce"' in plans[0]

@@ -150,12 +150,12 @@ LESS = (
     Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
     Less("a smaller --window", ("eval", "search", "run", "calibrate")),
-    Less("--dtype bfloat16", ("eval", "search", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
+    Less("--dtype bfloat16", ("eval", "search", "run", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
     Less("--device cpu", DEVICE_VERBS, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
 BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "delta", "reduce"), ("--device",))
-BOUND |= {"run": ("--device", "--window"), "search": ("--device", "--window", "--dtype")}
+BOUND |= dict.fromkeys(("run", "search"), ("--device", "--window", "--dtype"))
 BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
 
 

@@ -121,18 +121,19 @@ def search_measuring(
         candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted
     )
     in_layers, in_head = active_weights(model.model)
-    read = passes.loads * sum(s.size for s in model.checkpoint.shards) / model.layers if placed.stream else 0
+    read = (
+        passes.loads * (1 - placed.layers / model.layers) * sum(s.size for s in model.checkpoint.shards) / model.layers
+    )
     products = in_layers / model.layers * passes.layer_tokens + in_head * passes.tokens
     seconds, basis = forward_seconds(device, products, read)
     named = {name for c in candidates for _, ranks in c.options for name in ranks}
     most_expensive = sorted((m for m in matrices if m.name in named), key=lambda m: -m.cost)
     most_expensive = most_expensive if grid or shortlisted else most_expensive[: passes.candidates]
     seconds += passes.cuts * cut_seconds(most_expensive, device) / max(len(most_expensive), 1)
-    held = placed.needs.host + placed.needs.device
     texts = ", ".join(dict.fromkeys(each.text for each in (calibration, *reported)))
     return Measuring(
         "search", texts, passes.candidates, passes.trials, passes.windows, passes.tokens, passes.layer_forwards,
-        seconds, held, placed.stream, basis,
+        seconds, placed.peak, placed.stream, basis, placed.dtype, placed.layers, placed.variants, placed.why,
     )  # fmt: skip
 
 
@@ -143,8 +144,10 @@ def board_measuring(
     active = sum(active_weights(build_causal(checkpoint)))
     prompts, tokens = models * workload.prompts, models * workload.tokens
     seconds, basis = forward_seconds(device, active * tokens)
-    held = placed.needs.host + placed.needs.device
-    return Measuring("leaderboard", "the tasks' rows", 0, 0, prompts, tokens, 0, seconds, held, False, basis)
+    return Measuring(
+        "leaderboard", "the tasks' rows", 0, 0, prompts, tokens, 0, seconds, placed.peak, False, basis, placed.dtype,
+        0, 0, placed.why,
+    )  # fmt: skip
 
 
 def measuring_line(of: Measuring) -> str:
@@ -155,7 +158,7 @@ def measuring_line(of: Measuring) -> str:
     return (
         f"{of.what}: {tried}{of.texts} {'windows' if searched else 'prompts'} scored{runs} "
         f"({of.tokens} tokens of {of.on}), about {_duration(of.seconds)}, {of.peak_bytes / 1e9:.2f} GB of memory, "
-        f"{'layer by layer' if of.stream else 'all of it in memory'} ({of.basis})"
+        f"in {of.dtype} ({of.basis}); {of.placed}"
     )
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.cli.common import say
-from laser.engine.crew import worker_bytes
+from laser.engine.crew import Crew, worker_bytes
 from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.causal import build_causal
-from laser.evaluation.footprint import Needs, layered_needs, longest, whole_needs
+from laser.evaluation.footprint import WORKER, Needs, layered_needs, longest, states_bytes, whole_needs
 from laser.evaluation.layout import NotByLayers
-from laser.evaluation.placement import Asked, NeedsOf, Placement, place, refusal, smaller_windows
+from laser.evaluation.placement import Alive, Asked, NeedsOf, Placement, place, refusal, smaller_windows
 from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel
 from laser.evaluation.text import Window
 from laser.spectral.devices import HOST, Device, choose_device, free_bytes
@@ -54,10 +55,10 @@ def _of_eval(
     if dtype not in MODEL_DTYPES:
         raise UsageError(f"no evaluation in {dtype!r}; try --dtype {'|'.join(MODEL_DTYPES)}")
 
-    def needs_of(asked: Asked) -> Needs:
+    def needs_of(asked: Asked, resident: int | None) -> Needs:
         kind = MODEL_DTYPES[asked.dtype]
-        if asked.stream:
-            return layered_needs(_built(checkpoint, asked.dtype), asked.torch_device, asked.tokens, False)
+        if resident is not None:
+            return layered_needs(_built(checkpoint, asked.dtype), asked.torch_device, asked.tokens, resident)
         return whole_needs(checkpoint, build_causal(checkpoint, kind), kind, asked.torch_device, asked.tokens)
 
     return Asked(dtype, device.name, longest(windows), stream), needs_of
@@ -65,26 +66,35 @@ def _of_eval(
 
 def for_search(
     checkpoint: Checkpoint,
-    windows: Sequence[Window],
+    calibration: Sequence[Window],
+    reported: Sequence[Window],
     matrices: Sequence[Matrix],
+    crew: Crew,
     device: Device,
     dtype: str,
     stream: bool | None,
     *,
+    variants: int,
     backward: bool = False,
-    has_dtype: bool = True,
 ) -> Placement:
-    """How a search runs a model: all of its pieces in memory, or one at a time. A cut of the largest of `matrices` is
-    made beside it. backward: with --shortlist gradient. has_dtype: whether the verb has --dtype."""
-    asked = Asked(dtype, device.name, longest(windows), stream)
+    """How a search runs a model: which of its pieces stay in memory, and how many of `variants` are tried at a time.
 
-    def needs_of(asked: Asked) -> Needs:
-        built = _built(checkpoint, asked.dtype)
-        needs = layered_needs(built, asked.torch_device, asked.tokens, not asked.stream, backward)
-        return needs.beside(worker_bytes(matrices, HOST))
+    A cut of the largest of `matrices` is made beside it. crew: has scanned them before. backward: with --shortlist
+    gradient.
+    """
+    beside = {"host": worker_bytes(matrices, HOST), "mapped": WORKER * len(crew.pool(matrices))}
+    built = cache(partial(_built, checkpoint))
+    asked = Asked(dtype, device.name, longest([*calibration, *reported]), stream)
 
-    ways = [(words, way) for words, way in _ways(asked) if has_dtype or not words.startswith("--dtype")]
-    return place(checkpoint.name, asked, needs_of, free, ways)
+    def needs_of(asked: Asked, resident: int | None) -> Needs:
+        needs = layered_needs(built(asked.dtype), asked.torch_device, asked.tokens, resident, backward)
+        return needs.beside(**beside)
+
+    model = built(dtype)
+    # A pass backwards wants the states between all the layers.
+    states = max(variants, model.layers + 1 if backward else 0) + 1
+    alive = Alive(model.layers, states_bytes(model, calibration), variants, states)
+    return place(checkpoint.name, asked, needs_of, free, _ways(asked), alive)
 
 
 PROMPT = 3072  # tokens: the longest of the six tasks' prompts, MMLU's and ARC's, in vocabularies of 32,000 and more
@@ -94,7 +104,7 @@ def for_leaderboard(checkpoint: Checkpoint, device: Device, dtype: str, batch: i
     """Whether lm-eval can have the model: it takes it whole. Raises OutOfMemory where it does not fit."""
     asked = Asked(stored_dtype(checkpoint) if dtype == "auto" else dtype, device.name, PROMPT, False, batch)
 
-    def needs_of(asked: Asked) -> Needs:
+    def needs_of(asked: Asked, _: int | None) -> Needs:
         kind = getattr(torch, asked.dtype)
         model = build_causal(checkpoint, kind)
         held = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -128,14 +138,14 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 def said(placement: Placement) -> Placement:
     """The same; what memory decided is a line on stderr."""
-    if placement.stated:
-        say(f"laser: {placement.stated}", aside=True)
+    if placement.news:
+        say(f"laser: {placement.why}", aside=True)
     return placement
 
 
 def _built(checkpoint: Checkpoint, dtype: str) -> LayeredModel:
     """Without weights, and without the memory of the C library set for streaming."""
-    return LayeredModel(checkpoint, dtype=dtype, device="meta", resident=True)
+    return LayeredModel(checkpoint, dtype=dtype, device="meta", resident=None)
 
 
 def _ways(asked: Asked, streamed: bool = True) -> list[tuple[str, Asked]]:

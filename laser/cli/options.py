@@ -86,7 +86,7 @@ ShownRule = Annotated[
     str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
 ]
 DEVICE_NAMES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
-_LAYER_BY_LAYER = "One layer's weights in memory at a time; default: where all do not fit."
+_LAYER_BY_LAYER = "One layer's weights in memory at a time; default: as many as fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
 

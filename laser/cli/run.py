@@ -18,13 +18,21 @@ from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.publish import leaderboards
 from laser.cli.recipe import follow, packaged
-from laser.cli.search import check_objective, layered_model, objectives_of, print_search, search_with_bar
+from laser.cli.search import (
+    check_objective,
+    layered_model,
+    most_variants,
+    objectives_of,
+    print_search,
+    search_with_bar,
+)
 from laser.engine.cost import Measuring, Meter, estimate_cost
+from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import lm_eval_is_here, require_leaderboard
 from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
-from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
 from laser.flow import require_same_run
 from laser.flow import run as run_flow
@@ -58,6 +66,9 @@ def run(
     trials: options.Trials,
     text: options.SearchText,
     stream: options.Stream = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32 or bfloat16, in which a search runs the model.")
+    ] = "float32",
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
@@ -85,6 +96,7 @@ def run(
         calibrated = moments.moments is not None
         check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
         check_objective("loss", None, text)
+        require_dtype(dtype)
     crew = compute.crew()
     draws = max((draws_needed(each) for each in rules), default=0)
     method = compute.truncating(crew)
@@ -97,7 +109,9 @@ def run(
         known.source.require(checkpoint, "moments")
     wants_board = leaderboard if leaderboard is not None else bool(recipe and search and lm_eval_is_here())
 
-    common.do_nothing(*(() if searching else ("--stream", "--window")), *(() if wants_board else ("--no-leaderboard",)))
+    common.do_nothing(
+        *(() if searching else ("--stream", "--window", "--dtype")), *(() if wants_board else ("--no-leaderboard",))
+    )
 
     def here() -> Device:
         """For search and leaderboard, which run in this process, whatever the cluster lends."""
@@ -116,7 +130,8 @@ def run(
         workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
-        measure = _search_measure(checkpoint, *texts, text, here(), stream, matrices, trials.accept)
+        most = most_variants(matrices, rules, count)
+        measure = _search_measure(checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most)
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -213,15 +228,18 @@ def _search_measure(
     text: Text,
     held_out: Text | None,
     asked: options.SearchText,
+    crew: Crew,
     device: Device,
+    dtype: str,
     stream: bool | None,
     matrices: Sequence[Matrix],
     accept: str,
+    variants: int,
 ) -> _Measure:
     calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
     check_objectives(calibration, reported, accept)
     layered, placed = layered_model(
-        checkpoint, (calibration, *reported), matrices, device, "float32", stream, has_dtype=False
+        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants
     )
     return _Measure(layered, placed, calibration, reported)
 

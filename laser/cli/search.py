@@ -117,8 +117,10 @@ def search(
         measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     layered, placed = layered_model(
-        checkpoint, (calibration, *reported), matrices, where, dtype, stream, backward=shortlist is not None
-    )
+        checkpoint, calibration, reported, matrices, crew, where, dtype, stream,
+        variants=most_variants(matrices, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"]),
+        backward=shortlist is not None,
+    )  # fmt: skip
     draws = max((draws_needed(rule) for rule in wanted), default=0)
     if work.dry_run:
         if not work.force:
@@ -158,25 +160,32 @@ def search(
 
 def layered_model(
     checkpoint: Checkpoint,
-    objectives: Sequence[Objective],
+    calibration: Objective,
+    reported: Sequence[Objective],
     matrices: Sequence[Matrix],
+    crew: Crew,
     device: Device,
     dtype: str,
     stream: bool | None,
     **how: Any,
 ) -> tuple[LayeredModel, Placement]:
-    """The model that a search measures, in memory or layer by layer as that allows, and why; no weight is read.
+    """The model that a search measures, with what memory holds of it, and why; no weight is read.
 
     Raises UsageError for windows that it cannot run, OutOfMemory where it does not fit.
     """
-    windows = [window for each in objectives for window in each.windows]
-    placed = memory.said(memory.for_search(checkpoint, windows, matrices, device, dtype, stream, **how))
-    layered = LayeredModel(
-        checkpoint, dtype=dtype, device=device.torch_device, resident=not placed.stream, store=placed.store()
-    )
-    for each in objectives:
+    others = [window for each in reported for window in each.windows]
+    placed = memory.for_search(checkpoint, calibration.windows, others, matrices, crew, device, dtype, stream, **how)
+    store = memory.said(placed).store(device.torch_device)
+    layered = LayeredModel(checkpoint, dtype=dtype, device=device.torch_device, resident=placed.resident, store=store)
+    for each in (calibration, *reported):
         layered.check(each.windows)
     return layered, placed
+
+
+def most_variants(matrices: Sequence[Matrix], rules: Sequence[str], tried: int | None, grid: bool = False) -> int:
+    """How many variants there can be, before a spectrum is known. tried: of how many candidates, None: of all."""
+    candidates = {(m.layer, m.role) if grid else m.name for m in matrices if m.is_matrix}
+    return len(rules) * min(len(candidates), tried or len(candidates))
 
 
 def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:

@@ -134,7 +134,9 @@ class Measuring:
     texts, tokens: windows or prompts that the model answers, and tokens in them
     layer_forwards: of a search, decoder layers times windows that are run
     peak_bytes: besides the libraries
-    stream: layer by layer
+    stream: whether layers are read again at each pass
+    layers_in_memory, variants_at_a_time: of a search, as memory allows
+    placed: what of it stays in memory, and why
     """
 
     what: str
@@ -148,6 +150,10 @@ class Measuring:
     peak_bytes: int
     stream: bool
     basis: str
+    dtype: str
+    layers_in_memory: int
+    variants_at_a_time: int
+    placed: str
 
 
 def cut_seconds(matrices: Sequence[Matrix], device: Device) -> float:

@@ -1,4 +1,4 @@
-"""Where hidden states wait between layers: in memory up to a limit, then in temporary files, memory-mapped."""
+"""Where hidden states wait between layers: on the device, in memory, or in temporary files, memory-mapped."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from laser.files import disk_errors
 
 # 2 GiB hold 128 windows of 512 tokens at hidden size 4096 in float32, and leave a 16 GB machine its room for a layer.
 MEMORY_LIMIT = 2 << 30
+HERE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,26 @@ class Activations:
 
 
 class Store:
-    """Allocates Activations and counts them: over `limit` bytes in memory the next one is a file in `directory`.
+    """Allocates Activations and counts them, in the first place that has room: on `device` up to `device_limit` bytes,
+    in memory up to `limit`, else in a file in `directory`.
 
-    A file is deleted as soon as it is mapped, so that it is gone with the process, however that ends.
+    A file is deleted as soon as it is mapped, so that it is gone with the process, however that ends. Memory that CUDA
+    copies from is pinned, which is twice as fast.
     """
 
-    def __init__(self, limit: int = MEMORY_LIMIT, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        limit: int = MEMORY_LIMIT,
+        directory: Path | None = None,
+        *,
+        device: torch.device = HERE,
+        device_limit: int = 0,
+    ) -> None:
         self.limit, self.directory, self.used = limit, directory, 0
-        self._in_memory: set[int] = set()
+        self.device, self.device_limit, self.device_used = device, device_limit, 0
+        self._pinned = device.type == "cuda"
+        self._here: set[int] = set()
+        self._there: set[int] = set()
 
     def allocate(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> Activations:
         """Room for windows of `lengths` tokens, (sum, width). Raises OutputError where the disk is full."""
@@ -50,18 +63,27 @@ class Store:
             starts.append(starts[-1] + length)
         shape = (starts[-1], width)
         size = math.prod(shape) * dtype.itemsize
-        if self.used + size <= self.limit:
-            hidden = torch.empty(shape, dtype=dtype)
-            self.used += size
-            self._in_memory.add(hidden.data_ptr())
+        if self.device_used + size <= self.device_limit:
+            hidden = torch.empty(shape, dtype=dtype, device=self.device)
+            self.device_used += size
+            self._there.add(hidden.data_ptr())
+        elif self.used + self._counted(size) <= self.limit:
+            hidden = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+            self.used += self._counted(size)
+            self._here.add(hidden.data_ptr())
         else:
             hidden = self._mapped(shape, dtype, size)
         return Activations(hidden, tuple(starts))
 
     def room(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
         """How many more Activations of these `lengths` fit in memory, before the next one is a file."""
-        size = sum(lengths) * width * dtype.itemsize
-        return max(self.limit - self.used, 0) // max(size, 1)
+        size = max(sum(lengths) * width * dtype.itemsize, 1)
+        there = max(self.device_limit - self.device_used, 0) // size
+        return there + max(self.limit - self.used, 0) // self._counted(size)
+
+    def _counted(self, size: int) -> int:
+        """Bytes of the host's memory that so many take."""
+        return pinned_bytes(size) if self._pinned else size
 
     def _mapped(self, shape: tuple[int, int], dtype: torch.dtype, size: int) -> torch.Tensor:
         directory = self.directory or _on_disk()
@@ -80,9 +102,18 @@ class Store:
 
     def free(self, activations: Activations) -> None:
         """Give back what `activations` counted; the memory itself goes with the last reference."""
-        if activations.hidden.data_ptr() in self._in_memory:
-            self._in_memory.remove(activations.hidden.data_ptr())
-            self.used -= activations.hidden.nbytes
+        place, size = activations.hidden.data_ptr(), activations.hidden.nbytes
+        if place in self._there:
+            self._there.remove(place)
+            self.device_used -= size
+        elif place in self._here:
+            self._here.remove(place)
+            self.used -= self._counted(size)
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch takes where pinned memory of `size` bytes is asked for: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _on_disk() -> Path:

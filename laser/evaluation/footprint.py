@@ -1,4 +1,4 @@
-"""How much memory a model takes before it is loaded: whole, resident in pieces, or streamed. From shapes alone.
+"""How much memory a model takes before it is loaded: whole, in pieces of which some stay, or streamed. By shapes.
 
 Measured on the demo model (LOG.md) the peak lies at most a tenth and 64 MiB above the sum of what is counted here,
 and `Needs` has that margin in it. Files that are only read are no need: their pages can be given back.
@@ -20,6 +20,7 @@ from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
 MARGIN, LEAST_SPACE = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
+WORKER = 72 << 20  # reserved by each that scans and hardly filled: a stack, and buffers of NumPy's and SciPy's OpenBLAS
 # How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
 # STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).
@@ -35,16 +36,16 @@ class Needs:
     """Bytes at the peak besides the libraries.
 
     device: on an accelerator, 0 without one
-    mapped: files that are mapped into memory meanwhile, which only the process's own limits count
+    mapped: what is mapped or reserved meanwhile and takes no memory; only the process's own limits count it
     """
 
     device: int
     host: int
     mapped: int = 0
 
-    def beside(self, host: int) -> Needs:
-        """With `host` more bytes on the host."""
-        return Needs(self.device, self.host + host, self.mapped)
+    def beside(self, host: int = 0, device: int = 0, mapped: int = 0) -> Needs:
+        """With so many more bytes."""
+        return Needs(self.device + device, self.host + host, self.mapped + mapped)
 
 
 def longest(windows: Sequence[Window]) -> int:
@@ -86,25 +87,33 @@ def whole_needs(
 
 
 def layered_needs(
-    model: LayeredModel, device: torch.device, tokens: int, resident: bool, backward: bool = False
+    model: LayeredModel, device: torch.device, tokens: int, resident: int | None, backward: bool = False
 ) -> Needs:
-    """What a pass in pieces needs, for windows of up to `tokens` inputs.
+    """What a pass in pieces needs, for windows of up to `tokens` inputs. More with each piece that stays.
 
-    The states between the pieces are not counted: see `Store`.
+    The states between the pieces are not counted: see `states_bytes`.
 
-    backward: also of a pass back through each layer, with gradients of its weights.
+    resident: how many of the last pieces stay, None: all of them
+    backward: also of a pass back through each layer, with gradients of its weights
     """
     sizes = [_tensor_bytes(kinds) for kinds in model.kinds()]
     *pieces, rest = sizes
     layers = max(pieces[1:-1])
-    weights = sum(pieces) if resident else max(pieces)
     head = _logits_bytes(model.model, model.dtype, min(tokens, HEAD_ROWS))
     passing = max(head, _layer_bytes(model.model, model.dtype, tokens) * (SAVED if backward else 1))
-    if not resident:  # the head is not there with a layer, nor a layer with it
+    if resident == 0:  # the head is not there with a layer, nor a layer with it
         weights = max(pieces[0], max(layers + passing, pieces[-1] + head) - passing)
+    else:  # those that stay, and the largest of those that are read beside them
+        stay = 0 if resident is None else max(len(pieces) - resident, 0)
+        weights = sum(pieces[stay:]) + max(pieces[:stay], default=0)
     there = rest + weights + passing + layers * backward
     reading = _reading_bytes(model.checkpoint)
     return _needs(0, there + reading) if device.type == "cpu" else _needs(there, reading)
+
+
+def states_bytes(model: LayeredModel, windows: Sequence[Window]) -> int:
+    """Of the hidden states of all windows between two pieces, once."""
+    return sum(len(w.tokens) - 1 for w in windows) * model.width * model.dtype.itemsize
 
 
 def active_weights(model: Any) -> tuple[int, int]:

@@ -24,11 +24,17 @@ from laser.evaluation.streaming import Scores
 from laser.evaluation.text import Window, Windows
 
 
-class Objective(Protocol):
+class Measure(Protocol):
     """Windows to run and how to read their scores."""
 
     @property
     def windows(self) -> Sequence[Window]: ...
+    def values(self, scores: Scores) -> list[float]: ...
+
+
+class Objective(Measure, Protocol):
+    """A measure with a name: a value per unit, the units' weights, and what text they are of."""
+
     @property
     def weights(self) -> tuple[int, ...]: ...
     @property
@@ -41,7 +47,6 @@ class Objective(Protocol):
     def sha256(self) -> str: ...
     @property
     def asked(self) -> int | None: ...
-    def values(self, scores: Scores) -> list[float]: ...
 
 
 @dataclass(frozen=True)

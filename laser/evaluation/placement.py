@@ -1,25 +1,34 @@
-"""Whether a model is loaded whole or run layer by layer, decided before it is loaded.
+"""How a model is run, decided before it is loaded: whole, layer by layer, or with the last of its layers in memory.
 
 What it needs is held against what is free. A function says what is free, so that this room knows no device's library. A
 choice of the user's wins. One that cannot be met is refused with the flags that can, each of them held against what is
 free before it is named.
+
+A search also keeps hidden states: those of the model, and of each variant that is tried meanwhile. A walk over the
+layers serves all of these, so it is by more states that fewer layers are read, unless none need be read at all. Hence
+the order: the whole model with LEAST states, if that fits. Else states, for up to half of what is free beside one
+layer; then as many of the last layers as fit. With more memory never fewer layers stay, nor is more read.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from laser.errors import OutOfMemory
-from laser.evaluation.activations import MEMORY_LIMIT, Store
+from laser.evaluation.activations import MEMORY_LIMIT, Store, pinned_bytes
 from laser.evaluation.footprint import Needs
 from laser.evaluation.layout import NotByLayers
 
 # (name of the device, bytes of files that are mapped meanwhile) -> bytes that are free there; None: not known
 Free = Callable[[str, int], int | None]
 HOST_NAME = "cpu"
+OWN_MEMORY = "cuda"  # the kind of device that has memory besides the host's: an Apple GPU takes it from that
+LEAST = 4  # states of a search that come before layers: the model's, and those of three variants
 SMALLEST = 32  # tokens of a window below which a loss says nothing
 
 
@@ -38,52 +47,147 @@ class Asked:
         return torch.device(self.device)
 
 
-# What a model run so needs. Raises NotByLayers where it cannot be.
-NeedsOf = Callable[[Asked], Needs]
+# What a model needs of which so many of the last pieces stay, None: all. Raises NotByLayers where it has none.
+NeedsOf = Callable[[Asked, int | None], Needs]
 # Flags of the command line that ask for something smaller, and what they ask for.
 Ways = Sequence[tuple[str, Asked]]
+
+
+@dataclass(frozen=True)
+class Alive:
+    """What a search has beside the pieces.
+
+    layers: how many the model has
+    size: bytes of the states of all windows, once
+    variants: how many are tried in all
+    most: how many states there can be at a time: the model's, and one of each variant
+    """
+
+    layers: int
+    size: int
+    variants: int
+    most: int
+
+    @property
+    def least(self) -> int:
+        """Bytes of the states that come before layers."""
+        return min(LEAST, self.most) * self.size
+
+    def wanted(self, left: int) -> int:
+        """Bytes that states are to have where so many are left: half of them, but no fewer than `least`."""
+        return min(self.most * self.size, max(self.least, left // 2))
 
 
 @dataclass(frozen=True)
 class Placement:
     """How a model is run, as it was chosen.
 
-    left: bytes of the host's memory that stay free beside it, None where that is not known
-    stated: what to say of the choice, None where there was none
+    resident: how many of its last pieces stay in memory, the head being the last; None: all of it
+    needs: without states
+    host_states, device_states: bytes that states may take there
+    dtype: of weights and states
+    layers, variants: of a search, how many layers stay, and how many variants are tried at a time
+    why: the choice and its reason, as a sentence
+    news: whether it would be another with memory enough
     """
 
-    stream: bool
+    resident: int | None
     needs: Needs
-    left: int | None
-    stated: str | None = None
+    host_states: int
+    device_states: int
+    dtype: str
+    layers: int
+    variants: int
+    why: str
+    news: bool
 
-    def store(self) -> Store:
-        """Room for the states between the pieces: half of what is left, so that they never are what is too much."""
-        return Store(MEMORY_LIMIT if self.left is None else max(0, min(MEMORY_LIMIT, self.left // 2)))
+    @property
+    def stream(self) -> bool:
+        """Whether anything is read again at each pass."""
+        return self.resident is not None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the most, those of a search's states with them."""
+        states = self.host_states + self.device_states if self.variants else 0
+        return self.needs.device + self.needs.host + states
+
+    def store(self, device: torch.device | str = HOST_NAME) -> Store:
+        """Where states wait between pieces that run on `device`."""
+        return Store(self.host_states, device=torch.device(device), device_limit=self.device_states)
 
 
-def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways) -> Placement:
-    """Whole if it fits, else layer by layer, unless the one or the other is asked for.
+def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, alive: Alive | None = None) -> Placement:
+    """Whole if it fits, else layer by layer, unless the one or the other is asked for. alive: of a search.
 
     Raises OutOfMemory, with the first of `ways` that fits, where what is asked for does not; NotByLayers where it is
     asked for layer by layer, cannot be run so, and would fit whole.
     """
-    tried: list[tuple[bool, Needs]] = []
-    cannot: NotByLayers | None = None
-    for stream in (False, True) if asked.stream is None else (asked.stream,):
+    free, compared, cannot = cache(free), "", None  # it is held against one and the same figure throughout
+    for resident in (None, 0) if asked.stream is None else (0 if asked.stream else None,):
         try:
-            needs = needs_of(replace(asked, stream=stream))
+            needs = needs_of(asked, resident)
         except NotByLayers as error:
             cannot = error
             continue
-        if shortage(needs, asked.device, free) is None:
-            left = free(HOST_NAME, needs.mapped)
-            message = f"{name} {_too_much(tried[0][1], asked.device, free)}: {_how(True, needs)}" if tried else None
-            return Placement(stream, needs, None if left is None else left - needs.host, message)
-        tried.append((stream, needs))
+        wanted = needs
+        if alive is not None and resident is None and asked.stream is None:
+            wanted = needs.beside(**_at(asked.device, alive.least))
+        compared = compared or f"{name} {_against(wanted, asked.device, free, resident == 0)}"
+        if shortage(wanted, asked.device, free) is None:
+            if alive is not None:
+                return _searched(asked, resident, needs_of, free, compared, alive)
+            left = _left(needs, HOST_NAME, asked.device, free)
+            states = MEMORY_LIMIT if left is None else min(MEMORY_LIMIT, left // 2)
+            how = (
+                "it is"
+                if resident is None
+                else f"running it layer by layer, which needs {gigabytes(needs.device + needs.host)}"
+            )
+            news = resident == 0 and asked.stream is None
+            return Placement(resident, needs, states, 0, asked.dtype, 0, 0, f"{compared}: {how}", news)
     if cannot is not None and asked.stream and _fits(replace(asked, stream=False), needs_of, free):
         raise cannot
     raise refusal(name, asked, needs_of, free, ways, cannot)
+
+
+def _searched(
+    asked: Asked, resident: int | None, needs_of: NeedsOf, free: Free, compared: str, alive: Alive
+) -> Placement:
+    """A search, of a model that fits whole (None) or layer by layer (0): with how many states, and how many layers."""
+    needs = needs_of(asked, resident)
+    own = asked.device.partition(":")[0] == OWN_MEMORY
+    left = [
+        _left(needs, where, asked.device, free) for where in ((asked.device,) if own else (asked.device, HOST_NAME))
+    ]
+    known = min((count for count in left if count is not None), default=0 if own else 2 * MEMORY_LIMIT)
+    near = min(alive.wanted(known), known)  # bytes of states where the pieces run
+    states = near // alive.size
+    far = 0
+    if own:  # where others wait, and come to the device for each layer
+        left_here, size = _left(needs, HOST_NAME, asked.device, free), pinned_bytes(alive.size)
+        far = min((alive.most - states) * size, MEMORY_LIMIT if left_here is None else left_here // 2)
+        states += far // size
+    if resident == 0 and asked.stream is None:
+        beside = _at(asked.device, alive.wanted(known))
+
+        def lacks(pieces: int) -> bool:
+            return shortage(needs_of(asked, pieces).beside(**beside), asked.device, free) is not None
+
+        resident = bisect_left(range(1, alive.layers + 1), True, key=lacks)
+        needs = needs_of(asked, resident)
+    variants = min(alive.variants, max(states - 1, 1))
+    return Placement(
+        resident,
+        needs,
+        host_states=near if asked.device == HOST_NAME else far,
+        device_states=0 if asked.device == HOST_NAME else near,
+        dtype=asked.dtype,
+        layers=alive.layers if resident is None else max(resident - 1, 0),
+        variants=variants,
+        why=f"{compared}: {_kept(resident, alive.layers)}; {_at_a_time(variants, states, alive)}",
+        news=(resident is not None and asked.stream is None) or variants < alive.variants,
+    )
 
 
 def refusal(
@@ -95,9 +199,9 @@ def refusal(
         if stream and cannot is not None:
             reasons.append(cannot.why)
             continue
-        needs = needs_of(replace(asked, stream=stream))
+        needs = needs_of(asked, 0 if stream else None)
         least = needs if least is None or needs.host + needs.device < least.host + least.device else least
-        reasons.append(_too_much(needs, asked.device, free, stream))
+        reasons.append(_against(needs, asked.device, free, stream))
     why = f"{name} {', '.join(reasons)}"
     every = [*ways, *((f"{a} {b}", _both(asked, x, y)) for a, x in ways for b, y in ways if _apart(asked, x, y))]
     for flags, other in every:
@@ -112,9 +216,8 @@ def refusal(
 
 def shortage(needs: Needs, device: str, free: Free) -> tuple[str, int, int] | None:
     """The first place that has too little: its name, bytes needed and bytes free there; None where all have enough."""
-    pairs = [(HOST_NAME, needs.host)] if device == HOST_NAME else [(device, needs.device), (HOST_NAME, needs.host)]
-    for where, needed in pairs:
-        there = free(where, needs.mapped if where == HOST_NAME else 0)
+    for where in dict.fromkeys((device, HOST_NAME)):
+        needed, there = _needed(needs, where, device), free(where, needs.mapped if where == HOST_NAME else 0)
         if there is not None and needed > there:
             return where, needed, there
     return None
@@ -135,29 +238,57 @@ def smaller_windows(asked: Asked) -> Iterator[tuple[str, Asked]]:
 def _fits(asked: Asked, needs_of: NeedsOf, free: Free) -> bool:
     for stream in (False, True) if asked.stream is None else (asked.stream,):
         try:
-            if shortage(needs_of(replace(asked, stream=stream)), asked.device, free) is None:
+            if shortage(needs_of(asked, 0 if stream else None), asked.device, free) is None:
                 return True
         except NotByLayers:
             continue
     return False
 
 
-def _too_much(needs: Needs, device: str, free: Free, stream: bool = False) -> str:
-    where, needed, there = shortage(needs, device, free) or (HOST_NAME, needs.host, free(HOST_NAME, needs.mapped) or 0)
-    if where == HOST_NAME and there != (
-        whole := free(HOST_NAME, 0) or 0
-    ):  # the process's own limit, which counts mapped files
+def _against(needs: Needs, device: str, free: Free, stream: bool) -> str:
+    """What is needed and what is free, where it does not fit or else where the model runs."""
+    mapped = needs.mapped if device == HOST_NAME else 0
+    fits = device, _needed(needs, device, device), free(device, mapped)
+    where, needed, there = shortage(needs, device, free) or fits
+    if where == HOST_NAME and there != (whole := free(HOST_NAME, 0)):  # the process's own limit counts mapped files
         needed, there = needed + needs.mapped, whole
     place = "of memory" if where == HOST_NAME else f"on {where}"
-    return f"needs {gigabytes(needed)} {place} {_how_words(stream)}, and {gigabytes(there)} are free"
+    are_free = "nothing says how much is free" if there is None else f"{gigabytes(there)} are free"
+    how = "layer by layer" if stream else "to be loaded whole"
+    return f"needs {gigabytes(needed)} {place} {how}, and {are_free}"
 
 
-def _how_words(stream: bool) -> str:
-    return "layer by layer" if stream else "to be loaded whole"
+def _kept(resident: int | None, layers: int) -> str:
+    if resident is None:
+        return "all of it stays in memory"
+    if resident == 0:
+        return "each layer is read at each pass"
+    stay = f"the last {resident - 1} of {layers} layers stay" if resident > 1 else "only the head stays"
+    return f"{stay} in memory, the {'others are' if resident > 1 else 'layers are'} read at each pass"
 
 
-def _how(stream: bool, needs: Needs) -> str:
-    return f"running it {_how_words(stream)}, which needs {gigabytes(needs.device + needs.host)}"
+def _at_a_time(variants: int, states: int, alive: Alive) -> str:
+    every = "all " if variants == alive.variants else ""
+    files = ", their states in files" if states <= 1 else ""
+    return f"{every}{variants} variant{'s' * (variants != 1)} at a time{files}"
+
+
+def _left(needs: Needs, where: str, device: str, free: Free) -> int | None:
+    """Bytes that stay free there beside `needs`; None where that is not known."""
+    left = free(where, needs.mapped if where == HOST_NAME else 0)
+    return None if left is None else max(left - _needed(needs, where, device), 0)
+
+
+def _needed(needs: Needs, where: str, device: str) -> int:
+    """Bytes that are taken there by a model that runs on `device`."""
+    if where != HOST_NAME:
+        return needs.device
+    return needs.host if device.partition(":")[0] == OWN_MEMORY else needs.host + needs.device
+
+
+def _at(device: str, count: int) -> dict[str, int]:
+    """So many bytes on the device that the pieces run on, as `Needs.beside` takes them."""
+    return {"host" if device == HOST_NAME else "device": count}
 
 
 def _apart(asked: Asked, x: Asked, y: Asked) -> bool:

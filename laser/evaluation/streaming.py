@@ -1,4 +1,4 @@
-"""A model in pieces: embedding, decoder layers, head. Each is resident, or loaded from the checkpoint and freed.
+"""A model in pieces: embedding, decoder layers, head. The last of them stay in memory, the others are read and freed.
 
 The pieces are transformers' own modules, built on the meta device and filled by our reader, so nothing of the
 architecture is written twice. Masks, rotary embeddings and everything else that a layer is called with are recorded
@@ -27,6 +27,7 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.errors import LaserError, UsageError, is_out_of_memory
 from laser.evaluation.activations import Activations, Store, keep_heap_flat
+from laser.evaluation.ahead import Ahead, Tensors, copy_in
 from laser.evaluation.causal import (
     build_causal,
     check_causal,
@@ -101,10 +102,12 @@ class Scores:
 
 
 class LayeredModel:
-    """One checkpoint as pieces to run one after the other. `resident` keeps each piece once it has been loaded.
+    """One checkpoint as pieces to run one after the other.
 
-    `edits` maps names of matrices to what stands in for them, in storage dtype; see `edit`.
-    `layer_forwards` counts decoder layers times windows that were run: the cost of everything.
+    `resident` is how many of the last pieces stay once they are loaded, the head being the last; None: all of them.
+    `edits` maps names of matrices to what stands in for them, in storage dtype; see `edit` and `swapped`.
+    `layer_forwards` counts decoder layers times windows that were run, `loads` pieces that were read: the cost of
+    everything. `ahead`: a thread reads the next piece meanwhile, which takes the memory of one more.
     """
 
     def __init__(
@@ -113,13 +116,14 @@ class LayeredModel:
         *,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
-        resident: bool = False,
+        resident: int | None = 0,
         store: Store | None = None,
+        ahead: bool = False,
     ) -> None:
         require_dtype(dtype)
         self.checkpoint, self.dtype, self.device = checkpoint, MODEL_DTYPES[dtype], torch.device(device)
         self.resident, self.store = resident, store or Store()
-        if not resident:
+        if resident is not None:
             keep_heap_flat()
         self.model = build_causal(checkpoint, self.dtype)
         with by_layers(checkpoint):
@@ -130,8 +134,10 @@ class LayeredModel:
             self._filling = fill(checkpoint, self.model)
         self.layers = len(self.blocks)
         self.edits: dict[str, torch.Tensor] = {}
-        self.layer_forwards = 0
+        self.layer_forwards = self.loads = 0
         self._loaded: set[int] = set()
+        self._held: set[int] = set()  # not freed before they are let go
+        self._ahead = Ahead(self.device) if ahead and resident is not None else None
         self._spare: dict[tuple[Any, ...], list[torch.Tensor]] = {}  # memory of pieces that were freed
         self._calls: dict[int, list[Call]] = {}  # window length -> per layer
         self._returns: int | None = None  # see TUPLES
@@ -158,6 +164,14 @@ class LayeredModel:
     def _rest(self) -> int:
         """The piece behind the last: what is neither embedding, layer nor head."""
         return self.layers + 2
+
+    def together(self, piece: int) -> tuple[int, ...]:
+        """The pieces that a step needs: embedding and head need the rest as well."""
+        return (piece,) if 0 < piece <= self.layers else (piece, self._rest)
+
+    def in_memory(self, piece: int) -> bool:
+        """Whether a piece is read at most once, however often it is run."""
+        return self._stays(piece)
 
     def _where_used(self) -> dict[str, int]:
         """Parameter -> piece. Towers of other modalities, which a text does not reach, are in none."""
@@ -201,22 +215,61 @@ class LayeredModel:
             raise UsageError(f"{name} is used by no piece of {self.checkpoint.name}; try laser scan to list them")
         return self._places[self._matrices[name].tensor]
 
+    def pieces_of(self, name: str) -> set[int]:
+        """The pieces that use a matrix."""
+        return {piece for piece, _, _ in self._places_of(name)}
+
     def first_piece(self, name: str) -> int:
         """The first piece that uses a matrix: all boundaries up to it stay what they are when it is edited."""
         return min(0 if piece == self._rest else piece for piece, _, _ in self._places_of(name))
 
     def edit(self, name: str, W: torch.Tensor | None) -> None:
         """Put W (m, n) in the place of a matrix; None puts back the bytes of the checkpoint."""
-        if W is None:
-            self.edits.pop(name, None)
-        else:
-            self.edits[name] = W
+        self.edits = {key: value for key, value in self.edits.items() if key != name} | ({} if W is None else {name: W})
+        if self._ahead is not None and any(piece == self._ahead.piece for piece, _, _ in self._places_of(name)):
+            self._give_back(self._ahead.take())  # it may have been read without this edit
         for piece, parameter, part in self._places_of(name):
             if piece in self._loaded:
-                self._value(parameter).data[part.where].copy_(self._read(part.tensor))
+                copy_in(self._value(parameter).data[part.where], self._read(part.tensor, self.edits))
 
-    def _read(self, tensor: str) -> torch.Tensor:
-        return edited(self.checkpoint, tensor, self.edits, self._matrices)
+    @contextlib.contextmanager
+    def swapped(self, edits: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, matrices (m, n) by name stand in for others in the pieces that are held; behind it the values from
+        before are there again, bit for bit, and nothing was read anew."""
+        before, edited_before = list[tuple[torch.Tensor, torch.Tensor]](), self.edits
+        self.edits = {**edited_before, **edits}
+        try:
+            for name in edits:
+                for piece, parameter, part in self._places_of(name):
+                    if piece in self._held:
+                        place = self._value(parameter).data[part.where]
+                        before.append((place, place.clone()))
+                        copy_in(place, self._read(part.tensor, self.edits))
+            yield
+        finally:
+            self.edits = edited_before
+            for place, values in reversed(before):
+                place.copy_(values)
+
+    @contextlib.contextmanager
+    def held(self, *pieces: int, then: int | None = None) -> Iterator[None]:
+        """Inside, these pieces are loaded. `then`: the piece that will be needed next, which is read meanwhile."""
+        for piece in pieces:
+            self._load(piece)
+        new = set(pieces) - self._held
+        self._held |= new
+        if then is not None and self._ahead is not None and self._ahead.piece is None and then not in self._loaded:
+            self._ahead.start(then, self._vessels(then), functools.partial(self._fill, then, self.edits))
+        try:
+            yield
+        finally:
+            self._held -= new
+            for piece in pieces:
+                self._free(piece)
+
+    def _read(self, tensor: str, edits: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A tensor with these edits, which may be other than the model's by the time that a thread reads it."""
+        return edited(self.checkpoint, tensor, edits, self._matrices)
 
     def _value(self, name: str) -> torch.Tensor:
         """A parameter or stored buffer as it is now."""
@@ -226,17 +279,37 @@ class LayeredModel:
     def _load(self, piece: int) -> None:
         if piece in self._loaded:
             return
+        if self._ahead is not None and self._ahead.piece == piece:
+            tensors = self._ahead.take()
+        else:
+            tensors = self._vessels(piece)
+            self._fill(piece, self.edits, tensors)
+        for name, tensor in tensors.items():
+            self._set(name, tensor)
+        self.loads += 1
+        self._loaded.add(piece)
+
+    def _vessels(self, piece: int) -> Tensors:
+        """Memory for each parameter of a piece, that of pieces that were freed first."""
         kinds = {name: self._kind(name) for name in self._pieces[piece]}
         if piece != self._rest:  # which comes beside another piece
             self._spare = {kind: tensors for kind, tensors in self._spare.items() if kind in kinds.values()}
+        found = {}
+        for name, (shape, dtype) in kinds.items():
+            spare = self._spare.get((shape, dtype))
+            found[name] = spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
+        return found
+
+    def _fill(self, piece: int, edits: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
+        """Read a piece."""
         for name, parts in self._pieces[piece].items():
-            shape, dtype = kinds[name]
-            spare = self._spare.get(kinds[name])
-            filled = spare.pop() if spare else torch.empty(shape, dtype=dtype, device=self.device)
             for part in parts:
-                filled[part.where].copy_(self._read(part.tensor))
-            self._set(name, filled)
-        self._loaded.add(piece)
+                copy_in(tensors[name][part.where], self._read(part.tensor, edits))
+
+    def _give_back(self, tensors: Tensors) -> None:
+        """Keep memory for the next piece of these shapes."""
+        for tensor in tensors.values():
+            self._spare.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
 
     def kinds(self) -> list[list[torch.Tensor]]:
         """Of each piece the tensors that it is loaded into, in its dtypes; last what is neither embedding, layer nor
@@ -247,13 +320,20 @@ class LayeredModel:
         value = self._value(name)
         return value.shape, value.dtype
 
+    def _stays(self, piece: int) -> bool:
+        """Whether a piece that is loaded is kept. What is none of the pieces stays with the last of them."""
+        return self.resident is None or (0 < self.resident and piece >= self.layers + 2 - self.resident)
+
     def _free(self, piece: int) -> None:
-        if self.resident or piece not in self._loaded:
-            return
-        for name in self._pieces[piece]:
-            value = self._value(name)
-            # The next layer has the same shapes and is read into the same memory.
-            self._spare.setdefault(self._kind(name), []).append(value.data)
+        """Give up the memory of a piece that need not stay."""
+        if piece in self._loaded and piece not in self._held and not self._stays(piece):
+            self._drop(piece)
+
+    def _drop(self, piece: int) -> None:
+        values = {name: self._value(name) for name in self._pieces[piece]}
+        # The next layer has the same shapes and is read into the same memory.
+        self._give_back({name: value.data for name, value in values.items()})
+        for name, value in values.items():
             self._set(name, torch.empty_like(value, device="meta"))
         self._loaded.discard(piece)
 
@@ -266,11 +346,11 @@ class LayeredModel:
             setattr(owner, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
     def unload(self) -> None:
-        """Free every piece, resident or not."""
-        resident, self.resident = self.resident, False
+        """Free every piece, also those that stay."""
+        if self._ahead is not None:
+            self._ahead.close()
         for piece in tuple(self._loaded):
-            self._free(piece)
-        self.resident = resident
+            self._drop(piece)
         self._spare.clear()
 
     # --- the pieces in order ---------------------------------------------------------------------------------------

@@ -150,5 +150,4 @@ def predict(
         cut = cut_of(checkpoint, *firsts[name], device, moments)
         removed = cut[name].double() - W
         changes[name] = float((G.cpu().double() * removed).sum())
-    bench.forget(piece for piece in boundaries if piece not in bench.pieces)
     return [replace(c, predicted=sum(changes[name] for name in c.options[0][1])) for c in candidates]

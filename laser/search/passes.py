@@ -4,6 +4,7 @@ Counted by the candidates that it makes, or could make, and by what `trials.py` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class Passes:
     layer_forwards: decoder layers times windows, as `LayeredModel` counts them
     layer_tokens: tokens in them, a step backwards counted as three: once more forwards, the gradients of the states,
         and those of the weights
-    loads: decoder layers read, where they do not stay in memory
+    walks: times through the model's pieces, reports and the proof of the pieces too, if every guess is right
+    loads: decoder layers read meanwhile, where they do not stay in memory
     """
 
     candidates: int
@@ -33,6 +35,7 @@ class Passes:
     tokens: int
     layer_forwards: int
     layer_tokens: int
+    walks: int
     loads: int
 
 
@@ -67,12 +70,16 @@ def count_passes(
     order: str = "layers",
     grid: bool = False,
     shortlisted: bool = False,
+    together: int | None = None,
 ) -> Passes:
     """Of a search for `candidates`. tried: how many of them, where that is not yet known which: those that cost most.
 
     A trial runs the layers from its candidate's first on. What was kept below makes states stale, which are then made
     again; from the last layer to the first this never happens. A search begins with the untouched model, and ends with
     every reported text before and after.
+
+    together: how many variants a walk measures where it reads layers; None: as many as there are. Each edit that is
+    kept against a guess adds a walk to what is counted here, and what it measures again.
     """
     most_expensive = sorted(candidates, key=lambda c: (max(c.piece, 1), -len(c.options)))
     chosen = most_expensive if tried is None else most_expensive[:tried]
@@ -88,18 +95,17 @@ def count_passes(
         cuts = trials + len(chosen)  # and once more to keep it
     back = 0
     if shortlisted:
-        begins = {max(c.piece, 1) for c in candidates}
-        back = layers + 1 - min(begins, default=layers + 1)
-        runs += back - len(begins - {layers + 1})  # the states between all layers, where they are not kept already
+        back = layers + 1 - min((max(c.piece, 1) for c in candidates), default=layers + 1)
         cuts += len(candidates)
     windows = (1 + trials) * len(calibration.windows) + 2 * sum(len(each.windows) for each in reported)
     scored = (1 + trials) * _tokens(calibration) + 2 * sum(map(_tokens, reported))
     forwards = runs * len(calibration.windows) + 2 * layers * sum(len(each.windows) for each in reported)
     through = (runs + 3 * back) * _tokens(calibration) + 2 * layers * sum(map(_tokens, reported))
-    loads = runs + back + 2 * layers * len(reported)
-    return Passes(
-        len(chosen), cuts, trials, windows, scored, forwards + back * len(calibration.windows), through, loads
-    )
+    waves = max(math.ceil(trials / (together or max(trials, 1))), 1)
+    loads = layers * (3 if reported else 2) + back + (waves - 1) * max(above, default=0)
+    walks = waves + (2 if reported else 1)
+    forwards += back * len(calibration.windows)
+    return Passes(len(chosen), cuts, trials, windows, scored, forwards, through, walks, loads)
 
 
 def _tokens(objective: Objective) -> int:

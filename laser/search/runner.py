@@ -1,24 +1,20 @@
-"""Go through candidates, one at a time or as a grid. A journal remembers every finished trial."""
+"""Go through candidates, one after the other or as a grid. A journal remembers every finished trial."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.journal import Journal
-from laser.moments import Moments
 from laser.records import under
-from laser.search.candidates import Candidate, cut_of
-from laser.search.trials import Bench, accepted, change
-from laser.spectral.devices import Device
+from laser.search.candidates import Candidate
+from laser.search.trials import Bench, Cut, Measured, Variant, accepted, change
 
 # The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.
 VALUES = tuple[float | None, ...]
@@ -98,17 +94,19 @@ class SearchLog:
             self.journal.append(new)
         return new
 
-    def values(self, entry: str, objective: Objective, measure: Callable[[], list[float]]) -> list[float]:
-        """What `measure` gives, one value per unit of `objective`."""
-        found = self.entry({"entry": entry}, lambda: {"values": to_numbers(measure())}).get("values", ())
-        return from_numbers(found, objective)
+    def has(self, report: str) -> bool:
+        """Whether this was reported before."""
+        return report in self._reports
 
-    def report(self, name: str, objective: Objective, measure: Callable[[], list[float]]) -> list[float]:
-        """The values reported under this name, measured now if they never were."""
+    def report(self, name: str, values: list[float]) -> None:
+        """Write down what is reported under this name, unless it was before."""
         if name not in self._reports:
-            self._reports[name] = to_numbers(measure())
+            self._reports[name] = to_numbers(values)
             if self.journal:
                 self.journal.append({"report": name, "values": self._reports[name]})
+
+    def reported(self, name: str, objective: Objective) -> list[float]:
+        """The values reported under this name, one per unit of `objective`."""
         return from_numbers(self._reports[name], objective)
 
     def close(self) -> None:
@@ -130,46 +128,82 @@ def from_numbers(values: Sequence[float | None], objective: Objective) -> list[f
     return [math.nan if v is None else v for v in values]
 
 
+# What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
+State = tuple[tuple[str, int], ...]
+# Candidates that a walk which reads layers takes: at first, as many as LaserRMT tries; and at the least.
+FIRST_AHEAD, LEAST_AHEAD = 15, 4
+
+
 class Runner:
-    """The two ways to go through candidates; collects the trials."""
+    """The two ways to go through candidates; collects the trials.
+
+    The decisions are those of trying one candidate after the other, each on top of what was kept before. What is
+    measured is more at a time: a walk over the layers takes a candidate together with those behind it, on top of what
+    will have been kept by then if each is decided as guessed. A result counts only where that came true; otherwise the
+    next walk measures from there on, and knows better what to guess. So the bits are those of one at a time, and the
+    number of walks is one and one for each wrong guess, as far as memory goes.
+    """
 
     def __init__(
         self,
         bench: Bench,
         objective: Objective,
         accept: str,
-        device: Device,
         log: SearchLog,
         tick: Callable[[Trial, int], None],
-        moments: Moments | None = None,
     ) -> None:
-        self.bench, self.objective, self.accept, self.device = bench, objective, accept, device
-        self.log, self.tick, self.moments = log, tick, moments
+        self.bench, self.objective, self.accept = bench, objective, accept
+        self.log, self.tick = log, tick
         self.trials: list[Trial] = []
         self.to_come = 0
+        self.measured: dict[State, Measured] = {}
+        self.kept: dict[str, Trial] = {}
+        self.state: State = ()
+        self._said: dict[str, int | None] = {}  # each candidate's option by its latest results, on whichever state
+        self._right, self._wrong = 0, 0  # guesses
 
-    def try_option(
-        self, candidate: Candidate, option: int, now: list[float], *, alone: bool = False
-    ) -> tuple[Trial, list[float]]:
-        rule, ranks = candidate.options[option]
-        what = {"entry": "alone" if alone else "trial", "label": candidate.label, "rule": rule, "ranks": dict(ranks)}
+    def baseline(self, candidates: Sequence[Candidate], alone: bool = False) -> list[float]:
+        """The values of the untouched model; its walk measures the first candidates as well."""
 
         def measure() -> dict[str, Any]:
-            start, before = time.perf_counter(), self.bench.model.layer_forwards
-            values = self.bench.measure(self._cut(rule, ranks))
-            d, se = change(self.objective, now, values)
+            self._measure_ahead(candidates, 0, alone)
+            return {"values": to_numbers(self.measured[()].values)}
+
+        entry = self.log.entry({"entry": "baseline"}, measure)
+        values = from_numbers(entry.get("values", ()), self.objective)
+        self.measured.setdefault((), Measured(values, 0, 0.0))
+        return values
+
+    @property
+    def now(self) -> list[float]:
+        """The values of what is kept."""
+        return self.measured[self.state].values
+
+    def try_option(self, candidates: Sequence[Candidate], at: int, option: int, *, alone: bool = False) -> Trial:
+        """The trial of candidate number `at`; those behind it are the ones that may be measured with it."""
+        candidate = candidates[at]
+        rule, ranks = candidate.options[option]
+        what = {"entry": "alone" if alone else "trial", "label": candidate.label, "rule": rule, "ranks": dict(ranks)}
+        state = (*self.state, (name_of(candidate), option))
+
+        def measure() -> dict[str, Any]:
+            if state not in self.measured:
+                self._measure_ahead(candidates, at, alone)
+            found = self.measured[state]
+            d, se = change(self.objective, self.now, found.values)
             return {
                 "d": d if math.isfinite(d) else None,
                 "se": se,
                 "accepted": accepted(self.accept, d, se),
-                "layer_forwards": self.bench.model.layer_forwards - before,
-                "seconds": round(time.perf_counter() - start, 3),
-                "values": to_numbers(values),
+                "layer_forwards": found.layer_forwards,
+                "seconds": found.seconds,
+                "values": to_numbers(found.values),
             }
 
         entry = self.log.entry(what, measure)
         values = from_numbers(entry["values"], self.objective)
-        d, se = change(self.objective, now, values)  # by the values, also where the journal has them
+        self.measured[state] = Measured(values, entry["layer_forwards"], entry["seconds"])
+        d, se = change(self.objective, self.now, values)  # by the values, also where the journal has them
         trial = Trial(
             candidate.label,
             rule,
@@ -185,44 +219,113 @@ class Runner:
         self.trials.append(trial)
         self.to_come -= 1
         self.tick(trial, self.to_come)
-        return trial, values
+        return trial
 
-    def _cut(self, rule: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        checkpoint = self.bench.model.checkpoint
-        return cut_of(checkpoint, rule, ranks, self.device, self.moments)
+    def one_by_one(self, candidates: Sequence[Candidate]) -> None:
+        """Try each option of each candidate and keep the best accepted one, on top of what was kept before.
 
-    def keep(self, trial: Trial) -> None:
-        self.bench.keep(self._cut(trial.rule, trial.ranks))
-
-    def one_by_one(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
-        kept: dict[str, Trial] = {}
+        A candidate whose matrices were kept in another candidate is passed over.
+        """
         self.to_come = sum(len(c.options) for c in candidates)
-        for candidate in candidates:
-            best: tuple[Trial, list[float]] | None = None
-            for option in range(len(candidate.options)):
-                trial, values = self.try_option(candidate, option, now)
-                if trial.accepted and (best is None or (trial.d or 0.0) < (best[0].d or 0.0)):
-                    best = trial, values
-            if best:
-                self.keep(best[0])
-                kept |= dict.fromkeys(best[0].ranks, best[0])
-                now = best[1]
-        return kept, now
+        for at, candidate in enumerate(candidates):
+            if self._is_cut(candidate, self.kept):
+                self.to_come -= len(candidate.options)
+                continue
+            guess = self._guess(candidate)
+            tried = [self.try_option(candidates, at, option) for option in range(len(candidate.options))]
+            best = self._best([(trial.accepted, trial.d) for trial in tried])
+            self._said[name_of(candidate)] = best
+            self._right, self._wrong = self._right + (best == guess), self._wrong + (best != guess)
+            if best is not None:
+                self._keep(candidate, best, tried[best])
 
-    def grid(self, candidates: Sequence[Candidate], now: list[float]) -> tuple[dict[str, Trial], list[float]]:
+    def grid(self, candidates: Sequence[Candidate]) -> None:
         """Each cell alone; then the accepted ones, best first, each kept if it is still accepted on top of the rest."""
         self.to_come = 2 * len(candidates)
-        alone = [(self.try_option(c, 0, now, alone=True)[0], c) for c in candidates]
-        promising = sorted((pair for pair in alone if pair[0].accepted), key=lambda pair: pair[0].d or 0.0)
-        kept: dict[str, Trial] = {}
-        self.to_come = len(promising)
-        for _, candidate in promising:
-            if kept.keys() & candidate.options[0][1].keys():  # this layer and role were cut at a better fraction
-                self.to_come -= 1
+        alone = [self.try_option(candidates, at, 0, alone=True) for at in range(len(candidates))]
+        promising = [pair for pair in zip(alone, candidates, strict=True) if pair[0].accepted]
+        self.one_by_one([candidate for _, candidate in sorted(promising, key=lambda pair: pair[0].d or 0.0)])
+
+    def _keep(self, candidate: Candidate, option: int, trial: Trial) -> None:
+        rule, ranks = candidate.options[option]
+        self.bench.keep({name: (rule, rank) for name, rank in ranks.items()})
+        self.kept |= dict.fromkeys(ranks, trial)
+        # The states before this one are done with, and what was measured on top of them.
+        self.state = (*self.state, (name_of(candidate), option))
+        self.measured = {s: m for s, m in self.measured.items() if s[: len(self.state)] == self.state}
+
+    # --- ahead ----------------------------------------------------------------------------------------------------
+
+    def _measure_ahead(self, candidates: Sequence[Candidate], at: int, alone: bool) -> None:
+        """One walk for candidate number `at` and as many behind it as are worth it, see `_ahead`."""
+        room, states, variants = self.bench.room(), list[State](), list[Variant]()
+        state, on_top, kept = self.state, dict[str, Cut](), dict[str, Any](self.kept)
+        for candidate in itertools.islice(candidates, at, at + self._ahead(candidates, at)):
+            if len(states) >= room:
+                break
+            if not alone and self._is_cut(candidate, kept):
                 continue
-            trial, values = self.try_option(candidate, 0, now)
-            if trial.accepted:
-                self.keep(trial)
-                kept |= dict.fromkeys(trial.ranks, trial)
-                now = values
-        return kept, now
+            for option, (rule, ranks) in enumerate(candidate.options):
+                tried = (*state, (name_of(candidate), option))
+                if tried not in self.measured:
+                    states.append(tried)
+                    variants.append(on_top | {name: (rule, rank) for name, rank in ranks.items()})
+            guess = None if alone else self._guess(candidate)
+            if guess is not None:
+                state = (*state, (name_of(candidate), guess))
+                rule, ranks = candidate.options[guess]
+                on_top |= {name: (rule, rank) for name, rank in ranks.items()}
+                kept |= dict.fromkeys(ranks)
+        base = self.state not in self.measured
+        found, own = self.bench.walk(variants[:room], base)
+        self.measured |= dict(zip(states, found, strict=False))
+        if own is not None:
+            self.measured[self.state] = own
+        self._hear()
+
+    def _ahead(self, candidates: Sequence[Candidate], at: int) -> int:
+        """As many candidates as a walk should take at the most.
+
+        Where it reads no layer, one: nothing is saved then, and a wrong guess costs what was measured behind it. Else
+        about as many as were right between two wrong guesses so far. So the number doubles while guesses are right, and
+        what is measured in vain stays below what counts.
+        """
+        if at >= len(candidates):
+            return 0
+        first = max(candidates[at].piece, 1)
+        if all(self.bench.model.in_memory(piece) for piece in range(first, self.bench.model.layers + 2)):
+            return 1
+        least = LEAST_AHEAD if self._wrong else FIRST_AHEAD
+        return max(least, (self._right + self._wrong) // max(self._wrong, 1))
+
+    def _guess(self, candidate: Candidate) -> int | None:
+        """The option that will be kept, None for none: what its latest results say, measured on another state. Without
+        any: `no-worse` keeps most of what it is shown, the other two keep little."""
+        return self._said.get(name_of(candidate), 0 if self.accept == "no-worse" else None)
+
+    def _hear(self) -> None:
+        """What the results say of each candidate, if the state they were measured on were the one that counts."""
+        options: dict[tuple[State, str], dict[int, Measured]] = {}
+        for state, found in self.measured.items():
+            if state:
+                options.setdefault((state[:-1], state[-1][0]), {})[state[-1][1]] = found
+        for (state, name), measured in options.items():
+            if state in self.measured:
+                verdicts = [change(self.objective, self.measured[state].values, measured[o].values) for o in measured]
+                best = self._best([(accepted(self.accept, d, se), d) for d, se in verdicts])
+                self._said[name] = None if best is None else list(measured)[best]
+
+    @staticmethod
+    def _best(verdicts: Sequence[tuple[bool, float | None]]) -> int | None:
+        """Which of (accepted, d) is the lowest accepted one; the first of equals."""
+        found = [number for number, (good, _) in enumerate(verdicts) if good]
+        return min(found, key=lambda number: verdicts[number][1] or 0.0, default=None)
+
+    @staticmethod
+    def _is_cut(candidate: Candidate, kept: Mapping[str, Any]) -> bool:
+        return any(kept.keys() & ranks.keys() for _, ranks in candidate.options)
+
+
+def name_of(candidate: Candidate) -> str:
+    """Tells a candidate from every other: cells of a grid have one label for several rules."""
+    return f"{candidate.label} {candidate.options[0][0]}"

@@ -8,6 +8,7 @@ reported on held-out text that the search never saw.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +23,15 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
-from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.streaming import LayeredModel, Scores
+from laser.evaluation.text import Window
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import Journal, spoiling
 from laser.moments import Moments
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
-from laser.search.candidates import ORDERS, Candidate, candidates_of, in_order, predict
+from laser.search.candidates import ORDERS, Candidate, candidates_of, cut_of, in_order, predict
 from laser.search.runner import TRIAL_SHAPES, Runner, SearchLog, Trial
 from laser.search.trials import ACCEPT, Bench, change
 from laser.selection import Selection
@@ -137,10 +139,10 @@ def search(
     order: str = "layers",
     device: Device | None = None,
     journal: Path | None = None,
-    cache: bool = True,
     moments: Moments | None = None,
     anew: bool = False,
     tick: Callable[[Trial, int], None] = lambda *_: None,
+    told: Callable[[int, int, int], None] = lambda *_: None,
 ) -> SearchResult:
     """Try candidates of `spectra` under `rules` on `model` and plan those that `accept` keeps.
 
@@ -151,7 +153,8 @@ def search(
     `anew` drops the trials of another search.
     A rule `data:NAME` goes by the data (see `data_metric`) and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
-    `tick` is called with each trial and how many are still to come at most.
+    `tick` is called with each trial and how many are still to come at most; `told` before each piece of a walk with
+    its number, the last one's and how many variants are measured together.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
     text), RecordError for spectra or a journal of another run, NumericalError if the model itself is not finite.
     """
@@ -174,30 +177,48 @@ def search(
     options = {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid, "accept": accept, "order": order}
     asked = _as_asked(model, calibration, selection, device, moments, options)
     log = SearchLog(journal, _search_run(model, rules, asked), anew)
+
+    def cut(name: str, rule: str, rank: int) -> torch.Tensor:
+        return cut_of(checkpoint, rule, {name: rank}, device, moments)[name]
+
     try:
-        bench = Bench(model, calibration, {c.piece for c in found}, cache=cache)
-        base = log.values("baseline", calibration, bench.measure)
+        bench = Bench(model, calibration, cut, told)
+        runner = Runner(bench, calibration, accept, log, tick)
+        if shortlist is None:
+            found = in_order(found, order)
+            bench.wanted, bench.branches = _wanted(found, model)
+            base = runner.baseline(found, grid)
+        else:
+            bench.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
+            base = runner.baseline(())
         if not all(map(math.isfinite, base)):
             raise NumericalError(
                 f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
                 f"{calibration.text}; {not_finite(model.dtype, 'laser search with --dtype float32 and --force')}"
             )
         if shortlist is not None:
-            found = _shortlisted(found, shortlist, bench, device, log, moments)
-            bench.pieces = {max(c.piece, 1) for c in found}
-        runner = Runner(bench, calibration, accept, device, log, tick, moments)
-        if grid:
-            kept, values = runner.grid(in_order(found, order), base)
-        else:
-            kept, values = runner.one_by_one(in_order(found, order), base)
-        reports = tuple(_report(bench.model, objective, kept, log) for objective in held_out)
+            found = in_order(_shortlisted(found, shortlist, bench, device, log, moments), order)
+            bench.wanted, bench.branches = _wanted(found, model)
+            bench.forget(boundary for boundary in tuple(bench.boundaries) if boundary[0] not in bench.wanted)
+        runner.grid(found) if grid else runner.one_by_one(found)
+        reports = _reports(model, held_out, runner.kept, log, told)
         with spoiling(log.journal):
             require_unchanged(checkpoint)
     finally:
         log.close()
-    plan = _plan(plans, asked, runner.trials, kept, calibration)
-    summary = _summary(calibration, base, values)
+    plan = _plan(plans, asked, runner.trials, runner.kept, calibration)
+    summary = _summary(calibration, base, runner.now)
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
+
+
+def _wanted(candidates: Sequence[Candidate], model: LayeredModel) -> tuple[set[int], set[int]]:
+    """Before which pieces the model's own states are worth keeping, and before which those of variants.
+
+    Its own: at the lowest, where every walk can begin, and where no layer is read from there on. A variant's: where an
+    edit may be kept, since that leaves what lies below it as it was.
+    """
+    pieces = {max(c.piece, 1) for c in candidates}
+    return {p for p in pieces if p == min(pieces) or model.in_memory(p)}, {p for p in pieces if not model.in_memory(p)}
 
 
 def require_journal(
@@ -311,23 +332,63 @@ def _shortlisted(
     return sorted(predicted, key=lambda c: c.predicted or 0.0)[:count]
 
 
-def _report(model: LayeredModel, objective: Objective, kept: Mapping[str, Trial], log: SearchLog) -> Report:
-    """Before and after on text that the search never saw."""
-    name = objective.sha256[:16]
-    after = log.report(f"after {name}", objective, lambda: objective.values(model.losses(objective.windows)))
-    edits: dict[str, torch.Tensor] = dict(model.edits)
+@dataclass(frozen=True)
+class _Together:
+    """Objectives that one walk measures: their windows one behind the other, and their values likewise."""
 
-    def untouched() -> list[float]:
+    objectives: Sequence[Objective]
+
+    @property
+    def windows(self) -> list[Window]:
+        return [window for objective in self.objectives for window in objective.windows]
+
+    def values(self, scores: Scores) -> list[float]:
+        found, at = list[float](), 0
+        for objective in self.objectives:
+            end = at + len(objective.windows)
+            found += objective.values(Scores(scores.sums[at:end], scores.greedy[at:end]))
+            at = end
+        return found
+
+    def apart(self, values: list[float]) -> list[list[float]]:
+        """The values of each objective."""
+        ends = list(itertools.accumulate(len(objective.weights) for objective in self.objectives))
+        return [values[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
+def _reports(
+    model: LayeredModel,
+    held_out: Sequence[Objective],
+    kept: Mapping[str, Trial],
+    log: SearchLog,
+    told: Callable[[int, int, int], None],
+) -> tuple[Report, ...]:
+    """Before and after on texts that the search never saw, all of them in one walk."""
+    edits = dict(model.edits)
+    variant = {name: (kept[name].rule, kept[name].ranks[name]) for name in edits}
+    missing = [o for o in held_out if not (log.has(_named("before", o)) and log.has(_named("after", o)))]
+    if missing:
+        together = _Together(missing)
         for name in edits:
             model.edit(name, None)
         try:
-            return objective.values(model.losses(objective.windows))
+            bench = Bench(model, together, lambda name, *_: edits[name], told)
+            measured, base = bench.walk([variant] if variant else [], base=True)
         finally:
             for name, W in edits.items():
                 model.edit(name, W)
+        assert base is not None, "it was asked for"
+        after = measured[0] if measured else base
+        for objective, *values in zip(missing, together.apart(base.values), together.apart(after.values), strict=True):
+            for when, those in zip(("before", "after"), values, strict=True):
+                log.report(_named(when, objective), those)
+    return tuple(
+        _summary(o, log.reported(_named("before", o), o), log.reported(_named("after", o), o)) for o in held_out
+    )
 
-    before = log.report(f"before {name}", objective, untouched) if kept else after
-    return _summary(objective, before, after)
+
+def _named(when: str, objective: Objective) -> str:
+    return f"{when} {objective.sha256[:16]}"
 
 
 def _summary(objective: Objective, before: list[float], after: list[float]) -> Report:

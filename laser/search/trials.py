@@ -1,20 +1,26 @@
-"""Try an edit: what a model's objective becomes with some matrices replaced. It costs the layers above them alone.
+"""Try edits: what a model's objective becomes with some matrices replaced. Many edits share one walk over the layers.
 
-An edit in layer L leaves the states that enter layer L as they were. Those are kept at each boundary where a candidate
-begins, so a trial runs layers L.. and the head only. Accepting an edit makes the boundaries above it stale: they are
-dropped and made again, from the highest one that still holds, when somebody asks. Going from the last layer to the
-first this never happens.
+An edit in layer L leaves the states that enter layer L as they were. So one walk begins at the lowest layer that a
+variant edits; each variant branches off from the model's own states at its own lowest layer, and in each layer the
+matrices that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants
+there are. Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
+
+States that enter a piece depend on the edits below it alone. Some are kept under that name, the model's own and those
+of variants, and the next walk begins as high as they allow; an accepted edit makes those above it stale.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
 from laser.evaluation.activations import Activations
-from laser.evaluation.objective import Objective
+from laser.evaluation.objective import Measure, Objective
 from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
 
@@ -26,6 +32,13 @@ ACCEPT = {
     "any-drop": lambda d, se: d < 0,
 }
 
+# A variant's matrices are made where the walk needs them, and freed behind.
+Cut = tuple[str, int]  # rule, rank
+Variant = Mapping[str, Cut]
+# States that are kept: the piece that they enter, and the edits below it on top of those that are part of the model.
+Boundary = tuple[int, frozenset[tuple[str, Cut]]]
+OWN: frozenset[tuple[str, Cut]] = frozenset()
+
 
 def accepted(rule: str, d: float, se: float | None) -> bool:
     """Whether a change is kept. Never when it is not finite: NaN compares false, and `not worse` must not mean that."""
@@ -33,94 +46,231 @@ def accepted(rule: str, d: float, se: float | None) -> bool:
     return math.isfinite(d) and math.isfinite(error) and bool(ACCEPT[rule](d, error))
 
 
-class Bench:
-    """A model with its kept edits, and one objective that is measured on it again and again.
+@dataclass(frozen=True)
+class Measured:
+    """One variant's values, one per unit of the objective, and what they took: layers times windows, and its share of
+    the walk's seconds."""
 
-    `pieces` are the first pieces of the candidates (see LayeredModel): the boundaries worth keeping. Without `cache`
-    every trial is a full pass, the reference that the benchmark compares with.
+    values: list[float]
+    layer_forwards: int
+    seconds: float
+
+
+class Bench:
+    """A model with its kept edits, and one objective that is measured on it with other edits on top.
+
+    `cut` makes the matrix (m, n) that a name, rule and rank stand for, in storage dtype. `told` is called before each
+    piece of a walk with its number, the last one's, and how many variants are alive.
     """
 
     def __init__(
-        self, model: LayeredModel, objective: Objective, pieces: Iterable[int] = (), *, cache: bool = True
+        self,
+        model: LayeredModel,
+        objective: Measure,
+        cut: Callable[[str, str, int], torch.Tensor],
+        told: Callable[[int, int, int], None] = lambda *_: None,
     ) -> None:
-        self.model, self.objective, self.cache = model, objective, cache
-        self.pieces = {max(piece, 1) for piece in pieces}
-        self.boundaries: dict[int, Activations] = {}
-        self._working: Activations | None = None
+        self.model, self.objective, self.cut, self.told = model, objective, cut, told
+        self.wanted: set[int] = set()  # pieces before which the model's own states are kept
+        self.branches: set[int] = set()  # pieces before which those of variants are kept, as far as memory goes
+        self.boundaries: dict[Boundary, Activations] = {}
 
-    def measure(self, edits: Mapping[str, torch.Tensor] | None = None) -> list[float]:
-        """The objective's values with `edits` on top of what is kept; the model is afterwards as it was before.
+    def first_piece(self, names: Iterable[str]) -> int:
+        """Where a variant with edits of these matrices leaves the model's own states."""
+        return min(self.model.first_piece(name) for name in names)
 
-        Undo is exact: the matrix before comes from the checkpoint's bytes, or is the edit that was kept.
+    def room(self) -> int:
+        """How many variants at a time leave their states in memory; at least 1. Beside them are the model's own states
+        at the walk, and those that are still to be kept. The kept ones of variants give way."""
+        give_way = sum(1 for boundary in self.boundaries if boundary[1])
+        return max(self._room() + give_way - self.others(), 1)
+
+    def _room(self) -> int:
+        return self.model.store.room(self._lengths, self.model.width, self.model.dtype)
+
+    def others(self) -> int:
+        """States that a walk needs beside those of its variants."""
+        return 1 + sum((piece, OWN) not in self.boundaries for piece in self.wanted)
+
+    def make_room(self, count: int, used: Collection[Boundary] = ()) -> None:
+        """Let kept states of variants go until memory has room for `count` more; those that are `used` the last."""
+        these = sorted((b for b in self.boundaries if b[1]), key=lambda boundary: boundary in used)
+        for boundary in these:
+            if self._room() >= count:
+                return
+            self.model.store.free(self.boundaries.pop(boundary))
+
+    def may_keep(self, to_come: int) -> bool:
+        """Whether states of a variant can be kept beside `to_come` others that a walk still needs."""
+        return self._room() > to_come
+
+    def walk(self, variants: Sequence[Variant], base: bool = False) -> tuple[list[Measured], Measured | None]:
+        """The objective's values for each variant on top of what is kept, and with `base` for the model as it is.
+
+        The model is afterwards as it was before, bit for bit.
         """
-        edits = edits or {}
-        piece = min((self.model.first_piece(name) for name in edits), default=self.model.layers + 1)
-        before = {name: self.model.edits.get(name) for name in edits}
-        work = None if not self.cache or piece == 0 else self._copy(self._entering(piece))
+        walk = _Walk(self, variants, base)
         try:
-            for name, W in edits.items():
-                self.model.edit(name, W)
-            if work is None:
-                work, piece = self._embed(), 1
-            for layer in range(piece - 1, self.model.layers):
-                self.model.run_layer(layer, work)
-            return self.objective.values(self.model.score(work, self.objective.windows))
+            return walk.go()
         finally:
-            for name, W in before.items():
-                self.model.edit(name, W)
+            walk.free()
 
-    def keep(self, edits: Mapping[str, torch.Tensor]) -> None:
-        """Make `edits` part of the model."""
-        lowest = min(self.model.first_piece(name) for name in edits)
-        for name, W in edits.items():
-            self.model.edit(name, self.model.store.keep(W))
-        self.forget(piece for piece in tuple(self.boundaries) if piece > lowest)
+    def keep(self, variant: Variant) -> None:
+        """Make the edits of `variant` part of the model."""
+        for name, cut in variant.items():
+            self.model.edit(name, self.model.store.keep(self.cut(name, *cut)))
+        for piece, below in tuple(self.boundaries):
+            made = self.below(piece, variant)
+            states = self.boundaries.pop((piece, below))
+            if made <= below and (piece, below - made) not in self.boundaries:  # with it, or not touched by it
+                self.boundaries[piece, below - made] = states
+            else:
+                self.model.store.free(states)
 
-    def forget(self, pieces: Iterable[int]) -> None:
-        """Free the boundaries of these pieces."""
-        for piece in tuple(pieces):
-            self.model.store.free(self.boundaries.pop(piece))
+    def below(self, piece: int, variant: Variant) -> frozenset[tuple[str, Cut]]:
+        """The edits that the states which enter a piece depend on."""
+        return frozenset((name, cut) for name, cut in variant.items() if self.model.first_piece(name) < piece)
+
+    def forget(self, boundaries: Iterable[Boundary]) -> None:
+        """Free what is kept there."""
+        for boundary in tuple(boundaries):
+            self.model.store.free(self.boundaries.pop(boundary))
 
     def all_boundaries(self, first: int) -> dict[int, Activations]:
         """Every boundary from piece `first` to the head, for a backward pass. Kept until forgotten."""
-        wanted, self.pieces = self.pieces, self.pieces | set(range(first, self.model.layers + 2))
-        for piece in range(first, self.model.layers + 2):
-            self._entering(piece)
-        self.pieces = wanted
-        return {piece: self.boundaries[piece] for piece in range(first, self.model.layers + 2)}
+        pieces = range(first, self.model.layers + 2)
+        if not self.boundaries.keys() >= {(piece, OWN) for piece in pieces}:
+            wanted, self.wanted = self.wanted, set(pieces)
+            self.walk((), base=True)
+            self.wanted = wanted
+        return {piece: self.boundaries[piece, OWN] for piece in pieces}
 
-    def _entering(self, piece: int) -> Activations:
-        """The states that enter `piece` with the kept edits; from the nearest boundary below that still holds."""
-        if piece in self.boundaries:
-            return self.boundaries[piece]
-        at = max((p for p in self.boundaries if p < piece), default=0)
-        work = self._copy(self.boundaries[at]) if at else self._embed()
-        for p in range(max(at, 1), piece + 1):
-            if p > max(at, 1):
-                self.model.run_layer(p - 2, work)
-            if p not in self.boundaries and (p in self.pieces or p == piece):
-                self.boundaries[p] = self._allocate()
-                self.boundaries[p].copy_from(work)
-        return self.boundaries[piece]
+    @property
+    def _lengths(self) -> list[int]:
+        return [len(w.tokens) - 1 for w in self.objective.windows]
 
-    def _embed(self) -> Activations:
-        fresh = self.model.embed(self.objective.windows)
-        if self._working is None:
-            self._working = fresh
+    def copy(self, states: Activations) -> Activations:
+        """The same states in memory of their own."""
+        found = self.model.store.allocate(self._lengths, self.model.width, self.model.dtype)
+        found.copy_from(states)
+        return found
+
+
+class _Walk:
+    """Once through the pieces: the model's own states, and those of each variant from where it branches off."""
+
+    def __init__(self, bench: Bench, variants: Sequence[Variant], base: bool) -> None:
+        self.bench, self.model, self.variants, self.base = bench, bench.model, variants, base
+        self.last = self.model.layers + 1
+        # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept.
+        self.begins: dict[int, list[int]] = {}
+        self.kept: dict[int, Boundary] = {}
+        self.edits: list[dict[int, dict[str, Cut]]] = []  # of each variant by piece
+        for number, variant in enumerate(variants):
+            first = bench.first_piece(variant)
+            boundaries = [(p, below) for p, below in bench.boundaries if p > first and below == bench.below(p, variant)]
+            if boundaries:
+                self.kept[number] = max(boundaries, key=lambda boundary: boundary[0])
+            else:
+                self.begins.setdefault(first, []).append(number)
+            self.edits.append({})
+            for name, cut in variant.items():
+                for piece in self.model.pieces_of(name):
+                    self.edits[number].setdefault(piece, {})[name] = cut
+        bench.make_room(len(variants) + bench.others(), self.kept.values())
+        # The model's own states are of use up to the piece where the last variant leaves them.
+        self.highest = self.last if base else max(self.begins, default=0)
+        self.own: Activations | None = None
+        self.enters = self.last  # the piece that they enter first
+        self.alive: dict[int, Activations] = {}
+        self.steps = dict.fromkeys(range(-1, len(variants)), 0)  # pieces that each ran; -1: the model itself
+        self.forwards = dict(self.steps)
+        self.scores: dict[int, list[float]] = {}
+
+    def go(self) -> tuple[list[Measured], Measured | None]:
+        started = time.perf_counter()
+        self.model.prove(self.bench.objective.windows)
+        for number in self.begins.get(0, ()):
+            with self.model.held(*self.model.together(0)), self._swapped(0, number):
+                self.alive[number] = self.model.embed(self.bench.objective.windows)
+        if self.highest:
+            self._enter()
+        taken_up = [piece for piece, _ in self.kept.values()]
+        for piece in range(1 if self.alive else min([self.enters, *taken_up]), self.last + 1):
+            self._branch(piece)
+            self.bench.told(piece, self.last, len(self.alive))
+            with self.model.held(*self.model.together(piece), then=piece + 1 if piece < self.last else None):
+                if self.own is not None and piece >= self.enters:
+                    self._run(piece, -1, self.own)
+                for together in self._alike(piece).values():
+                    with self._swapped(piece, together[0]):
+                        for number in together:
+                            self._run(piece, number, self.alive[number])
+        seconds = (time.perf_counter() - started) / max(sum(self.steps.values()), 1)
+        found = {
+            number: Measured(values, self.forwards[number], round(seconds * self.steps[number], 3))
+            for number, values in self.scores.items()
+        }
+        return [found[number] for number in range(len(self.variants))], found.get(-1)
+
+    def free(self) -> None:
+        for states in (*self.alive.values(), *([self.own] if self.own else ())):
+            self.model.store.free(states)
+        self.alive, self.own = {}, None
+
+    def _enter(self) -> None:
+        """Take up the model's own states at the highest boundary that lies below all that needs them."""
+        lowest = min(piece for piece in (*self.begins, self.last) if piece)
+        at = max((piece for piece, below in self.bench.boundaries if below == OWN and piece <= lowest), default=0)
+        windows = self.bench.objective.windows
+        self.own = self.bench.copy(self.bench.boundaries[at, OWN]) if at else self.model.embed(windows)
+        self.enters = at or 1
+
+    def _branch(self, piece: int) -> None:
+        """Let those begin that begin here, and keep what is worth keeping."""
+        boundaries = self.bench.boundaries
+        if self.own is not None and piece >= self.enters:
+            if piece in self.bench.wanted and (piece, OWN) not in boundaries:
+                boundaries[piece, OWN] = self.bench.copy(self.own)
+            for number in self.begins.get(piece, ()):
+                self.alive[number] = self.bench.copy(self.own)
+            if piece == self.highest and not self.base:
+                self.model.store.free(self.own)
+                self.own = None
+        if piece in self.bench.branches:
+            to_come = len(self.variants) - len(self.alive) + self.bench.others() - 1
+            for number in self.alive if len(self.variants) > 1 else ():
+                boundary = piece, self.bench.below(piece, self.variants[number])
+                if boundary[1] and boundary not in boundaries and self.bench.may_keep(to_come):
+                    boundaries[boundary] = self.bench.copy(self.alive[number])
+        for number, boundary in self.kept.items():
+            if boundary[0] == piece:
+                self.alive[number] = self.bench.copy(boundaries[boundary])
+
+    def _alike(self, piece: int) -> dict[tuple[tuple[str, Cut], ...], list[int]]:
+        """The variants that are alive, by what they edit in this piece: each cut is made and swapped in once."""
+        found: dict[tuple[tuple[str, Cut], ...], list[int]] = {}
+        for number in self.alive:
+            found.setdefault(tuple(sorted(self._here(piece, number).items())), []).append(number)
+        return found
+
+    def _here(self, piece: int, number: int) -> dict[str, Cut]:
+        edits = self.edits[number]
+        return {name: cut for each in self.model.together(piece) for name, cut in edits.get(each, {}).items()}
+
+    def _swapped(self, piece: int, number: int) -> AbstractContextManager[None]:
+        cuts = self._here(piece, number)
+        return self.model.swapped({name: self.bench.cut(name, *cut) for name, cut in cuts.items()})
+
+    def _run(self, piece: int, number: int, states: Activations) -> None:
+        before = self.model.layer_forwards
+        if piece < self.last:
+            self.model.run_layer(piece - 1, states)
         else:
-            self._working.copy_from(fresh)
-            self.model.store.free(fresh)
-        return self._working
-
-    def _copy(self, activations: Activations) -> Activations:
-        if self._working is None:
-            self._working = self._allocate()
-        self._working.copy_from(activations)
-        return self._working
-
-    def _allocate(self) -> Activations:
-        lengths = [len(w.tokens) - 1 for w in self.objective.windows]
-        return self.model.store.allocate(lengths, self.model.width, self.model.dtype)
+            windows = self.bench.objective.windows
+            self.scores[number] = self.bench.objective.values(self.model.score(states, windows))
+        self.steps[number] += 1
+        self.forwards[number] += self.model.layer_forwards - before
 
 
 def change(objective: Objective, before: list[float], after: list[float]) -> tuple[float, float | None]:

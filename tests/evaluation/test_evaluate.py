@@ -105,7 +105,7 @@ def test_an_edit_is_seen_and_undone_exactly(tmp_path: Path) -> None:
     windows = windows_for(checkpoint.path).windows
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     W = checkpoint.read(name)
-    for resident in (True, False):
+    for resident in (None, 2, 0):
         model = LayeredModel(checkpoint, resident=resident)
         before = model.losses(windows)
         model.edit(name, torch.zeros_like(W))

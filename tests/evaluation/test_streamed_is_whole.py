@@ -315,7 +315,7 @@ def test_what_the_model_does_not_run_is_left_out(tmp_path: Path) -> None:
         assert sum("not in the model" in str(w.message) for w in told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoubtWarning)
-        model = LayeredModel(checkpoint, resident=True)
+        model = LayeredModel(checkpoint, resident=None)
         spectra = laser.scan(checkpoint)
         moments = calibrate(checkpoint, WINDOWS, tmp_path / "moments", shrink=True)
     names = {m.name for m in laser.list_matrices(checkpoint)}

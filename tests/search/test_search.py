@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,23 @@ import pytest
 import torch
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
+from reference import Row, naive_search
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.errors import NumericalError, RecordError, UsageError
+from laser.evaluation.activations import Store
 from laser.evaluation.evaluate import evaluate
-from laser.evaluation.objective import Accuracy, Loss, read_task
+from laser.evaluation.objective import Accuracy, Loss, Objective, read_task
+from laser.evaluation.perplexity import weighted_mean
 from laser.evaluation.streaming import LayeredModel, Scores
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.journal import Journal
+from laser.moments import Moments
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.search.candidates import cut_of
+from laser.search.candidates import candidates_of, cut_of
 from laser.search.search import SearchResult, search
-from laser.search.trials import Bench, accepted
+from laser.search.trials import Bench, Variant, accepted
 from laser.selection import Selection
 from laser.spectral.devices import choose_device
 
@@ -41,7 +47,7 @@ def losses_for(path: Path, windows: int = 6) -> tuple[Loss, Loss]:
     return Loss(calibration), Loss(cut_windows(Text("h", TEXT[::-1]), tokenizer, length=24, limit=4))
 
 
-def run(path: Path, rules: Sequence[str] = RULES, *, resident: bool = True, **options: Any) -> SearchResult:
+def run(path: Path, rules: Sequence[str] = RULES, *, resident: int | None = None, **options: Any) -> SearchResult:
     checkpoint = open_checkpoint(path)
     calibration, held_out = losses_for(path)
     selection = options.pop("selection", Selection(include=r"q_proj|experts\.[01]\.w2"))
@@ -75,17 +81,94 @@ def test_what_is_accepted() -> None:
         assert tuple(accepted(rule, d, se) for rule in ("better", "no-worse", "any-drop")) == expected
 
 
+def rows(result: SearchResult) -> list[Row]:
+    return [(t.label, t.rule, dict(t.ranks), t.alone, t.d, t.se, t.accepted) for t in result.trials]
+
+
+@dataclass
+class Asked:
+    """A search, and what the reference makes of it."""
+
+    path: Path
+    rules: Sequence[str] = RULES
+    accept: str = "any-drop"
+    order: str = "layers"
+    grid: bool = False
+    accuracy: Objective | None = None
+    moments: Moments | None = None
+    include: str = r"q_proj|experts\.[01]\.w2"
+
+    def __post_init__(self) -> None:
+        self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path)
+        self.objective, self.selection = self.accuracy or calibration, Selection(include=self.include)
+        self.spectra = scan(self.checkpoint, device=CPU, moments=self.moments)
+
+    @functools.cached_property
+    def expected(self) -> tuple[list[Row], dict[str, int], list[float]]:
+        model = LayeredModel(self.checkpoint)
+        _, found = candidates_of(self.spectra, model, self.rules, self.selection, None, self.grid)
+        return naive_search(
+            self.checkpoint, found, self.objective, self.accept, self.order, CPU, grid=self.grid, moments=self.moments
+        )
+
+    def search(self, **options: Any) -> tuple[SearchResult, LayeredModel, int]:
+        """The result, which must agree with the reference to the last bit, its model and how many walks there were."""
+        memory = {key: options.pop(key) for key in ("resident", "ahead", "store") if key in options}
+        model, walks = LayeredModel(self.checkpoint, **memory), list[int]()
+        with pytest.MonkeyPatch.context() as patch:
+            walk = Bench.walk
+            # Counted where they are made: nothing that is recorded tells of them.
+            patch.setattr(Bench, "walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
+            result = search(
+                model, self.spectra, self.rules, self.objective, [self.held_out], selection=self.selection,
+                accept=self.accept, order=self.order, grid=self.grid, device=CPU, moments=self.moments, **options,
+            )  # fmt: skip
+        trials, ranks, values = self.expected
+        assert rows(result) == trials
+        assert {name: line.rank for name, line in result.plan.reductions.items()} == ranks
+        assert result.calibration.after == weighted_mean(values, self.objective.weights)[0]
+        return result, model, len(walks)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("accept", ["better", "any-drop", "no-worse"])
 @pytest.mark.parametrize("order", ["layers", "snr"])
-def test_cached_streamed_and_plain_searches_decide_alike(order: str, model_path: Path) -> None:
-    plain = run(model_path, accept="any-drop", order=order, cache=False)
-    fast = run(model_path, accept="any-drop", order=order)
-    streamed = run(model_path, accept="any-drop", order=order, resident=False)
-    assert decisions(plain) == decisions(fast) == decisions(streamed)
-    assert {t.accepted for t in plain.trials} == {True, False}  # or nothing was tested
-    assert fast.plan == plain.plan and fast.held_out == plain.held_out == streamed.held_out
-    forwards = [sum(t.layer_forwards for t in r.trials) for r in (plain, fast)]
-    assert forwards[1] < forwards[0]
+def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model_path: Path) -> None:
+    """Decisions and losses to the last bit, whatever memory there is; and no more walks than wrong guesses."""
+    asked = Asked(model_path, accept=accept, order=order)
+    lengths = [len(w.tokens) - 1 for w in asked.objective.windows]
+    state = sum(lengths) * LayeredModel(asked.checkpoint).width * 4
+    held_out = asked.search(resident=None)[0].held_out
+    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, {"store": Store(4 * state)}):
+        result, model, walks = asked.search(**memory)
+        assert result.held_out == held_out
+        count, kept = len(result.trials), sum(t.accepted for t in result.trials)
+        if "resident" in memory:  # above, one candidate a walk costs no reading
+            continue
+        if model.store.limit > 4 * state:
+            assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
+            assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
+            assert walks < count
+        elif model.store.limit == 0:
+            assert walks > count / 2  # one variant at a time, and some are known from the walk before
+        if accept == "any-drop":
+            assert 0 < kept < count  # or nothing was tested
+
+
+@pytest.mark.slow
+def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_path: Path) -> None:
+    words = TEXT[:60].split()
+    questions = [
+        {"question": a, "answer": b, "alternatives": [c]} for a, b, c in zip(words, words[1:], words[2:], strict=False)
+    ]
+    task = read_task(write_task(tmp_path / "task.jsonl", questions), load_tokenizer(model_path))
+    for accuracy in (None, task):
+        rules, include = ("fraction:0.9", "fraction:0.5", "fraction:0.1"), r"layers\.[12].*(w2|o_proj)"
+        asked = Asked(model_path, rules, grid=True, accuracy=accuracy, include=include)
+        result, _, walks = asked.search()
+        assert accuracy or {t.alone for t in result.trials} == {True, False}
+        assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
+        asked.search(resident=None)
 
 
 def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None:
@@ -160,22 +243,25 @@ def test_killed_and_restarted_it_repeats_no_trial(
     path = tmp_path / "search.jsonl"
     with pytest.raises(Killed):
         run(model_path, accept="any-drop", journal=path, tick=kill)
-    finished = len(path.read_text().splitlines()) - 2  # the run and the baseline
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    finished = {(line["label"], line["rule"]) for line in lines if line.get("entry") == "trial"}
+    assert len(finished) == after + 1
     with path.open("a") as file:
         file.write('{"entry": "trial", "lab')  # torn by the kill
-    measured = []
-    measure = Bench.measure
+    measured = list[tuple[str, str]]()
+    walk = Bench.walk
 
-    def counted(self: Bench, edits: Any = None) -> list[float]:
-        measured.append(edits)
-        return measure(self, edits)
+    def counted(self: Bench, variants: Sequence[Variant], base: bool = False) -> Any:
+        if isinstance(self.objective, Loss):  # else it is the report, with all that was kept
+            measured.extend((name, rule) for variant in variants for name, (rule, _) in variant.items())
+        return walk(self, variants, base)
 
     # `tick` tells of trials from the journal as well; what is measured is counted where it is measured.
-    monkeypatch.setattr(Bench, "measure", counted)
+    monkeypatch.setattr(Bench, "walk", counted)
     resumed = run(model_path, accept="any-drop", journal=path)
     assert decisions(resumed) == decisions(undisturbed) and resumed.plan == undisturbed.plan
     assert resumed.held_out == undisturbed.held_out
-    assert len(measured) == len(undisturbed.trials) - finished
+    assert not finished & set(measured)
     measured.clear()
     assert run(model_path, accept="any-drop", journal=path).plan == undisturbed.plan and not measured
 
@@ -212,30 +298,27 @@ def test_another_held_out_text_repeats_no_trial(
     tokenizer, path = load_tokenizer(model_path), tmp_path / "search.jsonl"
     calibration, _ = losses_for(model_path)
     checkpoint = open_checkpoint(model_path)
-    spectra, trials, passes = scan(checkpoint, device=CPU), [], []
-    measure, losses = Bench.measure, LayeredModel.losses
-    # As above; and passes over the text, of which nobody is told.
-    monkeypatch.setattr(Bench, "measure", lambda *a: trials.append(1) or measure(*a))
-    monkeypatch.setattr(LayeredModel, "losses", lambda *a, **k: passes.append(1) or losses(*a, **k))
+    spectra, walks, walk = scan(checkpoint, device=CPU), [], Bench.walk
+    # As above.
+    monkeypatch.setattr(Bench, "walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
 
     def report_on(text: str, journal: Path | None = path) -> SearchResult:
         held_out = Loss(cut_windows(Text("h", text), tokenizer, length=24, limit=4))
         return search(
-            LayeredModel(checkpoint, resident=True), spectra, RULES, calibration, [held_out], device=CPU,
+            LayeredModel(checkpoint, resident=None), spectra, RULES, calibration, [held_out], device=CPU,
             selection=Selection(include=r"q_proj|experts\.[01]\.w2"), accept="any-drop", journal=journal,
         )  # fmt: skip
 
     first = report_on(TEXT[::-1])
-    assert first.plan.reductions and len(passes) == 2
-    count = len(trials)
+    assert first.plan.reductions and walks
+    walks.clear()
     other = report_on(TEXT[7::-1] * 30)
-    assert len(trials) == count and len(passes) == 4
+    assert len(walks) == 1  # before and after together
     assert decisions(other) == decisions(first) and other.plan == first.plan and other.held_out != first.held_out
     assert other.held_out == report_on(TEXT[7::-1] * 30, journal=None).held_out  # as if measured undisturbed
-    passes.clear()
-    trials.clear()
+    walks.clear()
     assert report_on(TEXT[::-1]) == first and report_on(TEXT[7::-1] * 30) == other
-    assert not passes and not trials
+    assert not walks
 
 
 @pytest.mark.slow
@@ -269,14 +352,14 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
     good = run(model_path, accept="any-drop")
     broken = good.trials[0].label
-    import laser.search.runner as runner
+    import laser.search.search as module
 
     def cut(checkpoint: Checkpoint, rule: str, ranks: Any, device: Any, moments: Any) -> dict[str, torch.Tensor]:
         cuts = cut_of(checkpoint, rule, ranks, device, moments)
         return {n: W * float("nan") if n == broken else W for n, W in cuts.items()}
 
     # No weights are known whose truncation alone overflows.
-    monkeypatch.setattr(runner, "cut_of", cut)
+    monkeypatch.setattr(module, "cut_of", cut)
     result = run(model_path, accept="no-worse")
     assert [t.d for t in result.trials if t.label == broken] == [None, None]
     assert broken not in result.plan.reductions
@@ -405,7 +488,7 @@ def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model_path)
     _, held_out = losses_for(model_path)
     options: dict[str, Any] = {"selection": Selection(roles=("w2",)), "grid": True, "accept": "any-drop", "device": CPU}
-    model = LayeredModel(checkpoint, resident=True)
+    model = LayeredModel(checkpoint, resident=None)
     result = search(
         model,
         scan(checkpoint, device=CPU),
