@@ -88,7 +88,7 @@ def on_grid(B: torch.Tensor, A: torch.Tensor) -> Adapter:
         step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
         return (torch.round(x / step) * step).float()
 
-    return Adapter(coarse(B).cpu(), coarse(A).cpu())
+    return Adapter(coarse(B).cpu().contiguous(), coarse(A).cpu().contiguous())
 
 
 def wrong_bits(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> torch.Tensor:
