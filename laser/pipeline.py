@@ -32,6 +32,7 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
 from laser.delta.base import Base
+from laser.delta.difference import Kind as Became
 from laser.delta.difference import judge
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -97,6 +98,8 @@ class Scan:
         if D is None:
             reason = f"skipped: {change.kind}, so there is no difference to factorise"
             return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
+        if change.kind is Became.SAME:  # a zero matrix, whose values are known
+            return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
         # An update lies so far over float32's rounding that squares of both do not fit into float64.
         method = "svd" if matrix.dtype == "F32" else self.method
         measured = measured_of(D, device, method, self.null_draws)

@@ -19,7 +19,21 @@ import torch
 import typer
 
 from laser.checkpoint.matrices import DoubtWarning
-from laser.cli import calibrate, common, convert, delta, devices, flow, look, measure, options, publish, run, search
+from laser.cli import (
+    adapter,
+    calibrate,
+    common,
+    convert,
+    delta,
+    devices,
+    flow,
+    look,
+    measure,
+    options,
+    publish,
+    run,
+    search,
+)
 from laser.errors import LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 from laser.plan import CrowdWarning
 
@@ -35,7 +49,8 @@ app = typer.Typer(
 VERBS = (
     *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, devices.devices),
     *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card, publish.push),
-    *(look.null, look.spectra, look.plot, look.report, delta.delta, convert.convert),
+    *(look.null, look.spectra, look.plot, look.report, convert.convert),
+    *(delta.delta, adapter.unmerge, adapter.rebuild),
 )
 for verb in VERBS:
     app.command()(options.with_options(verb))
@@ -45,7 +60,7 @@ for verb in VERBS:
 _RESUMED = "what is finished is kept, run the command again with --resume"
 _GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
-_INTERRUPTED |= dict.fromkeys(("scan", "delta", "search", "calibrate", "leaderboard"), _GOES_ON)
+_INTERRUPTED |= dict.fromkeys(("scan", "delta", "unmerge", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
 
 
@@ -122,7 +137,19 @@ def _disk_error(error: OSError) -> int:
 # --- out of memory ----------------------------------------------------------------------------------------------------
 
 # Verbs with --device.
-DEVICE_VERBS = ("scan", "delta", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")
+DEVICE_VERBS = (
+    "scan",
+    "delta",
+    "unmerge",
+    "reduce",
+    "run",
+    "verify",
+    "null",
+    "eval",
+    "search",
+    "calibrate",
+    "leaderboard",
+)
 ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer size")  # in what they say of themselves
 
 
@@ -146,7 +173,7 @@ class Less:
 # The mildest first.
 LESS = (
     Less("--stream", ("eval", "search", "run"), ("--stream",)),
-    Less("--device cpu --workers 1", ("scan", "delta", "reduce", "run"), ("--workers", "--engine"), "host"),
+    Less("--device cpu --workers 1", ("scan", "delta", "unmerge", "reduce", "run"), ("--workers", "--engine"), "host"),
     Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
     Less("a smaller --window", ("eval", "search", "run", "calibrate")),
@@ -154,7 +181,7 @@ LESS = (
     Less("--device cpu", DEVICE_VERBS, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
-BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "delta", "reduce"), ("--device",))
+BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "delta", "unmerge", "reduce"), ("--device",))
 BOUND |= dict.fromkeys(("run", "search"), ("--device", "--window", "--dtype"))
 BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
 

@@ -125,6 +125,8 @@ class Base:
         found = compare(W, q)
         if not spectrum or not matrix.is_matrix or found.kind is Kind.NOT_FINITE:
             return Difference(found, None)
+        if found.kind is Kind.SAME:
+            return Difference(found, torch.zeros(matrix.shape, dtype=torch.float64))
         if not {matrix.dtype, there.dtype} <= FORMATS.keys():  # what eight bits round to is not known here
             return Difference(found, None)
         return Difference(found, whitened(W, q, device))

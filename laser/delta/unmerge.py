@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +49,8 @@ from laser.delta.recover import USUAL, is_believed, recover, vote
 from laser.delta.solver import ROUNDS, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
-from laser.errors import CheckpointError, UsageError
-from laser.files import claimed, disk_errors, read_regular, unfinished, write_atomically
+from laser.errors import CheckpointError, OutputError, RecordError, UsageError
+from laser.files import PASSING, claimed, disk_errors, read_regular, unfinished, write_atomically
 from laser.journal import Journal
 from laser.records import SPARSE, Misfit, Record, plain, reader
 from laser.spectral.devices import Device
@@ -64,6 +65,10 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE = (
 PEFT = "base_model.model."  # before every name in a PEFT adapter
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
 SAVED = ("norm", "embedding", "head")
+_OWN = re.compile(
+    rf"\d{{6}}\.(?:adapter|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new"
+    rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
+)
 SCALES = (8, 16, 20, 24, 32, 48, 64, 128, 256)  # values of lora_alpha that people use
 
 
@@ -160,14 +165,15 @@ class Unmerge:
         change, W = self.changes[matrix.name], self.base.read(matrix)
         there = self.base.places.get(matrix.name)
         entry = Entry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel(), there and there.name)
+        saved = matrix.role in SAVED and matrix.part is None and matrix.tensor.endswith(".weight")
         if W is not None and W.shape == q.shape:
-            for how in (How.SAME, How.CAST, How.SCALED):
+            for how in (How.SAME, How.CAST, *(() if saved else (How.SCALED,))):  # PEFT knows no scaled module
                 made = simple(how, W, q.dtype, change.scale)
                 if made is not None and same_bits(made, q).all():
                     return Piece(replace(entry, how=how, scale=change.scale if how is How.SCALED else None))
             if change.kind in (Kind.LOW_RANK, Kind.FAINT) and (piece := self.by_adapter(entry, matrix, W, q, device)):
                 return piece
-        if matrix.role in SAVED and matrix.part is None and matrix.tensor.endswith(".weight"):
+        if saved:
             return Piece(replace(entry, how=How.SAVED), {PEFT + matrix.tensor: q.contiguous()})
         known = W if W is not None and (W.shape, W.dtype) == (q.shape, q.dtype) else None
         return Piece(
@@ -272,6 +278,7 @@ def unmerge(
         partial = unfinished(out)
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
+        require_own(partial)
         entries = _visited(base, delta, partial, crew, only_lora, rounds, tick)
         record = _put_together(base, delta, partial, entries)
         require_unchanged(tuned)
@@ -280,6 +287,25 @@ def unmerge(
             (partial / "new").rename(out)
             shutil.rmtree(partial)
     return record
+
+
+def require_own(partial: Path) -> None:
+    """Raises OutputError where OUT.partial holds what no `unmerge` has put there: it is removed in the end."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
+    foreign = sorted(p.name for p in partial.iterdir() if not _OWN.fullmatch(p.name)) if partial.exists() else []
+    if foreign:
+        raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
+
+
+def delta_in(partial: Path) -> Path:
+    """Where the record of the differences is kept meanwhile."""
+    return partial / "delta.safetensors"
+
+
+def all_roles(tuned: Checkpoint) -> tuple[str, ...]:
+    """The roles of matrices that an adapter can be of: all but look-ups."""
+    return tuple(sorted({m.role for m in list_matrices(tuned) if m.is_matrix} - {"embedding", "position"}))
 
 
 def _visited(
@@ -292,7 +318,7 @@ def _visited(
     matrices = list_matrices(base.tuned)
     places = {m.name: number for number, m in enumerate(matrices)}
     found: dict[str, Entry] = {}
-    with Journal(partial / "journal.jsonl", run) as log:
+    with _journal(partial, run) as log:
         for line in log.entries:
             if (entry := _entry_in(line, partial)) is not None:
                 found[entry.name] = entry
@@ -325,6 +351,17 @@ def _visited(
             for matrix, piece, seconds in visits:
                 keep(matrix, piece, seconds)
     return [found[m.name] for m in matrices]
+
+
+def _journal(partial: Path, run: Mapping[str, Any]) -> Journal:
+    try:
+        return Journal(partial / "journal.jsonl", run)
+    except RecordError as error:
+        raise of_another_run(partial) from error
+
+
+def of_another_run(partial: Path) -> RecordError:
+    return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try another -o")
 
 
 def _entry_in(line: Mapping[str, Any], partial: Path) -> Entry | None:
