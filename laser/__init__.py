@@ -6,28 +6,33 @@ plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
 
-import laser.start  # noqa: F401  # isort: split
-from laser.calibration import calibrate
-from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.engine.crew import Crew
-from laser.engine.workers import choose_crew
-from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
-from laser.evaluation.evaluate import evaluate
-from laser.evaluation.perplexity import Difference, Perplexity, difference
-from laser.moments import Moments
-from laser.null import NullTest, null_test
-from laser.outcome import Outcome
-from laser.pipeline import reduce, scan
-from laser.plan import Plan, PlanLine, empty_plan, make_plan
-from laser.report.publish import write_card
-from laser.selection import Selection
-from laser.spectra import Spectra
-from laser.spectral.certificate import Certificate, Truncation
-from laser.spectral.devices import Device, choose_device
-from laser.spectral.factorise import singular_values, truncate
-from laser.spectral.rules import RULES, Cut, apply_rule
-from laser.verification import Verification, verify
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import laser.start  # noqa: F401
+
+if TYPE_CHECKING:
+    from laser.calibration import calibrate
+    from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
+    from laser.checkpoint.reader import Checkpoint, open_checkpoint
+    from laser.engine.crew import Crew
+    from laser.engine.workers import choose_crew
+    from laser.errors import CheckpointError, LaserError, NumericalError, OutputError, RecordError, UsageError
+    from laser.evaluation.evaluate import evaluate
+    from laser.evaluation.perplexity import Difference, Perplexity, difference
+    from laser.moments import Moments
+    from laser.null import NullTest, null_test
+    from laser.outcome import Outcome
+    from laser.pipeline import reduce, scan
+    from laser.plan import Plan, PlanLine, empty_plan, make_plan
+    from laser.report.publish import write_card
+    from laser.selection import Selection
+    from laser.spectra import Spectra
+    from laser.spectral.certificate import Certificate, Truncation
+    from laser.spectral.devices import Device, choose_device
+    from laser.spectral.factorise import singular_values, truncate
+    from laser.spectral.rules import RULES, Cut, apply_rule
+    from laser.verification import Verification, verify
 
 __all__ = [
     "RULES",
@@ -73,3 +78,85 @@ __all__ = [
     "verify",
     "write_card",
 ]
+
+# Module -> the public names that it holds. It is imported when one of them is first asked for: torch takes two seconds.
+_HOMES = {
+    "calibration": ("calibrate",),
+    "checkpoint.matrices": (
+        "DoubtWarning",
+        "Matrix",
+        "list_matrices",
+    ),
+    "checkpoint.reader": (
+        "Checkpoint",
+        "open_checkpoint",
+    ),
+    "engine.crew": ("Crew",),
+    "engine.workers": ("choose_crew",),
+    "errors": (
+        "CheckpointError",
+        "LaserError",
+        "NumericalError",
+        "OutputError",
+        "RecordError",
+        "UsageError",
+    ),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.perplexity": (
+        "Difference",
+        "Perplexity",
+        "difference",
+    ),
+    "moments": ("Moments",),
+    "null": (
+        "NullTest",
+        "null_test",
+    ),
+    "outcome": ("Outcome",),
+    "pipeline": (
+        "reduce",
+        "scan",
+    ),
+    "plan": (
+        "Plan",
+        "PlanLine",
+        "empty_plan",
+        "make_plan",
+    ),
+    "report.publish": ("write_card",),
+    "selection": ("Selection",),
+    "spectra": ("Spectra",),
+    "spectral.certificate": (
+        "Certificate",
+        "Truncation",
+    ),
+    "spectral.devices": (
+        "Device",
+        "choose_device",
+    ),
+    "spectral.factorise": (
+        "singular_values",
+        "truncate",
+    ),
+    "spectral.rules": (
+        "RULES",
+        "Cut",
+        "apply_rule",
+    ),
+    "verification": (
+        "Verification",
+        "verify",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -33,6 +33,10 @@ class DoubtWarning(UserWarning):
     """What a checkpoint holds had to be guessed or chosen; the message says what was taken for what."""
 
 
+class CrowdWarning(UserWarning):
+    """Spikes are so many that a rule takes them for noise; the message lists the matrices."""
+
+
 class LaserError(Exception):
     """Base of all expected failures; `str(error)` is what the user reads."""
 

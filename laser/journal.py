@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from laser.errors import CheckpointError, OutputError, RecordError
-from laser.files import disk_errors, read_regular
+from laser.files import disk_errors, open_regular
 from laser.records import differences, fingerprint_in, has_shape, parse_record
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
 CHECKED = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"}\n?$')
+
+
+class Entries(Sequence[dict[str, Any]]):
+    """The entries of a journal, each read from its file whenever it is asked for: a line may be as long as a spectrum,
+    and there are as many as matrices. Of each only the place of its line is in memory, 8 bytes."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        """read: gives the bytes between two places of the file."""
+        self._read = read
+        self.ends = array("Q")  # of the first line of the file, which is no entry, and of every entry's
+
+    def __len__(self) -> int:
+        return max(len(self.ends) - 1, 0)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        entry = json.loads(self._read(self.ends[number], self.ends[number + 1]))
+        del entry["check"]
+        return entry
 
 
 class Journal:
@@ -45,8 +71,9 @@ class Journal:
             except RecordError:
                 if not anew:
                     raise
-                self.entries, self._last, whole = [], b"", 0
-            self._file = path.open("ab", buffering=0)
+                self._begin(path, run, shapes)
+                whole = 0
+            self._file = path.open("a+b", buffering=0)
             self._file.truncate(whole)
         if not whole:
             self._append(run)
@@ -54,7 +81,7 @@ class Journal:
     def _begin(self, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None) -> None:
         self.path, self._run = path, run
         self._shapes = None if shapes is None else (*shapes, {SPOILED: str})
-        self.entries: list[dict[str, Any]] = []
+        self.entries = Entries(self._bytes)
         self._last = b""
 
     @classmethod
@@ -66,16 +93,15 @@ class Journal:
             looked._load(run)
 
     def _load(self, run: Mapping[str, Any]) -> int:
-        """Fill `entries`; returns how many bytes of the file are whole lines of this run."""
+        """Find the `entries`; returns how many bytes of the file are whole lines of this run."""
         whole = 0
-        data = read_regular(self.path, math.inf)
-        if not _is_journal(data, run):
+        if not _is_journal(self.path, run):
             raise OutputError(f"{self.path} is no journal of laser, and would be overwritten; try another name")
-        lines = data.splitlines(keepends=True)
+        lines = _lines(self.path)
         for number, line in enumerate(lines):
             entry = self._checked(line, first=number == 0)
             if entry is None:
-                if number == 0 and len(lines) > 1:
+                if number == 0 and next(lines, None) is not None:
                     raise RecordError(
                         f"{self.path}: its first line, which says what it belongs to, is damaged or of an older laser; "
                         "start afresh with --force"
@@ -88,9 +114,8 @@ class Journal:
                     f"{self.path} holds work on a model that changed meanwhile: {entry[SPOILED]}; start afresh with "
                     "--force"
                 )
-            else:
-                self.entries.append(entry)
             whole += len(line)
+            self.entries.ends.append(whole)
         return whole
 
     def _checked(self, line: bytes, *, first: bool) -> dict[str, Any] | None:
@@ -124,18 +149,28 @@ class Journal:
             )
 
     def append(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
         self._append(entry)
 
     def forget(self, from_: dict[str, Any]) -> None:
         """Cut off an entry and all that follow it, in one step: a kill loses nothing of what stands before it."""
-        kept = next(i for i, entry in enumerate(self.entries) if entry is from_)
+        kept = self.entries.index(from_)
+        ends = self.entries.ends[: kept + 1]  # the first is that of the line that says whose they are
         with disk_errors(self.path):
-            lines = self.path.read_bytes().splitlines(keepends=True)[: kept + 1]  # the first says whose they are
-            self._file.truncate(sum(map(len, lines)))
-        match = CHECKED.search(lines[-1])
+            self._file.truncate(ends[-1])
+        match = CHECKED.search(self._bytes(ends[-2] if kept else 0, ends[-1]))
         assert match is not None, "its own line"
-        self.entries, self._last = self.entries[:kept], match[1]
+        self.entries.ends, self._last = ends, match[1]
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        """What stands between two places of the file."""
+        with disk_errors(self.path):
+            found = b""
+            while len(found) < end - start:
+                piece = os.pread(self._file.fileno(), end - start - len(found), start + len(found))
+                if not piece:
+                    raise OutputError(f"{self.path} became shorter while it was written; run the same command again")
+                found += piece
+        return found
 
     def spoil(self, why: str) -> None:
         """Let nobody go on with what stands here."""
@@ -145,6 +180,7 @@ class Journal:
         body = json.dumps(dict(entry), allow_nan=False).encode()
         self._last = _check(self._last, body)
         line = body[:-1] + (b", " if entry else b"") + b'"check": "' + self._last + b'"}\n'
+        self.entries.ends.append((self.entries.ends[-1] if self.entries.ends else 0) + len(line))
         with disk_errors(self.path):
             while line:  # to the kernel: survives a killed process; readers check what lines claim
                 line = line[self._file.write(line) :]
@@ -170,16 +206,26 @@ class Journal:
         self.close()
 
 
-def _is_journal(data: bytes, run: Mapping[str, Any]) -> bool:
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, each with its end, one in memory at a time."""
+    with open_regular(path) as file:
+        yield from file
+
+
+def _is_journal(path: Path, run: Mapping[str, Any]) -> bool:
     """Whether a file was a journal once, whole or torn or damaged, and no file of somebody else."""
     begun = json.dumps(dict(run)).encode()[:12]
-    return not data.strip(b"\0") or begun.startswith(data[:12]) or any(map(CHECKED.search, data.splitlines()))
+    with open_regular(path) as file:
+        first = file.read(12)
+    if begun.startswith(first) or any(map(CHECKED.search, _lines(path))):
+        return True
+    return not any(line.strip(b"\0") for line in _lines(path))
 
 
 def was_journal(path: Path, kind: str) -> bool:
     """Whether the file at `path` is, or was before it was damaged, a journal of this kind."""
     try:
-        return _is_journal(read_regular(path, math.inf), {"kind": kind})
+        return _is_journal(path, {"kind": kind})
     except OSError:
         return False
 
@@ -187,7 +233,7 @@ def was_journal(path: Path, kind: str) -> bool:
 def journal_is_whole(path: Path) -> bool:
     """Whether every line of a journal is as it was written. Lines that are missing at its end are not seen."""
     last = b""
-    for line in read_regular(path, math.inf).splitlines(keepends=True):
+    for line in _lines(path):
         written = _written_line(line, last)
         if written is None:
             return False

@@ -22,10 +22,9 @@ from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.factorise import check_storage, singular_values
 from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, permuted
-from laser.spectral.rules import apply_rule, draws_needed, parse_rule
+from laser.spectral.rules import TESTED, apply_rule, draws_needed, parse_rule
 
 # Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
-TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 
 
 @dataclass(frozen=True)

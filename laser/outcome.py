@@ -14,7 +14,7 @@ from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
-from laser.records import Misfit, Record, decode, plain, under
+from laser.records import Misfit, Record, decode, fields_of, under
 from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
 
@@ -153,13 +153,14 @@ def plan_as_measured(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> Pl
     return replace(plan, lines=tuple(lines))
 
 
-def describe_by(plan: Plan) -> Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:
+def describe_by(plan: Plan) -> Callable[[Mapping[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]:
     """laser.json from what was measured."""
 
-    def describe(records: dict[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+    def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+        records = dict(records)
         check_entries(records, "the journal's entries")
         done = plan_as_measured(plan, records)
-        stated = Plan.heading() | plain(done)
+        stated = Plan.heading() | fields_of(done)
         return Outcome.heading() | {"plan": stated, "matrices": records, "shards": shards}
 
     return describe

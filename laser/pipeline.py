@@ -10,7 +10,6 @@ pass may differ from a scan's in the last digits.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext, suppress
@@ -562,7 +561,7 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
         "kind": "reduce journal",
         "version": Outcome.version,
         **plan.source.stated(),  # which `require` has compared with the checkpoint: here it may know more
-        "plan": hashlib.sha256(plan.to_json()).hexdigest(),
+        "plan": plan.sha256,
         "method": method,
         "device": crew.label,
     }
@@ -618,10 +617,13 @@ def reduce_in_one_pass(
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
-        found = {name: from_entry(record.get("scan"), f"{place} {name}") for name, record in records.items()}
+        found, cuts = dict[str, Measured](), dict[str, Any]()
+        for name, record in records.items():
+            found[name] = from_entry(record.get("scan"), f"{place} {name}")
+            if record.get("cut") is not None:
+                cuts[name] = record["cut"]
         spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
         plan = choose(spectra)
-        cuts = {name: record["cut"] for name, record in records.items() if record.get("cut") is not None}
         check_entries(cuts, place)
         if cuts.keys() != plan.reductions.keys():
             raise RecordError(f"{out / JOURNAL}: its matrices were judged otherwise; start afresh with --force")

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -17,19 +18,18 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError
+from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
 from laser.spectra import Spectra, in_metric_of, seen_by
-from laser.spectral.noise import NoiseFit, estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, NoiseFit, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse_rule, rule_in, signal_to_noise
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
-DEFAULT_ESTIMATOR = "trimmed"  # of the noise, for rules that rest on none: the one that signal biases least (LOG.md)
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
 COVERAGE = ("action", "kind", "matrices", "parameters")
@@ -44,7 +44,7 @@ SELECTION: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlanLine:
     """What happens to one tensor, and why. Numbers are None where no rule was asked or none applies."""
 
@@ -161,17 +161,18 @@ class Plan(
     # Whether its file was changed after it was written: rule and selection may not have made it.
     edited: bool = field(default=False, metadata=LATER)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of what a plan was made to be; a file whose digest is another one was edited."""
-        return digest_of(self.rule, self.selection, plain(self.lines))
+        return digest_of(self.rule, self.selection, self.lines)
 
-    @property
-    def reductions(self) -> dict[str, PlanLine]:
+    @cached_property
+    def reductions(self) -> Mapping[str, PlanLine]:
+        """The lines that reduce, by name. Made once: whoever writes asks for it at every matrix."""
         return {line.name: line for line in self.lines if line.action == "reduce"}
 
-    def document(self) -> dict[str, Any]:
-        return super().document() | {"coverage": self.coverage, "digest": self.digest}
+    def stated(self) -> dict[str, Any]:
+        return super().stated() | {"coverage": self.coverage, "digest": self.digest}
 
     @classmethod
     def current(cls, document: dict[str, Any]) -> Plan:
@@ -267,7 +268,16 @@ class Plan(
 
 
 def digest_of(rule: Any, selection: Any, lines: Any) -> str:
-    return hashlib.sha256(json.dumps([rule, selection, lines], sort_keys=True).encode()).hexdigest()
+    """sha256 of these three as one JSON list, of whose lines one is in memory at a time."""
+    encode = json.JSONEncoder(sort_keys=True).encode
+    if not isinstance(lines, list | tuple):  # of a file that somebody has edited
+        return hashlib.sha256(encode([rule, selection, lines]).encode()).hexdigest()
+    digest, joint = hashlib.sha256(encode([rule, selection])[:-1].encode() + b", ["), b""
+    for line in lines:
+        digest.update(joint + encode(plain(line)).encode())
+        joint = b", "
+    digest.update(b"]]")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -367,10 +377,6 @@ def parse_lowest_snr(text: str | None, default: int | None) -> int | None:
     count = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
     check_lowest_snr(count)
     return int(count)
-
-
-class CrowdWarning(UserWarning):
-    """Spikes are so many that a rule takes them for noise; the message lists the matrices."""
 
 
 def warn_of_crowds(spectra: Spectra, rule: str, names: Sequence[str]) -> None:

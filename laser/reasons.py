@@ -30,7 +30,7 @@ class Kind(StrEnum):
     OTHER = "other"  # in the words of an earlier version, or of somebody who edited the plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Why:
     kind: Kind
     text: str

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from laser.errors import RecordError, first_line
-from laser.files import read_regular, write_atomically
+from laser.files import disk_errors, read_regular, replacing
 
 LARGEST_FLOAT = sys.float_info.max
 # Objects and lists inside one another; our deepest record has 6, and writing stops at some hundreds.
@@ -70,7 +70,79 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def to_json(document: Any) -> bytes:
     """Strict JSON (NaN and Infinity raise ValueError), indented, the same bytes for the same document."""
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+    return b"".join(json_pieces(document))
+
+
+def json_pieces(document: Any) -> Iterator[bytes]:
+    """What `to_json` makes of a document, whose values may be parts of records, in pieces of about one entry each.
+
+    The text of a plan of 45,000 lines, and JSON of all its lines at once, are larger than the plan.
+    """
+    if not _holds_others(document):
+        yield _ENCODER.encode(document).encode()
+    else:
+        for piece in _pieces(document, 0):
+            yield piece.encode()
+    yield b"\n"
+
+
+CONTAINERS = Mapping | list | tuple
+DEEPEST_PIECES = 3  # objects and lists around a piece: those of a line in the plan of an outcome
+TOGETHER = 32  # entries of a piece
+
+
+def _holds_others(value: Any) -> bool:
+    """Whether a JSON object or list holds objects or lists, and is not a part of a record, such as a plan's line."""
+    if not isinstance(value, CONTAINERS):
+        return False
+    inside = value.values() if isinstance(value, Mapping) else value
+    return any(isinstance(each, CONTAINERS) or is_dataclass(each) for each in inside)
+
+
+def _pieces(value: Any, depth: int) -> Iterator[str]:
+    """The text of an object or list inside `depth` others: entries that hold no others together, the rest in pieces of
+    their own."""
+    make, start, end = (dict, "{", "}") if isinstance(value, Mapping) else (list, "[", "]")
+    together: list[Any] = []
+
+    def written() -> str:
+        """No text in JSON holds a line's end: those are between the entries."""
+        text = _ENCODER.encode(make(together))[1:-2].replace("\n", "\n" + " " * depth)
+        together.clear()
+        return text
+
+    for each in value.items() if make is dict else value:
+        key, inside = each if make is dict else (None, each)
+        opened = depth < DEEPEST_PIECES - 1 and _holds_others(inside)
+        if not opened:
+            together.append(each)
+        if together and (opened or len(together) == TOGETHER):
+            yield start + written()
+            start = ","
+        if opened:
+            before = "" if make is list else json.dumps({key: 0})[1:-2]
+            pieces = _pieces(inside, depth + 1)
+            yield start + "\n" + " " * (depth + 1) + before + next(pieces)
+            yield from pieces
+            start = ","
+    if together:
+        yield start + written()
+    yield "\n" + " " * depth + end
+
+
+def _part(value: Any) -> Any:
+    if is_dataclass(value) or isinstance(value, Mapping):
+        return plain(value)
+    raise TypeError(f"{type(value).__name__} has no JSON")
+
+
+_ENCODER = json.JSONEncoder(indent=1, allow_nan=False, default=_part)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that its file holds, as they are."""
+    written = ((name, default, getattr(record, name)) for name, default in _written_fields(type(record)))
+    return {name: value for name, default, value in written if value != default}
 
 
 def plain(value: Any) -> Any:
@@ -78,11 +150,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     if is_dataclass(value):
-        return {
-            name: plain(each)
-            for name, default in _written_fields(type(value))
-            if (each := getattr(value, name)) != default
-        }
+        return {name: plain(each) for name, each in fields_of(value).items()}
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
@@ -98,12 +166,27 @@ def _written_fields(cls: Any) -> list[tuple[str, Any]]:
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with a checksum of the rest of it, last."""
     bare = {key: value for key, value in document.items() if key != "check"}
-    return bare | {"check": hashlib.sha256(to_json(bare)).hexdigest()}
+    return bare | {"check": sha256_of_json(bare)}
+
+
+def sha256_of_json(document: Any) -> str:
+    """sha256 of what `to_json` makes of a document."""
+    digest = hashlib.sha256()
+    for piece in json_pieces(document):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_sealed(document: Any) -> bool:
     """Whether a document's checksum is that of the rest of it."""
     return isinstance(document, dict) and "check" in document and sealed(document)["check"] == document["check"]
+
+
+def save_json(path: Path, document: Any) -> None:
+    """`to_json` of a document at `path`, or the old file untouched."""
+    with disk_errors(path), replacing(path) as file:
+        for piece in json_pieces(document):
+            file.write(piece)
 
 
 # --- a value by its type ----------------------------------------------------------------------------------------------
@@ -294,8 +377,11 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
     needed = [name for name in names if name not in optional]
     inside = {name: (reader(hints[name]), _place_of(name, hints[name])) for name in names}
     make, wrong = cast("Callable[..., Any]", cls), getattr(cls, "wrong", lambda _: None)
+    made_already: Any = cls if is_dataclass(cls) else ()
 
     def read(found: Any) -> Any:
+        if isinstance(found, made_already):  # a part of a document that was not read from a file
+            return checked(found)
         if not isinstance(found, dict):
             raise _misfit(cls, found)
         for name in needed:
@@ -310,7 +396,9 @@ def object_reader(cls: Any) -> Callable[[Any], Any]:
                 made[name] = read_one(value)
             except Misfit as misfit:
                 raise misfit.inside(place) from None
-        value = make(**made)
+        return checked(make(**made))
+
+    def checked(value: Any) -> Any:
         if why := wrong(value):
             raise Misfit(why, ": ")
         return value
@@ -433,16 +521,27 @@ class Record:
         """What a file of this kind begins with."""
         return {"kind": cls.kind, "version": cls.version}
 
+    def stated(self) -> dict[str, Any]:
+        """What the file holds besides its checksum, the values of fields as they are."""
+        return self.heading() | {name: getattr(self, name) for name in self.derived} | fields_of(self)
+
+    def _sealed(self) -> dict[str, Any]:
+        return sealed(self.stated()) if self.seal else self.stated()
+
     def document(self) -> dict[str, Any]:
         """What the file holds, as JSON has it."""
-        stated = self.heading() | {name: getattr(self, name) for name in self.derived}
-        return sealed(stated | plain(self)) if self.seal else stated | plain(self)
+        return plain(self._sealed())
 
     def to_json(self) -> bytes:
-        return to_json(self.document())
+        return to_json(self._sealed())
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return sha256_of_json(self._sealed())
 
     def save(self, path: Path) -> None:
-        write_atomically(path, self.to_json())
+        save_json(path, self._sealed())
 
     @classmethod
     def load(cls, path: Path, *, as_written: bool = True) -> Self:

@@ -10,6 +10,7 @@ import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
 OF_DIFFERENCE = ENTRY | {"change": Change}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What a scan finds of one matrix: its spectrum (p,), its null's (draws,), the kurtosis, or why there are none."""
 
@@ -276,6 +277,11 @@ class Spectra:
     def usual_rule(self) -> str:
         """The rule to ask where none is named."""
         return "mp-edge" if self.delta is None else RULE
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Matrix]:
+        """The matrices by name."""
+        return {matrix.name: matrix for matrix in self.matrices}
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""

@@ -1,4 +1,4 @@
-"""The first thing that `import laser` does, before the seconds in which torch is imported."""
+"""The first thing that `import laser` does, before any library is imported."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -88,6 +88,20 @@ def is_command() -> bool:
 def too_early(number: int = 0, _frame: FrameType | None = None) -> None:
     """Interrupted while libraries are imported, some of which would catch an exception and go on."""
     _end(b"laser: interrupted; nothing was written\n", number)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While a verb imports its libraries: in the command `laser` an interrupt is then `too_early` and no exception."""
+    mine = is_command() and threading.current_thread() is threading.main_thread()
+    before = [(number, signal.getsignal(number)) for number in SIGNALS] if mine else []
+    if mine:
+        on_interrupt(too_early)
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:

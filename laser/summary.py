@@ -14,12 +14,12 @@ from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.moments import Calibration
-from laser.plan import DEFAULT_ESTIMATOR, warn_of_crowds
+from laser.plan import warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral.noise import estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift
 
@@ -48,7 +48,7 @@ FUSED_EXPERTS = (
 FUSED_PARTS = ("# A parameter that holds other matrices than experts is trained whole where one of them is chosen.",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SummaryRow:
     """A matrix in numbers. Undefined ones are None: strict JSON has no Infinity, and an empty cell sorts honestly."""
 

@@ -74,7 +74,7 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
 def _is_plan_of(path: Path, outcome: Outcome) -> bool:
     """Whether a plan is the one that was carried out, written as laser writes it."""
     plan = Plan.load(path)
-    return read_regular(path) == plan.to_json() and plan_as_measured(plan, outcome.matrices) == outcome.plan
+    return sha256_of(path) == plan.sha256 and plan_as_measured(plan, outcome.matrices) == outcome.plan
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import laser
-from laser.cli import flow, main, options
+from laser.cli import main, options, verbs
 from laser.errors import LaserError, RecordError
 from laser.report.publish import write_card
 from laser.spectral.shrinkage import Gains
@@ -151,7 +151,7 @@ def test_an_edited_plan_is_refused_by_line_or_done_exactly(
         try:
             with contextlib.redirect_stdout(printed):
                 # The verb itself: building the command line takes ten times as long.
-                flow.reduce(
+                verbs.reduce(
                     str(path),
                     plan,
                     output=out,

@@ -23,6 +23,7 @@ from pico_language import TEXT, make_model, write_tokenizer
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.choices import ACCEPT
 from laser.cli import LESS, VERBS, main, memory
 from laser.engine.crew import worker_bytes
 from laser.errors import CheckpointError, OutOfMemory, is_out_of_memory
@@ -33,7 +34,6 @@ from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Asked, place, smaller_windows
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window
-from laser.search.trials import ACCEPT
 from laser.spectral import devices
 from laser.spectral.host_memory import host_free_bytes
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import os
 import signal
 import subprocess
@@ -34,6 +36,64 @@ def test_every_loader_is_told_to_run_no_code_of_a_model() -> None:
                 assert told.get("trust_remote_code") is False, f"{path.name}, line {node.lineno}: {name}"
                 calls += 1
     assert calls >= 9
+
+
+# They take between half a second and three to import, and no page of help or line about a typing error needs them.
+HEAVY = ("torch", "scipy", "transformers", "huggingface_hub", "matplotlib", "safetensors", "tqdm", "jinja2", "httpx2")
+
+
+def imported_by(*words: str, code: str = "from laser.__main__ import main; main()") -> tuple[int, list[str]]:
+    """The exit code of a command line, and which of HEAVY it imported; of any other code likewise."""
+    told = f"import atexit, sys; atexit.register(lambda: print([n for n in {HEAVY} if n in sys.modules])); {code}"
+    done = subprocess.run([sys.executable, "-c", told, *words], capture_output=True, text=True, timeout=60)
+    return done.returncode, ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["scan", "m", "--lyers", "0"], ["scna"], []], ids=" ".join
+)
+def test_what_needs_no_library_imports_none(words: list[str]) -> None:
+    code, heavy = imported_by(*words)
+    assert code == (0 if words and words[-1].startswith("--") else 2) and heavy == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [verb.__name__ for verb in cli.VERBS])
+def test_the_help_of_a_verb_imports_no_library(verb: str) -> None:
+    assert imported_by(verb, "--help") == (0, [])
+
+
+def test_import_laser_imports_a_library_once_it_is_asked_for() -> None:
+    assert imported_by(code="import laser; dir(laser)") == (0, [])
+    assert (
+        "numpy"
+        not in subprocess.run(
+            [sys.executable, "-c", "import sys, laser; print(*sys.modules)"], capture_output=True, text=True
+        ).stdout
+    )
+    code, heavy = imported_by(code="import laser; laser.open_checkpoint")
+    assert code == 0 and "torch" in heavy and "transformers" not in heavy
+
+
+def test_a_verb_hands_on_all_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own name: the file of a verb repeats the names that verbs.py declares."""
+    verb: Any
+    for verb in cli.VERBS:
+        name = f"{verb.__name__}_verb"
+        tree = ast.parse(inspect.getsource(verb))
+        (file,) = [n.value for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == name]
+        module = importlib.import_module(f"laser.cli.{ast.unparse(file)}")
+        names = list(inspect.signature(verb).parameters)
+        assert names == list(inspect.signature(getattr(module, name)).parameters)
+        got: dict[str, Any] = {}
+        # It is what the verb calls, by name, and there is nothing that it could be handed instead.
+        monkeypatch.setattr(module, name, stand_in(got, names))
+        verb(**{name: name.upper() for name in names})
+        assert got == {name: name.upper() for name in names}, verb.__name__
+
+
+def stand_in(got: dict[str, Any], names: list[str]) -> Any:
+    return lambda *given, **named: got.update(zip(names, given, strict=False), **named)
 
 
 def wait_for_handler(process: int) -> None:

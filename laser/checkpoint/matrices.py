@@ -48,7 +48,7 @@ LIKELY = 4096  # different names, numbers aside; a model has fewer than a hundre
 KEPT_STACKS = ("mtp",)  # whose layers are never reduced unless asked for, although they have the roles of any layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A logical matrix (or whatever else a tensor is) and where it lies, known from headers alone."""
 

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int
 DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as its header describes it; `start` and `end` are byte offsets in the shard's file."""
 
@@ -82,6 +84,11 @@ class Shard:
     data: Data | None = None
     whole: Callable[[], Path] | None = None  # on the Hub: fetches the file, once, and says where it is
     stamp: tuple[int, int] | None = None  # size and mtime in ns of the file at `path`, before its header was read
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name. Made once: a shard may hold thousands, each of which is looked up."""
+        return {info.name: info for info in self.tensors}
 
 
 def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
@@ -300,11 +307,15 @@ def virtual_shard(
     text = make_header(entries)
     size = 8 + len(text) + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in entries)
     shard = parse_header(name, path, size, text)
+    ends = [info.end for info in shard.tensors]
 
     def data(start: int, end: int) -> Iterator[memoryview]:
         if start < len(shard.header):
             yield memoryview(shard.header)[start:end]
-        for info in shard.tensors:
+        for number in range(bisect_right(ends, start), len(ends)):  # the first that ends behind `start`, and on
+            info = shard.tensors[number]
+            if info.start >= end:
+                break
             low, high = max(start, info.start), min(end, info.end)
             if low < high:
                 yield bytes_of(tensor(info.name))[low - info.start : high - info.start]

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,6 @@ from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, piece
 from laser.checkpoint.slices import Slice, fetch_from, put_into, read_slice, tensor_sha256, whole, write_slice
 from laser.errors import CheckpointError
 from laser.files import disk_errors, open_regular, unfinished
-from laser.journal import Journal
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
@@ -69,7 +68,7 @@ def copy(shard: Shard, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
             raise OSError(errno.EIO, f"{shard.name} became shorter while it was copied")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A shard to be written: which of its matrices are touched, and which of those are not finished yet."""
 
@@ -84,19 +83,19 @@ def begin_shard(
     out: Path,
     touched: Sequence[Matrix],
     parts: Mapping[str, Sequence[Matrix]],
-    journal: Journal,
+    copied: Collection[str],
+    promised: Mapping[str, str | None],
     tick: Callable[[int], None] = lambda _: None,
 ) -> Job:
-    """What is left to do of a shard, by the journal, every promise of which is checked on the file.
+    """What is left to do of a shard, by what a journal promises: each promise is checked on the file.
 
-    parts: all matrices of each tensor that is cut into several. `tick` is called with counts of bytes.
+    parts: all matrices of each tensor that is cut into several. copied: shards whose untouched bytes are in place.
+    promised: sha256 of the matrices that are, None where it is the source's. `tick` is called with counts of bytes.
     """
     partial = partial_of(out, shard.name)
-    copied = any(e.get("copied") == shard.name for e in journal.entries)
     with disk_errors(partial):
-        if not copied or not _untouched_is_there(shard, partial, touched, parts, tick):
+        if shard.name not in copied or not _untouched_is_there(shard, partial, touched, parts, tick):
             return Job(shard, tuple(touched), tuple(touched), False)
-        promised = {e["matrix"]: e["sha256"] for e in journal.entries if "matrix" in e}
         made = replace(shard, path=partial, data=None)
 
         def finished(matrix: Matrix) -> bool:
@@ -125,8 +124,7 @@ def _untouched_is_there(
         return False
     made = replace(shard, path=partial, data=None)
     for tensor in {m.tensor for m in touched if m.part is not None}:
-        numbers = next(math.prod(t.shape) for t in shard.tensors if t.name == tensor)
-        if sum(m.parameters for m in parts[tensor]) != numbers:
+        if sum(m.parameters for m in parts[tensor]) != math.prod(shard.by_name[tensor].shape):
             return False  # there is something between them that cannot be looked at by itself
         for matrix in parts[tensor]:
             if matrix.name not in names and digest(made, matrix) != digest(shard, matrix):
@@ -215,7 +213,7 @@ def digest(shard: Shard, matrix: Matrix) -> str | None:
 
 def _place_in_shard(shard: Shard, matrix: Matrix) -> tuple[int, Slice]:
     """First byte of the tensor that holds a matrix, and the part of it that is the matrix."""
-    info = next(t for t in shard.tensors if t.name == matrix.tensor)
+    info = shard.by_name[matrix.tensor]
     return info.start, matrix.part or whole(info.shape)
 
 

@@ -20,7 +20,7 @@ LONG_RUN = 64 << 10  # bytes; shorter runs are not worth a system call each
 MAX_SPAN = 64 << 20  # bytes in memory beside the matrix, where runs are short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """tensor.view(view)[index] with all axes but the last joined into rows; transposed afterwards if so stored.
 

@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ from laser.files import (
     write_atomically,
 )
 from laser.journal import Journal, spoiling
-from laser.records import decode, differences, is_sealed, parse_record, sealed, to_json
+from laser.records import decode, differences, is_sealed, parse_record, save_json, sealed
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
@@ -85,9 +86,51 @@ DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside 
 New = tuple[str, torch.Tensor | None, dict[str, Any]]
 MakeNew = Callable[[list[str]], Generator[New, None, None]]
 # (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
-Describe = Callable[[dict[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
+Describe = Callable[[Mapping[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
 OnCheck = Callable[[int, int], None]  # (bytes read, bytes in all)
+
+
+@dataclass
+class Promises:
+    """What a journal's entries say of an output, each by its name.
+
+    matrices: sha256 of those that are in place, shards: of those that are whole; None where it is the source's
+    copied: shards whose untouched bytes are in place
+    records: of each matrix, the number of the entry that has its record; None where that is empty
+    """
+
+    matrices: dict[str, str | None] = field(default_factory=dict)
+    shards: dict[str, str | None] = field(default_factory=dict)
+    copied: set[str] = field(default_factory=set)
+    records: dict[str, int | None] = field(default_factory=dict)
+
+    def add(self, number: int, entry: Mapping[str, Any]) -> None:
+        """An entry of the journal, of one of JOURNAL_SHAPES, and its number there."""
+        if "matrix" in entry:
+            self.matrices[entry["matrix"]] = entry["sha256"]
+            self.records[entry["matrix"]] = number if entry["record"] else None
+        elif "shard" in entry:
+            self.shards[entry["shard"]] = entry["sha256"]
+        else:
+            self.copied.add(entry["copied"])
+
+
+@dataclass(frozen=True)
+class Records(Mapping[str, dict[str, Any]]):
+    """The records of matrices, read from the journal one by one: all of them at once are as large as the spectra."""
+
+    journal: Journal
+    numbers: Mapping[str, int]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self.journal.entries[self.numbers[name]]["record"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def require_apart(source: Checkpoint, out: Path) -> None:
@@ -237,8 +280,10 @@ def write_checkpoint(
     if source.hub is not None:
         require_content(source.hub)
     with Journal(out / JOURNAL, run, shapes=JOURNAL_SHAPES) as journal:
-        records = {e["matrix"]: e for e in journal.entries if "matrix" in e}
-        hashes = _finished(source, out, journal, touched, on_check)
+        promises = Promises()
+        for number, entry in enumerate(journal.entries):
+            promises.add(number, entry)
+        hashes = _finished(source, out, promises.shards, touched, on_check)
         for shard in source.shards:
             if shard.name in hashes:
                 done(shard)
@@ -249,25 +294,25 @@ def write_checkpoint(
         inside: dict[str, list[Matrix]] = {}
         for matrix in touched:
             inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
-        parts = _parts(source, touched) if journal.entries else {}
+        parts = _parts(source, touched) if promises.copied else {}
         tick = _counting(sum(s.size for s in source.shards if s.name not in hashes), on_check)
         jobs = [
-            begin_shard(s, out, inside.get(s.name, []), parts, journal, tick)
+            begin_shard(s, out, inside.get(s.name, []), parts, promises.copied, promises.matrices, tick)
             for s in source.shards
             if s.name not in hashes
         ]
-        _write_shards(source, out, jobs, compute, journal, records, hashes, done)
+        _write_shards(source, out, jobs, compute, journal, promises, hashes, done)
         with spoiling(journal):
             # Of a model on the Hub, shards that are no more needed may have left the cache.
             require_unchanged(source, [s.name for s in source.shards if source.hub and not s.path.exists()])
-        ordered = {m.name: records[m.name]["record"] for m in touched if records[m.name]["record"]}
-        document = describe(ordered, {s.name: hashes[s.name] for s in source.shards}) | {
+        records = Records(journal, {m.name: n for m in touched if (n := promises.records[m.name]) is not None})
+        document = describe(records, {s.name: hashes[s.name] for s in source.shards}) | {
             "left_out": [*left_out, *source.left_out]
         }
         document = {**document, "run": document.get("run", run)}
         _require_there(out, files)
         document = sealed(document | {"files": files})
-        write_atomically(out / OUTCOME, to_json(document))
+        save_json(out / OUTCOME, document)
         for shard in source.shards:  # already renamed, but where there is no index or a kill came between
             if partial_of(out, shard.name).exists():
                 _rename(partial_of(out, shard.name), out / shard.name)
@@ -297,10 +342,9 @@ def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
 
 
 def _finished(
-    source: Checkpoint, out: Path, journal: Journal, touched: Sequence[Matrix], on_check: OnCheck
+    source: Checkpoint, out: Path, stated: Mapping[str, str | None], touched: Sequence[Matrix], on_check: OnCheck
 ) -> dict[str, str | None]:
-    """sha256 by name of the shards that the journal calls finished, and that are; None where it is the source's."""
-    stated = {e["shard"]: e["sha256"] for e in journal.entries if "shard" in e}
+    """sha256 by name of the shards that a journal calls finished, and that are; None where it is the source's."""
     shards = [shard for shard in source.shards if shard.name in stated]
     tick = _counting(sum(shard.size for shard in shards), on_check)
 
@@ -381,7 +425,7 @@ def _write_shards(
     jobs: list[Job],
     compute: MakeNew,
     journal: Journal,
-    records: dict[str, dict[str, Any]],
+    promises: Promises,
     hashes: dict[str, str | None],
     done: Callable[[Shard], None],
 ) -> None:
@@ -410,7 +454,7 @@ def _write_shards(
 
     def finish(job: Job) -> None:
         ready(job)
-        changed = any(records[m.name]["sha256"] is not None for m in job.touched)
+        changed = any(promises.matrices[m.name] is not None for m in job.touched)
         settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
 
     def sweep(wait: bool) -> None:
@@ -431,8 +475,9 @@ def _write_shards(
                 with disk_errors(partial_of(out, job.shard.name)):
                     sha256 = put(job.shard, matrix, out, new)
                 del new  # before the next is waited for
-                records[name] = {"matrix": name, "sha256": sha256, "record": record}
-                journal.append(records[name])
+                entry = {"matrix": name, "sha256": sha256, "record": record}
+                journal.append(entry)
+                promises.add(len(journal.entries) - 1, entry)
                 left[job.shard.name] -= 1
                 if not left[job.shard.name]:
                     finish(job)

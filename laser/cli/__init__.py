@@ -15,27 +15,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 import typer
 
-from laser.checkpoint.matrices import DoubtWarning
-from laser.cli import (
-    adapter,
-    calibrate,
-    common,
-    convert,
-    delta,
-    devices,
-    flow,
-    look,
-    measure,
-    options,
-    publish,
-    run,
-    search,
-)
-from laser.errors import LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
-from laser.plan import CrowdWarning
+from laser.cli import common, options, verbs
+from laser.errors import CrowdWarning, DoubtWarning, LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 
 app = typer.Typer(
     name="laser",
@@ -47,10 +30,10 @@ app = typer.Typer(
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
 VERBS = (
-    *(flow.scan, flow.plan, flow.reduce, flow.verify, run.run, devices.devices),
-    *(measure.eval, calibrate.calibrate, search.search, publish.leaderboard, publish.card, publish.push),
-    *(look.null, look.spectra, look.plot, look.report, convert.convert),
-    *(delta.delta, adapter.unmerge, adapter.rebuild),
+    *(verbs.scan, verbs.plan, verbs.reduce, verbs.verify, verbs.run, verbs.devices),
+    *(verbs.eval, verbs.calibrate, verbs.search, verbs.leaderboard, verbs.card, verbs.push),
+    *(verbs.null, verbs.spectra, verbs.plot, verbs.report, verbs.convert),
+    *(verbs.delta, verbs.unmerge, verbs.rebuild),
 )
 for verb in VERBS:
     app.command()(options.with_options(verb))
@@ -85,8 +68,24 @@ def _click_commands() -> Any:
     return typer.main.get_command(app)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            common.say(f"laser {version('laser-rmt')}")
+        except PackageNotFoundError:
+            common.say("laser, run from a folder in which it is not installed, and so without a version")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
+    ),
+) -> None:
     """The options that stand before a verb; `main` reads --debug wherever it stands."""
 
 
@@ -165,6 +164,8 @@ class Less:
 
     def changes(self, verb: str, given: str, side: str) -> bool:
         """Whether what this verb has finished is of another run then."""
+        import torch
+
         alone = not (torch.cuda.is_available() or torch.backends.mps.is_available())  # the host is the only device
         same = side == "host" and (alone or "--device cpu" in given)
         return any(option in self.way.split() for option in BOUND.get(verb, ()) if not (same and option == "--device"))

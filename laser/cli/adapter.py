@@ -6,50 +6,46 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.writer import require_outside
+from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
-from laser.cli.delta import BaseModel, Tuned
 from laser.delta.base import Base
-from laser.delta.rebuild import Adapted
-from laser.delta.rebuild import rebuild as rebuild_checkpoint
-from laser.delta.solver import ROUNDS
-from laser.delta.unmerge import MODEL, REMAINDER, AdapterRecord, How, all_roles, delta_in, of_another_run, require_own
-from laser.delta.unmerge import unmerge as unmerge_checkpoint
+from laser.delta.rebuild import Adapted, rebuild
+from laser.delta.unmerge import (
+    MODEL,
+    REMAINDER,
+    AdapterRecord,
+    How,
+    all_roles,
+    delta_in,
+    of_another_run,
+    require_own,
+    unmerge,
+)
 from laser.errors import RecordError, UsageError
 from laser.files import claimed, disk_errors, unfinished
 from laser.pipeline import scan_into
 from laser.selection import Selection
 
 
-def unmerge(
-    base: BaseModel,
-    tuned: Tuned,
+def unmerge_verb(
+    base: str,
+    tuned: str,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the adapter.")],
+    output: Path,
     compute: options.ComputeOptions,
-    only_lora: Annotated[
-        bool,
-        typer.Option("--only-lora", help="Refuse what is neither the base's nor an adapter, instead of keeping it."),
-    ] = False,
-    rounds: Annotated[
-        int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
-    ] = ROUNDS,
+    only_lora: bool,
+    rounds: int,
     shown_as: options.Json,
 ) -> None:
-    """Find the adapter that was merged into a fine-tune, so exactly that base and adapter give its bits again.
-
-    What no adapter explains is kept beside it without loss. `laser rebuild` makes the fine-tune again. Interrupted, it
-    keeps what it has in OUTPUT.partial; the same command goes on from there.
-    """
+    """`laser unmerge`, whose arguments and help are in verbs.py."""
     if rounds < 1:
         raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
     require_new(output)
@@ -73,9 +69,7 @@ def unmerge(
             raise of_another_run(partial) from error
         assert delta is not None, "a scan with a base measures differences"
         with common.Progress("unmerge", matrices) as bar:
-            record = unmerge_checkpoint(
-                compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar
-            )
+            record = unmerge(compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
     if shown_as.as_json:
@@ -105,14 +99,8 @@ def _print_entries(record: AdapterRecord) -> None:
         say(f"PEFT alone does not apply {', '.join(beyond[:2])}{more}: laser rebuild does")
 
 
-def rebuild(
-    base: BaseModel,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge.")],
-    *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
-    shown_as: options.Json,
-) -> None:
-    """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing."""
+def rebuild_verb(base: str, adapter: Path, *, output: Path, shown_as: options.Json) -> None:
+    """`laser rebuild`, whose arguments and help are in verbs.py."""
     start = time.perf_counter()
     require_new(output)
     checkpoint = open_checkpoint(base)
@@ -120,7 +108,7 @@ def rebuild(
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
     with tqdm(desc="rebuild", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         common.to_write(output)
-        made = rebuild_checkpoint(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
+        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json({"output": str(output), **asdict(made), "seconds": seconds})

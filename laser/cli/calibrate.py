@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from tqdm import tqdm
 
 from laser.calibration import calibrate as calibrate_checkpoint
@@ -20,23 +18,19 @@ from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
 
 
-def calibrate(
-    model: options.Model,
+def calibrate_verb(
+    model: str,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
+    output: Path,
     text: options.WindowOptions,
     which: options.Matrices,
-    diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
-    ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
-    dtype: options.Dtype = "float32",
+    diagonal: bool,
+    ledoit_wolf: bool,
+    dtype: str,
     on: options.OneDevice,
     record: options.RecordOptions,
 ) -> None:
-    """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
-
-    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
-    from there.
-    """
+    """`laser calibrate`, whose arguments and help are in verbs.py."""
     text.check()
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose().torch_device

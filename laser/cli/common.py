@@ -9,18 +9,17 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from laser.checkpoint.matrices import Matrix
-from laser.checkpoint.reader import OUTCOME
-from laser.checkpoint.replaceable import require_outside_models
-from laser.checkpoint.writer import RECORDS
 from laser.errors import OutputError
 from laser.escape import visible
 from laser.files import claimed, real, require_led
 from laser.records import to_json
+
+if TYPE_CHECKING:
+    from laser.checkpoint.matrices import Matrix
+
+MOST_LINES = 40  # of a list for people that may have one line for each of 45,000 matrices
 
 
 @dataclass
@@ -91,6 +90,10 @@ def give(words: Sequence[str]) -> None:
 
 def keep_file(path: Path) -> None:
     """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
+    from laser.checkpoint.reader import OUTCOME
+    from laser.checkpoint.replaceable import require_outside_models
+    from laser.checkpoint.writer import RECORDS
+
     place = real(path)
     require_led(path)
     records = place.parent.name == RECORDS and (place.parent.parent / OUTCOME).is_file()
@@ -139,7 +142,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else visible(value)
 
 
-def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
+def say_first(lines: Sequence[str], limit: int = MOST_LINES, what: str = "--json lists all") -> None:
+    """The first of these lines, and how many more there are."""
+    for line in lines[:limit]:
+        say(line)
+    if len(lines) > limit:
+        say(f"... and {len(lines) - limit} more; {what}")
+
+
+def print_plan(lines: Sequence[Any], limit: int = MOST_LINES) -> None:
     """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept."""
     reduced = [line for line in lines if line.action == "reduce"]
     if reduced:
@@ -155,8 +166,7 @@ def print_plan(lines: Sequence[Any], limit: int = 40) -> None:
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
     say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
-    for line in skipped[:limit]:
-        say(f"  {line.name}: {line.why.text}")
+    say_first([f"  {line.name}: {line.why.text}" for line in skipped], limit, "the plan has all")
 
 
 def _removed(kept: float | None) -> str:
@@ -170,6 +180,8 @@ class Checking:
         self._bar: Any = None
 
     def __call__(self, so_far: int, total: int) -> None:
+        from tqdm import tqdm
+
         if self._bar is None:
             self._bar = tqdm(total=total, desc="check", unit="B", unit_scale=True, disable=None, leave=False)
         self._bar.total = total
@@ -190,6 +202,8 @@ class Progress:
     """A bar on a terminal, nothing elsewhere. Its measure is work (m * n * min(m, n)), so its ETA can be believed."""
 
     def __init__(self, what: str, matrices: Sequence[Matrix]) -> None:
+        from tqdm import tqdm
+
         shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         self._bar = tqdm(total=sum(m.cost for m in matrices), desc=what, bar_format=shape, disable=None, leave=False)
 

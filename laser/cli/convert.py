@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new, write_directory
@@ -33,23 +31,14 @@ TOKENIZERS = (
 )
 
 
-def convert(
-    model: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format, or a .gguf file.")
-    ],
+def convert_verb(
+    model: Path,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option("--output-dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
-    ] = None,
+    output: Path,
+    dtype: str | None,
     shown_as: options.Json,
 ) -> None:
-    """Translate a model into the Hub's format, with the same logits.
-
-    Of one of Mistral's own releases (params.json and consolidated*.safetensors or .pt) the tokenizer files are copied
-    byte for byte. A GGUF file is dequantised, and gets the tokenizer that transformers makes of its metadata.
-    """
+    """`laser convert`, whose arguments and help are in verbs.py."""
     start = time.perf_counter()
     require_new(output)
     if is_gguf(model):

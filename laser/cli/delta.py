@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
@@ -22,27 +19,18 @@ from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into
 from laser.spectra import Spectra
 
-BaseModel = Annotated[
-    str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
-]
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 
-
-def delta(
-    base: BaseModel,
-    tuned: Tuned,
+def delta_verb(
+    base: str,
+    tuned: str,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    output: Path | None,
     which: options.Matrices,
     compute: options.ComputeOptions,
-    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    null: int,
     work: options.WorkOptions,
 ) -> None:
-    """Say what a fine-tune did to its base: identical, scaled, low rank, full, or not its base; and write the spectra.
-
-    The file holds the spectra of the differences, which spectra, plot, report and plan read. Interrupted, it keeps what
-    it has in OUTPUT.partial; the same command goes on from there.
-    """
+    """`laser delta`, whose arguments and help are in verbs.py."""
     selected = which.selection()
     first, second = open_checkpoint(base), open_checkpoint(tuned)
     method = "gram" if compute.method == "auto" else compute.method

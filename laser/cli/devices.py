@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from laser.cli import common, options
 from laser.cli.common import say
@@ -16,18 +13,14 @@ from laser.spectral.measuring import choose_method, measure_device
 from laser.spectral.probe import Probe, cache_path
 
 
-def devices(
+def devices_verb(
     *,
     where: options.Precise,
-    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's speed, and keep it.")] = False,
-    disk: Annotated[Path, typer.Option("--disk", help="With --probe: a directory on the disk to measure.")] = Path(),
+    probe: bool,
+    disk: Path,
     shown_as: options.Json,
 ) -> None:
-    """Say which device would compute here, in which precision, by which method, and why.
-
-    With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk. The figures are kept in the
-    user's cache directory, from where --dry-run takes them.
-    """
+    """`laser devices`, whose arguments and help are in verbs.py."""
     here, chosen = {name: found.what for name, found in available().items()}, where.choose()
     if probe:
         measured, path = measure_device(chosen, disk=disk), cache_path()

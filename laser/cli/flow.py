@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import typer
@@ -28,20 +27,17 @@ from laser.spectral.rules import RULES
 from laser.verification import verify as verify_output
 
 
-def scan(
-    model: options.Model,
+def scan_verb(
+    model: str,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    output: Path | None,
     which: options.Matrices,
     compute: options.ComputeOptions,
-    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    null: int,
     moments: options.Inputs,
     work: options.WorkOptions,
 ) -> None:
-    """Measure the singular values of every selected matrix and write them to one small file.
-
-    Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
-    """
+    """`laser scan`, whose arguments and help are in verbs.py."""
     checkpoint, selected = open_checkpoint(model), which.selection()
     method = "gram" if compute.method == "auto" else compute.method  # values are the Gram matrix's on every device
     crew = compute.crew()
@@ -76,20 +72,17 @@ def scan(
     say(meter.against(estimated.scan_seconds, estimated))
 
 
-def plan(
-    spectra: options.SpectraFile,
+def plan_verb(
+    spectra: Path,
     *,
-    output: options.Output,
+    output: Path,
     how: options.RuleOptions,
     lowest: options.Lowest,
-    fewest_tokens: Annotated[
-        int | None,
-        typer.Option("--fewest-tokens", help="Keep a matrix that saw fewer inputs; default: its smaller side."),
-    ] = None,
+    fewest_tokens: int | None,
     which: options.Matrices,
     record: options.RecordOptions,
 ) -> None:
-    """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
+    """`laser plan`, whose arguments and help are in verbs.py."""
     count = lowest.count()
     measured = Spectra.load(spectra) if how.rule is None and spectra.is_file() else None
     if how.rule is None and (measured is None or measured.delta is None):
@@ -112,26 +105,19 @@ def plan(
     say(f"written to {output}")
 
 
-def reduce(
-    model: options.Model,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
+def reduce_verb(
+    model: str,
+    plan: Path,
     *,
-    output: options.Output,
+    output: Path,
     compute: options.ComputeOptions,
     moments: options.Inputs,
-    fresh: Annotated[
-        Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
-    ] = None,
-    evict: Annotated[
-        bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
-    ] = None,
+    fresh: Path | None,
+    evict: bool,
+    dtype: str | None,
     work: options.Directory,
 ) -> None:
-    """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
+    """`laser reduce`, whose arguments and help are in verbs.py."""
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
     crew = compute.crew()
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
@@ -164,23 +150,22 @@ def reduce(
     print_outcome(outcome, output, meter, estimated.reduce_seconds, estimated, work.as_json)
 
 
-def verify(
-    model: options.Model,
-    output: options.Out,
+def verify_verb(
+    model: str,
+    output: Path,
     *,
     where: options.OneDevice,
     moments: options.Inputs,
     shown_as: options.Json,
 ) -> None:
-    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
+    """`laser verify`, whose arguments and help are in verbs.py."""
     checkpoint = open_checkpoint(model)
     with common.Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
     if shown_as.as_json:
         common.print_json(asdict(found))
     else:
-        for problem in found.problems:
-            say(problem)
+        common.say_first(found.problems)
         say(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
@@ -197,6 +182,5 @@ def _print_spectra(spectra: Spectra) -> None:
         means = (float(np.mean([f(s) for s in values])) for f in (np.max, np.median, np.linalg.norm))
         rows.append((role, len(ms), "x".join(map(str, ms[0].shape)), *means))
     common.print_table(("role", "matrices", "shape", "mean s_1", "mean median s", "mean ||W||"), rows)
-    for name, why in spectra.skipped.items():
-        if why.kind is Kind.FAILED:
-            say(f"{name}: {why.text}")
+    failed = [f"{name}: {why.text}" for name, why in spectra.skipped.items() if why.kind is Kind.FAILED]
+    common.say_first(failed)

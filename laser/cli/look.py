@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
@@ -14,28 +11,28 @@ from laser.cli.common import say
 from laser.delta.base import Base
 from laser.errors import UsageError
 from laser.files import write_atomically
-from laser.null import TESTED, check_test, null_test
+from laser.null import check_test, null_test
 from laser.report import page, plots
 from laser.spectra import Spectra
 from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
+MOST_ROWS = 200  # of the table that `spectra` prints
 
-def null(
-    model: options.Model,
+
+def null_verb(
+    model: str,
     *,
-    rules: Annotated[str, typer.Option("--rules", help="Rules to test, with commas between.")] = ",".join(TESTED),
-    permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
-    draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
-    spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Permute the differences from this model, as laser delta has them.")
-    ] = None,
+    rules: str,
+    permute: str,
+    draws: int,
+    spectra: Path | None,
+    base: str | None,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
 ) -> None:
-    """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
+    """`laser null`, whose arguments and help are in verbs.py."""
     tested = [part for part in rules.split(",") if part]
     check_test(tested, permute, draws)
     chosen, where = which.selection(), on.choose()
@@ -62,28 +59,22 @@ def null(
         found = [r.found, r.found_share] if spectra else []
         rows.append([r.rule, r.role, r.matrices, r.mean_kept, r.most_kept, r.share_kept, *found])
     common.print_table(headings, rows)
-    for name, why in test.skipped.items():
-        say(f"{name}: {why}")
+    common.say_first([f"{name}: {why}" for name, why in test.skipped.items()])
     say(f"{draws} permutations of each matrix's {'rows' if permute == 'rows' else 'entries'}; expected: about 0 kept")
 
 
-def spectra(
-    spectra: options.SpectraFile,
+def spectra_verb(
+    spectra: Path,
     *,
-    rule: Annotated[
-        str | None,
-        typer.Option("--rule", help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read."),
-    ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
-    snr_json: Annotated[Path | None, typer.Option("--snr-json", help="Write Spectrum's file of scores.")] = None,
-    unfrozen: Annotated[
-        Path | None, typer.Option("--unfrozen-yaml", help="Write the list of parameters to train, as axolotl reads it.")
-    ] = None,
-    top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
+    rule: str | None,
+    as_csv: bool,
+    snr_json: Path | None,
+    unfrozen: Path | None,
+    top_percent: float,
     which: options.Matrices,
     file: options.RecordOptions,
 ) -> None:
-    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps."""
+    """`laser spectra`, whose arguments and help are in verbs.py."""
     chosen = which.selection()
     parse_rule(rule or "mp-edge")  # before the file is read
     check_share(top_percent)
@@ -111,21 +102,19 @@ def spectra(
         say(f"written to {path}, by the scores of {scored.rule}")
 
 
-def plot(
-    spectra: options.SpectraFile,
+def plot_verb(
+    spectra: Path,
     *,
-    output: options.Output,
-    matrix: Annotated[
-        str | None, typer.Option("--matrix", help="Histogram of this tensor: a part of its name.")
-    ] = None,
-    other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
-    heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(plots.QUANTITIES)}.")] = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
-    rule: options.ShownRule = None,
+    output: Path,
+    matrix: str | None,
+    other: list[Path] | None,
+    heat: str | None,
+    mean: bool,
+    rule: str | None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
-    """Draw a PNG or SVG: a matrix's histogram with the fitted law, two models overlaid, or a heat map of a model."""
+    """`laser plot`, whose arguments and help are in verbs.py."""
     if (matrix is None) == (heat is None):
         raise UsageError("plot draws one thing; try --matrix NAME or --heat kept")
     if other and matrix is None:
@@ -147,15 +136,15 @@ def plot(
     say(f"written to {output}")
 
 
-def report(
-    spectra: options.SpectraFile,
+def report_verb(
+    spectra: Path,
     *,
-    output: options.Output,
-    rule: options.ShownRule = None,
+    output: Path,
+    rule: str | None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
-    """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
+    """`laser report`, whose arguments and help are in verbs.py."""
     parse_rule(rule or "mp-edge")
     chosen = which.selection()
     file.claim(output)
@@ -172,9 +161,10 @@ def _print_summary(summary: Summary) -> None:
         ("matrix", "rank", "of", "SNR", "sigma", "fit", "level", "alpha", "stable rank", "s_1"),
         [
             (r.name, r.rank, r.full_rank, r.snr, r.sigma, r.fit, r.fit_level, r.alpha, r.stable_rank, r.largest)
-            for r in summary.rows
+            for r in summary.rows[:MOST_ROWS]
         ],
     )
-    for name, why in summary.skipped:
-        say(f"{name}: {why}")
+    if len(summary.rows) > MOST_ROWS:
+        say(f"... and {len(summary.rows) - MOST_ROWS} more; --csv and --json list all")
+    common.say_first([f"{name}: {why}" for name, why in summary.skipped])
     say(f"{len(summary.rows)} matrices of {summary.source.name}, cut by {summary.rule}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -21,22 +20,20 @@ from laser.evaluation.streaming import require_dtype
 from laser.evaluation.text import Windows
 
 
-def eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or its eval.json.")],
-    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
+def eval_verb(
+    model: str,
+    other: str | None,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
+    output: Path | None,
     text: options.WindowOptions,
-    mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
-    no_bos: Annotated[
-        bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
-    ] = False,
-    stream: options.Stream = None,
-    dtype: options.Dtype = "float32",
+    mode: str,
+    no_bos: bool,
+    stream: bool | None,
+    dtype: str,
     on: options.OneDevice,
     record: options.RecordOptions,
 ) -> None:
-    """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
+    """`laser eval`, whose arguments and help are in verbs.py."""
     if output is not None:
         if other is not None:
             raise UsageError(

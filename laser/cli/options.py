@@ -1,7 +1,7 @@
 """The options that several verbs take: each is declared once, in a group, and a verb gets the group as one object.
 
 def scan(model: Model, *, which: Matrices, ...) has the options --layers, --roles, --include and --exclude, and finds
-them in `which`, which makes a Selection of them.
+them in `which`, which makes a Selection of them. What a method needs it imports itself: for help nothing is computed.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.replaceable import require_replaceable
+from laser.choices import ACCEPT, DEVICES, WINDOW
 from laser.cli import common
-from laser.engine.crew import Crew
-from laser.engine.workers import choose_crew
 from laser.errors import OutputError, UsageError
-from laser.evaluation import text as texts
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
 from laser.files import require_no_mount
-from laser.moments import Moments
-from laser.plan import parse_lowest_snr
-from laser.search.trials import ACCEPT
-from laser.selection import Selection, parse_layers, parse_roles
-from laser.spectral.devices import NAMES, Device, choose_device
-from laser.spectral.measuring import choose_method
 from laser.spectral.rules import RULES
 from laser.spectral.shrinkage import SHRINKERS
+
+if TYPE_CHECKING:
+    from laser.checkpoint.reader import Checkpoint
+    from laser.engine.crew import Crew
+    from laser.evaluation import text as texts
+    from laser.moments import Moments
+    from laser.selection import Selection
+    from laser.spectral.devices import Device
 
 
 def option(default: Any, help: str, *names: str, recipe: Any = None, **more: Any) -> Any:
@@ -79,13 +77,17 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 # --- arguments, and options that stand alone --------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
+]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 ShownRule = Annotated[
     str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
 ]
-DEVICE_NAMES = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
+DEVICE_NAMES = f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: as many as fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
@@ -104,6 +106,8 @@ class Matrices:
     exclude: str | None = option(None, "No tensor whose name matches this expression.")
 
     def selection(self) -> Selection:
+        from laser.selection import Selection, parse_layers, parse_roles
+
         return Selection(parse_layers(self.layers), parse_roles(self.roles), self.include, self.exclude)
 
 
@@ -114,6 +118,8 @@ class OneDevice:
     device: str = option("auto", f"{DEVICE_NAMES}.")
 
     def choose(self) -> Device:
+        from laser.spectral.devices import choose_device
+
         return choose_device(self.device)
 
 
@@ -124,6 +130,8 @@ class Precise(OneDevice):
     precision: str = option("auto", "auto, float64 or float32.")
 
     def choose(self) -> Device:
+        from laser.spectral.devices import choose_device
+
         return choose_device(self.device, self.precision)
 
 
@@ -137,10 +145,14 @@ class ComputeOptions(Precise):
     method: str = option("auto", "auto, gram (fast), projector (products alone) or svd (reference).")
 
     def crew(self) -> Crew:
+        from laser.engine.workers import choose_crew
+
         return choose_crew(self.device, self.precision, workers=self.workers, engine=self.engine)
 
     def truncating(self, crew: Crew) -> str:
         """The method by which these workers truncate."""
+        from laser.spectral.measuring import choose_method
+
         return choose_method(self.method, crew.devices[0])[0]
 
 
@@ -153,6 +165,8 @@ class Inputs:
     )
 
     def load(self) -> Moments | None:
+        from laser.moments import Moments
+
         return None if self.moments is None else Moments.load(self.moments)
 
 
@@ -189,6 +203,8 @@ class Lowest:
 
     def count(self, otherwise: int | None = None) -> int | None:
         """K; None for all of them. Raises UsageError."""
+        from laser.plan import parse_lowest_snr
+
         return parse_lowest_snr(self.lowest_snr, otherwise)
 
 
@@ -206,7 +222,7 @@ class TextOptions:
 
     text: Path | None = option(None, "A .txt, .jsonl or .json file; default: Python's pydoc topics.")
     field: str | None = option(None, "The field of a .jsonl or .json file, or of a dataset.")
-    window: int = option(texts.WINDOW, "Tokens per window, BOS included.")
+    window: int = option(WINDOW, "Tokens per window, BOS included.")
 
 
 @dataclass(frozen=True)
@@ -224,12 +240,16 @@ class WindowOptions(Dataset, TextOptions):
     skip: int = option(0, "Leave out the first N windows.")
 
     def check(self, mode: str = "windows") -> None:
+        from laser.evaluation import text as texts
+
         texts.check_cut(self.window, self.windows or None, self.skip, mode)
 
     def read(self) -> texts.Text:
         return text_of(self.text, self.field, self.dataset)
 
     def cut(self, text: texts.Text, checkpoint: Checkpoint, **how: Any) -> texts.Windows:
+        from laser.evaluation import text as texts
+
         tokenizer, most = texts.load_tokenizer(checkpoint.path), self.windows or None
         return texts.cut_windows(text, tokenizer, length=self.window, limit=most, skip=self.skip, **how)
 
@@ -290,6 +310,8 @@ class Force:
         Raises OutputError if it is there and may not be replaced, if its directory is missing, or if another process
         is at work on it. With --force a file of the same `kind` that laser made may be replaced.
         """
+        from laser.checkpoint.replaceable import require_replaceable
+
         common.keep_file(path)
         if path.exists() and not self.force:
             raise OutputError(f"{path} exists; try another -o, or --force to replace it")
@@ -324,6 +346,8 @@ class Directory(Json, DryRun, Force, Resume):
 
 def text_of(path: Path | None, field: str | None, dataset: str | None) -> texts.Text:
     """The text that was asked for; what was read otherwise than it stands in its file is said on stderr."""
+    from laser.evaluation import text as texts
+
     if path is not None and dataset is not None:
         raise UsageError("found both --text and --dataset; try one of them")
     if dataset is not None:

@@ -6,9 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from laser.checkpoint.push import push as push_directory
 from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
@@ -24,23 +22,17 @@ from laser.report.comparison import ComparisonRow, leaderboard_rows
 from laser.report.publish import CARD, LEADERBOARD, LEADERBOARD_SOURCE, SOURCE_FILE, require_shards, write_card
 
 
-def leaderboard(
-    model: options.Model,
+def leaderboard_verb(
+    model: str,
     *,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help=f"The record to write; for an output of laser, OUT/{LEADERBOARD}."),
-    ] = None,
+    output: Path | None,
     rows: options.Rows,
     on: options.OneDevice,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
+    dtype: str,
+    batch_size: int,
     work: options.WorkOptions,
 ) -> None:
-    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
-
-    Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
-    """
+    """`laser leaderboard`, whose arguments and help are in verbs.py."""
     request = rows.request()
     require_request(**request)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -162,20 +154,15 @@ def _there(output: Path) -> Leaderboard | None:
         return None
 
 
-def push(
-    output: options.Out,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
+def push_verb(
+    output: Path,
+    repo: str,
     *,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
-    ] = None,
+    private: bool,
+    revision: str | None,
     shown_as: options.Json,
 ) -> None:
-    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
-
-    It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
-    """
+    """`laser push`, whose arguments and help are in verbs.py."""
     pushed = push_directory(output, repo, private=private, revision=revision)
     if shown_as.as_json:
         return common.print_json({"output": str(output), "repo": repo} | asdict(pushed))
@@ -193,22 +180,16 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def card(
-    output: options.Out,
+def card_verb(
+    output: Path,
     *,
-    source: Annotated[
-        str | None, typer.Option("--source", help="The model that was reduced: licence, language, id, hashes.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
-    hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
+    source: str | None,
+    name: str | None,
+    base_model: str | None,
+    hash_source: bool,
     file: options.RecordOptions,
 ) -> None:
-    """Write OUT/README.md, the model card, from the records in OUT.
-
-    In OUT/laser it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
-    leaderboard.json (laser leaderboard -o): what was measured of the source, and of OUT.
-    """
+    """`laser card`, whose arguments and help are in verbs.py."""
     for record in (SOURCE_FILE, CARD):
         common.to_write(output / record)
     with common.Checking() as check:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -17,7 +15,6 @@ from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.publish import leaderboards
-from laser.cli.recipe import follow, packaged
 from laser.cli.search import (
     check_objective,
     layered_model,
@@ -46,42 +43,26 @@ from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed
 
 
-def run(
-    model: options.Model,
+def run_verb(
+    model: str,
     *,
-    output: options.Output,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
-        ),
-    ] = None,
+    output: Path,
+    recipe: str | None,
     how: options.RuleOptions,
     moments: options.Inputs,
     lowest: options.Lowest,
     which: options.Matrices,
-    search: Annotated[
-        bool | None, typer.Option("--search/--no-search", help="Keep only edits that help; default without a recipe.")
-    ] = None,
+    search: bool | None,
     trials: options.Trials,
     text: options.SearchText,
-    stream: options.Stream = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32 or bfloat16, in which a search runs the model.")
-    ] = "float32",
-    leaderboard: Annotated[
-        bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
-    ] = None,
+    stream: bool | None,
+    dtype: str,
+    leaderboard: bool | None,
     rows: options.Rows,
     compute: options.ComputeOptions,
     work: options.Directory,
 ) -> None:
-    """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
-
-    Without a recipe nothing is cut unmeasured: candidates are tried one at a time and kept only if the model gets
-    better. A recipe is followed as it stands. With --search its candidates are tried in the same way, and the six tasks
-    of the leaderboard are run on source and result, where lm-eval is installed.
-    """
+    """`laser run`, whose arguments and help are in verbs.py."""
     # Rule and number default to the published procedure's candidates.
     wanted = "laser-rmt" if how.rule is None else how.rule
     searching = recipe is None if search is None else search

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from laser.checkpoint.matrices import Matrix, list_matrices
@@ -38,51 +37,32 @@ from laser.search.search import (
 from laser.search.search import search as search_plan
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
-from laser.spectral.rules import BY_DATA, RULES, draws_needed
+from laser.spectral.rules import BY_DATA, draws_needed
 
 
-def search(
-    model: options.Model,
+def search_verb(
+    model: str,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
-    spectra: Annotated[
-        Path | None,
-        typer.Option(
-            "--spectra", help="File of laser scan, made if absent; default: spectra.safetensors beside the plan."
-        ),
-    ] = None,
-    rules: Annotated[
-        str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments.")
-    ] = "laser-rmt",
+    output: Path,
+    spectra: Path | None,
+    rules: str,
     moments: options.Inputs,
     lowest: options.Lowest,
-    shortlist: Annotated[
-        str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
-    ] = None,
-    grid: Annotated[
-        str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
-    ] = None,
+    shortlist: str | None,
+    grid: str | None,
     trials: options.Trials,
-    objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
-    task: Annotated[
-        Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
-    ] = None,
+    objective: str,
+    task: Path | None,
     text: options.SearchText,
     dataset: options.Dataset,
     which: options.Matrices,
-    stream: options.Stream = None,
-    dtype: options.Dtype = "float32",
+    stream: bool | None,
+    dtype: str,
     on: options.Precise,
-    journal: Annotated[
-        Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
-    ] = None,
+    journal: Path | None,
     work: options.WorkOptions,
 ) -> None:
-    """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
-
-    Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
-    the end was measured on text that the search did not see.
-    """
+    """`laser search`, whose arguments and help are in verbs.py."""
     # Before the model, which may have to be downloaded: what is asked for.
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     asked: dict[str, Any] = {

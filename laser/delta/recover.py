@@ -15,9 +15,10 @@ from collections.abc import Iterable
 
 import torch
 
+from laser.choices import ROUNDS
 from laser.delta.difference import MOST, PROVEN, Change, Kind, evidence
 from laser.delta.formulas import Formula
-from laser.delta.solver import ROUNDS, Solution, solve
+from laser.delta.solver import Solution, solve
 from laser.spectral.devices import HOST, Device
 
 # Share of wrong bits up to which a rank is believed. Of 16 bits: the right rank leaves 0 to 1e-4, one too few 1e-2 and

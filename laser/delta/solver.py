@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
+from laser.choices import ROUNDS
 from laser.delta.formats import format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
-ROUNDS = 300  # steps at the most
 CHECK = 10  # steps between two looks at the bits
 # Of an interval's width, kept from its ends. First so much that hardly all intervals can be met: that leads to the
 # middle of what is possible, nearer to BA. Steps are kept short there, for where nothing meets all, L has no sense.

@@ -39,6 +39,7 @@ from laser.checkpoint.safetensors import TORCH, join, pieces, sha256_of
 from laser.checkpoint.side_files import own_file, stays_behind
 from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
+from laser.choices import ROUNDS
 from laser.delta.base import Base, Delta
 from laser.delta.difference import Change, Kind
 from laser.delta.formats import FORMATS, format_of, same_bits
@@ -46,7 +47,7 @@ from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
 from laser.delta.packing import pack, pack_some, unpack_some
 from laser.delta.recover import USUAL, is_believed, recover, vote
-from laser.delta.solver import ROUNDS, wrong_bits
+from laser.delta.solver import wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import CheckpointError, OutputError, RecordError, UsageError

@@ -414,7 +414,7 @@ def require_request(tasks: tuple[str, ...] | None, limit: int | None, data: Path
 def _finished_tasks(journal: Journal) -> dict[str, TaskScore]:
     """The tasks that a journal holds. Raises RecordError for an entry that is not a whole score."""
     where, remedy = f"{journal.path} holds a task that is not whole", "start afresh with --force"
-    scores = decode(tuple[TaskScore, ...], journal.entries, where, remedy)
+    scores = decode(tuple[TaskScore, ...], list(journal.entries), where, remedy)
     found = {score.task: score for score in scores}
     if len(found) < len(scores):
         raise RecordError(f"{where}: one is there twice; {remedy}")

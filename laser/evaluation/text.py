@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from laser.choices import WINDOW
 from laser.errors import CheckpointError, LaserError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.layout import load_config, require_hub_format
 from laser.evaluation.rows import TextRow, holds_rows, read_content, require_characters, rows_of
 
 # 512: short enough for 512 x vocabulary logits to fit anywhere, long enough for attention to matter. LaserRMT scored
 # 384, 128 and 32 tokens in turn and pooled them; here the length is one and is written down.
-WINDOW = 512
 MODES = ("windows", "rolling")
 
 

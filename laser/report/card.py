@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TAGS = ("laser-rmt", "rank-reduction", "random-matrix-theory")
 INHERITED = (*LICENCE, "language")
+MOST_ROWS = 200  # of a table; of 45,000 matrices nobody reads more, and the Hub shows no card of some megabytes
 # What looks like org/name and is a path: transformers writes into config.json and cards whatever a model was loaded by.
 LOCAL = re.compile(
     r"(?i)(?:models?|outputs?|out|checkpoints?|ckpts?|results?|runs?|data|weights|tmp|temp|home|users|root|mnt|content|"
@@ -121,6 +122,7 @@ def card(
         before=before,
         after=after,
         trials=trials,
+        most=MOST_ROWS,
         tasks=TASKS,
         **_of_source(name, source, base, own),
         **_of_comparison(losses, before, after),

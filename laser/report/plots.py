@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.escape import visible
-from laser.plan import DEFAULT_ESTIMATOR
-from laser.spectra import Spectra
-from laser.spectral.noise import Noise, estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, Noise, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
-from laser.summary import Summary, SummaryRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from laser.spectra import Spectra
+    from laser.summary import Summary, SummaryRow
 
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
@@ -68,7 +68,7 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
     if name not in spectra.values:
         near = [n for n in spectra.values if name in n][:3] or list(spectra.values)[:3]
         raise UsageError(f"{name!r} was not scanned in {spectra.source.name}; try one of {', '.join(near)}")
-    matrix = next(m for m in spectra.matrices if m.name == name)
+    matrix = spectra.by_name[name]
     s, shape = spectra.values[name], (matrix.shape[0], matrix.shape[1])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
     cut = apply_rule(rule, s, shape, spectra.nulls.get(name), spectra.sigma)
@@ -247,17 +247,19 @@ def grid_of(
     rows: Sequence[SummaryRow], value: Callable[[SummaryRow], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
-    roles = list(dict.fromkeys(row.role for row in rows))
+    roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
     columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
-    keys = sorted(set(columns.values()), key=lambda k: (roles.index(k[0]), k[1] or 0))
+    keys = sorted(set(columns.values()), key=lambda k: (roles[k[0]], k[1] or 0))
     layers = [
         place
         for _, _, place in sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
     ]
+    down = {place: number for number, place in reversed([*enumerate(layers)])}
+    across = {key: number for number, key in enumerate(keys)}
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (found := value(row)) is not None:
-            cells.setdefault((layers.index(row.place), keys.index(columns[row.name])), []).append(found)
+            cells.setdefault((down[row.place], across[columns[row.name]]), []).append(found)
     grid = np.full((len(layers), len(keys)), np.nan)
     for at, values in cells.items():
         grid[at] = np.mean(values)

@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 
 from laser.checkpoint.source import Source, require_unchanged
+from laser.choices import ACCEPT
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
@@ -33,7 +34,7 @@ from laser.reasons import Kind, Why
 from laser.records import Record, under
 from laser.search.candidates import ORDERS, Candidate, candidates_of, cut_of, in_order, predict
 from laser.search.runner import TRIAL_SHAPES, Runner, SearchLog, Trial
-from laser.search.trials import ACCEPT, Bench, change
+from laser.search.trials import Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device

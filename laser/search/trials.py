@@ -19,18 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
+from laser.choices import ACCEPT
 from laser.evaluation.activations import Activations
 from laser.evaluation.objective import Measure, Objective
 from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
-
-# d: mean paired change of the objective (lower is better), se: its standard error. `better` also asks for d < 0: an
-# expert that no calibration token reaches gives d = se = 0, and what was not measured is not better.
-ACCEPT = {
-    "better": lambda d, se: d < 0 and d <= -se,
-    "no-worse": lambda d, se: d <= se,
-    "any-drop": lambda d, se: d < 0,
-}
 
 # A variant's matrices are made where the walk needs them, and freed behind.
 Cut = tuple[str, int]  # rule, rank

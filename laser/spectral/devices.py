@@ -18,11 +18,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
+from laser.choices import DEVICES
 from laser.errors import UsageError
 from laser.spectral.host_memory import host_free_bytes
 
 T = TypeVar("T")
-NAMES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float64", "float32")
 SMALL_MATRIX = 768  # side up to which a second BLAS thread gains less than a fifth
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100 and H200, B200 (CUDA C++
@@ -102,8 +102,8 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if name == "all" or "," in name:
         raise UsageError(f"several devices are for scan, reduce and run, found --device {name}; try --device auto")
     base, colon, index = name.partition(":")
-    if base not in NAMES:
-        raise UsageError(f"unknown device {name!r}; try --device {'|'.join(NAMES)}")
+    if base not in DEVICES:
+        raise UsageError(f"unknown device {name!r}; try --device {'|'.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}; try --precision {'|'.join(PRECISIONS)}")
     count = torch.cuda.device_count() if base == "cuda" else 1

@@ -23,7 +23,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.unit import Array
@@ -50,6 +49,8 @@ def population(theta: float, count: int) -> Array:
     """(count,) variances that stand for gamma(theta, mean 1): its quantiles at the midpoints of equal shares."""
     if math.isinf(theta):
         return np.ones(1)
+    from scipy import stats
+
     tau = stats.gamma.ppf((np.arange(count) + 0.5) / count, theta, scale=1 / theta)
     return tau / tau.mean()
 

@@ -25,7 +25,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 # Chiani (2014), "Distribution of the largest eigenvalue for real Wishart and Gaussian random matrices", table 1:
 # the Tracy-Widom law of order 1 is matched in its first three moments by a shifted gamma law.
@@ -105,12 +104,16 @@ def tracy_widom_quantile(u: float) -> float:
     0.0001, +0.015 at 0.01, -0.004 at 0.1, less than 0.001 at 0.5, +0.003 at 0.9, -0.010 at 0.99 and -0.038 at 0.9999.
     One unit is 0.8 standard deviations.
     """
+    from scipy import stats  # most of a second, and of use to few
+
     return float(stats.gamma.ppf(u, _TW1_SHAPE) * _TW1_SCALE - _TW1_SHIFT)
 
 
 def tracy_widom_upper(alpha: float) -> float:
     """What the Tracy-Widom law exceeds with probability alpha. Not the quantile of 1 - alpha, which is 1 and infinite
     for an alpha under 1e-16. Its error is that of `tracy_widom_quantile`, and under 1e-4 not known."""
+    from scipy import stats
+
     return float(stats.gamma.isf(alpha, _TW1_SHAPE) * _TW1_SCALE - _TW1_SHIFT)
 
 

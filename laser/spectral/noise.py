@@ -21,7 +21,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh_tridiagonal
 
 from laser.errors import UsageError
 from laser.spectral import gamma_law
@@ -32,6 +31,7 @@ Shape = tuple[int, int]
 
 # Shapes of the gamma law that BEMA tries; the first wins ties, so that plain noise is the answer where nothing
 # speaks against it. 0.5 is a spread of variances of 140 %, 128 one of 9 %.
+DEFAULT_ESTIMATOR = "trimmed"  # for rules that rest on no noise: the one that signal biases least (LOG.md)
 THETAS = (math.inf, 128.0, 64.0, 32.0, 16.0, 11.0, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5)
 BEMA_RANGE = 0.2  # Ke, Ma and Lin 2021, section 2.3: alpha
 BEMA_FEWEST = 32  # with fewer values any spread of variances fits as well as none, and plain noise is assumed
@@ -281,6 +281,8 @@ def bulk_distance(s: Spectrum, shape: Shape, noise: Noise) -> tuple[float, int]:
 
 def gaussian_spectrum(p: int, q: int, random: np.random.Generator) -> Spectrum:
     """Singular values (p,), descending, of a p x q matrix of independent standard normal entries, p <= q."""
+    from scipy.linalg import eigvalsh_tridiagonal
+
     diagonal = random.chisquare(np.arange(q, q - p, -1))  # squares of the bidiagonal's entries
     below = random.chisquare(np.arange(p - 1, 0, -1))
     centre = diagonal.copy()

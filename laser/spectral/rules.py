@@ -230,6 +230,8 @@ RULES: dict[str, Rule] = {
 NO_DIFFERENCE = (
     "rule rounding is for differences of two checkpoints, whose noise is known; try laser delta BASE TUNED, or mp-edge"
 )
+# By `laser null` unless it is asked for others.
+TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 BY_DATA = "data:"  # before a rule that is asked of the values in the metric of the data
 
 

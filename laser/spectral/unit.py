@@ -10,12 +10,15 @@ is multiplied by it. Factorisations, truncations, noise, rules and fits are homo
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from laser.errors import NumericalError
+
+if TYPE_CHECKING:
+    import torch
 
 Array = NDArray[np.float64]
 Spectrum = Array  # (p,) singular values, descending
@@ -38,6 +41,8 @@ def unit_of(s: NDArray[np.float64]) -> float:
 
 def largest_entry(W: torch.Tensor) -> float:
     """The largest absolute value in W; NaN where one is in it. One pass and no copy: 3 ms for 4096 x 4096."""
+    import torch  # here, as help and plans need no matrix
+
     if not W.numel():
         return 0.0
     low, high = (float(x) for x in torch.aminmax(W.detach()))

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ def halve(checkpoint: Checkpoint, calls: list[str] | None = None) -> writer.Make
     return compute
 
 
-def describe(records: dict[str, Any], shards: dict[str, str | None]) -> dict[str, Any]:
-    return {"matrices": records, "shards": shards}
+def describe(records: Mapping[str, Any], shards: dict[str, str | None]) -> dict[str, Any]:
+    return {"matrices": dict(records), "shards": shards}
 
 
 def matrices_of(checkpoint: Checkpoint, names: list[str]) -> list[Matrix]:
@@ -289,7 +289,7 @@ def test_journal_forgets_a_torn_tail_and_what_follows(tmp_path: Path, damage: by
     whole = path.read_bytes()
     path.write_bytes(whole + damage)
     with Journal(path, RUN) as journal:
-        assert journal.entries == [{"matrix": "a"}]
+        assert list(journal.entries) == [{"matrix": "a"}]
         journal.append({"matrix": "b"})
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert all(line.pop("check") for line in lines) and lines == [RUN, {"matrix": "a"}, {"matrix": "b"}]

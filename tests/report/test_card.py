@@ -306,6 +306,18 @@ def test_what_was_done(source: CardSource) -> None:
     assert "<summary>All 41 reduced matrices</summary>" in many and many.count("`t40.weight`") == 1
 
 
+@pytest.mark.parametrize("count", [40, 41, 200, 201, 1000])
+def test_a_long_table_is_folded_and_ends_after_200_rows_with_a_count(count: int, source: CardSource) -> None:
+    """Of 45,000 matrices the card was 4 MB."""
+    text = card("out", outcome_of(*(line(f"layers.{number}.w1") for number in range(count))), source)
+    rows = [row for row in text.splitlines() if row.startswith("| `layers.")]
+    assert len(rows) == min(count, 200) and f"{count} were reduced" in text
+    assert (f"All {count} reduced matrices" in text) == (40 < count <= 200)
+    assert (f"The first 200 of {count} reduced matrices" in text) == (count > 200)
+    assert (f"And {count - 200} more: all are in `laser.json`." in text) == (count > 200)
+    assert text.count("<details>") == text.count("</details>") == (count > 40)
+
+
 def test_an_empty_plan_says_that_nothing_was_reduced(source: CardSource) -> None:
     text = card("m", outcome_of(line("a.weight", rank=None), rule="none"), source)
     assert "**No matrix was reduced: the weights are the source's, byte for byte.**" in text

@@ -10,7 +10,7 @@ import pytest
 import laser
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.source import Source
-from laser.plan import CrowdWarning
+from laser.errors import CrowdWarning
 from laser.spectra import Spectra
 from laser.spectral.noise import gamma_spectrum, gaussian_spectrum
 from laser.spectral.rules import apply_rule, crowd

@@ -1,0 +1,549 @@
+"""What every verb takes, with its help: the arguments and options of all verbs, and which file does their work.
+
+A verb's file is imported when the verb is called. So help and a mistyped option cost no import of torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laser.choices import ROUNDS
+from laser.cli import options
+from laser.cli.recipe import follow, packaged
+from laser.report.plots import QUANTITIES
+from laser.spectral.rules import RULES, TESTED
+from laser.start import loading
+
+
+def scan(
+    model: options.Model,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    which: options.Matrices,
+    compute: options.ComputeOptions,
+    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    moments: options.Inputs,
+    work: options.WorkOptions,
+) -> None:
+    """Measure the singular values of every selected matrix and write them to one small file.
+
+    Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import flow
+    flow.scan_verb(model, output=output, which=which, compute=compute, null=null, moments=moments, work=work)
+
+
+def plan(
+    spectra: options.SpectraFile,
+    *,
+    output: options.Output,
+    how: options.RuleOptions,
+    lowest: options.Lowest,
+    fewest_tokens: Annotated[
+        int | None,
+        typer.Option("--fewest-tokens", help="Keep a matrix that saw fewer inputs; default: its smaller side."),
+    ] = None,
+    which: options.Matrices,
+    record: options.RecordOptions,
+) -> None:
+    """Apply a rule to the spectra: a line for every tensor, to reduce or to keep, and why."""
+    with loading():
+        from laser.cli import flow
+    flow.plan_verb(
+        spectra, output=output, how=how, lowest=lowest, fewest_tokens=fewest_tokens, which=which, record=record
+    )
+
+
+def reduce(
+    model: options.Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
+    *,
+    output: options.Output,
+    compute: options.ComputeOptions,
+    moments: options.Inputs,
+    fresh: Annotated[
+        Path | None, typer.Option("--fresh", help="Moments of another text, to measure what each edit costs there.")
+    ] = None,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Drop each shard from the Hub's cache once its output is written.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
+    ] = None,
+    work: options.Directory,
+) -> None:
+    """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
+    with loading():
+        from laser.cli import flow
+    flow.reduce_verb(
+        model, plan, output=output, compute=compute, moments=moments, fresh=fresh, evict=evict, dtype=dtype, work=work
+    )
+
+
+def verify(
+    model: options.Model,
+    output: options.Out,
+    *,
+    where: options.OneDevice,
+    moments: options.Inputs,
+    shown_as: options.Json,
+) -> None:
+    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
+    with loading():
+        from laser.cli import flow
+    flow.verify_verb(model, output, where=where, moments=moments, shown_as=shown_as)
+
+
+def run(
+    model: options.Model,
+    *,
+    output: options.Output,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
+        ),
+    ] = None,
+    how: options.RuleOptions,
+    moments: options.Inputs,
+    lowest: options.Lowest,
+    which: options.Matrices,
+    search: Annotated[
+        bool | None, typer.Option("--search/--no-search", help="Keep only edits that help; default without a recipe.")
+    ] = None,
+    trials: options.Trials,
+    text: options.SearchText,
+    stream: options.Stream = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32 or bfloat16, in which a search runs the model.")
+    ] = "float32",
+    leaderboard: Annotated[
+        bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
+    ] = None,
+    rows: options.Rows,
+    compute: options.ComputeOptions,
+    work: options.Directory,
+) -> None:
+    """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
+
+    Without a recipe nothing is cut unmeasured: candidates are tried one at a time and kept only if the model gets
+    better. A recipe is followed as it stands. With --search its candidates are tried in the same way, and the six tasks
+    of the leaderboard are run on source and result, where lm-eval is installed.
+    """
+    with loading():
+        from laser.cli import run
+    run.run_verb(
+        model,
+        output=output,
+        recipe=recipe,
+        how=how,
+        moments=moments,
+        lowest=lowest,
+        which=which,
+        search=search,
+        trials=trials,
+        text=text,
+        stream=stream,
+        dtype=dtype,
+        leaderboard=leaderboard,
+        rows=rows,
+        compute=compute,
+        work=work,
+    )
+
+
+def devices(
+    *,
+    where: options.Precise,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine's speed, and keep it.")] = False,
+    disk: Annotated[Path, typer.Option("--disk", help="With --probe: a directory on the disk to measure.")] = Path(),
+    shown_as: options.Json,
+) -> None:
+    """Say which device would compute here, in which precision, by which method, and why.
+
+    With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk. The figures are kept in the
+    user's cache directory, from where --dry-run takes them.
+    """
+    with loading():
+        from laser.cli import devices
+    devices.devices_verb(where=where, probe=probe, disk=disk, shown_as=shown_as)
+
+
+def eval(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or its eval.json.")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
+    text: options.WindowOptions,
+    mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
+    no_bos: Annotated[
+        bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
+    ] = False,
+    stream: options.Stream = None,
+    dtype: options.Dtype = "float32",
+    on: options.OneDevice,
+    record: options.RecordOptions,
+) -> None:
+    """Measure perplexity with its standard error; with two models, their paired difference on the same tokens."""
+    with loading():
+        from laser.cli import measure
+    measure.eval_verb(
+        model,
+        other,
+        output=output,
+        text=text,
+        mode=mode,
+        no_bos=no_bos,
+        stream=stream,
+        dtype=dtype,
+        on=on,
+        record=record,
+    )
+
+
+def calibrate(
+    model: options.Model,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
+    text: options.WindowOptions,
+    which: options.Matrices,
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
+    ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
+    dtype: options.Dtype = "float32",
+    on: options.OneDevice,
+    record: options.RecordOptions,
+) -> None:
+    """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
+
+    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
+    from there.
+    """
+    with loading():
+        from laser.cli import calibrate
+    calibrate.calibrate_verb(
+        model,
+        output=output,
+        text=text,
+        which=which,
+        diagonal=diagonal,
+        ledoit_wolf=ledoit_wolf,
+        dtype=dtype,
+        on=on,
+        record=record,
+    )
+
+
+def search(
+    model: options.Model,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    spectra: Annotated[
+        Path | None,
+        typer.Option(
+            "--spectra", help="File of laser scan, made if absent; default: spectra.safetensors beside the plan."
+        ),
+    ] = None,
+    rules: Annotated[
+        str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments.")
+    ] = "laser-rmt",
+    moments: options.Inputs,
+    lowest: options.Lowest,
+    shortlist: Annotated[
+        str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
+    ] = None,
+    trials: options.Trials,
+    objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
+    task: Annotated[
+        Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
+    ] = None,
+    text: options.SearchText,
+    dataset: options.Dataset,
+    which: options.Matrices,
+    stream: options.Stream = None,
+    dtype: options.Dtype = "float32",
+    on: options.Precise,
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Every trial; default: search.jsonl beside the plan.")
+    ] = None,
+    work: options.WorkOptions,
+) -> None:
+    """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
+
+    Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
+    the end was measured on text that the search did not see.
+    """
+    with loading():
+        from laser.cli import search
+    search.search_verb(
+        model,
+        output=output,
+        spectra=spectra,
+        rules=rules,
+        moments=moments,
+        lowest=lowest,
+        shortlist=shortlist,
+        grid=grid,
+        trials=trials,
+        objective=objective,
+        task=task,
+        text=text,
+        dataset=dataset,
+        which=which,
+        stream=stream,
+        dtype=dtype,
+        on=on,
+        journal=journal,
+        work=work,
+    )
+
+
+def leaderboard(
+    model: options.Model,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The record to write; for an output of laser, OUT/laser/leaderboard.json."),
+    ] = None,
+    rows: options.Rows,
+    on: options.OneDevice,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
+    work: options.WorkOptions,
+) -> None:
+    """Measure a model on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval.
+
+    Interrupted, it keeps every finished task in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import publish
+    publish.leaderboard_verb(model, output=output, rows=rows, on=on, dtype=dtype, batch_size=batch_size, work=work)
+
+
+def card(
+    output: options.Out,
+    *,
+    source: Annotated[
+        str | None, typer.Option("--source", help="The model that was reduced: licence, language, id, hashes.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
+    hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
+    file: options.RecordOptions,
+) -> None:
+    """Write OUT/README.md, the model card, from the records in OUT.
+
+    In OUT/laser it looks for eval-source.json and eval.json (laser eval -o), and for leaderboard-source.json and
+    leaderboard.json (laser leaderboard -o): what was measured of the source, and of OUT.
+    """
+    with loading():
+        from laser.cli import publish
+    publish.card_verb(output, source=source, name=name, base_model=base_model, hash_source=hash_source, file=file)
+
+
+def push(
+    output: options.Out,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the Hub, made if it is not there.")],
+    *,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="The branch, made if it is not there; default: main.")
+    ] = None,
+    shown_as: options.Json,
+) -> None:
+    """Upload a finished output to the Hub, as who `hf auth login` says. Interrupted, the same command goes on.
+
+    It is one commit. Files of others that would be loaded with it are refused; the rest stays, and is named.
+    """
+    with loading():
+        from laser.cli import publish
+    publish.push_verb(output, repo, private=private, revision=revision, shown_as=shown_as)
+
+
+def null(
+    model: options.Model,
+    *,
+    rules: Annotated[str, typer.Option("--rules", help="Rules to test, with commas between.")] = ",".join(TESTED),
+    permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
+    draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
+    spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Permute the differences from this model, as laser delta has them.")
+    ] = None,
+    which: options.Matrices,
+    on: options.Precise,
+    shown_as: options.Json,
+) -> None:
+    """Permute each matrix's entries, so that no structure is left, and count what each rule still finds: about 0."""
+    with loading():
+        from laser.cli import look
+    look.null_verb(
+        model,
+        rules=rules,
+        permute=permute,
+        draws=draws,
+        spectra=spectra,
+        base=base,
+        which=which,
+        on=on,
+        shown_as=shown_as,
+    )
+
+
+def spectra(
+    spectra: options.SpectraFile,
+    *,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read."),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
+    snr_json: Annotated[Path | None, typer.Option("--snr-json", help="Write Spectrum's file of scores.")] = None,
+    unfrozen: Annotated[
+        Path | None, typer.Option("--unfrozen-yaml", help="Write the list of parameters to train, as axolotl reads it.")
+    ] = None,
+    top_percent: Annotated[float, typer.Option("--top-percent", help="Share of each type in that list.")] = 50.0,
+    which: options.Matrices,
+    file: options.RecordOptions,
+) -> None:
+    """List every scanned matrix in numbers: ranks, tail, noise and its fit, what the rule keeps.
+
+    The table ends after 200 matrices; --csv and --json list all.
+    """
+    with loading():
+        from laser.cli import look
+    look.spectra_verb(
+        spectra,
+        rule=rule,
+        as_csv=as_csv,
+        snr_json=snr_json,
+        unfrozen=unfrozen,
+        top_percent=top_percent,
+        which=which,
+        file=file,
+    )
+
+
+def plot(
+    spectra: options.SpectraFile,
+    *,
+    output: options.Output,
+    matrix: Annotated[
+        str | None, typer.Option("--matrix", help="Histogram of this tensor: a part of its name.")
+    ] = None,
+    other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
+    heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(QUANTITIES)}.")] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
+    rule: options.ShownRule = None,
+    which: options.Matrices,
+    file: options.Force,
+) -> None:
+    """Draw a PNG or SVG: a matrix's histogram with the fitted law, two models overlaid, or a heat map of a model."""
+    with loading():
+        from laser.cli import look
+    look.plot_verb(
+        spectra, output=output, matrix=matrix, other=other, heat=heat, mean=mean, rule=rule, which=which, file=file
+    )
+
+
+def report(
+    spectra: options.SpectraFile,
+    *,
+    output: options.Output,
+    rule: options.ShownRule = None,
+    which: options.Matrices,
+    file: options.Force,
+) -> None:
+    """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
+    with loading():
+        from laser.cli import look
+    look.report_verb(spectra, output=output, rule=rule, which=which, file=file)
+
+
+def convert(
+    model: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format, or a .gguf file.")
+    ],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--output-dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
+    ] = None,
+    shown_as: options.Json,
+) -> None:
+    """Translate a model into the Hub's format, with the same logits.
+
+    Of one of Mistral's own releases (params.json and consolidated*.safetensors or .pt) the tokenizer files are copied
+    byte for byte. A GGUF file is dequantised, and gets the tokenizer that transformers makes of its metadata.
+    """
+    with loading():
+        from laser.cli import convert
+    convert.convert_verb(model, output=output, dtype=dtype, shown_as=shown_as)
+
+
+def delta(
+    base: options.BaseModel,
+    tuned: options.Tuned,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    which: options.Matrices,
+    compute: options.ComputeOptions,
+    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    work: options.WorkOptions,
+) -> None:
+    """Say what a fine-tune did to its base: identical, scaled, low rank, full, or not its base; and write the spectra.
+
+    The file holds the spectra of the differences, which spectra, plot, report and plan read. Interrupted, it keeps what
+    it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import delta
+    delta.delta_verb(base, tuned, output=output, which=which, compute=compute, null=null, work=work)
+
+
+def unmerge(
+    base: options.BaseModel,
+    tuned: options.Tuned,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the adapter.")],
+    compute: options.ComputeOptions,
+    only_lora: Annotated[
+        bool,
+        typer.Option("--only-lora", help="Refuse what is neither the base's nor an adapter, instead of keeping it."),
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
+    ] = ROUNDS,
+    shown_as: options.Json,
+) -> None:
+    """Find the adapter that was merged into a fine-tune, so exactly that base and adapter give its bits again.
+
+    What no adapter explains is kept beside it without loss. `laser rebuild` makes the fine-tune again. Interrupted, it
+    keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import adapter
+    adapter.unmerge_verb(
+        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, shown_as=shown_as
+    )
+
+
+def rebuild(
+    base: options.BaseModel,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge.")],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
+    shown_as: options.Json,
+) -> None:
+    """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing."""
+    with loading():
+        from laser.cli import adapter as adapters
+    adapters.rebuild_verb(base, adapter, output=output, shown_as=shown_as)
