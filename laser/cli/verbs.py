@@ -530,8 +530,8 @@ def unmerge(
     keeps what it has in OUTPUT.partial; the same command goes on from there.
     """
     with loading():
-        from laser.cli import adapter
-    adapter.unmerge_verb(
+        from laser.cli import adapters
+    adapters.unmerge_verb(
         base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, shown_as=shown_as
     )
 
@@ -545,5 +545,5 @@ def rebuild(
 ) -> None:
     """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing."""
     with loading():
-        from laser.cli import adapter as adapters
+        from laser.cli import adapters
     adapters.rebuild_verb(base, adapter, output=output, shown_as=shown_as)
