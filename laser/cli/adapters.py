@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.writer import require_outside
 from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.delta.base import Base
+from laser.delta.formulas import Formula
+from laser.delta.peft import is_recorded, merge_streamed
 from laser.delta.rebuild import Adapted, rebuild
 from laser.delta.unmerge import (
     MODEL,
@@ -99,12 +101,16 @@ def _print_entries(record: AdapterRecord) -> None:
         say(f"PEFT alone does not apply {', '.join(beyond[:2])}{more}: laser rebuild does")
 
 
-def rebuild_verb(base: str, adapter: Path, *, output: Path, shown_as: options.Json) -> None:
+def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, shown_as: options.Json) -> None:
     """`laser rebuild`, whose arguments and help are in verbs.py."""
     start = time.perf_counter()
     require_new(output)
     checkpoint = open_checkpoint(base)
     require_outside(checkpoint, output)
+    if not is_recorded(adapter):
+        return _merge(checkpoint, adapter, output, Formula(formula or "delta-first"), shown_as)
+    if formula is not None:
+        raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
     with tqdm(desc="rebuild", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         common.to_write(output)
@@ -115,4 +121,20 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, shown_as: options.Js
     say(
         f"{made.tensors} tensors in {made.shards} shards, {made.size / 1e6:.1f} MB, each shard's sha256 as recorded, "
         f"written to {output} in {seconds:.1f} s"
+    )
+
+
+def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, shown_as: options.Json) -> None:
+    """An adapter without a record."""
+    start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
+    with tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        common.to_write(output)
+        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
+    seconds = time.perf_counter() - start
+    if shown_as.as_json:
+        return common.print_json(
+            {"output": str(output), "formula": formula.name, "changed": changed, "size": total, "seconds": seconds}
+        )
+    say(
+        f"{changed} tensors of {base.name} changed, by the formula {formula.name}; written to {output} in {seconds:.1f} s"
     )

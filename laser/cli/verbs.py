@@ -538,12 +538,21 @@ def unmerge(
 
 def rebuild(
     base: options.BaseModel,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge, or of any PEFT LoRA.")
+    ],
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
+    formula: Annotated[
+        str | None,
+        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), or once, as others."),
+    ] = None,
     shown_as: options.Json,
 ) -> None:
-    """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing."""
+    """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing.
+
+    A PEFT LoRA adapter without that record is merged as usual, with one matrix in memory.
+    """
     with loading():
         from laser.cli import adapters
-    adapters.rebuild_verb(base, adapter, output=output, shown_as=shown_as)
+    adapters.rebuild_verb(base, adapter, output=output, formula=formula, shown_as=shown_as)

@@ -36,17 +36,18 @@ def is_believed(solution: Solution, dtype: torch.dtype) -> bool:
     return solution.share_wrong <= BELIEVED[dtype]
 
 
-def vote(changes: Iterable[Change]) -> int | None:
-    """The rank that most matrices of low rank have, else most of the faint ones; None where there are none.
+def vote(changes: Iterable[Change]) -> tuple[int | None, bool]:
+    """The rank that most matrices of low rank have, which their spectra prove; else most of the faint ones, and False.
 
-    Of ranks that are equally common the higher: the edge may miss directions and invents next to none.
+    None where there are neither. Of ranks that are equally common the higher: the edge may miss directions and invents
+    next to none.
     """
     changes = list(changes)
     for kind in (Kind.LOW_RANK, Kind.FAINT):
         counts = Counter(c.rank for c in changes if c.kind is kind and c.rank)
         if counts:
-            return max(counts, key=lambda rank: (counts[rank], rank))
-    return None
+            return max(counts, key=lambda rank: (counts[rank], rank)), kind is Kind.LOW_RANK
+    return None, False
 
 
 def recover(
@@ -54,14 +55,15 @@ def recover(
     q: torch.Tensor,
     change: Change,
     voted: int | None = None,
+    proven: bool = False,
     formulas: tuple[Formula, ...] = USUAL,
     device: Device = HOST,
     rounds: int = ROUNDS,
 ) -> Solution | None:
     """Base W and tuned q (m, n), of one format or two, as base and adapter; None where that is not what they are.
 
-    change: what difference.py says of them. voted: the rank that others have proven. Of the formulas the one that
-    leaves the fewest bits wrong is taken; if one leaves none, no other is tried.
+    change: what difference.py says of them. voted: the rank of most others; proven: by their spectra. Of the
+    formulas the one that leaves the fewest bits wrong is taken; if one leaves none, no other is tried.
     """
     shape, moved = (q.shape[0], q.shape[1]), change.moved or 0.0
     if change.rank is None:
@@ -86,7 +88,7 @@ def recover(
     least = max(change.rank, 1)
     least = least - 1 if voted == least - 1 else least
     for rank in _ranks(least, voted, change.kind is Kind.FAINT):
-        told = rank == voted or change.kind is Kind.LOW_RANK
+        told = (rank == voted and proven) or change.kind is Kind.LOW_RANK
         needed = PLAUSIBLE if told else PROVEN
         if rank > MOST * min(shape) or evidence(rank, shape, moved) < needed:
             continue

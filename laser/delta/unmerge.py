@@ -153,11 +153,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unmerge:
-    """A visit that writes a matrix down. voted: the rank of most; formulas: those to try."""
+    """A visit that writes a matrix down. voted: the rank of most, perhaps `proven` by spectra."""
 
     base: Base
     changes: Mapping[str, Change]
     voted: int | None = None
+    proven: bool = False
     formulas: tuple[Formula, ...] = USUAL
     rounds: int = ROUNDS
 
@@ -185,7 +186,7 @@ class Unmerge:
         self, entry: Entry, matrix: Matrix, W: torch.Tensor, q: torch.Tensor, device: Device
     ) -> Piece | None:
         """The matrix as base and adapter; None where it is none, or the whole of it is shorter."""
-        found = recover(W, q, self.changes[matrix.name], self.voted, self.formulas, device, self.rounds)
+        found = recover(W, q, self.changes[matrix.name], self.voted, self.proven, self.formulas, device, self.rounds)
         if found is None:
             return None
         peft = matrix.part is None and matrix.tensor.endswith(".weight")
@@ -229,7 +230,7 @@ def choose_formula(base: Base, delta: Delta, device: Device, rounds: int = ROUND
 
     All of USUAL where no matrix tells them apart. A scale that is no power of two is looked for where neither fits.
     """
-    voted = vote(delta.changes.values())
+    voted, _ = vote(delta.changes.values())
     told = [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Kind.LOW_RANK]
     told = told or [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Kind.FAINT]
     if not told or voted is None:
@@ -237,12 +238,14 @@ def choose_formula(base: Base, delta: Delta, device: Device, rounds: int = ROUND
     best = max(told, key=lambda m: (delta.changes[m.name].rank == voted, delta.changes[m.name].share or 0, -m.cost))
     W, q = base.read(best), base.tuned.read(best.tensor, best.part)
     assert W is not None, "of low rank are those that the base has"
-    found = {f: recover(W, q, delta.changes[best.name], voted, (f,), device, rounds) for f in USUAL}
+    found = {f: recover(W, q, delta.changes[best.name], voted, False, (f,), device, rounds) for f in USUAL}
     wrong = {f: solution.share_wrong for f, solution in found.items() if solution is not None}
     if not wrong:
         scales = {alpha / voted**power for alpha in SCALES for power in (0.5, 1.0)}
         for scale in sorted(s for s in scales if math.frexp(s)[0] != 0.5):  # of a power of two it is delta-first
-            one = recover(W, q, delta.changes[best.name], voted, (Formula("scaled-after", scale),), device, rounds)
+            one = recover(
+                W, q, delta.changes[best.name], voted, False, (Formula("scaled-after", scale),), device, rounds
+            )
             if one is not None and is_believed(one, q.dtype):
                 return (one.formula,)
         return USUAL
@@ -347,7 +350,8 @@ def _visited(
             formulas = choose_formula(base, delta, crew.devices[0], rounds)
         else:
             formulas = USUAL
-        work = Unmerge(base, delta.changes, vote(delta.changes.values()), formulas, rounds)
+        voted, proven = vote(delta.changes.values())
+        work = Unmerge(base, delta.changes, voted, proven, formulas, rounds)
         with closing(visit_all(base.tuned, most_expensive_first(todo), work, crew)) as visits:
             for matrix, piece, seconds in visits:
                 keep(matrix, piece, seconds)

@@ -217,6 +217,6 @@ def test_evidence_and_vote() -> None:
     W = weights(64, 48)
     change = judge(compare(W, merged(W, update(W, 3, 0.02))), torch.linalg.svdvals(
         whitened(W, merged(W, update(W, 3, 0.02)), HOST)).numpy(), (64, 48))  # fmt: skip
-    assert change.kind is Kind.LOW_RANK and vote([change]) == change.rank and vote([]) is None
+    assert change.kind is Kind.LOW_RANK and vote([change]) == (change.rank, True) and vote([]) == (None, False)
     assert is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 1, 1, 1000), BF16)
     assert not is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 3, 1, 1000), BF16)
