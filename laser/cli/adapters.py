@@ -135,6 +135,4 @@ def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, show
         return common.print_json(
             {"output": str(output), "formula": formula.name, "changed": changed, "size": total, "seconds": seconds}
         )
-    say(
-        f"{changed} tensors of {base.name} changed, by the formula {formula.name}; written to {output} in {seconds:.1f} s"
-    )
+    say(f"{changed} tensors of {base.name} changed, by formula {formula.name}; written to {output} in {seconds:.1f} s")

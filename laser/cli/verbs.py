@@ -545,7 +545,7 @@ def rebuild(
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
     formula: Annotated[
         str | None,
-        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), or once, as others."),
+        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), once or scaled-after."),
     ] = None,
     shown_as: options.Json,
 ) -> None:

@@ -143,7 +143,7 @@ def merge_streamed(
         if dtype is not None and info.name in adapter.updates:
             lora, W = adapter.updates[info.name], base.raw(info.name)
             A, B = (adapter.tensor(name).double() for name in (lora.A, lora.B))
-            yield bytes_of(formula.merge(W, lora.scale * (B @ A), dtype))
+            yield bytes_of(replace(formula, scale=lora.scale).merge(W, lora.scale * (B @ A), dtype))
         elif dtype is not None and info.name in adapter.saved:
             yield bytes_of(adapter.tensor(adapter.saved[info.name]).to(dtype))
         else:

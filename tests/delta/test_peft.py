@@ -48,7 +48,7 @@ def expected(adapter: Path, name: str, W: torch.Tensor, scale: float, how: str) 
 
 @pytest.mark.parametrize("how", ["once", "delta-first"])
 @pytest.mark.parametrize("config, scale", [
-    ({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 6}, 1.5), ({"alpha_pattern": {"q_proj": 8, "v_proj": 8}}, 2.0),
+    ({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 6}, 1.5), ({"alpha_pattern": {"(q|v)_proj": 8}}, 2.0),
 ])  # fmt: skip
 def test_it_is_the_merge_written_out(
     run: Run, base: Path, tmp_path: Path, how: str, config: dict[str, Any], scale: float
@@ -86,7 +86,7 @@ def test_a_rank_of_its_own_and_a_module_trained_whole(run: Run, base: Path, tmp_
     ({"peft_type": "LOHA"}, {}, "found an adapter of type 'LOHA', expected 'LORA'"),
     ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {}, "sets target_parameters"),
     ({"r": 8}, {}, "has rank 8 and alpha 8, found 4 in the file"),
-    ({}, {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, HIDDEN)}, "which base has not"),
+    ({}, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, HIDDEN)}, "which base has not"),
     ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, "is no part of a plain LoRA"),
     ({}, {"base_model.model.model.norm.weight": torch.ones(5)}, r"has shape [5], expected [96]"),
 ])  # fmt: skip
