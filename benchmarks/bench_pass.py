@@ -2,7 +2,10 @@
 """Scan and reduction of a synthetic checkpoint with true Mixtral-8x7B shapes, against the way of published scripts.
 
     python benchmarks/bench_pass.py [--layers 2] [--experts 8] [--shrink 1] [--device auto] [--workers N]
-                                 [--rule fraction:0.4] [--plain-all] [--work DIR] [--keep]
+                                 [--precision float64] [--rule fraction:0.4] [--plain-all] [--work DIR] [--keep]
+                                 [--against DIR --repeat 3]
+
+One layer before and after, a few minutes:  python benchmarks/bench_pass.py --layers 1 --experts 1 --against DIR
 
 One layer is 2.9 GB. Printed, from one run on the same files, each part in a process of its own:
 
@@ -17,13 +20,20 @@ One layer is 2.9 GB. Printed, from one run on the same files, each part in a pro
               Measured on one matrix of each shape, times their number, unless --plain-all; threads as torch likes
 
 Needs the machine for itself: all four are compared.
+
+With --against, another checkout of laser, only the command line is run, by that one and by this one in alternation.
+Printed are medians of seconds and of CPU seconds, which other work on the machine hardly moves, and whether both wrote
+the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -69,13 +79,16 @@ class FromMemory:
         return self.weights[self.shapes[name]]
 
 
-def ours(model: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command line, and its own account of itself; how busy the GPU was while matrices were visited."""
+def ours(model: Path, work: Path, arguments: argparse.Namespace, tree: Path | None = None) -> dict[str, Any]:
+    """The command line, and its own account of itself; how busy the GPU was while matrices were visited. `tree`: the
+    checkout to take it from, by default the one that is imported here."""
     command = [sys.executable, "-m", "laser", "run", str(model), "-o", str(work / "out"), "--rule", arguments.rule]
-    command += ["--no-search", "--device", arguments.device, "--json"]
+    command += ["--no-search", "--device", arguments.device, "--precision", arguments.precision, "--json"]
     command += ["--workers", str(arguments.workers)] if arguments.workers else []
     journal, samples = work / "out" / "laser" / "journal.jsonl", list[float]()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    place = {"cwd": tree, "env": os.environ | {"PYTHONPATH": str(tree)}} if tree else {}
+    before = children_cpu()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **place)
     while True:
         try:
             output = child.communicate(timeout=0.2)[0]
@@ -91,7 +104,35 @@ def ours(model: Path, work: Path, arguments: argparse.Namespace) -> dict[str, An
         "peak": told["peak_bytes"],
         "bound": told["estimated"]["peak_bytes"],
         "gpu": samples,
+        "cpu": children_cpu() - before,
     }
+
+
+def children_cpu() -> float:
+    """CPU seconds of all processes that were started here and have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
+def against(other: Path, work: Path, arguments: argparse.Namespace) -> None:
+    """Print the command line of `other` and that of this checkout, in alternation."""
+    trees = {"before": other.resolve(), "after": Path(laser.__file__).parent.parent}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
+    written: dict[str, dict[str, str]] = {}
+    for _ in range(arguments.repeat):
+        for name, tree in trees.items():
+            shutil.rmtree(work / "out", ignore_errors=True)
+            subprocess.run(["sync"], check=True)
+            found[name].append(ours((work / "model").resolve(), work.resolve(), arguments, tree))
+            shards = sorted((work / "out").glob("*.safetensors"))
+            written[name] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
+    for key, unit in (("wall", "s"), ("cpu", "CPU s")):
+        times = {name: [run[key] for run in runs] for name, runs in found.items()}
+        middle = {name: statistics.median(spent) for name, spent in times.items()}
+        told = ", ".join(f"{name} {middle[name]:.1f} ({min(x):.1f} to {max(x):.1f})" for name, x in times.items())
+        print(f"{unit:6s} {told}: {middle['before'] / middle['after']:.2f} times as fast")
+    same = sum(written["after"].get(name) == digest for name, digest in written["before"].items())
+    print(f"{same} of {len(written['before'])} shards with the same bytes")
 
 
 def gpu_percent() -> float:
@@ -169,7 +210,7 @@ def plain(checkpoint: laser.Checkpoint, work: Path, rule: str, everything: bool,
 def child(part: str, arguments: argparse.Namespace) -> None:
     before = high_water()
     checkpoint, work = laser.open_checkpoint(arguments.work / "model"), arguments.work
-    crew = laser.choose_crew(arguments.device, workers=arguments.workers)
+    crew = laser.choose_crew(arguments.device, arguments.precision, workers=arguments.workers)
     start = time.perf_counter()
     if part == "io":
         found = io(checkpoint, work, replace(crew, workers=1) if crew.devices[0].host_blas else crew)
@@ -202,7 +243,10 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="divide every side, to try the script")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--rule", default="fraction:0.4")
+    parser.add_argument("--against", type=Path, help="another checkout of laser")
+    parser.add_argument("--repeat", type=int, default=3, help="with --against")
     parser.add_argument("--plain-all", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".demo/pass"))
     parser.add_argument("--keep", action="store_true")
@@ -221,6 +265,8 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
         sizes = Sizes().over(arguments.shrink)
         write_synthetic_mixtral(work / "model", arguments.layers, arguments.experts, sizes)
+    if arguments.against:
+        return against(arguments.against, work, arguments)
     found: dict[str, Any] = {}
     for part in ("ours", "io", "compute", "plain"):
         for place in ("out", "io", "plain") if not arguments.smoke else ():

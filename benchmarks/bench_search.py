@@ -35,7 +35,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
 from laser.pipeline import scan
 from laser.search.candidates import cut_of
-from laser.search.runner import Runner
+from laser.search.runner import FIRST_AHEAD, LEAST_AHEAD, Runner
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench
 from laser.selection import Selection
@@ -212,23 +212,45 @@ MACHINES = {
 }
 
 
-def mixtral() -> None:
-    """Hours of a search of Mixtral-8x7B by the same formula, with candidates evenly over the layers, a tenth kept at
-    the most and each time against the guess."""
-    print("Mixtral-8x7B, computed: hours for 15 / 100 / 896 candidates, one a walk and layer by layer, 3 kept")
+def mixtral(kept: int = 3) -> None:
+    """Hours of a search of Mixtral-8x7B: its walks by `simulate`, with speeds of MACHINES."""
+    print(f"Mixtral-8x7B, computed: hours for 15 / 100 / 896 candidates, one a walk and layer by layer, {kept} kept")
     for name, (read, products, memory, size) in MACHINES.items():
         load, run = LAYER_WEIGHTS / read, 2 * ACTIVE * TOKENS / products
-        room = max(int(memory // (STATE * size)), 1)
-        hours: list[list[float]] = [[], []]
+        room, hours = max(int(memory // (STATE * size)) - 2, 1), dict[str, list[float]]()
         for count in (15, 100, 896):
-            above = LAYERS / 2  # of a candidate, on average
-            walks, kept = -(-count // room) + 1, 3
-            one = (count + 2) * (above * load + above * run) + 3 * LAYERS * (load + run)
-            # After an edit that nobody guessed, half of those still to come are measured again.
-            many = (walks + kept) * LAYERS * load + (count * above * 1.5 + 3 * LAYERS) * run
-            hours[0].append(one / 3600)
-            hours[1].append(many / 3600)
-        print(f"  {name:24}" + "   ".join(" / ".join(f"{h:.2f}" for h in way) for way in hours))
+            for way, (loads, runs) in simulate(count, kept, room).items():
+                hours.setdefault(way, []).append((loads * load + runs * run) / 3600)
+        print(f"  {name:24}" + "   ".join(" / ".join(f"{h:.2f}" for h in way) for way in hours.values()))
+
+
+def simulate(count: int, kept: int, room: int) -> dict[str, tuple[int, int]]:
+    """Layers read and layers run of both ways, for candidates spread evenly over the layers, the last first. `kept` of
+    them, spread evenly too, are accepted against the guess."""
+    layers = [LAYERS - 1 - i * LAYERS // count for i in range(count)]
+    accepted = {(2 * i + 1) * count // (2 * kept) for i in range(kept)}
+    ends = (
+        3 * LAYERS,
+        3 * LAYERS,
+    )  # to prove that the pieces are the model, the base, and the report: before and after
+    loads, runs = ends
+    for layer in layers:
+        loads, runs = loads + LAYERS - layer, runs + LAYERS - layer
+    found = {"one": (loads, runs)}
+    loads, runs = ends
+    at = wrong = measured = 0  # measured: candidates that an earlier walk has measured, and kept states of
+    since = LAYERS
+    while at < count:
+        ahead = max(LEAST_AHEAD if wrong else FIRST_AHEAD, at // max(wrong, 1))
+        stop = min(at + ahead, at + room, count)
+        spare = room >= 2 * (stop - at)
+        starts = [since if spare and i < measured else layers[i] for i in range(at, stop)]
+        loads, runs = loads + LAYERS - min(starts), runs + sum(LAYERS - start for start in starts)
+        measured = max(measured, stop)
+        hit = next((i for i in range(at, stop) if i in accepted), None)
+        at = stop if hit is None else hit + 1
+        wrong, since = (wrong, since) if hit is None else (wrong + 1, layers[hit])
+    return found | {"many": (loads, runs)}
 
 
 def random_windows(count: int, length: int, seed: int) -> Windows:

@@ -142,6 +142,12 @@ class Journal:
                 f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
                 f"found {models[1]}; repeat the command that began it, or start afresh with --force"
             )
+        was, now = (str(stated.get("device", "")) for stated in (found, run))
+        if set(different) == {"device"} and was.split()[:2] == now.split()[:2]:
+            raise RecordError(
+                f"{self.path} was begun when this machine's probe chose other routes: found {now!r}, expected {was!r}; "
+                "try without the file that `laser devices` names, or start afresh with --force"
+            )
         if different:
             raise RecordError(
                 f"{self.path} belongs to another run: {', '.join(different)} differ; "

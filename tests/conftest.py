@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFL
 os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0", TOKENIZERS_PARALLELISM="false")
 # NumPy's and SciPy's threads spin while they wait: beside one other busy process the suite took five times as long.
 os.environ.update(OPENBLAS_NUM_THREADS="1")
+
+# Without a probe of the user's, whose routes would be in records; what others keep in the cache stays in reach.
+os.environ.setdefault("HF_HOME", str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"))
+os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ["HF_HOME"]).with_name("matplotlib")))
+os.environ.update(XDG_CACHE_HOME=str(Path(tempfile.gettempdir()) / "laser-tests-keep-no-cache"))
 
 import pytest
 import torch

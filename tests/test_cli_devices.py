@@ -17,8 +17,9 @@ from laser.spectral.probe import Probe
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # The command takes no sizes: those of a user take five seconds, and a quarter of a GiB of disk.
+    # The command takes no sizes: those of a user take half a minute, and a quarter of a GiB of disk.
     monkeypatch.setattr(measuring, "HOST_SIDES", (32, 64))
+    monkeypatch.setattr(measuring, "ROUTE_SIDES", (32, 300))
     monkeypatch.setattr(measuring, "COPIED", 2**20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "laser" / "devices.json"

@@ -9,7 +9,8 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import RecordError
 from laser.spectral.devices import available, exact_products, free_bytes
-from laser.spectral.measuring import choose_method, measure_device
+from laser.spectral.eigen import DEFAULT
+from laser.spectral.measuring import choose_method, chosen_routes, measure_device
 from laser.spectral.probe import Probe, cache_path
 
 
@@ -32,6 +33,7 @@ def devices_verb(
     else:
         measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
+    routes = (chosen_routes(chosen) or DEFAULT).stated() if chosen.host_blas else None
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
     if shown_as.as_json:
         return common.print_json(
@@ -42,6 +44,7 @@ def devices_verb(
                 "eigensolver": "host" if chosen.host_eigensolver else "device",
                 "method": method,
                 "method_reason": why,
+                "routes": routes,
                 "free_bytes": free,
                 "exact_products": exact,
                 "probe": asdict(measured) if measured else None,
@@ -50,11 +53,14 @@ def devices_verb(
     common.print_table(("device", "here"), list(here.items()))
     say(f"takes {chosen.label}: {chosen.reason}")
     say(f"method {method}: {why}")
+    if routes:
+        say(f"eigenproblems by {routes}")
     memory = "memory unknown" if free is None else f"{free / 2**30:.1f} GiB of memory free"
     say(f"{memory}; products in float32 carry {'all 24 bits' if exact else 'LESS than 24 bits'}")
     if measured:
         _print_probe(measured)
-        say(f"kept in {path}" if path else f"measured {measured.measured}; --probe measures again")
+        kept = f"kept in {path or cache_path()}" if path or not probe else "not kept"
+        say(kept if probe else f"measured {measured.measured}, {kept}; --probe measures again")
     else:
         say("speed not measured; try --probe")
 
@@ -73,6 +79,12 @@ def _print_probe(probe: Probe) -> None:
     sides = sorted(probe.eigenvalues)
     table = [(p, probe.eigenvalues[p], probe.eigenvectors.get(p), probe.projector.get(p)) for p in sides]
     common.print_table(("p", "eigenvalues s", "eigenvectors s", "projector s"), table)
+    routes = [
+        (what, route, p, s) for what, by in probe.routes.items() for route, at in by.items() for p, s in at.items()
+    ]
+    if routes:
+        say(f"routes, with {probe.busy} workers at work")
+        common.print_table(("", "route", "p", "s"), routes)
     rates = [("A^T A", probe.product / 1e9, "GFLOP/s"), ("truncation", (probe.projection or 0) / 1e9, "GFLOP/s")]
     copies = {"to device": probe.to_device, "to host": probe.to_host}
     copies |= {"disk read": probe.disk_read, "disk write": probe.disk_write}

@@ -118,10 +118,11 @@ def search_measuring(
 ) -> Measuring:
     """What a search takes at the most: the passes of `count_passes`, and the matrices that are truncated for them."""
     passes = count_passes(
-        candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted
-    )
+        candidates, model.layers, calibration, reported, tried=tried, order=order, grid=grid, shortlisted=shortlisted,
+        together=placed.variants or None,
+    )  # fmt: skip
     in_layers, in_head = active_weights(model.model)
-    read = (
+    read = (  # of the layers that do not stay
         passes.loads * (1 - placed.layers / model.layers) * sum(s.size for s in model.checkpoint.shards) / model.layers
     )
     products = in_layers / model.layers * passes.layer_tokens + in_head * passes.tokens

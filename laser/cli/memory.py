@@ -75,12 +75,13 @@ def for_search(
     stream: bool | None,
     *,
     variants: int,
+    rules: int = 1,
     backward: bool = False,
 ) -> Placement:
-    """How a search runs a model: which of its pieces stay in memory, and how many of `variants` are tried at a time.
+    """How a search runs a model: which of its pieces stay, and how many of `variants` are measured in one walk.
 
-    A cut of the largest of `matrices` is made beside it. crew: has scanned them before. backward: with --shortlist
-    gradient.
+    A cut of the largest of `matrices` is made beside it. crew: has scanned them before. rules: for each candidate.
+    backward: with --shortlist gradient.
     """
     beside = {"host": worker_bytes(matrices, HOST), "mapped": WORKER * len(crew.pool(matrices))}
     built = cache(partial(_built, checkpoint))
@@ -88,12 +89,14 @@ def for_search(
 
     def needs_of(asked: Asked, resident: int | None) -> Needs:
         needs = layered_needs(built(asked.dtype), asked.torch_device, asked.tokens, resident, backward)
-        return needs.beside(**beside)
+        # What stays on a device leaves room to cut there; where nothing does, the host cuts if it must.
+        cut = worker_bytes(matrices, device) if resident != 0 and asked.device != HOST.name else 0
+        return needs.beside(device=cut, **beside)
 
     model = built(dtype)
-    # A pass backwards wants the states between all the layers.
-    states = max(variants, model.layers + 1 if backward else 0) + 1
-    alive = Alive(model.layers, states_bytes(model, calibration), variants, states)
+    # States before each layer with a candidate; a pass backwards wants those between all the layers.
+    kept = model.layers + 1 if backward else min(len({m.layer for m in matrices}), variants // rules)
+    alive = Alive(model.layers, states_bytes(model, calibration), variants, rules, kept)
     return place(checkpoint.name, asked, needs_of, free, _ways(asked), alive)
 
 

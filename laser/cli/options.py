@@ -214,6 +214,7 @@ class Trials:
 
     accept: str = option("better", f"Which edits a search keeps: {', '.join(ACCEPT)}.")
     order: str = option("layers", "Of a search: layers (last first, fast) or snr (as published).")
+    racing: bool = option(False, "End a trial that a quarter of the windows shows to be worse.", "--racing")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,9 @@ def run_verb(
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
     if searching:
         most = most_variants(matrices, rules, count)
-        measure = _search_measure(checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials.accept, most)
+        measure = _search_measure(
+            checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials, most, len(rules)
+        )
 
     def planned(spectra: Spectra) -> Plan:
         return make_plan(spectra, wanted, chosen, lowest_snr=count, **treatment)
@@ -128,7 +130,7 @@ def run_verb(
         if work.resume:
             require_same_run(begun, checkpoint, chosen, None if searching else planned, **of_run)
             if measure is not None:
-                asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order}
+                asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order, "racing": trials.racing}
                 journal = records_of(begun) / "search.jsonl"
                 require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
         if measure is not None:
@@ -155,8 +157,8 @@ def run_verb(
             return planned(spectra)
         result = search_with_bar(
             measure.model, spectra, rules, measure.calibration, measure.reported,
-            selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, device=here(),
-            journal=records_of(place) / "search.jsonl", moments=known,
+            selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, racing=trials.racing,
+            device=here(), journal=records_of(place) / "search.jsonl", moments=known,
         )  # fmt: skip
         SearchRecord.of(result).save(place / SEARCH_FILE)
         if not work.as_json:
@@ -214,13 +216,14 @@ def _search_measure(
     dtype: str,
     stream: bool | None,
     matrices: Sequence[Matrix],
-    accept: str,
+    trials: options.Trials,
     variants: int,
+    rules: int,
 ) -> _Measure:
     calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, text, held_out, asked)
-    check_objectives(calibration, reported, accept)
+    check_objectives(calibration, reported, trials.accept, racing=trials.racing)
     layered, placed = layered_model(
-        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants
+        checkpoint, calibration, reported, matrices, crew, device, dtype, stream, variants=variants, rules=rules
     )
     return _Measure(layered, placed, calibration, reported)
 

@@ -73,6 +73,7 @@ def search_verb(
         "order": trials.order,
     }
     check_request(wanted, **asked, calibrated=moments.moments is not None)
+    asked["racing"] = trials.racing
     check_objective(objective, task, text)
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose()
@@ -90,7 +91,7 @@ def search_verb(
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)
-    check_objectives(calibration, reported, trials.accept, asked["shortlist"])
+    check_objectives(calibration, reported, trials.accept, asked["shortlist"], trials.racing)
     if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
         chosen.check(list_matrices(checkpoint))
     else:
@@ -99,7 +100,7 @@ def search_verb(
     layered, placed = layered_model(
         checkpoint, calibration, reported, matrices, crew, where, dtype, stream,
         variants=most_variants(matrices, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"]),
-        backward=shortlist is not None,
+        rules=1 if grid else len(wanted), backward=shortlist is not None,
     )  # fmt: skip
     draws = max((draws_needed(rule) for rule in wanted), default=0)
     if work.dry_run:
@@ -156,7 +157,10 @@ def layered_model(
     others = [window for each in reported for window in each.windows]
     placed = memory.for_search(checkpoint, calibration.windows, others, matrices, crew, device, dtype, stream, **how)
     store = memory.said(placed).store(device.torch_device)
-    layered = LayeredModel(checkpoint, dtype=dtype, device=device.torch_device, resident=placed.resident, store=store)
+    layered = LayeredModel(
+        checkpoint, dtype=dtype, device=device.torch_device, resident=placed.resident, store=store,
+        ahead=bool(placed.resident),
+    )  # fmt: skip
     for each in (calibration, *reported):
         layered.check(each.windows)
     return layered, placed
@@ -177,8 +181,11 @@ def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
             bar.set_postfix_str(f"{trial.label} {trial.stated()} {'kept' if trial.accepted else ''}", refresh=False)
             bar.update()
 
+        def told(piece: int, last: int, alive: int) -> None:
+            bar.set_postfix_str(f"piece {piece} of {last}, {alive} at a time")
+
         try:
-            return search_plan(*arguments, tick=tick, **how)
+            return search_plan(*arguments, tick=tick, told=told, **how)
         finally:
             arguments[0].unload()  # what comes next needs the memory
 

@@ -167,7 +167,8 @@ def devices(
     """Say which device would compute here, in which precision, by which method, and why.
 
     With --probe, also measure products, eigenvalues, eigenvectors, copies and the disk. The figures are kept in the
-    user's cache directory, from where --dry-run takes them.
+    user's cache directory, from where --dry-run takes them. On the host they also choose the routes of eigenproblems,
+    which take half a minute to measure.
     """
     with loading():
         from laser.cli import devices

@@ -104,14 +104,15 @@ def estimate_cost(
 def constants(crew: Crew) -> tuple[Probe, str]:
     """The probe to estimate by, and where it comes from."""
     probe = None
-    for label in dict.fromkeys((crew.devices[0].label, crew.label)):  # "cuda:0 float64", and what was probed as "cuda"
+    kind = " ".join(crew.label.split()[:2])
+    for label in dict.fromkeys((crew.devices[0].label, kind)):  # "cuda:0 float64", and what was probed as "cuda"
         try:
             probe = probe or Probe.load(label)
         except RecordError:
             pass  # damaged: as if it were missing, since an estimate is no reason to fail
     if probe is not None:
         return probe, f"by the probe of {probe.measured}"
-    other = ELSEWHERE.get(crew.label, _CORE_32)
+    other = ELSEWHERE.get(kind, _CORE_32)
     return other, f"by {other.name}; `laser devices --probe` measures yours"
 
 
@@ -135,7 +136,8 @@ class Measuring:
     layer_forwards: of a search, decoder layers times windows that are run
     peak_bytes: besides the libraries
     stream: whether layers are read again at each pass
-    layers_in_memory, variants_at_a_time: of a search, as memory allows
+    layers_in_memory: of a search, how many stay there
+    variants_at_a_time: of a search that reads layers, how many can be measured in one walk
     placed: what of it stays in memory, and why
     """
 

@@ -6,7 +6,7 @@ reader -> [two ahead] -> two workers per GPU, or one per core -> [two behind] ->
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any, Generic
@@ -18,6 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.engine.crew import Crew, T, Visits, Work, do, own_stream, quiet
 from laser.errors import UsageError
 from laser.spectral.devices import Device, choose_device, shared
+from laser.spectral.measuring import chosen_routes
 
 AHEAD = 1  # in a queue; with the one that its sender holds, two
 PATIENCE = 0.1  # seconds between two looks at whether the work was given up
@@ -34,6 +35,7 @@ def choose_crew(
 
     device: one, or several as "cuda:0,cuda:1", or "all": every CUDA device, if any
 
+    On the host by the routes that this machine's probe found fastest; in a cluster by the default ones everywhere.
     Raises UsageError for what is not there, or for devices of different kinds or precisions, whose results would
     differ.
     """
@@ -48,6 +50,7 @@ def choose_crew(
         raise UsageError(f"--device {device} must name different devices of one kind; try --device cuda:0,cuda:1")
     if engine == "threads":
         chosen = tuple(choose_device(name, precision) for name in names)
+        chosen = tuple(replace(found, routes=chosen_routes(found)) for found in chosen)
     else:
         from laser.engine.ray import choose_in_cluster  # imported when needed: Ray is an extra
 

@@ -93,7 +93,7 @@ def layered_needs(
 
     The states between the pieces are not counted: see `states_bytes`.
 
-    resident: how many of the last pieces stay, None: all of them
+    resident: how many of the last pieces stay, None: all of them; where any does, the others are read one ahead
     backward: also of a pass back through each layer, with gradients of its weights
     """
     sizes = [_tensor_bytes(kinds) for kinds in model.kinds()]
@@ -103,12 +103,14 @@ def layered_needs(
     passing = max(head, _layer_bytes(model.model, model.dtype, tokens) * (SAVED if backward else 1))
     if resident == 0:  # the head is not there with a layer, nor a layer with it
         weights = max(pieces[0], max(layers + passing, pieces[-1] + head) - passing)
-    else:  # those that stay, and the largest of those that are read beside them
+    else:  # those that stay, and of the others the one that runs and the next, which is read meanwhile
         stay = 0 if resident is None else max(len(pieces) - resident, 0)
-        weights = sum(pieces[stay:]) + max(pieces[:stay], default=0)
+        weights = sum(pieces[stay:]) + max((sum(pieces[i : min(i + 2, stay)]) for i in range(stay)), default=0)
     there = rest + weights + passing + layers * backward
     reading = _reading_bytes(model.checkpoint)
-    return _needs(0, there + reading) if device.type == "cpu" else _needs(there, reading)
+    if device.type == "cpu":
+        return _needs(0, there + reading)
+    return _needs(there, reading + max(pieces))  # what is copied to a device is pinned until it is there
 
 
 def states_bytes(model: LayeredModel, windows: Sequence[Window]) -> int:

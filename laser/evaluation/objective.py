@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,9 @@ class Objective(Measure, Protocol):
     def sha256(self) -> str: ...
     @property
     def asked(self) -> int | None: ...
+    def part(self, start: int, stop: int) -> Objective:
+        """Of some of its units."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Loss:
     def values(self, scores: Scores) -> list[float]:
         return [s / n for s, n in zip(scores.sums, self.weights, strict=True)]
 
+    def part(self, start: int, stop: int) -> Loss:
+        return replace(self, windows_of_text=replace(self.windows_of_text, windows=self.windows[start:stop]))
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -102,6 +108,11 @@ class Accuracy:
         for window in self.windows:
             digest.update(f"{len(window.tokens)} {window.scored} ".encode() + window.tokens.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def part(self, start: int, stop: int) -> Accuracy:
+        at = sum(self.groups[:start])
+        windows = self.windows[at : at + sum(self.groups[start:stop])]
+        return replace(self, windows=windows, groups=self.groups[start:stop])
 
     def values(self, scores: Scores) -> list[float]:
         values, at = [], 0

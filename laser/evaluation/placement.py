@@ -4,10 +4,10 @@ What it needs is held against what is free. A function says what is free, so tha
 choice of the user's wins. One that cannot be met is refused with the flags that can, each of them held against what is
 free before it is named.
 
-A search also keeps hidden states: those of the model, and of each variant that is tried meanwhile. A walk over the
-layers serves all of these, so it is by more states that fewer layers are read, unless none need be read at all. Hence
-the order: the whole model with LEAST states, if that fits. Else states, for up to half of what is free beside one
-layer; then as many of the last layers as fit. With more memory never fewer layers stay, nor is more read.
+A search also keeps hidden states: the model's own, and those of each variant that is measured in the same walk over
+the layers. More variants in a walk mean that fewer layers are read, unless none need be read at all. Hence the order:
+the whole model with LEAST states, if that fits. Else states, for up to half of what is free beside one layer; then as
+many of the last layers as fit. With more memory never fewer layers stay, nor is more read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from laser.evaluation.layout import NotByLayers
 Free = Callable[[str, int], int | None]
 HOST_NAME = "cpu"
 OWN_MEMORY = "cuda"  # the kind of device that has memory besides the host's: an Apple GPU takes it from that
-LEAST = 4  # states of a search that come before layers: the model's, and those of three variants
+OWN = 2  # states of a search that are the model's own: where a walk begins, and where it is
+LEAST = OWN + 3  # states that come before layers
 SMALLEST = 32  # tokens of a window below which a loss says nothing
 
 
@@ -59,23 +60,28 @@ class Alive:
 
     layers: how many the model has
     size: bytes of the states of all windows, once
-    variants: how many are tried in all
-    most: how many states there can be at a time: the model's, and one of each variant
+    variants: how many are measured in all
+    alone: how many of these are measured at a time where no layer is read
+    kept: states of the model's own that are kept for later, besides those that it has anyway
     """
 
     layers: int
     size: int
     variants: int
-    most: int
+    alone: int = 1
+    kept: int = 0
 
-    @property
-    def least(self) -> int:
+    def most(self, whole: bool) -> int:
+        """How many states there can be at a time."""
+        return OWN + self.kept + (self.alone if whole else self.variants)
+
+    def least(self, whole: bool) -> int:
         """Bytes of the states that come before layers."""
-        return min(LEAST, self.most) * self.size
+        return min(LEAST, self.most(whole)) * self.size
 
-    def wanted(self, left: int) -> int:
+    def wanted(self, left: int, whole: bool) -> int:
         """Bytes that states are to have where so many are left: half of them, but no fewer than `least`."""
-        return min(self.most * self.size, max(self.least, left // 2))
+        return min(self.most(whole) * self.size, max(self.least(whole), left // 2))
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Placement:
     needs: without states
     host_states, device_states: bytes that states may take there
     dtype: of weights and states
-    layers, variants: of a search, how many layers stay, and how many variants are tried at a time
+    layers: of a search, how many stay
+    variants: of a search that reads layers, how many can be measured in one walk
     why: the choice and its reason, as a sentence
     news: whether it would be another with memory enough
     """
@@ -109,7 +116,7 @@ class Placement:
     @property
     def peak(self) -> int:
         """Bytes at the most, those of a search's states with them."""
-        states = self.host_states + self.device_states if self.variants else 0
+        states = self.host_states + self.device_states if self.layers or self.variants else 0
         return self.needs.device + self.needs.host + states
 
     def store(self, device: torch.device | str = HOST_NAME) -> Store:
@@ -132,7 +139,7 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, al
             continue
         wanted = needs
         if alive is not None and resident is None and asked.stream is None:
-            wanted = needs.beside(**_at(asked.device, alive.least))
+            wanted = needs.beside(**_at(asked.device, alive.least(whole=True)))
         compared = compared or f"{name} {_against(wanted, asked.device, free, resident == 0)}"
         if shortage(wanted, asked.device, free) is None:
             if alive is not None:
@@ -156,27 +163,27 @@ def _searched(
 ) -> Placement:
     """A search, of a model that fits whole (None) or layer by layer (0): with how many states, and how many layers."""
     needs = needs_of(asked, resident)
-    own = asked.device.partition(":")[0] == OWN_MEMORY
+    own, whole = asked.device.partition(":")[0] == OWN_MEMORY, resident is None
     left = [
         _left(needs, where, asked.device, free) for where in ((asked.device,) if own else (asked.device, HOST_NAME))
     ]
     known = min((count for count in left if count is not None), default=0 if own else 2 * MEMORY_LIMIT)
-    near = min(alive.wanted(known), known)  # bytes of states where the pieces run
+    near = min(alive.wanted(known, whole), known)  # bytes of states where the pieces run
     states = near // alive.size
     far = 0
     if own:  # where others wait, and come to the device for each layer
         left_here, size = _left(needs, HOST_NAME, asked.device, free), pinned_bytes(alive.size)
-        far = min((alive.most - states) * size, MEMORY_LIMIT if left_here is None else left_here // 2)
+        far = min((alive.most(whole) - states) * size, MEMORY_LIMIT if left_here is None else left_here // 2)
         states += far // size
     if resident == 0 and asked.stream is None:
-        beside = _at(asked.device, alive.wanted(known))
+        beside = _at(asked.device, alive.wanted(known, whole))
 
         def lacks(pieces: int) -> bool:
             return shortage(needs_of(asked, pieces).beside(**beside), asked.device, free) is not None
 
         resident = bisect_left(range(1, alive.layers + 1), True, key=lacks)
         needs = needs_of(asked, resident)
-    variants = min(alive.variants, max(states - 1, 1))
+    variants = 0 if resident is None else min(alive.variants, max(states - OWN, 1))
     return Placement(
         resident,
         needs,
@@ -185,8 +192,8 @@ def _searched(
         dtype=asked.dtype,
         layers=alive.layers if resident is None else max(resident - 1, 0),
         variants=variants,
-        why=f"{compared}: {_kept(resident, alive.layers)}; {_at_a_time(variants, states, alive)}",
-        news=(resident is not None and asked.stream is None) or variants < alive.variants,
+        why=f"{compared}: {_kept(resident, alive.layers)}{_at_a_time(variants, states)}",
+        news=resident is not None and asked.stream is None,
     )
 
 
@@ -210,6 +217,8 @@ def refusal(
         if _fits(other, needs_of, free):
             flags = f"--no-stream {flags}" if cannot is not None and asked.stream else flags
             return OutOfMemory(why, f"try {flags}")
+    if least is not None and free(HOST_NAME, least.mapped) != free(HOST_NAME, 0):  # see `_against`
+        least = least.beside(host=least.mapped)
     wanted = "" if least is None else f" with {gigabytes(least.host + least.device)} of memory free"
     return OutOfMemory(why, f"try a machine{wanted}")
 
@@ -267,10 +276,9 @@ def _kept(resident: int | None, layers: int) -> str:
     return f"{stay} in memory, the {'others are' if resident > 1 else 'layers are'} read at each pass"
 
 
-def _at_a_time(variants: int, states: int, alive: Alive) -> str:
-    every = "all " if variants == alive.variants else ""
-    files = ", their states in files" if states <= 1 else ""
-    return f"{every}{variants} variant{'s' * (variants != 1)} at a time{files}"
+def _at_a_time(variants: int, states: int) -> str:
+    files = ", its states in files" if states <= OWN else ""
+    return f"; up to {variants} variant{'s' * (variants != 1)} at a time{files}" if variants else ""
 
 
 def _left(needs: Needs, where: str, device: str, free: Free) -> int | None:

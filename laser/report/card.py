@@ -287,9 +287,9 @@ def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
     for flag in ("layers", "roles"):
         if plan.selection.get(flag):
             words += [f"--{flag}", ",".join(map(str, plan.selection[flag]))]
-    device, _, precision = str(outcome.run.get("device", "")).partition(" ")
-    if device and precision:
-        words += ["--device", device, "--precision", precision]
+    device = str(outcome.run.get("device", "")).split()
+    if len(device) > 1:
+        words += ["--device", device[0], "--precision", device[1]]
     if outcome.run.get("method"):
         words += ["--method", str(outcome.run["method"])]
     return shlex.join(words)

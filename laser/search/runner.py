@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laser.errors import RecordError
 from laser.evaluation.objective import Objective
 from laser.journal import Journal
-from laser.records import under
+from laser.records import SPARSE, under
 from laser.search.candidates import Candidate
 from laser.search.trials import Bench, Cut, Measured, Variant, accepted, change
 
@@ -49,14 +49,17 @@ class Trial:
     predicted: float | None
     layer_forwards: int  # decoder layers times windows that this trial ran
     seconds: float
+    # Units after which a race had ended for it; None: it was measured on all.
+    raced: int | None = field(default=None, metadata=SPARSE)
 
     def wrong(self) -> str | None:
-        return under(self, 0, "se")
+        return under(self, 0, "se", "raced")
 
     def stated(self) -> str:
         if self.d is None:
             return f"{self.rule}: not finite"
-        return f"{self.rule}: {self.d:+.5f}" + ("" if self.se is None else f" ± {self.se:.5f}")
+        raced = "" if self.raced is None else f" after {self.raced} units"
+        return f"{self.rule}: {self.d:+.5f}" + ("" if self.se is None else f" ± {self.se:.5f}") + raced
 
 
 class SearchLog:
@@ -118,9 +121,9 @@ def to_numbers(values: Sequence[float]) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values]  # strict JSON has no NaN
 
 
-def from_numbers(values: Sequence[float | None], objective: Objective) -> list[float]:
-    """Raises RecordError where they are not one per unit of `objective`."""
-    if len(values) != len(objective.weights):
+def from_numbers(values: Sequence[float | None], objective: Objective, raced: int | None = None) -> list[float]:
+    """Raises RecordError where they are not one per unit of `objective`, or of its first `raced` ones."""
+    if len(values) not in (len(objective.weights), raced):
         raise RecordError(
             f"the journal of the search holds {len(values)} values of {objective.text}, expected "
             f"{len(objective.weights)}; start afresh with --force"
@@ -132,6 +135,7 @@ def from_numbers(values: Sequence[float | None], objective: Objective) -> list[f
 State = tuple[tuple[str, int], ...]
 # Candidates that a walk which reads layers takes: at first, as many as LaserRMT tries; and at the least.
 FIRST_AHEAD, LEAST_AHEAD = 15, 4
+QUARTER, LOST = 4, 2.5  # a race: after this share of the units, who is worse by so many standard errors is out
 
 
 class Runner:
@@ -151,8 +155,10 @@ class Runner:
         accept: str,
         log: SearchLog,
         tick: Callable[[Trial, int], None],
+        heat: Bench | None = None,
     ) -> None:
-        self.bench, self.objective, self.accept = bench, objective, accept
+        self.bench, self.objective, self.accept, self.heat = bench, objective, accept, heat
+        self.raced = None if heat is None else len(objective.weights) // QUARTER
         self.log, self.tick = log, tick
         self.trials: list[Trial] = []
         self.to_come = 0
@@ -201,7 +207,7 @@ class Runner:
             }
 
         entry = self.log.entry(what, measure)
-        values = from_numbers(entry["values"], self.objective)
+        values = from_numbers(entry["values"], self.objective, self.raced)
         self.measured[state] = Measured(values, entry["layer_forwards"], entry["seconds"])
         d, se = change(self.objective, self.now, values)  # by the values, also where the journal has them
         trial = Trial(
@@ -215,6 +221,7 @@ class Runner:
             candidate.predicted if option == 0 else None,
             entry["layer_forwards"],
             entry["seconds"],
+            None if len(values) == len(self.objective.weights) else len(values),
         )
         self.trials.append(trial)
         self.to_come -= 1
@@ -248,7 +255,8 @@ class Runner:
 
     def _keep(self, candidate: Candidate, option: int, trial: Trial) -> None:
         rule, ranks = candidate.options[option]
-        self.bench.keep({name: (rule, rank) for name, rank in ranks.items()})
+        for bench in (self.bench, *([self.heat] if self.heat else ())):
+            bench.keep({name: (rule, rank) for name, rank in ranks.items()})
         self.kept |= dict.fromkeys(ranks, trial)
         # The states before this one are done with, and what was measured on top of them.
         self.state = (*self.state, (name_of(candidate), option))
@@ -277,11 +285,36 @@ class Runner:
                 on_top |= {name: (rule, rank) for name, rank in ranks.items()}
                 kept |= dict.fromkeys(ranks)
         base = self.state not in self.measured
-        found, own = self.bench.walk(variants[:room], base)
-        self.measured |= dict(zip(states, found, strict=False))
-        if own is not None:
-            self.measured[self.state] = own
+        walk = self._race if self.heat else self._walk
+        self.measured |= walk(states[:room], variants[:room], base)
         self._hear()
+
+    def _walk(
+        self, states: Sequence[State], variants: Sequence[Variant], base: bool, bench: Bench | None = None
+    ) -> dict[State, Measured]:
+        """The variants of these states, each on top of what is kept, and with `base` what is kept itself."""
+        found, own = (bench or self.bench).walk(variants, base)
+        return dict(zip(states, found, strict=True)) | ({} if own is None else {self.state: own})
+
+    def _race(self, states: Sequence[State], variants: Sequence[Variant], base: bool) -> dict[State, Measured]:
+        """The same in two walks. The second, over the other units, is for those that the first has not shown worse
+        by LOST standard errors, each against the state that it is tried on. What has lost keeps its few values."""
+        found, lost, on = self._walk(states, variants, base, self.heat), set[State](), list[int]()
+        for number, state in enumerate(states):
+            before = found.get(state[:-1]) or self.measured[state[:-1]]
+            d, se = change(self.objective, before.values, found[state].values)
+            if state[:-1] in lost or not math.isfinite(d) or (se is not None and d > LOST * se):
+                lost.add(state)
+            else:
+                on.append(number)
+        if not on and not base:
+            return found
+        rest = self._walk([states[number] for number in on], [variants[number] for number in on], base)
+        for state, more in rest.items():
+            first = found[state]
+            forwards, seconds = first.layer_forwards + more.layer_forwards, first.seconds + more.seconds
+            found[state] = Measured([*first.values, *more.values], forwards, round(seconds, 3))
+        return found
 
     def _ahead(self, candidates: Sequence[Candidate], at: int) -> int:
         """As many candidates as a walk should take at the most.

@@ -33,7 +33,7 @@ from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
 from laser.search.candidates import ORDERS, Candidate, candidates_of, cut_of, in_order, predict
-from laser.search.runner import TRIAL_SHAPES, Runner, SearchLog, Trial
+from laser.search.runner import QUARTER, TRIAL_SHAPES, Runner, SearchLog, Trial
 from laser.search.trials import Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
@@ -142,6 +142,7 @@ def search(
     journal: Path | None = None,
     moments: Moments | None = None,
     anew: bool = False,
+    racing: bool = False,
     tick: Callable[[Trial, int], None] = lambda *_: None,
     told: Callable[[int, int, int], None] = lambda *_: None,
 ) -> SearchResult:
@@ -154,6 +155,8 @@ def search(
     `anew` drops the trials of another search.
     A rule `data:NAME` goes by the data (see `data_metric`) and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
+    With `racing` a trial ends after a quarter of the units if it is worse by 2.5 standard errors by then. That is a
+    rejection for every way to accept, on fewer units than otherwise, so that decisions may differ from those without.
     `tick` is called with each trial and how many are still to come at most; `told` before each piece of a walk with
     its number, the last one's and how many variants are measured together.
     Raises UsageError for a request that makes no sense (one calibration window, held-out text that is calibration
@@ -171,11 +174,12 @@ def search(
         lowest_snr=lowest_snr,
         calibrated=moments is not None,
     )
-    check_objectives(calibration, held_out, accept, shortlist)
+    check_objectives(calibration, held_out, accept, shortlist, racing)
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
     for plan in plans.values():
         plan.require_moments(moments)
     options = {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid, "accept": accept, "order": order}
+    options["racing"] = racing
     asked = _as_asked(model, calibration, selection, device, moments, options)
     log = SearchLog(journal, _search_run(model, rules, asked), anew)
 
@@ -183,14 +187,21 @@ def search(
         return cut_of(checkpoint, rule, {name: rank}, device, moments)[name]
 
     try:
-        bench = Bench(model, calibration, cut, told)
-        runner = Runner(bench, calibration, accept, log, tick)
+        whole = bench = Bench(model, calibration, cut, told)
+        heat = None
+        if racing:
+            share = len(calibration.weights) // QUARTER
+            heat = Bench(model, calibration.part(0, share), cut, told)
+            bench = Bench(model, calibration.part(share, len(calibration.weights)), cut, told)
+        benches = (bench, *([heat] if heat else ()))
+        runner = Runner(bench, calibration, accept, log, tick, heat)
         if shortlist is None:
             found = in_order(found, order)
-            bench.wanted, bench.branches = _wanted(found, model)
+            for each in benches:
+                each.wanted, each.branches = _wanted(found, model)
             base = runner.baseline(found, grid)
         else:
-            bench.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
+            whole.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
             base = runner.baseline(())
         if not all(map(math.isfinite, base)):
             raise NumericalError(
@@ -198,9 +209,10 @@ def search(
                 f"{calibration.text}; {not_finite(model.dtype, 'laser search with --dtype float32 and --force')}"
             )
         if shortlist is not None:
-            found = in_order(_shortlisted(found, shortlist, bench, device, log, moments), order)
-            bench.wanted, bench.branches = _wanted(found, model)
-            bench.forget(boundary for boundary in tuple(bench.boundaries) if boundary[0] not in bench.wanted)
+            found = in_order(_shortlisted(found, shortlist, whole, device, log, moments), order)
+            for each in benches:
+                each.wanted, each.branches = _wanted(found, model)
+            whole.forget(b for b in tuple(whole.boundaries) if whole is not bench or b[0] not in whole.wanted)
         runner.grid(found) if grid else runner.one_by_one(found)
         reports = _reports(model, held_out, runner.kept, log, told)
         with spoiling(log.journal):
@@ -233,7 +245,7 @@ def require_journal(
     options: Mapping[str, Any],
 ) -> None:
     """Raises as `search` where the journal at `path`, if there is one, is of another search. options: lowest_snr,
-    shortlist, grid, accept and order, each as `search` takes it."""
+    shortlist, grid, accept, order and racing, each as `search` takes it."""
     asked = _as_asked(model, calibration, selection, device, moments, options)
     Journal.require(path, _search_run(model, rules, asked), TRIAL_SHAPES)
 
@@ -249,6 +261,7 @@ def _as_asked(
     """What its plan says of a search."""
     asked = selection.describe() | {key: options.get(key) for key in ("lowest_snr", "shortlist")}
     asked |= {"grid": options.get("grid", False), "accept": options["accept"], "order": options["order"]}
+    asked |= {"racing": True} if options.get("racing") else {}
     asked |= {"objective": calibration.name, "calibration": calibration.text}
     asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
     return asked | ({"moments": moments.calibration.identity} if moments else {})
@@ -289,7 +302,11 @@ def check_request(
 
 
 def check_objectives(
-    calibration: Objective, held_out: Sequence[Objective], accept: str, shortlist: int | None = None
+    calibration: Objective,
+    held_out: Sequence[Objective],
+    accept: str,
+    shortlist: int | None = None,
+    racing: bool = False,
 ) -> None:
     """What can be refused of a search before the first pass through its model. Raises UsageError."""
     if shortlist is not None and calibration.name != "loss":
@@ -298,6 +315,11 @@ def check_objectives(
         raise UsageError(
             f"{calibration.text} gives one unit to calibrate on, so a change has no standard error; "
             "try a longer text or a shorter --window"
+        )
+    if racing and len(calibration.weights) < 2 * QUARTER:
+        raise UsageError(
+            f"{calibration.text} gives {len(calibration.weights)} units, and a race wants {2 * QUARTER} at the least; "
+            "try a longer text, a shorter --window, or no --racing"
         )
     seen = {w.tokens.tobytes() for w in calibration.windows}
     for objective in held_out:

@@ -67,10 +67,16 @@ class Bench:
         self.wanted: set[int] = set()  # pieces before which the model's own states are kept
         self.branches: set[int] = set()  # pieces before which those of variants are kept, as far as memory goes
         self.boundaries: dict[Boundary, Activations] = {}
+        self._firsts: dict[str, int] = {}  # of each matrix, asked for over and over
 
     def first_piece(self, names: Iterable[str]) -> int:
         """Where a variant with edits of these matrices leaves the model's own states."""
-        return min(self.model.first_piece(name) for name in names)
+        return min(map(self._first, names))
+
+    def _first(self, name: str) -> int:
+        if name not in self._firsts:
+            self._firsts[name] = self.model.first_piece(name)
+        return self._firsts[name]
 
     def room(self) -> int:
         """How many variants at a time leave their states in memory; at least 1. Beside them are the model's own states
@@ -85,7 +91,7 @@ class Bench:
         """States that a walk needs beside those of its variants."""
         return 1 + sum((piece, OWN) not in self.boundaries for piece in self.wanted)
 
-    def make_room(self, count: int, used: Collection[Boundary] = ()) -> None:
+    def make_room(self, count: int, used: Collection[Boundary | None] = ()) -> None:
         """Let kept states of variants go until memory has room for `count` more; those that are `used` the last."""
         these = sorted((b for b in self.boundaries if b[1]), key=lambda boundary: boundary in used)
         for boundary in these:
@@ -122,7 +128,7 @@ class Bench:
 
     def below(self, piece: int, variant: Variant) -> frozenset[tuple[str, Cut]]:
         """The edits that the states which enter a piece depend on."""
-        return frozenset((name, cut) for name, cut in variant.items() if self.model.first_piece(name) < piece)
+        return frozenset((name, cut) for name, cut in variant.items() if self._first(name) < piece)
 
     def forget(self, boundaries: Iterable[Boundary]) -> None:
         """Free what is kept there."""
@@ -159,18 +165,16 @@ class _Walk:
         self.begins: dict[int, list[int]] = {}
         self.kept: dict[int, Boundary] = {}
         self.edits: list[dict[int, dict[str, Cut]]] = []  # of each variant by piece
+        bench.make_room(len(variants) + bench.others(), {*map(self._kept_of, variants)})
         for number, variant in enumerate(variants):
-            first = bench.first_piece(variant)
-            boundaries = [(p, below) for p, below in bench.boundaries if p > first and below == bench.below(p, variant)]
-            if boundaries:
-                self.kept[number] = max(boundaries, key=lambda boundary: boundary[0])
+            if boundary := self._kept_of(variant):
+                self.kept[number] = boundary
             else:
-                self.begins.setdefault(first, []).append(number)
+                self.begins.setdefault(bench.first_piece(variant), []).append(number)
             self.edits.append({})
             for name, cut in variant.items():
                 for piece in self.model.pieces_of(name):
                     self.edits[number].setdefault(piece, {})[name] = cut
-        bench.make_room(len(variants) + bench.others(), self.kept.values())
         # The model's own states are of use up to the piece where the last variant leaves them.
         self.highest = self.last if base else max(self.begins, default=0)
         self.own: Activations | None = None
@@ -179,6 +183,12 @@ class _Walk:
         self.steps = dict.fromkeys(range(-1, len(variants)), 0)  # pieces that each ran; -1: the model itself
         self.forwards = dict(self.steps)
         self.scores: dict[int, list[float]] = {}
+
+    def _kept_of(self, variant: Variant) -> Boundary | None:
+        """The highest piece before which states of this variant were kept."""
+        boundaries, first = self.bench.boundaries, self.bench.first_piece(variant)
+        found = ((p, self.bench.below(p, variant)) for p in sorted(self.bench.branches, reverse=True) if p > first)
+        return next((boundary for boundary in found if boundary in boundaries), None)
 
     def go(self) -> tuple[list[Measured], Measured | None]:
         started = time.perf_counter()
@@ -267,7 +277,8 @@ class _Walk:
 
 
 def change(objective: Objective, before: list[float], after: list[float]) -> tuple[float, float | None]:
-    """d and se of the objective, NaN and None where a value is not finite."""
+    """d and se of the objective, NaN and None where a value is not finite. `after` may end early: see `racing`."""
+    before = before[: len(after)]
     if not all(map(math.isfinite, [*before, *after])):
         return math.nan, None
-    return paired_difference(before, after, objective.weights)
+    return paired_difference(before, after, objective.weights[: len(after)])

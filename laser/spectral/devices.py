@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 
 from laser.choices import DEVICES
 from laser.errors import UsageError
+from laser.spectral.eigen import Routes
 from laser.spectral.host_memory import host_free_bytes
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Device:
     """Where matrices are multiplied (`torch_device`), in which `dtype`, who solves the eigenproblem, and why.
 
     share: bytes of its memory that are for this one of several workers; None where there is no other
+    routes: of the host's eigenproblems, where they are not the default ones of eigen.py
     """
 
     name: str
@@ -46,6 +48,7 @@ class Device:
     host_eigensolver: bool
     reason: str
     share: int | None = None
+    routes: Routes | None = None
 
     @property
     def torch_device(self) -> torch.device:

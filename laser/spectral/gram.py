@@ -13,20 +13,26 @@ Memory: A is read in blocks of rows and only one block at a time is in float64; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from laser.errors import NumericalError
+from laser.spectral import eigen
 from laser.spectral.certificate import SAFETY, Factors, Raw
 from laser.spectral.devices import Device
+from laser.spectral.openblas import find_openblas
 from laser.spectral.shrinkage import Gains
 
 # Rows per block: large enough for the product to run at full speed, 64 MiB in float64 at n = 4096. On MPS an inner
 # dimension of 32767 or more is summed wrongly (pytorch issue 193487); this is far below.
 BLOCK_ROWS = 2048
+MIRRORED = 512  # columns of a triangle that are turned at a time, so that both sides lie in the cache
+# Numbers (k,) in ascending order of eigenvalues -> those eigenvectors (p, k), on the device.
+Vectors = Callable[[NDArray[np.intp]], torch.Tensor]
 
 
 def values_by_gram(W: torch.Tensor, device: Device) -> NDArray[np.float64]:
@@ -37,16 +43,18 @@ def factors_by_gram(W: torch.Tensor, device: Device, values: NDArray[np.float64]
     """values: as the projector takes them, and of no use here."""
     G = gram(W, device)
     trace = trace_of(G)
-    eigenvalues, V = eigenvectors(G, device)  # ascending
+    eigenvalues, vectors = eigenvectors(G, device)  # ascending
     s = to_singular_values(eigenvalues, device.dtype, trace)
-    return Factors(s, lambda wanted: _cut_by_gram(W, V, s, wanted, device))
+    return Factors(s, lambda wanted: _cut_by_gram(W, vectors, s, wanted, device))
 
 
-def _cut_by_gram(W: torch.Tensor, V: torch.Tensor, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
+def _cut_by_gram(W: torch.Tensor, vectors: Vectors, s: NDArray[np.float64], wanted: Gains, device: Device) -> Raw:
     gains = wanted.of(s, (W.shape[0], W.shape[1]))
     kept, cut = np.flatnonzero(gains), np.flatnonzero(gains != 1)
     keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
-    basis, weights = _columns(V, kept, gains) if keep else _columns(V, cut, 1 - gains)
+    which, factor = (kept, gains) if keep else (cut, 1 - gains)
+    basis = vectors(len(s) - 1 - which[::-1])
+    weights = _weights(factor[which[::-1]], basis)
     orthogonality = _deviation_from_orthogonal(basis, device)
     out = torch.empty_like(W)
     out_tall, squared = tall(out), 0.0
@@ -97,24 +105,43 @@ def blocks(W: torch.Tensor, device: Device) -> Iterator[tuple[int, torch.Tensor]
 
 
 def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
-    """A^T A for the tall A (q, p) of W -> (p, p).
+    """A^T A for the tall A (q, p) of W -> (p, p), in the device's precision.
 
-    The host uses NumPy's BLAS and LAPACK for everything. torch, NumPy and SciPy each bring a pool of threads that spin
-    while they wait, and two of them on the same cores cost more than the arithmetic. Of NumPy and SciPy only NumPy lets
-    go of Python's lock meanwhile, without which two workers are as slow as one (LOG.md).
+    In float64 also for weights of 16 bits, whose products float32 holds exactly: it does not hold their sums, and the
+    stated error of float64 would be off by seven digits (LOG.md).
     """
     p = min(W.shape)
     total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
     if device.host_blas:
-        G, part = total.numpy(), np.empty((p, p), dtype=total.numpy().dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # `trace_of` says so better
-            for _, block in blocks(W, device):
-                A = block.numpy()
-                G += np.matmul(A.T, A, out=part)  # NumPy sees that both are one, and does half the work
+        _gram_on_host(W, device, total.numpy())
         return total
     for _, block in blocks(W, device):
         total.addmm_(block.T, block)
     return total
+
+
+def _gram_on_host(W: torch.Tensor, device: Device, G: NDArray[Any]) -> None:
+    """G = A^T A, in the place of zeros (p, p), by the BLAS that NumPy computes with.
+
+    torch, NumPy and SciPy each bring a pool of threads that spin while they wait, and two of them on the same cores
+    cost more than the arithmetic. Of NumPy and SciPy only NumPy lets go of Python's lock meanwhile, without which two
+    workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass over it.
+    """
+    p = len(G)
+    library = find_openblas() if p >= eigen.SMALLEST else None
+    part = None if library else np.empty_like(G)
+    with np.errstate(over="ignore", invalid="ignore"):  # `trace_of` says so better
+        for _, block in blocks(W, device):
+            A = block.numpy()
+            if library:
+                library.add_gram(A, G)
+            else:
+                G += np.matmul(A.T, A, out=part)  # NumPy sees that both are one, and does half the work
+    for start in range(0, p, MIRRORED) if library else ():
+        stop = start + MIRRORED
+        square = G[start:stop, start:stop]
+        square += np.triu(square, 1).T
+        G[stop:, start:stop] = G[start:stop, stop:].T
 
 
 # --- eigenproblem -----------------------------------------------------------------------------------------------------
@@ -138,18 +165,19 @@ def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
 
 
 def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
-    """Eigenvalues, ascending. By NumPy on the host: the same LAPACK call as torch's, 1.1 to 2 times as fast."""
+    """Eigenvalues (p,), float64, ascending. On the host by the device's route (eigen.py)."""
     if device.host_eigensolver:
-        return np.linalg.eigvalsh(G.cpu().numpy()).astype(np.float64)
+        return eigen.eigenvalues(G.cpu().numpy(), device.routes)
     return to_host(torch.linalg.eigvalsh(G))
 
 
-def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
+def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], Vectors]:
+    """Eigenvalues as above, and what gives the eigenvectors with given numbers, on the device."""
     if device.host_eigensolver:
-        values, vectors = np.linalg.eigh(G.cpu().numpy())
-        return values.astype(np.float64), torch.from_numpy(vectors).to(device.torch_device)
-    values, vectors = torch.linalg.eigh(G)
-    return to_host(values), vectors
+        found = eigen.eigenvectors(G.cpu().numpy(), device.routes)
+        return found.values, lambda which: torch.from_numpy(found.vectors(which)).to(device.torch_device)
+    values, V = torch.linalg.eigh(G)
+    return to_host(values), lambda which: _columns(V, which)
 
 
 def to_singular_values(eigenvalues: NDArray[np.float64], dtype: torch.dtype, trace: float) -> NDArray[np.float64]:
@@ -172,17 +200,18 @@ def to_singular_values(eigenvalues: NDArray[np.float64], dtype: torch.dtype, tra
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def _columns(
-    V: torch.Tensor, which: NDArray[np.intp], gains: NDArray[np.float64]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Eigenvectors (p, k) number `which` (descending; V is ascending) and their gains (k,), None if all are 1."""
-    p, k = V.shape[0], len(which)
-    if k and which[-1] - which[0] == k - 1:  # neighbours, as in every plain cut: a slice, without an index's copy
-        basis, order = V[:, p - 1 - which[-1] : p - which[0]], which[::-1]
-    else:
-        basis, order = torch.index_select(V, 1, torch.from_numpy(p - 1 - which).to(V.device)), which
-    weights = gains[order].astype(np.float64 if V.dtype == torch.float64 else np.float32)
-    return basis, None if np.all(weights == 1) else torch.from_numpy(weights).to(V.device)
+def _columns(V: torch.Tensor, which: NDArray[np.intp]) -> torch.Tensor:
+    """As eigen.columns, on the device."""
+    if eigen.neighbours(which):
+        return V[:, which[0] : which[-1] + 1]
+    return torch.index_select(V, 1, torch.from_numpy(which).to(V.device))
+
+
+def _weights(gains: NDArray[np.float64], basis: torch.Tensor) -> torch.Tensor | None:
+    """The gains (k,) of the columns of `basis` (p, k), in its precision and where it lies; None if all are 1."""
+    if np.all(gains == 1):
+        return None
+    return torch.from_numpy(gains.astype(np.float64 if basis.dtype == torch.float64 else np.float32)).to(basis.device)
 
 
 def _project(block: torch.Tensor, basis: torch.Tensor, weights: torch.Tensor | None, device: Device) -> torch.Tensor:

@@ -6,18 +6,33 @@ decides the method: eigenvectors on the host, or the projector, whichever takes 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from laser.errors import RecordError, UsageError
-from laser.spectral.devices import Device, available, exact_products, full_precision, host_threads, synchronise
+from laser.spectral.devices import (
+    Device,
+    available,
+    exact_products,
+    free_bytes,
+    full_precision,
+    host_threads,
+    synchronise,
+)
+from laser.spectral.eigen import TABLES, Routes, choose, offered
 from laser.spectral.factorise import METHODS
 from laser.spectral.gram import eigenvalues, eigenvectors, factors_by_gram, gram
 from laser.spectral.permutation import null_largest
@@ -26,6 +41,7 @@ from laser.spectral.projector import matrix_sign
 from laser.spectral.shrinkage import Gains
 
 HOST_SIDES = (256, 768, 1536)  # some five seconds on one core
+ROUTE_SIDES = (1024, 2048, 4096)  # half a minute on two cores
 DEVICE_SIDES = (1024, 2048, 4096)
 START_UP = (1024,)  # what a decision at start-up is made on, where nothing was measured before
 COPIED = 256 * 2**20  # bytes, for copies and for the disk
@@ -36,17 +52,21 @@ def measure_device(
     device: Device, sides: tuple[int, ...] | None = None, disk: Path | None = None, copied: int = COPIED
 ) -> Probe:
     """The constants of `device`, measured now. `disk`: a directory whose disk is measured too. Not saved."""
+    route_sides = sides or ROUTE_SIDES
     sides = sides or (HOST_SIDES if device.host_blas else DEVICE_SIDES)
     p = max(sides)
     W = torch.randn(2 * p, p, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device.torch_device)
+    busy = _busy(device, max(route_sides)) if device.host_blas else 1
     # host_threads(1): a small matrix's share, which is one thread
     with full_precision(), host_threads(1) if device.host_blas else nullcontext():
+        routes = measure_routes(device, route_sides, busy) if device.host_blas else {}
+        device = replace(device, routes=choose(routes, _real(device)))
         G = gram(W, device)
         product = 2 * 2 * p**3 / _seconds(lambda: gram(W, device), device)
         projection = _projection(W, device)
         corners = {side: G[:side, :side].clone() for side in sides}  # Gram matrices too
         values = {n: _seconds(lambda n=n: eigenvalues(corners[n], device), device) for n in sides}
-        vectors = {n: _seconds(lambda n=n: eigenvectors(corners[n], device), device) for n in sides}
+        vectors = {n: _seconds(lambda n=n: _half(corners[n], device), device) for n in sides}
         # On the host, where it is no use, one size is enough to compare.
         signed = [n for n in sides if n <= 1024 or not device.host_blas]
         signs = {n: _sign_seconds(corners[n], device) for n in signed}
@@ -70,7 +90,46 @@ def measure_device(
         projection=projection,
         null=null,
         measured=time.strftime("%Y-%m-%d"),
+        routes=routes,
+        busy=busy,
     )
+
+
+def measure_routes(device: Device, sides: tuple[int, ...], busy: int) -> dict[str, dict[str, dict[int, float]]]:
+    """Seconds of every route for eigenvalues and for half of the eigenvectors, with `busy` workers at work.
+
+    NumPy's own functions make the same calls as the route one-stage, and are asked only without it. A route that takes
+    half as long again as the best one is not asked at the next side.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {what: {} for what in TABLES}
+    asked = {what: set(offered(what, _real(device))) for what in TABLES}
+    for what, routes in asked.items():
+        routes -= {"numpy"} if "one-stage" in routes else set()
+        for p in sides:
+            W = torch.randn(2 * p, p, generator=torch.Generator().manual_seed(0))
+            G = gram(W, device)
+            solve = eigenvalues if what == "values" else _half
+            taken = {}
+            for route in sorted(routes):
+                there = replace(device, routes=Routes(((0, route),), ((0, route),)))
+                taken[route] = found[what].setdefault(route, {})[p] = _seconds_at_once(partial(solve, G, there), busy)
+            routes = {route for route in routes if taken[route] < 1.5 * min(taken.values())}
+    return found
+
+
+def chosen_routes(device: Device, path: Path | None = None) -> Routes | None:
+    """The host's routes as this machine's probe has them; None for the default ones, and where there is no probe.
+
+    path: as for `choose_method`. What was measured on another chip, by a home directory that machines share, says
+    nothing here.
+    """
+    if not device.host_blas:
+        return None
+    try:
+        probe = Probe.load(device.label, path)
+    except RecordError:  # told by `laser devices`; a default is as right
+        return None
+    return choose(probe.routes, _real(device)) if probe and probe.name == chip(device) else None
 
 
 def choose_method(method: str, device: Device, path: Path | None = None) -> tuple[str, str]:
@@ -125,6 +184,41 @@ def _seconds(call: Callable[[], object], device: Device) -> float:
         synchronise(device)
         taken.append(time.perf_counter() - start)
     return max(min(taken), 1e-9)
+
+
+def _half(G: torch.Tensor, device: Device) -> torch.Tensor:
+    """The leading half of the eigenvectors of G (p, p): more than that no cut needs."""
+    p = len(G)
+    return eigenvectors(G, device)[1](np.arange(p - p // 2, p))
+
+
+def _real(device: Device) -> np.dtype[Any]:
+    """The device's precision, as NumPy calls it."""
+    return np.dtype(np.float64 if device.dtype == torch.float64 else np.float32)
+
+
+def _busy(device: Device, p: int) -> int:
+    """How many workers the host has for matrices of side p: as many as cores, and as fit into half of the memory."""
+    free = free_bytes(device)
+    room = math.inf if free is None else free // 2 // (5 * p * p * device.dtype.itemsize)
+    return max(1, int(min(torch.get_num_threads(), room)))
+
+
+def _seconds_at_once(call: Callable[[], object], busy: int) -> float:
+    """Seconds until `busy` threads have each made the call; the faster of two where that is short."""
+    taken: list[float] = []
+    while not taken or (len(taken) < 2 and taken[0] < 1):
+        with ThreadPoolExecutor(busy) as pool:
+            start = time.perf_counter()
+            for done in [pool.submit(_alone, call) for _ in range(busy)]:
+                done.result()
+            taken.append(time.perf_counter() - start)
+    return max(min(taken), 1e-9)
+
+
+def _alone(call: Callable[[], object]) -> None:
+    torch.set_num_threads(1)  # OpenMP keeps it per thread
+    call()
 
 
 def _projection(W: torch.Tensor, device: Device) -> float:

@@ -32,6 +32,7 @@ class Probe:
     disk_read, disk_write: bytes a second, the read from a cold cache
     exact_products: whether a product in float32 carries all of its 24 bits
     null: entries of a matrix -> seconds for one permutation of it and its largest singular value
+    routes: "values" or "vectors" -> a route of eigen.py -> p -> seconds for one matrix, with `busy` workers at work
     """
 
     device: str
@@ -50,6 +51,8 @@ class Probe:
     projection: float | None = None
     null: Mapping[int, float] = field(default_factory=dict)
     measured: str = ""  # the day, as 2026-01-31
+    routes: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
+    busy: int = 1
 
     def values_seconds(self, m: int, n: int) -> float:
         """Estimated seconds of the singular values of a matrix (m, n) that lies on the device."""
@@ -94,10 +97,15 @@ class Probe:
 
     def _require(self) -> None:
         """Raises TypeError or ValueError for what is no measurement: rates are finite and above 0, times may be 0."""
-        tables = (self.eigenvalues, self.eigenvectors, self.projector, self.null)
+        routes = (table for tables in self.routes.values() for table in tables.values())
+        tables = (self.eigenvalues, self.eigenvectors, self.projector, self.null, *routes)
         rates = (self.product, self.to_device, self.to_host, self.disk_read, self.disk_write, self.projection)
         times = [seconds for table in tables for seconds in table.values()]
-        numbers = [side for table in tables for side in table] + [self.threads, *(x for x in rates if x is not None)]
+        numbers = [side for table in tables for side in table] + [
+            self.threads,
+            self.busy,
+            *(x for x in rates if x is not None),
+        ]
         if any(type(x) not in (int, float) for x in numbers):
             raise TypeError("a measurement is no number")
         if not all(0 < x < math.inf for x in numbers) or not all(0 <= x < math.inf for x in times):
@@ -120,12 +128,21 @@ class Probe:
         try:
             found = dict(probes[device])
             for table in ("eigenvalues", "eigenvectors", "projector", "null"):
-                found[table] = {int(p): float(seconds) for p, seconds in found.get(table, {}).items()}
+                found[table] = _by_side(found.get(table, {}))
+            found["routes"] = {
+                what: {route: _by_side(table) for route, table in tables.items()}
+                for what, tables in found.get("routes", {}).items()
+            }
             probe = Probe(**found)
             probe._require()
             return probe
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(f"{path}: the probe of {device} is not whole ({error}); {_AGAIN}") from error
+
+
+def _by_side(table: Mapping[str, float]) -> dict[int, float]:
+    """A table of a Probe as it was before JSON, whose keys are texts."""
+    return {int(p): float(seconds) for p, seconds in table.items()}
 
 
 _AGAIN = "try `laser devices --probe`"

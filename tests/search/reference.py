@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,6 +29,7 @@ def naive_search(
     grid: bool = False,
     cut: Callable[..., Edits] = cut_of,
     moments: object = None,
+    raced: int | None = None,
 ) -> tuple[list[Row], dict[str, int], list[float]]:
     """Every trial, the ranks that were kept, and the values with all of them in."""
 
@@ -47,6 +49,9 @@ def naive_search(
         rule, ranks = candidate.options[option]
         edits = cut(checkpoint, rule, ranks, device, moments)
         values = measure(kept | edits)
+        if raced is not None:  # is it worse by 2.5 standard errors after so many units?
+            d, se = change(objective, now, values[:raced])
+            values = values[:raced] if not math.isfinite(d) or d > 2.5 * (se or 0.0) else values
         d, se = change(objective, now, values)
         good, stated = accepted(accept, d, se), d if d == d else None
         rows.append((candidate.label, rule, dict(ranks), alone, stated, se, good))

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrated import windows_of
 from conftest import mixtral_config, mixtral_tensors, write_checkpoint_directory
 from pico_language import TEXT, make_model, write_tokenizer
 from reference import Row, naive_search
 
+from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.cli import main
 from laser.errors import NumericalError, RecordError, UsageError
 from laser.evaluation.activations import Store
 from laser.evaluation.evaluate import evaluate
@@ -97,19 +100,23 @@ class Asked:
     accuracy: Objective | None = None
     moments: Moments | None = None
     include: str = r"q_proj|experts\.[01]\.w2"
+    racing: bool = False
+    windows: int = 6
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path)
-        self.objective, self.selection = self.accuracy or calibration, Selection(include=self.include)
-        self.spectra = scan(self.checkpoint, device=CPU, moments=self.moments)
+        self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path, self.windows)
+        self.objective, self.selection = self.accuracy or calibration, Selection(roles=self.roles, include=self.include)
+        self.spectra = scan(self.checkpoint, self.selection if self.roles else None, device=CPU, moments=self.moments)
 
     @functools.cached_property
     def expected(self) -> tuple[list[Row], dict[str, int], list[float]]:
         model = LayeredModel(self.checkpoint)
         _, found = candidates_of(self.spectra, model, self.rules, self.selection, None, self.grid)
         return naive_search(
-            self.checkpoint, found, self.objective, self.accept, self.order, CPU, grid=self.grid, moments=self.moments
-        )
+            self.checkpoint, found, self.objective, self.accept, self.order, CPU, grid=self.grid, moments=self.moments,
+            raced=len(self.objective.weights) // 4 if self.racing else None,
+        )  # fmt: skip
 
     def search(self, **options: Any) -> tuple[SearchResult, LayeredModel, int]:
         """The result, which must agree with the reference to the last bit, its model and how many walks there were."""
@@ -121,7 +128,8 @@ class Asked:
             patch.setattr(Bench, "walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
             result = search(
                 model, self.spectra, self.rules, self.objective, [self.held_out], selection=self.selection,
-                accept=self.accept, order=self.order, grid=self.grid, device=CPU, moments=self.moments, **options,
+                accept=self.accept, order=self.order, grid=self.grid, device=CPU, moments=self.moments,
+                racing=self.racing, **options,
             )  # fmt: skip
         trials, ranks, values = self.expected
         assert rows(result) == trials
@@ -139,13 +147,14 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
     lengths = [len(w.tokens) - 1 for w in asked.objective.windows]
     state = sum(lengths) * LayeredModel(asked.checkpoint).width * 4
     held_out = asked.search(resident=None)[0].held_out
-    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, {"store": Store(4 * state)}):
+    stores = [{"store": Store(count * state)} for count in (3, 6)]
+    for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, *stores):
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
         if "resident" in memory:  # above, one candidate a walk costs no reading
             continue
-        if model.store.limit > 4 * state:
+        if model.store.limit > 6 * state:
             assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
             assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
             assert walks < count
@@ -169,6 +178,53 @@ def test_the_grid_and_accuracy_are_one_after_the_other(model_path: Path, tmp_pat
         assert accuracy or {t.alone for t in result.trials} == {True, False}
         assert walks <= 2 + sum(t.accepted and not t.alone for t in result.trials)
         asked.search(resident=None)
+
+
+@pytest.mark.slow
+def test_rules_by_the_data_are_one_after_the_other(model_path: Path, tmp_path: Path) -> None:
+    calibrate(open_checkpoint(model_path), windows_of(model_path), tmp_path / "m.safetensors")
+    moments = Moments.load(tmp_path / "m.safetensors")
+    rules = ("fraction:0.8", "data:fraction:0.8", "data:fraction:0.3")
+    asked = Asked(model_path, rules, moments=moments, include=r"layers\.[12].*(q_proj|experts\.0\.w1)")
+    families = asked.search()[0].families()
+    assert families["data"]["trials"] and families["plain"]["trials"]
+    asked.search(resident=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, roles", [("tied", ("embedding", "q")), ("llama", ("embedding", "head", "q"))])
+def test_an_embedding_and_a_head_are_one_after_the_other(kind: str, roles: tuple[str, ...], tmp_path: Path) -> None:
+    """A tied one is edited in two pieces at once, below all layers and above them."""
+    path = make_model(tmp_path / "m", kind)
+    asked = Asked(path, ("fraction:0.9", "fraction:0.5"), include=r"embed|lm_head|layers\.[01].*q_proj", roles=roles)
+    asked.search()
+    asked.search(resident=2, ahead=True)
+    assert {t.label.split(".")[-2] for t in asked.search(resident=None)[0].trials} >= {"embed_tokens", "q_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accept", ["any-drop", "no-worse"])
+def test_a_race_ends_early_for_the_worst(accept: str, model_path: Path, tmp_path: Path) -> None:
+    """As its reference does, killed and gone on with too; and it runs fewer layers."""
+    asked = Asked(model_path, accept=accept, racing=True, windows=16)
+    journal = tmp_path / "search.jsonl"
+    result, model, _ = asked.search(journal=journal)
+    raced = [t for t in result.trials if t.raced is not None]
+    assert raced and {t.raced for t in raced} == {4} and not any(t.accepted for t in raced)
+    assert "after 4 units" in raced[0].stated()
+    assert asked.search(journal=journal)[0].trials == result.trials
+    asked.search(resident=None)
+    whole = Asked(model_path, accept=accept, windows=16)
+    assert model.layer_forwards < whole.search()[1].layer_forwards
+    journal.unlink()
+    words = ["search", str(model_path), "-o", str(tmp_path / "plan.json"), "--text", str(write_text(tmp_path))]
+    words += ["--window", "24", "--windows", "16", "--held-out-windows", "2", "--rules", ",".join(RULES)]
+    assert main([*words, "--racing", "--accept", accept, "--lowest-snr", "all", "--json"]) == 0
+    assert Plan.load(tmp_path / "plan.json").selection["racing"] is True
+    with pytest.raises(UsageError, match="a race wants 8 at the least"):
+        Asked(model_path, racing=True).search()
+    with pytest.raises(RecordError, match="racing"):
+        whole.search(journal=journal)
 
 
 def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None:
@@ -429,6 +485,11 @@ def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
     for trial in composed:
         if trial.accepted:
             assert all(result.plan.reductions[name].rank == rank for name, rank in trial.ranks.items())
+
+
+def write_text(folder: Path) -> Path:
+    (folder / "text.txt").write_text(TEXT)
+    return folder / "text.txt"
 
 
 def write_task(path: Path, rows: list[dict[str, Any]]) -> Path:

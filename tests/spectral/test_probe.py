@@ -1,5 +1,6 @@
 """The record of a machine's constants: kept, read back, and used."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def test_saved_beside_others_and_read_back(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert Probe.load("cpu float64") is None
     other = Probe("cuda float64", "b", "2.13", 2, 6e13, {4096: 0.1}, {4096: 0.1}, {4096: 0.2}, 5e10, 5e10, 1e9, 1e9)
+    other = replace(other, routes={"values": {"mkl": {1024: 0.5}}, "vectors": {}}, busy=4)
     assert ONE.save() == other.save() == tmp_path / "laser" / "devices.json"
     assert Probe.load("cpu float64") == ONE and Probe.load("cuda float64") == other
     assert [p.name for p in (tmp_path / "laser").iterdir()] == ["devices.json"]

@@ -17,12 +17,23 @@ def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch
     x = [float(v) for v in W.reshape(-1)]
     expected = (sum(v**4 for v in x) / 77) / (sum(v**2 for v in x) / 77) ** 2 - 3
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
-    # A limit: real blocks need matrices of thousands of rows.
-    monkeypatch.setattr(spectrum, "ENTRIES_AT_A_TIME", 10)
+    # Limits: real blocks need matrices of thousands of rows.
+    monkeypatch.setattr(spectrum, "CACHED", 10)
+    monkeypatch.setattr(spectrum, "ROW", 4)
     assert excess_kurtosis(W) == pytest.approx(expected, rel=1e-12)
     assert excess_kurtosis(1e-30 * W) == pytest.approx(expected, rel=1e-12)  # nothing underflows
     assert excess_kurtosis((1e-30 * W).float().T) == pytest.approx(expected, rel=1e-5)
     assert excess_kurtosis(torch.zeros(3, 4)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [2.0**-12, 0.02, 30.0])
+def test_kurtosis_of_stored_weights_is_that_of_float64(dtype: torch.dtype, scale: float) -> None:
+    """Rows in float32, sums in float64; one outlier; a length that no row divides."""
+    W = (scale * torch.randn(301, 517, generator=torch.Generator().manual_seed(0))).to(dtype)
+    W[5, 7] = 40 * scale
+    assert excess_kurtosis(W) + 3 == pytest.approx(excess_kurtosis(W.double()) + 3, rel=3e-7)
+    assert excess_kurtosis(W.T) + 3 == pytest.approx(excess_kurtosis(W) + 3, rel=3e-7)
 
 
 @pytest.mark.slow

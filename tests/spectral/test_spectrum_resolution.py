@@ -79,6 +79,7 @@ def test_an_energy_that_is_just_met_is_near() -> None:
 
 def test_precision_of_a_record() -> None:
     assert precision_of("cuda float32", "gram") == precision_of("mps float32", "projector") == EPS
+    assert precision_of("cpu float32 values:0=numpy vectors:0=numpy", "gram") == EPS
     assert precision_of("cuda float64", "gram") == precision_of("mps float32", "svd") == 2.0**-52
 
 

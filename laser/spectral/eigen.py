@@ -1,0 +1,186 @@
+"""Eigenvalues and eigenvectors of a symmetric matrix on the host, by one of several routes.
+
+    numpy      NumPy's LAPACK in float64: eigvalsh, eigh
+    one-stage  NumPy's own OpenBLAS, called directly (openblas.py): reduction to tridiagonal form, its eigenvalues in
+               float64, and only those eigenvectors that are asked for. In float64 and float32
+    two-stage  the same with a reduction in two stages, which keeps no vectors: for eigenvalues alone
+    mkl        torch's MKL, in float64. Its float32 loses more digits than the stated error allows (LOG.md)
+
+Which one is fastest depends on the side p, on the machine, and on how many workers share its memory. DEFAULT holds what
+was measured for LOG.md; `laser devices --probe` measures here. Routes differ in the last bits, so that a choice which
+is not the default is part of a record's device label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from laser.errors import UsageError
+from laser.spectral.openblas import LARGEST, OpenBlas, Tridiagonal, find_openblas
+from laser.spectral.unit import unit
+
+Real = NDArray[Any]  # float64 or float32
+Values = NDArray[np.float64]  # (p,), ascending
+Steps = tuple[tuple[int, str], ...]  # (from this side p on, this route), rising
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigenvalues (p,), float64, ascending, and what gives the eigenvectors (p, k) of those with the numbers (k,)."""
+
+    values: Values
+    vectors: Callable[[NDArray[np.intp]], Real]
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which route is taken from which side on, for eigenvalues alone and for eigenvectors. The first side is 0."""
+
+    values: Steps
+    vectors: Steps
+
+    def stated(self) -> str:
+        """For a device label: "values:0=numpy,1448=mkl vectors:0=numpy"."""
+        told = ((what, ",".join(f"{p}={route}" for p, route in steps)) for what, steps in vars(self).items())
+        return " ".join(f"{what}:{steps}" for what, steps in told)
+
+
+SMALLEST = 256  # side under which nothing is to be gained
+MARGIN = 0.1
+# From 2560 on two stages are faster, with one worker and with all (LOG.md).
+DEFAULT = Routes(
+    values=((0, "numpy"), (SMALLEST, "one-stage"), (2560, "two-stage")),
+    vectors=((0, "numpy"), (SMALLEST, "one-stage")),
+)
+
+
+def eigenvalues(G: Real, routes: Routes | None = None) -> Values:
+    """Eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32. routes: None for DEFAULT.
+
+    Raises LinAlgError where LAPACK does not converge, UsageError for a route that does not exist here.
+    """
+    return VALUES[taken("values", len(G), G.dtype, routes)](G)
+
+
+def eigenvectors(G: Real, routes: Routes | None = None) -> Eigen:
+    """As `eigenvalues`, and eigenvectors in the precision of G."""
+    return VECTORS[taken("vectors", len(G), G.dtype, routes)](G)
+
+
+def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]], dtype: np.dtype[Any]) -> Routes | None:
+    """The routes that are fastest by measured["values" or "vectors"][route][side] seconds; None: those of DEFAULT.
+
+    Another route than the default one has to be faster by MARGIN: the next measurement should choose alike.
+    """
+    found = Routes(*(_fastest(what, measured.get(what, {}), dtype) for what in ("values", "vectors")))
+    return None if found == DEFAULT else found
+
+
+def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]], dtype: np.dtype[Any]) -> Steps:
+    """From side 256 on the best route of each measured side, up to half way (in logarithms) to the next one."""
+    there = {route: table for route, table in seconds.items() if route in offered(what, dtype)}
+    sides = sorted({p for table in there.values() for p in table})
+    best: list[str] = []
+    for p in sides:
+        usual = taken(what, p, dtype, None)
+        at = {route: table[p] for route, table in there.items() if p in table}
+        first = min(at, key=lambda route: at[route])
+        best.append(first if at[first] < at.get(usual, math.inf) * (1 - MARGIN) else usual)
+    if best == [taken(what, p, dtype, None) for p in sides]:
+        return getattr(DEFAULT, what)
+    steps = [(0, "numpy")]
+    for i, (p, route) in enumerate(zip(sides, best, strict=True)):
+        if route != steps[-1][1]:
+            steps.append((round(math.sqrt(sides[i - 1] * p)) if i else SMALLEST, route))
+    return tuple(steps)
+
+
+def taken(what: str, p: int, dtype: np.dtype[Any], routes: Routes | None) -> str:
+    """The route for "values" or "vectors" at side p. One of the default that is missing here gives way to NumPy."""
+    route = next(route for start, route in reversed(getattr(routes or DEFAULT, what)) if start <= p)
+    if not 1 < p <= LARGEST:
+        return "numpy"
+    if route in offered(what, dtype):
+        return route
+    if routes:
+        raise UsageError(f"there is no route {route} for eigen{what} here; try `laser devices --probe`")
+    return "numpy"
+
+
+def offered(what: str, dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """The routes for "values" or "vectors" that this machine has in that precision."""
+    there = {"numpy": True, "mkl": dtype == np.float64 and torch.backends.mkl.is_available()}
+    return tuple(route for route in TABLES[what] if there.get(route, find_openblas() is not None))
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def _numpy_values(G: Real) -> Values:
+    return np.linalg.eigvalsh(G).astype(np.float64)
+
+
+def _numpy_vectors(G: Real) -> Eigen:
+    values, vectors = np.linalg.eigh(G)
+    return Eigen(values.astype(np.float64), lambda which: columns(vectors, which))
+
+
+def _mkl_values(G: Real) -> Values:
+    return torch.linalg.eigvalsh(torch.from_numpy(G)).numpy()
+
+
+def _mkl_vectors(G: Real) -> Eigen:
+    values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(G)))
+    return Eigen(values, lambda which: columns(vectors, which))
+
+
+def _reduced(G: Real, stages: int) -> tuple[OpenBlas, Tridiagonal, Values]:
+    """G's tridiagonal form and its eigenvalues, from G in a unit: the squares that a reflection sums stay in range."""
+    library = find_openblas()
+    assert library is not None, "the route is offered only where it is"
+    u = unit(float(np.max(np.abs(np.diagonal(G)))))
+    T = library.tridiagonal(G if u == 1 else (G / u).astype(G.dtype), stages)
+    return library, T, library.values(T) * u
+
+
+def _one_stage_vectors(G: Real) -> Eigen:
+    library, T, values = _reduced(G, 1)
+    found: list[Real] = []  # of T: made when a vector is wanted, as many matrices are left as they are
+
+    def vectors(which: NDArray[np.intp]) -> Real:
+        if not found:
+            found.append(library.vectors(T))
+        return library.turn_back(T, np.array(columns(found[0], which), order="F"))
+
+    return Eigen(values, vectors)
+
+
+def columns(V: Real, which: NDArray[np.intp]) -> Real:
+    """Columns number `which` of V (p, p), which rise."""
+    return V[:, which[0] : which[-1] + 1] if neighbours(which) else V[:, which]
+
+
+def neighbours(which: NDArray[np.intp]) -> bool:
+    """Whether these are one range of columns, as in every plain cut: a slice then, without an index's copy."""
+    return bool(len(which) and which[-1] - which[0] == len(which) - 1)
+
+
+VALUES: Mapping[str, Callable[[Real], Values]] = {
+    "numpy": _numpy_values,
+    "one-stage": lambda G: _reduced(G, 1)[2],
+    "two-stage": lambda G: _reduced(G, 2)[2],
+    "mkl": _mkl_values,
+}
+VECTORS: Mapping[str, Callable[[Real], Eigen]] = {
+    "numpy": _numpy_vectors,
+    "one-stage": _one_stage_vectors,
+    "mkl": _mkl_vectors,
+}
+TABLES: Mapping[str, Mapping[str, object]] = {"values": VALUES, "vectors": VECTORS}
