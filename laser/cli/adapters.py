@@ -28,6 +28,7 @@ from laser.delta.unmerge import (
     all_roles,
     delta_in,
     of_another_run,
+    require_files,
     require_own,
     unmerge,
 )
@@ -51,7 +52,8 @@ def unmerge_verb(
     if rounds < 1:
         raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
     require_new(output)
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = (open_checkpoint(model, "files") for model in (base, tuned))
+    require_files(second)
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     crew = compute.crew()
@@ -105,7 +107,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     """`laser rebuild`, whose arguments and help are in verbs.py."""
     start = time.perf_counter()
     require_new(output)
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, "files")
     require_outside(checkpoint, output)
     if not is_recorded(adapter):
         return _merge(checkpoint, adapter, output, Formula(formula or "delta-first"), shown_as)

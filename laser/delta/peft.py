@@ -8,7 +8,6 @@ be is refused by its name: a merge that leaves something out would be another mo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.delta.formats import FORMATS
 from laser.delta.formulas import Formula
-from laser.delta.unmerge import CONFIG, MODEL, PEFT, side_files_of
+from laser.delta.unmerge import CONFIG, MODEL, PEFT, RECORD, REMAINDER, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
 
@@ -162,8 +161,5 @@ def merge_streamed(
 
 
 def is_recorded(folder: Path) -> bool:
-    """Whether an adapter's folder has laser's record of it: then every byte of the tuned checkpoint is known."""
-    try:
-        return json.loads(read_regular(folder / "laser.json")).get("kind") == "adapter"
-    except (OSError, ValueError, AttributeError):
-        return (folder / "laser.json").exists()
+    """Whether `laser unmerge` wrote an adapter's folder: then every byte is known, and nothing may be left out."""
+    return (folder / RECORD).exists() or (folder / REMAINDER).exists()

@@ -157,6 +157,8 @@ class Adapted:
         if entry.how is How.SAVED:
             return self._tensor(MODEL, PEFT + m.tensor)
         there = None if entry.of is None else self._of(entry)
+        if entry.how is How.SAME and there is not None:
+            return self.base.raw(there.tensor, there.part)
         W = None if there is None else self.base.read(there.tensor, there.part)
         if entry.how is How.WHOLE:
             return unpack(self._tensor(REMAINDER, f"whole/{m.name}"), m.shape, dtype, W)

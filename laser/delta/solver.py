@@ -28,12 +28,13 @@ from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
 CHECK = 10  # steps between two looks at the bits
-# Of an interval's width, kept from its ends. First so much that hardly all intervals can be met: that leads to the
-# middle of what is possible, nearer to BA. Steps are kept short there, for where nothing meets all, L has no sense.
-WIDE, WIDE_STEPS, WIDE_L = (2**-4, 2**-5, 2**-6), 20, 16.0
-# Then a little, since a sequence that nears an interval from outside would else never be inside. The fewer the
-# unknowns, the nearer to some ends the only solution lies, so the margin falls where the bits stay wrong.
-MARGINS = (2**-7, 2**-9, 2**-11)
+# Of an interval's width, what is kept from its ends, times the unknowns per interval: a sequence that nears an interval
+# from outside would else never be inside, and the fewer the unknowns, the nearer to some ends the only solution lies.
+MARGIN, LARGEST_MARGIN = 0.14, 2**-6
+# First so much more that hardly all intervals can be met: that leads to the middle of what is possible, nearer to BA.
+# Steps are kept short there, for where nothing meets all, L has no sense.
+WIDE, WIDE_STEPS, WIDE_L = (8.0, 4.0, 2.0), 20, 16.0
+MARGINS = (1.0, 1 / 4, 1 / 16)  # then smaller ones, where the bits stay wrong
 PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
 NOTABLY = 0.95
 HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
@@ -135,6 +136,7 @@ class _Work:
         self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
         self.U, self.M = start_of(W, q, rank, dtype)
         self.V = torch.linalg.qr(self.M)[0]
+        self.unknowns = rank * (m + n - rank)
 
     def keep_from_ends(self, margin: float) -> None:
         """The intervals, less this share of them at either end."""
@@ -152,16 +154,17 @@ class _Work:
     def run(self, rounds: int) -> int:
         """Steps until all bits are right, or they get no better. Keeps the best X; returns the number of steps."""
         best, kept, done = self.wrong(), (self.U, self.M), 0
-        for margin in WIDE if best else ():
-            self.keep_from_ends(margin)
+        usual = min(MARGIN * self.unknowns / self.q.numel(), LARGEST_MARGIN)
+        for times in WIDE if best else ():
+            self.keep_from_ends(times * usual)
             for _ in range(min(WIDE_STEPS, rounds - done)):
                 done += 1
                 if not self.step(WIDE_L):
                     break
-        for margin in MARGINS:
-            if not best or done >= rounds or (margin < MARGINS[0] and best > HOPELESS * self.q.numel()):
+        for times in MARGINS:
+            if not best or done >= rounds or (times < MARGINS[0] and best > HOPELESS * self.q.numel()):
                 break
-            self.keep_from_ends(margin)
+            self.keep_from_ends(times * usual)
             looks, moved = 0, True
             while best and moved and done < rounds and looks < PATIENCE:
                 moved = self.step()

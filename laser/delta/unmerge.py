@@ -277,6 +277,7 @@ def unmerge(
         raise UsageError(
             f"{base.checkpoint.name} is not the base of {tuned.name}: none of their matrices are alike; try another one"
         )
+    require_files(tuned)
     with claimed(out):
         require_new(out)
         partial = unfinished(out)
@@ -291,6 +292,16 @@ def unmerge(
             (partial / "new").rename(out)
             shutil.rmtree(partial)
     return record
+
+
+def require_files(tuned: Checkpoint) -> None:
+    """Raises UsageError for a checkpoint whose files are no safetensors, or hold more than is loaded of them."""
+    if tuned.hub is None and any(shard.data is not None for shard in tuned.shards):
+        raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
+    if tuned.left_out:
+        raise UsageError(
+            f"{tuned.name} holds tensors twice, as {tuned.left_out[0]}, of which one copy is loaded; write it anew first"
+        )
 
 
 def require_own(partial: Path) -> None:

@@ -183,6 +183,29 @@ def test_fused_against_unfused(run: Run, base: Path, tmp_path: Path) -> None:
     assert not any("lora" in name for name in tensors_in(tmp_path / "adapter") if name.startswith("base_model"))
 
 
+def test_eight_bits_and_integers_go_by_their_bytes(run: Run, tmp_path: Path) -> None:
+    """Of formats whose rounding is not known here nothing is claimed: equal bytes are the same, others kept whole."""
+    more = {"model.rotary.steps": torch.arange(8), "model.wide.weight": torch.ones(4, 4, dtype=torch.float64)}
+    more |= {"model.eight.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    changed = more | {"model.wide.weight": torch.full((4, 4), 1 / 3, dtype=torch.float64)}
+    base = write_checkpoint_directory(tmp_path / "base", tensors() | more, llama_config())
+    low = lora(("q_proj",))
+    tuned = write_checkpoint_directory(
+        tmp_path / "tuned", {name: low(name, W) for name, W in tensors().items()} | changed, llama_config()
+    )
+    found = made(undone(run, tmp_path, base, tuned))
+    assert [found[name] for name in more] == ["same", "whole", "same"] and found[Q0] == "adapter"
+
+
+def test_pickles_are_refused(run: Run, base: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "config.json").write_bytes((base / "config.json").read_bytes())
+    torch.save(tensors(), tuned / "pytorch_model.bin")
+    code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "adapter")
+    assert code == 2 and "is not stored as safetensors" in err and not list(tmp_path.glob("adapter*"))
+
+
 # --- the adapter as others read it ------------------------------------------------------------------------------------
 
 
@@ -299,8 +322,9 @@ def test_rebuild_refuses_a_changed_part(run: Run, base: Path, adapter: Path, fil
 
 
 def test_rebuild_refuses_a_changed_record(run: Run, base: Path, adapter: Path) -> None:
-    text = (adapter / "laser.json").read_text()
-    (adapter / "laser.json").write_text(text.replace('"delta-first"', '"once"').replace('"rank": 3', '"rank": 4'))
+    document = json.loads((adapter / "laser.json").read_text())
+    next(entry for entry in document["entries"] if entry["how"] == "adapter")["rounds"] += 1
+    (adapter / "laser.json").write_text(json.dumps(document))
     refused(run, base, adapter, "was changed or damaged since it was written")
     (adapter / "laser.json").unlink()
     refused(run, base, adapter, "no such file")
