@@ -7,9 +7,9 @@
 
 On a GPU, as it stands:  python benchmarks/bench_decomposition.py --device cuda --shapes 14336x4096 --rank 83
 On two cores, under six minutes each:
-    python benchmarks/bench_decomposition.py --device cpu --shapes 14336x4096 --precisions float64 --repeat 1
-    python benchmarks/bench_decomposition.py --device cpu --shapes 14336x4096 --precisions float32 --repeat 1
-    python benchmarks/bench_decomposition.py --device cpu --shapes 4096x4096 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 14336x4096 --precisions float64 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 14336x4096 --precisions float32 --repeat 1
+    python benchmarks/bench_decomposition.py --methods gram --shapes 4096x4096 --repeat 1
 
 For each shape a bf16 matrix of noise with power-law spikes, resident on the device. "values": singular values, against
 torch.linalg.svdvals; "truncation" to --rank (or a quarter of p), against torch.linalg.svd and the product
@@ -23,8 +23,7 @@ where others use the machine. A ratio is how many times as long torch takes in t
 
 Errors are against float64 on the host. Of values: the largest one relative to the value itself, among those over a
 hundredth of s_1 (below, a Gram matrix in float32 has lost them). Of a truncation: ||W_r - exact W_r||_F / ||W||_F, with
-the rounding to bf16. "gram-16bit" (CUDA only) is no method of the package: the Gram matrix of bf16 operands on
-tensor cores with sums in float32, then eigenvalues in float32.
+the rounding to bf16. On CUDA "gram float32" has bf16 operands multiplied on tensor cores where p is 1024 and more.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ import torch
 from laser.engine.crew import quiet
 from laser.spectral.devices import Device, choose_device, full_precision, synchronise
 from laser.spectral.factorise import METHODS
-from laser.spectral.gram import factors_by_gram, spectrum_of, values_by_gram
+from laser.spectral.gram import factors_by_gram, values_by_gram
 from laser.spectral.measuring import chip
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
@@ -67,11 +66,6 @@ def spiked(m: int, n: int, device: torch.device) -> torch.Tensor:
     return (0.02 * torch.randn(m, n, generator=generator) + signal).to(torch.bfloat16).to(device)
 
 
-def sixteen_bit(W: torch.Tensor, device: Device) -> np.ndarray:
-    A = W if W.shape[0] >= W.shape[1] else W.T
-    return spectrum_of(torch.mm(A.T, A, out_dtype=torch.float32), device)  # pyright: ignore[reportCallIssue]
-
-
 def plain_cut(W: torch.Tensor, dtype: torch.dtype, rank: int) -> torch.Tensor:
     U, s, Vh = torch.linalg.svd(W.to(dtype), full_matrices=False)
     return ((U[:, :rank] * s[:rank]) @ Vh[:rank]).to(W.dtype)
@@ -88,9 +82,6 @@ def ways_of(W: torch.Tensor, rank: int, devices: list[Device], methods: list[str
             cuts[f"gram {precision}"] = lambda d=device: factors_by_gram(W, d).cut(Gains(rank)).matrix
         if "projector" in methods:
             cuts[f"projector {precision}"] = lambda d=device: factors_by_projector(W, d).cut(Gains(rank)).matrix
-    single = next((d for d in devices if d.dtype == torch.float32), None)
-    if single and single.torch_device.type == "cuda":
-        values["gram-16bit float32"] = lambda: sixteen_bit(W, single)
     if plain and not (devices[0].host_eigensolver and not devices[0].host_blas):  # torch has no svdvals on Apple MPS
         for device in devices:
             precision, dtype = str(device.dtype).removeprefix("torch."), device.dtype

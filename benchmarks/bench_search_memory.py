@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cap", type=int, default=0, help=argparse.SUPPRESS)
-    tiny = ("--layers", 75, "--hidden", 256, "--times", "0,3", "--every", 40, "--window", 32)
+    tiny = ("--layers", 75, "--hidden", 256, "--times", "0,2", "--every", 40, "--window", 32)
     given = smoke.parse(parser, lambda _: tiny)
     if given.child:
         return child(json.loads(given.child), given.cap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def run(
     null_draws: int = 0,
     moments: Moments | None = None,
     treatment: Treatment | None = None,
+    rules: Sequence[str] = (),
     resume: bool = False,
     force: bool = False,
     command: str | None = None,
@@ -66,7 +67,7 @@ def run(
 
     `choose` makes the plan from the spectra: `make_plan` under a rule, or a search; it may keep its own records in
     OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask, and with
-    `moments` the spectra in the metric of the data.
+    `moments` the spectra in the metric of the data. `rules` are those that `choose` asks, see `scan`.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
     FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
     `command` stands in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
@@ -75,8 +76,8 @@ def run(
     name = name or out.resolve().name
     with writing(checkpoint, out, resume=resume, force=force) as place:
         made = _run_in(
-            place, checkpoint, selection, choose, crew, method, null_draws, moments, treatment, on_scan, on_reduce,
-            on_check,
+            place, checkpoint, selection, choose, crew, method, null_draws, moments, treatment, rules, on_scan,
+            on_reduce, on_check,
         )  # fmt: skip
         write_card(place, checkpoint, name=name, commands=(command,) if command else ())
     return made
@@ -92,6 +93,7 @@ def _run_in(
     null_draws: int,
     moments: Moments | None,
     treatment: Treatment | None,
+    rules: Sequence[str],
     on_scan: Callable[[Matrix], None],
     on_reduce: Callable[[Matrix, float], None],
     on_check: OnCheck,
@@ -112,11 +114,12 @@ def _run_in(
     # Of a finished output nothing is touched before it is known to be of this very run.
     outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
     if spectra is None:
-        spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments)
+        spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments, rules=rules)
     else:
         tidy_spectra(path)
     plan = choose(spectra)
     _require_plan(out, plan, outcome)
+    del outcome  # it is read again, and of very many matrices two take more than all else
     plan.save(records_of(out) / "plan.json")
     options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
@@ -134,6 +137,7 @@ def require_same_run(
     null_draws: int = 0,
     moments: Moments | None = None,
     treatment: Treatment | None = None,
+    rules: Sequence[str] = (),
 ) -> None:
     """Raises as `run` where what lies in `out` is of another run; changes nothing.
 
@@ -144,7 +148,7 @@ def require_same_run(
     outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
     if spectra is None:
         journal = unfinished(records_of(out) / "spectra.safetensors")
-        Journal.require(journal, run_of_scan(checkpoint, selection, crew, method, null_draws, moments), (ENTRY,))
+        Journal.require(journal, run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules), (ENTRY,))
     elif choose is not None:
         plan = choose(spectra)
         _require_plan(out, plan, outcome)

@@ -20,10 +20,12 @@ from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
 from laser.errors import RecordError, UsageError
 from laser.records import differences, named, under
-from laser.spectral.data_metric import ByData
+from laser.spectral.data_metric import KEPT, ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
+from laser.spectral.recent import Recent
 
 FORMS = ("full", "diagonal", "outputs")  # see ByData
+WHOLE: Recent[torch.Tensor] = Recent(KEPT)  # moments, which nobody may change
 SAMPLED = 4096  # entries of a matrix that tell it from another model's
 NO_MOMENTS = (
     "a rule in the metric of the data needs moments, and spectra that were scanned with them; try --moments with a "
@@ -126,8 +128,14 @@ class Moments:
         diagonal = self._tensor(f"{site.key}.diagonal", (k,))
         if site.form == "diagonal":
             return ByData("diagonal", diagonal, site.tokens)
-        moment = from_correlations(self._tensor(f"{site.key}.correlations", (k, k)), diagonal)
-        return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink)
+        names = [f"{site.key}.{part}" for part in ("correlations", "diagonal")]
+        key = " ".join(self.hashes.get(name, "") for name in names)
+
+        def whole() -> torch.Tensor:
+            return from_correlations(self._tensor(names[0], (k, k)), diagonal)
+
+        moment = WHOLE.get((self.path, key), whole)  # the matrices of a site follow one another
+        return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, key)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises RecordError for one that is not as calibration wrote it."""

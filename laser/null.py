@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.delta.base import Base
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
-from laser.records import Record
+from laser.records import SPARSE, Record
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.factorise import check_storage, singular_values
-from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, permuted
+from laser.spectral.factorise import check_storage, singular_values, to_device_if_it_fits
+from laser.spectral.permutation import ORDER, PERMUTATIONS, largest_singular_value, permuted
 from laser.spectral.rules import TESTED, apply_rule, draws_needed, parse_rule
 
 # Rules that claim to tell signal from noise; energy, fraction and rank keep what they are asked to keep.
@@ -48,6 +48,7 @@ class NullTest(Record, kind="null test", version=1, made_by="laser null MODEL --
     draws: int
     rows: tuple[NullRow, ...]
     skipped: Mapping[str, str]  # name -> why it could not be tested
+    order: int = field(default=1, metadata=SPARSE)  # of the permuted entries, see permutation.ORDER
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def null_test(
             if base is not None:
                 W = base.matrix(matrix, W, device)
             check_storage(W.dtype)
+            W = to_device_if_it_fits(W, device)
             for seed in range(draws):
                 s, _ = singular_values(permuted(W, seed, permutation), device, method)
                 others = range(draws + seed * needed, draws + (seed + 1) * needed)
@@ -117,7 +119,7 @@ def null_test(
     if base is not None:
         base.require_unchanged()
     rows = tuple(_null_row(spec, role, group) for (spec, role), group in counts.items())
-    return NullTest(source, permutation, draws, rows, skipped)
+    return NullTest(source, permutation, draws, rows, skipped, ORDER)
 
 
 def check_test(rules: Sequence[str], permutation: str, draws: int) -> None:

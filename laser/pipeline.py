@@ -11,7 +11,7 @@ pass may differ from a scan's in the last digits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,12 +45,12 @@ from laser.reasons import Kind, Why
 from laser.selection import Selection
 from laser.spectra import ENTRY, OF_DIFFERENCE, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import Device, choose_device, in_float64
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
-from laser.spectral.permutation import null_largest
+from laser.spectral.permutation import ORDER, null_largest
 from laser.spectral.shrinkage import Gains
-from laser.spectral.spectrum import excess_kurtosis
+from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
 # --- one visit --------------------------------------------------------------------------------------------------------
 
@@ -70,11 +70,13 @@ class Scan:
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
     base: with it the difference from the base's is measured; of those in `compared` only the entries are compared.
+    rules: that are going to be asked; where float32 leaves the rank of one of them open, the values are in float64.
     """
 
     method: str
     null_draws: int = 0
     moments: Moments | None = None
+    rules: tuple[str, ...] = ()
     base: Base | None = None
     compared: frozenset[str] = frozenset()
 
@@ -82,7 +84,7 @@ class Scan:
         """W (m, n) on the host."""
         if self.base is not None:
             return Visited(self.difference(self.base, matrix, W, device))
-        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws)
+        measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws, self.rules)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
         try:
@@ -101,7 +103,7 @@ class Scan:
             return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
         # An update lies so far over float32's rounding that squares of both do not fit into float64.
         method = "svd" if matrix.dtype == "F32" else self.method
-        measured = measured_of(D, device, method, self.null_draws)
+        measured = measured_of(D, in_float64(device), method, self.null_draws)
         if measured.skipped is None:
             change = judge(change, measured.values, (matrix.shape[0], matrix.shape[1]))
         return replace(measured, change=change)
@@ -159,7 +161,8 @@ class OnePass:
         try:
             null = null_largest(W, self.null_draws, device)
             tails = excess_kurtosis(W, device)
-            found = PLAIN.visit(W, decide, device, self.method)
+            doubt = doubt_by((self.treatment.rule,), (W.shape[0], W.shape[1]), null)
+            found = PLAIN.visit(W, decide, device, self.method, doubt)
         except (NumericalError, UsageError) as error:
             scanned = measured_of(W, device, self.method, self.null_draws)
             if scanned.skipped is None:  # no reason to skip, but one to stop
@@ -180,11 +183,11 @@ class OnePass:
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
-def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int) -> Measured:
-    """What a scan records of W (m, n), on the host or the device, by its plain singular values."""
+def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int, rules: Sequence[str] = ()) -> Measured:
+    """What a scan records of W (m, n), wherever it is, by its plain singular values. rules: as in `Scan`."""
     try:
-        found = PLAIN.values(W, device, method)
         null = null_largest(W, null_draws, device)
+        found = PLAIN.values(W, device, method, doubt_by(rules, (W.shape[0], W.shape[1]), null))
         return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
@@ -250,6 +253,11 @@ def check_scan(method: str, null_draws: int) -> None:
         raise UsageError(f"{null_draws} permutations cannot be drawn; try --null 19")
 
 
+def drawn_as(null_draws: int) -> dict[str, int]:
+    """How many permutations a run measures, and in which order they put the entries: two orders are not mixed."""
+    return {"null_draws": null_draws} | ({"null_order": ORDER} if null_draws else {})
+
+
 def run_of_scan(
     checkpoint: Checkpoint,
     selection: Selection,
@@ -257,14 +265,17 @@ def run_of_scan(
     method: str,
     null_draws: int,
     moments: Moments | None,
+    rules: Sequence[str] = (),
     base: Base | None = None,
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
     more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
+    if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
+        more |= {"rules": sorted(rules)}
     if base is not None:
         there = Source.of(base.checkpoint)
         more["base"] = [there.identity, there.weights.short]
-    more |= {"selection": selection.describe(), "null_draws": null_draws}
+    more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
@@ -278,6 +289,7 @@ def scan(
     journal: Path | None = None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    rules: Sequence[str] = (),
     base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
@@ -291,8 +303,9 @@ def scan(
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
-    singular values are measured once more in the metric of the data, where a matrix was calibrated. With `base` they
-    are those of the biwhitened differences from it; what became of each tensor is recorded, of those not selected too.
+    singular values are measured once more in the metric of the data, where a matrix was calibrated. In float32 the
+    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold. With
+    `base` the values are those of the biwhitened differences from it, and what became of each tensor is recorded.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -301,7 +314,7 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, base)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules, base)
     found: dict[str, Measured] = {}
     with Journal(journal, run, shapes=(ENTRY, OF_DIFFERENCE), anew=anew) if journal else nullcontext() as log:
         for entry in log.entries if log else ():
@@ -310,7 +323,7 @@ def scan(
             if matrix.name in found:
                 tick(matrix)
         todo = [m for m in matrices if m.name not in found and (m.name not in skipped or (base and m.dtype in TORCH))]
-        work = Scan(method, null_draws, moments, base, frozenset(skipped))
+        work = Scan(method, null_draws, moments, tuple(rules), base, frozenset(skipped))
         with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
             for matrix, visited, _ in visits:
                 assert visited.measured is not None, "a scan measures"
@@ -359,7 +372,8 @@ def spectra_there(
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
     same = moments is None or known == moments.calibration.identity
-    return there if wanted == done and drawn <= {null_draws} and same else None
+    same_nulls = drawn <= {null_draws} and (not null_draws or there.null_order == ORDER)
+    return there if wanted == done and same_nulls and same else None
 
 
 def of_another_run(out: Path) -> OutputError:
@@ -387,6 +401,7 @@ def scan_into(
     moments: Moments | None = None,
     base: Base | None = None,
     anew: bool = False,
+    rules: Sequence[str] = (),
 ) -> Spectra:
     """The spectra at `path` if they are those of this scan; else scan, keeping the work so far in `path`.partial.
 
@@ -407,6 +422,7 @@ def scan_into(
             journal=partial,
             null_draws=null_draws,
             moments=moments,
+            rules=rules,
             base=base,
             tick=tick,
             anew=anew,
@@ -575,7 +591,7 @@ def run_of_pass(
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
     how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
-    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, null_draws=null_draws)
+    return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, **drawn_as(null_draws))
 
 
 def reduce_in_one_pass(

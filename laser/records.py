@@ -36,6 +36,8 @@ LATER, SPARSE, ASIDE = ({"laser": word} for word in ("later", "sparse", "aside")
 
 def parse_record(data: bytes | str) -> Any:
     """The document in a record's JSON. Raises ValueError for what is no JSON, or twice in it, or nested too deep."""
+    if not isinstance(data, str):  # as `json.loads` does it, which holds both while it reads
+        data = data.decode(json.detect_encoding(data), "surrogatepass")
     try:
         document = json.loads(data, object_pairs_hook=each_once)
     except RecursionError:

@@ -27,6 +27,7 @@ from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, reader, shown, under
+from laser.spectral.permutation import ORDER
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
@@ -223,13 +224,14 @@ def _row_with_kind(row: Any) -> Any:
 class SpectraHeader(
     ArrayRecord, kind="spectra", version=3, earlier={2: _rows_from_texts}, made_by="laser scan MODEL -o FILE"
 ):
-    """What the file says beside the vectors. vectors: their hash."""
+    """What the file says beside the vectors. vectors: their hash. null_order: see `Spectra`."""
 
     source: Source
     method: str
     device: str
     matrices: tuple[Row, ...]
     data: InData | None = field(default=None, metadata=SPARSE)
+    null_order: int = field(default=1, metadata=SPARSE)
     delta: Delta | None = field(default=None, metadata=SPARSE)
     vectors: str
 
@@ -247,7 +249,8 @@ class Spectra:
 
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them.
+    empty unless the scan was asked for them. null_order: by which order of the entries (permutation.ORDER); 1 is the
+    shuffle of earlier versions, whose values have the same law
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
@@ -266,6 +269,7 @@ class Spectra:
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
+    null_order: int = ORDER
     delta: Delta | None = None
 
     @property
@@ -290,7 +294,7 @@ class Spectra:
         rows = tuple(map(self._row, self.matrices))
         header = SpectraHeader(
             source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
-            delta=self.delta, vectors=hash_of(vectors),
+            delta=self.delta, null_order=self.null_order if self.nulls else 1, vectors=hash_of(vectors),
         )  # fmt: skip
         header.save(path, vectors)
 
@@ -319,7 +323,7 @@ class Spectra:
         matrices = tuple(row.matrix for row in rows)
         spectra = Spectra(
             header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes,
-            delta=header.delta,
+            null_order=header.null_order if nulls else ORDER, delta=header.delta,
         )  # fmt: skip
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")

@@ -53,10 +53,13 @@ def sampled(cases: Iterable[Any], every: int) -> list[Any]:
     return [case if i % every == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
-@pytest.fixture(scope="session", params=[*names_of(available()), "like mps"])
+SINGLE = ["cuda float32"] if torch.cuda.is_available() else []  # where float64, the default, is not all
+
+
+@pytest.fixture(scope="session", params=[*names_of(available()), *SINGLE, "like mps"])
 def device(request: pytest.FixtureRequest) -> Device:
     """Every device that is there, and one that computes as Apple's does: float32, products by torch, no LAPACK."""
-    return LIKE_MPS if request.param == "like mps" else choose_device(request.param)
+    return LIKE_MPS if request.param == "like mps" else choose_device(*request.param.split())
 
 
 Machine = Callable[..., None]

@@ -48,7 +48,7 @@ MASKED = {"seconds", "scan_seconds", "reduce_seconds", "visit_seconds", "peak_by
 MASKED |= {"residual", "orthogonality", "tolerance"}
 # Hashes over digits; those of moments and spectra stand under `calibration` and in a file's header.
 MASKED |= {"check", "vectors", "digest", "calibration.identity", "run.plan", "run.moments"}
-DEVICES = {"available", "reason", "free_bytes", "probe", "exact_products"}  # of `laser devices`
+DEVICES = {"available", "reason", "free_bytes", "probe", "exact_products", "routes"}  # of `laser devices`
 VERSIONS = ("python", "laser-rmt", "torch", "transformers", "safetensors", "numpy", "lm-eval")  # rows of a card's table
 SIGNIFICANT, DECIMALS = 6, 3
 MACHINE = "(last digits of the machine)"

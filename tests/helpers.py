@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,6 +47,27 @@ class LikeMPS(Accelerator):
 
 
 LIKE_MPS = LikeMPS("cpu", torch.float32, True, "an accelerator without LAPACK and float64, on CPU tensors")
+
+
+def truncated(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x (float64) cut to a mantissa of so many bits, towards zero."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.trunc(mantissa * 2.0**bits), exponent - bits)
+
+
+def tensor_cores(bits: int = 24) -> Callable[..., torch.Tensor]:
+    """`torch.mm` of 16 bits into float32 as a tensor core does it: exact products, 16 at a time added to a sum that is
+    cut off, not rounded."""
+
+    def mm(A: torch.Tensor, B: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert A.dtype == B.dtype and A.dtype.itemsize == 2 and out_dtype == torch.float32
+        A, B = A.double(), B.double()
+        total = torch.zeros(A.shape[0], B.shape[1], dtype=torch.float64)
+        for start in range(0, A.shape[1], 16):
+            total = truncated(total + A[:, start : start + 16] @ B[start : start + 16], bits)
+        return total.float()
+
+    return mm
 
 
 def names_of(there: Mapping[str, Here]) -> list[str]:

@@ -132,7 +132,7 @@ def test_a_trial_tells_a_verb_that_writes_in_place(
     """Each check of the harness on a verb that is wrong in that way."""
     verb = next(verb for verb in VERBS if verb.name == "plan --force")
     # A verb as it should not be: laser has none.
-    monkeypatch.setattr("laser.records.write_atomically", lambda path, data: path.write_bytes(data))
+    monkeypatch.setattr("laser.records.replacing", lambda path: path.open("wb"))
     bench = Bench(verb, inputs, tmp_path / "bench")
     at = next(i for i, name in enumerate(bench.calls, 1) if name == "write" and i > 6)
     problems, _ = bench.trial(Fault("torn", at))

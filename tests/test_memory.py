@@ -945,8 +945,8 @@ NEEDS_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason=
 
 @pytest.mark.slow
 @NEEDS_LINUX
-def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) -> None:
-    """214 MB in float32, under less above the libraries: whole it is refused, and would have failed."""
+def test_a_model_larger_than_the_limit_is_evaluated(tmp_path: Path) -> None:
+    """214 MB in float32, under 160 MB above the libraries: whole it is refused, and would have failed."""
     path = make_llama(tmp_path / "m", 12)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
@@ -957,9 +957,6 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
 
     assert limited(160, laser("eval")) == 0
     assert limited(160, laser("eval", "--no-stream")) == 1
-    out = ("run", "-o", str(tmp_path / "o"), "--held-out-windows", "2", "--rule", "rank:8", "--layers", "3,9")
-    assert limited(190, laser(*out, "--roles", "k", "--workers", "1")) == 0
-    assert (tmp_path / "o/README.md").exists()
 
 
 @pytest.mark.slow
@@ -967,21 +964,22 @@ def test_a_model_larger_than_the_limit_is_evaluated_and_reduced(tmp_path: Path) 
 def test_a_search_of_a_model_three_times_as_large_as_the_limit_finds_the_same(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, limit = make_llama(tmp_path / "m", 58, width=1024), 192
+    path, limit = make_llama(tmp_path / "m", 78, width=1024), 256
     (tmp_path / "text.txt").write_text(TEXT)
-    words = ["run", str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2"]
-    words += ["--held-out-windows", "2", "--rule", "rank:8,rank:64", "--layers", "25,48", "--roles", "k"]
-    words += ["--search", "--accept", "any-drop", "--workers", "1", "-o"]
+    words = [str(path), "--text", str(tmp_path / "text.txt"), "--window", "32", "--windows", "2", "--roles", "k"]
+    words += ["--held-out-windows", "2", "--layers", "60,72", "--accept", "any-drop", "--device", "cpu"]
+    run = ["run", *words, "--search", "--rule", "rank:8,rank:64", "--workers", "1", "-o"]
+    search = ["search", *words, "--rules", "rank:8,rank:64", "-o", str(tmp_path / "p.json")]  # writes no weights
     assert sum(t.numel() for t in build_causal(open_checkpoint(path)).parameters()) * 4 > 3 * limit * MB
-    assert main([*words, str(tmp_path / "dry"), "--dry-run"]) == 0  # what is imported is there before the limit
-    assert limited(4000, lambda: main([*words, str(tmp_path / "whole")])) == 0
+    assert main([*run, str(tmp_path / "dry"), "--dry-run"]) == 0  # what is imported is there before the limit
+    assert limited(4000, lambda: main(search)) == 0
     assert "laser: m needs" not in capfd.readouterr().err
-    assert limited(limit, lambda: main([*words, str(tmp_path / "part")])) == 0
+    assert limited(limit, lambda: main([*run, str(tmp_path / "out")])) == 0
     err = capfd.readouterr().err
     assert re.match(
-        r"laser: m needs 0\.\d+ GB of memory to be loaded whole, and 0\.\d+ GB are free: the last [1-9] of 58 layers "
+        r"laser: m needs 1\.\d+ GB of memory to be loaded whole, and 0\.\d+ GB are free: the last [1-9] of 78 layers "
         r"stay in memory, the others are read at each pass; up to 4 variants at a time\n", err
     ), err  # fmt: skip
-    assert limited(limit, lambda: main([*words, str(tmp_path / "none"), "--no-stream"])) == 1
-    plans = [(tmp_path / out / "laser/plan.json").read_bytes() for out in ("whole", "part")]
-    assert plans[0] == plans[1] and b'"action": "reduce"' in plans[0]
+    assert limited(limit, lambda: main([*run, str(tmp_path / "none"), "--no-stream"])) == 1
+    plans = [json.loads(path.read_text()) for path in (tmp_path / "p.json", tmp_path / "out/laser/plan.json")]
+    assert plans[0] == plans[1] and "reduce" in {line["action"] for line in plans[0]["lines"]}

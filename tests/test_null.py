@@ -55,7 +55,8 @@ def test_rules_find_about_nothing_but_laser_rmt_does(pico: Path) -> None:
         if row.rule == "laser-rmt":
             assert row.share_kept > 0.2
         else:
-            assert row.mean_kept <= 1 and row.most_kept <= 2
+            # Of 3,600 permutations of w1 mp-edge keeps 3 and more in 2 %, by this order and by NumPy's shuffle.
+            assert row.mean_kept <= 1 and row.most_kept <= 3
     assert json.loads(test.to_json())["rows"][0]["rule"] == "laser-rmt"
 
 

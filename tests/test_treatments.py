@@ -12,11 +12,15 @@ import pytest
 import torch
 
 import laser
+from laser import pipeline
+from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
-from laser.pipeline import reduce, scan
+from laser.pipeline import reduce, scan, scan_into
 from laser.plan import Plan, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
+from laser.spectral import permutation
+from laser.spectral.devices import HOST
 from laser.spectral.shrinkage import Gains
 from laser.verification import verify
 
@@ -137,6 +141,36 @@ def test_nulls_are_measured_stored_and_resumed(pico: Path, tmp_path: Path) -> No
         scan(checkpoint, chosen, null_draws=5, journal=journal)
     with pytest.raises(UsageError, match="try --null 19"):
         scan(checkpoint, chosen, null_draws=-1)
+
+
+def test_permutations_in_another_order_are_read_and_not_mixed(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, chosen, path = laser.open_checkpoint(pico), Selection(roles=("q",)), tmp_path / "spectra"
+    crew = Crew((HOST,))
+    scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4)
+    now = Spectra.load(path)
+    assert now.null_order == permutation.ORDER
+    stamp = path.stat().st_mtime_ns
+    scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4)
+    assert path.stat().st_mtime_ns == stamp  # not measured again
+    replace(now, null_order=1).save(path)  # as an earlier version left it: its file does not say
+    assert b"null_order" not in path.read_bytes()
+    assert Spectra.load(path).null_order == 1
+    make_plan(Spectra.load(path), "parallel:0.2")
+    assert scan_into(path, checkpoint, chosen, crew, "gram", null_draws=4).null_order == permutation.ORDER
+    journal = tmp_path / "journal"
+    # A journal as another version leaves it: of what says so nothing else in it would differ.
+    monkeypatch.setattr(pipeline, "ORDER", 1)
+    with pytest.raises(KeyboardInterrupt):
+        scan(checkpoint, chosen, null_draws=4, journal=journal, tick=interrupted)
+    monkeypatch.undo()
+    with pytest.raises(RecordError, match="null_order differ"):
+        scan(checkpoint, chosen, null_draws=4, journal=journal)
+
+
+def interrupted(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_plan_line_that_keeps_more_than_it_has_is_refused(pico: Path, tmp_path: Path) -> None:

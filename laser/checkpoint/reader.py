@@ -91,12 +91,19 @@ class Checkpoint:
         if self.origin is not None:
             return self.origin.identity
         digest = hashlib.sha256()
-        outcome = self.path / OUTCOME
-        parts = [self.config_bytes, self.index_bytes or b"", *([read_regular(outcome)] if outcome.is_file() else [])]
+
+        def add(part: bytes) -> None:
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+
+        add(self.config_bytes)
+        add(self.index_bytes or b"")
+        if (self.path / OUTCOME).is_file():
+            add(read_regular(self.path / OUTCOME))
         for shard in self.shards:
-            parts += [shard.name.encode(), str(shard.size).encode(), shard.header]
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "little") + part)
+            add(shard.name.encode())
+            add(str(shard.size).encode())
+            add(shard.header)
         return digest.hexdigest()
 
     @cached_property

@@ -9,8 +9,8 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.errors import RecordError
 from laser.spectral.devices import available, exact_products, free_bytes
-from laser.spectral.eigen import DEFAULT
-from laser.spectral.measuring import choose_method, chosen_routes, measure_device
+from laser.spectral.eigen import here
+from laser.spectral.measuring import choose_method, chosen_routes, measure_device, precision
 from laser.spectral.probe import Probe, cache_path
 
 
@@ -22,7 +22,7 @@ def devices_verb(
     shown_as: options.Json,
 ) -> None:
     """`laser devices`, whose arguments and help are in verbs.py."""
-    here, chosen = {name: found.what for name, found in available().items()}, where.choose()
+    there, chosen = {name: found.what for name, found in available().items()}, where.choose()
     if probe:
         measured, path = measure_device(chosen, disk=disk), cache_path()
         try:
@@ -33,12 +33,12 @@ def devices_verb(
     else:
         measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
-    routes = (chosen_routes(chosen) or DEFAULT).stated() if chosen.host_blas else None
+    routes = here(chosen_routes(chosen), precision(chosen)).stated() if chosen.host_blas else None
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
     if shown_as.as_json:
         return common.print_json(
             {
-                "available": here,
+                "available": there,
                 "chosen": chosen.label,
                 "reason": chosen.reason,
                 "eigensolver": "host" if chosen.host_eigensolver else "device",
@@ -50,7 +50,7 @@ def devices_verb(
                 "probe": asdict(measured) if measured else None,
             }
         )
-    common.print_table(("device", "here"), list(here.items()))
+    common.print_table(("device", "here"), list(there.items()))
     say(f"takes {chosen.label}: {chosen.reason}")
     say(f"method {method}: {why}")
     if routes:

@@ -14,7 +14,7 @@ from laser.cli.common import say
 from laser.engine.crew import Crew, worker_bytes
 from laser.errors import OutOfMemory, UsageError
 from laser.evaluation.causal import build_causal
-from laser.evaluation.footprint import WORKER, Needs, layered_needs, longest, states_bytes, whole_needs
+from laser.evaluation.footprint import READING, WORKER, Needs, layered_needs, longest, states_bytes, whole_needs
 from laser.evaluation.layout import NotByLayers
 from laser.evaluation.placement import Alive, Asked, NeedsOf, Placement, place, refusal, smaller_windows
 from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel
@@ -83,7 +83,7 @@ def for_search(
     A cut of the largest of `matrices` is made beside it. crew: has scanned them before. rules: for each candidate.
     backward: with --shortlist gradient.
     """
-    beside = {"host": worker_bytes(matrices, HOST), "mapped": WORKER * len(crew.pool(matrices))}
+    beside = {"host": worker_bytes(matrices, HOST), "mapped": READING + WORKER * len(crew.pool(matrices))}
     built = cache(partial(_built, checkpoint))
     asked = Asked(dtype, device.name, longest([*calibration, *reported]), stream)
 

@@ -125,6 +125,7 @@ def run_verb(
         "null_draws": draws,
         "moments": known,
         "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
+        "rules": rules,
     }
     if work.dry_run:  # everything is checked that the run itself would refuse
         if work.resume:

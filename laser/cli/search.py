@@ -118,7 +118,9 @@ def search_verb(
         return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [estimate])
     if measured is None:
         with common.Progress("scan", matrices) as bar:
-            measured = scan_into(spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known)
+            measured = scan_into(
+                spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known, rules=wanted
+            )
     result = search_with_bar(
         layered,
         measured,

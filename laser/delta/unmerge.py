@@ -300,7 +300,7 @@ def require_files(tuned: Checkpoint) -> None:
         raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
     if tuned.left_out:
         raise UsageError(
-            f"{tuned.name} holds tensors twice, as {tuned.left_out[0]}, of which one copy is loaded; write it anew first"
+            f"{tuned.name} holds tensors twice, as {tuned.left_out[0]}, of which one is loaded; write it anew first"
         )
 
 

@@ -18,6 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import BITS
 from laser.engine.crew import Crew, peak_bytes
 from laser.errors import RecordError
+from laser.spectral.data_metric import KEPT
 from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
@@ -26,7 +27,7 @@ from laser.spectral.probe import Probe
 _CORE = Probe(
     "cpu float64", "one core of an AMD EPYC", "2.13.0", 1, 8.7e10,
     {512: 0.012, 1024: 0.065, 2048: 0.53}, {512: 0.034, 1024: 0.19, 2048: 1.42},
-    null={576 * 576: 0.010, 4096 * 1024: 0.3, 14336 * 4096: 6.5},
+    null={576 * 576: 0.0067, 4096 * 1024: 0.087, 4096 * 4096: 0.67, 14336 * 4096: 3.1},
 )  # fmt: skip
 _CORE_32 = replace(
     _CORE, device="cpu float32", product=1.75e11, eigenvalues={512: 0.007, 1024: 0.043, 2048: 0.29},
@@ -34,7 +35,8 @@ _CORE_32 = replace(
 )  # fmt: skip
 _H100 = Probe(
     "cuda float64", "an H100", "2.11", 1, 5.5e13, {1024: 0.011, 4096: 0.118}, {1024: 0.012, 4096: 0.127},
-    to_device=1e10, to_host=1e10, null={576 * 576: 0.039, 4096 * 1024: 0.25, 14336 * 4096: 4.7},  # the host's shuffle
+    # The null by the bytes that it moves, not measured.
+    to_device=5.5e10, to_host=1e10, null={576 * 576: 0.006, 4096 * 1024: 0.010, 14336 * 4096: 0.030},
 )  # fmt: skip
 _H100_32 = replace(_H100, device="cuda float32", eigenvalues={1024: 0.010, 4096: 0.087}, eigenvectors={4096: 0.095})
 ELSEWHERE = {probe.device: probe for probe in (_CORE, _CORE_32, _H100, _H100_32)}
@@ -95,7 +97,7 @@ def estimate_cost(
         max(_spread(map(sum, zip(values, nulls, strict=True)), pool), reading),
         max(_spread(cuts, pool), copying),
         max(_spread(map(sum, zip(cuts, nulls, strict=True)), pool), copying),  # the values come with the vectors
-        peak_bytes(matrices, crew) + in_data * pool * max((8 * _metric_entries(m, n) for _, m, n in shapes), default=0),
+        peak_bytes(matrices, crew) + in_data * max((8 * _metric_entries(m, n, pool) for _, m, n in shapes), default=0),
         disk,
         basis,
     )
@@ -116,9 +118,11 @@ def constants(crew: Crew) -> tuple[Probe, str]:
     return other, f"by {other.name}; `laser devices --probe` measures yours"
 
 
-def _metric_entries(m: int, n: int) -> int:
-    """What the metric of the data holds in float64: W and W C^(1/2), C or W C W^T with its root and eigenvectors."""
-    return 2 * m * n + 4 * min(n, 4096) ** 2
+def _metric_entries(m: int, n: int, pool: int) -> int:
+    """What the metric of the data holds in float64: each worker W and W C^(1/2), C or W C W^T with its root and
+    eigenvectors; and all together the moments and roots that are kept for the next."""
+    inputs = min(n, 4096) ** 2
+    return pool * (2 * m * n + 4 * inputs) + 2 * KEPT * inputs
 
 
 def _spread(seconds: Iterable[float], pool: int) -> float:

@@ -1,6 +1,6 @@
 """The one queue that feeds the workers: read, compute and hand on, of different matrices at the same time.
 
-reader -> [two ahead] -> two workers per GPU, or one per core -> [two behind] -> the caller, who writes
+reader -> [two ahead] -> two and more workers per GPU, or one per core -> [two behind] -> the caller, who writes
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.engine.crew import Crew, T, Visits, Work, do, own_stream, quiet
 from laser.errors import UsageError
-from laser.spectral.devices import Device, choose_device, shared
+from laser.spectral.devices import Device, choose_device, shared, staged
 from laser.spectral.measuring import chosen_routes
 
 AHEAD = 1  # in a queue; with the one that its sender holds, two
@@ -119,7 +119,7 @@ def _visit_here(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T
 
     def read() -> None:
         for matrix in matrices:
-            todo.put((matrix, checkpoint.read(matrix.tensor, matrix.part)))
+            todo.put((matrix, staged(checkpoint.read(matrix.tensor, matrix.part), pool[0])))
         for _ in pool:
             todo.put(None)
 

@@ -20,7 +20,9 @@ from laser.evaluation.streaming import HEAD_ROWS, LayeredModel
 from laser.evaluation.text import Window
 
 MARGIN, LEAST_SPACE = 0.1, 64 << 20  # of what is counted; the second for work space of the libraries and small things
-WORKER = 72 << 20  # reserved by each that scans and hardly filled: a stack, and buffers of NumPy's and SciPy's OpenBLAS
+# Reserved while a run lasts and hardly ever filled, beyond LEAST_SPACE: stacks of the threads that read; and for each
+# worker that scans a stack, and buffers of NumPy's and SciPy's OpenBLAS. Measured.
+READING, WORKER = 64 << 20, 72 << 20
 # How many arrays (tokens, rows + columns of the largest matrix) a layer holds at a time: gate, up, product, norms.
 # STACKED is for stacked experts, whose gate and up are one matrix, for each expert that a token is sent to. Measured:
 # 2.0 to 3.9 (Phi-3, Llama, GPT-2), 2.0 to 2.2 (Mixtral, Qwen3-MoE).

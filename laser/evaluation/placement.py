@@ -146,12 +146,9 @@ def place(name: str, asked: Asked, needs_of: NeedsOf, free: Free, ways: Ways, al
                 return _searched(asked, resident, needs_of, free, compared, alive)
             left = _left(needs, HOST_NAME, asked.device, free)
             states = MEMORY_LIMIT if left is None else min(MEMORY_LIMIT, left // 2)
-            how = (
-                "it is"
-                if resident is None
-                else f"running it layer by layer, which needs {gigabytes(needs.device + needs.host)}"
-            )
-            news = resident == 0 and asked.stream is None
+            how, news = "it is loaded whole", resident == 0 and asked.stream is None
+            if resident == 0:
+                how = f"running it layer by layer, which needs {gigabytes(needs.device + needs.host)}"
             return Placement(resident, needs, states, 0, asked.dtype, 0, 0, f"{compared}: {how}", news)
     if cannot is not None and asked.stream and _fits(replace(asked, stream=False), needs_of, free):
         raise cannot
@@ -164,9 +161,8 @@ def _searched(
     """A search, of a model that fits whole (None) or layer by layer (0): with how many states, and how many layers."""
     needs = needs_of(asked, resident)
     own, whole = asked.device.partition(":")[0] == OWN_MEMORY, resident is None
-    left = [
-        _left(needs, where, asked.device, free) for where in ((asked.device,) if own else (asked.device, HOST_NAME))
-    ]
+    places = (asked.device,) if own else (asked.device, HOST_NAME)
+    left = (_left(needs, where, asked.device, free) for where in places)
     known = min((count for count in left if count is not None), default=0 if own else 2 * MEMORY_LIMIT)
     near = min(alive.wanted(known, whole), known)  # bytes of states where the pieces run
     states = near // alive.size

@@ -13,16 +13,20 @@ full rank needs no pseudo-inverse and no floor. On inputs that the calibration h
 what W answers, and not zero.
 
 The p x p eigenproblem, p = min(m, n), is on the smaller side: W C W^T, or C^(1/2) W^T W C^(1/2) and then U from
-W C^(1/2) V. It is solved on the host in float64 on every device, because a few channels of massive activations give C a
-condition that squared float32 cannot hold. Values under sqrt(p * eps) * s_1, and beyond the number of tokens seen,
-count as 0.
+W C^(1/2) V. All of it is in float64, because a few channels of massive activations give C a condition that squared
+float32 cannot hold: on the device where that has float64 and LAPACK (CUDA), else on the host. Values under
+sqrt(p * eps) * s_1, and beyond the number of tokens seen, count as 0.
+
+Matrices that share their inputs share C, and its root is made once for them (`ROOTS`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -30,16 +34,29 @@ import torch
 from numpy.typing import NDArray
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.certificate import Certificate, Truncation
-from laser.spectral.devices import HOST, Device, full_precision, host_threads, on_device_or_host
-from laser.spectral.factorise import Factorised, Spectrum, Values, check_storage, singular_values
+from laser.spectral.certificate import SAFETY, Certificate, Truncation
+from laser.spectral.devices import (
+    HOST,
+    Device,
+    free_bytes,
+    host_threads,
+    in_float64,
+    on_device_or_host,
+    used_here,
+    whole,
+)
+from laser.spectral.factorise import Factorised, Spectrum, Values, check_storage, eigh_squares, singular_values
+from laser.spectral.gram import eigenvalues, eigenvectors, moved
+from laser.spectral.recent import Recent
 from laser.spectral.rules import energy_share
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import in_unit, largest_entry
 
+T = TypeVar("T")
 METHOD = "data"  # what a certificate calls it
 STORED = 1e-6  # share of the outputs that the float32 of stored correlations can hide, where tokens are few
-INNER = 8192  # of a product at most: Apple MPS sums 32767 and more wrongly (pytorch issue 193487)
+KEPT = 2  # roots at a time: of the matrix that is measured and of the next
+ROOTS: Recent[torch.Tensor] = Recent(KEPT)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class ByData:
         that C is never formed
     fourth: mean of ||x||^4 ("outputs": of ||y||^4), what Ledoit-Wolf shrinkage goes by
     shrink: whether to shrink `moment`, see `shrinkage`
+    key: what tells this moment from any other, by its content; "" where its root is not worth keeping
     """
 
     form: str
@@ -57,6 +75,7 @@ class ByData:
     tokens: int
     fourth: float = 0.0
     shrink: bool = False
+    key: str = ""
 
     def check(self, W: torch.Tensor) -> None:
         """Raises UsageError where this is the metric of a matrix of another shape."""
@@ -122,10 +141,32 @@ def projection_problems(
     return problems
 
 
-def root(C: torch.Tensor) -> torch.Tensor:
-    """C^(1/2) (n, n), symmetric; eigenvalues that rounding made negative count as 0."""
-    values, vectors = _eigh(C)
-    return (vectors * torch.from_numpy(np.sqrt(np.maximum(values, 0.0)))) @ vectors.T
+# --- where it computes ------------------------------------------------------------------------------------------------
+
+
+def _computed(compute: Callable[[Device], T], W: torch.Tensor, metric: ByData, device: Device) -> T:
+    """`compute` in float64 where the device has that, LAPACK and the memory; else, or where it fails, on the host."""
+
+    def attempt(at: Device) -> T:
+        free = None if at.host_blas else free_bytes(at)
+        fits = free is None or data_bytes((W.shape[0], W.shape[1]), metric.form) <= free
+        return compute(at if fits else HOST)
+
+    return on_device_or_host(attempt, in_float64(device))
+
+
+def data_bytes(shape: tuple[int, int], form: str) -> int:
+    """What one matrix (m, n) takes at the most while it is measured or cut in this metric, all in float64, in bytes.
+
+    W, B, W - B and two products of W's shape; C, what shrinking makes of it, its root and KEPT roots of others; and
+    twice what an eigenproblem takes.
+    """
+    (m, n), p = shape, min(shape)
+    inputs = n * n if form == "full" else 0
+    return 8 * (5 * m * n + (3 + KEPT) * inputs + 2 * eigh_squares() * max(p * p, inputs if m > n else 0))
+
+
+# --- values and truncations -------------------------------------------------------------------------------------------
 
 
 def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.float64]:
@@ -134,11 +175,13 @@ def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.f
     Raises NumericalError for NaN or Inf in W, UsageError for the metric of another matrix.
     """
     W, metric, u = _in_unit(W, metric)
-    with full_precision():
-        G = _gram(W, metric, device)[0]
-        with host_threads(G.shape[0]):
-            values = np.linalg.eigvalsh(G.numpy())
-    return _to_values(values, metric) * u
+
+    def values(at: Device) -> NDArray[np.float64]:
+        G = _gram(moved(W, at.torch_device, torch.float64), metric, at)[0]
+        with _threads(at, len(G)):
+            return eigenvalues(G, at)
+
+    return _to_values(_computed(values, W, metric, device), metric) * u
 
 
 def truncate_in_metric(W: torch.Tensor, rank: int, metric: ByData, device: Device) -> Truncation:
@@ -160,13 +203,14 @@ def visit_in_metric(
     measured and predicted root of the share that is lost. Raises UsageError for a rank over the number of directions
     that the data show, NumericalError where the certificate is missed.
     """
-    storage = W.dtype
+    storage, source = W.dtype, W.device
     W, metric, u = _in_unit(W, metric)
-    with full_precision():
-        G, half, C_half = _gram(W, metric, device)
-        with host_threads(G.shape[0]):
-            eigenvalues, V = _eigh(G)
-        s = _to_values(eigenvalues, metric)
+
+    def visit(at: Device) -> Factorised:
+        wide = moved(W, at.torch_device, torch.float64)
+        G, half, C_half = _gram(wide, metric, at)
+        squares, V = _eigh(G, at)
+        s = _to_values(squares, metric)
         values, seen = Values(s * u, METHOD), int(np.count_nonzero(s))
         rank = decide(values.singular_values)
         if rank is None:
@@ -176,37 +220,39 @@ def visit_in_metric(
                 f"rank {rank} does not fit: {seen} of {len(s)} directions show in the {metric.tokens} inputs of the "
                 "calibration; calibrate on more text, or plan a lower rank"
             )
-        total = float(np.sum(eigenvalues))
+        total = float(np.sum(squares))
         if total <= 0:  # a zero matrix, or inputs that are all zero
             certificate = Certificate(1.0, 0.0, 0.0, 0.0, METHOD)
             return Factorised(values, Truncation((W * u).to(storage), values.singular_values, certificate))
-        wide = W.double()
         U = V[:, len(s) - rank :]
         if half is not None:
-            U = _orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()))
-        orthogonality = float((U.T @ U - torch.eye(rank, dtype=U.dtype)).abs().max()) if rank else 0.0
-        B = _product(U, _product(U.T, wide, device), device)
+            U = _orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()).to(U.device), at)
+        eye = torch.eye(rank, dtype=U.dtype, device=U.device)
+        orthogonality = float((U.T @ U - eye).abs().max()) if rank else 0.0
+        B = U @ (U.T @ wide)
         if metric.form == "outputs":  # C is not known, but B is a projection
             measured = _beyond(U, G)
         elif C_half is not None:  # the root that G was made with: negative eigenvalues, all rounding, are cut off
-            measured = _squares(_product(wide - B, C_half, device))
+            measured = _squares((wide - B) @ C_half)
         else:
-            measured = _mean_square(wide - B, metric, device)
-    lost = max(float(np.sum(eigenvalues[: len(s) - rank])), 0.0) / total
-    residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
-    delta = 8 * len(s) * torch.finfo(device.dtype).eps
-    tolerance = min(math.sqrt(delta), delta / (2 * math.sqrt(lost)) if lost > 0 else math.inf)
-    if not (residual <= tolerance and orthogonality <= delta):
-        raise NumericalError(
-            f"certificate in the data's metric missed: residual {residual:.2e} (allowed {tolerance:.2e}), "
-            f"orthogonality {orthogonality:.2e} (allowed {delta:.2e}); try --precision float64",
-            residual,
-        )
-    result = (B * u).to(storage)
-    if not math.isfinite(largest_entry(result)):
-        raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
-    certificate = Certificate(1 - lost, residual, orthogonality, tolerance, METHOD)
-    return Factorised(values, Truncation(result, values.singular_values, certificate))
+            measured = _mean_square(wide - B, metric, at)
+        lost = max(float(np.sum(squares[: len(s) - rank])), 0.0) / total
+        residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
+        delta = SAFETY * len(s) * torch.finfo(torch.float64).eps
+        tolerance = min(math.sqrt(delta), delta / (2 * math.sqrt(lost)) if lost > 0 else math.inf)
+        if not (residual <= tolerance and orthogonality <= delta):
+            raise NumericalError(
+                f"certificate in the data's metric missed: residual {residual:.2e} (allowed {tolerance:.2e}), "
+                f"orthogonality {orthogonality:.2e} (allowed {delta:.2e}); try --device cpu",
+                residual,
+            )
+        result = (B * u).to(storage)
+        if not math.isfinite(largest_entry(result)):
+            raise NumericalError(f"the result leaves the range of {storage}; try --exclude this matrix")
+        certificate = Certificate(1 - lost, residual, orthogonality, tolerance, METHOD)
+        return Factorised(values, Truncation(result.to(source), values.singular_values, certificate))
+
+    return _computed(visit, W, metric, device)
 
 
 def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, device: Device = HOST) -> float:
@@ -216,13 +262,18 @@ def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, 
     known, and E||y||^2 - E||U^T y||^2 is.
     """
     W, metric, u = _in_unit(W, metric)
-    wide, narrow = W.double(), B.double() / u
-    if metric.form == "outputs":
-        G = _gram(wide, metric, device)[0]
-        lost, total = _beyond(_leading(narrow, rank, device), G), float(torch.trace(G))
-    else:
-        lost, total = (_mean_square(x, metric, device) for x in (wide - narrow, wide))
-    return lost / total if total > 0 else 0.0
+
+    def error(at: Device) -> float:
+        wide, narrow = (moved(x, at.torch_device, torch.float64) for x in (W, B))
+        narrow = narrow / u
+        if metric.form == "outputs":
+            G = _gram(wide, metric, at)[0]
+            lost, total = _beyond(_leading(narrow, rank, at), G), float(torch.trace(G))
+        else:
+            lost, total = (_mean_square(x, metric, at) for x in (wide - narrow, wide))
+        return lost / total if total > 0 else 0.0
+
+    return _computed(error, W, metric, device)
 
 
 def rounding_error(
@@ -233,16 +284,22 @@ def rounding_error(
     Drawn: such errors are independent of one another. In the form "outputs" they turn the projection of rank `rank`.
     """
     W, metric, u = _in_unit(W, metric)
-    wide, narrow, E = W.double(), B.double() / u, E.double() / u
-    drawn = E * torch.randn(E.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if metric.form == "outputs":
-        G = _gram(wide, metric, device)[0]
-        one, other = (_leading(x, rank, device) for x in (narrow, narrow + drawn))
-        total, both = float(torch.trace(G)), float(((one.T @ G @ other) * (one.T @ other)).sum())
-        error = 2 * total - _beyond(one, G) - _beyond(other, G) - 2 * both  # tr (P - Q) G (P - Q)
-    else:
-        error, total = (_mean_square(x, metric, device) for x in (drawn, wide))
-    return max(error, 0.0) / total if total > 0 else 0.0
+    half = E.double() / u
+    noise = half * torch.randn(half.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(at: Device) -> float:
+        wide, narrow, drawn = (moved(x, at.torch_device, torch.float64) for x in (W, B, noise))
+        narrow = narrow / u
+        if metric.form == "outputs":
+            G = _gram(wide, metric, at)[0]
+            one, other = (_leading(x, rank, at) for x in (narrow, narrow + drawn))
+            total, both = float(torch.trace(G)), float(((one.T @ G @ other) * (one.T @ other)).sum())
+            error = 2 * total - _beyond(one, G) - _beyond(other, G) - 2 * both  # tr (P - Q) G (P - Q)
+        else:
+            error, total = (_mean_square(x, metric, at) for x in (drawn, wide))
+        return max(error, 0.0) / total if total > 0 else 0.0
+
+    return _computed(error, W, metric, device)
 
 
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
@@ -272,28 +329,44 @@ def shrinkage(S: torch.Tensor, fourth: float, tokens: int, target: torch.Tensor)
     return 1 - a, a * mu
 
 
-def _shrinkage_of(W: torch.Tensor, metric: ByData, device: Device) -> tuple[float, float]:
+def _shrinkage_of(wide: torch.Tensor, metric: ByData, moment: torch.Tensor) -> tuple[float, float]:
     """(keep, add): the second moment of the inputs that counts is keep * C + add * I."""
     if not metric.shrink or metric.form == "diagonal":
         return 1.0, 0.0
     if metric.form == "outputs":
-        wide = W.double()
-        target = _product(wide, wide.T, device)
+        target = wide @ wide.T
     else:
-        target = torch.eye(len(metric.moment), dtype=torch.float64)
-    return shrinkage(metric.moment, metric.fourth, metric.tokens, target)
+        target = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    return shrinkage(moment, metric.fourth, metric.tokens, target)
 
 
-def _inputs(W: torch.Tensor, metric: ByData, device: Device) -> torch.Tensor:
-    keep, add = _shrinkage_of(W, metric, device)
+def _inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
+    moment = metric.moment.to(at.torch_device)
+    keep, add = _shrinkage_of(wide, metric, moment)
     if add == 0:
-        return metric.moment
-    return (keep * metric.moment).add_(torch.eye(len(metric.moment), dtype=torch.float64), alpha=add)
+        return moment
+    return (keep * moment).add_(torch.eye(len(moment), dtype=torch.float64, device=moment.device), alpha=add)
 
 
-def _mean_square(R: torch.Tensor, metric: ByData, device: Device) -> float:
+def _root_of_inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
+    def make() -> torch.Tensor:
+        return whole(root(_inputs(wide, metric, at), at), at)
+
+    if not metric.key:
+        return make()
+    # The shrinkage of inputs goes by the moment alone, and not by W.
+    return used_here(ROOTS.get((metric.key, metric.shrink, metric.tokens, metric.fourth, at.name), make))
+
+
+def root(C: torch.Tensor, at: Device = HOST) -> torch.Tensor:
+    """C^(1/2) (n, n), symmetric; eigenvalues that rounding made negative count as 0."""
+    values, vectors = _eigh(C, at)
+    return (vectors * torch.from_numpy(np.sqrt(np.maximum(values, 0.0))).to(C.device)) @ vectors.T
+
+
+def _mean_square(R: torch.Tensor, metric: ByData, at: Device) -> float:
     """E||R x||^2 of R (m, n), float64, at least 0, where the inputs are known."""
-    RC = R * metric.moment if metric.form == "diagonal" else _product(R, _inputs(R, metric, device), device)
+    RC = R * metric.moment.to(R.device) if metric.form == "diagonal" else R @ _inputs(R, metric, at)
     return max(float((RC * R).sum()), 0.0)
 
 
@@ -303,65 +376,59 @@ def _beyond(U: torch.Tensor, M: torch.Tensor) -> float:
 
 
 def _gram(
-    W: torch.Tensor, metric: ByData, device: Device
+    wide: torch.Tensor, metric: ByData, at: Device
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(p, p) with the squared data values as eigenvalues, float64 on the host; where W is tall also W C^(1/2), and
-    C^(1/2) where it had to be made."""
-    m, n = W.shape
-    wide, C_half = W.double(), None
+    """(p, p) with the squared data values as eigenvalues; where W is tall also W C^(1/2), and C^(1/2) where it had to
+    be made. All float64 and `at` a device, as `wide`, W (m, n), is."""
+    m, n = wide.shape
+    C_half = None
     if metric.form == "outputs":
-        keep, add = _shrinkage_of(wide, metric, device)
-        return metric.moment if add == 0 else keep * metric.moment + add * _product(wide, wide.T, device), None, None
+        moment = metric.moment.to(at.torch_device)
+        keep, add = _shrinkage_of(wide, metric, moment)
+        return moment if add == 0 else keep * moment + add * (wide @ wide.T), None, None
     if metric.form == "diagonal":
-        half = wide * metric.moment.clamp_min(0).sqrt()
+        half = wide * metric.moment.clamp_min(0).sqrt().to(at.torch_device)
     elif m <= n:
-        return _symmetric(_product(_product(wide, _inputs(wide, metric, device), device), wide.T, device)), None, None
+        return _symmetric(wide @ _inputs(wide, metric, at) @ wide.T), None, None
     else:
-        C_half = root(_inputs(wide, metric, device))
-        half = _product(wide, C_half, device)
+        C_half = _root_of_inputs(wide, metric, at)
+        half = wide @ C_half
     if m <= n:
-        return _symmetric(_product(half, half.T, device)), None, None
-    return _symmetric(_product(half.T, half, device)), half, C_half
+        return _symmetric(half @ half.T), None, None
+    return _symmetric(half.T @ half), half, C_half
 
 
 def _squares(A: torch.Tensor) -> float:
     return float((A * A).sum())
 
 
-def _leading(B: torch.Tensor, rank: int, device: Device) -> torch.Tensor:
+def _leading(B: torch.Tensor, rank: int, at: Device) -> torch.Tensor:
     """(m, rank) the directions of a B (m, n) of that rank."""
-    return _eigh(_product(B, B.T, device))[1][:, len(B) - rank :]
-
-
-def _product(A: torch.Tensor, B: torch.Tensor, device: Device) -> torch.Tensor:
-    """A @ B in the device's precision, given and returned on the host in float64."""
-
-    def product(at: Device) -> torch.Tensor:
-        if at.host_blas:
-            return A @ B
-        total = torch.zeros(A.shape[0], B.shape[1], dtype=at.dtype, device=at.torch_device)
-        (left, a), (right, b) = in_unit(A), in_unit(B)
-        for start in range(0, A.shape[1], INNER):
-            stop = start + INNER
-            total.addmm_(*(x.to(at.dtype).to(at.torch_device) for x in (left[:, start:stop], right[start:stop])))
-        return total.cpu().double() * a * b
-
-    return on_device_or_host(product, device)
+    return _eigh(B @ B.T, at)[1][:, len(B) - rank :]
 
 
 def _symmetric(G: torch.Tensor) -> torch.Tensor:
     return (G + G.T) / 2
 
 
-def _eigh(G: torch.Tensor) -> tuple[NDArray[np.float64], torch.Tensor]:
-    values, vectors = np.linalg.eigh(G.numpy())
-    return values, torch.from_numpy(vectors)
+def _threads(at: Device, p: int) -> AbstractContextManager[None]:
+    return host_threads(p) if at.host_blas else nullcontext()
 
 
-def _orthonormal(U: torch.Tensor) -> torch.Tensor:
+def _eigh(G: torch.Tensor, at: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
+    """Ascending eigenvalues (p,), on the host, and eigenvectors (p, p), where G is."""
+    with _threads(at, len(G)):
+        values, vectors = eigenvectors(G, at)
+        return values, vectors(np.arange(len(G)))
+
+
+def _orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
     """The columns of a nearly orthonormal U (m, r) made so (Cholesky QR): small s_i lost digits to the squaring."""
     if not U.shape[1]:
         return U
+    if not at.host_blas:
+        R = torch.linalg.cholesky(U.T @ U, upper=True)
+        return torch.linalg.solve_triangular(R, U, upper=True, left=False)
     R = scipy.linalg.cholesky((U.T @ U).numpy(), lower=False)
     return torch.from_numpy(scipy.linalg.solve_triangular(R, U.T.numpy(), trans=1).T.copy())
 

@@ -17,9 +17,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from laser.choices import DEVICES
-from laser.errors import UsageError
+from laser.errors import UsageError, is_out_of_memory
 from laser.spectral.eigen import Routes
 from laser.spectral.host_memory import host_free_bytes
 
@@ -165,6 +166,38 @@ def exact_products(device: torch.device, sides: tuple[int, ...] = PROBED) -> boo
     return True
 
 
+def products_in_float32(device: Device, storage: torch.dtype) -> bool:
+    """Whether a device in float32 multiplies matrices in `storage` as they are and gives float32: on tensor cores.
+
+    A product of two numbers of 16 bits is exact in float32, so nothing is lost but in the sums, which are float32's.
+    """
+    if device.torch_device.type != "cuda" or device.dtype != torch.float32:
+        return False
+    return storage in (torch.bfloat16, torch.float16) and _sums_in_float32(device.torch_device, storage)
+
+
+@lru_cache(maxsize=16)
+def _sums_in_float32(device: torch.device, storage: torch.dtype, sides: tuple[int, ...] = PROBED) -> bool:
+    """Whether a product of `storage` matrices with the result in float32 (torch 2.8) exists, and sums in 24 bits; once
+    per process.
+
+    In each column one 1 and 1023 times 2^-9: the sum of squares is 1 + 1023 * 2^-18, whatever the order.
+    """
+    with full_precision():
+        for side in sides:
+            A = torch.full((1024, side), 2**-9, dtype=storage, device=device)
+            A[:1] = torch.ones(1, side, dtype=storage, device=device)
+            try:
+                product = torch.mm(A.T, A, out_dtype=torch.float32)
+            except (TypeError, RuntimeError) as error:  # no such argument; not on this chip, or not in this dtype
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):  # says nothing, and is not kept
+                    raise
+                return False
+            if not bool((product == 1 + 1023 * 2**-18).all()):
+                return False
+    return True
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +228,8 @@ def shared(device: Device, workers: int) -> Device:
 
 def failed_there(error: RuntimeError, device: Device) -> bool:
     """Whether it is the device that failed, its memory or its libraries; from the host there is nowhere else to go."""
-    return not device.host_blas and any(symptom in str(error).lower() for symptom in SYMPTOMS)
+    said = isinstance(error, LinAlgError) or any(symptom in str(error).lower() for symptom in SYMPTOMS)
+    return said and not device.host_blas
 
 
 def on_device_or_host(compute: Callable[[Device], T], device: Device) -> T:
@@ -226,6 +260,48 @@ def synchronise(device: Device) -> None:
         torch.cuda.synchronize(device.torch_device)
     elif device.torch_device.type == "mps":
         torch.mps.synchronize()
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def staged(W: torch.Tensor, device: Device) -> torch.Tensor:
+    """W, on the host, for its way to `device`: in page-locked memory where that is CUDA, elsewhere as it is.
+
+    From there a copy takes a fifth of the time and runs beside everything else, so that two matrices ahead and a stream
+    per worker are the double buffer. torch keeps such memory for the next matrix; where none can be locked, W stays.
+    """
+    if not torch.cuda.is_available() or device.torch_device.type != "cuda":
+        return W
+    try:
+        return W.pin_memory()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return W
+
+
+def sent(x: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """x there, in its dtype. From page-locked memory to CUDA nobody waits: what uses it is queued behind it.
+
+    Only where x is contiguous: then torch notes who reads the memory, and does not hand it out again before. Never to
+    MPS, where such copies have arrived damaged (pytorch issues 139550 and 189690).
+    """
+    free = where.type == "cuda" and x.is_contiguous() and x.is_pinned()
+    return x.to(where, non_blocking=True) if free else x.to(where)
+
+
+def whole(x: torch.Tensor, device: Device) -> torch.Tensor:
+    """x, made on this thread's stream, when it is all there: others may then use it on theirs."""
+    synchronise(device)
+    return x
+
+
+def used_here(x: torch.Tensor) -> torch.Tensor:
+    """x, made on another thread's stream: its memory is not handed out again before this thread's stream is done."""
+    if x.device.type == "cuda":
+        x.record_stream(torch.cuda.current_stream(x.device))
+    return x
 
 
 # --- precision and threads --------------------------------------------------------------------------------------------

@@ -61,6 +61,19 @@ DEFAULT = Routes(
 )
 
 
+def here(routes: Routes | None, dtype: np.dtype[Any]) -> Routes:
+    """What is taken on this machine, which may lack a route of the default."""
+    found: dict[str, Steps] = {}
+    for what in ("values", "vectors"):
+        steps: list[tuple[int, str]] = []
+        for start, _ in getattr(routes or DEFAULT, what):
+            route = taken(what, max(start, 2), dtype, routes)
+            if not steps or steps[-1][1] != route:
+                steps.append((start, route))
+        found[what] = tuple(steps)
+    return Routes(**found)
+
+
 def eigenvalues(G: Real, routes: Routes | None = None) -> Values:
     """Eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32. routes: None for DEFAULT.
 

@@ -9,7 +9,8 @@ Where a step fails the next one is tried, from the untouched matrix, and the rec
 
 A projector goes to eigenvectors first. A step that does not exist (float64 on Apple MPS, another host on the host) is
 left out. A step fails with NaN in its result, a missed certificate, an eigensolver that does not converge, or too
-little memory on the device.
+little memory on the device. One in float32 also fails where the caller cannot decide by its values (`Doubt`), as where
+one lies at the threshold of a rule; then the next step in float64 is tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -33,10 +35,12 @@ from laser.spectral.devices import (
     free_bytes,
     full_precision,
     host_threads,
+    in_float64,
     on_device_or_host,
     release,
+    sent,
 )
-from laser.spectral.gram import BLOCK_ROWS, factors_by_gram, values_by_gram
+from laser.spectral.gram import BLOCK_ROWS, eigenvalues, factors_by_gram, values_by_gram
 from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import Spectrum, in_unit, largest_entry
@@ -77,6 +81,9 @@ _FACTORS: dict[str, Callable[[torch.Tensor, Device, Spectrum | None], Factors]] 
     "svd": factors_by_svd,
 }
 METHODS = tuple(_FACTORS)
+SLACK_SIDE = 1024
+# Why a decision by singular values (p,) is not sure where their arithmetic has this eps; "" where it is.
+Doubt = Callable[[Spectrum, float], str]
 
 
 @dataclass(frozen=True)
@@ -110,16 +117,22 @@ def check_storage(dtype: torch.dtype) -> None:
         )
 
 
-def measure(W: torch.Tensor, device: Device, method: str = "gram") -> Values:
+def measure(W: torch.Tensor, device: Device, method: str = "gram", doubt: Doubt | None = None) -> Values:
     """Singular values of W (m, n). The projector has none of its own: its values are those of the Gram matrix.
 
-    Raises NumericalError for a NaN or Inf in W or when every step of the ladder fails.
+    In float64 where `doubt` finds those in float32 not sure enough. Raises NumericalError for a NaN or Inf in W or when
+    every step of the ladder fails.
     """
     check_storage(W.dtype)
     W, u = in_unit(W)
     ladder = steps("gram" if method == "projector" else method, device)
-    found, step, note = climb(W, ladder, lambda step, W: _VALUES[step.method](W, step.device))
-    return Values(_scaled(found, u), step, note)
+
+    def attempt(step: Step, W: torch.Tensor) -> Spectrum:
+        s = _scaled(_VALUES[step.method](W, step.device), u)
+        _require_sure(doubt, s, step)
+        return s
+
+    return Values(*climb(W, ladder, attempt))
 
 
 def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
@@ -150,11 +163,12 @@ def factorise(
     device: Device,
     method: str = "gram",
     values: Spectrum | None = None,
+    doubt: Doubt | None = None,
 ) -> Factorised:
     """Factorise W (m, n) once: `decide` gets its singular values (p,) and answers with gains, or None to leave it.
 
     What a scan and a reduction need together, for one pair of eigenvalues and eigenvectors instead of two. `decide` is
-    asked again by each step of the ladder. Raises as `truncate`.
+    asked again by each step of the ladder, in float32 only where `doubt` has none. Raises as `truncate`.
     """
     check_storage(W.dtype)
     storage = W.dtype
@@ -163,6 +177,7 @@ def factorise(
     def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
         factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
         s = _scaled(factors.singular_values, u)
+        _require_sure(doubt, s, step)
         gains = decide(s)
         if gains is None:
             return s, None
@@ -187,6 +202,35 @@ def _scaled(s: Spectrum, u: float) -> Spectrum:
     return s
 
 
+class _Unsure(NumericalError):
+    """The values are as good as their precision, and that is not enough for the decision."""
+
+
+def _require_sure(doubt: Doubt | None, s: Spectrum, step: Step) -> None:
+    """Raises _Unsure for values of a step in float32 by which nobody can decide. Those in float64 are the last word."""
+    if doubt is None or not step.single:
+        return
+    slack = 1.0 if step.device.host_eigensolver else eigensolver_slack(replace(step.device, share=None))
+    if why := doubt(s, slack * torch.finfo(torch.float32).eps):
+        raise _Unsure(why)
+
+
+@lru_cache(maxsize=16)
+def eigensolver_slack(device: Device) -> float:
+    """1, or the power of two by which float32 loses more in this device's eigenvalues than the stated error allows for.
+
+    That error (spectrum.py) was measured of the host's LAPACK, and libraries differ: MKL's in float32 is off by 1.6
+    sqrt(p) eps of the largest one at p = 1024, where OpenBLAS's is by 0.1, and cuSOLVER's nobody has stated. So it is
+    asked once per process: a Gram matrix of noise, the least favourable kind, in float32 and in float64.
+    """
+    A = torch.randn(SLACK_SIDE, SLACK_SIDE, generator=torch.Generator().manual_seed(0)).to(device.torch_device).double()
+    G = A.T @ A
+    exact, found = eigenvalues(G, in_float64(device)), eigenvalues(G.float(), device)
+    unit = math.sqrt(SLACK_SIDE) * torch.finfo(torch.float32).eps * float(exact[-1])
+    worst = float(np.abs(found - exact).max()) / unit
+    return 2.0 ** math.ceil(math.log2(worst)) if worst > 1 else 1.0  # 1 of the 2 that are stated; the other is reserve
+
+
 def _check_rank(W: torch.Tensor, gains: Gains) -> None:
     p = min(W.shape)
     if not (0 <= gains.above and 0 <= gains.below and gains.above + gains.below <= p):
@@ -204,18 +248,26 @@ class Step:
     method: str
     device: Device
 
+    @property
+    def single(self) -> bool:
+        return self.device.dtype == torch.float32
+
+
+# What the steps in float64 are called that come after those in float32.
+DOUBLE, ON_HOST, PLAIN_SVD = IN_FLOAT64 = ("gram float64", "gram on the host", "svd")
+
 
 def steps(method: str, device: Device) -> tuple[Step, ...]:
     """The steps for `method` on `device`, in order."""
     host = replace(HOST, reason="the ladder")
     if method == "svd":
-        return (Step("svd", "svd", host),)
+        return (Step(PLAIN_SVD, "svd", host),)
     found = [Step(name, name, device) for name in dict.fromkeys((method, "gram"))]
     if device.dtype == torch.float32 and device.has_float64:
-        found.append(Step("gram float64", "gram", replace(device, dtype=torch.float64)))
+        found.append(Step(DOUBLE, "gram", replace(device, dtype=torch.float64)))
     if not device.host_blas:
-        found.append(Step("gram on the host", "gram", host))
-    return (*found, Step("svd", "svd", host))
+        found.append(Step(ON_HOST, "gram", host))
+    return (*found, Step(PLAIN_SVD, "svd", host))
 
 
 def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, torch.Tensor], T]) -> tuple[T, str, str]:
@@ -226,8 +278,10 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
     left.
     """
     failures: list[str] = []
-    residual = None
+    residual, unsure = None, False
     for step in ladder:
+        if unsure and step.single:
+            continue
         W = W.cpu() if step.device.host_blas else W
         on_host = step.device.host_blas and step.method != "svd"
         try:
@@ -236,6 +290,7 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
                 return attempt(step, W), step.name, "; ".join(failures)
         except NumericalError as error:
             failures.append(f"{step.name}: {error}")
+            unsure = unsure or isinstance(error, _Unsure)
             residual = error.residual if residual is None else residual
         except MemoryError as error:
             if step.device.host_blas:  # no other step needs less, and a matrix is not skipped for want of memory
@@ -266,18 +321,38 @@ def to_device_if_it_fits(W: torch.Tensor, device: Device) -> torch.Tensor:
     free = free_bytes(device)
     if free is not None and 2 * W.nbytes + device_bytes(W, "gram", device) > free:
         return W
-    return on_device_or_host(lambda where: W.to(where.torch_device), device)
+    return on_device_or_host(lambda where: sent(W, where.torch_device), device)
+
+
+def eigh_squares(version: str = torch.__version__) -> int:
+    """How many matrices (p, p) an eigenproblem on CUDA holds at the most, G among them, by the routine of this torch.
+
+    torch copies G, since the eigenvectors take the place of what cuSOLVER is given; the rest is cuSOLVER's work space.
+    NVIDIA does not state that, so these are bounds. Up to torch 2.11 it is `Xsyevd`: two matrices, as LAPACK's dsyevd
+    states for divide and conquer, and panels of some hundred columns, counted as a third. (In float32 with p from 32 to
+    512 it is Jacobi's `syevj`, which takes less.) From 2.12 on it is `XsyevBatched` even for one matrix (pytorch pull
+    request 175403), which may not work in the matrix that it is given: one more. benchmarks/on_device.py measures both.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return 6 if (major, minor) >= (2, 12) else 5
+
+
+# Work spaces of the libraries that do not depend on p: 32 MiB for a handle of cuBLAS on Hopper, and as much again.
+LIBRARIES = 64 << 20
 
 
 def device_bytes(W: torch.Tensor, method: str, device: Device) -> int:
     """Memory that a step needs on its device at the peak, in bytes; W and the result count where W lies there.
 
-    With eigenvalues on the device G, V and the solver's work space of three more; else G and V, or for the projector G,
-    X and two of its powers. And four blocks of rows in the precision of the arithmetic.
+    With eigenvalues on the device what `eigh_squares` says, and the libraries' own; else G and V, or for the projector
+    G, X and two of its powers. And four blocks of rows in the precision of the arithmetic.
     """
     p, q = min(W.shape), max(W.shape)
     there = 2 * W.nbytes if W.device.type == device.torch_device.type else 0
-    squares = 5 if not device.host_eigensolver else 4 if method == "projector" else 2
+    if not device.host_eigensolver:
+        squares, there = eigh_squares(), there + LIBRARIES
+    else:
+        squares = 4 if method == "projector" else 2
     return there + (squares * p * p + 4 * min(BLOCK_ROWS, q) * p) * torch.finfo(device.dtype).bits // 8
 
 

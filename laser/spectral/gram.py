@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from laser.errors import NumericalError
 from laser.spectral import eigen
 from laser.spectral.certificate import SAFETY, Factors, Raw
-from laser.spectral.devices import Device
+from laser.spectral.devices import Device, products_in_float32, sent
 from laser.spectral.openblas import find_openblas
 from laser.spectral.shrinkage import Gains
 
 # Rows per block: large enough for the product to run at full speed, 64 MiB in float64 at n = 4096. On MPS an inner
 # dimension of 32767 or more is summed wrongly (pytorch issue 193487); this is far below.
 BLOCK_ROWS = 2048
+# On tensor cores sums are cut off, not rounded, after every 16 products, and that adds up: over 512 rows to 1e-6 of the
+# squares. From p = 1024 on that is little beside the error that is stated of eigenvalues in float32 (spectrum.py).
+TENSOR_ROWS, TENSOR_SIDE = 512, 1024
 MIRRORED = 512  # columns of a triangle that are turned at a time, so that both sides lie in the cache
 # Numbers (k,) in ascending order of eigenvalues -> those eigenvectors (p, k), on the device.
 Vectors = Callable[[NDArray[np.intp]], torch.Tensor]
@@ -72,7 +75,7 @@ def _cut_by_gram(W: torch.Tensor, vectors: Vectors, s: NDArray[np.float64], want
 def moved(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """x on `device` and in `dtype`. The narrower of the two dtypes is what is copied: there is less of it, and float64
     never reaches a device that has none."""
-    return x.to(dtype).to(device) if x.dtype.itemsize > dtype.itemsize else x.to(device).to(dtype)
+    return sent(x.to(dtype), device) if x.dtype.itemsize > dtype.itemsize else sent(x, device).to(dtype)
 
 
 def scalar(scalar: torch.Tensor) -> float:
@@ -92,16 +95,20 @@ def tall(W: torch.Tensor) -> torch.Tensor:
     return W if W.shape[0] >= W.shape[1] else W.T
 
 
-def blocks(W: torch.Tensor, device: Device) -> Iterator[tuple[int, torch.Tensor]]:
-    """First row and rows (up to BLOCK_ROWS, p) of the tall A, on the device and in its dtype."""
+def blocks(
+    W: torch.Tensor, device: Device, dtype: torch.dtype | None = None, rows: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First row and rows (up to `rows`, p) of the tall A, on the device and in `dtype`; by default up to BLOCK_ROWS, in
+    the device's."""
     A, wide = tall(W), W.shape[0] < W.shape[1]
-    for start in range(0, A.shape[0], BLOCK_ROWS):
-        stop = start + BLOCK_ROWS
+    dtype, rows = dtype or device.dtype, rows or BLOCK_ROWS
+    for start in range(0, A.shape[0], rows):
+        stop = start + rows
         if wide and not device.host_blas:
             # Sent as it lies in memory and turned on the device: the other way round the host would turn it.
-            yield start, moved(W[:, start:stop], device.torch_device, device.dtype).T
+            yield start, moved(W[:, start:stop], device.torch_device, dtype).T
         else:
-            yield start, moved(A[start:stop], device.torch_device, device.dtype)
+            yield start, moved(A[start:stop], device.torch_device, dtype)
 
 
 def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
@@ -114,6 +121,10 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
     total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
     if device.host_blas:
         _gram_on_host(W, device, total.numpy())
+        return total
+    if p >= TENSOR_SIDE and products_in_float32(device, W.dtype):  # and nothing is converted
+        for _, block in blocks(W, device, W.dtype, TENSOR_ROWS):
+            total += torch.mm(block.T, block, out_dtype=torch.float32)
         return total
     for _, block in blocks(W, device):
         total.addmm_(block.T, block)

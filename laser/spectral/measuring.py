@@ -30,6 +30,8 @@ from laser.spectral.devices import (
     free_bytes,
     full_precision,
     host_threads,
+    sent,
+    staged,
     synchronise,
 )
 from laser.spectral.eigen import TABLES, Routes, choose, offered
@@ -60,7 +62,7 @@ def measure_device(
     # host_threads(1): a small matrix's share, which is one thread
     with full_precision(), host_threads(1) if device.host_blas else nullcontext():
         routes = measure_routes(device, route_sides, busy) if device.host_blas else {}
-        device = replace(device, routes=choose(routes, _real(device)))
+        device = replace(device, routes=choose(routes, precision(device)))
         G = gram(W, device)
         product = 2 * 2 * p**3 / _seconds(lambda: gram(W, device), device)
         projection = _projection(W, device)
@@ -102,7 +104,7 @@ def measure_routes(device: Device, sides: tuple[int, ...], busy: int) -> dict[st
     half as long again as the best one is not asked at the next side.
     """
     found: dict[str, dict[str, dict[int, float]]] = {what: {} for what in TABLES}
-    asked = {what: set(offered(what, _real(device))) for what in TABLES}
+    asked = {what: set(offered(what, precision(device))) for what in TABLES}
     for what, routes in asked.items():
         routes -= {"numpy"} if "one-stage" in routes else set()
         for p in sides:
@@ -129,7 +131,7 @@ def chosen_routes(device: Device, path: Path | None = None) -> Routes | None:
         probe = Probe.load(device.label, path)
     except RecordError:  # told by `laser devices`; a default is as right
         return None
-    return choose(probe.routes, _real(device)) if probe and probe.name == chip(device) else None
+    return choose(probe.routes, precision(device)) if probe and probe.name == chip(device) else None
 
 
 def choose_method(method: str, device: Device, path: Path | None = None) -> tuple[str, str]:
@@ -192,7 +194,7 @@ def _half(G: torch.Tensor, device: Device) -> torch.Tensor:
     return eigenvectors(G, device)[1](np.arange(p - p // 2, p))
 
 
-def _real(device: Device) -> np.dtype[Any]:
+def precision(device: Device) -> np.dtype[Any]:
     """The device's precision, as NumPy calls it."""
     return np.dtype(np.float64 if device.dtype == torch.float64 else np.float32)
 
@@ -233,12 +235,12 @@ def _sign_seconds(G: torch.Tensor, device: Device) -> float:
 
 
 def _copy_rates(device: Device, copied: int) -> tuple[float | None, float | None]:
-    """Bytes a second to the device and back; pageable memory, as that is what a checkpoint is read into."""
+    """Bytes a second to the device, from such memory as a checkpoint is read into for it, and back."""
     if device.host_blas:
         return None, None
-    here = torch.zeros(copied, dtype=torch.uint8)
-    there = here.to(device.torch_device)
-    return copied / _seconds(lambda: here.to(device.torch_device), device), copied / _seconds(there.cpu, device)
+    here = staged(torch.zeros(copied, dtype=torch.uint8), device)
+    there = sent(here, device.torch_device)
+    return copied / _seconds(lambda: sent(here, device.torch_device), device), copied / _seconds(there.cpu, device)
 
 
 def _disk_rates(directory: Path, copied: int) -> tuple[float, float]:

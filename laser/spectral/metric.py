@@ -16,6 +16,7 @@ from laser.errors import UsageError
 from laser.spectral.data_metric import projection_problems
 from laser.spectral.devices import Device
 from laser.spectral.factorise import (
+    Doubt,
     Factorised,
     Spectrum,
     Values,
@@ -51,11 +52,13 @@ class Metric(Protocol):
 class Plain:
     """The Frobenius norm: ||W - B||_F^2, the error of outputs whose inputs are alike in all directions."""
 
-    def values(self, W: torch.Tensor, device: Device, method: str = "gram") -> Values:
-        return measure(W, device, method)
+    def values(self, W: torch.Tensor, device: Device, method: str = "gram", doubt: Doubt | None = None) -> Values:
+        return measure(W, device, method, doubt)
 
-    def visit(self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
-        return factorise(to_device_if_it_fits(W, device), decide, device, method)
+    def visit(
+        self, W: torch.Tensor, decide: Decide, device: Device, method: str = "gram", doubt: Doubt | None = None
+    ) -> Factorised:
+        return factorise(to_device_if_it_fits(W, device), decide, device, method, doubt=doubt)
 
     def problems(
         self, name: str, W: torch.Tensor, B: torch.Tensor, half: torch.Tensor, gains: Gains, device: Device
@@ -108,5 +111,5 @@ class UnknownData:
         return projection_problems(name, W, B, half, gains.above, device)
 
 
-PLAIN: Metric = Plain()
+PLAIN = Plain()
 UNKNOWN_DATA: Metric = UnknownData()

@@ -6,6 +6,7 @@ near a singular value lies to the threshold of a rule."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.devices import HOST, Device, on_device_or_host
-from laser.spectral.gram import moved, scalar
+from laser.spectral.factorise import IN_FLOAT64, Doubt
+from laser.spectral.gram import moved, scalar, to_host
 from laser.spectral.noise import Shape, Spectrum
 from laser.spectral.permutation import TOLERANCE
-from laser.spectral.rules import Cut, parse_rule
+from laser.spectral.rules import Cut, apply_rule, by_data, draws_needed, parse_rule
 from laser.spectral.unit import in_unit, unit_of
 
 ENERGIES = (0.5, 0.9, 0.95, 0.99)  # points of the energy curve
@@ -138,8 +140,25 @@ def excess_kurtosis(W: torch.Tensor, device: Device = HOST) -> float:
     """
     W, _ = in_unit(W)  # it has no unit itself
     return on_device_or_host(
-        lambda where: _kurtosis_on_host(W.cpu()) if where.host_blas else _kurtosis(W, where), device
+        lambda where: _kurtosis_on_host(W.cpu()) if where.host_blas else _kurtosis_on_device(W, where), device
     )
+
+
+def _kurtosis_on_device(W: torch.Tensor, device: Device) -> float:
+    """On an accelerator, which is waited for once.
+
+    In its unit W's largest entry lies within 2^-20 and 2^20: its fourth power is a float32, and so is the sum of all.
+    An entry whose fourth power is none is too small to count.
+    """
+    flat, sums = W.detach().reshape(-1), []
+    for start in range(0, len(flat), ENTRIES_AT_A_TIME):
+        block = flat[start : start + ENTRIES_AT_A_TIME]
+        squares = moved(block, device.torch_device, device.dtype)
+        squares = squares * squares
+        sums += [torch.sum(squares), torch.sum(squares.mul_(squares))]
+    totals = to_host(torch.stack(sums)) if sums else np.zeros(2)
+    second, fourth = float(np.sum(totals[::2])), float(np.sum(totals[1::2]))
+    return fourth * len(flat) / second**2 - 3 if second else 0.0
 
 
 def _kurtosis_on_host(W: torch.Tensor) -> float:
@@ -159,23 +178,6 @@ def _kurtosis_on_host(W: torch.Tensor) -> float:
         rows = squares.view(-1, ROW)
         second += scalar(torch.sum(torch.sum(rows, dim=1), dtype=torch.float64))
         fourth += scalar(torch.sum(torch.linalg.vecdot(rows, rows), dtype=torch.float64))
-    return fourth * len(flat) / second**2 - 3 if second else 0.0
-
-
-def _kurtosis(W: torch.Tensor, device: Device) -> float:
-    flat = W.detach().reshape(-1)
-    second = fourth = 0.0
-    for start in range(0, len(flat), ENTRIES_AT_A_TIME):
-        block = flat[start : start + ENTRIES_AT_A_TIME]
-        narrow = min(block.dtype, device.dtype, key=lambda dtype: dtype.itemsize)
-        block = moved(block, device.torch_device, narrow)
-        scale = scalar(block.abs().max())
-        if scale == 0.0:
-            continue
-        squares = block.to(device.dtype) / scale  # a new tensor, so that what follows may overwrite it
-        squares.mul_(squares)
-        second += scalar(torch.sum(squares)) * scale**2
-        fourth += scalar(torch.sum(squares.mul_(squares))) * scale**4
     return fourth * len(flat) / second**2 - 3 if second else 0.0
 
 
@@ -202,9 +204,11 @@ def edge_shift(kurtosis: float, shape: Shape) -> float:
 GROWTH = 2.0  # times sqrt(p) eps s_1^2, half of it reserve
 
 
-def precision_of(device: str, method: str) -> float:
-    """eps of the arithmetic behind a record's singular values: of its device's label, and of its method."""
-    single = device.split()[1:2] == ["float32"] and method != "svd"
+def precision_of(device: str, method: str, note: str = "") -> float:
+    """eps of the arithmetic behind a record's singular values: of its device's label and method, and of the note that
+    names the step of the ladder that gave them, if that was another."""
+    double = method == "svd" or note.startswith(tuple(f"by {step}" for step in IN_FLOAT64))
+    single = device.split()[1:2] == ["float32"] and not double
     return torch.finfo(torch.float32 if single else torch.float64).eps
 
 
@@ -217,6 +221,21 @@ def value_errors(s: Spectrum, eps: float) -> Spectrum:
     """(p,) errors of the values themselves: E / (2 s_i), and sqrt(E) where a value is smaller than that."""
     E = squared_error(s, eps)
     return E / (2 * np.maximum(s, math.sqrt(E) / 2)) if E else np.zeros_like(s)
+
+
+def doubt_by(rules: Sequence[str], shape: Shape, null: Spectrum) -> Doubt:
+    """What tells whether the ranks that `rules` find in a spectrum are sure in its precision.
+
+    shape: (m, n) of the matrix; null: as `apply_rule` takes it. A rule in the metric of the data, or one that asks for
+    more permutations than there are, has no say.
+    """
+    asked = [rule for rule in rules if not by_data(rule) and draws_needed(rule) <= len(null)]
+
+    def doubt(s: Spectrum, eps: float) -> str:
+        found = (at_threshold(rule, s, apply_rule(rule, s, shape, null), eps) for rule in asked)
+        return next(filter(None, found), "")
+
+    return doubt
 
 
 def at_threshold(spec: str, s: Spectrum, cut: Cut, eps: float) -> str:

@@ -28,6 +28,7 @@ from laser.plan import Treatment, make_plan
 from laser.spectral import devices, factorise
 from laser.spectral.data_metric import ByData, data_values, truncate_in_metric
 from laser.spectral.devices import Device, choose_device
+from laser.spectral.factorise import device_bytes
 
 CPU = choose_device("cpu")
 
@@ -166,6 +167,58 @@ def test_what_a_worker_may_use_does_not_depend_on_what_another_holds(
 
     checkpoint, card = laser.open_checkpoint(pico), Device("cuda", torch.float64, False, "pretends")
     assert [found for _, found, _ in visit_all(checkpoint, scanned(checkpoint)[:4], work, Crew((card,)))] == [500] * 4
+
+
+def test_small_matrices_bring_more_workers_to_a_gpu_as_its_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    def matrix(*shape: int) -> Matrix:
+        return Matrix("w", "q", 0, None, shape, "BF16", "w")
+
+    def workers(sides: Sequence[tuple[int, int]], share: int = 80 << 30, gpus: int = 1) -> int:
+        cards = tuple(Device(f"cuda:{i}", torch.float64, False, "pretends", share) for i in range(gpus))
+        pool = Crew(cards).pool([*(matrix(*shape) for shape in sides), matrix(4096)])  # a norm is none
+        assert {pool.count(card) for card in cards} == {len(pool) // gpus}
+        return len(pool)
+
+    large, small = (4096, 14336), (4096, 1024)
+    assert workers([large]) == workers([large, small], gpus=1) == 2  # without a GPU here there is none to ask
+    machine(cuda=2)
+    assert (workers([large]), workers([large, small]), workers([small, (64, 64)]), workers([])) == (2, 4, 8, 2)
+    assert workers([small], gpus=2) == 16
+    one = 2 * 4 * 4096 * 14336 + device_bytes(
+        torch.empty(large, device="meta"), "gram", Device("cuda", torch.float64, False, "")
+    )
+    assert [workers([large, small], each * one) for each in (0, 1, 3, 9)] == [2, 2, 3, 4]
+    assert workers([small], 1 << 30) > 2  # which need less
+
+
+def test_what_is_read_ahead_for_cuda_is_page_locked(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    W, locked = torch.ones(3, 4), torch.full((3, 4), 2.0)
+    card = Device("cuda", torch.float64, False, "pretends")
+    # Page-locked memory needs a driver.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: locked)
+    assert devices.staged(W, CPU) is devices.staged(W, card) is W  # there is no CUDA
+    machine(cuda=1)
+    assert devices.staged(W, CPU) is W and devices.staged(W, card) is locked
+
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    assert devices.staged(W, card) is W  # it is only slower
+
+
+def test_only_a_contiguous_page_locked_tensor_is_sent_to_cuda_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, where, non_blocking=False: asked.append(non_blocking) or x)
+    for pinned in (False, True):
+        # As above.
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _, pinned=pinned: pinned)
+        for x in (torch.ones(3, 4), torch.ones(3, 4).T):
+            for name in ("cuda:0", "mps", "cpu"):
+                devices.sent(x, torch.device(name))
+    assert asked == [False] * 6 + [True] + [False] * 5
 
 
 def test_a_matrix_is_sent_whole_only_where_its_factorisation_fits_beside_it() -> None:

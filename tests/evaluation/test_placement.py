@@ -15,9 +15,14 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.errors import OutOfMemory
 from laser.evaluation.activations import Store, pinned_bytes
 from laser.evaluation.footprint import Needs, layered_needs, states_bytes
+from laser.evaluation.objective import Loss
 from laser.evaluation.placement import Alive, Asked, Placement, place
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
+from laser.pipeline import scan
+from laser.search.search import search
+from laser.selection import Selection
+from laser.spectral.devices import choose_device
 
 CPU = torch.device("cpu")
 MB, GB = 10**6, 10**9
@@ -207,3 +212,27 @@ def test_each_piece_that_stays_needs_more_and_all_of_them_what_the_whole_does(tm
         # Where the embedding and one layer are read, both are there together: that is all of it.
         assert needs == sorted(set(needs)) + needs[-3:] and len(set(needs)) == model.layers + 1
     assert states_bytes(model, windows_of(checkpoint.path).windows) == 3 * 31 * 32 * 4
+
+
+# --- a search with room for few states --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_search_finds_the_same_however_few_states_have_room(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "mixtral"))
+    windows, others = windows_of(checkpoint.path), Text("h", TEXT[::-1])
+    held_out = cut_windows(others, load_tokenizer(checkpoint.path), length=32, limit=2)
+    spectra, size = scan(checkpoint, device=choose_device("cpu")), 3 * 31 * 32 * 4
+    found = []
+    for states in range(9):
+        # Kept edits take room from states, so that kept states give way in the middle of a search.
+        store = Store(states * size, tmp_path, device=CPU, device_limit=(states % 3) * size)
+        model = LayeredModel(checkpoint, resident=2, store=store, ahead=states % 2 == 0)
+        result = search(
+            model, spectra, ["rank:8", "rank:2"], Loss(windows), [Loss(held_out)], accept="any-drop",
+            selection=Selection(roles=("q", "k", "o")), device=choose_device("cpu"),
+        )  # fmt: skip
+        assert store.used <= states * size and not list(tmp_path.glob("laser-activations*"))
+        model.unload()
+        found.append(([(t.label, t.rule, t.d, t.se, t.accepted) for t in result.trials], result.plan, result.held_out))
+    assert all(each == found[0] for each in found) and any(t[4] for t in found[0][0])

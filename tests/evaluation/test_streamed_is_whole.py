@@ -285,7 +285,7 @@ def test_memory_that_is_full_is_no_fault_of_the_model(three_layers: Path, monkey
 def test_the_proof_costs_one_walk_and_is_not_counted(three_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LayeredModel(laser.open_checkpoint(three_layers))
     read: list[str] = []
-    monkeypatch.setattr(model, "_read", lambda name, own=model._read: (read.append(name), own(name))[1])
+    monkeypatch.setattr(model, "_read", lambda name, edits, own=model._read: (read.append(name), own(name, edits))[1])
     model.losses(WINDOWS.windows)
     first, read[:] = list(read), []
     model.losses(WINDOWS.windows)

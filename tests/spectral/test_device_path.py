@@ -6,6 +6,7 @@ tests hold it against the reference lists, where those are present), and on fake
 have no data.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser.spectral import gram, projector
-from laser.spectral.data_metric import ByData, data_values
+from laser.spectral import data_metric, devices, gram, projector
+from laser.spectral.data_metric import ByData, data_values, relative_error, rounding_error, truncate_in_metric
 from laser.spectral.devices import Device, exact_products
 from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
-from laser.spectral.permutation import largest_singular_value, null_largest
+from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, null_largest, permuted
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import excess_kurtosis
 
@@ -32,11 +33,14 @@ ALLOWED = {
     "aten::_to_copy",
     "aten::abs",
     "aten::add.Tensor",
+    "aten::add_.Tensor",
     "aten::addmm",
     "aten::addmm_",
     "aten::aminmax",
     "aten::all",
     "aten::any",
+    "aten::arange",
+    "aten::arange.start",
     "aten::bitwise_not",
     "aten::copy_",
     "aten::detach",
@@ -57,6 +61,7 @@ ALLOWED = {
     "aten::ne.Scalar",
     "aten::permute",
     "aten::slice.Tensor",
+    "aten::stack",
     "aten::sub.Tensor",
     "aten::sub_.Tensor",
     "aten::sum",
@@ -65,7 +70,8 @@ ALLOWED = {
     "aten::zeros",
     "aten::zeros_like",
 }
-# What the host may do with a matrix that is stored in float64: look at it, cut it up, convert it, and fill the result.
+# What the host may do with a matrix that is stored in float64: look at it, cut it up, permute and convert it, and fill
+# the result.
 TRANSPORT = {
     "aten::_local_scalar_dense",  # its largest entry
     "aten::_to_copy",
@@ -73,6 +79,7 @@ TRANSPORT = {
     "aten::copy_",
     "aten::detach",
     "aten::empty_like",
+    "aten::index_select",
     "aten::lift_fresh",
     "aten::permute",
     "aten::slice.Tensor",
@@ -222,15 +229,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert (there.shape, there.device, there.dtype) == (value.shape, value.device, value.dtype)
 
     small_blocks(monkeypatch)
+    devices._sums_in_float32.cache_clear()
     monkeypatch.setattr(torch.Tensor, "to", send)
     monkeypatch.setattr(torch.Tensor, "__getitem__", part)
     monkeypatch.setattr(torch.Tensor, "__setitem__", put)
     monkeypatch.setattr(torch.Tensor, "numpy", to_numpy)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: False)
     monkeypatch.setattr(torch.Tensor, "__float__", lambda _: 1.0)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)
     monkeypatch.setattr(projector, "UNRESOLVED", 1e9)  # nothing is right in a fake
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+    devices._sums_in_float32.cache_clear()
 
 
 ACCELERATORS = {
@@ -269,14 +279,49 @@ def test_no_device_is_mixed_with_another(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACCELERATORS)
-def test_the_metric_of_the_data_mixes_no_devices(fake: None, name: str) -> None:
-    device, x = ACCELERATORS[name], torch.empty(300, 40, dtype=torch.float64)
+def test_the_metric_of_the_data_is_in_float64_where_the_device_has_it(
+    fake: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, x = replace(ACCELERATORS[name], share=1 << 40), torch.empty(300, 40, dtype=torch.float64)
+    # Nothing is right in a fake.
+    monkeypatch.setattr(data_metric, "SAFETY", math.inf)
+    # A root is made on one worker's stream and used on another's: it is waited for, and each use of it noted.
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: events.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "a stream")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: events.append("noted"))
+    data_metric.ROOTS.clear()
+    at = "cuda" if device.has_float64 else "cpu"
+
+    class There(TorchDispatchMode):
+        """Products and eigenproblems, and where."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::mm", "aten::_linalg_eigh", "aten::addmm"):
+                found = {(t.device.type, t.dtype) for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+                assert found == {(at, torch.float64)}, func
+                seen.add(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
     for m in (30, 60):
         W = torch.empty(m, 40, dtype=torch.bfloat16)
-        for metric in (ByData("full", x.T @ x, 300), ByData("diagonal", x.sum(dim=0), 300)):
-            assert data_values(W, metric, device).shape == (min(m, 40),)
-        wide = ByData("outputs", torch.empty(m, m, dtype=torch.float64), 300)
-        assert data_values(W, wide, device).shape == (m,)
+        C = torch.empty(40, 40, dtype=torch.float64)
+        wide = ByData("outputs", torch.empty(m, m, dtype=torch.float64), 300, 1.0, shrink=True)
+        for metric in (ByData("full", C, 300, 1.0, m > 40, "key"), ByData("diagonal", x.sum(dim=0), 300), wide):
+            seen: set[str] = set()
+            p = m if metric.form == "outputs" else min(m, 40)
+            with There():
+                assert data_values(W, metric, device).shape == (p,)
+                found = truncate_in_metric(W, 1, metric, device).matrix
+                assert found.device.type == "cpu" and found.dtype == W.dtype
+                assert relative_error(W, W, 1, metric, device) >= 0
+                assert rounding_error(W, W, W, 1, metric, device) >= 0
+            assert seen == ({"aten::mm", "aten::_linalg_eigh"} if at == "cuda" else {"aten::mm"})
+    # Only the tall matrix takes a root, for its values and for its truncation.
+    assert events == (["waited", "noted", "noted"] if at == "cuda" else [])
+    kept = list(data_metric.ROOTS._kept.values())
+    assert [each.result().device.type for each in kept] == [at]
+    data_metric.ROOTS.clear()
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)
@@ -284,11 +329,53 @@ def test_the_null_mixes_no_devices(fake: None, name: str) -> None:
     device = ACCELERATORS[name]
     for shape, storage in (((80, 40), torch.bfloat16), ((12, 30), torch.float64)):
         assert null_largest(torch.empty(shape, dtype=storage), 1, device).shape == (1,)
+        there = torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device)  # permuted where it is
+        assert null_largest(there, 1, device).shape == (1,)
+        for kind in PERMUTATIONS:
+            moved = permuted(there, 0, kind)
+            assert (moved.device, moved.dtype, moved.shape) == (there.device, there.dtype, there.shape)
         assert np.isfinite(largest_singular_value(torch.empty(shape, dtype=storage), device))
         assert np.isfinite(excess_kurtosis(torch.empty(shape, dtype=storage), device))
     exact_products.cache_clear()
     assert exact_products(device.torch_device)
     exact_products.cache_clear()
+
+
+class Noted(TorchDispatchMode):
+    """The operators that run, and the dtypes of what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[torch.dtype, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtypes = tuple(t.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        self.seen.add((f"{func._schema.name}.{func._schema.overload_name}", dtypes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensor_cores_multiply_what_is_stored_in_16_bits(
+    fake: None, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Limits: real ones need matrices of thousands of rows.
+    monkeypatch.setattr(gram, "TENSOR_SIDE", 40)
+    monkeypatch.setattr(gram, "TENSOR_ROWS", 16)
+    device, wide = ACCELERATORS["cuda float32"], ("aten::mm.dtype", (storage, storage))
+    for shape in ((80, 40), (40, 80)):
+        for where in ("cpu", device.torch_device):
+            W = torch.empty(shape, dtype=storage, device=where)
+            with Noted() as noted:
+                G = gram.gram(W, device)
+            assert (G.dtype, G.device.type, tuple(G.shape)) == (torch.float32, "cuda", (40, 40))
+            assert (wide in noted.seen) == (storage != torch.float32)
+            if storage != torch.float32:  # nothing is converted, there or here
+                assert not any("_to_copy" in name for name, _ in noted.seen)
+    small = torch.empty(80, 39, dtype=storage)
+    with Noted() as noted:
+        gram.gram(W, ACCELERATORS["cuda"])  # in float64 they are of no use
+        gram.gram(small, device)  # and where their error would show
+    assert not any(name == "aten::mm.dtype" for name, _ in noted.seen)
 
 
 def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None) -> None:

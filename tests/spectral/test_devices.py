@@ -3,16 +3,18 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Machine
-from helpers import names_of
+from helpers import names_of, tensor_cores
 
 from laser.errors import UsageError
 from laser.spectral import devices
-from laser.spectral.devices import choose_device
+from laser.spectral.devices import Device, choose_device
 
 
 @pytest.mark.slow
@@ -32,7 +34,7 @@ def test_a_device_joins_the_numeric_suites_by_its_line_in_available() -> None:
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     passed = re.findall(r"PASSED .*::test_rows_beyond_one_block\[(.+)\]", ended.stdout)
-    assert passed == [*names_of(devices.available()), "cpu:0", "like mps"]
+    assert {*names_of(devices.available()), "cpu:0", "like mps"} <= set(passed)
 
 
 def test_cpu_is_always_there() -> None:
@@ -94,6 +96,40 @@ def test_the_precision_probe_sees_short_operands(mantissa: int, exact: bool, mon
     devices.exact_products.cache_clear()
     assert devices.exact_products(torch.device("cpu")) is exact
     devices.exact_products.cache_clear()
+
+
+def test_the_probe_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sums_well(mm: Callable[..., torch.Tensor]) -> bool:
+        # The product exists on CUDA only.
+        monkeypatch.setattr(torch, "mm", mm)
+        devices._sums_in_float32.cache_clear()
+        return devices._sums_in_float32(torch.device("cpu"), torch.bfloat16, (64,))
+
+    def raises(error: Exception) -> Callable[..., torch.Tensor]:
+        def mm(*_: object, **__: object) -> torch.Tensor:
+            raise error
+
+        return mm
+
+    assert sums_well(tensor_cores())
+    assert not sums_well(tensor_cores(bits=14))
+    assert not sums_well(lambda A, B, out_dtype: (A @ B).to(out_dtype))  # rounded to 8 bits first
+    assert not sums_well(raises(TypeError("mm() got an unexpected keyword argument 'out_dtype'")))
+    assert not sums_well(raises(RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")))
+    with pytest.raises(RuntimeError, match="out of memory"):  # another time it may say something
+        sums_well(raises(torch.OutOfMemoryError("CUDA out of memory")))
+    devices._sums_in_float32.cache_clear()
+
+
+def test_tensor_cores_are_for_cuda_in_float32_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The probe computes on the device.
+    monkeypatch.setattr(devices, "_sums_in_float32", lambda *_: True)
+    single = Device("cuda:0", torch.float32, False, "pretends")
+    assert devices.products_in_float32(single, torch.bfloat16) and devices.products_in_float32(single, torch.float16)
+    assert not devices.products_in_float32(single, torch.float32)
+    assert not devices.products_in_float32(replace(single, dtype=torch.float64), torch.bfloat16)
+    for name in ("cpu", "mps"):
+        assert not devices.products_in_float32(replace(single, name=name), torch.bfloat16)
 
 
 def test_free_memory_is_known_and_plausible() -> None:

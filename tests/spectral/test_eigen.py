@@ -13,7 +13,7 @@ from laser.engine.crew import quiet
 from laser.errors import UsageError
 from laser.spectral import eigen, openblas
 from laser.spectral.devices import HOST, Device
-from laser.spectral.eigen import DEFAULT, VALUES, VECTORS, Routes, eigenvalues, eigenvectors, offered, taken
+from laser.spectral.eigen import DEFAULT, VALUES, VECTORS, Routes, eigenvalues, eigenvectors, here, offered, taken
 from laser.spectral.gram import factors_by_gram, gram, tall, values_by_gram
 from laser.spectral.openblas import find_openblas
 from laser.spectral.shrinkage import Gains
@@ -116,6 +116,7 @@ def test_a_failure_of_lapack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_openblas
 def test_the_default_goes_by_the_side() -> None:
     double = DTYPES[0]
+    assert here(None, double) == DEFAULT
     assert [taken("values", p, double, None) for p in (1, 255, 256, 2559, 2560, 10**5)] == [
         *("numpy", "numpy", "one-stage", "one-stage", "two-stage", "numpy"),
     ]
@@ -128,6 +129,7 @@ def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pyte
     G = gram_of(300, 600, DTYPES[0])
     assert taken("values", 300, G.dtype, None) == "numpy"  # one of the default gives way: nothing was recorded
     assert (eigenvalues(G) == np.linalg.eigvalsh(G)).all()
+    assert here(None, G.dtype).stated() == "values:0=numpy vectors:0=numpy"
     with pytest.raises(UsageError, match=r"no route two-stage .*laser devices --probe"):
         eigenvalues(G, chosen)
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2, ks_2samp
 
 from laser.errors import UsageError
-from laser.spectral.devices import Device
-from laser.spectral.permutation import largest_singular_value, null_largest, permuted
+from laser.spectral import permutation
+from laser.spectral.devices import HOST, Device
+from laser.spectral.permutation import (
+    ROUNDS,
+    columns_by_row,
+    grid,
+    largest_singular_value,
+    null_largest,
+    permuted,
+    places,
+)
 from laser.spectral.rules import apply_rule, fewest_draws
 
 
@@ -32,6 +44,133 @@ def test_permuting_destroys_a_rank_one_matrix_and_other_seeds_differ() -> None:
     s = torch.linalg.svdvals(permuted(W, 0))
     assert s[1] > 0.05 * s[0]
     assert not torch.equal(permuted(W, 0), permuted(W, 1))
+
+
+# --- the order: a slow reference in Python's own integers -------------------------------------------------------------
+
+
+CPU = HOST.torch_device
+
+
+def split_mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def source(place: int, seed: int, a: int, b: int) -> int:
+    row, column = divmod(place, b)
+    for step in range(ROUNDS):
+        key = split_mix((split_mix(seed) + step) % 2**64)
+        if step % 2 == 0:
+            row = (row + ((split_mix(key ^ column) >> 32) * a >> 32)) % a
+        else:
+            column = (column + ((split_mix(key ^ row) >> 32) * b >> 32)) % b
+    return row * b + column
+
+
+def order(count: int, seed: int, device: torch.device = CPU) -> np.ndarray:
+    return torch.cat([sources for _, sources in places(count, seed, device)]).cpu().numpy()
+
+
+def test_split_mix_is_the_published_one() -> None:
+    """The first outputs of the authors' own program for the seed 1234567, as the Rosetta Code page lists them."""
+    gamma, found = 0x9E3779B97F4A7C15, []
+    for i in range(3):
+        found.append(split_mix((1234567 + i * gamma) % 2**64))
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 96, 12 * 35, 31 * 37, 4096])
+@pytest.mark.parametrize("seed", [0, 1, 12345678901234567890])
+def test_the_order_is_the_reference_s_and_a_bijection(device: Device, count: int, seed: int) -> None:
+    a, b = grid(count)
+    assert a * b == count and a <= b
+    found = order(count, seed, device.torch_device)
+    assert found.tolist() == [source(place, seed, a, b) for place in range(count)]
+    assert sorted(found.tolist()) == list(range(count))
+
+
+def test_the_order_does_not_depend_on_how_much_of_it_is_worked_out_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, W = order(4096, 3), torch.arange(4096).view(32, 128)
+    by_row = permuted(W, 3, "rows")
+    # A size: real pieces need matrices of thousands of columns.
+    monkeypatch.setattr(permutation, "PLACES", {"cpu": 100})
+    assert np.array_equal(order(4096, 3), whole) and torch.equal(permuted(W, 3, "rows"), by_row)
+
+
+def test_in_each_row_the_order_is_the_reference_s() -> None:
+    m, n, seed = 5, 37, 2
+    (_, found), key = next(columns_by_row(m, n, seed)), split_mix((split_mix(seed) + ROUNDS) % 2**64)
+    for row in range(m):
+        words = [split_mix(key ^ split_mix(row) ^ column) for column in range(n)]
+        assert found[row].tolist() == sorted(range(n), key=lambda i, words=words: (words[i] >> 6, i))
+
+
+def test_a_permutation_is_in_the_dtype_of_the_matrix_and_where_it_is(device: Device) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        W = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for kind in ("entries", "rows"):
+            here, there = permuted(W, 4, kind), permuted(W.to(device.torch_device), 4, kind)
+            assert there.device == device.torch_device and there.dtype == dtype
+            assert torch.equal(here, there.cpu())
+            assert torch.equal(permuted(W.T, 4, kind), permuted(W.T.contiguous(), 4, kind))
+
+
+def level(statistic: float, freedom: int) -> float:
+    return float(chi2.sf(statistic, freedom))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 512), (96, 35)])
+def test_every_entry_comes_to_every_place_as_often_and_neighbours_part(shape: tuple[int, int]) -> None:
+    count, draws, cells = shape[0] * shape[1], 400, 16
+    tables, adjacent, repeats, b = np.zeros((cells, cells)), [], [], grid(count)[1]
+    for seed in range(draws):
+        found = order(count, seed)
+        np.add.at(tables, (np.arange(count) * cells // count, found.astype(np.int64) * cells // count), 1)
+        adjacent.append(float(np.corrcoef(found[:-1], found[1:])[0, 1]))
+        # How many pairs of neighbours keep their distance: 1 pair in `count`, of a uniform order.
+        repeats.append(int(np.count_nonzero(np.diff(found) == 1)) + int(np.count_nonzero(found[b:] - found[:-b] == b)))
+    expected = draws * count / cells**2
+    # Within a draw the cells of a row or column have fixed sums: (cells - 1)^2 degrees of freedom.
+    assert level(float(((tables - expected) ** 2).sum() / expected) * (count - 1) / count, (cells - 1) ** 2) > 1e-3
+    # A uniform order correlates with itself moved by one with mean -1/count and variance 1/count.
+    z = (np.mean(adjacent) + 1 / count) * math.sqrt(count * draws)
+    assert abs(z) < 3.5
+    mean = 2 - (1 + b) / count
+    assert abs(sum(repeats) - draws * mean) < 3.5 * math.sqrt(draws * mean)
+
+
+def structures(m: int, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    rows, columns = np.arange(m)[:, None], np.arange(n)
+    blocks = (rows < m // 2) & (columns < n // 2)
+    return {
+        "rank one": np.outer(random.standard_normal(m), random.standard_normal(n)),
+        "sorted": np.sort(random.standard_normal(m * n)).reshape(m, n),
+        "stripe": np.broadcast_to(columns < n // 8, (m, n)) - 1 / 8,
+        "block": blocks - blocks.mean(),
+        "chequers": (rows + columns) % 2 - 0.5,
+        "heavy": random.standard_t(3, (m, n)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (8, 512), (31, 37)])
+def test_the_null_is_that_of_numpy_s_shuffle(shape: tuple[int, int]) -> None:
+    """Same law of the largest singular value, whatever structure was there: so records of either mean the same."""
+    random, draws = np.random.default_rng(0), 150
+    for name, W in structures(*shape, random).items():
+        shuffled = [np.linalg.norm(random.permutation(W.reshape(-1)).reshape(shape), 2) for _ in range(draws)]
+        tensor = torch.from_numpy(np.ascontiguousarray(W, dtype=np.float64))
+        now = [np.linalg.norm(permuted(tensor, seed).numpy(), 2) for seed in range(draws)]
+        error = math.sqrt((np.var(now) + np.var(shuffled)) / draws)
+        assert abs(np.mean(now) - np.mean(shuffled)) < 3.5 * error, name
+        _, chance = ks_2samp(now, shuffled)
+        assert chance > 1e-3, name  # pyright: ignore[reportOperatorIssue]
+
+
+# --- what it is for ---------------------------------------------------------------------------------------------------
 
 
 def test_unknown_permutation_is_answered_with_the_list() -> None:

@@ -5,11 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import Accelerator
 
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral import spectrum
+from laser.spectral.devices import HOST
 from laser.spectral.noise import gaussian_spectrum
 from laser.spectral.spectrum import HEAVY, edge_shift, excess_kurtosis
+
+
+def test_an_accelerator_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same number as on the host, from sums that are asked for when all are queued."""
+    device = Accelerator("cpu", torch.float32, False, "an accelerator on CPU tensors")
+    W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    expected, waits = excess_kurtosis(W, HOST), []
+    # A size: real blocks need millions of entries.
+    monkeypatch.setattr(spectrum, "ENTRIES_AT_A_TIME", 100)
+    for name in ("to_host", "scalar"):
+        true = getattr(spectrum, name)
+        # Where the host waits.
+        monkeypatch.setattr(spectrum, name, lambda x, true=true: waits.append(1) or true(x))
+    assert excess_kurtosis(W, device) == pytest.approx(expected, abs=1e-5) and len(waits) == 1
+    for scale in (2.0**-20, 2.0**19, 1e-30, 1e30):
+        assert excess_kurtosis(W * scale, device) == pytest.approx(expected, abs=1e-5)
+    assert excess_kurtosis(torch.zeros(3, 4), device) == excess_kurtosis(torch.zeros(0, 4), device) == 0.0
 
 
 def test_kurtosis_is_that_of_a_loop_over_entries(monkeypatch: pytest.MonkeyPatch) -> None:
