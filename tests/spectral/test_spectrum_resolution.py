@@ -96,7 +96,7 @@ def settled(W: torch.Tensor, device: Device, rule: str, null: np.ndarray) -> tup
     return apply_rule(rule, found.singular_values, shape, null).rank, found
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.needs_sigma])
 @pytest.mark.parametrize("device", [SINGLE, LIKE_MPS, Accelerator("cpu", torch.float32, False, "")])
 def test_the_rank_in_float32_is_that_of_float64(device: Device, name: str) -> None:
     rule, again = spec_of(name), 0
