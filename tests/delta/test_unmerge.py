@@ -280,6 +280,16 @@ def test_it_goes_on_where_it_was(run: Run, base: Path, tmp_path: Path) -> None:
     assert snapshot(out) == snapshot(tmp_path / "adapter")
 
 
+def test_workers_make_no_difference(run: Run, base: Path, tmp_path: Path) -> None:
+    tuned = write_model(tmp_path / "tuned", lora(("q_proj", "v_proj")))
+    for workers in (1, 3):
+        code, _, err = run(
+            "unmerge", base, tuned, "-o", tmp_path / f"{workers}", "--device", "cpu", "--workers", workers
+        )
+        assert code == 0, err
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "3")
+
+
 def test_foreign_work_is_left_alone(run: Run, base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter.partial").mkdir()
     (tmp_path / "adapter.partial" / "thesis.txt").write_text("mine")
