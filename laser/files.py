@@ -102,6 +102,10 @@ _SAYS = b'{"pid": '  # how a lock of laser begins, unless it is empty
 _held: set[tuple[str, int]] = set()  # (lock file, thread): whoever holds it may ask again
 
 
+class InUse(OutputError):
+    """Another process, or another thread, is at work on an output."""
+
+
 def real(path: Path) -> Path:
     """Where an output lies, through whatever links. Raises OutputError for links that lead round and round."""
     try:
@@ -172,7 +176,7 @@ def _take(lock: Path, path: Path) -> int:
             raise OutputError(f"cannot write beside {path}: {error.strerror}; {remedy(error)}") from error
         try:
             if not _lock(handle, path):
-                raise OutputError(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
+                raise InUse(f"{path} is being written by {_holder(lock)}; wait for it, or try another -o")
             regular = stat.S_ISREG(os.fstat(handle).st_mode)
             if not regular or not (os.pread(handle, 8, 0) or _SAYS).startswith(_SAYS):  # under the lock: nobody writes
                 raise OutputError(f"{lock} is no lock of laser, which needs the name; move it away")
@@ -238,7 +242,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Its temporary name beside `path` is its own. What a killed process left there is removed; nobody's who is at work.
     """
-    _sweep(path)
+    sweep(path)
     while True:
         temporary = path.with_name(f".{short(path.name)}.{secrets.token_hex(4)}.tmp")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -257,7 +261,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove temporary files of `path` that no living process holds."""
     if fcntl is None:
         return

@@ -8,13 +8,13 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
 from laser.errors import CheckpointError, OutputError, RecordError
-from laser.files import disk_errors, open_regular
+from laser.files import disk_errors, open_regular, raw_regular
 from laser.records import differences, fingerprint_in, has_shape, parse_record
 
 SPOILED = "spoiled"  # key of a journal's line: what stands before it was made of weights that changed meanwhile
@@ -87,10 +87,21 @@ class Journal:
     @classmethod
     def require(cls, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Raises as opening it would where the journal at `path`, if there is one, is of another run."""
+        with suppress(FileNotFoundError):
+            cls.look(path, run, shapes).close()
+
+    @classmethod
+    def look(cls, path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]] | None = None) -> Journal:
+        """The journal at `path` as it stands, to be read. Raises FileNotFoundError, and as opening it would."""
         looked = cls.__new__(cls)
         looked._begin(path, run, shapes)
-        if path.exists():
+        looked._file = raw_regular(path)
+        try:
             looked._load(run)
+        except BaseException:
+            looked.close()
+            raise
+        return looked
 
     def _load(self, run: Mapping[str, Any]) -> int:
         """Find the `entries`; returns how many bytes of the file are whole lines of this run."""

@@ -27,19 +27,31 @@ from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrice
 from laser.checkpoint.quantised import quantise
 from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.safetensors import TORCH, Shard
+from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
-from laser.checkpoint.swap import writing
-from laser.checkpoint.writer import JOURNAL, RECORDS, New, OnCheck, write_checkpoint
+from laser.checkpoint.swap import require_place, writing
+from laser.checkpoint.writer import (
+    JOURNAL,
+    RECORDS,
+    MakeNew,
+    MakeShards,
+    OnCheck,
+    elsewhere_is_not_here,
+    prepare_output,
+    write_checkpoint,
+    write_part,
+)
 from laser.delta.base import Base
 from laser.delta.difference import Kind as Became
 from laser.delta.difference import judge
-from laser.engine.crew import Crew, most_expensive_first
+from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
-from laser.files import claimed, lock_of, tidy_up, unfinished
+from laser.files import claimed, lock_of, real, tidy_up, unfinished
 from laser.journal import Journal, spoiling, was_journal
 from laser.moments import Moments, metric_of
 from laser.outcome import Outcome, check_entries, describe_by, entry_of
+from laser.parts import PartOfRun, alone, opened, read_all, require_undivided, tidy_parts
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
@@ -315,25 +327,12 @@ def scan(
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
     run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules, base)
-    found: dict[str, Measured] = {}
+    todo = most_expensive_first([m for m in matrices if m.name not in skipped or (base and m.dtype in TORCH)])
+    work = Scan(method, null_draws, moments, tuple(rules), base, frozenset(skipped))
     with Journal(journal, run, shapes=(ENTRY, OF_DIFFERENCE), anew=anew) if journal else nullcontext() as log:
-        for entry in log.entries if log else ():
-            found[entry["name"]] = from_entry(entry, f"{journal}: the entry of {entry['name']}")
-        for matrix in matrices:
-            if matrix.name in found:
-                tick(matrix)
-        todo = [m for m in matrices if m.name not in found and (m.name not in skipped or (base and m.dtype in TORCH))]
-        work = Scan(method, null_draws, moments, tuple(rules), base, frozenset(skipped))
-        with closing(visit_all(checkpoint, most_expensive_first(todo), work, crew)) as visits:
-            for matrix, visited, _ in visits:
-                assert visited.measured is not None, "a scan measures"
-                found[matrix.name] = visited.measured
-                if log:
-                    log.append(to_entry(matrix.name, visited.measured))
-                tick(matrix)
-        with spoiling(log):
-            require_unchanged(checkpoint)
-            if base is not None:
+        found = _measure(checkpoint, todo, work, crew, log, tick)
+        if base is not None:
+            with spoiling(log):
                 base.require_unchanged()
     chosen = {name: measured for name, measured in found.items() if name not in skipped}
     spectra = assemble(checkpoint, matrices, chosen, skipped, method, crew.label, null_draws)
@@ -343,6 +342,38 @@ def scan(
     changes = {name: measured.change for name, measured in found.items() if measured.change is not None}
     delta = base.delta_of({m.name: changes.get(m.name) or base.by_bytes(m) for m in matrices})
     return replace(spectra, source=delta.source, delta=delta)
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    work: Scan,
+    crew: Crew,
+    log: Journal | None,
+    tick: Callable[[Matrix], None],
+) -> dict[str, Measured]:
+    """What was measured of these matrices by name: what the journal has of them, and all else."""
+    found = measured_in(log) if log else {}
+    for matrix in matrices:
+        if matrix.name in found:
+            tick(matrix)
+    todo = [m for m in matrices if m.name not in found]
+    with closing(visit_all(checkpoint, todo, work, crew)) as visits:
+        for matrix, visited, _ in visits:
+            assert visited.measured is not None, "a scan measures"
+            found[matrix.name] = visited.measured
+            if log:
+                log.append(to_entry(matrix.name, visited.measured))
+            tick(matrix)
+    with spoiling(log):
+        require_unchanged(checkpoint)
+    return found
+
+
+def measured_in(log: Journal) -> dict[str, Measured]:
+    """What a scan's journal has of its matrices, by name."""
+    entries = (entry for entry in log.entries if "name" in entry)
+    return {entry["name"]: from_entry(entry, f"{log.path}: the entry of {entry['name']}") for entry in entries}
 
 
 def records_of(out: Path) -> Path:
@@ -414,6 +445,8 @@ def scan_into(
             if there is not None:
                 tidy_spectra(path)
                 return there
+        if not anew:
+            require_undivided(partial)
         spectra = scan(
             checkpoint,
             selection,
@@ -429,6 +462,65 @@ def scan_into(
         )
         spectra.save(path)
         tidy_up(partial, path)
+        tidy_parts(partial)
+        return spectra
+
+
+def scan_part(
+    path: Path,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    crew: Crew,
+    method: str,
+    part: PartOfRun,
+    tick: Callable[[Matrix], None] = lambda _: None,
+    null_draws: int = 0,
+    moments: Moments | None = None,
+) -> Spectra | list[PartOfRun]:
+    """Scan every Nth matrix; whoever ends last puts the spectra at `path`, and returns them.
+
+    Others return which parts are not done. Killed and called again, it goes on where it was. Raises as `scan`, and
+    OutputError where parts of another scan lie there.
+    """
+    check_scan(method, null_draws)
+    if moments is not None:
+        moments.source.require(checkpoint, "moments")
+    matrices, skipped = selected_of(checkpoint, selection)
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments)
+    place = unfinished(path)
+
+    def there() -> Spectra | None:
+        """The spectra, where they are whole: then no part is left."""
+        if not path.exists():
+            return None
+        made = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+        if made is None:
+            raise OutputError(f"{path} exists and is of another scan; try another -o")
+        tidy_parts(place)
+        return made
+
+    if (made := there()) is not None:
+        return made
+    mine = part.mine(most_expensive_first([m for m in matrices if m.name not in skipped]))
+    with opened(place, run, (ENTRY,), part) as (log, was_done):
+        if not path.exists():  # else made whole meanwhile
+            _measure(checkpoint, mine, Scan(method, null_draws, moments), crew, log, tick)
+            if not was_done:
+                log.append({"done": {}})
+    with read_all(place, run, (ENTRY,), part) as (_, missing):
+        if missing and not path.exists():
+            return missing
+    with alone(path):
+        if (made := there()) is not None:
+            return made
+        found: dict[str, Measured] = {}
+        with read_all(place, run, (ENTRY,), part) as (logs, _):
+            for each in logs:
+                found |= measured_in(each)
+        spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+        spectra = replace(spectra, data=InData.of(moments, spectra.values, found))
+        spectra.save(path)
+        tidy_parts(place)
         return spectra
 
 
@@ -468,32 +560,80 @@ def reduce(
     certificate.
     """
     crew = crew or Crew((device or choose_device(),))
-    hub = checkpoint.hub
-    checkpoint, touched, run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    with writing(writer.source, out, resume=resume, force=force) as place:
+        document = write_checkpoint(**writer.whole(place), on_check=on_check)
+    return Outcome.from_document(document, out / OUTCOME)
 
-    def compute(names: list[str]) -> Generator[New, None, None]:
-        work = Reduction(method, plan.reductions, moments, fresh)
-        wanted = set(names)
-        weights = [m for m in touched if m.name in plan.reductions and wanted & weights_and_scales(checkpoint, m)]
-        order = by_shard(checkpoint, weights)
-        with closing(visit_all(checkpoint, order, work, crew)) as visits:
-            for matrix, visited, seconds in visits:
-                for name, part, stated in stored(checkpoint, matrix, visited):
-                    if name in wanted:
-                        yield name, part, stated
-                    del part
-                del visited
-                tick(matrix, seconds)
 
-    def done(shard: Shard) -> None:
-        if evict and hub is not None:
+def reduce_part(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    part: PartOfRun,
+    *,
+    crew: Crew,
+    method: str = "gram",
+    evict: bool = False,
+    dtype: str | None = None,
+    moments: Moments | None = None,
+    fresh: Moments | None = None,
+    tick: Callable[[Matrix, float], None] = lambda *_: None,
+    on_check: OnCheck = lambda *_: None,
+) -> Outcome | list[PartOfRun]:
+    """As `reduce`, of every Nth shard alone; whoever ends last makes the output whole, and returns its outcome.
+
+    Others return which parts are not done. Killed and called again, it goes on where it was. The directory `out` is the
+    same one for all parts, at the same time or one after the other. Raises as `reduce`, and OutputError where parts of
+    another reduction lie there, or one that was begun undivided.
+    """
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    require_place(writer.source, out, resume=True, force=False)
+    prepare_output(writer.source, out, resume=True)
+    made = write_part(**writer.whole(out), part=part, on_check=on_check)
+    return made if isinstance(made, list) else Outcome.from_document(made, out / OUTCOME)
+
+
+class _Reducer:
+    """What writes a reduction, once all that can be refused of it has been."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        crew: Crew,
+        method: str,
+        evict: bool,
+        dtype: str | None,
+        moments: Moments | None,
+        fresh: Moments | None,
+        tick: Callable[[Matrix, float], None],
+    ) -> None:
+        self.hub, self.plan, self.crew, self.tick = checkpoint.hub if evict else None, plan, crew, tick
+        self.source, self.touched, self.run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+        weights = tuple(m for m in self.touched if m.name in plan.reductions)
+        self.cuts = Cuts(self.source, weights, Reduction(method, plan.reductions, moments, fresh), stored)
+
+    def whole(self, out: Path) -> dict[str, Any]:
+        """The arguments of `write_checkpoint` and `write_part`."""
+        compute, elsewhere = makers_of(self.cuts, out, self.crew, self.tick)
+        return {
+            "source": self.source,
+            "out": out,
+            "touched": self.touched,
+            "compute": compute,
+            "describe": describe_by(self.plan),
+            "run": self.run,
+            "done": self.done,
+            "elsewhere": elsewhere,
+        }
+
+    def done(self, shard: Shard) -> None:
+        """Let a shard of the source leave the Hub's cache."""
+        if self.hub is not None:
             if shard.stamp is not None and shard.path.exists():
                 require_stamp(shard.path, shard.stamp)
-            drop(hub, shard.path.name)
-
-    with writing(checkpoint, out, resume=resume, force=force) as place:
-        document = write_checkpoint(checkpoint, place, touched, compute, describe_by(plan), run, done, on_check)
-    return Outcome.from_document(document, out / OUTCOME)
+            drop(self.hub, shard.path.name)
 
 
 def prepare(
@@ -562,6 +702,77 @@ def stored(checkpoint: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator
     yield scale, s, {}
 
 
+def judged(_: Checkpoint, matrix: Matrix, visited: Visited) -> Iterator[New]:
+    """A matrix of one pass as it is to be stored, None where it stays, with what was measured of it beside its cut."""
+    assert visited.measured is not None, "one pass measures"
+    yield matrix.name, visited.new, {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where new matrices come from: visits to these `weights` of a checkpoint, and what is stored of each visit."""
+
+    checkpoint: Checkpoint
+    weights: tuple[Matrix, ...]
+    work: Work[Visited]
+    stored: Callable[[Checkpoint, Matrix, Visited], Iterator[New]]
+
+    def make(
+        self, names: Iterable[str], crew: Crew, tick: Callable[[Matrix, float], None]
+    ) -> Generator[New, None, None]:
+        """Those of these names, each once. The scales of an FP8 matrix, perhaps in another shard, are made with it."""
+        wanted = set(names)
+        weights = [m for m in self.weights if wanted & weights_and_scales(self.checkpoint, m)]
+        with closing(visit_all(self.checkpoint, by_shard(self.checkpoint, weights), self.work, crew)) as visits:
+            for matrix, visited, seconds in visits:
+                for name, new, record in self.stored(self.checkpoint, matrix, visited):
+                    if name in wanted:
+                        yield name, new, record
+                    del new
+                del visited
+                tick(matrix, seconds)
+
+
+@dataclass(frozen=True)
+class WholeShards:
+    """On a node: a whole shard of `out`, made by the workers there."""
+
+    cuts: Cuts
+    out: Path
+
+    def __call__(self, job: tuple[str, tuple[Matrix, ...]], crew: Crew) -> tuple[Made, list[tuple[Matrix, float]]]:
+        """job: the shard's name, and which of its matrices are touched. Raises OutputError where `out` is not here."""
+        if not self.out.is_dir():
+            raise elsewhere_is_not_here(self.out)
+        seconds: list[tuple[Matrix, float]] = []
+        name, touched = job
+        shard = next(shard for shard in self.cuts.checkpoint.shards if shard.name == name)
+        names = [matrix.name for matrix in touched]
+        with closing(self.cuts.make(names, crew, lambda *found: seconds.append(found))) as results:
+            return make_shard(shard, touched, self.out, results), seconds
+
+
+def makers_of(
+    cuts: Cuts, out: Path, crew: Crew, tick: Callable[[Matrix, float], None]
+) -> tuple[MakeNew, MakeShards | None]:
+    """Who makes the matrices of `out` for `write_checkpoint`: workers here, or nodes that write whole shards."""
+
+    def compute(names: list[str]) -> Generator[New, None, None]:
+        return cuts.make(names, crew, tick)
+
+    def elsewhere(jobs: list[Job]) -> Generator[Made, None, None]:
+        from laser.engine.ray import on_nodes  # imported when needed: Ray is an extra
+
+        todo = [(job.shard.name, job.touched) for job in jobs]
+        with closing(on_nodes(cuts.checkpoint, todo, WholeShards(cuts, real(out)), crew)) as results:
+            for made, visits in results:
+                for matrix, seconds in visits:
+                    tick(matrix, seconds)
+                yield made
+
+    return compute, None if crew.engine == "threads" else elsewhere
+
+
 def by_shard(checkpoint: Checkpoint, matrices: Iterable[Matrix]) -> list[Matrix]:
     """Shard after shard, and within each the most expensive first.
 
@@ -619,17 +830,8 @@ def reduce_in_one_pass(
     selected = {m.name: m for m in matrices if m.name not in skipped}
     made: dict[str, Any] = {}
 
-    def compute(names: list[str]) -> Generator[New, None, None]:
-        label = crew.devices[0].label
-        work = OnePass(method, Source.of(checkpoint), treatment, selection, label, null_draws)
-        order = by_shard(checkpoint, [selected[name] for name in names])
-        with closing(visit_all(checkpoint, order, work, crew)) as visits:
-            for matrix, visited, seconds in visits:
-                assert visited.measured is not None, "one pass measures"
-                entry = {"scan": to_entry(matrix.name, visited.measured), "cut": visited.record}
-                yield matrix.name, visited.new, entry
-                del visited
-                tick(matrix, seconds)
+    work = OnePass(method, Source.of(checkpoint), treatment, selection, crew.devices[0].label, null_draws)
+    compute, elsewhere = makers_of(Cuts(checkpoint, tuple(selected.values()), work, judged), out, crew, tick)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
@@ -649,5 +851,7 @@ def reduce_in_one_pass(
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
     run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
-    document = write_checkpoint(checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check)
+    document = write_checkpoint(
+        checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check, elsewhere=elsewhere
+    )
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

@@ -175,6 +175,7 @@ def test_lists_for_people_end(
     common.say_first(["one", "two"])
     assert capsys.readouterr().out == "one\ntwo\n"
     assert run("scan", pico, "-o", tmp_path / "s", "--layers", 0)[0] == 0
+    # Or the table would need 200 matrices.
     monkeypatch.setattr(look, "MOST_ROWS", 5)
     lines = run("spectra", tmp_path / "s")[1].splitlines()
     assert len(lines) == 8 and lines[6] == "... and 11 more; --csv and --json list all"

@@ -395,6 +395,7 @@ def test_on_a_device_layers_and_states_share_its_memory_and_leave_room_to_cut(
     cut = worker_bytes(matrices, where)
     # A device of so much memory, and a host of the other figure.
     rooms = {"cpu": 10 * GB}
+    # There is no such device here.
     monkeypatch.setattr(memory, "free", lambda name, *_: rooms[name])
 
     def placed(on_device: int) -> Placement:

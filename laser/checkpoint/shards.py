@@ -8,9 +8,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
 from laser.checkpoint.slices import Slice, fetch_from, put_into, read_slice, tensor_sha256, whole, write_slice
 from laser.errors import CheckpointError
-from laser.files import disk_errors, open_regular, unfinished
+from laser.files import disk_errors, open_regular, replacing, unfinished
 
 
 def untouched(shard: Shard, touched: set[str]) -> Iterator[tuple[int, int]]:
@@ -175,27 +176,73 @@ def copy_untouched(job: Job, out: Path) -> bool:
         return False
     partial = partial_of(out, job.shard.name)
     with disk_errors(partial), partial.open("wb") as target:
-        target.truncate(job.shard.size)
-        # A tensor of parts is copied whole: what lies between a part's elements has to be there.
-        copy(job.shard, target, list(untouched(job.shard, {m.tensor for m in job.touched if m.part is None})))
+        _copy_around(job.shard, job.touched, target)
         if job.touched:
             target.flush()
             os.fsync(target.fileno())
     return True
 
 
-def put(shard: Shard, matrix: Matrix, out: Path, new: torch.Tensor | None) -> str | None:
-    """A new matrix (m, n) into its place, and the sha256 of its bytes; for None the source's bytes, and None."""
+def _copy_around(shard: Shard, touched: Iterable[Matrix], target: BinaryIO) -> None:
+    """Give `target` the shard's size and all bytes around the touched matrices."""
+    target.truncate(shard.size)
+    # A tensor of parts is copied whole: what lies between a part's elements has to be there.
+    copy(shard, target, list(untouched(shard, {m.tensor for m in touched if m.part is None})))
+
+
+def put(shard: Shard, matrix: Matrix, target: BinaryIO, new: torch.Tensor | None) -> str | None:
+    """A new matrix (m, n) into its place in an unbuffered file, and the sha256 of its bytes.
+
+    For None the source's bytes, and None.
+    """
     start, part = _place_in_shard(shard, matrix)
-    with partial_of(out, shard.name).open("r+b", buffering=0) as target:
-        if new is None:
-            if matrix.part is None:  # else they are there
-                copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
-            return None
-        assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
-        stored = part.stored(new)
-        write_slice(fetch_from(target, start), put_into(target, start), stored, part)
-        return tensor_sha256(stored)
+    if new is None:
+        if matrix.part is None:  # else they are there
+            copy(shard, target, [(start, start + matrix.parameters * TORCH[matrix.dtype].itemsize)])
+        return None
+    assert new.dtype == TORCH[matrix.dtype], f"{matrix.name} is {new.dtype}, stored as {matrix.dtype}"
+    stored = part.stored(new)
+    write_slice(fetch_from(target, start), put_into(target, start), stored, part)
+    return tensor_sha256(stored)
+
+
+# name of a matrix, the new one or None for the source's, its record
+New = tuple[str, torch.Tensor | None, dict[str, Any]]
+
+
+class Made(NamedTuple):
+    """A shard that is whole, on the disk for good: its sha256, None where it is the source's, and the journal's lines
+    of its matrices."""
+
+    shard: str
+    sha256: str | None
+    matrices: list[dict[str, Any]]
+
+
+def make_shard(shard: Shard, touched: Sequence[Matrix], out: Path, results: Iterable[New]) -> Made:
+    """Make the .partial of a shard from beginning to end, of what `results` give of each touched matrix, once each.
+
+    It has a name of its own until it is on the disk for good. So two may make the same shard at the same time, as when
+    a node that was given up still works: neither sees half of the other's.
+    """
+    partial, left = partial_of(out, shard.name), {m.name: m for m in touched}
+    lines = []
+    with ExitStack() as stack:
+        with disk_errors(partial):  # round what is written, and not round what is computed
+            file = stack.enter_context(replacing(partial))
+            target = stack.enter_context(os.fdopen(os.dup(file.fileno()), "r+b", buffering=0))
+            _copy_around(shard, touched, target)
+        for name, new, record in results:
+            with disk_errors(partial):
+                lines.append({"matrix": name, "sha256": put(shard, left.pop(name), target, new), "record": record})
+            del new
+        assert not left, f"{min(left)} was not made"
+        with disk_errors(partial):
+            target.seek(0)
+            changed = any(line["sha256"] is not None for line in lines)
+            sha256 = hashlib.file_digest(target, "sha256").hexdigest() if changed else None
+            stack.close()
+    return Made(shard.name, sha256, lines)
 
 
 def digest(shard: Shard, matrix: Matrix) -> str | None:

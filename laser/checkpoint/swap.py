@@ -33,6 +33,7 @@ from laser.checkpoint.writer import (
 )
 from laser.errors import OutputError
 from laser.files import claimed, disk_errors, real, require_no_mount, short, tidy_up
+from laser.parts import journals_there
 
 EXCHANGE, AT_FDCWD = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # to the kernel, or to the file system
@@ -138,7 +139,8 @@ def _remove(folder: Path) -> None:
     """A directory of laser. The file that says so goes last: what a kill leaves of it is still laser's."""
     if not folder.is_dir() or folder.is_symlink():
         return
-    last = folder / (OUTCOME if (folder / OUTCOME).exists() else JOURNAL)
+    marks = (folder / OUTCOME, folder / JOURNAL, *journals_there(folder / JOURNAL))
+    last = next((mark for mark in marks if mark.exists()), marks[0])
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a directory before the directory
         if path.is_symlink() or not path.is_dir():
             if path != last:

@@ -25,12 +25,10 @@ import re
 import shutil
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from laser.checkpoint.at_rest import CARD, check_names, damage
 from laser.checkpoint.hub import require_content, side_files
@@ -39,6 +37,8 @@ from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
 from laser.checkpoint.safetensors import CHUNK
 from laser.checkpoint.shards import (
     Job,
+    Made,
+    New,
     begin_shard,
     copy_untouched,
     equal_ranges,
@@ -67,9 +67,11 @@ from laser.files import (
     real,
     require_led,
     require_regular,
+    sweep,
     write_atomically,
 )
 from laser.journal import Journal, spoiling
+from laser.parts import PartOfRun, alone, journals_there, opened, read_all, require_undivided, tidy_parts
 from laser.records import decode, differences, is_sealed, parse_record, save_json, sealed
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
@@ -82,9 +84,10 @@ JOURNAL_SHAPES: tuple[dict[str, Any], ...] = (
 )
 DOWNLOADS = 2  # shards of a model on the Hub being downloaded or copied beside the one in work
 
-# names of matrices in file order -> (name, new matrix or None, its record), each name once, in any order
-New = tuple[str, torch.Tensor | None, dict[str, Any]]
+# names of matrices in file order -> each of them, once, in any order
 MakeNew = Callable[[list[str]], Generator[New, None, None]]
+# shards that are to be made, in whatever process -> each of them, once, in any order
+MakeShards = Callable[[list[Job]], Generator[Made, None, None]]
 # (records by matrix, sha256 by shard or None where it is the source's) -> the document for laser.json
 Describe = Callable[[Mapping[str, dict[str, Any]], dict[str, str | None]], dict[str, Any]]
 
@@ -112,7 +115,7 @@ class Promises:
             self.records[entry["matrix"]] = number if entry["record"] else None
         elif "shard" in entry:
             self.shards[entry["shard"]] = entry["sha256"]
-        else:
+        elif "copied" in entry:
             self.copied.add(entry["copied"])
 
 
@@ -157,10 +160,11 @@ OUTCOME_MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left
 def is_ours(out: Path) -> bool:
     """Whether a directory holds an output of laser, whole or not, by what its files say."""
     try:
-        if (out / JOURNAL).is_file() and not (out / JOURNAL).is_symlink():
-            with open_regular(out / JOURNAL) as file:
-                if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
-                    return True
+        for journal in (out / JOURNAL, *journals_there(out / JOURNAL)):
+            if journal.is_file() and not journal.is_symlink():
+                with open_regular(journal) as file:
+                    if file.read(1) in (b"", b"\0", b"{"):  # nobody else calls a file like that
+                        return True
         data = read_regular(out / OUTCOME)
     except OSError:
         return False
@@ -169,7 +173,7 @@ def is_ours(out: Path) -> bool:
 
 # What laser keeps in OUT/laser, whole or half written.
 _KEPT = re.compile(
-    r"(journal\.jsonl|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
+    r"(journal\.jsonl(\.\d+-of-\d+)?|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
     r"(\.partial)?"
 )
 
@@ -210,10 +214,11 @@ def require_ours(source: Checkpoint, out: Path) -> None:
 def _require_no_link(out: Path) -> None:
     """Raises OutputError for a link in an unfinished output: what is written would go where the link leads."""
     for path in out.rglob("*"):
-        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-            raise OutputError(
-                f"{path} is a link, and going on would write to what it leads to; put a copy in its place"
-            )
+        with suppress(FileNotFoundError):  # of another part, which is at work
+            if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+                raise OutputError(
+                    f"{path} is a link, and going on would write to what it leads to; put a copy in its place"
+                )
 
 
 def prepare_output(source: Checkpoint, out: Path, *, resume: bool) -> None:
@@ -262,6 +267,7 @@ def write_checkpoint(
     run: dict[str, Any],
     done: Callable[[Shard], None] = lambda _: None,
     on_check: OnCheck = lambda *_: None,
+    elsewhere: MakeShards | None = None,
 ) -> dict[str, Any]:
     """Write `source` to `out` with the `touched` matrices replaced by what `compute` yields; returns laser.json.
 
@@ -269,57 +275,187 @@ def write_checkpoint(
     of which it yields None stays as it is. Meanwhile the untouched bytes of the next shards are copied, and finished
     shards go to the disk for good. `run` identifies the work: with the same `run` an unfinished `out` is continued
     (call `prepare_output` first); what is there is believed once it has been read. `done` is called with each shard
-    whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many.
+    whose source is not needed any more, `on_check` with how many bytes of an earlier run were read, of how many. With
+    `elsewhere`, other processes make each shard from beginning to end (`make_shard`), and this one keeps the journal.
     Raises OutputError for a full disk or an `out` of another run; what was finished by then is kept. Raises
     CheckpointError for weights that were damaged in the Hub's cache.
     """
     if is_settled(source, out):
         document = _settled(out, run)
         require_intact(source, out, document, touched, on_check)
-        return document
+        return _tidied(out, document)
     if source.hub is not None:
         require_content(source.hub)
     with Journal(out / JOURNAL, run, shapes=JOURNAL_SHAPES) as journal:
-        promises = Promises()
-        for number, entry in enumerate(journal.entries):
-            promises.add(number, entry)
-        hashes = _finished(source, out, promises.shards, touched, on_check)
-        for shard in source.shards:
-            if shard.name in hashes:
-                done(shard)
-        require_room(source, out, hashes)
-        if source.hub is not None:
-            side_files(source.hub)
-        files, left_out = _copy_side_files(source, out)
+        if journals_there(out / JOURNAL):
+            if not len(journal.entries):
+                journal.remove()
+            require_undivided(out / JOURNAL)
+        work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
+        return _write_all(work, describe, run, {})
+
+
+def write_part(
+    source: Checkpoint,
+    out: Path,
+    touched: Sequence[Matrix],
+    compute: MakeNew,
+    describe: Describe,
+    run: dict[str, Any],
+    part: PartOfRun,
+    done: Callable[[Shard], None] = lambda _: None,
+    on_check: OnCheck = lambda *_: None,
+    elsewhere: MakeShards | None = None,
+) -> dict[str, Any] | list[PartOfRun]:
+    """As `write_checkpoint`, of every Nth shard alone; whoever ends last adds all else, and returns laser.json.
+
+    Others return which parts are not done. What another part has done is believed if its files look as it left them.
+    """
+    if is_settled(source, out):
+        document = _settled(out, run)
+        require_intact(source, out, document, touched, on_check)
+        return _tidied(out, document)
+    if source.hub is not None:
+        require_content(source.hub)
+    mine = part.mine(_by_cost(source, touched))
+    with opened(out / JOURNAL, run, JOURNAL_SHAPES, part) as (journal, was_done):
+        if is_settled(source, out):  # made whole meanwhile: this journal is a new one, of nothing
+            journal.remove()
+        else:
+            work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
+            before = len(journal.entries)
+            work.find(mine, {})
+            work.make(mine)
+            if not was_done or len(journal.entries) > before:
+                journal.append({"done": {shard.name: _stamp_of_shard(out, shard) for shard in mine}})
+    with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (_, missing):
+        if missing and not is_settled(source, out):
+            return missing
+    with alone(out):
+        if is_settled(source, out):
+            return _tidied(out, _settled(out, run))
+        with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (journals, _):
+            (out / JOURNAL).unlink(missing_ok=True)  # of a part that was killed here
+            with Journal(out / JOURNAL, run, shapes=JOURNAL_SHAPES) as journal:
+                stamps: dict[str, Any] = {}
+                for each in journals:
+                    for entry in each.entries:
+                        stamps |= entry.get("done", {})
+                        if "done" not in entry:
+                            journal.append(entry)
+                work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
+                document = _write_all(work, describe, run, stamps)
+    return _tidied(out, document)
+
+
+def _by_cost(source: Checkpoint, touched: Sequence[Matrix]) -> list[Shard]:
+    """The shards, the most expensive first."""
+    costs = dict.fromkeys((shard.name for shard in source.shards), 0)
+    for matrix in touched:
+        costs[source.tensors[matrix.tensor].shard] += matrix.cost
+    return sorted(source.shards, key=lambda shard: (-costs[shard.name], -shard.size, shard.name))
+
+
+def _stamp_of_shard(out: Path, shard: Shard) -> list[int] | None:
+    """Size and time of the last write, in ns, of a shard that is whole; None where it is not there."""
+    for file in (out / shard.name, partial_of(out, shard.name)):
+        with disk_errors(file), suppress(FileNotFoundError):
+            found = file.stat()
+            return [found.st_size, found.st_mtime_ns]
+    return None
+
+
+def _tidied(out: Path, document: dict[str, Any]) -> dict[str, Any]:
+    tidy_parts(out / JOURNAL)
+    with suppress(OSError):  # somebody's lock may lie there
+        (out / RECORDS).rmdir()
+    return document
+
+
+@dataclass
+class _Work:
+    """Shards of an output being written, all of them or a part's, by one journal.
+
+    promises: what the journal says, hashes: sha256 of the shards that are whole, None where it is the source's
+    """
+
+    source: Checkpoint
+    out: Path
+    touched: Sequence[Matrix]
+    compute: MakeNew
+    elsewhere: MakeShards | None
+    journal: Journal
+    done: Callable[[Shard], None]
+    on_check: OnCheck
+    promises: Promises = field(default_factory=Promises)
+    hashes: dict[str, str | None] = field(default_factory=dict)
+
+    def find(self, shards: Sequence[Shard], stamps: Mapping[str, Any]) -> None:
+        """See which of these are whole. stamps: of files that are believed unread, see `_finished`.
+
+        Raises OutputError where the disk has no room for the rest.
+        """
+        for number, entry in enumerate(self.journal.entries):
+            self.promises.add(number, entry)
+        mine = {shard.name for shard in shards}
+        stated = {name: sha256 for name, sha256 in self.promises.shards.items() if name in mine}
+        self.hashes = _finished(self.source, self.out, stated, self.touched, self.on_check, stamps)
+        for shard in shards:
+            if shard.name in self.hashes:
+                self.done(shard)
+        others = {shard.name for shard in self.source.shards} - mine
+        require_room(self.source, self.out, others | self.hashes.keys())
+
+    def make(self, shards: Sequence[Shard]) -> None:
+        """Make those that are not."""
+        left = [shard for shard in shards if shard.name not in self.hashes]
         inside: dict[str, list[Matrix]] = {}
-        for matrix in touched:
-            inside.setdefault(source.tensors[matrix.tensor].shard, []).append(matrix)
-        parts = _parts(source, touched) if promises.copied else {}
-        tick = _counting(sum(s.size for s in source.shards if s.name not in hashes), on_check)
-        jobs = [
-            begin_shard(s, out, inside.get(s.name, []), parts, promises.copied, promises.matrices, tick)
-            for s in source.shards
-            if s.name not in hashes
-        ]
-        _write_shards(source, out, jobs, compute, journal, promises, hashes, done)
-        with spoiling(journal):
+        for matrix in self.touched:
+            inside.setdefault(self.source.tensors[matrix.tensor].shard, []).append(matrix)
+        parts = _parts(self.source, self.touched) if self.promises.copied else {}
+        tick = _counting(sum(s.size for s in left), self.on_check)
+        copied, promised = self.promises.copied, self.promises.matrices
+        jobs = [begin_shard(s, self.out, inside.get(s.name, []), parts, copied, promised, tick) for s in left]
+        to = (self.journal, self.promises, self.hashes, self.done)
+        if self.elsewhere is None:
+            _write_shards(self.source, self.out, jobs, self.compute, *to)
+        else:
+            _take_shards(self.source, self.out, jobs, self.elsewhere, *to)
+        with spoiling(self.journal):
             # Of a model on the Hub, shards that are no more needed may have left the cache.
-            require_unchanged(source, [s.name for s in source.shards if source.hub and not s.path.exists()])
-        records = Records(journal, {m.name: n for m in touched if (n := promises.records[m.name]) is not None})
-        document = describe(records, {s.name: hashes[s.name] for s in source.shards}) | {
-            "left_out": [*left_out, *source.left_out]
-        }
-        document = {**document, "run": document.get("run", run)}
-        _require_there(out, files)
-        document = sealed(document | {"files": files})
-        save_json(out / OUTCOME, document)
-        for shard in source.shards:  # already renamed, but where there is no index or a kill came between
-            if partial_of(out, shard.name).exists():
-                _rename(partial_of(out, shard.name), out / shard.name)
-        if source.index_bytes is not None:
-            write_atomically(out / INDEX, source.index_bytes)
-        _sync_directory(out)
-        journal.remove()
+            gone = [s.name for s in self.source.shards if self.source.hub and not s.path.exists()]
+            require_unchanged(self.source, gone)
+
+
+def _write_all(work: _Work, describe: Describe, run: dict[str, Any], stamps: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is left of an output; the journal goes. Returns laser.json."""
+    source, out, promises, touched = work.source, work.out, work.promises, work.touched
+    work.find(source.shards, stamps)
+    if source.hub is not None:
+        side_files(source.hub)
+    files, left_out = _copy_side_files(source, out)
+    work.make(source.shards)
+    records = Records(work.journal, {m.name: n for m in touched if (n := promises.records[m.name]) is not None})
+    document = describe(records, {s.name: work.hashes[s.name] for s in source.shards}) | {
+        "left_out": [*left_out, *source.left_out]
+    }
+    document = {**document, "run": document.get("run", run)}
+    _require_there(out, files)
+    document = sealed(document | {"files": files})
+    save_json(out / OUTCOME, document)
+    for shard in source.shards:  # already renamed, but where there is no index or a kill came between
+        partial = partial_of(out, shard.name)
+        with disk_errors(partial):
+            if source.index_bytes is not None and (out / shard.name).exists():  # of a node given up, and too late
+                partial.unlink(missing_ok=True)
+            elif partial.exists():
+                _rename(partial, out / shard.name)
+        if work.elsewhere is not None:  # of a node that was lost
+            sweep(partial)
+    if source.index_bytes is not None:
+        write_atomically(out / INDEX, source.index_bytes)
+    _sync_directory(out)
+    work.journal.remove()
     return document
 
 
@@ -342,14 +478,24 @@ def _counting(total: int, on_check: OnCheck) -> Callable[[int], None]:
 
 
 def _finished(
-    source: Checkpoint, out: Path, stated: Mapping[str, str | None], touched: Sequence[Matrix], on_check: OnCheck
+    source: Checkpoint,
+    out: Path,
+    stated: Mapping[str, str | None],
+    touched: Sequence[Matrix],
+    on_check: OnCheck,
+    stamps: Mapping[str, Any],
 ) -> dict[str, str | None]:
-    """sha256 by name of the shards that a journal calls finished, and that are; None where it is the source's."""
+    """sha256 by name of the shards that a journal calls finished, and that are; None where it is the source's.
+
+    stamps: of files that another process has left there, whole, and which are read only if they look otherwise now.
+    """
     shards = [shard for shard in source.shards if shard.name in stated]
     tick = _counting(sum(shard.size for shard in shards), on_check)
 
     def is_there(shard: Shard) -> bool:
         files = (out / shard.name, partial_of(out, shard.name))
+        if shard.name in stamps and _stamp_of_shard(out, shard) == stamps[shard.name]:
+            return True
         file = next((file for file in files if file.exists()), None)
         with disk_errors(out / shard.name):
             return file is not None and _is_intact(source, shard, file, stated[shard.name], touched, tick)
@@ -473,7 +619,8 @@ def _write_shards(
                 job, matrix = by_name[name]
                 ready(job)
                 with disk_errors(partial_of(out, job.shard.name)):
-                    sha256 = put(job.shard, matrix, out, new)
+                    with partial_of(out, job.shard.name).open("r+b", buffering=0) as target:
+                        sha256 = put(job.shard, matrix, target, new)
                 del new  # before the next is waited for
                 entry = {"matrix": name, "sha256": sha256, "record": record}
                 journal.append(entry)
@@ -487,6 +634,48 @@ def _write_shards(
     finally:
         copier.shutdown(cancel_futures=True)
         settler.shutdown(cancel_futures=True)
+
+
+def _take_shards(
+    source: Checkpoint,
+    out: Path,
+    jobs: list[Job],
+    elsewhere: MakeShards,
+    journal: Journal,
+    promises: Promises,
+    hashes: dict[str, str | None],
+    done: Callable[[Shard], None],
+) -> None:
+    """Let others make each shard, and journal it once it is there for this process, too.
+
+    Raises OutputError where it is not: where `out` is another directory on the machine that made it.
+    """
+    shards = {job.shard.name: job.shard for job in jobs}
+    with closing(elsewhere(jobs)) if jobs else nullcontext(iter(())) as results:
+        for made in results:
+            shard, partial = shards[made.shard], partial_of(out, made.shard)
+            try:
+                with open_regular(partial) as file:  # opening asks the server, where a network keeps what it knew
+                    there = os.fstat(file.fileno()).st_size == shard.size
+            except FileNotFoundError:
+                there = False
+            if not there:
+                raise elsewhere_is_not_here(out)
+            for line in made.matrices:
+                journal.append(line)
+                promises.add(len(journal.entries) - 1, line)
+            hashes[shard.name] = made.sha256
+            journal.append({"shard": shard.name, "sha256": made.sha256})
+            if source.index_bytes is not None:  # without an index the shards wait for laser.json
+                _rename(partial, out / shard.name)
+            done(shard)
+
+
+def elsewhere_is_not_here(out: Path) -> OutputError:
+    return OutputError(
+        f"{out} is not the same directory on every node, each of which writes whole shards; try -o on a disk that they "
+        "share, or --engine threads"
+    )
 
 
 def _collect(

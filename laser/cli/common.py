@@ -88,8 +88,8 @@ def give(words: Sequence[str]) -> None:
         held.given.extend(words)
 
 
-def keep_file(path: Path) -> None:
-    """`keep`, of a file. Raises OutputError also where it is none, or its directory is missing or a model's."""
+def check_file(path: Path) -> None:
+    """Raises OutputError where a file to be written is none, or its directory is missing or a model's."""
     from laser.checkpoint.reader import OUTCOME
     from laser.checkpoint.replaceable import require_outside_models
     from laser.checkpoint.writer import RECORDS
@@ -102,6 +102,11 @@ def keep_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} exists and is no file; try another name")
     require_outside_models(path)
+
+
+def keep_file(path: Path) -> None:
+    """`keep`, of a file. Raises as `check_file`, too."""
+    check_file(path)
     keep(path)
 
 

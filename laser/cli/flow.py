@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import typer
@@ -18,7 +20,9 @@ from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_
 from laser.delta.difference import RULE
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
-from laser.pipeline import check_scan, prepare, scan_into
+from laser.files import unfinished
+from laser.parts import PartOfRun
+from laser.pipeline import check_scan, prepare, reduce_part, scan_into, scan_part
 from laser.pipeline import reduce as reduce_checkpoint
 from laser.plan import Plan, Treatment, make_plan
 from laser.reasons import Kind
@@ -35,9 +39,11 @@ def scan_verb(
     compute: options.ComputeOptions,
     null: int,
     moments: options.Inputs,
+    parts: options.PartOption,
     work: options.WorkOptions,
 ) -> None:
     """`laser scan`, whose arguments and help are in verbs.py."""
+    part = parts.chosen(work)
     checkpoint, selected = open_checkpoint(model), which.selection()
     method = "gram" if compute.method == "auto" else compute.method  # values are the Gram matrix's on every device
     crew = compute.crew()
@@ -49,13 +55,20 @@ def scan_verb(
         return print_dry_run(checkpoint, selected, crew, work.as_json, null, known is not None)
     if output is None:
         raise UsageError("scan needs a file to write; try -o spectra.safetensors")
-    work.claim(output, "spectra")
+    if part is None:
+        work.claim(output, "spectra")
+    else:
+        common.check_file(output)
+        common.keep(part.beside(unfinished(output)))
     matrices = chosen_of(list_matrices(checkpoint), selected)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
     with common.Progress("scan", matrices) as bar:
-        spectra = scan_into(
-            output, checkpoint, selected, crew, method, bar, null_draws=null, moments=known, anew=work.force
-        )
+        if part is None:
+            spectra = scan_into(output, checkpoint, selected, crew, method, bar, null, known, anew=work.force)
+        else:
+            spectra = scan_part(output, checkpoint, selected, crew, method, part, bar, null, known)
+    if isinstance(spectra, list):
+        return _print_part(spectra, part, output, meter, work.as_json)
     if work.as_json:
         return common.print_json(
             {
@@ -115,9 +128,11 @@ def reduce_verb(
     fresh: Path | None,
     evict: bool,
     dtype: str | None,
+    parts: options.PartOption,
     work: options.Directory,
 ) -> None:
     """`laser reduce`, whose arguments and help are in verbs.py."""
+    part = parts.chosen(work)
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
     crew = compute.crew()
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
@@ -132,21 +147,22 @@ def reduce_verb(
         return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
     estimated, meter = estimate_cost(checkpoint, touched, crew, ranks), Meter()
     with common.Progress("reduce", touched) as bar, common.Checking() as check:
-        outcome = reduce_checkpoint(
-            checkpoint,
-            wanted,
-            output,
-            crew=crew,
-            method=method,
-            resume=work.resume,
-            force=work.force,
-            evict=evict,
-            dtype=dtype,
-            moments=known,
-            fresh=elsewhere,
-            tick=bar,
-            on_check=check,
-        )
+        how: dict[str, Any] = {
+            "crew": crew,
+            "method": method,
+            "evict": evict,
+            "dtype": dtype,
+            "moments": known,
+            "fresh": elsewhere,
+            "tick": bar,
+            "on_check": check,
+        }
+        if part is None:
+            outcome = reduce_checkpoint(checkpoint, wanted, output, resume=work.resume, force=work.force, **how)
+        else:
+            outcome = reduce_part(checkpoint, wanted, output, part, **how)
+    if isinstance(outcome, list):
+        return _print_part(outcome, part, output, meter, work.as_json)
     print_outcome(outcome, output, meter, estimated.reduce_seconds, estimated, work.as_json)
 
 
@@ -169,6 +185,19 @@ def verify_verb(
         say(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
     if found.problems:
         raise typer.Exit(1)
+
+
+def _print_part(
+    missing: Sequence[PartOfRun], part: PartOfRun | None, output: Path, meter: Meter, as_json: bool
+) -> None:
+    """What a part says that is not the last one."""
+    if as_json:
+        return common.print_json(
+            {"output": str(output), "part": str(part), "missing": list(map(str, missing)), "seconds": meter.seconds}
+        )
+    named = f"{', '.join(map(str, missing[:20]))}{f' and {len(missing) - 20} more' if len(missing) > 20 else ''}"
+    say(f"part {part} is done in {meter.seconds:.1f} s; {output} is not whole: not done are {named}")
+    say("whoever ends last makes it whole; if none has, give the command of any part again")
 
 
 def _print_spectra(spectra: Spectra) -> None:

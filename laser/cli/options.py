@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from laser.engine.crew import Crew
     from laser.evaluation import text as texts
     from laser.moments import Moments
+    from laser.parts import PartOfRun
     from laser.selection import Selection
     from laser.spectral.devices import Device
 
@@ -283,6 +284,27 @@ class Rows:
         """As laser.evaluation.leaderboard takes them; tasks: None for all."""
         named = None if self.tasks is None else tuple(t for t in self.tasks.replace(" ", "").split(",") if t)
         return {"tasks": named, "limit": self.limit, "data": self.data}
+
+
+@dataclass(frozen=True)
+class PartOption:
+    """Which share of the work is this process's."""
+
+    part: str | None = option(
+        None,
+        "Only the I-th of N parts, for machines that share a disk; whoever ends last makes the whole.",
+        metavar="I/N",
+    )
+
+    def chosen(self, work: WorkOptions | Directory) -> PartOfRun | None:
+        """Raises UsageError for what is no part, and for what only an undivided run can do."""
+        from laser.parts import PartOfRun
+
+        if self.part is None:
+            return None
+        if work.force or work.dry_run:
+            raise UsageError(f"--{'force' if work.force else 'dry-run'} is for the whole; try it without --part")
+        return PartOfRun.parse(self.part)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,15 @@ def run_verb(
     leaderboard: bool | None,
     rows: options.Rows,
     compute: options.ComputeOptions,
+    part: str | None,
     work: options.Directory,
 ) -> None:
     """`laser run`, whose arguments and help are in verbs.py."""
+    if part is not None:
+        raise UsageError(
+            f"run is no work for parts; try laser scan MODEL -o SPECTRA --part {part}, then laser plan SPECTRA, and "
+            f"laser reduce MODEL PLAN -o OUT --part {part}"
+        )
     # Rule and number default to the published procedure's candidates.
     wanted = "laser-rmt" if how.rule is None else how.rule
     searching = recipe is None if search is None else search

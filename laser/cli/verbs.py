@@ -26,6 +26,7 @@ def scan(
     compute: options.ComputeOptions,
     null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
     moments: options.Inputs,
+    parts: options.PartOption,
     work: options.WorkOptions,
 ) -> None:
     """Measure the singular values of every selected matrix and write them to one small file.
@@ -34,7 +35,9 @@ def scan(
     """
     with loading():
         from laser.cli import flow
-    flow.scan_verb(model, output=output, which=which, compute=compute, null=null, moments=moments, work=work)
+    flow.scan_verb(
+        model, output=output, which=which, compute=compute, null=null, moments=moments, parts=parts, work=work
+    )
 
 
 def plan(
@@ -75,13 +78,23 @@ def reduce(
         str | None,
         typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
     ] = None,
+    parts: options.PartOption,
     work: options.Directory,
 ) -> None:
     """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
     with loading():
         from laser.cli import flow
     flow.reduce_verb(
-        model, plan, output=output, compute=compute, moments=moments, fresh=fresh, evict=evict, dtype=dtype, work=work
+        model,
+        plan,
+        output=output,
+        compute=compute,
+        moments=moments,
+        fresh=fresh,
+        evict=evict,
+        dtype=dtype,
+        parts=parts,
+        work=work,
     )
 
 
@@ -127,6 +140,7 @@ def run(
     ] = None,
     rows: options.Rows,
     compute: options.ComputeOptions,
+    part: Annotated[str | None, typer.Option("--part", hidden=True)] = None,
     work: options.Directory,
 ) -> None:
     """Scan, search or plan, reduce, and write the card: by a recipe or by flags, which win over the recipe.
@@ -153,6 +167,7 @@ def run(
         leaderboard=leaderboard,
         rows=rows,
         compute=compute,
+        part=part,
         work=work,
     )
 

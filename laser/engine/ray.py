@@ -1,19 +1,26 @@
 """The same visits as tasks of a Ray cluster. Ray is an extra, and imported only here.
 
-A task is one matrix, or several small ones, so that a task outweighs its overhead of some milliseconds (LOG.md). It
-reads its matrices itself, so the checkpoint has to lie at the same path on every node; results come back through Ray's
-object store to the driver, which alone keeps the journal and writes, by byte range. Twice as many tasks are in flight
-as the cluster has slots: memory stays bounded, no slot waits for the driver, and that is what a lost node costs at the
-most. Ray itself starts the tasks of a lost node again, elsewhere.
+Of a scan a task is one matrix, or several small ones, so that it outweighs its overhead of some milliseconds (LOG.md).
+It reads its matrices itself, so the checkpoint has to lie at the same path on every node. Its result comes back through
+Ray's object store. Twice as many tasks are in flight as the cluster has slots: memory stays bounded, no slot waits for
+the driver, and that is what a lost node costs at the most.
+
+Of a reduction a task is a whole shard, which one node writes by itself: through one driver 1.4 GPUs' results would fit.
+So the output, too, has to lie at the same path everywhere. What comes back is the shard's hash and the records of its
+matrices, which the driver journals.
+
+Ray itself starts the tasks of a lost node again, elsewhere. The GPUs have to be of one kind: a task that is run twice
+has to make the same bytes.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +40,10 @@ IN_FLIGHT = 2  # tasks per slot
 CONNECT_TRIES = 2  # of connecting from outside: now and then the server that Ray starts for a client ends as it begins
 # Of a GPU per task: two share one, and while one of them reads and copies, the other computes.
 SHARE = 0.5
+RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
+ACCELERATOR = "accelerator_type:"  # before the name of a kind, among a node's resources
+X = TypeVar("X")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,54 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
     kind = device.torch_device.type
     _require_lent(kind)
     ray = connect(crew.engine)
-    slots = _slots(ray, kind)
     options: dict[str, Any] = {"num_gpus": SHARE, "num_cpus": 1} if kind == "cuda" else {"num_cpus": 1}
-    task = ray.remote(max_retries=RETRIES, **options)(_task)
+    slots, task = _slots(ray, kind), ray.remote(max_retries=RETRIES, **options)(_task)
     shared = [ray.put(item) for item in (_portable(checkpoint), work)]  # once per node, not once per task
-    waiting = groups(matrices, kind)
+    submitted = (task.remote(*shared, group, device) for group in groups(matrices, kind))
+    with closing(_results(ray, submitted, IN_FLIGHT * slots)) as results:
+        for matrix, result, seconds in results:
+            yield matrix, from_bytes(result), seconds
+            del result
+
+
+def on_nodes(
+    checkpoint: Checkpoint, tasks: Sequence[X], work: Callable[[X, Crew], R], crew: Crew
+) -> Generator[R, None, None]:
+    """What `work` gives of each task, in the order in which they are finished.
+
+    A task is one node's alone. Two share a GPU, as of a scan: one computes while the other writes. Where there are
+    fewer tasks than GPUs or cores, each gets several, as many as one node has. `work` is handed the workers to use.
+    """
+    device = crew.devices[0]
+    kind = device.torch_device.type
+    _require_lent(kind)
+    _portable(checkpoint)
+    ray = connect(crew.engine)
+    resource = RESOURCES[kind]
+    _slots(ray, kind)
+    here = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+    lent = lent_to_a_task(len(tasks), here, SHARE if kind == "cuda" else 1)
+    options: dict[str, Any] = {"num_gpus": lent, "num_cpus": 1} if kind == "cuda" else {"num_cpus": lent}
+    task, shared = ray.remote(max_retries=RETRIES, **options)(_on_node), ray.put(work)
+    submitted = (task.remote(shared, item, device, lent) for item in tasks)
+    with closing(_results(ray, submitted, IN_FLIGHT * sum(here))) as results:
+        yield from results
+
+
+def lent_to_a_task(tasks: int, here: Sequence[int], least: float) -> float:
+    """How many of the GPUs or cores `here`, by node, each of so many tasks gets: as many as there are for it, at most
+    those of the smallest node, for which else it would wait for ever, and at least `least` of one."""
+    whole = min(sum(here) // max(tasks, 1), min(filter(None, here), default=1))
+    return whole if whole > 1 else least
+
+
+def _results(ray: Any, submitted: Iterator[Any], most: int) -> Generator[Any, None, None]:
+    """The results of tasks, each of which returns a list; at most so many are in flight."""
     pending: list[Any] = []
     try:
         while True:
-            while len(pending) < IN_FLIGHT * slots and (group := next(waiting, None)):
-                pending.append(task.remote(*shared, group, device))
+            while len(pending) < most and (reference := next(submitted, None)) is not None:
+                pending.append(reference)
             if not pending:
                 return
             (ready,), pending = ray.wait(pending, num_returns=1)
@@ -86,9 +135,7 @@ def visit_on_ray(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[
             while results:
                 if isinstance(results[0], _Failed):
                     raise results[0].error
-                matrix, result, seconds = results.pop(0)
-                yield matrix, from_bytes(result), seconds
-                del result
+                yield results.pop(0)
     finally:
         for reference in pending:
             ray.cancel(reference)
@@ -120,13 +167,26 @@ def _require_lent(kind: str) -> None:
 
 def _slots(ray: Any, kind: str) -> int:
     """How many tasks the cluster runs at a time. Raises UsageError for none."""
-    resource = "GPU" if kind == "cuda" else "CPU"
+    resource = RESOURCES[kind]
+    if kind == "cuda":
+        _require_one_kind(ray.nodes())
     slots = int(ray.cluster_resources().get(resource, 0) / (SHARE if kind == "cuda" else 1))
     if not slots:
         raise UsageError(
             f"the Ray cluster has no {resource}, expected one per worker; try --device cpu or --engine ray"
         )
     return slots
+
+
+def _require_one_kind(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError for GPUs of several kinds, by the names that Ray gives them."""
+    kinds = {name for node in nodes if node["Alive"] for name in node["Resources"] if name.startswith(ACCELERATOR)}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(name.removeprefix(ACCELERATOR) for name in kinds))
+        raise UsageError(
+            f"the Ray cluster has GPUs of several kinds ({names}), expected one, for their last bits differ; "
+            "try a cluster of one kind, or --device cpu"
+        )
 
 
 def connect(engine: str) -> Any:
@@ -177,21 +237,45 @@ def groups(matrices: Sequence[Matrix], kind: str) -> Iterator[list[Matrix]]:
 def _task(checkpoint: Checkpoint, work: Work[T], group: list[Matrix], device: Device) -> list[Any]:
     """On a node: the same visits that a thread of the driver would make, with one BLAS thread as there."""
     done: list[Any] = []
-    if device.torch_device.type == "cuda":  # the one card that Ray lets a task see, whatever its number
-        device = replace(device, name="cuda", share=int(SHARE * torch.cuda.mem_get_info()[1]))
+    if device.torch_device.type == "cuda":
+        device = _part_of_the_card(device)
     with quiet(device):
         for matrix in group:
             try:
                 W = checkpoint.read(matrix.tensor, matrix.part)
                 matrix, result, seconds = do(work, matrix, W, device)
                 done.append((matrix, to_bytes(result), seconds))
-            except LaserError as error:
-                done.append(_Failed(error))
-            except (MemoryError, RuntimeError, OSError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                done.append(_Failed(MemoryError(first_line(error))))  # as a class that every node has
+            except Exception as error:
+                done.append(_failed(error))
     return done
+
+
+def _on_node(work: Callable[[X, Crew], R], item: X, device: Device, lent: float) -> list[R | _Failed]:
+    """On a node: one task of `on_nodes`, by a crew of what Ray has lent it."""
+    if device.torch_device.type != "cuda":
+        crew = Crew((device,), int(lent))
+    elif lent < 1:
+        crew = Crew((_part_of_the_card(device),))
+    else:  # it sees those cards alone, whatever their numbers
+        crew = Crew(tuple(replace(device, name=f"cuda:{number}") for number in range(int(lent))))
+    try:
+        return [work(item, crew)]
+    except Exception as error:
+        return [_failed(error)]
+
+
+def _part_of_the_card(device: Device) -> Device:
+    """The one card that Ray lets a task see, whatever its number, of which another task has a part, too."""
+    return replace(device, name="cuda", share=int(SHARE * torch.cuda.mem_get_info()[1]))
+
+
+def _failed(error: Exception) -> _Failed:
+    """An error as the driver is to raise it. Raises it here where Ray is to wrap it."""
+    if isinstance(error, LaserError):
+        return _Failed(error)
+    if isinstance(error, MemoryError | RuntimeError | OSError) and is_out_of_memory(error):
+        return _Failed(MemoryError(first_line(error)))  # as a class that every node has
+    raise error
 
 
 def _portable(checkpoint: Checkpoint) -> Checkpoint:

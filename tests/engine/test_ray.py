@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,16 @@ from helpers import snapshot
 
 import laser
 from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.swap import writing
+from laser.checkpoint.writer import write_checkpoint
 from laser.engine import ray as ray_engine
 from laser.engine.crew import Crew
 from laser.engine.workers import choose_crew, visit_all
 from laser.errors import NumericalError, UsageError
-from laser.pipeline import reduce, scan
-from laser.plan import make_plan
+from laser.flow import run
+from laser.outcome import describe_by
+from laser.pipeline import Cuts, Reduction, Visited, makers_of, prepare, reduce, scan, stored
+from laser.plan import Treatment, make_plan
 from laser.spectral.devices import Device, choose_device
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'laser-rmt[ray]'")
@@ -76,6 +83,115 @@ def test_scan_and_reduce_are_those_of_one_process(cluster: Any, pico: Path, tmp_
         spectra.save(place / "spectra.safetensors")
         reduce(checkpoint, make_plan(spectra, "mp-edge"), place / "out", crew=crew)
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+
+
+def test_a_node_writes_its_shards_by_itself(
+    cluster: Any, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans and one pass: in this process no matrix is made, and what comes back is the same to the byte."""
+    checkpoint = laser.open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint, crew=ON_RAY), "mp-edge")
+    treatment = {"choose": lambda spectra: make_plan(spectra, "mp-edge"), "treatment": Treatment("mp-edge")}
+    reduce(checkpoint, plan, tmp_path / "here", crew=Crew((CPU,), 1))
+    run(checkpoint, tmp_path / "here-1", laser.Selection(), crew=Crew((CPU,), 1), name="x", **treatment)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("made by the driver")
+
+    monkeypatch.setattr(Cuts, "make", fail)  # the nodes' processes have their own
+    reduce(checkpoint, plan, tmp_path / "ray", crew=ON_RAY)
+    run(checkpoint, tmp_path / "ray-1", laser.Selection(), crew=ON_RAY, name="x", **treatment)
+    assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+    assert snapshot(tmp_path / "here-1") == snapshot(tmp_path / "ray-1")
+
+
+def test_a_worker_killed_in_the_middle_of_a_shard(cluster: Any, pico: Path, tmp_path: Path) -> None:
+    """Ray begins its task again; what the killed one left is swept away."""
+    checkpoint = laser.open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint), "mp-edge")
+    reduce(checkpoint, plan, tmp_path / "here", crew=Crew((CPU,), 1))
+    killed = tmp_path / "killed"
+
+    @dataclass(frozen=True)
+    class Killed(Reduction):
+        """A reduction whose process is killed at its third matrix, once."""
+
+        seen: list[str] = field(default_factory=list)
+
+        def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
+            import os
+            import signal
+
+            self.seen.append(matrix.name)
+            if len(self.seen) == 3 and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super(type(self), self).__call__(matrix, W, device)
+
+    source, touched, stated = prepare(checkpoint, plan, ON_RAY, "gram", False, None, None, None)
+    cuts = Cuts(source, tuple(touched), Killed("gram", plan.reductions), stored)
+    with writing(source, tmp_path / "ray", resume=False, force=False) as place:
+        compute, elsewhere = makers_of(cuts, place, ON_RAY, lambda *_: None)
+        write_checkpoint(source, place, touched, compute, describe_by(plan), stated, elsewhere=elsewhere)
+    assert killed.exists() and snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+    assert not [path for path in (tmp_path / "ray").rglob(".*")]
+
+
+def test_a_driver_that_is_killed(cluster: Any, pico: Path, tmp_path: Path) -> None:
+    """As soon as its journal has a shard; the next one goes on."""
+    checkpoint = laser.open_checkpoint(pico)
+    plan = make_plan(scan(checkpoint), "mp-edge")
+    plan.save(tmp_path / "plan")
+    reduce(checkpoint, plan, tmp_path / "here", crew=Crew((CPU,), 1))
+    words = ["reduce", str(pico), str(tmp_path / "plan"), "-o", str(tmp_path / "ray"), "--engine", "ray"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    driver = subprocess.Popen([sys.executable, "-m", "laser", *words, "--device", "cpu"], env=environment)
+    journal, until = tmp_path / "ray" / "laser" / "journal.jsonl", time.monotonic() + 120
+    while driver.poll() is None and time.monotonic() < until:
+        if journal.exists() and b'"shard"' in journal.read_bytes():
+            break
+        time.sleep(0.01)
+    driver.kill()
+    assert driver.wait(60) == -signal.SIGKILL
+    reduce(checkpoint, plan, tmp_path / "ray", crew=ON_RAY, resume=True)
+    assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "here", "lent"),
+    [
+        *((163, [8] * 8, 0.5), (40, [8] * 8, 0.5), (19, [8] * 8, 3), (2, [8, 8], 8), (1, [8] * 8, 8)),
+        *((1, [8, 2, 0], 2), (0, [4], 4), (5, [1], 0.5), (1, [1], 0.5)),
+    ],
+)
+def test_fewer_shards_than_gpus_share_them(tasks: int, here: list[int], lent: float) -> None:
+    assert ray_engine.lent_to_a_task(tasks, here, 0.5) == lent
+    assert ray_engine.lent_to_a_task(tasks, here, 1) == max(lent, 1)
+
+
+def test_a_task_uses_all_the_cards_that_it_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
+    fifth = Device("cuda:5", torch.float64, False, "")
+    (crew,) = ray_engine._on_node(lambda item, crew: crew, None, fifth, 0.5)
+    assert isinstance(crew, Crew) and [(d.name, d.share) for d in crew.devices] == [("cuda", 500)]
+    (crew,) = ray_engine._on_node(lambda item, crew: crew, None, fifth, 3)
+    assert isinstance(crew, Crew)
+    assert [device.name for device in crew.devices] == ["cuda:0", "cuda:1", "cuda:2"] and crew.workers is None
+    (crew,) = ray_engine._on_node(lambda item, crew: crew, None, CPU, 3)
+    assert crew == Crew((CPU,), 3)
+
+
+def test_gpus_of_several_kinds_are_refused() -> None:
+    def node(kind: str, alive: bool = True) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": {"CPU": 1.0, "GPU": 1.0, f"accelerator_type:{kind}": 1.0}}
+
+    ray_engine._require_one_kind(
+        [node("H100"), node("H100"), node("A100", alive=False), {"Alive": True, "Resources": {}}]
+    )
+    with pytest.raises(
+        UsageError, match=r"GPUs of several kinds \(A100, H100\), expected one, .*; try a cluster of one"
+    ):
+        ray_engine._require_one_kind([node("H100"), node("A100")])
 
 
 def test_from_a_machine_outside_of_the_cluster(cluster: Any, pico: Path, tmp_path: Path, run: Any) -> None:

@@ -105,6 +105,7 @@ def test_a_failure_of_lapack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         if name == "sterf":
             arguments[-1].value = 3  # pyright: ignore[reportAttributeAccessIssue]
 
+    # No matrix is known that sterf gives up on.
     monkeypatch.setattr(openblas.OpenBlas, "_call", call)
     with pytest.raises(np.linalg.LinAlgError, match="sterf failed with info 3"):
         VALUES["one-stage"](gram_of(20, 40, DTYPES[0]))
@@ -125,6 +126,7 @@ def test_the_default_goes_by_the_side() -> None:
 
 def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = Routes(((0, "numpy"), (100, "two-stage")), ((0, "numpy"),))
+    # A NumPy with another BLAS.
     monkeypatch.setattr(eigen, "find_openblas", lambda: None)
     G = gram_of(300, 600, DTYPES[0])
     assert taken("values", 300, G.dtype, None) == "numpy"  # one of the default gives way: nothing was recorded
@@ -159,6 +161,7 @@ def test_float32_solves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         called.append(f"{name} {dtype}")
         true(self, name, dtype, *arguments)
 
+    # Nothing that comes back tells which routine was called.
     monkeypatch.setattr(openblas.OpenBlas, "_call", call)
     for solver in ("eigh", "eigvalsh"):
         monkeypatch.setattr(np.linalg, solver, lambda *_: pytest.fail("in float64"))
@@ -192,7 +195,8 @@ def test_float32_keeps_the_stated_error(shape: tuple[int, int], noise: bool) -> 
 def test_gram_is_the_product_whole_and_symmetric(
     shape: tuple[int, int], device: Device, library: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not library:
+    if not library:  # a NumPy with another BLAS
+        # Looked up where it is used.
         monkeypatch.setattr("laser.spectral.gram.find_openblas", lambda: None)
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     A = tall(W).double()

@@ -63,10 +63,11 @@ def test_what_tensor_cores_cut_off_is_little_beside_it(
     W += strength * 3 * np.outer(random.standard_normal(rows), random.standard_normal(64)) / math.sqrt(64)
     W16, single = torch.from_numpy(W).to(torch.bfloat16), Accelerator("cpu", torch.float32, False, "with tensor cores")
     exact = gram(W16, HOST).numpy()
-    # They are CUDA's, and of sides that would take minutes here.
+    # They are CUDA's.
     monkeypatch.setattr(gram_module, "products_in_float32", lambda device, storage: storage == torch.bfloat16)
     monkeypatch.setattr(torch, "mm", tensor_cores())
     rounded = gram(W16, single).double().numpy()
+    # A side that would take minutes here.
     monkeypatch.setattr(gram_module, "TENSOR_SIDE", 64)
     cut = gram(W16, single).double().numpy()
     size = np.linalg.norm(exact, 2)
