@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+ROUNDS = 300  # steps of the solver behind `laser unmerge`, per matrix and rank, at the most
 WINDOW = 512  # tokens of a text that are scored at once, BOS included
 # d: mean paired change of the objective (lower is better), se: its standard error. `better` also asks for d < 0: an
 # expert that no calibration token reaches gives d = se = 0, and what was not measured is not better.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source, require_unchanged
+from laser.delta.base import Base
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
 from laser.records import SPARSE, Record
@@ -67,6 +68,7 @@ def null_test(
     permutation: str = "entries",
     draws: int = 1,
     spectra: Spectra | None = None,
+    base: Base | None = None,
     device: Device | None = None,
     method: str = "gram",
     tick: Callable[[Matrix], None] = lambda _: None,
@@ -76,15 +78,19 @@ def null_test(
     permutation: `entries` shuffles the whole matrix and keeps its entries' distribution; `rows` shuffles within each
     row and keeps the rows' variances too. With `spectra` of the same checkpoint the table also says what the rules
     find in the matrices as they are. A rule that asks for permutations of its own (`parallel`) gets more of the same
-    kind, of the permuted matrix. Raises UsageError for an unknown rule or permutation, or no draws.
+    kind, of the permuted matrix. With `base` the entries of the biwhitened differences from it are permuted, signal and
+    all. Raises UsageError for an unknown rule or permutation, or no draws.
     """
     check_test(rules, permutation, draws)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)
     selection, device = selection or Selection(), device or choose_device()
+    source, matrices = Source.of(checkpoint) if base is None else base.source, list_matrices(checkpoint)
     if spectra is not None:
-        spectra.source.require(checkpoint, "spectra")
-    source, matrices = Source.of(checkpoint), list_matrices(checkpoint)
+        if base is None:
+            spectra.source.require(checkpoint, "spectra")
+        else:
+            base.require(spectra.source, "spectra")
     selection.check(matrices)
     counts: dict[tuple[str, str], list[_Counts]] = {}
     skipped: dict[str, str] = {}
@@ -92,6 +98,8 @@ def null_test(
         shape = (matrix.shape[0], matrix.shape[1])
         noise: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         try:
+            if base is not None:
+                W = base.matrix(matrix, W, device)
             check_storage(W.dtype)
             W = to_device_if_it_fits(W, device)
             for seed in range(draws):
@@ -108,6 +116,8 @@ def null_test(
                 counts.setdefault((spec, matrix.role), []).append(_Counts(min(shape), kept, found))
         tick(matrix)
     require_unchanged(checkpoint)
+    if base is not None:
+        base.require_unchanged()
     rows = tuple(_null_row(spec, role, group) for (spec, role), group in counts.items())
     return NullTest(source, permutation, draws, rows, skipped, NULL_ORDER)
 
@@ -117,7 +127,11 @@ def check_test(rules: Sequence[str], permutation: str, draws: int) -> None:
     if not rules:
         raise UsageError(f"a null test needs at least one rule; try --rules {TESTED[0]}")
     for rule in rules:
-        parse_rule(rule)
+        if parse_rule(rule)[0].needs_sigma:
+            raise UsageError(
+                f"rule {rule} knows the level of rounding, and what is permuted holds the signal as well, so it has no "
+                f"null test; try --rules {TESTED[1]}"
+            )
     if draws < 1:
         raise UsageError(f"a null test with {draws} draws says nothing; try --draws 1")
     if permutation not in PERMUTATIONS:
@@ -128,7 +142,7 @@ def _kept_of(spec: str, spectra: Spectra | None, matrix: Matrix, needs_null: boo
     if spectra is None or matrix.name not in spectra.values or (needs_null and matrix.name not in spectra.nulls):
         return None
     shape = (matrix.shape[0], matrix.shape[1])
-    return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name)).rank
+    return apply_rule(spec, spectra.values[matrix.name], shape, spectra.nulls.get(matrix.name), spectra.sigma).rank
 
 
 def _null_row(rule: str, role: str, group: list[_Counts]) -> NullRow:

@@ -41,6 +41,9 @@ from laser.checkpoint.writer import (
     write_checkpoint,
     write_part,
 )
+from laser.delta.base import Base
+from laser.delta.difference import Kind as Became
+from laser.delta.difference import judge
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -52,9 +55,9 @@ from laser.parts import PartOfRun, alone, opened, read_all, require_undivided, t
 from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
-from laser.spectra import ENTRY, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
+from laser.spectra import ENTRY, OF_DIFFERENCE, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
 from laser.spectral.data_metric import relative_error
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import Device, choose_device, in_float64
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
 from laser.spectral.permutation import NULL_ORDER, null_largest
@@ -78,6 +81,7 @@ class Scan:
     """A visit that measures: what cannot be factorised is a reason, not an error.
 
     null_draws: permutations that are measured too. moments: with them the matrix is measured in that metric as well.
+    base: with it the difference from the base's is measured; of those in `compared` only the entries are compared.
     rules: that are going to be asked; where float32 leaves the rank of one of them open, the values are in float64.
     """
 
@@ -85,9 +89,13 @@ class Scan:
     null_draws: int = 0
     moments: Moments | None = None
     rules: tuple[str, ...] = ()
+    base: Base | None = None
+    compared: frozenset[str] = frozenset()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host."""
+        if self.base is not None:
+            return Visited(self.difference(self.base, matrix, W, device))
         measured = measured_of(to_device_if_it_fits(W, device), device, self.method, self.null_draws, self.rules)
         if measured.skipped is not None or self.moments is None or not self.moments.tokens(matrix.name):
             return Visited(measured)
@@ -96,6 +104,21 @@ class Scan:
             return Visited(replace(measured, data=values.singular_values))
         except (NumericalError, UsageError) as error:  # the plain spectrum stands
             return Visited(replace(measured, data_failed=str(error)))
+
+    def difference(self, base: Base, matrix: Matrix, W: torch.Tensor, device: Device) -> Measured:
+        """What became of W (m, n), or a tensor of any shape, of the tuned checkpoint, and its difference's spectrum."""
+        change, D = base.difference(matrix, W, device, matrix.name not in self.compared)
+        if D is None:
+            reason = f"skipped: {change.kind}, so there is no difference to factorise"
+            return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
+        if change.kind is Became.SAME:  # a zero matrix, whose values are known
+            return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
+        # An update lies so far over float32's rounding that squares of both do not fit into float64.
+        method = "svd" if matrix.dtype == "F32" else self.method
+        measured = measured_of(D, in_float64(device), method, self.null_draws)
+        if measured.skipped is None:
+            change = judge(change, measured.values, (matrix.shape[0], matrix.shape[1]))
+        return replace(measured, change=change)
 
 
 @dataclass(frozen=True)
@@ -255,11 +278,15 @@ def run_of_scan(
     null_draws: int,
     moments: Moments | None,
     rules: Sequence[str] = (),
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """What a scan's journal is identified by."""
     more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
     if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
         more |= {"rules": sorted(rules)}
+    if base is not None:
+        there = Source.of(base.checkpoint)
+        more["base"] = [there.identity, there.weights.short]
     more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
@@ -275,6 +302,7 @@ def scan(
     null_draws: int = 0,
     moments: Moments | None = None,
     rules: Sequence[str] = (),
+    base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -288,7 +316,8 @@ def scan(
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
     singular values are measured once more in the metric of the data, where a matrix was calibrated. In float32 the
-    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold.
+    `rules` that are going to be asked send a matrix on to float64 where one of its values lies at the threshold. With
+    `base` the values are those of the biwhitened differences from it, and what became of each tensor is recorded.
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
@@ -297,12 +326,22 @@ def scan(
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
-    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules)
-    todo = most_expensive_first([m for m in matrices if m.name not in skipped])
-    with Journal(journal, run, shapes=(ENTRY,), anew=anew) if journal else nullcontext() as log:
-        found = _measure(checkpoint, todo, Scan(method, null_draws, moments, tuple(rules)), crew, log, tick)
-    spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
-    return replace(spectra, data=InData.of(moments, spectra.values, found))
+    run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules, base)
+    todo = most_expensive_first([m for m in matrices if m.name not in skipped or (base and m.dtype in TORCH)])
+    work = Scan(method, null_draws, moments, tuple(rules), base, frozenset(skipped))
+    with Journal(journal, run, shapes=(ENTRY, OF_DIFFERENCE), anew=anew) if journal else nullcontext() as log:
+        found = _measure(checkpoint, todo, work, crew, log, tick)
+        if base is not None:
+            with spoiling(log):
+                base.require_unchanged()
+    chosen = {name: measured for name, measured in found.items() if name not in skipped}
+    spectra = assemble(checkpoint, matrices, chosen, skipped, method, crew.label, null_draws)
+    spectra = replace(spectra, data=InData.of(moments, spectra.values, chosen))
+    if base is None:
+        return spectra
+    changes = {name: measured.change for name, measured in found.items() if measured.change is not None}
+    delta = base.delta_of({m.name: changes.get(m.name) or base.by_bytes(m) for m in matrices})
+    return replace(spectra, source=delta.source, delta=delta)
 
 
 def _measure(
@@ -350,6 +389,7 @@ def spectra_there(
     method: str,
     null_draws: int,
     moments: Moments | None,
+    base: Base | None = None,
 ) -> Spectra | None:
     """The spectra at `path`, if they are those of this scan."""
     there = Spectra.load(path)
@@ -357,7 +397,8 @@ def spectra_there(
     tried = {m.name for m in there.matrices if m.no_spectrum is None}
     reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
     done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
-    if not there.source.is_of(Source.of(checkpoint)) or (there.method, there.device) != (method, crew.label):
+    source = Source.of(checkpoint) if base is None else base.source
+    if not there.source.is_of(source) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
     known = there.data.calibration.identity if there.data else None
@@ -389,6 +430,7 @@ def scan_into(
     tick: Callable[[Matrix], None] = lambda _: None,
     null_draws: int = 0,
     moments: Moments | None = None,
+    base: Base | None = None,
     anew: bool = False,
     rules: Sequence[str] = (),
 ) -> Spectra:
@@ -399,7 +441,7 @@ def scan_into(
     partial = unfinished(path)
     with claimed(path):
         if path.exists() and not anew:
-            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments)
+            there = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments, base)
             if there is not None:
                 tidy_spectra(path)
                 return there
@@ -414,6 +456,7 @@ def scan_into(
             null_draws=null_draws,
             moments=moments,
             rules=rules,
+            base=base,
             tick=tick,
             anew=anew,
         )

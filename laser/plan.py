@@ -433,7 +433,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
     rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-    cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
+    cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma)
     eps = precision_of(spectra.device, spectra.method, spectra.notes.get(matrix.name, ""))
     near = at_threshold(rule, s, cut, eps)
     if (spikes := crowd(rule, s, shape)) is not None:

@@ -21,16 +21,19 @@ from laser.arrays import ArrayRecord, hash_of
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
+from laser.delta.base import Delta
+from laser.delta.difference import RULE, SIGMA, Change
 from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason
-from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, shown, under
+from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, reader, shown, under
 from laser.spectral.permutation import NULL_ORDER
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
 ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
+OF_DIFFERENCE = ENTRY | {"change": Change}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Measured:
     data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # the values again in the data's metric
     data_failed: str | None = None  # why not in the data's metric
     note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
+    change: Change | None = None  # of a difference: what became of the matrix
 
 
 def to_entry(name: str, measured: Measured) -> dict[str, Any]:
@@ -51,18 +55,21 @@ def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
     vectors |= {"data": _encode(measured.data)}
     stated = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
-    return stated | {"data_failed": measured.data_failed} | vectors
+    stated |= {"data_failed": measured.data_failed} | vectors
+    return stated if measured.change is None else stated | {"change": plain(measured.change)}
 
 
 def from_entry(entry: Any, where: str) -> Measured:
     """Raises RecordError, which begins with `where`, for what no scan writes."""
     try:
-        if not isinstance(entry, Mapping) or not has_shape(entry, ENTRY):
+        if not isinstance(entry, Mapping) or not (has_shape(entry, ENTRY) or has_shape(entry, OF_DIFFERENCE)):
             raise ValueError
         values, null, data = (_decode(entry[key]) for key in ("values", "null", "data"))
     except ValueError:
         raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
-    return Measured(values, null, entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"])
+    change = reader(Change | None)(entry.get("change"))
+    rest = (entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"], change)
+    return Measured(values, null, *rest)
 
 
 def _encode(vector: NDArray[np.float64]) -> str:
@@ -225,10 +232,15 @@ class SpectraHeader(
     matrices: tuple[Row, ...]
     data: InData | None = field(default=None, metadata=SPARSE)
     null_order: int = field(default=1, metadata=SPARSE)
+    delta: Delta | None = field(default=None, metadata=SPARSE)
     vectors: str
 
     def wrong(self) -> str | None:
-        return "a matrix is in it twice" if len({row.name for row in self.matrices}) < len(self.matrices) else None
+        if len({row.name for row in self.matrices}) < len(self.matrices):
+            return "a matrix is in it twice"
+        if self.delta is not None and self.source != self.delta.source:
+            return "its source is not the difference of the two that it names"
+        return self.delta.unlike([row.name for row in self.matrices]) if self.delta else None
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,8 @@ class Spectra:
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
+    delta: of differences from a base, which two checkpoints and what became of each tensor; the values are then those
+    of biwhitened differences, whose noise has sigma = 1
     """
 
     source: Source
@@ -256,6 +270,17 @@ class Spectra:
     notes: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
     null_order: int = NULL_ORDER
+    delta: Delta | None = None
+
+    @property
+    def sigma(self) -> float | None:
+        """The level of the noise, where it is known."""
+        return None if self.delta is None else SIGMA
+
+    @property
+    def usual_rule(self) -> str:
+        """The rule to ask where none is named."""
+        return "mp-edge" if self.delta is None else RULE
 
     @cached_property
     def by_name(self) -> Mapping[str, Matrix]:
@@ -269,7 +294,7 @@ class Spectra:
         rows = tuple(map(self._row, self.matrices))
         header = SpectraHeader(
             source=self.source, method=self.method, device=self.device, matrices=rows, data=self.data,
-            null_order=self.null_order if self.nulls else 1, vectors=hash_of(vectors),
+            delta=self.delta, null_order=self.null_order if self.nulls else 1, vectors=hash_of(vectors),
         )  # fmt: skip
         header.save(path, vectors)
 
@@ -298,7 +323,7 @@ class Spectra:
         matrices = tuple(row.matrix for row in rows)
         spectra = Spectra(
             header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes,
-            null_order=header.null_order if nulls else NULL_ORDER,
+            null_order=header.null_order if nulls else NULL_ORDER, delta=header.delta,
         )  # fmt: skip
         if wrong := _wrong(spectra):
             raise RecordError(f"{path}: {wrong}; {SpectraHeader.mend}")

@@ -215,7 +215,7 @@ def summarise(
         if matrix.name not in spectra.values or selection.why_not(matrix) or (names and matrix.name not in names):
             continue
         s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-        numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name))
+        numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma)
         noise = cut.noise or estimate_noise(s, shape, estimator)
         fit = fit_noise(s, shape, estimator, noise)
         snr = signal_to_noise(s, cut.rank)

@@ -33,6 +33,7 @@ VERBS = (
     *(verbs.scan, verbs.plan, verbs.reduce, verbs.verify, verbs.run, verbs.devices),
     *(verbs.eval, verbs.calibrate, verbs.search, verbs.leaderboard, verbs.card, verbs.push),
     *(verbs.null, verbs.spectra, verbs.plot, verbs.report, verbs.convert),
+    *(verbs.delta, verbs.unmerge, verbs.rebuild),
 )
 for verb in VERBS:
     app.command()(options.with_options(verb))
@@ -42,7 +43,7 @@ for verb in VERBS:
 _RESUMED = "what is finished is kept, run the command again with --resume"
 _GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
-_INTERRUPTED |= dict.fromkeys(("scan", "search", "calibrate", "leaderboard"), _GOES_ON)
+_INTERRUPTED |= dict.fromkeys(("scan", "delta", "unmerge", "search", "calibrate", "leaderboard"), _GOES_ON)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
 
 
@@ -135,7 +136,19 @@ def _disk_error(error: OSError) -> int:
 # --- out of memory ----------------------------------------------------------------------------------------------------
 
 # Verbs with --device.
-DEVICE_VERBS = ("scan", "reduce", "run", "verify", "null", "eval", "search", "calibrate", "leaderboard")
+DEVICE_VERBS = (
+    "scan",
+    "delta",
+    "unmerge",
+    "reduce",
+    "run",
+    "verify",
+    "null",
+    "eval",
+    "search",
+    "calibrate",
+    "leaderboard",
+)
 ACCELERATORS = ("cuda", "cublas", "hip", "xpu", "mps backend", "invalid buffer size")  # in what they say of themselves
 
 
@@ -161,7 +174,7 @@ class Less:
 # The mildest first.
 LESS = (
     Less("--stream", ("eval", "search", "run"), ("--stream",)),
-    Less("--device cpu --workers 1", ("scan", "reduce", "run"), ("--workers", "--engine"), "host"),
+    Less("--device cpu --workers 1", ("scan", "delta", "unmerge", "reduce", "run"), ("--workers", "--engine"), "host"),
     Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
     Less("a smaller --window", ("eval", "search", "run", "calibrate")),
@@ -169,7 +182,7 @@ LESS = (
     Less("--device cpu", DEVICE_VERBS, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
-BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "reduce"), ("--device",))
+BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "delta", "unmerge", "reduce"), ("--device",))
 BOUND |= dict.fromkeys(("run", "search"), ("--device", "--window", "--dtype"))
 BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
 

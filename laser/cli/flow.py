@@ -17,6 +17,7 @@ from laser.checkpoint.writer import require_run
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
+from laser.delta.difference import RULE
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.files import unfinished
@@ -95,14 +96,16 @@ def plan_verb(
     record: options.RecordOptions,
 ) -> None:
     """`laser plan`, whose arguments and help are in verbs.py."""
-    if how.rule is None:
-        raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
     count = lowest.count()
-    Treatment(how.rule, **how.treatment()).check()
+    measured = Spectra.load(spectra) if how.rule is None and spectra.is_file() else None
+    if how.rule is None and (measured is None or measured.delta is None):
+        raise UsageError(f"plan needs a rule; try --rule mp-edge, or one of {', '.join(RULES)}")
+    rule = how.rule or RULE
+    Treatment(rule, **how.treatment()).check()
     record.claim(output, "plan")
     made = make_plan(
-        Spectra.load(spectra),
-        how.rule,
+        measured or Spectra.load(spectra),
+        rule,
         which.selection(),
         lowest_snr=count,
         **how.treatment(),

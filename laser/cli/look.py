@@ -8,6 +8,7 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.delta.base import Base
 from laser.errors import UsageError
 from laser.files import write_atomically
 from laser.null import check_test, null_test
@@ -26,6 +27,7 @@ def null_verb(
     permute: str,
     draws: int,
     spectra: Path | None,
+    base: str | None,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
@@ -44,6 +46,7 @@ def null_verb(
             permutation=permute,
             draws=draws,
             spectra=Spectra.load(spectra) if spectra else None,
+            base=Base.of(open_checkpoint(base), checkpoint) if base else None,
             device=where,
             tick=bar,
         )
@@ -73,7 +76,7 @@ def spectra_verb(
 ) -> None:
     """`laser spectra`, whose arguments and help are in verbs.py."""
     chosen = which.selection()
-    parse_rule(rule or "mp-edge")
+    parse_rule(rule or "mp-edge")  # before the file is read
     check_share(top_percent)
     if snr_json and unfrozen and snr_json.resolve() == unfrozen.resolve():
         raise UsageError(f"two files cannot both be {snr_json}; try another name for one")
@@ -81,7 +84,7 @@ def spectra_verb(
         if path is not None:
             file.claim(path)
     record = Spectra.load(spectra)
-    summary = summarise(record, rule or "mp-edge", chosen)
+    summary = summarise(record, rule or record.usual_rule, chosen)
     written: dict[Path, bytes] = {}
     scored = summarise(record, rule or SPECTRUM_RULE, chosen) if snr_json or unfrozen else summary
     if snr_json:
@@ -107,7 +110,7 @@ def plot_verb(
     other: list[Path] | None,
     heat: str | None,
     mean: bool,
-    rule: str,
+    rule: str | None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
@@ -117,17 +120,17 @@ def plot_verb(
     if other and matrix is None:
         raise UsageError("--with lays one matrix over another; try --matrix NAME as well")
     plots.check_picture(output, heat or "kept")
-    parse_rule(rule)
+    parse_rule(rule or "mp-edge")
     chosen = which.selection()
     file.claim(output)
     records = [Spectra.load(path) for path in (spectra, *(other or ()))]
     if matrix is None:
-        summary = summarise(records[0], rule, chosen)
+        summary = summarise(records[0], rule or records[0].usual_rule, chosen)
         figure = plots.heat_map(summary, heat or "kept", experts=not mean)
     else:
         named = [name for name in records[0].values if matrix in name]
         name = named[0] if len(named) == 1 else matrix
-        several = [plots.histogram_of(record, name, rule) for record in records]
+        several = [plots.histogram_of(record, name, rule or record.usual_rule) for record in records]
         figure = plots.overlay(several) if len(several) > 1 else plots.histogram(several[0])
     write_atomically(output, plots.encoded(figure, output))
     say(f"written to {output}")
@@ -137,15 +140,16 @@ def report_verb(
     spectra: Path,
     *,
     output: Path,
-    rule: str,
+    rule: str | None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
     """`laser report`, whose arguments and help are in verbs.py."""
-    parse_rule(rule)
+    parse_rule(rule or "mp-edge")
     chosen = which.selection()
     file.claim(output)
     record = Spectra.load(spectra)
+    rule = rule or record.usual_rule
     summary = summarise(record, rule, chosen)
     text = page.render_page(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
     write_atomically(output, text.encode())

@@ -78,10 +78,16 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 # --- arguments, and options that stand alone --------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
+]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
-ShownRule = Annotated[str, typer.Option("--rule", help="Whose cut is shown: NAME or NAME:ARGUMENT.")]
+ShownRule = Annotated[
+    str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
+]
 DEVICE_NAMES = f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: as many as fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]

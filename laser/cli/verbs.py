@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from laser.choices import ROUNDS
 from laser.cli import options
 from laser.cli.recipe import follow, packaged
 from laser.report.plots import QUANTITIES
@@ -389,6 +390,9 @@ def null(
     permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Permute the differences from this model, as laser delta has them.")
+    ] = None,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
@@ -397,7 +401,15 @@ def null(
     with loading():
         from laser.cli import look
     look.null_verb(
-        model, rules=rules, permute=permute, draws=draws, spectra=spectra, which=which, on=on, shown_as=shown_as
+        model,
+        rules=rules,
+        permute=permute,
+        draws=draws,
+        spectra=spectra,
+        base=base,
+        which=which,
+        on=on,
+        shown_as=shown_as,
     )
 
 
@@ -445,7 +457,7 @@ def plot(
     other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
     heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(QUANTITIES)}.")] = None,
     mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
-    rule: options.ShownRule = "mp-edge",
+    rule: options.ShownRule = None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
@@ -461,7 +473,7 @@ def report(
     spectra: options.SpectraFile,
     *,
     output: options.Output,
-    rule: options.ShownRule = "mp-edge",
+    rule: options.ShownRule = None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
@@ -491,3 +503,72 @@ def convert(
     with loading():
         from laser.cli import convert
     convert.convert_verb(model, output=output, dtype=dtype, shown_as=shown_as)
+
+
+def delta(
+    base: options.BaseModel,
+    tuned: options.Tuned,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    which: options.Matrices,
+    compute: options.ComputeOptions,
+    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    work: options.WorkOptions,
+) -> None:
+    """Say what a fine-tune did to its base: identical, scaled, low rank, full, or not its base; and write the spectra.
+
+    The file holds the spectra of the differences, which spectra, plot, report and plan read. Interrupted, it keeps what
+    it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import delta
+    delta.delta_verb(base, tuned, output=output, which=which, compute=compute, null=null, work=work)
+
+
+def unmerge(
+    base: options.BaseModel,
+    tuned: options.Tuned,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the adapter.")],
+    compute: options.ComputeOptions,
+    only_lora: Annotated[
+        bool,
+        typer.Option("--only-lora", help="Refuse what is neither the base's nor an adapter, instead of keeping it."),
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
+    ] = ROUNDS,
+    shown_as: options.Json,
+) -> None:
+    """Find the adapter that was merged into a fine-tune, so exactly that base and adapter give its bits again.
+
+    What no adapter explains is kept beside it without loss. `laser rebuild` makes the fine-tune again. Interrupted, it
+    keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import adapters
+    adapters.unmerge_verb(
+        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, shown_as=shown_as
+    )
+
+
+def rebuild(
+    base: options.BaseModel,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge, or of any PEFT LoRA.")
+    ],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
+    formula: Annotated[
+        str | None,
+        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), once or scaled-after."),
+    ] = None,
+    shown_as: options.Json,
+) -> None:
+    """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing.
+
+    A PEFT LoRA adapter without that record is merged as usual, with one matrix in memory.
+    """
+    with loading():
+        from laser.cli import adapters
+    adapters.rebuild_verb(base, adapter, output=output, formula=formula, shown_as=shown_as)

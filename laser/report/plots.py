@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.escape import visible
-from laser.spectral.noise import DEFAULT_ESTIMATOR, estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, Noise, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
     matrix = spectra.by_name[name]
     s, shape = spectra.values[name], (matrix.shape[0], matrix.shape[1])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
-    fit, noise = fit_noise(s, shape, estimator), estimate_noise(s, shape, estimator)
-    cut = apply_rule(rule, s, shape, spectra.nulls.get(name))
+    cut = apply_rule(rule, s, shape, spectra.nulls.get(name), spectra.sigma)
+    noise = Noise(spectra.sigma) if spectra.sigma is not None else estimate_noise(s, shape, estimator)
+    fit = fit_noise(s, shape, estimator, noise)
     lower, upper = noise.lower_edge(shape), noise.upper_edge(shape)
     # Angles, not equal steps: the law rises like a square root at both edges, and at 0 it need not vanish.
     x = (lower + upper) / 2 - (upper - lower) / 2 * np.cos(np.linspace(0, math.pi, CURVE))

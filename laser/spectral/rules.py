@@ -47,6 +47,7 @@ class Rule:
     source: str
     estimator: str | None = None  # row of noise.ESTIMATORS that it rests on
     needs_null: bool = False  # its spectrum is that of the permuted matrices, see `apply_rule`
+    needs_sigma: bool = False  # the level of the noise is known: of differences of two checkpoints, see `apply_rule`
     any_metric: bool = False  # supposes no law of the noise, so it may be asked of spectra in the data's metric, too
     argument: str | None = None
     default: float | None = None
@@ -145,6 +146,11 @@ def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
     return Cut(0, threshold, None, f"above the {alpha:g} level of {len(null)} permuted matrices")
 
 
+def _rounding(s: Spectrum, shape: Shape, sigma: float) -> Cut:
+    """The edge of noise whose `sigma` is known and not estimated: of rounding to a storage format (laser/delta)."""
+    return _above(s, mp.edges(sigma, shape)[1], "above the edge of the storage format's rounding", Noise(sigma))
+
+
 def _energy(s: Spectrum, shape: Shape, share: float) -> Cut:
     energy = np.cumsum(s**2)
     # Not searchsorted on the bare product: share = 1 must find the last value that adds anything.
@@ -191,6 +197,11 @@ RULES: dict[str, Rule] = {
         valid=lambda x: 0 < x < 1,
         expected="a level between 0 and 1",
     ),
+    "rounding": Rule(
+        _rounding,
+        "differences of two checkpoints: rounding's variance is known; Landa, Zhang and Kluger 2022",
+        needs_sigma=True,
+    ),
     "energy": Rule(
         _energy, "common practice", argument="X", sample="energy:0.9", any_metric=True, calibrated=False, **_SHARE
     ),
@@ -215,6 +226,10 @@ RULES: dict[str, Rule] = {
     ),
 }
 
+
+NO_DIFFERENCE = (
+    "rule rounding is for differences of two checkpoints, whose noise is known; try laser delta BASE TUNED, or mp-edge"
+)
 # By `laser null` unless it is asked for others.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
 BY_DATA = "data:"  # before a rule that is asked of the values in the metric of the data
@@ -265,16 +280,22 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
 
 
 def draws_needed(asked: str) -> int:
-    """How many permutations of each matrix a rule asks a scan for; 0 for most. Raises UsageError as `rule_in`."""
+    """How many permutations of each matrix a rule asks a scan for; 0 for most.
+
+    Raises UsageError as `rule_in`, and for a rule that no scan of one checkpoint can serve.
+    """
     rule, argument = parse_rule(rule_in(asked))
+    if rule.needs_sigma:  # which no scan of one checkpoint knows
+        raise UsageError(NO_DIFFERENCE)
     return fewest_draws(argument) if rule.needs_null else 0
 
 
-def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None) -> Cut:
+def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = None, sigma: float | None = None) -> Cut:
     """The cut that rule `spec` makes in singular values `s` (p,), descending, of a matrix of `shape` (m, n).
 
-    null: (draws,) largest singular values of the permuted matrix, for the rules that ask for them. Raises UsageError
-    where such a rule gets none.
+    null: (draws,) largest singular values of the permuted matrix, for the rules that ask for them. sigma: the level of
+    the noise where it is known, as in differences of two checkpoints. Raises UsageError where a rule asks for what it
+    does not get.
     """
     rule, argument = parse_rule(spec)
     if len(s) == 0 or s[0] == 0:
@@ -284,6 +305,10 @@ def apply_rule(spec: str, s: Spectrum, shape: Shape, null: Spectrum | None = Non
     if rule.needs_null:
         cut = rule.cut(np.empty(0) if null is None else null / u, shape, argument)
         cut = _above(s, cut.threshold or 0.0, cut.reason)
+    elif rule.needs_sigma:
+        if sigma is None:
+            raise UsageError(NO_DIFFERENCE)
+        cut = rule.cut(s, shape, sigma / u)
     else:
         cut = rule.cut(s, shape, argument)
     threshold, sigma = (None if x is None else x * u for x in (cut.threshold, cut.sigma))

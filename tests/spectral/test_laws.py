@@ -19,9 +19,14 @@ SHAPES = [(128, 128), (128, 192), (128, 512), (40, 640), (600, 128)]
 def specs(*, calibrated: bool = False) -> list[str]:
     """Every rule as these laws ask for it, or those alone that must keep next to nothing of noise.
 
-    `parallel` looks at the permuted matrix besides the spectrum: its laws are in test_permutation.py.
+    `parallel` looks at the permuted matrix besides the spectrum: its laws are in test_permutation.py. `rounding` is
+    told the level of the noise: its laws are in delta/test_whitening.py.
     """
-    asked = {name: rule for name, rule in RULES.items() if not rule.needs_null and rule.calibrated >= calibrated}
+    asked = {
+        name: rule
+        for name, rule in RULES.items()
+        if not (rule.needs_null or rule.needs_sigma) and rule.calibrated >= calibrated
+    }
     return [rule.sample or name for name, rule in asked.items()]
 
 

@@ -145,7 +145,7 @@ def test_rules_fits_and_numbers_scale(c: float) -> None:
     null = s[0] * np.linspace(0.3, 0.5, 19)
     for name, rule in RULES.items():
         spec = rule.sample or name
-        one, other = (apply_rule(spec, s * k, shape, null * k) for k in (1.0, c))
+        one, other = (apply_rule(spec, s * k, shape, null * k, 0.1 * k) for k in (1.0, c))
         assert other.rank == one.rank and other.reason == one.reason
         assert (other.threshold is None) == (one.threshold is None)
         if one.threshold is not None and other.threshold is not None:

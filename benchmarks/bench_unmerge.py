@@ -1,0 +1,154 @@
+"""How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
+
+    python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
+
+Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
+types. Beside the error stands that of the truncated SVD of the difference at the true rank, which is what
+mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are no adapters, and how many were called one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+
+import smoke
+import torch
+
+from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.reader import open_checkpoint
+from laser.delta.difference import Change, Kind, compare, judge, whitened
+from laser.delta.recover import recover, vote
+from laser.selection import Selection
+from laser.spectral.devices import HOST
+from laser.spectral.factorise import singular_values
+
+BF16 = torch.bfloat16
+
+
+def low_rank(W: torch.Tensor, rank: int, share: float, seed: int, decay: float) -> torch.Tensor:
+    """B A (m, n), float32, of this share of the norm of W."""
+    generator = torch.Generator().manual_seed(seed)
+    B, A = (torch.randn(shape, generator=generator) for shape in ((W.shape[0], rank), (rank, W.shape[1])))
+    X = B @ (A * decay ** torch.arange(rank)[:, None])
+    return X * (share * W.float().norm() / X.norm())
+
+
+def merged(W: torch.Tensor, X: torch.Tensor, how: str) -> torch.Tensor:
+    return (W.float() + X).to(BF16) if how == "once" else W + X.to(BF16)
+
+
+def changed(W: torch.Tensor, q: torch.Tensor) -> Change:
+    found = compare(W, q)
+    if found.kind is not Kind.CHANGED:
+        return found
+    return judge(found, singular_values(whitened(W, q, HOST), HOST)[0], (q.shape[0], q.shape[1]))
+
+
+def truncation_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor) -> float:
+    U, s, Vh = torch.linalg.svd(q.double() - W.double(), full_matrices=False)
+    rank = int(torch.linalg.matrix_rank(X.double(), rtol=1e-5))
+    return float(((U[:, :rank] * s[:rank]) @ Vh[:rank] - X).norm() / X.norm())
+
+
+def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> int:
+    """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong."""
+    heads = (
+        "rank",
+        "|BA|/|W|",
+        "fall",
+        "formula",
+        "edge exact",
+        "rank exact",
+        "none",
+        "error",
+        "SVD",
+        "missed",
+        "rounds",
+        "s",
+    )
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    off = 0
+    for rank, share, decay, how in itertools.product(ranks, shares, (1.0, 0.85), ("once", "delta-first")):
+        drawn = [low_rank(W, rank, share, seed, decay) for seed, W in enumerate(weights)]
+        tuned = [merged(W, X, how) for W, X in zip(weights, drawn, strict=True)]
+        changes = [changed(W, q) for W, q in zip(weights, tuned, strict=True)]
+        voted, proven = vote(changes)
+        found, errors, others, missed, rounds, seconds = 0, [], [], [], [], 0.0
+        for W, q, X, change in zip(weights, tuned, drawn, changes, strict=True):
+            start = time.perf_counter()
+            solution = recover(W, q, change, voted, proven)
+            seconds += time.perf_counter() - start
+            if solution is None:
+                continue
+            found += solution.adapter.rank == rank
+            off += solution.adapter.rank != rank
+            errors.append(float((solution.adapter.rows(0, len(q)) - X).norm() / X.norm()))
+            others.append(truncation_error(W, q, X))
+            missed.append(solution.share_wrong)
+            rounds.append(solution.rounds)
+        exact, none, n = sum(c.rank == rank for c in changes), len(weights) - len(errors), max(len(errors), 1)
+        row = (rank, share, decay, how, f"{exact}/{len(weights)}", f"{found}/{len(errors)}", none,
+               f"{max(errors, default=0):.4f}", f"{sum(others) / n:.4f}", f"{max(missed, default=0):.1e}",
+               f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    return off
+
+
+def no_adapters(W: torch.Tensor, number: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """A change of W that is none of an adapter: what it is, the base, the tuned one."""
+    generator = torch.Generator().manual_seed(number)
+    share = (3e-4, 1e-3, 2e-3, 3e-3, 1e-2, 3e-2)[number % 6]
+    kind = ("random", "power 0.5", "power 0.8", "power 1.1", "quantised base", "all norms")[number // 6 % 6]
+    if kind == "quantised base":  # an adapter trained on the base in 4 bits, a scale per row
+        step = W.float().abs().amax(1, keepdim=True) / 7
+        coarse = (torch.round(W.float() / step) * step).to(BF16)
+        return kind, W, merged(coarse, low_rank(W, 8, share, number, 1.0), "once")
+    if kind == "all norms":  # as DoRA: the adapter, and then a factor for each row
+        norms = 1 + share * torch.randn(len(W), 1, generator=generator)
+        return kind, W, ((W.float() + low_rank(W, 8, share, number, 1.0)) * norms).to(BF16)
+    X = torch.randn(W.shape, generator=generator)
+    if kind != "random":
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        X = (U * torch.arange(1, len(s) + 1) ** -float(kind.split()[1])) @ Vh
+    return kind, W, merged(W, X * (share * W.float().norm() / X.norm()), "once")
+
+
+def refusals(weights: list[torch.Tensor], count: int) -> int:
+    """How many of so many changes that are no adapters were called one."""
+    called: dict[str, list[int]] = {}
+    for number in range(count):
+        kind, W, q = no_adapters(weights[number % len(weights)], number)
+        counts = called.setdefault(kind, [0, 0])
+        counts[0] += 1
+        counts[1] += recover(W, q, changed(W, q)) is not None
+    for kind, (tried, wrong) in called.items():
+        print(f"{kind}: {wrong} of {tried} called an adapter", flush=True)
+    return sum(wrong for _, wrong in called.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--matrices", type=int, default=4)
+    parser.add_argument("--ranks", default="4,16,32")
+    parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
+    parser.add_argument("--refusals", type=int, default=0)
+    asked = smoke.parse(
+        parser,
+        lambda folder: [smoke.pico(folder), "--matrices", 1, "--ranks", "1", "--shares", "3e-2", "--refusals", 2],
+    )
+    checkpoint = open_checkpoint(asked.model)
+    chosen = [m for m in list_matrices(checkpoint) if Selection().why_not(m) is None]
+    step = max(len(chosen) // asked.matrices - 1, 1)  # of no whole number of layers: another role each time
+    weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen[1::step][: asked.matrices]]
+    print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen[1::step][: asked.matrices]))
+    ranks, shares = [int(r) for r in asked.ranks.split(",")], [float(s) for s in asked.shares.split(",")]
+    off = table(weights, ranks, shares)
+    wrong = refusals(weights, asked.refusals)
+    print(f"{off} of the ranks found are wrong; {wrong} of {asked.refusals} other changes were called adapters")
+
+
+if __name__ == "__main__":
+    main()

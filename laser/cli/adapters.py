@@ -1,0 +1,140 @@
+"""The verbs unmerge and rebuild: a fine-tune to an adapter of its base, and back. They parse, call and print."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from laser.checkpoint.convert import require_new
+from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.writer import require_outside
+from laser.choices import ROUNDS
+from laser.cli import common, options
+from laser.cli.common import say
+from laser.delta.base import Base
+from laser.delta.formulas import Formula
+from laser.delta.peft import is_recorded, merge_streamed
+from laser.delta.rebuild import Adapted, rebuild
+from laser.delta.unmerge import (
+    MODEL,
+    REMAINDER,
+    AdapterRecord,
+    How,
+    all_roles,
+    delta_in,
+    of_another_run,
+    require_files,
+    require_own,
+    unmerge,
+)
+from laser.errors import RecordError, UsageError
+from laser.files import claimed, disk_errors, unfinished
+from laser.pipeline import scan_into
+from laser.selection import Selection
+
+
+def unmerge_verb(
+    base: str,
+    tuned: str,
+    *,
+    output: Path,
+    compute: options.ComputeOptions,
+    only_lora: bool,
+    rounds: int,
+    shown_as: options.Json,
+) -> None:
+    """`laser unmerge`, whose arguments and help are in verbs.py."""
+    if rounds < 1:
+        raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
+    require_new(output)
+    first, second = (open_checkpoint(model, "files") for model in (base, tuned))
+    require_files(second)
+    for checkpoint in (first, second):
+        require_outside(checkpoint, output)
+    crew = compute.crew()
+    method = "gram" if compute.method == "auto" else compute.method
+    compared, start, partial = Base.of(first, second), time.perf_counter(), unfinished(output)
+    matrices = list_matrices(second)
+    with claimed(output):
+        require_own(partial)
+        with disk_errors(output):
+            partial.mkdir(parents=True, exist_ok=True)
+        common.to_write(output)
+        every = Selection(roles=all_roles(second))
+        try:
+            with common.Progress("delta", matrices) as bar:
+                delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
+        except RecordError as error:
+            raise of_another_run(partial) from error
+        assert delta is not None, "a scan with a base measures differences"
+        with common.Progress("unmerge", matrices) as bar:
+            record = unmerge(compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar)
+    size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
+    whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
+    if shown_as.as_json:
+        entries = [asdict(entry) for entry in record.entries]
+        found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
+        return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
+    _print_entries(record)
+    say(
+        f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
+        f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
+    )
+
+
+def _print_entries(record: AdapterRecord) -> None:
+    """What became of the matrices, and what PEFT alone does not apply."""
+    kinds: Counter[tuple[str, str, int | str, str]] = Counter()
+    missed: Counter[tuple[str, str, int | str, str]] = Counter()
+    for e in record.entries:
+        row = (e.how, e.kind, e.rank or "-", e.formula or "-")
+        kinds[row] += 1
+        missed[row] += e.missed or 0
+    rows = [(*row, count, missed[row]) for row, count in sorted(kinds.items(), key=str)]
+    common.print_table(("made how", "was found", "rank", "formula", "tensors", "bits missed"), rows)
+    beyond = [e.name for e in record.entries if e.how in (How.WHOLE, How.SCALED) or not e.peft]
+    if beyond:
+        more = f" and {len(beyond) - 2} more" if len(beyond) > 2 else ""
+        say(f"PEFT alone does not apply {', '.join(beyond[:2])}{more}: laser rebuild does")
+
+
+def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, shown_as: options.Json) -> None:
+    """`laser rebuild`, whose arguments and help are in verbs.py."""
+    start = time.perf_counter()
+    require_new(output)
+    checkpoint = open_checkpoint(base, "files")
+    require_outside(checkpoint, output)
+    if not is_recorded(adapter):
+        return _merge(checkpoint, adapter, output, Formula(formula or "delta-first"), shown_as)
+    if formula is not None:
+        raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
+    total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
+    with tqdm(desc="rebuild", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        common.to_write(output)
+        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
+    seconds = time.perf_counter() - start
+    if shown_as.as_json:
+        return common.print_json({"output": str(output), **asdict(made), "seconds": seconds})
+    say(
+        f"{made.tensors} tensors in {made.shards} shards, {made.size / 1e6:.1f} MB, each shard's sha256 as recorded, "
+        f"written to {output} in {seconds:.1f} s"
+    )
+
+
+def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, shown_as: options.Json) -> None:
+    """An adapter without a record."""
+    start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
+    with tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        common.to_write(output)
+        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
+    seconds = time.perf_counter() - start
+    if shown_as.as_json:
+        return common.print_json(
+            {"output": str(output), "formula": formula.name, "changed": changed, "size": total, "seconds": seconds}
+        )
+    say(f"{changed} tensors of {base.name} changed, by formula {formula.name}; written to {output} in {seconds:.1f} s")

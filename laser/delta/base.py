@@ -1,0 +1,191 @@
+"""The base of a fine-tune: which of its matrices stands for which of the tuned one's, and the difference of the two.
+
+To a scan a difference is one more matrix: biwhitened, so that what rounding leaves is noise with sigma = 1. Both
+checkpoints make one source, the virtual checkpoint TUNED - BASE, which no record of either alone is of. Names need not
+agree, nor shards, formats, or whether experts are fused: matrices are matched by name, or else by stack, layer, role
+and expert where only one on each side has these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.safetensors import read_bytes
+from laser.checkpoint.source import Source, require_unchanged
+from laser.delta.difference import Change, Kind, compare, whitened
+from laser.delta.formats import FORMATS
+from laser.errors import NumericalError, RecordError
+from laser.spectral.devices import Device
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a record of differences says beside the spectra. changes: by the tuned one's name of each tensor, and by the
+    base's of what the tuned one lacks."""
+
+    base: Source
+    tuned: Source
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Source:
+        """The virtual checkpoint TUNED - BASE."""
+        return difference_of(self.tuned, self.base)
+
+    def unlike(self, names: Sequence[str]) -> str | None:
+        """What in it contradicts the rest of a file whose tensors are these."""
+        known = set(names)
+        for name, change in self.changes.items():
+            if (name in known) == (change.kind is Kind.MISSING):
+                return f"{name} is {change.kind}, and {'is' if name in known else 'is not'} in the tuned checkpoint"
+        if missing := known - self.changes.keys():
+            return f"nothing says what became of {min(missing)}"
+        return None
+
+
+class Difference(NamedTuple):
+    """What became of a matrix, as far as its entries tell, and the biwhitened difference; None where there is none."""
+
+    change: Change
+    matrix: torch.Tensor | None
+
+
+def difference_of(tuned: Source, base: Source) -> Source:
+    """Which checkpoint a difference is of: neither, but both."""
+
+    def both(a: str | None, b: str | None) -> str | None:
+        return None if a is None or b is None else hashlib.sha256(f"{a} - {b}".encode()).hexdigest()
+
+    return replace(
+        tuned,
+        name=f"{tuned.name} - {base.name}",
+        identity=str(both(tuned.identity, base.identity)),
+        content=both(tuned.content, base.content),
+        samples=both(tuned.samples, base.samples),
+    )
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that a tuned checkpoint is compared with. places: the tuned one's name -> the base's matrix."""
+
+    checkpoint: Checkpoint
+    tuned: Checkpoint
+    places: Mapping[str, Matrix]
+    missing: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(base: Checkpoint, tuned: Checkpoint) -> Base:
+        theirs, ours = list_matrices(base), list_matrices(tuned)
+        places = matched(theirs, ours)
+        used = {m.name for m in places.values()}
+        return Base(base, tuned, places, tuple(m.name for m in theirs if m.name not in used))
+
+    @property
+    def source(self) -> Source:
+        """The virtual checkpoint TUNED - BASE."""
+        return self.delta_of({}).source
+
+    def require(self, source: Source, what: str) -> None:
+        """Raises RecordError unless `what` was made of these two checkpoints."""
+        if not source.is_of(self.source):
+            raise RecordError(
+                f"the {what} was made from {source.name} ({source.identity[:12]}), found {self.source.name} "
+                f"({self.source.identity[:12]}); make the {what} again: `laser delta BASE TUNED -o FILE`"
+            )
+
+    def delta_of(self, changes: Mapping[str, Change]) -> Delta:
+        """What a record says of these changes, and of what the tuned checkpoint lacks."""
+        gone = {name: Change(Kind.MISSING) for name in self.missing}
+        return Delta(Source.of(self.checkpoint), Source.of(self.tuned), {**changes, **gone})
+
+    def read(self, matrix: Matrix) -> torch.Tensor | None:
+        """The base's weights (m, n) for a matrix of the tuned one; None where it has none."""
+        there = self.places.get(matrix.name)
+        return None if there is None else self.checkpoint.read(there.tensor, there.part)
+
+    def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Difference:
+        """What became of a tensor whose tuned values are q, of any shape. spectrum: whether its difference is wanted.
+
+        Raises NumericalError where the difference holds NaN or Inf.
+        """
+        W, there = self.read(matrix), self.places.get(matrix.name)
+        if W is None or there is None:
+            return Difference(Change(Kind.ADDED), None)
+        if W.shape != q.shape:
+            return Difference(_resized(W, q), None)
+        found = compare(W, q)
+        if not spectrum or not matrix.is_matrix or found.kind is Kind.NOT_FINITE:
+            return Difference(found, None)
+        if found.kind is Kind.SAME:
+            return Difference(found, torch.zeros(matrix.shape, dtype=torch.float64))
+        if not {matrix.dtype, there.dtype} <= FORMATS.keys():  # what eight bits round to is not known here
+            return Difference(found, None)
+        return Difference(found, whitened(W, q, device))
+
+    def matrix(self, matrix: Matrix, q: torch.Tensor, device: Device) -> torch.Tensor:
+        """The biwhitened difference (m, n). Raises NumericalError where there is none."""
+        change, D = self.difference(matrix, q, device)
+        if D is None:
+            raise NumericalError(f"{change.kind}, so there is no difference to factorise")
+        return D
+
+    def by_bytes(self, matrix: Matrix) -> Change:
+        """What became of a tensor of a dtype that torch does not have, or that holds no weights."""
+        there = self.places.get(matrix.name)
+        if there is None:
+            return Change(Kind.ADDED)
+        if there.shape != matrix.shape:
+            return Change(Kind.SHAPE)
+        ours, theirs = (
+            read_bytes(checkpoint.shard_of(name), checkpoint.tensors[name].start, checkpoint.tensors[name].end)
+            for checkpoint, name in ((self.tuned, matrix.tensor), (self.checkpoint, there.tensor))
+        )
+        return Change(Kind.SAME if there.dtype == matrix.dtype and torch.equal(ours, theirs) else Kind.CHANGED)
+
+    def require_unchanged(self) -> None:
+        """Raises CheckpointError where the base is not what it was when it was opened."""
+        require_unchanged(self.checkpoint)
+
+
+def _resized(W: torch.Tensor, q: torch.Tensor) -> Change:
+    """Of another shape; of one with other rows alone, as of a resized vocabulary, how many common entries moved."""
+    if W.ndim != q.ndim or W.ndim == 0 or W.shape[1:] != q.shape[1:]:
+        return Change(Kind.SHAPE)
+    rows = min(len(W), len(q))
+    return replace(compare(W[:rows], q[:rows]), kind=Kind.SHAPE)
+
+
+def matched(theirs: Sequence[Matrix], ours: Sequence[Matrix]) -> dict[str, Matrix]:
+    """The tuned one's names with the base's matrices. A tied head's place is taken by the embedding it is tied to."""
+    by_name = {m.name: m for m in theirs}
+    found = {m.name: by_name[m.name] for m in ours if m.name in by_name}
+    taken = {m.name for m in found.values()}
+
+    def alone(matrices: Sequence[Matrix]) -> dict[tuple[object, ...], Matrix]:
+        """Those that are the only one of their kind."""
+        counts = Counter(map(_key, matrices))
+        return {_key(m): m for m in matrices if counts[_key(m)] == 1 and m.role != "other"}
+
+    left = alone([m for m in theirs if m.name not in taken])
+    for key, m in alone([m for m in ours if m.name not in found]).items():
+        if key in left:
+            found[m.name] = left[key]
+    embeddings = alone([m for m in theirs if m.role == "embedding"])
+    for m in ours:
+        tied = embeddings.get((m.stack, m.layer, "embedding", m.expert))
+        if m.name not in found and m.role == "head" and tied is not None and not any(t.role == "head" for t in theirs):
+            found[m.name] = tied
+    return found
+
+
+def _key(m: Matrix) -> tuple[object, ...]:
+    return (m.stack, m.layer, m.role, m.expert)

@@ -1,0 +1,158 @@
+"""What became of one tensor of a base: the same, scaled, of low rank beside the rounding, or changed in all directions.
+
+With W of the base and q of the tuned one, D = q - W is exact in float64. If q = R(W + X) then D = X + N, where N is the
+rounding, whose variances are known entry by entry (formats.py). Biwhitened, N's largest singular value lies at
+sqrt(m) + sqrt(n), and what lies over that edge is X's. Beyond that rank r the squares should sum to the rounding's
+(m - r)(n - r): to about as much for an X of low rank, to more where X has further directions. They sum to less where
+X is so small that most entries did not move: then the law of the noise fails, the edge is no more than a hint, and the
+bits alone decide (solver.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import torch
+
+from laser.delta.formats import FORMATS, cell_of, format_of, same_bits
+from laser.delta.whitening import biwhiten
+from laser.errors import NumericalError
+from laser.spectral.devices import Device, in_float64, on_device_or_host
+from laser.spectral.rules import apply_rule, energy_share
+from laser.spectral.unit import Spectrum
+
+RULE = "rounding"
+SIGMA = 1.0  # of the rounding in a biwhitened difference
+# Of the squares beyond the rank to the rounding's. Simulated and trained LoRAs lie within 0.98 and 1.08 where entries
+# move, full fine-tunes at 2 to 6 (LOG.md).
+FAINT, FULL = 0.9, 1.2
+MOST = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
+MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
+PROVEN = 4.0  # moved entries per unknown, see `evidence`
+AGREE = 0.7  # cosine between base and tuned under which nothing of the base is left; fine-tunes have over 0.98
+
+
+class Kind(StrEnum):
+    """What became of a tensor. The first five hold for any shape, the next four for matrices."""
+
+    SAME = "identical"
+    CAST = "cast"  # identical but for the format
+    SCALED = "scaled"
+    CHANGED = "changed"  # no matrix, or of numbers whose rounding is not known
+    NOT_FINITE = "not finite"
+    LOW_RANK = "low rank"
+    FULL = "full"
+    FAINT = "faint"  # too few entries moved for the spectrum to tell
+    OTHER = "unrelated"  # nothing of the base is left in it
+    SHAPE = "other shape"
+    MISSING = "missing"  # from the tuned one
+    ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one tensor, and the evidence. None where it was not asked or does not apply.
+
+    moved: share of the entries whose value differs
+    share: ||D|| / ||W||; cosine: of W and q
+    scale: c, where q is R(c W)
+    rank: values over the edge; energy: their share of the squared biwhitened values
+    rest: squares beyond the rank, over the rounding's expected (m - r)(n - r)
+    """
+
+    kind: Kind
+    moved: float | None = None
+    share: float | None = None
+    cosine: float | None = None
+    scale: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    rest: float | None = None
+
+
+def compare(W: torch.Tensor, q: torch.Tensor) -> Change:
+    """What the entries of W and q, of one shape, say without a factorisation; `changed` where they leave it open."""
+    if W.dtype == q.dtype and W.dtype in _BITS and bool(same_bits(W, q).all()):
+        return Change(Kind.SAME, moved=0.0)
+    if not (W.is_floating_point() and q.is_floating_point()):
+        same = W.dtype == q.dtype and torch.equal(W, q)
+        return Change(Kind.SAME if same else Kind.CHANGED, moved=None if not same else 0.0)
+    w, x = W.double(), q.double()
+    if not bool(torch.isfinite(w).all() and torch.isfinite(x).all()):
+        return Change(Kind.NOT_FINITE)
+    moved = float((w != x).double().mean()) if w.numel() else 0.0
+    if W.dtype == q.dtype and not moved:
+        return Change(Kind.SAME if torch.equal(w.signbit(), x.signbit()) else Kind.CHANGED, moved=0.0, share=0.0)
+    if W.dtype != q.dtype and torch.equal(W.to(q.dtype), q):
+        return Change(Kind.CAST, moved=moved)
+    size, other, dot = float(w.norm()), float(x.norm()), float((w * x).sum())
+    share = float((x - w).norm()) / size if size else None
+    cosine = dot / size / other if size and other else None
+    found = Change(Kind.CHANGED, moved, share, cosine)
+    if cosine is not None and cosine > AGREE and q.dtype in _BITS and (scale := scale_of(w, q)) is not None:
+        return Change(Kind.SCALED, moved, share, cosine, scale)
+    return found
+
+
+def scale_of(w: torch.Tensor, q: torch.Tensor) -> float | None:
+    """The c for which every stored q is c w rounded, w in float64; None where there is none.
+
+    Each entry confines c to an interval, and c is the middle of what is common to all of them.
+    """
+    cell, there = cell_of(q), w != 0
+    if not bool((q[~there] == 0).all()) or not bool(there.any()):
+        return None
+    one, other = cell.low[there] / w[there], cell.high[there] / w[there]
+    low, high = float(torch.minimum(one, other).max()), float(torch.maximum(one, other).min())
+    # The product may have been rounded to float32 before it was rounded to q's format.
+    return (low + high) / 2 if low <= high * (1 + 2**-23) else None
+
+
+_BITS = {known.dtype for known in FORMATS.values()}
+
+
+def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
+    """The biwhitened difference q - W (m, n), float64, on the device if that has float64, else on the host.
+
+    Its noise has sigma = 1. Raises UsageError for a format whose rounding is not known, NumericalError for NaN or Inf.
+    """
+
+    def compute(where: Device) -> torch.Tensor:
+        w, x = (t.to(where.torch_device) for t in (W, q))
+        D = x.double() - w.double()
+        if not bool(torch.isfinite(D).all()):
+            raise NumericalError("base or tuned hold NaN or Inf; nothing can be said of their difference")
+        return biwhiten(format_of(q.dtype).variance(x)).of(D)
+
+    return on_device_or_host(compute, in_float64(device))
+
+
+def judge(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
+    """What `compare` left open, by the singular values `s` (p,) of the biwhitened difference."""
+    if found.kind is not Kind.CHANGED or not found.moved:  # signs of zeros alone are in no spectrum
+        return found
+    rank = apply_rule(RULE, s, shape, sigma=SIGMA).rank
+    energy = energy_share(s, np.arange(len(s)) < rank) if s.any() else 0.0
+    left = (shape[0] - rank) * (shape[1] - rank)
+    rest = float(np.sum(s[rank:] ** 2)) / left if left else 0.0
+    told = found.moved > MOVED or evidence(rank, shape, found.moved) >= PROVEN
+    kind = Kind.LOW_RANK
+    if found.cosine is None or found.cosine < AGREE:
+        kind = Kind.OTHER
+    elif rank > MOST * len(s) or rest > FULL:
+        kind = Kind.FULL
+    elif rest < FAINT or not rank or not told:
+        kind = Kind.FAINT
+    return Change(kind, found.moved, found.share, found.cosine, None, rank, energy, rest)
+
+
+def evidence(rank: int, shape: tuple[int, int], moved: float) -> float:
+    """Moved entries per unknown of an adapter of this rank; `moved` is their share.
+
+    An entry that did not move needs no adapter, so the others are what it explains, and N unknowns meet 2 N conditions
+    by chance (Cover 1965: the capacity of a linear threshold device).
+    """
+    m, n = shape
+    return moved * m * n / (rank * (m + n - rank)) if rank else 0.0

@@ -1,0 +1,220 @@
+"""rebuild: the tuned checkpoint again, from its base and what `laser unmerge` wrote, every shard byte for byte.
+
+A shard is put together tensor after tensor and hashed on its way to the disk. The new directory gets its name when the
+sha256 of every shard and of every file beside them is the one that was recorded, and not otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from laser.checkpoint.convert import require_new, write_directory
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.reader import INDEX, Checkpoint
+from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
+from laser.checkpoint.slices import bytes_of, tensor_sha256
+from laser.delta.formulas import Formula
+from laser.delta.packing import unpack, unpack_some
+from laser.delta.solver import Adapter
+from laser.delta.unmerge import (
+    MODEL,
+    PEFT,
+    RECORD,
+    REMAINDER,
+    SIDE,
+    AdapterRecord,
+    Entry,
+    How,
+    adapter_names,
+    base_file,
+    simple,
+)
+from laser.errors import RecordError, first_line
+from laser.files import read_regular, require_regular
+
+AGAIN = "make it again: `laser unmerge BASE TUNED -o ADAPTER`"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was rebuilt."""
+
+    shards: int
+    tensors: int
+    size: int
+
+
+class Adapted:
+    """An adapter's folder, as `laser unmerge` writes it, and its base. Raises RecordError where it is not whole, or of
+    another base."""
+
+    def __init__(self, base: Checkpoint, folder: Path) -> None:
+        self.base, self.folder = base, folder
+        self.record = AdapterRecord.load(folder / RECORD)
+        self.record.base.require(base, "adapter")
+        for name, expected in self.record.parts.items():
+            if name not in (MODEL, REMAINDER):
+                raise RecordError(f"{folder / RECORD} names a part {name!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
+            try:
+                found = sha256_of(folder / name)
+            except OSError as error:
+                raise RecordError(f"cannot read {folder / name}: {error.strerror}; {AGAIN}") from error
+            if found != expected:
+                raise RecordError(
+                    f"{folder / name} was changed: found sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}"
+                )
+        self.entries = {entry.name: entry for entry in self.record.entries}
+        self.theirs = {m.name: m for m in list_matrices(base)}
+        self.files = self._files()
+        self.tuned = self._headers()
+        self.parts: dict[str, list[Matrix]] = {}
+        for m in list_matrices(self.tuned):
+            if m.name not in self.entries:
+                raise RecordError(f"{folder / RECORD}: nothing says how {m.name} is made; {AGAIN}")
+            self.parts.setdefault(m.tensor, []).append(m)
+
+    def _files(self) -> dict[str, bytes]:
+        """What lies beside the tuned weights: from the adapter's folder, or the base's where that is the same."""
+        found = {}
+        for name, expected in self.record.files.items():
+            if Path(name).name != name:
+                raise RecordError(f"{self.folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
+            path = self.folder / SIDE / name
+            try:
+                data = read_regular(path, follow=False) if path.exists() else base_file(self.base, name)
+            except OSError as error:
+                raise RecordError(f"cannot read {path}: {error.strerror}; {AGAIN}") from error
+            if data is None or hashlib.sha256(data).hexdigest() != expected:
+                what = "is missing" if data is None else "is another one"
+                raise RecordError(f"{name} of the tuned checkpoint {what}: expected sha256 {expected[:12]}; {AGAIN}")
+            found[name] = data
+        return found
+
+    def _headers(self) -> Checkpoint:
+        """The tuned checkpoint as its headers have it; its shards give their bytes when they are asked."""
+        config = self.files.get("config.json")
+        if config is None:
+            raise RecordError(f"{self.folder / RECORD} names no config.json; {AGAIN}")
+        shards: list[Shard] = []
+        for stated in self.record.shards:
+            header = bytes_of(self._tensor(REMAINDER, f"header/{stated.name}")).tobytes()
+            shards.append(parse_header(stated.name, self.folder, stated.size, header[8:], self._data(stated.name)))
+            if shards[-1].header != header:
+                raise RecordError(f"{self.folder / REMAINDER}: the header of {stated.name} is damaged; {AGAIN}")
+        tensors = {info.name: info for shard in shards for info in shard.tensors}
+        document = parse_json(config, self.folder / SIDE / "config.json")
+        return Checkpoint(self.folder, document, config, self.files.get(INDEX), tuple(shards), tensors)
+
+    def _data(self, name: str) -> Callable[[int, int], Iterator[memoryview]]:
+        def data(start: int, end: int) -> Iterator[memoryview]:
+            shard = next(s for s in self.tuned.shards if s.name == name)
+            if start < len(shard.header):
+                yield memoryview(shard.header)[start:end]
+            for info in shard.tensors:
+                low, high = max(start, info.start), min(end, info.end)
+                if low < high:
+                    yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
+
+        return data
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """A tensor of the tuned checkpoint, put together from its matrices, or its bytes where torch has no dtype."""
+        parts = self.parts[info.name]
+        if parts[0].part is None:
+            entry = self.entries[parts[0].name]
+            if info.dtype not in TORCH:
+                there = self.base.tensors[self._of(entry).tensor]
+                return read_bytes(self.base.shard_of(there.name), there.start, there.end)
+            return self.matrix(parts[0])
+        whole = torch.empty(info.shape, dtype=TORCH[info.dtype])
+        for m in parts:
+            assert m.part is not None, "a tensor is one matrix or several parts"
+            m.part.put(whole, self.matrix(m))
+        return whole
+
+    def _of(self, entry: Entry) -> Matrix:
+        if entry.of not in self.theirs:
+            raise RecordError(
+                f"{self.folder / RECORD}: {entry.name} is made of {entry.of}, which the base has not; {AGAIN}"
+            )
+        return self.theirs[entry.of or ""]
+
+    def matrix(self, m: Matrix) -> torch.Tensor:
+        """A matrix, or tensor of any shape, in its storage dtype. Raises RecordError where its bits are others."""
+        entry, dtype = self.entries[m.name], TORCH[m.dtype]
+        made = self._made(entry, m, dtype)
+        if made is None or made.dtype != dtype or tuple(made.shape) != m.shape or tensor_sha256(made) != entry.sha256:
+            raise RecordError(f"{m.name} cannot be rebuilt to the bit from {self.base.name}; {AGAIN}")
+        return made
+
+    def _made(self, entry: Entry, m: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
+        if entry.how is How.SAVED:
+            return self._tensor(MODEL, PEFT + m.tensor)
+        there = None if entry.of is None else self._of(entry)
+        if entry.how is How.SAME and there is not None:
+            return self.base.raw(there.tensor, there.part)
+        W = None if there is None else self.base.read(there.tensor, there.part)
+        if entry.how is How.WHOLE:
+            return unpack(self._tensor(REMAINDER, f"whole/{m.name}"), m.shape, dtype, W)
+        assert W is not None, "the record says what it is of"
+        if entry.how is not How.ADAPTER:
+            return simple(entry.how, W, dtype, entry.scale)
+        A, B = adapter_names(m.tensor if entry.peft else m.name, entry.peft)
+        file = MODEL if entry.peft else REMAINDER
+        adapter = Adapter(self._tensor(file, B), self._tensor(file, A))
+        formula = Formula(entry.formula or "", entry.scale or 1.0)
+        made = formula.merge(W, adapter.rows(0, len(W)), dtype)
+        return unpack_some(self._tensor(REMAINDER, f"wrong/{m.name}"), made) if entry.missed else made
+
+    def _tensor(self, file: str, name: str) -> torch.Tensor:
+        path = self.folder / file
+        try:
+            require_regular(path)
+            with safe_open(path, "pt") as opened:
+                return opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise RecordError(f"{path}: {name}: {first_line(error)}; {AGAIN}") from error
+
+
+def rebuild(
+    base: Checkpoint, folder: Path, out: Path, *, tick: Callable[[TensorInfo], object] = lambda _: None
+) -> Made:
+    """Write the tuned checkpoint into the new directory `out`, byte for byte.
+
+    One tensor is in memory at a time. Raises RecordError where the base is another, the adapter was changed, or a
+    shard's sha256 is not the one that was recorded; OutputError where `out` is there or cannot be written.
+    """
+    require_new(out)
+    adapted = Adapted(base, folder)
+    digests = {stated.name: hashlib.sha256() for stated in adapted.record.shards}
+
+    def hashed(shard: Shard) -> Shard:
+        digests[shard.name].update(shard.header)
+        give = shard.data
+        assert give is not None, "it is made"
+
+        def data(start: int, end: int) -> Iterator[memoryview]:
+            for piece in give(start, end):
+                digests[shard.name].update(piece)
+                yield piece
+
+        return replace(shard, data=data)
+
+    def check() -> None:
+        for stated in adapted.record.shards:
+            if (found := digests[stated.name].hexdigest()) != stated.sha256:
+                raise RecordError(
+                    f"{stated.name}: rebuilt with sha256 {found[:12]}, expected {stated.sha256[:12]}; {AGAIN}"
+                )
+        adapted.record.base.require(base, "adapter")
+
+    tuned = replace(adapted.tuned, shards=tuple(map(hashed, adapted.tuned.shards)))
+    others = {name: data for name, data in adapted.files.items() if name not in ("config.json", INDEX)}
+    write_directory(tuned, out, others, tick=tick, check=check)
+    return Made(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))

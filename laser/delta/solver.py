@@ -1,0 +1,232 @@
+"""The adapter behind a merge: X of rank r with merge(W, X) = q, from the stored bits of base W and tuned q.
+
+Every stored q_ij confines X_ij to an interval (formulas.py). X is sought in all m n of them at once, among matrices of
+rank r: r (m + n) unknowns against m n intervals, so where r is the rank of the adapter hardly anything else fits. With
+G the way from X into the intervals, entry by entry, and T the directions in which a matrix of rank r can move at X,
+
+    X  <-  the nearest matrix of rank r to X + L P_T(G),    L = ||G||^2 / ||P_T(G)||^2
+
+L is the extrapolated step of parallel projections (Pierra 1984; Combettes 1997). Near the end few entries are still
+outside, and P_T(G) is short for their sake: L is 20 to 300 then, and a plain alternating projection has L = 1. The set
+of low rank is not convex, so nothing is promised, and nothing has to be: the bits are compared with those stored.
+
+The factors are kept on grids so coarse that the float64 product of any row and column is exact. Whatever sums in
+whatever order gives the same X then, on every device, and so does `merge`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from laser.choices import ROUNDS
+from laser.delta.formats import format_of, same_bits
+from laser.delta.formulas import Formula
+from laser.delta.whitening import biwhiten
+from laser.spectral.devices import HOST, Device, full_precision, in_float64
+
+CHECK = 10  # steps between two looks at the bits
+# Of an interval's width, what is kept from its ends, times the unknowns per interval: a sequence that nears an interval
+# from outside would else never be inside, and the fewer the unknowns, the nearer to some ends the only solution lies.
+MARGIN, LARGEST_MARGIN = 0.14, 2**-6
+# First so much more that hardly all intervals can be met: that leads to the middle of what is possible, nearer to BA.
+# Steps are kept short there, for where nothing meets all, L has no sense.
+WIDE, WIDE_STEPS, WIDE_L = (8.0, 4.0, 2.0), 20, 16.0
+MARGINS = (1.0, 1 / 4, 1 / 16)  # then smaller ones, where the bits stay wrong
+PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
+NOTABLY = 0.95
+HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
+ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """X = B A: B (m, r) and A (r, n), float32, on grids, on the host."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def rows(self, start: int, stop: int, device: torch.device | None = None) -> torch.Tensor:
+        """Rows of X, (stop - start, n), float64: exact, see `on_grid`."""
+        B, A = (f.double() if device is None else f.to(device).double() for f in (self.B[start:stop], self.A))
+        return B @ A
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An adapter and what it is worth. wrong: entries whose bits it does not give; rounds: of projections."""
+
+    adapter: Adapter
+    formula: Formula
+    wrong: int
+    rounds: int
+    entries: int
+
+    @property
+    def share_wrong(self) -> float:
+        return self.wrong / self.entries
+
+
+def on_grid(B: torch.Tensor, A: torch.Tensor) -> Adapter:
+    """The factors with so few bits that every sum of products in B A is exact in float64, whatever its order.
+
+    The r factors of each side are multiples of one power of two, at most 2^b of it with 2 b + log2 r <= 53, and b no
+    more than the 24 bits of float32.
+    """
+    bits = min(24, (53 - math.ceil(math.log2(max(len(A), 1)))) // 2)
+
+    def coarse(x: torch.Tensor) -> torch.Tensor:
+        x = x.double()
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not largest:
+            return x.float()
+        step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
+        return (torch.round(x / step) * step).float()
+
+    return Adapter(coarse(B).cpu().contiguous(), coarse(A).cpu().contiguous())
+
+
+def wrong_bits(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> torch.Tensor:
+    """Positions (row-major, int64, rising) of the entries of q (m, n) that the formula does not give from W.
+
+    On the host, exactly as `rebuilt` computes them.
+    """
+    n, found = q.shape[1], []
+    for start, stop in _blocks(*q.shape):
+        made = formula.merge(W[start:stop], adapter.rows(start, stop), q.dtype)
+        found.append(torch.nonzero(~same_bits(made, q[start:stop]).reshape(-1)).reshape(-1) + start * n)
+    return torch.cat(found)
+
+
+def solve(
+    W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula, device: Device = HOST, rounds: int = ROUNDS
+) -> Solution:
+    """The adapter of this rank that makes most of the stored q (m, n) from W (m, n), as far as `rounds` get.
+
+    W and q are finite, on the host. In memory on the device: two bounds, one matrix, and W and q themselves.
+    """
+    with full_precision():
+        device = in_float64(device)
+        work = _Work(W.to(device.torch_device), q.to(device.torch_device), rank, formula)
+        done = work.run(rounds)
+    adapter = on_grid(*work.factors())
+    return Solution(adapter, formula, len(wrong_bits(W, q, adapter, formula)), done, q.numel())
+
+
+def _blocks(m: int, n: int) -> list[tuple[int, int]]:
+    size = max(1, ENTRIES // max(n, 1))
+    return [(start, min(start + size, m)) for start in range(0, m, size)]
+
+
+class _Work:
+    """The iteration's state: X = U M^T, U (m, r) and V (n, r) orthonormal, M (n, r) = V S for some S (r, r)."""
+
+    def __init__(self, W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula) -> None:
+        self.W, self.q, self.formula = W, q, formula
+        m, n = q.shape
+        self.blocks = _blocks(m, n)
+        # In the precision in which a sum is rounded: the cells of 16 bits are wide for float32.
+        dtype = format_of(q.dtype).wide
+        self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
+        self.U, self.M = start_of(W, q, rank, dtype)
+        self.V = torch.linalg.qr(self.M)[0]
+        self.unknowns = rank * (m + n - rank)
+
+    def keep_from_ends(self, margin: float) -> None:
+        """The intervals, less this share of them at either end."""
+        for a, b in self.blocks:
+            low, high = self.formula.cell(self.W[a:b], self.q[a:b])
+            width = margin * (high - low)
+            self.low[a:b], self.high[a:b] = low + width, high - width
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (m, r) and A (r, n), of equal norms, direction by direction."""
+        U, s, Vh = torch.linalg.svd(self.M.double().T, full_matrices=False)
+        root = s.sqrt()
+        return (self.U.double() @ U) * root, root[:, None] * Vh
+
+    def run(self, rounds: int) -> int:
+        """Steps until all bits are right, or they get no better. Keeps the best X; returns the number of steps."""
+        best, kept, done = self.wrong(), (self.U, self.M), 0
+        usual = min(MARGIN * self.unknowns / self.q.numel(), LARGEST_MARGIN)
+        for times in WIDE if best else ():
+            self.keep_from_ends(times * usual)
+            for _ in range(min(WIDE_STEPS, rounds - done)):
+                done += 1
+                if not self.step(WIDE_L):
+                    break
+        for times in MARGINS:
+            if not best or done >= rounds or (times < MARGINS[0] and best > HOPELESS * self.q.numel()):
+                break
+            self.keep_from_ends(times * usual)
+            looks, moved = 0, True
+            while best and moved and done < rounds and looks < PATIENCE:
+                moved = self.step()
+                done += 1
+                if done % CHECK == 0 or not moved:
+                    wrong = self.wrong()
+                    looks = 0 if wrong < NOTABLY * best else looks + 1
+                    if wrong < best:
+                        best, kept = wrong, (self.U, self.M)
+        self.U, self.M = kept
+        self.V = torch.linalg.qr(self.M)[0]
+        return done
+
+    def step(self, most: float = math.inf) -> bool:
+        """One step of the iteration, L at most `most`; False where X lies in all intervals, or cannot come nearer."""
+        U, V, r = self.U, self.V, self.V.shape[1]
+        GV, GU = torch.empty_like(U), torch.zeros_like(V)
+        squares = torch.zeros((), dtype=torch.float64, device=U.device)
+        for a, b in self.blocks:
+            X = U[a:b] @ self.M.T
+            G = torch.clamp(X, self.low[a:b], self.high[a:b]).sub_(X)
+            GV[a:b] = G @ V
+            GU.addmm_(G.T, U[a:b])
+            squares += torch.linalg.vector_norm(G, dtype=torch.float64) ** 2
+        P = GV - U @ (U.T @ GV)  # P_T(G) = U GU^T + P V^T
+        reach = float((GU.double() ** 2).sum() + (P.double() ** 2).sum())
+        if not reach or not float(squares):
+            return False
+        L = min(float(squares) / reach, most)
+        # X + L P_T(G) = U (M + L GU)^T + L P V^T has rank 2 r; the nearest of rank r by two thin QR and a small SVD.
+        left, R = torch.linalg.qr(torch.cat((U, L * P), 1))
+        right, S = torch.linalg.qr(torch.cat((self.M + L * GU, V), 1))
+        inner, s, outer = torch.linalg.svd(R @ S.T)
+        self.U, self.V = left @ inner[:, :r], right @ outer[:r].T
+        self.M = self.V * s[:r]
+        return True
+
+    def wrong(self) -> int:
+        """How many bits X gives wrongly, in the precision of the iteration."""
+        count = torch.zeros((), dtype=torch.int64, device=self.q.device)
+        for a, b in self.blocks:
+            made = self.formula.merge(self.W[a:b], self.U[a:b] @ self.M.T, self.q.dtype)
+            count += (~same_bits(made, self.q[a:b])).sum()
+        return int(count)
+
+
+def start_of(W: torch.Tensor, q: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """U (m, r) orthonormal and M (n, r) of the truncated difference, biwhitened while it is truncated.
+
+    By subspace iteration from a seeded start, with as many directions more.
+    """
+    D = q.double() - W.double()
+    scales = biwhiten(format_of(q.dtype).variance(q))
+    D = scales.of(D).to(dtype)
+    m, n = D.shape
+    width = min(2 * rank + 8, m, n)
+    seeded = torch.Generator().manual_seed(0)
+    V = torch.randn(n, width, generator=seeded, dtype=torch.float64).to(D)
+    for _ in range(6):
+        V = torch.linalg.qr(D.T @ torch.linalg.qr(D @ V)[0])[0]
+    U, s, Vh = torch.linalg.svd(D @ V, full_matrices=False)
+    left = U[:, :rank] * s[:rank] / scales.rows.to(dtype)
+    right = (V @ Vh.T)[:, :rank] / scales.columns.T.to(dtype)
+    Q, R = torch.linalg.qr(left)
+    return Q, right @ R.T
