@@ -181,7 +181,7 @@ class OnePass:
                 residual = error.residual if isinstance(error, NumericalError) else None
                 raise NumericalError(f"{matrix.name}: {error}", residual) from error
             return Visited(scanned)
-        measured = Measured(found.values.singular_values, null, tails, note=found.values.stated)
+        measured = Measured(found.values.singular_values, null, tails, note=found.values.stated, step=found.values.step)
         if found.truncation is None or line is None:
             return Visited(measured)
         return Visited(measured, found.truncation.matrix.cpu(), entry_of(line, found.truncation))
@@ -191,7 +191,8 @@ class OnePass:
         nulls = {matrix.name: measured.null} if len(measured.null) else {}
         kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
         values = {matrix.name: measured.values}
-        spectra = Spectra(self.source, (matrix,), values, {}, self.method, self.label, nulls, kurtosis)
+        steps = {matrix.name: measured.step}
+        spectra = Spectra(self.source, (matrix,), values, {}, self.method, self.label, nulls, kurtosis, steps=steps)
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
@@ -200,7 +201,7 @@ def measured_of(W: torch.Tensor, device: Device, method: str, null_draws: int, r
     try:
         null = null_largest(W, null_draws, device)
         found = PLAIN.values(W, device, method, doubt_by(rules, (W.shape[0], W.shape[1]), null))
-        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated)
+        return Measured(found.singular_values, null, excess_kurtosis(W, device), note=found.stated, step=found.step)
     except (NumericalError, UsageError) as error:
         return Measured(np.empty(0), np.empty(0), skipped=describe_failure(W, error))
 

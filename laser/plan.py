@@ -434,7 +434,7 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
     rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma)
-    eps = precision_of(spectra.device, spectra.method, spectra.notes.get(matrix.name, ""))
+    eps = precision_of(spectra.device, spectra.method, spectra.steps.get(matrix.name, ""))
     near = at_threshold(rule, s, cut, eps)
     if (spikes := crowd(rule, s, shape)) is not None:
         crowded = f"{spikes} of {len(s)} values stand out, more than this rule can tell from noise"

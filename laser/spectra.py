@@ -31,7 +31,7 @@ from laser.spectral.permutation import NULL_ORDER
 from laser.spectral.rules import by_data
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
-ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str}
+ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str, "step": str}
 ENTRY |= {"data_failed": str | None, "values": str, "null": str, "data": str}
 OF_DIFFERENCE = ENTRY | {"change": Change}
 
@@ -46,7 +46,8 @@ class Measured:
     skipped: str | None = None
     data: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # the values again in the data's metric
     data_failed: str | None = None  # why not in the data's metric
-    note: str = ""  # by which step of the ladder, where it was not the method asked for, and why
+    note: str = ""  # by which step of the ladder, where it was not the method asked for, and why: for people
+    step: str = ""  # that step
     change: Change | None = None  # of a difference: what became of the matrix
 
 
@@ -55,6 +56,7 @@ def to_entry(name: str, measured: Measured) -> dict[str, Any]:
     vectors = {"values": _encode(measured.values), "null": _encode(measured.null)}
     vectors |= {"data": _encode(measured.data)}
     stated = {"name": name, "skipped": measured.skipped, "kurtosis": measured.kurtosis, "note": measured.note}
+    stated |= {"step": measured.step}
     stated |= {"data_failed": measured.data_failed} | vectors
     return stated if measured.change is None else stated | {"change": plain(measured.change)}
 
@@ -68,7 +70,7 @@ def from_entry(entry: Any, where: str) -> Measured:
     except ValueError:
         raise RecordError(f"{where} is not what a scan measures; start afresh with --force") from None
     change = reader(Change | None)(entry.get("change"))
-    rest = (entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"], change)
+    rest = (entry["kurtosis"], entry["skipped"], data, entry["data_failed"], entry["note"], entry["step"], change)
     return Measured(values, null, *rest)
 
 
@@ -190,6 +192,7 @@ class Row:
     skipped: Why | None
     kurtosis: float | None
     note: str = field(default="", metadata=SPARSE)
+    step: str = field(default="", metadata=SPARSE)
 
     def wrong(self) -> str | None:
         if min(self.shape, default=0) < 0 or math.prod(self.shape) > LARGEST_INTEGER:
@@ -253,6 +256,7 @@ class Spectra:
     the shuffle of earlier versions, whose values have the same law
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
+    steps: name -> that step, for programs
     seen: name -> how many inputs, where the values are those in the metric of the data; never in a file
     delta: of differences from a base, which two checkpoints and what became of each tensor; the values are then those
     of biwhitened differences, whose noise has sigma = 1
@@ -268,6 +272,7 @@ class Spectra:
     kurtosis: Mapping[str, float] = field(default_factory=dict)
     data: InData | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, str] = field(default_factory=dict)
     seen: Mapping[str, int] | None = None
     null_order: int = NULL_ORDER
     delta: Delta | None = None
@@ -303,6 +308,7 @@ class Spectra:
             name=m.name, role=m.role, layer=m.layer, expert=m.expert, shape=m.shape, dtype=m.dtype, tensor=m.tensor,
             scaled=m.scaled if m.dtype.startswith("F8") else None, stack=m.stack,
             skipped=self.skipped.get(m.name), kurtosis=self.kurtosis.get(m.name), note=self.notes.get(m.name, ""),
+            step=self.steps.get(m.name, ""),
         )  # fmt: skip
 
     @staticmethod
@@ -320,9 +326,10 @@ class Spectra:
         skipped = {row.name: row.skipped for row in rows if row.skipped is not None}
         kurtosis = {row.name: row.kurtosis for row in rows if row.kurtosis is not None}
         notes = {row.name: row.note for row in rows if row.note}
+        steps = {row.name: row.step for row in rows if row.step}
         matrices = tuple(row.matrix for row in rows)
         spectra = Spectra(
-            header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes,
+            header.source, matrices, values, skipped, header.method, header.device, nulls, kurtosis, data, notes, steps,
             null_order=header.null_order if nulls else NULL_ORDER, delta=header.delta,
         )  # fmt: skip
         if wrong := _wrong(spectra):
@@ -371,8 +378,9 @@ def assemble(
     nulls = {name: m.null for name, m in whole.items()} if null_draws else {}
     kurtosis = {name: m.kurtosis for name, m in whole.items() if m.kurtosis is not None}
     notes = {name: m.note for name, m in whole.items() if m.note}
+    steps = {name: m.step for name, m in whole.items() if m.step}
     record = Spectra(Source.of(checkpoint), tuple(matrices), values, reasons, method, device, nulls, kurtosis)
-    record = replace(record, notes=notes)
+    record = replace(record, notes=notes, steps=steps)
     if wrong := _wrong(record):  # found in a journal
         raise RecordError(f"{checkpoint.name}: {wrong}; start afresh with --force")
     return record

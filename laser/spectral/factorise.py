@@ -96,8 +96,13 @@ class Values:
 
     @property
     def stated(self) -> str:
-        """How the values came about, for a record: nothing where the first step held."""
+        """How the values came about, for people: nothing where the first step held."""
         return f"by {self.method}, as {self.note}" if self.note else ""
+
+    @property
+    def step(self) -> str:
+        """The same for programs: the step that gave them, nothing where it was the first."""
+        return self.method if self.note else ""
 
 
 @dataclass(frozen=True)

@@ -204,10 +204,10 @@ def edge_shift(kurtosis: float, shape: Shape) -> float:
 GROWTH = 2.0  # times sqrt(p) eps s_1^2, half of it reserve
 
 
-def precision_of(device: str, method: str, note: str = "") -> float:
-    """eps of the arithmetic behind a record's singular values: of its device's label and method, and of the note that
-    names the step of the ladder that gave them, if that was another."""
-    double = method == "svd" or note.startswith(tuple(f"by {step}" for step in IN_FLOAT64))
+def precision_of(device: str, method: str, step: str = "") -> float:
+    """eps of the arithmetic behind a record's singular values: of its device's label and method, and of the step of the
+    ladder that gave them, if that was another."""
+    double = method == "svd" or step in IN_FLOAT64
     single = device.split()[1:2] == ["float32"] and not double
     return torch.finfo(torch.float32 if single else torch.float64).eps
 

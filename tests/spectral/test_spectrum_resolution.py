@@ -110,9 +110,9 @@ def test_the_rank_in_float32_is_that_of_float64(device: Device, name: str) -> No
             again += 1
             assert found.method == ("gram on the host" if device is LIKE_MPS else "gram float64")
             assert found.note.startswith("gram: at the threshold: ") and np.allclose(found.singular_values, exact)
-            assert precision_of("cuda float32", "gram", found.stated) == 2.0**-52
+            assert precision_of("cuda float32", "gram", found.step) == 2.0**-52
         else:
-            assert found.method == "gram" and precision_of("cuda float32", "gram", found.stated) == EPS
+            assert found.method == "gram" and precision_of("cuda float32", "gram", found.step) == EPS
     assert again < 12 or name == "laser-rmt"
 
 
