@@ -16,6 +16,7 @@ gives the hours of a search there; these are computed, not measured.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
 from laser.pipeline import scan
 from laser.search.candidates import cut_of
-from laser.search.runner import FIRST_AHEAD, LEAST_AHEAD, Runner
+from laser.search.runner import RIGHT_IN_A_ROW, Runner
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench
 from laser.selection import Selection
@@ -219,14 +220,14 @@ def mixtral(kept: int = 3) -> None:
         load, run = LAYER_WEIGHTS / read, 2 * ACTIVE * TOKENS / products
         room, hours = max(int(memory // (STATE * size)) - 2, 1), dict[str, list[float]]()
         for count in (15, 100, 896):
-            for way, (loads, runs) in simulate(count, kept, room).items():
+            for way, (loads, runs) in simulate(count, kept, room, load / run).items():
                 hours.setdefault(way, []).append((loads * load + runs * run) / 3600)
         print(f"  {name:24}" + "   ".join(" / ".join(f"{h:.2f}" for h in way) for way in hours.values()))
 
 
-def simulate(count: int, kept: int, room: int) -> dict[str, tuple[int, int]]:
+def simulate(count: int, kept: int, room: int, ratio: float) -> dict[str, tuple[int, int]]:
     """Layers read and layers run of both ways, for candidates spread evenly over the layers, the last first. `kept` of
-    them, spread evenly too, are accepted against the guess."""
+    them, spread evenly too, are accepted against the guess. ratio: of reading a layer to running it."""
     layers = [LAYERS - 1 - i * LAYERS // count for i in range(count)]
     accepted = {(2 * i + 1) * count // (2 * kept) for i in range(kept)}
     ends = (
@@ -241,7 +242,8 @@ def simulate(count: int, kept: int, room: int) -> dict[str, tuple[int, int]]:
     at = wrong = measured = 0  # measured: candidates that an earlier walk has measured, and kept states of
     since = LAYERS
     while at < count:
-        ahead = max(LEAST_AHEAD if wrong else FIRST_AHEAD, at // max(wrong, 1))
+        in_a_row = at / wrong if wrong else max(RIGHT_IN_A_ROW["better"], at)
+        ahead = max(1, round(2 * math.sqrt(ratio * in_a_row)))
         stop = min(at + ahead, at + room, count)
         spare = room >= 2 * (stop - at)
         starts = [since if spare and i < measured else layers[i] for i in range(at, stop)]

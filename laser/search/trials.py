@@ -68,6 +68,7 @@ class Bench:
         self.branches: set[int] = set()  # pieces before which those of variants are kept, as far as memory goes
         self.boundaries: dict[Boundary, Activations] = {}
         self._firsts: dict[str, int] = {}  # of each matrix, asked for over and over
+        self._ratio: float | None = None
 
     def first_piece(self, names: Iterable[str]) -> int:
         """Where a variant with edits of these matrices leaves the model's own states."""
@@ -90,6 +91,21 @@ class Bench:
     def others(self) -> int:
         """States that a walk needs beside those of its variants."""
         return 1 + sum((piece, NO_EDITS) not in self.boundaries for piece in self.wanted)
+
+    def reading_to_running(self) -> float:
+        """How many times as long it takes to read a layer as to run the objective's windows through it; timed once, on
+        the first layer. It decides how much is measured together, and no result."""
+        if self._ratio is None:
+            windows, model = self.objective.windows, self.model
+            states, times = model.embed(windows), [time.perf_counter()]
+            with model.held(1):
+                times.append(time.perf_counter())
+                model.run_layer(0, states)
+                states.hidden[-1, -1].item()  # a device is waited for
+                times.append(time.perf_counter())
+            model.store.free(states)
+            self._ratio = (times[1] - times[0]) / max(times[2] - times[1], 1e-9)
+        return self._ratio
 
     def make_room(self, count: int, used: Collection[Boundary | None] = ()) -> None:
         """Let kept states of variants go until memory has room for `count` more; those that are `used` the last."""

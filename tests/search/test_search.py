@@ -103,6 +103,7 @@ class Asked:
     racing: bool = False
     windows: int = 6
     roles: tuple[str, ...] = ()
+    reading: float = 100.0  # times as long as running
 
     def __post_init__(self) -> None:
         self.checkpoint, (calibration, self.held_out) = open_checkpoint(self.path), losses_for(self.path, self.windows)
@@ -126,6 +127,8 @@ class Asked:
             walk = Bench.walk
             # Counted where they are made: nothing that is recorded tells of them.
             patch.setattr(Bench, "walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
+            # What reading costs beside running is this machine's; it decides how many are measured together.
+            patch.setattr(Bench, "reading_to_running", lambda _: self.reading)
             result = search(
                 model, self.spectra, self.rules, self.objective, [self.held_out], selection=self.selection,
                 accept=self.accept, order=self.order, grid=self.grid, device=CPU, moments=self.moments,
@@ -151,10 +154,11 @@ def test_one_walk_for_many_is_one_after_the_other(accept: str, order: str, model
     for memory in ({}, {"ahead": True}, {"resident": 2}, {"store": Store(0)}, *stores):
         result, model, walks = asked.search(**memory)
         assert result.held_out == held_out
+        asked.reading = 100.0 if memory else 0.3
         count, kept = len(result.trials), sum(t.accepted for t in result.trials)
         if "resident" in memory:  # above, one candidate a walk costs no reading
             continue
-        if model.store.limit > 6 * state:
+        if memory and model.store.limit > 6 * state:
             assert walks <= 2 + kept  # one for those that were accepted, one that finds no more, and one to report
             assert model.loads <= (walks + 1) * (model.layers + 4)  # and one to prove the pieces; the rest twice
             assert walks < count
@@ -214,6 +218,8 @@ def test_a_race_ends_early_for_the_worst(accept: str, model_path: Path, tmp_path
     assert "after 4 units" in raced[0].stated()
     assert asked.search(journal=journal)[0].trials == result.trials
     asked.search(resident=None)
+    asked.reading = 0.3
+    asked.search()
     whole = Asked(model_path, accept=accept, windows=16)
     assert model.layer_forwards < whole.search()[1].layer_forwards
     journal.unlink()
