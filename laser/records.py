@@ -151,10 +151,10 @@ def plain(value: Any) -> Any:
     """A value of a record as JSON has it."""
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, Mapping):  # which a dataclass may be
+        return {key: plain(each) for key, each in value.items()}
     if is_dataclass(value):
         return {name: plain(each) for name, each in fields_of(value).items()}
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -157,6 +157,7 @@ def test_an_edited_plan_is_refused_by_line_or_done_exactly(
                     output=out,
                     compute=options.ComputeOptions(),
                     moments=options.Inputs(),
+                    parts=options.PartOption(),
                     work=options.Directory(),
                 )
         except LaserError as error:
