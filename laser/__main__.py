@@ -7,11 +7,11 @@ import sys
 from types import FrameType
 
 from laser.cli import main as _main
-from laser.start import code_of, interrupted, on_interrupt, too_early
+from laser.start import at_work, code_of, interrupted, on_interrupt, too_early
 
 
 def main() -> None:
-    """Run the command line and end the process with its exit code. An interrupt until here is start.py's."""
+    """Run the command line and end the process with its exit code. An interrupt until a verb works is start.py's."""
     signals: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -20,7 +20,7 @@ def main() -> None:
 
     code: int | None = None
     try:
-        on_interrupt(stop)
+        at_work(stop)
         code = _main()
         on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end
     except KeyboardInterrupt:  # beside the verb

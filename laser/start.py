@@ -90,18 +90,24 @@ def too_early(number: int = 0, _frame: FrameType | None = None) -> None:
     _end(b"laser: interrupted; nothing was written\n", number)
 
 
+_at_work: list[Callable[[int, FrameType | None], Any]] = []  # what an interrupt calls while a verb works
+
+
+def at_work(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """What an interrupt is to do as soon as a verb has its libraries. Until then it is `too_early`, which raises
+    nothing: while a command line is evaluated, Python would end by the signal whoever caught the exception."""
+    _at_work[:] = [handler]
+
+
 @contextmanager
 def loading() -> Iterator[None]:
-    """While a verb imports its libraries: in the command `laser` an interrupt is then `too_early` and no exception."""
-    mine = is_command() and threading.current_thread() is threading.main_thread()
-    before = [(number, signal.getsignal(number)) for number in SIGNALS] if mine else []
+    """While a verb imports its libraries; behind it the verb is at work."""
+    mine = bool(_at_work) and threading.current_thread() is threading.main_thread()
     if mine:
         on_interrupt(too_early)
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+    yield
+    if mine:
+        on_interrupt(_at_work[0])
 
 
 def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:

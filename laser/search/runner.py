@@ -133,8 +133,8 @@ def from_numbers(values: Sequence[float | None], objective: Objective, raced: in
 
 # What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
 State = tuple[tuple[str, int], ...]
-# How many guesses in a row are right, before it is known. Of trained models `better` keeps next to nothing (LOG.md), and
-# by chance alone `any-drop` keeps every second edit and `no-worse` five of six.
+# How many guesses in a row are right, before it is known. Of trained models `better` keeps next to nothing (LOG.md). By
+# chance alone `any-drop` keeps every second edit and `no-worse` five of six.
 RIGHT_IN_A_ROW = {"better": 100, "any-drop": 2, "no-worse": 6}
 QUARTER, LOST = 4, 2.5  # a race: after this share of the units, who is worse by so many standard errors is out
 
