@@ -18,7 +18,7 @@ import torch
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
-from laser.delta.difference import Change, Kind, compare, judge, whitened
+from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
 from laser.delta.recover import recover, vote
 from laser.selection import Selection
 from laser.spectral.devices import HOST
@@ -40,10 +40,10 @@ def merged(W: torch.Tensor, X: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def changed(W: torch.Tensor, q: torch.Tensor) -> Change:
-    found = compare(W, q)
-    if found.kind is not Kind.CHANGED:
+    found = compare_tensors(W, q)
+    if found.kind is not Verdict.CHANGED:
         return found
-    return judge(found, singular_values(whitened(W, q, HOST), HOST)[0], (q.shape[0], q.shape[1]))
+    return judge_difference(found, singular_values(whitened(W, q, HOST), HOST)[0], (q.shape[0], q.shape[1]))
 
 
 def truncation_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor) -> float:

@@ -42,8 +42,7 @@ from laser.checkpoint.writer import (
     write_part,
 )
 from laser.delta.base import Base
-from laser.delta.difference import Kind as Became
-from laser.delta.difference import judge
+from laser.delta.difference import Verdict, judge_difference
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -111,13 +110,13 @@ class Scan:
         if D is None:
             reason = f"skipped: {change.kind}, so there is no difference to factorise"
             return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
-        if change.kind is Became.SAME:  # a zero matrix, whose values are known
+        if change.kind is Verdict.SAME:  # a zero matrix, whose values are known
             return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
         # An update lies so far over float32's rounding that squares of both do not fit into float64.
         method = "svd" if matrix.dtype == "F32" else self.method
         measured = measured_of(D, in_float64(device), method, self.null_draws)
         if measured.skipped is None:
-            change = judge(change, measured.values, (matrix.shape[0], matrix.shape[1]))
+            change = judge_difference(change, measured.values, (matrix.shape[0], matrix.shape[1]))
         return replace(measured, change=change)
 
 

@@ -27,7 +27,7 @@ from laser.delta.unmerge import (
     How,
     all_roles,
     delta_in,
-    of_another_run,
+    of_another_unmerge,
     require_files,
     require_own,
     unmerge,
@@ -70,7 +70,7 @@ def unmerge_verb(
             with common.Progress("delta", matrices) as bar:
                 delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
         except RecordError as error:
-            raise of_another_run(partial) from error
+            raise of_another_unmerge(partial) from error
         assert delta is not None, "a scan with a base measures differences"
         with common.Progress("unmerge", matrices) as bar:
             record = unmerge(compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar)

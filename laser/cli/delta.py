@@ -12,8 +12,8 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.delta.base import Base
-from laser.delta.difference import Kind
-from laser.delta.overview import is_base, rows_of
+from laser.delta.difference import Verdict
+from laser.delta.overview import is_base, overview_rows
 from laser.engine.cost import Meter
 from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into
@@ -73,7 +73,7 @@ def print_changes(spectra: Spectra) -> None:
             row.role, row.kind, row.tensors, row.layers or "-", _ranks(row.ranks),
             row.energy, row.share, row.moved, row.rest,
         )
-        for row in rows_of(spectra.matrices, changes)
+        for row in overview_rows(spectra.matrices, changes)
     ]  # fmt: skip
     headings = ("role", "what became of it", "tensors", "layers", "rank", "energy", "||D||/||W||", "moved", "rest")
     common.print_table(headings, rows)
@@ -82,8 +82,8 @@ def print_changes(spectra: Spectra) -> None:
         say(
             f"{spectra.delta.base.name} IS NOT THE BASE of {spectra.delta.tuned.name}: none of their matrices are alike"
         )
-    if kinds[Kind.FAINT]:
-        say(f"{kinds[Kind.FAINT]} faint: too few entries moved for a spectrum to tell; their rank is a hint")
+    if kinds[Verdict.FAINT]:
+        say(f"{kinds[Verdict.FAINT]} faint: too few entries moved for a spectrum to tell; their rank is a hint")
 
 
 def _ranks(ranks: tuple[int, int] | None) -> str:

@@ -20,8 +20,8 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
-from laser.delta.difference import Change, Kind, compare, whitened
-from laser.delta.formats import FORMATS
+from laser.delta.difference import Change, Verdict, compare_tensors, whitened
+from laser.delta.formats import STORED_FLOATS
 from laser.errors import NumericalError, RecordError
 from laser.spectral.devices import Device
 
@@ -44,14 +44,14 @@ class Delta:
         """What in it contradicts the rest of a file whose tensors are these."""
         known = set(names)
         for name, change in self.changes.items():
-            if (name in known) == (change.kind is Kind.MISSING):
+            if (name in known) == (change.kind is Verdict.MISSING):
                 return f"{name} is {change.kind}, and {'is' if name in known else 'is not'} in the tuned checkpoint"
         if missing := known - self.changes.keys():
             return f"nothing says what became of {min(missing)}"
         return None
 
 
-class Difference(NamedTuple):
+class Between(NamedTuple):
     """What became of a matrix, as far as its entries tell, and the biwhitened difference; None where there is none."""
 
     change: Change
@@ -104,7 +104,7 @@ class Base:
 
     def delta_of(self, changes: Mapping[str, Change]) -> Delta:
         """What a record says of these changes, and of what the tuned checkpoint lacks."""
-        gone = {name: Change(Kind.MISSING) for name in self.missing}
+        gone = {name: Change(Verdict.MISSING) for name in self.missing}
         return Delta(Source.of(self.checkpoint), Source.of(self.tuned), {**changes, **gone})
 
     def read(self, matrix: Matrix) -> torch.Tensor | None:
@@ -112,24 +112,24 @@ class Base:
         there = self.places.get(matrix.name)
         return None if there is None else self.checkpoint.read(there.tensor, there.part)
 
-    def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Difference:
+    def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Between:
         """What became of a tensor whose tuned values are q, of any shape. spectrum: whether its difference is wanted.
 
         Raises NumericalError where the difference holds NaN or Inf.
         """
         W, there = self.read(matrix), self.places.get(matrix.name)
         if W is None or there is None:
-            return Difference(Change(Kind.ADDED), None)
+            return Between(Change(Verdict.ADDED), None)
         if W.shape != q.shape:
-            return Difference(_resized(W, q), None)
-        found = compare(W, q)
-        if not spectrum or not matrix.is_matrix or found.kind is Kind.NOT_FINITE:
-            return Difference(found, None)
-        if found.kind is Kind.SAME:
-            return Difference(found, torch.zeros(matrix.shape, dtype=torch.float64))
-        if not {matrix.dtype, there.dtype} <= FORMATS.keys():  # what eight bits round to is not known here
-            return Difference(found, None)
-        return Difference(found, whitened(W, q, device))
+            return Between(_resized(W, q), None)
+        found = compare_tensors(W, q)
+        if not spectrum or not matrix.is_matrix or found.kind is Verdict.NOT_FINITE:
+            return Between(found, None)
+        if found.kind is Verdict.SAME:
+            return Between(found, torch.zeros(matrix.shape, dtype=torch.float64))
+        if not {matrix.dtype, there.dtype} <= STORED_FLOATS.keys():  # what eight bits round to is not known here
+            return Between(found, None)
+        return Between(found, whitened(W, q, device))
 
     def matrix(self, matrix: Matrix, q: torch.Tensor, device: Device) -> torch.Tensor:
         """The biwhitened difference (m, n). Raises NumericalError where there is none."""
@@ -142,14 +142,14 @@ class Base:
         """What became of a tensor of a dtype that torch does not have, or that holds no weights."""
         there = self.places.get(matrix.name)
         if there is None:
-            return Change(Kind.ADDED)
+            return Change(Verdict.ADDED)
         if there.shape != matrix.shape:
-            return Change(Kind.SHAPE)
+            return Change(Verdict.SHAPE)
         ours, theirs = (
             read_bytes(checkpoint.shard_of(name), checkpoint.tensors[name].start, checkpoint.tensors[name].end)
             for checkpoint, name in ((self.tuned, matrix.tensor), (self.checkpoint, there.tensor))
         )
-        return Change(Kind.SAME if there.dtype == matrix.dtype and torch.equal(ours, theirs) else Kind.CHANGED)
+        return Change(Verdict.SAME if there.dtype == matrix.dtype and torch.equal(ours, theirs) else Verdict.CHANGED)
 
     def require_unchanged(self) -> None:
         """Raises CheckpointError where the base is not what it was when it was opened."""
@@ -159,9 +159,9 @@ class Base:
 def _resized(W: torch.Tensor, q: torch.Tensor) -> Change:
     """Of another shape; of one with other rows alone, as of a resized vocabulary, how many common entries moved."""
     if W.ndim != q.ndim or W.ndim == 0 or W.shape[1:] != q.shape[1:]:
-        return Change(Kind.SHAPE)
+        return Change(Verdict.SHAPE)
     rows = min(len(W), len(q))
-    return replace(compare(W[:rows], q[:rows]), kind=Kind.SHAPE)
+    return replace(compare_tensors(W[:rows], q[:rows]), kind=Verdict.SHAPE)
 
 
 def matched(theirs: Sequence[Matrix], ours: Sequence[Matrix]) -> dict[str, Matrix]:

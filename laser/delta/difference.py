@@ -16,7 +16,7 @@ from enum import StrEnum
 import numpy as np
 import torch
 
-from laser.delta.formats import FORMATS, cell_of, format_of, same_bits
+from laser.delta.formats import STORED_FLOATS, cell_of, format_of, same_bits
 from laser.delta.whitening import biwhiten
 from laser.errors import NumericalError
 from laser.spectral.devices import Device, in_float64, on_device_or_host
@@ -28,13 +28,13 @@ SIGMA = 1.0  # of the rounding in a biwhitened difference
 # Of the squares beyond the rank to the rounding's. Simulated and trained LoRAs lie within 0.98 and 1.08 where entries
 # move, full fine-tunes at 2 to 6 (LOG.md).
 FAINT, FULL = 0.9, 1.2
-MOST = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
+MOST_TOLD = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
 MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
 PROVEN = 4.0  # moved entries per unknown, see `evidence`
 AGREE = 0.7  # cosine between base and tuned under which nothing of the base is left; fine-tunes have over 0.98
 
 
-class Kind(StrEnum):
+class Verdict(StrEnum):
     """What became of a tensor. The first five hold for any shape, the next four for matrices."""
 
     SAME = "identical"
@@ -62,7 +62,7 @@ class Change:
     rest: squares beyond the rank, over the rounding's expected (m - r)(n - r)
     """
 
-    kind: Kind
+    kind: Verdict
     moved: float | None = None
     share: float | None = None
     cosine: float | None = None
@@ -72,31 +72,31 @@ class Change:
     rest: float | None = None
 
 
-def compare(W: torch.Tensor, q: torch.Tensor) -> Change:
+def compare_tensors(W: torch.Tensor, q: torch.Tensor) -> Change:
     """What the entries of W and q, of one shape, say without a factorisation; `changed` where they leave it open."""
     if W.dtype == q.dtype and W.dtype in _BITS and bool(same_bits(W, q).all()):
-        return Change(Kind.SAME, moved=0.0)
+        return Change(Verdict.SAME, moved=0.0)
     if not (W.is_floating_point() and q.is_floating_point()):
         same = W.dtype == q.dtype and torch.equal(W, q)
-        return Change(Kind.SAME if same else Kind.CHANGED, moved=None if not same else 0.0)
+        return Change(Verdict.SAME if same else Verdict.CHANGED, moved=None if not same else 0.0)
     w, x = W.double(), q.double()
     if not bool(torch.isfinite(w).all() and torch.isfinite(x).all()):
-        return Change(Kind.NOT_FINITE)
+        return Change(Verdict.NOT_FINITE)
     moved = float((w != x).double().mean()) if w.numel() else 0.0
     if W.dtype == q.dtype and not moved:
-        return Change(Kind.SAME if torch.equal(w.signbit(), x.signbit()) else Kind.CHANGED, moved=0.0, share=0.0)
+        return Change(Verdict.SAME if torch.equal(w.signbit(), x.signbit()) else Verdict.CHANGED, moved=0.0, share=0.0)
     if W.dtype != q.dtype and torch.equal(W.to(q.dtype), q):
-        return Change(Kind.CAST, moved=moved)
+        return Change(Verdict.CAST, moved=moved)
     size, other, dot = float(w.norm()), float(x.norm()), float((w * x).sum())
     share = float((x - w).norm()) / size if size else None
     cosine = dot / size / other if size and other else None
-    found = Change(Kind.CHANGED, moved, share, cosine)
-    if cosine is not None and cosine > AGREE and q.dtype in _BITS and (scale := scale_of(w, q)) is not None:
-        return Change(Kind.SCALED, moved, share, cosine, scale)
+    found = Change(Verdict.CHANGED, moved, share, cosine)
+    if cosine is not None and cosine > AGREE and q.dtype in _BITS and (scale := common_scale(w, q)) is not None:
+        return Change(Verdict.SCALED, moved, share, cosine, scale)
     return found
 
 
-def scale_of(w: torch.Tensor, q: torch.Tensor) -> float | None:
+def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
     """The c for which every stored q is c w rounded, w in float64; None where there is none.
 
     Each entry confines c to an interval, and c is the middle of what is common to all of them.
@@ -110,7 +110,7 @@ def scale_of(w: torch.Tensor, q: torch.Tensor) -> float | None:
     return (low + high) / 2 if low <= high * (1 + 2**-23) else None
 
 
-_BITS = {known.dtype for known in FORMATS.values()}
+_BITS = {known.dtype for known in STORED_FLOATS.values()}
 
 
 def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
@@ -129,22 +129,22 @@ def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
     return on_device_or_host(compute, in_float64(device))
 
 
-def judge(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
-    """What `compare` left open, by the singular values `s` (p,) of the biwhitened difference."""
-    if found.kind is not Kind.CHANGED or not found.moved:  # signs of zeros alone are in no spectrum
+def judge_difference(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
+    """What `compare_tensors` left open, by the singular values `s` (p,) of the biwhitened difference."""
+    if found.kind is not Verdict.CHANGED or not found.moved:  # signs of zeros alone are in no spectrum
         return found
     rank = apply_rule(RULE, s, shape, sigma=SIGMA).rank
     energy = energy_share(s, np.arange(len(s)) < rank) if s.any() else 0.0
     left = (shape[0] - rank) * (shape[1] - rank)
     rest = float(np.sum(s[rank:] ** 2)) / left if left else 0.0
     told = found.moved > MOVED or evidence(rank, shape, found.moved) >= PROVEN
-    kind = Kind.LOW_RANK
+    kind = Verdict.LOW_RANK
     if found.cosine is None or found.cosine < AGREE:
-        kind = Kind.OTHER
-    elif rank > MOST * len(s) or rest > FULL:
-        kind = Kind.FULL
+        kind = Verdict.OTHER
+    elif rank > MOST_TOLD * len(s) or rest > FULL:
+        kind = Verdict.FULL
     elif rest < FAINT or not rank or not told:
-        kind = Kind.FAINT
+        kind = Verdict.FAINT
     return Change(kind, found.moved, found.share, found.cosine, None, rank, energy, rest)
 
 

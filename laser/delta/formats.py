@@ -20,7 +20,7 @@ from laser.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Format:
+class Float:
     """A binary floating-point format. digits: of the significand, with the hidden one; lowest: exponent of the least
     normal number; wide: what a sum is computed in before it is rounded to this one."""
 
@@ -68,15 +68,15 @@ class Cell(NamedTuple):
     closed: torch.Tensor
 
 
-FORMATS = {
-    "BF16": Format(torch.bfloat16, 8, -126, torch.int16, torch.float32),
-    "F16": Format(torch.float16, 11, -14, torch.int16, torch.float32),
-    "F32": Format(torch.float32, 24, -126, torch.int32, torch.float64),
+STORED_FLOATS = {
+    "BF16": Float(torch.bfloat16, 8, -126, torch.int16, torch.float32),
+    "F16": Float(torch.float16, 11, -14, torch.int16, torch.float32),
+    "F32": Float(torch.float32, 24, -126, torch.int32, torch.float64),
 }
-_BY_DTYPE = {found.dtype: found for found in FORMATS.values()}
+_BY_DTYPE = {found.dtype: found for found in STORED_FLOATS.values()}
 
 
-def format_of(dtype: torch.dtype) -> Format:
+def format_of(dtype: torch.dtype) -> Float:
     """The format of a dtype. Raises UsageError for one whose rounding is not known here."""
     if dtype not in _BY_DTYPE:
         known = ", ".join(str(each).removeprefix("torch.") for each in _BY_DTYPE)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from laser.delta.formats import Cell, Format, cell_of, format_of
+from laser.delta.formats import Cell, Float, cell_of, format_of
 from laser.errors import UsageError
 
-NAMES = ("once", "delta-first", "scaled-after")
+FORMULA_NAMES = ("once", "delta-first", "scaled-after")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Formula:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise UsageError(f"no formula is called {self.name!r}; try one of {', '.join(NAMES)}")
+        if self.name not in FORMULA_NAMES:
+            raise UsageError(f"no formula is called {self.name!r}; try one of {', '.join(FORMULA_NAMES)}")
         if not (0 < self.scale < float("inf")):
             raise UsageError(f"formula {self.name} with scale {self.scale:g}, expected a positive number")
 
@@ -66,7 +66,7 @@ class Formula:
         return torch.where(nowhere, plain.low, reach.low), torch.where(nowhere, plain.high, reach.high)
 
 
-def _rounding_into(cell: Cell, known: Format) -> Cell:
+def _rounding_into(cell: Cell, known: Float) -> Cell:
     """All x for which R(x) lies in `cell`; low > high where no number of the format does."""
     low, high = known.up(cell.low), known.down(cell.high)
     open_ends = ~cell.closed
@@ -80,17 +80,17 @@ def _rounding_into(cell: Cell, known: Format) -> Cell:
     return Cell(torch.where(empty, nan, first), torch.where(empty, nan, last), closed)
 
 
-def _next(x: torch.Tensor, known: Format) -> torch.Tensor:
+def _next(x: torch.Tensor, known: Float) -> torch.Tensor:
     """The next number of the format above x, a number of it, in float64."""
     return x + _gap_above(x, known)
 
 
-def _half_up(x: torch.Tensor, known: Format) -> torch.Tensor:
+def _half_up(x: torch.Tensor, known: Float) -> torch.Tensor:
     """The middle between x, a number of the format, and the next above it."""
     return x + _gap_above(x, known) / 2
 
 
-def _gap_above(x: torch.Tensor, known: Format) -> torch.Tensor:
+def _gap_above(x: torch.Tensor, known: Float) -> torch.Tensor:
     """From x, a number of the format in float64, to the next above: of a negative power of two half its own step."""
     step = known.spacing(x)
     inner = known.spacing(x + step / 2)  # a little nearer to 0, for a negative x

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from laser.checkpoint.matrices import Matrix
-from laser.delta.difference import AGREE, Change, Kind
+from laser.delta.difference import AGREE, Change, Verdict
 
-UNTOLD = (Kind.SHAPE, Kind.MISSING, Kind.ADDED, Kind.NOT_FINITE)  # they say nothing of whether it is the base
+# They say nothing of whether it is the base.
+UNTOLD = (Verdict.SHAPE, Verdict.MISSING, Verdict.ADDED, Verdict.NOT_FINITE)
 
 
 @dataclass(frozen=True)
-class Row:
+class OverviewRow:
     """Tensors of one role and kind. Means are over those that have the figure; None where none has.
 
     layers: as --layers takes them; ranks: lowest and highest
     """
 
     role: str
-    kind: Kind
+    kind: Verdict
     tensors: int
     layers: str
     ranks: tuple[int, int] | None
@@ -31,9 +32,9 @@ class Row:
     rest: float | None
 
 
-def rows_of(matrices: Sequence[Matrix], changes: Mapping[str, Change]) -> list[Row]:
+def overview_rows(matrices: Sequence[Matrix], changes: Mapping[str, Change]) -> list[OverviewRow]:
     """Every tensor in one row, in the order in which roles and kinds first appear; what is missing last."""
-    groups: dict[tuple[str, Kind], list[tuple[Matrix | None, Change]]] = {}
+    groups: dict[tuple[str, Verdict], list[tuple[Matrix | None, Change]]] = {}
     known = {m.name: m for m in matrices}
     for name in [*known, *(name for name in changes if name not in known)]:
         matrix, change = known.get(name), changes[name]
@@ -41,24 +42,24 @@ def rows_of(matrices: Sequence[Matrix], changes: Mapping[str, Change]) -> list[R
     return [_row(role, kind, group) for (role, kind), group in groups.items()]
 
 
-def _row(role: str, kind: Kind, group: Sequence[tuple[Matrix | None, Change]]) -> Row:
+def _row(role: str, kind: Verdict, group: Sequence[tuple[Matrix | None, Change]]) -> OverviewRow:
     def mean(values: Iterable[float | None]) -> float | None:
         known = [v for v in values if v is not None]
         return float(np.mean(known)) if known else None
 
     changes = [change for _, change in group]
     ranks = [c.rank for c in changes if c.rank is not None]
-    return Row(
+    return OverviewRow(
         role,
         kind,
         len(group),
-        spans(m.layer for m, _ in group if m is not None and m.layer is not None),
+        spans_of(m.layer for m, _ in group if m is not None and m.layer is not None),
         (min(ranks), max(ranks)) if ranks else None,
         *(mean(getattr(c, key) for c in changes) for key in ("energy", "share", "moved", "rest")),
     )
 
 
-def spans(layers: Iterable[int]) -> str:
+def spans_of(layers: Iterable[int]) -> str:
     """`0-3,7`: layer numbers as --layers takes them."""
     found: list[list[int]] = []
     for layer in sorted(set(layers)):
@@ -72,4 +73,4 @@ def spans(layers: Iterable[int]) -> str:
 def is_base(matrices: Sequence[Matrix], changes: Mapping[str, Change]) -> bool:
     """Whether anything of the base is left in a matrix of the tuned checkpoint, or nothing can be said."""
     told = [changes[m.name] for m in matrices if m.is_matrix and changes[m.name].kind not in UNTOLD]
-    return not told or any(c.kind is not Kind.OTHER and (c.cosine is None or c.cosine >= AGREE) for c in told)
+    return not told or any(c.kind is not Verdict.OTHER and (c.cosine is None or c.cosine >= AGREE) for c in told)

@@ -22,7 +22,7 @@ from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
-from laser.delta.formats import FORMATS
+from laser.delta.formats import STORED_FLOATS
 from laser.delta.formulas import Formula
 from laser.delta.unmerge import CONFIG, MODEL, PEFT, RECORD, REMAINDER, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
@@ -91,8 +91,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             fits = B is not None and len(info.shape) == len(B.shape) == len(expected.shape) == 2
             if not fits or B is None or (B.shape[0], info.shape[1], B.shape[1]) != (*expected.shape, info.shape[0]):
                 raise CheckpointError(f"{path}: {name} and its lora_B do not fit {target} {list(expected.shape)}")
-            if expected.dtype not in FORMATS:
-                raise UsageError(f"{target} is stored as {expected.dtype}, expected one of {', '.join(FORMATS)}")
+            if expected.dtype not in STORED_FLOATS:
+                raise UsageError(f"{target} is stored as {expected.dtype}, expected one of {', '.join(STORED_FLOATS)}")
             updates[target] = Lora(name, other, scale_of(config, module, info.shape[0], place))
         elif module and f"{PEFT}{module}.lora_A.weight" not in tensors:
             raise CheckpointError(f"{path}: {name} has no lora_A; download it again")
@@ -107,8 +107,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int, place: Path) -> float:
     """s for a module, as PEFT's LoraLayer.update_layer has it. Raises UsageError for ranks that contradict the file."""
-    r = _pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    r = _module_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _module_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if r != rank or not isinstance(alpha, int | float):
         raise UsageError(
             f"{place}: {module} has rank {r} and alpha {alpha}, found {rank} in the file; check the adapter"
@@ -116,7 +116,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int, place: Path) -> 
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(patterns: Any, module: str, otherwise: Any) -> Any:
+def _module_pattern(patterns: Any, module: str, otherwise: Any) -> Any:
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

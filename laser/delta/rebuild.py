@@ -27,10 +27,10 @@ from laser.delta.unmerge import (
     PEFT,
     RECORD,
     REMAINDER,
-    SIDE,
+    SIDE_FILES,
     AdapterRecord,
-    Entry,
     How,
+    MatrixEntry,
     adapter_names,
     base_file,
     simple,
@@ -42,7 +42,7 @@ AGAIN = "make it again: `laser unmerge BASE TUNED -o ADAPTER`"
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeShard:
     """What was rebuilt."""
 
     shards: int
@@ -85,7 +85,7 @@ class Adapted:
         for name, expected in self.record.files.items():
             if Path(name).name != name:
                 raise RecordError(f"{self.folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
-            path = self.folder / SIDE / name
+            path = self.folder / SIDE_FILES / name
             try:
                 data = read_regular(path, follow=False) if path.exists() else base_file(self.base, name)
             except OSError as error:
@@ -108,7 +108,7 @@ class Adapted:
             if shards[-1].header != header:
                 raise RecordError(f"{self.folder / REMAINDER}: the header of {stated.name} is damaged; {AGAIN}")
         tensors = {info.name: info for shard in shards for info in shard.tensors}
-        document = parse_json(config, self.folder / SIDE / "config.json")
+        document = parse_json(config, self.folder / SIDE_FILES / "config.json")
         return Checkpoint(self.folder, document, config, self.files.get(INDEX), tuple(shards), tensors)
 
     def _data(self, name: str) -> Callable[[int, int], Iterator[memoryview]]:
@@ -138,7 +138,7 @@ class Adapted:
             m.part.put(whole, self.matrix(m))
         return whole
 
-    def _of(self, entry: Entry) -> Matrix:
+    def _of(self, entry: MatrixEntry) -> Matrix:
         if entry.of not in self.theirs:
             raise RecordError(
                 f"{self.folder / RECORD}: {entry.name} is made of {entry.of}, which the base has not; {AGAIN}"
@@ -153,7 +153,7 @@ class Adapted:
             raise RecordError(f"{m.name} cannot be rebuilt to the bit from {self.base.name}; {AGAIN}")
         return made
 
-    def _made(self, entry: Entry, m: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
+    def _made(self, entry: MatrixEntry, m: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
         if entry.how is How.SAVED:
             return self._tensor(MODEL, PEFT + m.tensor)
         there = None if entry.of is None else self._of(entry)
@@ -184,7 +184,7 @@ class Adapted:
 
 def rebuild(
     base: Checkpoint, folder: Path, out: Path, *, tick: Callable[[TensorInfo], object] = lambda _: None
-) -> Made:
+) -> MadeShard:
     """Write the tuned checkpoint into the new directory `out`, byte for byte.
 
     One tensor is in memory at a time. Raises RecordError where the base is another, the adapter was changed, or a
@@ -217,4 +217,4 @@ def rebuild(
     tuned = replace(adapted.tuned, shards=tuple(map(hashed, adapted.tuned.shards)))
     others = {name: data for name, data in adapted.files.items() if name not in ("config.json", INDEX)}
     write_directory(tuned, out, others, tick=tick, check=check)
-    return Made(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))
+    return MadeShard(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))

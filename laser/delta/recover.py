@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from laser.choices import ROUNDS
-from laser.delta.difference import MOST, PROVEN, Change, Kind, evidence
+from laser.delta.difference import MOST_TOLD, PROVEN, Change, Verdict, evidence
 from laser.delta.formulas import Formula
 from laser.delta.solver import Solution, solve
 from laser.spectral.devices import HOST, Device
@@ -43,10 +43,10 @@ def vote(changes: Iterable[Change]) -> tuple[int | None, bool]:
     next to none.
     """
     changes = list(changes)
-    for kind in (Kind.LOW_RANK, Kind.FAINT):
+    for kind in (Verdict.LOW_RANK, Verdict.FAINT):
         counts = Counter(c.rank for c in changes if c.kind is kind and c.rank)
         if counts:
-            return max(counts, key=lambda rank: (counts[rank], rank)), kind is Kind.LOW_RANK
+            return max(counts, key=lambda rank: (counts[rank], rank)), kind is Verdict.LOW_RANK
     return None, False
 
 
@@ -87,10 +87,10 @@ def recover(
 
     least = max(change.rank, 1)
     least = least - 1 if voted == least - 1 else least
-    for rank in _ranks(least, voted, change.kind is Kind.FAINT):
-        told = (rank == voted and proven) or change.kind is Kind.LOW_RANK
+    for rank in _ranks_to_try(least, voted, change.kind is Verdict.FAINT):
+        told = (rank == voted and proven) or change.kind is Verdict.LOW_RANK
         needed = PLAUSIBLE if told else PROVEN
-        if rank > MOST * min(shape) or evidence(rank, shape, moved) < needed:
+        if rank > MOST_TOLD * min(shape) or evidence(rank, shape, moved) < needed:
             continue
         if right(rank):
             break
@@ -108,7 +108,7 @@ def recover(
     return tried[rank]
 
 
-def _ranks(least: int, voted: int | None, faint: bool) -> list[int]:
+def _ranks_to_try(least: int, voted: int | None, faint: bool) -> list[int]:
     """Ranks to try: the edge's, or first the others' where the edge sees little; and ever higher ones."""
     others = [voted] if voted is not None and voted >= least else []
     first = [*others, least] if faint else [least, *others]

@@ -30,12 +30,12 @@ from laser.spectral.devices import HOST, Device, full_precision, in_float64
 CHECK = 10  # steps between two looks at the bits
 # Of an interval's width, what is kept from its ends, times the unknowns per interval: a sequence that nears an interval
 # from outside would else never be inside, and the fewer the unknowns, the nearer to some ends the only solution lies.
-MARGIN, LARGEST_MARGIN = 0.14, 2**-6
+INSIDE, LARGEST_MARGIN = 0.14, 2**-6
 # First so much more that hardly all intervals can be met: that leads to the middle of what is possible, nearer to BA.
 # Steps are kept short there, for where nothing meets all, L has no sense.
 WIDE, WIDE_STEPS, WIDE_L = (8.0, 4.0, 2.0), 20, 16.0
 MARGINS = (1.0, 1 / 4, 1 / 16)  # then smaller ones, where the bits stay wrong
-PATIENCE = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
+STALLED = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
 NOTABLY = 0.95
 HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
 ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
@@ -113,7 +113,7 @@ def solve(
     """
     with full_precision():
         device = in_float64(device)
-        work = _Work(W.to(device.torch_device), q.to(device.torch_device), rank, formula)
+        work = _State(W.to(device.torch_device), q.to(device.torch_device), rank, formula)
         done = work.run(rounds)
     adapter = on_grid(*work.factors())
     return Solution(adapter, formula, len(wrong_bits(W, q, adapter, formula)), done, q.numel())
@@ -124,7 +124,7 @@ def _blocks(m: int, n: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, m)) for start in range(0, m, size)]
 
 
-class _Work:
+class _State:
     """The iteration's state: X = U M^T, U (m, r) and V (n, r) orthonormal, M (n, r) = V S for some S (r, r)."""
 
     def __init__(self, W: torch.Tensor, q: torch.Tensor, rank: int, formula: Formula) -> None:
@@ -134,7 +134,7 @@ class _Work:
         # In the precision in which a sum is rounded: the cells of 16 bits are wide for float32.
         dtype = format_of(q.dtype).wide
         self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
-        self.U, self.M = start_of(W, q, rank, dtype)
+        self.U, self.M = first_guess(W, q, rank, dtype)
         self.V = torch.linalg.qr(self.M)[0]
         self.unknowns = rank * (m + n - rank)
 
@@ -154,7 +154,7 @@ class _Work:
     def run(self, rounds: int) -> int:
         """Steps until all bits are right, or they get no better. Keeps the best X; returns the number of steps."""
         best, kept, done = self.wrong(), (self.U, self.M), 0
-        usual = min(MARGIN * self.unknowns / self.q.numel(), LARGEST_MARGIN)
+        usual = min(INSIDE * self.unknowns / self.q.numel(), LARGEST_MARGIN)
         for times in WIDE if best else ():
             self.keep_from_ends(times * usual)
             for _ in range(min(WIDE_STEPS, rounds - done)):
@@ -166,7 +166,7 @@ class _Work:
                 break
             self.keep_from_ends(times * usual)
             looks, moved = 0, True
-            while best and moved and done < rounds and looks < PATIENCE:
+            while best and moved and done < rounds and looks < STALLED:
                 moved = self.step()
                 done += 1
                 if done % CHECK == 0 or not moved:
@@ -211,7 +211,7 @@ class _Work:
         return int(count)
 
 
-def start_of(W: torch.Tensor, q: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def first_guess(W: torch.Tensor, q: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """U (m, r) orthonormal and M (n, r) of the truncated difference, biwhitened while it is truncated.
 
     By subspace iteration from a seeded start, with as many directions more.

@@ -41,8 +41,8 @@ from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
 from laser.choices import ROUNDS
 from laser.delta.base import Base, Delta
-from laser.delta.difference import Change, Kind
-from laser.delta.formats import FORMATS, format_of, same_bits
+from laser.delta.difference import Change, Verdict
+from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
 from laser.delta.packing import pack, pack_some, unpack_some
@@ -56,7 +56,7 @@ from laser.journal import Journal
 from laser.records import SPARSE, Misfit, Record, plain, reader
 from laser.spectral.devices import Device
 
-CONFIG, MODEL, REMAINDER, RECORD, SIDE = (
+CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "remainder.safetensors",
@@ -65,8 +65,8 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE = (
 )
 PEFT = "base_model.model."  # before every name in a PEFT adapter
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
-SAVED = ("norm", "embedding", "head")
-_OWN = re.compile(
+SAVED_WHOLE = ("norm", "embedding", "head")
+_OWN_NAMES = re.compile(
     rf"\d{{6}}\.(?:adapter|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new"
     rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
@@ -85,7 +85,7 @@ class How(StrEnum):
 
 
 @dataclass(frozen=True)
-class Entry:
+class MatrixEntry:
     """One matrix, or tensor of any shape, of the tuned checkpoint.
 
     of: the base's matrix; sha256: of its bits, row-major; peft: whether its adapter is in adapter_model.safetensors
@@ -95,7 +95,7 @@ class Entry:
 
     name: str
     how: How
-    kind: Kind
+    kind: Verdict
     sha256: str
     entries: int
     of: str | None = field(default=None, metadata=SPARSE)
@@ -129,7 +129,7 @@ class AdapterRecord(Record, kind="adapter", version=1, made_by="laser unmerge BA
 
     base: Source
     tuned: Source
-    entries: tuple[Entry, ...]
+    entries: tuple[MatrixEntry, ...]
     shards: tuple[ShardEntry, ...]
     files: Mapping[str, str]
     parts: Mapping[str, str]
@@ -146,7 +146,7 @@ class AdapterRecord(Record, kind="adapter", version=1, made_by="laser unmerge BA
 class Piece:
     """What is written of a matrix: its entry, and tensors for the adapter's file and for the remainder."""
 
-    entry: Entry
+    entry: MatrixEntry
     adapter: Mapping[str, torch.Tensor] = field(default_factory=dict)
     remainder: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -166,14 +166,16 @@ class Unmerge:
         """q: the tuned values, of any shape, as they are stored."""
         change, W = self.changes[matrix.name], self.base.read(matrix)
         there = self.base.places.get(matrix.name)
-        entry = Entry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel(), there and there.name)
-        saved = matrix.role in SAVED and matrix.part is None and matrix.tensor.endswith(".weight")
+        entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel(), there and there.name)
+        saved = matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
         if W is not None and W.shape == q.shape:
             for how in (How.SAME, How.CAST, *(() if saved else (How.SCALED,))):  # PEFT knows no scaled module
                 made = simple(how, W, q.dtype, change.scale)
                 if made is not None and same_bits(made, q).all():
                     return Piece(replace(entry, how=how, scale=change.scale if how is How.SCALED else None))
-            if change.kind in (Kind.LOW_RANK, Kind.FAINT) and (piece := self.by_adapter(entry, matrix, W, q, device)):
+            if change.kind in (Verdict.LOW_RANK, Verdict.FAINT) and (
+                piece := self.by_adapter(entry, matrix, W, q, device)
+            ):
                 return piece
         if saved:
             return Piece(replace(entry, how=How.SAVED), {PEFT + matrix.tensor: q.contiguous()})
@@ -183,7 +185,7 @@ class Unmerge:
         )
 
     def by_adapter(
-        self, entry: Entry, matrix: Matrix, W: torch.Tensor, q: torch.Tensor, device: Device
+        self, entry: MatrixEntry, matrix: Matrix, W: torch.Tensor, q: torch.Tensor, device: Device
     ) -> Piece | None:
         """The matrix as base and adapter; None where it is none, or the whole of it is shorter."""
         found = recover(W, q, self.changes[matrix.name], self.voted, self.proven, self.formulas, device, self.rounds)
@@ -231,8 +233,8 @@ def choose_formula(base: Base, delta: Delta, device: Device, rounds: int = ROUND
     All of USUAL where no matrix tells them apart. A scale that is no power of two is looked for where neither fits.
     """
     voted, _ = vote(delta.changes.values())
-    told = [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Kind.LOW_RANK]
-    told = told or [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Kind.FAINT]
+    told = [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Verdict.LOW_RANK]
+    told = told or [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Verdict.FAINT]
     if not told or voted is None:
         return USUAL
     best = max(told, key=lambda m: (delta.changes[m.name].rank == voted, delta.changes[m.name].share or 0, -m.cost))
@@ -308,7 +310,7 @@ def require_own(partial: Path) -> None:
     """Raises OutputError where OUT.partial holds what no `unmerge` has put there: it is removed in the end."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
-    foreign = sorted(p.name for p in partial.iterdir() if not _OWN.fullmatch(p.name)) if partial.exists() else []
+    foreign = sorted(p.name for p in partial.iterdir() if not _OWN_NAMES.fullmatch(p.name)) if partial.exists() else []
     if foreign:
         raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
 
@@ -326,13 +328,13 @@ def all_roles(tuned: Checkpoint) -> tuple[str, ...]:
 def _visited(
     base: Base, delta: Delta, partial: Path, crew: Crew, only_lora: bool, rounds: int,
     tick: Callable[[Matrix, float], None],
-) -> list[Entry]:  # fmt: skip
+) -> list[MatrixEntry]:  # fmt: skip
     """Every matrix written down: its entry in the journal, its tensors in files of its own."""
     run = {"kind": "unmerge journal", "version": AdapterRecord.version, **delta.tuned.stated()}
     run |= {"base": [delta.base.identity, delta.base.weights.short], "rounds": rounds, "device": crew.label}
     matrices = list_matrices(base.tuned)
     places = {m.name: number for number, m in enumerate(matrices)}
-    found: dict[str, Entry] = {}
+    found: dict[str, MatrixEntry] = {}
     with _journal(partial, run) as log:
         for line in log.entries:
             if (entry := _entry_in(line, partial)) is not None:
@@ -354,10 +356,10 @@ def _visited(
             found[matrix.name] = piece.entry
             tick(matrix, seconds)
 
-        for matrix in (m for m in todo if m.dtype not in FORMATS):
+        for matrix in (m for m in todo if m.dtype not in STORED_FLOATS):
             keep(matrix, _by_bytes(base, matrix))
-        todo = [m for m in todo if m.dtype in FORMATS]
-        if any(delta.changes[m.name].kind in (Kind.LOW_RANK, Kind.FAINT) for m in todo):
+        todo = [m for m in todo if m.dtype in STORED_FLOATS]
+        if any(delta.changes[m.name].kind in (Verdict.LOW_RANK, Verdict.FAINT) for m in todo):
             formulas = choose_formula(base, delta, crew.devices[0], rounds)
         else:
             formulas = USUAL
@@ -373,17 +375,17 @@ def _journal(partial: Path, run: Mapping[str, Any]) -> Journal:
     try:
         return Journal(partial / "journal.jsonl", run)
     except RecordError as error:
-        raise of_another_run(partial) from error
+        raise of_another_unmerge(partial) from error
 
 
-def of_another_run(partial: Path) -> RecordError:
+def of_another_unmerge(partial: Path) -> RecordError:
     return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try another -o")
 
 
-def _entry_in(line: Mapping[str, Any], partial: Path) -> Entry | None:
+def _entry_in(line: Mapping[str, Any], partial: Path) -> MatrixEntry | None:
     """The entry of a journal's line, if its files are there as they were written."""
     try:
-        entry = reader(Entry)(line.get("entry"))
+        entry = reader(MatrixEntry)(line.get("entry"))
         files = line.get("files")
         whole = isinstance(files, dict) and all(sha256_of(partial / name) == digest for name, digest in files.items())
     except (Misfit, OSError):
@@ -395,20 +397,22 @@ def _by_bytes(base: Base, matrix: Matrix) -> Piece:
     """A tensor of a dtype whose rounding is not known, by its bytes alone."""
     if matrix.part is not None or matrix.dtype not in TORCH:
         change = base.by_bytes(matrix) if matrix.part is None else None
-        if change is None or change.kind is not Kind.SAME:
+        if change is None or change.kind is not Verdict.SAME:
             raise UsageError(
-                f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(FORMATS)}; try checkpoints "
+                f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(STORED_FLOATS)}; try checkpoints "
                 "converted to bfloat16"
             )
-        return Piece(Entry(matrix.name, How.SAME, Kind.SAME, "", matrix.parameters, base.places[matrix.name].name))
+        return Piece(
+            MatrixEntry(matrix.name, How.SAME, Verdict.SAME, "", matrix.parameters, base.places[matrix.name].name)
+        )
     q, change = base.tuned.raw(matrix.tensor), base.by_bytes(matrix)
-    entry = Entry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel())
-    if change.kind is Kind.SAME:
+    entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel())
+    if change.kind is Verdict.SAME:
         return Piece(replace(entry, how=How.SAME, of=base.places[matrix.name].name))
     return Piece(entry, {}, {f"whole/{matrix.name}": pack(q)})
 
 
-def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Entry]) -> AdapterRecord:
+def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[MatrixEntry]) -> AdapterRecord:
     """OUT in partial/new: the parts joined, and the record."""
     new, tuned = partial / "new", base.tuned
     with disk_errors(new):
@@ -422,8 +426,8 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Ent
         files = side_files_of(tuned)
         for name, data in files.items():
             if base_file(base.checkpoint, name) != data:
-                (new / SIDE).mkdir(exist_ok=True)
-                (new / SIDE / name).write_bytes(data)
+                (new / SIDE_FILES).mkdir(exist_ok=True)
+                (new / SIDE_FILES / name).write_bytes(data)
         write_atomically(new / CONFIG, (json.dumps(peft_config(base, entries), indent=2) + "\n").encode())
     shards = []
     for shard in tuned.shards:
@@ -471,7 +475,7 @@ def base_file(checkpoint: Checkpoint, name: str) -> bytes | None:
         return None
 
 
-def peft_config(base: Base, entries: Sequence[Entry]) -> dict[str, Any]:
+def peft_config(base: Base, entries: Sequence[MatrixEntry]) -> dict[str, Any]:
     """adapter_config.json: every adapter scaled by 1, other ranks in rank_pattern, what was trained whole by name."""
     ranks = {e.name.removesuffix(".weight"): e.rank or 0 for e in entries if e.how is How.ADAPTER and e.peft}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1

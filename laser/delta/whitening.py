@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-ROUNDS = 60  # of Sinkhorn's iteration at the most; variances of real matrices take 5 to 20
-CLOSE = 1e-6  # of a mean to 1: the edge then is off by half of that
+SWEEPS = 60  # of Sinkhorn's iteration at the most; variances of real matrices take 5 to 20
+EVEN_ENOUGH = 1e-6  # of a mean to 1: the edge then is off by half of that
 
 
 class Scales(NamedTuple):
@@ -35,11 +35,11 @@ def biwhiten(V: torch.Tensor) -> Scales:
     mean = V.mean()
     V = V / mean  # variances of float32's subnormals are near the end of float64's range
     x, y = torch.ones(len(V), dtype=V.dtype, device=V.device), torch.ones(V.shape[1], dtype=V.dtype, device=V.device)
-    for _ in range(ROUNDS):
+    for _ in range(SWEEPS):
         x = V.shape[1] / (V @ y)
         columns = (V.T @ x) / len(V)
         y_next = 1 / columns
-        done = float((columns * y - 1).abs().max()) < CLOSE
+        done = float((columns * y - 1).abs().max()) < EVEN_ENOUGH
         y = y_next
         if done:
             break

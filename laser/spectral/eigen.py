@@ -73,7 +73,7 @@ def here(routes: Routes | None, dtype: np.dtype[Any]) -> Routes:
     return Routes(**found)
 
 
-def eigenvalues(G: Real, routes: Routes | None = None) -> Eigenvalues:
+def eigenvalues_by_route(G: Real, routes: Routes | None = None) -> Eigenvalues:
     """Eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32. routes: None for DEFAULT.
 
     Raises LinAlgError where LAPACK does not converge, UsageError for a route that does not exist here.
@@ -81,8 +81,8 @@ def eigenvalues(G: Real, routes: Routes | None = None) -> Eigenvalues:
     return VALUE_ROUTES[taken("values", len(G), G.dtype, routes)](G)
 
 
-def eigenvectors(G: Real, routes: Routes | None = None) -> Eigen:
-    """As `eigenvalues`, and eigenvectors in the precision of G."""
+def eigenvectors_by_route(G: Real, routes: Routes | None = None) -> Eigen:
+    """As `eigenvalues_by_route`, and eigenvectors in the precision of G."""
     return VECTOR_ROUTES[taken("vectors", len(G), G.dtype, routes)](G)
 
 

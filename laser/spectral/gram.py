@@ -59,7 +59,7 @@ def _cut_by_gram(
     keep = len(kept) <= len(cut)  # else the complement is the smaller: W minus what goes
     which, factor = (kept, gains) if keep else (cut, 1 - gains)
     basis = vectors(len(s) - 1 - which[::-1])
-    weights = _weights(factor[which[::-1]], basis)
+    weights = _gain_weights(factor[which[::-1]], basis)
     orthogonality = _deviation_from_orthogonal(basis, device)
     out = torch.empty_like(W)
     out_tall, squared = tall(out), 0.0
@@ -180,14 +180,14 @@ def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
 def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
     """Eigenvalues (p,), float64, ascending. On the host by the device's route (eigen.py)."""
     if device.host_eigensolver:
-        return eigen.eigenvalues(G.cpu().numpy(), device.routes)
+        return eigen.eigenvalues_by_route(G.cpu().numpy(), device.routes)
     return to_host(torch.linalg.eigvalsh(G))
 
 
 def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], EigenvectorsOf]:
     """Eigenvalues as above, and what gives the eigenvectors with given numbers, on the device."""
     if device.host_eigensolver:
-        found = eigen.eigenvectors(G.cpu().numpy(), device.routes)
+        found = eigen.eigenvectors_by_route(G.cpu().numpy(), device.routes)
         return found.values, lambda which: torch.from_numpy(found.vectors(which)).to(device.torch_device)
     values, V = torch.linalg.eigh(G)
     return to_host(values), lambda which: _columns(V, which)
@@ -220,7 +220,7 @@ def _columns(V: torch.Tensor, which: NDArray[np.intp]) -> torch.Tensor:
     return torch.index_select(V, 1, torch.from_numpy(which).to(V.device))
 
 
-def _weights(gains: NDArray[np.float64], basis: torch.Tensor) -> torch.Tensor | None:
+def _gain_weights(gains: NDArray[np.float64], basis: torch.Tensor) -> torch.Tensor | None:
     """The gains (k,) of the columns of `basis` (p, k), in its precision and where it lies; None if all are 1."""
     if np.all(gains == 1):
         return None

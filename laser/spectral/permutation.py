@@ -9,7 +9,7 @@ version of torch and NumPy. The entries are numbered along a grid of a rows and 
 their number up to its root. Then by turns a place's row moves on by an amount that only its column decides, and its
 column by one that only its row decides, both modulo the grid:
 
-    row + f_1(column),  column + g_2(row),  row + f_3(column),  ...  after ROUNDS of them: where the entry comes from
+    row + f_1(column),  column + g_2(row),  row + f_3(column),  ...  after FEISTEL_ROUNDS of them: where the entry comes from
 
 Each step can be undone, so this is a permutation: a Feistel network with addition (Luby and Rackoff 1988; Black and
 Rogaway 2002 for sides that are no powers of two). The amounts come from SplitMix64 (Steele, Lea and Flood 2014). They
@@ -37,7 +37,7 @@ PERMUTATIONS = ("entries", "rows")
 NULL_ORDER = 2
 # The largest singular value of permuted stripes, blocks, chequers and sorted entries is off with 3 rounds, by up to 25
 # standard errors of 300 draws; with 4 sometimes by 2; with 6 it is that of NumPy's shuffle (LOG.md).
-ROUNDS = 6
+FEISTEL_ROUNDS = 6
 GRID_PLACES = {"cpu": 1 << 16}  # worked out at a time: on the host what stays in a core's cache
 PLACES_ELSEWHERE = 1 << 22
 SMALL_SIDE = 16  # up to this p a factorisation is cheaper than an iteration, which needs p > 2 anyway
@@ -78,17 +78,17 @@ def places(count: int, seed: int, device: torch.device) -> Iterator[tuple[int, t
         return torch.from_numpy(numbers).to(dtype).to(device)
 
     # The amounts are added up as they are, and the tables repeat themselves: that spares reducing after each step.
-    sides = (b, a) * ROUNDS
+    sides = (b, a) * FEISTEL_ROUNDS
     table = [on_device(np.tile(row[: sides[i]], 1 + (i + 1) // 2)) for i, row in enumerate(amounts(seed, a, b))]
-    first_of_row = on_device(np.arange((1 + (ROUNDS + 1) // 2) * a) % a * b)
-    column_of = on_device(np.arange((1 + ROUNDS // 2) * b) % b)
+    first_of_row = on_device(np.arange((1 + (FEISTEL_ROUNDS + 1) // 2) * a) % a * b)
+    column_of = on_device(np.arange((1 + FEISTEL_ROUNDS // 2) * b) % b)
     rows = max(GRID_PLACES.get(device.type, PLACES_ELSEWHERE) // b, 1)
     columns = torch.arange(b, dtype=dtype, device=device)
     for start in range(0, a, rows):
         numbers = torch.arange(start, min(start + rows, a), dtype=dtype, device=device)
         row = (numbers.view(-1, 1) + table[0]).view(-1)  # the columns of the first step are 0, 1, ...
         column = (torch.index_select(table[1], 0, row).view(-1, b) + columns).view(-1)
-        for step in range(2, ROUNDS):
+        for step in range(2, FEISTEL_ROUNDS):
             if step % 2 == 0:
                 row.add_(torch.index_select(table[step], 0, column))
             else:
@@ -104,9 +104,9 @@ def grid(count: int) -> tuple[int, int]:
 
 
 def amounts(seed: int, a: int, b: int) -> NDArray[np.int64]:
-    """(ROUNDS, b) by how much a place moves on in each step: by turns f (b,), below a, and g, below b, of which a are
+    """(FEISTEL_ROUNDS, b) by how much a place moves on in each step: by turns f (b,), below a, and g, below b, of which a are
     used."""
-    steps = np.arange(ROUNDS, dtype=np.uint64)[:, None]
+    steps = np.arange(FEISTEL_ROUNDS, dtype=np.uint64)[:, None]
     keys = split_mix(split_mix(np.array([seed], dtype=np.uint64)) + steps)
     high = split_mix(keys ^ np.arange(b, dtype=np.uint64)) >> np.uint64(32)
     limits = np.where(steps % np.uint64(2) == 0, np.uint64(a), np.uint64(b))  # below 2^32
@@ -120,7 +120,7 @@ def columns_by_row(m: int, n: int, seed: int) -> Iterator[tuple[int, NDArray[np.
     """
     bits = np.uint64(max(n - 1, 1).bit_length())
     mask, columns = (np.uint64(1) << bits) - np.uint64(1), np.arange(n, dtype=np.uint64)
-    key = split_mix(split_mix(np.array([seed], dtype=np.uint64)) + np.uint64(ROUNDS))  # none of `amounts`
+    key = split_mix(split_mix(np.array([seed], dtype=np.uint64)) + np.uint64(FEISTEL_ROUNDS))  # none of `amounts`
     rows = max(GRID_PLACES["cpu"] // max(n, 1), 1)
     for start in range(0, m, rows):
         numbers = np.arange(start, min(start + rows, m), dtype=np.uint64)

@@ -146,7 +146,7 @@ def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
     return Cut(0, threshold, None, f"above the {alpha:g} level of {len(null)} permuted matrices")
 
 
-def _rounding(s: Spectrum, shape: Shape, sigma: float) -> Cut:
+def _at_rounding_edge(s: Spectrum, shape: Shape, sigma: float) -> Cut:
     """The edge of noise whose `sigma` is known and not estimated: of rounding to a storage format (laser/delta)."""
     return _above(s, mp.edges(sigma, shape)[1], "above the edge of the storage format's rounding", Noise(sigma))
 
@@ -198,7 +198,7 @@ RULES: dict[str, Rule] = {
         expected="a level between 0 and 1",
     ),
     "rounding": Rule(
-        _rounding,
+        _at_rounding_edge,
         "differences of two checkpoints: rounding's variance is known; Landa, Zhang and Kluger 2022",
         needs_sigma=True,
     ),

@@ -13,7 +13,7 @@ from models import WORDS, llama_config, tensors, write_model
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.source import Source
 from laser.delta.base import Base, difference_of
-from laser.delta.difference import Change, Kind
+from laser.delta.difference import Change, Verdict
 from laser.errors import RecordError
 from laser.pipeline import scan
 from laser.spectra import Spectra
@@ -51,24 +51,24 @@ def changes(base: Path, tuned: Path) -> dict[str, Change]:
     return dict(delta.changes)
 
 
-def expected(name: str) -> Kind:
+def expected(name: str) -> Verdict:
     if "q_proj" in name or "v_proj" in name:
-        return Kind.LOW_RANK
+        return Verdict.LOW_RANK
     if name in (UP1, "model.norm.weight"):
-        return Kind.SCALED
-    return Kind.FULL if name == "model.layers.0.mlp.up_proj.weight" else Kind.SAME
+        return Verdict.SCALED
+    return Verdict.FULL if name == "model.layers.0.mlp.up_proj.weight" else Verdict.SAME
 
 
 def test_every_tensor_is_told(base: Path, tuned: Path) -> None:
     found = changes(base, tuned)
     assert {name: change.kind for name, change in found.items()} == {name: expected(name) for name in tensors()}
-    ranks = {change.rank for change in found.values() if change.kind is Kind.LOW_RANK}
+    ranks = {change.rank for change in found.values() if change.kind is Verdict.LOW_RANK}
     assert RANK in ranks and ranks <= {RANK, RANK + 1}
     assert found[UP1].scale == pytest.approx(0.9, rel=1e-3)
 
 
 def test_a_model_and_itself(base: Path) -> None:
-    assert {change.kind for change in changes(base, base).values()} == {Kind.SAME}
+    assert {change.kind for change in changes(base, base).values()} == {Verdict.SAME}
 
 
 def test_shards_make_no_difference(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_other_formats(tmp_path: Path, kinds: tuple[torch.dtype, torch.dtype]) -
     base = write_model(tmp_path / "base", dtype=kinds[0])
     found = changes(base, write_model(tmp_path / "tuned", cast, dtype=kinds[0]))
     for name, change in found.items():
-        kind = Kind.LOW_RANK if "q_proj" in name else Kind.CAST
-        assert change.kind is kind and (change.rank in (RANK, RANK + 1) or kind is Kind.CAST), name
+        kind = Verdict.LOW_RANK if "q_proj" in name else Verdict.CAST
+        assert change.kind is kind and (change.rank in (RANK, RANK + 1) or kind is Verdict.CAST), name
 
 
 def test_names_may_differ_where_the_family_knows_them(base: Path, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_names_may_differ_where_the_family_knows_them(base: Path, tmp_path: Path
     other = write_checkpoint_directory(tmp_path / "wrapped", wrapped, llama_config())
     found = changes(base, other)
     kinds = {name: change.kind for name, change in found.items()}
-    assert kinds[f"language_model.{Q0}"] is Kind.SAME
-    assert {name for name, kind in kinds.items() if kind is not Kind.SAME} <= {
+    assert kinds[f"language_model.{Q0}"] is Verdict.SAME
+    assert {name for name, kind in kinds.items() if kind is not Verdict.SAME} <= {
         name for name in (*wrapped, *tensors()) if "norm" in name
     }
 
@@ -109,7 +109,7 @@ def test_a_resized_vocabulary(base: Path, tmp_path: Path) -> None:
         return torch.cat((W, more)) if name in ("model.embed_tokens.weight", "lm_head.weight") else tune(name, W)
 
     found = changes(base, write_model(tmp_path / "grown", grow, vocab_size=WORDS + 8))
-    assert found["lm_head.weight"] == Change(Kind.SHAPE, moved=0.0) and found[Q0].kind is Kind.LOW_RANK
+    assert found["lm_head.weight"] == Change(Verdict.SHAPE, moved=0.0) and found[Q0].kind is Verdict.LOW_RANK
 
 
 def test_a_tied_head(tmp_path: Path) -> None:
@@ -117,25 +117,25 @@ def test_a_tied_head(tmp_path: Path) -> None:
     tied = write_model(tmp_path / "tied", head=False, tie_word_embeddings=True)
     head = tensors()["model.embed_tokens.weight"]
     untied = write_model(tmp_path / "untied", lambda name, W: head if name == "lm_head.weight" else W)
-    assert {change.kind for change in changes(tied, untied).values()} == {Kind.SAME}
+    assert {change.kind for change in changes(tied, untied).values()} == {Verdict.SAME}
     found = changes(untied, tied)
-    assert found["lm_head.weight"].kind is Kind.MISSING
+    assert found["lm_head.weight"].kind is Verdict.MISSING
 
 
 def test_what_is_added_and_missing(base: Path, tmp_path: Path) -> None:
     some = {name: W for name, W in tensors().items() if "layers.1" not in name}
     less = write_checkpoint_directory(tmp_path / "less", some, llama_config(num_hidden_layers=1))
     found = changes(base, less)
-    gone = {name for name, change in found.items() if change.kind is Kind.MISSING}
+    gone = {name for name, change in found.items() if change.kind is Verdict.MISSING}
     assert gone == {name for name in tensors() if "layers.1" in name}
-    assert {name for name, change in changes(less, base).items() if change.kind is Kind.ADDED} == gone
+    assert {name for name, change in changes(less, base).items() if change.kind is Verdict.ADDED} == gone
 
 
 def test_nan_is_told_and_not_factorised(base: Path, tmp_path: Path) -> None:
     def spoil(name: str, W: torch.Tensor) -> torch.Tensor:
         return W * torch.nan if name == Q0 else W
 
-    assert changes(base, write_model(tmp_path / "nan", spoil))[Q0].kind is Kind.NOT_FINITE
+    assert changes(base, write_model(tmp_path / "nan", spoil))[Q0].kind is Verdict.NOT_FINITE
 
 
 # --- the record -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from merges import BF16, F16, F32, full, merged, update, weights
 
-from laser.delta.difference import Kind, compare, evidence, judge, whitened
+from laser.delta.difference import Verdict, compare_tensors, evidence, judge_difference, whitened
 from laser.delta.formats import same_bits
 from laser.delta.formulas import Formula
 from laser.delta.recover import is_believed, recover, vote
@@ -165,9 +165,9 @@ def test_on_every_device(device: Device) -> None:
 
 
 def found_in(W: torch.Tensor, q: torch.Tensor, voted: int | None = None) -> Solution | None:
-    change = compare(W, q)
+    change = compare_tensors(W, q)
     s = torch.linalg.svdvals(whitened(W, q, HOST)).numpy()
-    return recover(W, q, judge(change, s, (q.shape[0], q.shape[1])), voted)
+    return recover(W, q, judge_difference(change, s, (q.shape[0], q.shape[1])), voted)
 
 
 @pytest.mark.slow
@@ -215,8 +215,8 @@ def test_evidence_and_vote() -> None:
     assert evidence(4, (100, 100), 0.784) == pytest.approx(10.0)
     assert evidence(0, (100, 100), 0.5) == 0
     W = weights(64, 48)
-    change = judge(compare(W, merged(W, update(W, 3, 0.02))), torch.linalg.svdvals(
+    change = judge_difference(compare_tensors(W, merged(W, update(W, 3, 0.02))), torch.linalg.svdvals(
         whitened(W, merged(W, update(W, 3, 0.02)), HOST)).numpy(), (64, 48))  # fmt: skip
-    assert change.kind is Kind.LOW_RANK and vote([change]) == (change.rank, True) and vote([]) == (None, False)
+    assert change.kind is Verdict.LOW_RANK and vote([change]) == (change.rank, True) and vote([]) == (None, False)
     assert is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 1, 1, 1000), BF16)
     assert not is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 3, 1, 1000), BF16)
