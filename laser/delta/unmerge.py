@@ -399,8 +399,8 @@ def _by_bytes(base: Base, matrix: Matrix) -> Piece:
         change = base.by_bytes(matrix) if matrix.part is None else None
         if change is None or change.kind is not Verdict.SAME:
             raise UsageError(
-                f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(STORED_FLOATS)}; try checkpoints "
-                "converted to bfloat16"
+                f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(STORED_FLOATS)}; try "
+                "checkpoints converted to bfloat16"
             )
         return Piece(
             MatrixEntry(matrix.name, How.SAME, Verdict.SAME, "", matrix.parameters, base.places[matrix.name].name)

@@ -9,7 +9,7 @@ version of torch and NumPy. The entries are numbered along a grid of a rows and 
 their number up to its root. Then by turns a place's row moves on by an amount that only its column decides, and its
 column by one that only its row decides, both modulo the grid:
 
-    row + f_1(column),  column + g_2(row),  row + f_3(column),  ...  after FEISTEL_ROUNDS of them: where the entry comes from
+    row + f_1(column),  column + g_2(row),  row + f_3(column),  ...  after FEISTEL_ROUNDS: where the entry comes from
 
 Each step can be undone, so this is a permutation: a Feistel network with addition (Luby and Rackoff 1988; Black and
 Rogaway 2002 for sides that are no powers of two). The amounts come from SplitMix64 (Steele, Lea and Flood 2014). They
@@ -104,8 +104,8 @@ def grid(count: int) -> tuple[int, int]:
 
 
 def amounts(seed: int, a: int, b: int) -> NDArray[np.int64]:
-    """(FEISTEL_ROUNDS, b) by how much a place moves on in each step: by turns f (b,), below a, and g, below b, of which a are
-    used."""
+    """(FEISTEL_ROUNDS, b) by how much a place moves on in each step: by turns f (b,), below a, and g, below b, of
+    which a are used."""
     steps = np.arange(FEISTEL_ROUNDS, dtype=np.uint64)[:, None]
     keys = split_mix(split_mix(np.array([seed], dtype=np.uint64)) + steps)
     high = split_mix(keys ^ np.arange(b, dtype=np.uint64)) >> np.uint64(32)

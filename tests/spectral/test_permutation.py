@@ -15,7 +15,7 @@ from laser.errors import UsageError
 from laser.spectral import permutation
 from laser.spectral.devices import HOST, Device
 from laser.spectral.permutation import (
-    ROUNDS,
+    FEISTEL_ROUNDS,
     columns_by_row,
     grid,
     largest_singular_value,
@@ -61,7 +61,7 @@ def split_mix(x: int) -> int:
 
 def source(place: int, seed: int, a: int, b: int) -> int:
     row, column = divmod(place, b)
-    for step in range(ROUNDS):
+    for step in range(FEISTEL_ROUNDS):
         key = split_mix((split_mix(seed) + step) % 2**64)
         if step % 2 == 0:
             row = (row + ((split_mix(key ^ column) >> 32) * a >> 32)) % a
@@ -102,7 +102,7 @@ def test_the_order_does_not_depend_on_how_much_of_it_is_worked_out_at_a_time(mon
 
 def test_in_each_row_the_order_is_the_reference_s() -> None:
     m, n, seed = 5, 37, 2
-    (_, found), key = next(columns_by_row(m, n, seed)), split_mix((split_mix(seed) + ROUNDS) % 2**64)
+    (_, found), key = next(columns_by_row(m, n, seed)), split_mix((split_mix(seed) + FEISTEL_ROUNDS) % 2**64)
     for row in range(m):
         words = [split_mix(key ^ split_mix(row) ^ column) for column in range(n)]
         assert found[row].tolist() == sorted(range(n), key=lambda i, words=words: (words[i] >> 6, i))
