@@ -39,7 +39,7 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     checkpoint = laser.open_checkpoint(arguments.checkpoint)
     device = laser.choose_device("cpu")
-    rules = [rule.sample or name for name, rule in laser.RULES.items()]
+    rules = [rule.sample or name for name, rule in laser.RULES.items() if not rule.needs_sigma]
     chosen = [m for m in laser.list_matrices(checkpoint) if laser.Selection().why_not(m) is None][:: arguments.every]
     print(f"{len(chosen)} matrices of {checkpoint.name}, {len(rules)} rules")
 

@@ -52,7 +52,8 @@ def main() -> None:
         "sign differs",
         "unresolved",
     )
-    table = {rule.sample or name: np.zeros(len(columns), dtype=int) for name, rule in RULES.items()}
+    asked = [rule.sample or name for name, rule in RULES.items() if not rule.needs_sigma]
+    table = {name: np.zeros(len(columns), dtype=int) for name in asked}
     for matrix in matrices:
         W, shape = checkpoint.read(matrix.name), (matrix.shape[0], matrix.shape[1])
         exact, rough = singular_values(W, HOST)[0], singular_values(W, device)[0]

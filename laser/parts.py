@@ -34,10 +34,12 @@ class PartOfRun:
     @classmethod
     def parse(cls, text: str) -> PartOfRun:
         """I/N. Raises UsageError for anything else."""
-        found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text, re.ASCII)
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text, re.ASCII)
         part = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
-        if not 1 <= part.number <= part.of:
-            raise UsageError(f"--part {text!r} names no part, expected I/N with I from 1 to N; try --part 1/8")
+        if not 1 <= part.number <= part.of <= MOST:
+            raise UsageError(
+                f"--part {text!r} names no part, expected I/N with I from 1 to N and N up to {MOST}; try --part 1/8"
+            )
         return part
 
     def __str__(self) -> str:

@@ -135,6 +135,7 @@ def _forced(name: str, words: tuple[str, ...], outputs: tuple[str, ...], *old: t
 PLAN = ("plan", "{spectra}", "-o", "p", "--rule")
 SCAN = ("scan", "{model}", "-o", "s", "--roles", "q,w2")
 HUNT = ("search", "{model}", "-o", "p", "--rules", "rank:4", "--roles", "q", "--text", "{text}", *WINDOWS, "--held-out-windows", "2")  # fmt: skip # noqa: E501
+UNMERGE = ("unmerge", "{model}", "o", "-o", "a")
 VERBS = (
     Verb("scan", SCAN, ("s",)),
     Verb("plan", (*PLAN, "rank:4"), ("p",)),
@@ -152,6 +153,9 @@ VERBS = (
     Verb("spectra", ("spectra", "{spectra}", "--snr-json", "a", "--unfrozen-yaml", "b"), ("a", "b")),
     Verb("convert", ("convert", "{release}", "-o", "c"), ("c",)),
     Verb("card", ("card", "o", "--source", "{model}"), ("o",), (REDUCE,)),
+    Verb("delta", ("delta", "{model}", "o", "-o", "d"), ("d",), (REDUCE,)),
+    Verb("unmerge", UNMERGE, ("a",), (REDUCE,)),
+    Verb("rebuild", ("rebuild", "{model}", "a", "-o", "t"), ("t",), (REDUCE, UNMERGE)),
     _forced("scan", (*SCAN, "--null", "1"), ("s",), SCAN),
     _forced("plan", (*PLAN, "rank:6"), ("p",), (*PLAN, "rank:4")),
     _forced("reduce", REDUCE, ("o",), (*ONE_PASS, "--lowest-snr", "1")),

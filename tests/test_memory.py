@@ -764,6 +764,9 @@ VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
     "report": ("s.safetensors -o new.html", "laser.cli.look.page.render_page"),
     "convert": ("m -o new", "laser.cli.convert.open_checkpoint"),
     "devices": ("--probe", "laser.cli.devices.measure_device"),
+    "delta": ("m out -o new", "laser.cli.delta.scan_into"),
+    "unmerge": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
+    "rebuild": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
 }  # fmt: skip
 
 
@@ -787,7 +790,7 @@ def test_out_of_memory_is_one_line_in_every_verb(
 ) -> None:
     assert VERBS_AND_FAULTS.keys() == {verb.__name__ for verb in VERBS}
     words, place = VERBS_AND_FAULTS[verb]
-    goes_on = {"scan", "reduce", "run", "calibrate", "search", "leaderboard"}
+    goes_on = {"scan", "reduce", "run", "calibrate", "search", "leaderboard", "delta", "unmerge"}
     monkeypatch.chdir(made)
     errors = (KINDS[0], MemoryError(), damaged(OSError(12, "Cannot allocate memory")))  # each a kind of its own
     for number, error in enumerate(errors):

@@ -77,6 +77,9 @@ def test_no_verb_runs_the_code_of_a_model(
         "plot": [(at("s"), "-o", at("p.png"), "--heat", "kept")],
         "report": [(at("s"), "-o", at("r.html"), "--roles", "q", "--layers", 0)],
         "convert": [(model, "-o", at("c"))],
+        "delta": [(model, at("out"), "-o", at("d"))],
+        "unmerge": [(model, at("out"), "-o", at("a"))],
+        "rebuild": [(model, at("a"), "-o", at("t"))],
     }
     assert verbs.keys() == {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     refused = (

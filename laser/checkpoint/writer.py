@@ -292,7 +292,7 @@ def write_checkpoint(
                 journal.remove()
             require_undivided(out / JOURNAL)
         work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
-        return _write_all(work, describe, run, {})
+        return _write_all(work, describe, run)
 
 
 def write_part(
@@ -309,7 +309,8 @@ def write_part(
 ) -> dict[str, Any] | list[PartOfRun]:
     """As `write_checkpoint`, of every Nth shard alone; whoever ends last adds all else, and returns laser.json.
 
-    Others return which parts are not done. What another part has done is believed if its files look as it left them.
+    Others return which parts are not done.
+    What the other parts have done is read again first, as before every record of a whole output.
     """
     if is_settled(source, out):
         document = _settled(out, run)
@@ -324,10 +325,10 @@ def write_part(
         else:
             work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
             before = len(journal.entries)
-            work.find(mine, {})
+            work.find(mine)
             work.make(mine)
             if not was_done or len(journal.entries) > before:
-                journal.append({"done": {shard.name: _stamp_of_shard(out, shard) for shard in mine}})
+                journal.append({"done": {}})
     with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (_, missing):
         if missing and not is_settled(source, out):
             return missing
@@ -337,14 +338,12 @@ def write_part(
         with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (journals, _):
             (out / JOURNAL).unlink(missing_ok=True)  # of a part that was killed here
             with Journal(out / JOURNAL, run, shapes=JOURNAL_SHAPES) as journal:
-                stamps: dict[str, Any] = {}
                 for each in journals:
                     for entry in each.entries:
-                        stamps |= entry.get("done", {})
                         if "done" not in entry:
                             journal.append(entry)
                 work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
-                document = _write_all(work, describe, run, stamps)
+                document = _write_all(work, describe, run)
     return _tidied(out, document)
 
 
@@ -354,15 +353,6 @@ def _by_cost(source: Checkpoint, touched: Sequence[Matrix]) -> list[Shard]:
     for matrix in touched:
         costs[source.tensors[matrix.tensor].shard] += matrix.cost
     return sorted(source.shards, key=lambda shard: (-costs[shard.name], -shard.size, shard.name))
-
-
-def _stamp_of_shard(out: Path, shard: Shard) -> list[int] | None:
-    """Size and time of the last write, in ns, of a shard that is whole; None where it is not there."""
-    for file in (out / shard.name, partial_of(out, shard.name)):
-        with disk_errors(file), suppress(FileNotFoundError):
-            found = file.stat()
-            return [found.st_size, found.st_mtime_ns]
-    return None
 
 
 def _tidied(out: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -390,8 +380,8 @@ class _Work:
     promises: Promises = field(default_factory=Promises)
     hashes: dict[str, str | None] = field(default_factory=dict)
 
-    def find(self, shards: Sequence[Shard], stamps: Mapping[str, Any]) -> None:
-        """See which of these are whole. stamps: of files that are believed unread, see `_finished`.
+    def find(self, shards: Sequence[Shard]) -> None:
+        """See which of these are whole.
 
         Raises OutputError where the disk has no room for the rest.
         """
@@ -399,7 +389,7 @@ class _Work:
             self.promises.add(number, entry)
         mine = {shard.name for shard in shards}
         stated = {name: sha256 for name, sha256 in self.promises.shards.items() if name in mine}
-        self.hashes = _finished(self.source, self.out, stated, self.touched, self.on_check, stamps)
+        self.hashes = _finished(self.source, self.out, stated, self.touched, self.on_check)
         for shard in shards:
             if shard.name in self.hashes:
                 self.done(shard)
@@ -427,10 +417,10 @@ class _Work:
             require_unchanged(self.source, gone)
 
 
-def _write_all(work: _Work, describe: Describe, run: dict[str, Any], stamps: Mapping[str, Any]) -> dict[str, Any]:
+def _write_all(work: _Work, describe: Describe, run: dict[str, Any]) -> dict[str, Any]:
     """All that is left of an output; the journal goes. Returns laser.json."""
     source, out, promises, touched = work.source, work.out, work.promises, work.touched
-    work.find(source.shards, stamps)
+    work.find(source.shards)
     if source.hub is not None:
         side_files(source.hub)
     files, left_out = _copy_side_files(source, out)
@@ -483,19 +473,13 @@ def _finished(
     stated: Mapping[str, str | None],
     touched: Sequence[Matrix],
     on_check: OnCheck,
-    stamps: Mapping[str, Any],
 ) -> dict[str, str | None]:
-    """sha256 by name of the shards that a journal calls finished, and that are; None where it is the source's.
-
-    stamps: of files that another process has left there, whole, and which are read only if they look otherwise now.
-    """
+    """sha256 by name of the shards that a journal calls finished, and that are; None where it is the source's."""
     shards = [shard for shard in source.shards if shard.name in stated]
     tick = _counting(sum(shard.size for shard in shards), on_check)
 
     def is_there(shard: Shard) -> bool:
         files = (out / shard.name, partial_of(out, shard.name))
-        if shard.name in stamps and _stamp_of_shard(out, shard) == stamps[shard.name]:
-            return True
         file = next((file for file in files if file.exists()), None)
         with disk_errors(out / shard.name):
             return file is not None and _is_intact(source, shard, file, stated[shard.name], touched, tick)

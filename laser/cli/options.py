@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -132,8 +132,10 @@ class Precise(OneDevice):
 
     def choose(self) -> Device:
         from laser.spectral.devices import choose_device
+        from laser.spectral.measuring import chosen_routes
 
-        return choose_device(self.device, self.precision)
+        found = choose_device(self.device, self.precision)
+        return replace(found, routes=chosen_routes(found))
 
 
 @dataclass(frozen=True)

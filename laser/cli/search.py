@@ -262,6 +262,7 @@ def print_search(result: SearchResult) -> None:
         decision = "rejected" if not t.accepted else "kept" if kept and not t.alone else "accepted"
         rank = next(iter(t.ranks.values()))
         change = "not finite" if t.d is None else f"{t.d:+.5f}"
+        change += "" if t.raced is None else f" after {t.raced} units"
         rows.append((t.label, t.rule, rank, change, digits(t.se), decision, f"{t.seconds:.1f}"))
     common.print_table(("candidate", "rule", "rank", "change", "±", "decision", "s"), rows)
     for what, report in (("calibration", result.calibration), *(("held out", r) for r in result.held_out)):

@@ -116,7 +116,7 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
 def cut_of(
     checkpoint: Checkpoint, rule: str, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
 ) -> dict[str, torch.Tensor]:
-    """The matrices truncated in the rule's metric, in storage dtype: what `reduce` would write for these ranks."""
+    """The matrices truncated in the rule's metric, in storage dtype: what `reduce` writes by the method gram."""
     found = {}
     for name, rank in ranks.items():
         W, gains = read_matrix(checkpoint, name), Gains(rank)

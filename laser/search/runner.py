@@ -256,8 +256,10 @@ class Runner:
 
     def _keep(self, candidate: Candidate, option: int, trial: Trial) -> None:
         rule, ranks = candidate.options[option]
-        for bench in (self.bench, *([self.heat] if self.heat else ())):
-            bench.keep({name: (rule, rank) for name, rank in ranks.items()})
+        variant = {name: (rule, rank) for name, rank in ranks.items()}
+        self.bench.keep(variant)
+        if self.heat:
+            self.heat.kept(variant)
         self.kept |= dict.fromkeys(ranks, trial)
         # The states before this one are done with, and what was measured on top of them.
         self.state = (*self.state, (name_of(candidate), option))
@@ -287,8 +289,9 @@ class Runner:
                 kept |= dict.fromkeys(ranks)
         base = self.state not in self.measured
         walk = self._race if self.heat else self._walk
-        self.measured |= walk(states[:room], variants[:room], base)
-        self._hear()
+        found = walk(states[:room], variants[:room], base)
+        self.measured |= found
+        self._hear(found)
 
     def _walk(
         self, states: Sequence[State], variants: Sequence[Variant], base: bool, bench: Bench | None = None
@@ -339,10 +342,10 @@ class Runner:
         any: `no-worse` keeps most of what it is shown, the other two keep little."""
         return self._said.get(name_of(candidate), 0 if self.accept == "no-worse" else None)
 
-    def _hear(self) -> None:
-        """What the results say of each candidate, if the state they were measured on were the one that counts."""
+    def _hear(self, news: Mapping[State, VariantResult]) -> None:
+        """What a walk's results say of each candidate, if the state they were measured on were the one that counts."""
         options: dict[tuple[State, str], dict[int, VariantResult]] = {}
-        for state, found in self.measured.items():
+        for state, found in news.items():
             if state:
                 options.setdefault((state[:-1], state[-1][0]), {})[state[-1][1]] = found
         for (state, name), measured in options.items():

@@ -21,6 +21,7 @@ from scipy import stats
 
 from laser.checkpoint.source import Source, require_unchanged
 from laser.choices import ACCEPT
+from laser.engine.crew import Crew
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
 from laser.evaluation.perplexity import weighted_mean
@@ -89,7 +90,11 @@ class SearchResult:
         """
         best: dict[str, Trial] = {}
         for trial in self.trials:
-            if trial.d is not None and trial.d < (best[trial.label].d or 0.0 if trial.label in best else math.inf):
+            if (
+                trial.raced is None
+                and trial.d is not None
+                and trial.d < (best[trial.label].d or 0.0 if trial.label in best else math.inf)
+            ):
                 best[trial.label] = trial
         kept = [line.metric for line in self.plan.reductions.values()]
 
@@ -214,6 +219,8 @@ def search(
                 each.wanted, each.branches = _wanted(found, model)
             whole.forget(b for b in tuple(whole.boundaries) if whole is not bench or b[0] not in whole.wanted)
         runner.grid(found) if grid else runner.one_by_one(found)
+        for each in benches:  # what comes now needs the memory
+            each.forget(tuple(each.boundaries))
         reports = _reports(model, held_out, runner.kept, log, told)
         with spoiling(log.journal):
             require_unchanged(checkpoint)
@@ -263,7 +270,8 @@ def _as_asked(
     asked |= {"grid": options.get("grid", False), "accept": options["accept"], "order": options["order"]}
     asked |= {"racing": True} if options.get("racing") else {}
     asked |= {"objective": calibration.name, "calibration": calibration.text}
-    asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": device.label}
+    label = Crew((device,)).label if device.routes else device.label  # on which last digits depend
+    asked |= {"calibration_sha256": calibration.sha256, "dtype": str(model.dtype), "device": label}
     return asked | ({"moments": moments.calibration.identity} if moments else {})
 
 
@@ -458,7 +466,7 @@ def _plan(
 
 
 def _correlation(trials: Sequence[Trial]) -> float | None:
-    pairs = [(t.predicted, t.d) for t in trials if t.predicted is not None and t.d is not None]
+    pairs = [(t.predicted, t.d) for t in trials if t.raced is None and t.predicted is not None and t.d is not None]
     if len(pairs) < 3 or len({p for p, _ in pairs}) < 2 or len({d for _, d in pairs}) < 2:
         return None
     found: Any = stats.spearmanr([p for p, _ in pairs], [d for _, d in pairs])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ def accepted(rule: str, d: float, se: float | None) -> bool:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One variant's values, one per unit of the objective, and what they took: layers times windows, and its share of
-    the walk's seconds."""
+    """One variant's values, one per unit of the objective, and what they took: the layers above its edits times
+    windows, and its share of the walk's seconds."""
 
     values: list[float]
     layer_forwards: int
@@ -134,6 +135,10 @@ class Bench:
         """Make the edits of `variant` part of the model."""
         for name, cut in variant.items():
             self.model.edit(name, self.model.store.keep(self.cut(name, *cut)))
+        self.kept(variant)
+
+    def kept(self, variant: Variant) -> None:
+        """The edits of `variant` are part of the model now: what is kept here changes its name, or is stale."""
         for piece, below in tuple(self.boundaries):
             made = self.below(piece, variant)
             states = self.boundaries.pop((piece, below))
@@ -197,7 +202,6 @@ class _Walk:
         self.enters = self.last  # the piece that they enter first
         self.alive: dict[int, Activations] = {}
         self.steps = dict.fromkeys(range(-1, len(variants)), 0)  # pieces that each ran; -1: the model itself
-        self.forwards = dict(self.steps)
         self.scores: dict[int, list[float]] = {}
 
     def _kept_of(self, variant: Variant) -> Boundary | None:
@@ -210,7 +214,8 @@ class _Walk:
         started = time.perf_counter()
         self.model.prove(self.bench.objective.windows)
         for number in self.begins.get(0, ()):
-            with self.model.held(*self.model.together(0)), self._swapped(0, number):
+            here = self._here(0, number).items()
+            with self.model.held(*self.model.together(0)), self._swapped(here, {}, Counter()):
                 self.alive[number] = self.model.embed(self.bench.objective.windows)
         if self.highest:
             self._enter()
@@ -221,16 +226,24 @@ class _Walk:
             with self.model.held(*self.model.together(piece), then=piece + 1 if piece < self.last else None):
                 if self.own is not None and piece >= self.enters:
                     self._run(piece, -1, self.own)
-                for together in self._alike(piece).values():
-                    with self._swapped(piece, together[0]):
+                cuts: dict[tuple[str, RuleAndRank], torch.Tensor] = {}  # those that come again in this piece
+                alike = self._alike(piece)
+                uses = Counter(edit for edits in alike for edit in edits)
+                for edits, together in alike.items():
+                    with self._swapped(edits, cuts, uses):
                         for number in together:
                             self._run(piece, number, self.alive[number])
         seconds = (time.perf_counter() - started) / max(sum(self.steps.values()), 1)
         found = {
-            number: VariantResult(values, self.forwards[number], round(seconds * self.steps[number], 3))
+            number: VariantResult(values, self._forwards(number), round(seconds * self.steps[number], 3))
             for number, values in self.scores.items()
         }
         return [found[number] for number in range(len(self.variants))], found.get(-1)
+
+    def _forwards(self, number: int) -> int:
+        """What a variant needs by itself, whatever was known of it before; of the model itself (-1) all."""
+        first = 1 if number < 0 else max(self.bench.first_piece(self.variants[number]), 1)
+        return (self.last - first) * len(self.bench.objective.windows)
 
     def free(self) -> None:
         for states in (*self.alive.values(), *([self.own] if self.own else ())):
@@ -277,19 +290,31 @@ class _Walk:
         edits = self.edits[number]
         return {name: cut for each in self.model.together(piece) for name, cut in edits.get(each, {}).items()}
 
-    def _swapped(self, piece: int, number: int) -> AbstractContextManager[None]:
-        cuts = self._here(piece, number)
-        return self.model.swapped({name: self.bench.cut(name, *cut) for name, cut in cuts.items()})
+    def _swapped(
+        self,
+        edits: Collection[tuple[str, RuleAndRank]],
+        cuts: dict[tuple[str, RuleAndRank], torch.Tensor],
+        uses: Counter[tuple[str, RuleAndRank]],
+    ) -> AbstractContextManager[None]:
+        """The model with these edits, each made once for all its `uses` in a piece and let go of after the last."""
+        matrices = {}
+        for edit in edits:
+            name, cut = edit
+            matrices[name] = cuts[edit] if edit in cuts else self.bench.cut(name, *cut)
+            uses[edit] -= 1
+            if uses[edit] > 0:
+                cuts[edit] = matrices[name]
+            else:
+                cuts.pop(edit, None)
+        return self.model.swapped(matrices)
 
     def _run(self, piece: int, number: int, states: Activations) -> None:
-        before = self.model.layer_forwards
         if piece < self.last:
             self.model.run_layer(piece - 1, states)
         else:
             windows = self.bench.objective.windows
             self.scores[number] = self.bench.objective.values(self.model.score(states, windows))
         self.steps[number] += 1
-        self.forwards[number] += self.model.layer_forwards - before
 
 
 def change(objective: Objective, before: list[float], after: list[float]) -> tuple[float, float | None]:

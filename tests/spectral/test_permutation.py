@@ -96,7 +96,7 @@ def test_the_order_does_not_depend_on_how_much_of_it_is_worked_out_at_a_time(mon
     whole, W = order(4096, 3), torch.arange(4096).view(32, 128)
     by_row = permuted(W, 3, "rows")
     # A size: real pieces need matrices of thousands of columns.
-    monkeypatch.setattr(permutation, "PLACES", {"cpu": 100})
+    monkeypatch.setattr(permutation, "GRID_PLACES", {"cpu": 100})
     assert np.array_equal(order(4096, 3), whole) and torch.equal(permuted(W, 3, "rows"), by_row)
 
 
