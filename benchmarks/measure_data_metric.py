@@ -90,7 +90,7 @@ def main() -> None:
             measure(asked, journal)
             assert len(journal.entries) == count >= 4, "an edit was measured twice"
         if asked.report or asked.smoke:
-            report(asked, journal.entries)
+            report(asked, list(journal.entries))
 
 
 def measure(asked: argparse.Namespace, journal: Journal) -> None:

@@ -627,7 +627,7 @@ def test_reproduction(source: CardSource) -> None:
     for fact in ("abc123", "1" * 64, "2" * 64, "3" * 64, "| torch | 2.13 |", "| lm-eval (tasks) | 0.4.13 |"):
         assert fact in text
     routed = outcome_of()
-    routed.run["device"] = "cpu float32 values:0=mkl vectors:0=numpy"
+    routed.run["device"] = "cpu float32 values:0=mkl vectors:0=numpy"  # pyright: ignore[reportIndexIssue]
     assert "--device cpu --precision float32 --method gram" in card("m", routed, source)
     told = card("m", outcome_of(), source, run=CardRun(commands=("laser reduce base plan.json -o m",)))
     assert "```sh\nlaser reduce base plan.json -o m\nlaser verify" in told
