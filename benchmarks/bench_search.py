@@ -36,7 +36,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
 from laser.pipeline import scan
 from laser.search.candidates import cut_of
-from laser.search.runner import RIGHT_IN_A_ROW, Runner
+from laser.search.runner import FIRST_AHEAD, LEAST_AHEAD, Runner
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench
 from laser.selection import Selection
@@ -242,8 +242,7 @@ def simulate(count: int, kept: int, room: int, ratio: float) -> dict[str, tuple[
     at = wrong = measured = 0  # measured: candidates that an earlier walk has measured, and kept states of
     since = LAYERS
     while at < count:
-        in_a_row = at / wrong if wrong else max(RIGHT_IN_A_ROW["better"], at)
-        ahead = max(1, round(2 * math.sqrt(ratio * in_a_row)))
+        ahead = max(LEAST_AHEAD, round(2 * math.sqrt(ratio * at / wrong))) if wrong else max(FIRST_AHEAD, at)
         stop = min(at + ahead, at + room, count)
         spare = room >= 2 * (stop - at)
         starts = [since if spare and i < measured else layers[i] for i in range(at, stop)]

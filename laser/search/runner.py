@@ -133,9 +133,8 @@ def from_numbers(values: Sequence[float | None], objective: Objective, raced: in
 
 # What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
 State = tuple[tuple[str, int], ...]
-# How many guesses in a row are right, before it is known. Of trained models `better` keeps next to nothing (LOG.md). By
-# chance alone `any-drop` keeps every second edit and `no-worse` five of six.
-RIGHT_IN_A_ROW = {"better": 100, "any-drop": 2, "no-worse": 6}
+# Candidates that a walk takes at the least: before a guess was wrong as many as LaserRMT tries, and then.
+FIRST_AHEAD, LEAST_AHEAD = 15, 4
 QUARTER, LOST = 4, 2.5  # a race: after this share of the units, who is worse by so many standard errors is out
 
 
@@ -323,10 +322,12 @@ class Runner:
     def _ahead(self, candidates: Sequence[Candidate], at: int) -> int:
         """As many candidates as a walk should take at the most.
 
-        Where it reads no layer, one: nothing is saved then, and a wrong guess costs what was measured behind it. Else
-        let reading a layer take c times as long as running a variant through it, and R guesses in a row be right. With
-        W at a time, reading is c / W a candidate, and of W / 2 that were measured in vain about half is run again, from
-        the edit on: W / 4R. The sum is least at W = 2 sqrt(c R).
+        Where it reads no layer, one: nothing is saved then, and a wrong guess costs what was measured behind it.
+
+        While every guess was right, as many as were decided so far: the number doubles, and what one wrong guess makes
+        vain stays below what counts. Then let reading a layer take c times as long as running a variant through it, and
+        R guesses in a row be right. With W at a time reading is c / W a candidate, and of W / 2 that were measured in
+        vain about half is run again, from the edit on: W / 4R. The sum is least at W = 2 sqrt(c R).
         """
         if at >= len(candidates):
             return 0
@@ -334,8 +335,9 @@ class Runner:
         if all(self.bench.model.in_memory(piece) for piece in range(first, self.bench.model.layers + 2)):
             return 1
         decided = self._right + self._wrong
-        in_a_row = decided / self._wrong if self._wrong else max(RIGHT_IN_A_ROW[self.accept], decided)
-        return max(1, round(2 * math.sqrt(self.bench.reading_to_running() * in_a_row)))
+        if not self._wrong:
+            return max(FIRST_AHEAD, decided)
+        return max(LEAST_AHEAD, round(2 * math.sqrt(self.bench.reading_to_running() * decided / self._wrong)))
 
     def _guess(self, candidate: Candidate) -> int | None:
         """The option that will be kept, None for none: what its latest results say, measured on another state. Without
