@@ -4,7 +4,9 @@
     one-stage  NumPy's own OpenBLAS, called directly (openblas.py): reduction to tridiagonal form, its eigenvalues in
                float64, and only those eigenvectors that are asked for. In float64 and float32
     two-stage  the same with a reduction in two stages, which keeps no vectors: for eigenvalues alone
-    mkl        torch's MKL, in float64. Its float32 loses more digits than the stated error allows (LOG.md)
+
+Torch's MKL is none of them: its last digits depend on where memory lies, so that two workers at once do not get the
+bits of one; in float32 it also loses more digits than the stated error allows (LOG.md).
 
 Which one is fastest depends on the side p, on the machine, and on how many workers share its memory. DEFAULT holds what
 was measured for LOG.md; `laser devices --probe` measures here. Routes differ in the last bits, so that a choice which
@@ -19,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
@@ -128,8 +129,7 @@ def taken(what: str, p: int, dtype: np.dtype[Any], routes: Routes | None) -> str
 
 def offered(what: str, dtype: np.dtype[Any]) -> tuple[str, ...]:
     """The routes for "values" or "vectors" that this machine has in that precision."""
-    there = {"numpy": True, "mkl": dtype == np.float64 and torch.backends.mkl.is_available()}
-    return tuple(route for route in ROUTE_TABLES[what] if there.get(route, find_openblas() is not None))
+    return tuple(route for route in ROUTE_TABLES[what] if route == "numpy" or find_openblas() is not None)
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
@@ -142,15 +142,6 @@ def _numpy_values(G: Real) -> Eigenvalues:
 def _numpy_vectors(G: Real) -> Eigen:
     values, vectors = np.linalg.eigh(G)
     return Eigen(values.astype(np.float64), lambda which: columns(vectors, which))
-
-
-def _mkl_values(G: Real) -> Eigenvalues:
-    return torch.linalg.eigvalsh(torch.from_numpy(G)).numpy()
-
-
-def _mkl_vectors(G: Real) -> Eigen:
-    values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(G)))
-    return Eigen(values, lambda which: columns(vectors, which))
 
 
 def _reduced(G: Real, stages: int) -> tuple[OpenBlas, Tridiagonal, Eigenvalues]:
@@ -188,11 +179,9 @@ VALUE_ROUTES: Mapping[str, Callable[[Real], Eigenvalues]] = {
     "numpy": _numpy_values,
     "one-stage": lambda G: _reduced(G, 1)[2],
     "two-stage": lambda G: _reduced(G, 2)[2],
-    "mkl": _mkl_values,
 }
 VECTOR_ROUTES: Mapping[str, Callable[[Real], Eigen]] = {
     "numpy": _numpy_vectors,
     "one-stage": _one_stage_vectors,
-    "mkl": _mkl_vectors,
 }
 ROUTE_TABLES: Mapping[str, Mapping[str, object]] = {"values": VALUE_ROUTES, "vectors": VECTOR_ROUTES}
