@@ -32,6 +32,7 @@ def test_devices_says_what_and_why(run: Run) -> None:
     assert json.loads(run("devices", "--device", "cpu", "--json")[1])["probe"] is None
 
 
+@pytest.mark.slow
 def test_probe_is_printed_and_kept(run: Run, cache: Path, tmp_path: Path) -> None:
     code, out, _ = run("devices", "--device", "cpu", "--probe", "--disk", str(tmp_path))
     assert code == 0 and str(cache) in out and "eigenvalues s" in out and "disk write" in out
@@ -77,6 +78,7 @@ def test_a_probe_leaves_nothing_behind(run: Run, cache: Path, monkeypatch: pytes
     assert sorted(cache.parent.iterdir()) == sorted([cache, living])
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_no_probe(run: Run, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
     code, out, err = run("devices", "--device", "cpu", "--probe")

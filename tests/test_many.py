@@ -98,6 +98,7 @@ def test_every_verb_is_linear_in_the_number_of_matrices(run: Run, tmp_path: Path
         assert many - fewest < 1.15 * (MANY - 3) / (FEW - 3) * (few - fewest), (verb, lines)
 
 
+@pytest.mark.slow
 def test_a_journal_keeps_places_and_no_entries(tmp_path: Path) -> None:
     """At p = 2048 a scan's entry is 22 kB, and 45,000 of them were held."""
     entry = {"values": "x" * 100_000}
@@ -152,6 +153,7 @@ def test_json_in_pieces_is_what_python_writes() -> None:
         to_json({"a": [object()]})
 
 
+@pytest.mark.slow
 def test_a_plan_is_saved_in_less_memory_than_its_text(pico: Path, tmp_path: Path) -> None:
     """45,000 lines are 31 MB of text, which stood in memory five times."""
     plan = laser.make_plan(laser.scan(laser.open_checkpoint(pico), laser.Selection(roles=("q",))), "fraction:0.5")

@@ -71,6 +71,7 @@ def test_the_bytes_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("of", [1, 2, 5, 40])
+@pytest.mark.slow
 def test_any_number_of_parts_does(of: int, pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
     """Also more than there are shards, or matrices."""
     for number in range(1, of + 1):
@@ -193,6 +194,7 @@ def test_a_part_of_what_was_begun_undivided_is_refused(pico: Path, whole: Path, 
     assert snapshot(tmp_path / "out") == snapshot(whole / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_part_goes_on_and_so_does_one_killed_while_it_makes_the_whole(
     pico: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

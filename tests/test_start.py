@@ -63,6 +63,7 @@ def test_the_help_of_a_verb_imports_no_library(verb: str) -> None:
     assert imported_by(verb, "--help") == (0, [])
 
 
+@pytest.mark.slow
 def test_import_laser_imports_a_library_once_it_is_asked_for() -> None:
     assert imported_by(code="import laser; dir(laser)") == (0, [])
     assert (

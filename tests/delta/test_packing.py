@@ -15,6 +15,7 @@ DTYPES = [BF16, F16, F32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.binary(max_size=64), other=st.binary(min_size=64, max_size=64))
+@pytest.mark.slow
 def test_what_is_packed_comes_back(dtype: torch.dtype, data: bytes, other: bytes) -> None:
     """Any bits at all, NaN and signs of zero among them, with and without something to go by."""
     size = len(data) // dtype.itemsize

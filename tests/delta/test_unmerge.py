@@ -169,6 +169,7 @@ def phi(change: Change | None = None) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_fused_against_unfused(run: Run, base: Path, tmp_path: Path) -> None:
     """The base stores q, k and v apart; the tuned one together. PEFT has no name for a part, laser does."""
     config = llama_config(model_type="phi3", num_key_value_heads=2, architectures=["Phi3ForCausalLM"])
@@ -253,6 +254,7 @@ def test_ranks_that_differ_are_in_the_pattern(base: Path, tmp_path: Path) -> Non
 # --- going on, and refusals -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(run: Run, base: Path, tmp_path: Path) -> None:
     """Killed among the matrices and called again, it writes the same bytes, and what was done is not done again."""
     tuned = write_model(tmp_path / "tuned", lora(("q_proj", "v_proj")))
@@ -280,6 +282,7 @@ def test_it_goes_on_where_it_was(run: Run, base: Path, tmp_path: Path) -> None:
     assert snapshot(out) == snapshot(tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_workers_make_no_difference(run: Run, base: Path, tmp_path: Path) -> None:
     tuned = write_model(tmp_path / "tuned", lora(("q_proj", "v_proj")))
     for workers in (1, 3):

@@ -99,6 +99,7 @@ def settled(W: torch.Tensor, device: Device, rule: str, null: np.ndarray) -> tup
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.needs_sigma])
 @pytest.mark.parametrize("device", [SINGLE, LIKE_MPS, Accelerator("cpu", torch.float32, False, "")])
+@pytest.mark.slow
 def test_the_rank_in_float32_is_that_of_float64(device: Device, name: str) -> None:
     rule, again = spec_of(name), 0
     for seed in range(12):
