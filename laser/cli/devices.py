@@ -10,7 +10,7 @@ from laser.cli.common import say
 from laser.errors import RecordError
 from laser.spectral.devices import available, exact_products, free_bytes
 from laser.spectral.eigen import here
-from laser.spectral.measuring import choose_method, chosen_routes, measure_device, precision
+from laser.spectral.measuring import choose_method, chosen_routes, measure_device
 from laser.spectral.probe import Probe, cache_path
 
 
@@ -33,7 +33,7 @@ def devices_verb(
     else:
         measured, path = _kept(chosen.label), None
     method, why = choose_method("auto", chosen)
-    routes = here(chosen_routes(chosen), precision(chosen)).stated() if chosen.host_blas else None
+    routes = here(chosen_routes(chosen)).stated() if chosen.host_blas else None
     free, exact = free_bytes(chosen), exact_products(chosen.torch_device)
     if shown_as.as_json:
         return common.print_json(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ class Routes:
     vectors: Steps
 
     def stated(self) -> str:
-        """For a device label: "values:0=numpy,1448=mkl vectors:0=numpy"."""
+        """For a device label: "values:0=numpy,1448=two-stage vectors:0=numpy"."""
         told = ((what, ",".join(f"{p}={route}" for p, route in steps)) for what, steps in vars(self).items())
         return " ".join(f"{what}:{steps}" for what, steps in told)
 
@@ -61,13 +60,13 @@ DEFAULT = Routes(
 )
 
 
-def here(routes: Routes | None, dtype: np.dtype[Any]) -> Routes:
+def here(routes: Routes | None) -> Routes:
     """What is taken on this machine, which may lack a route of the default."""
     found: dict[str, Steps] = {}
     for what in ("values", "vectors"):
         steps: list[tuple[int, str]] = []
         for start, _ in getattr(routes or DEFAULT, what):
-            route = taken(what, max(start, 2), dtype, routes)
+            route = taken(what, max(start, 2), routes)
             if not steps or steps[-1][1] != route:
                 steps.append((start, route))
         found[what] = tuple(steps)
@@ -79,34 +78,34 @@ def eigenvalues_by_route(G: Real, routes: Routes | None = None) -> Eigenvalues:
 
     Raises LinAlgError where LAPACK does not converge, UsageError for a route that does not exist here.
     """
-    return VALUE_ROUTES[taken("values", len(G), G.dtype, routes)](G)
+    return VALUE_ROUTES[taken("values", len(G), routes)](G)
 
 
 def eigenvectors_by_route(G: Real, routes: Routes | None = None) -> Eigen:
     """As `eigenvalues_by_route`, and eigenvectors in the precision of G."""
-    return VECTOR_ROUTES[taken("vectors", len(G), G.dtype, routes)](G)
+    return VECTOR_ROUTES[taken("vectors", len(G), routes)](G)
 
 
-def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]], dtype: np.dtype[Any]) -> Routes | None:
+def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Routes | None:
     """The routes that are fastest by measured["values" or "vectors"][route][side] seconds; None: those of DEFAULT.
 
     Another route than the default one has to be faster by LEAST_GAIN: the next measurement should choose alike.
     """
-    found = Routes(*(_fastest(what, measured.get(what, {}), dtype) for what in ("values", "vectors")))
+    found = Routes(*(_fastest(what, measured.get(what, {})) for what in ("values", "vectors")))
     return None if found == DEFAULT else found
 
 
-def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]], dtype: np.dtype[Any]) -> Steps:
+def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]]) -> Steps:
     """From side 256 on the best route of each measured side, up to half way (in logarithms) to the next one."""
-    there = {route: table for route, table in seconds.items() if route in offered(what, dtype)}
+    there = {route: table for route, table in seconds.items() if route in offered(what)}
     sides = sorted({p for table in there.values() for p in table})
     best: list[str] = []
     for p in sides:
-        usual = taken(what, p, dtype, None)
+        usual = taken(what, p, None)
         at = {route: table[p] for route, table in there.items() if p in table}
         first = min(at, key=lambda route: at[route])
         best.append(first if at[first] < at.get(usual, math.inf) * (1 - LEAST_GAIN) else usual)
-    if best == [taken(what, p, dtype, None) for p in sides]:
+    if best == [taken(what, p, None) for p in sides]:
         return getattr(DEFAULT, what)
     steps = [(0, "numpy")]
     for i, (p, route) in enumerate(zip(sides, best, strict=True)):
@@ -115,20 +114,20 @@ def _fastest(what: str, seconds: Mapping[str, Mapping[int, float]], dtype: np.dt
     return tuple(steps)
 
 
-def taken(what: str, p: int, dtype: np.dtype[Any], routes: Routes | None) -> str:
+def taken(what: str, p: int, routes: Routes | None) -> str:
     """The route for "values" or "vectors" at side p. One of the default that is missing here gives way to NumPy."""
     route = next(route for start, route in reversed(getattr(routes or DEFAULT, what)) if start <= p)
     if not 1 < p <= LARGEST:
         return "numpy"
-    if route in offered(what, dtype):
+    if route in offered(what):
         return route
     if routes:
         raise UsageError(f"there is no route {route} for eigen{what} here; try `laser devices --probe`")
     return "numpy"
 
 
-def offered(what: str, dtype: np.dtype[Any]) -> tuple[str, ...]:
-    """The routes for "values" or "vectors" that this machine has in that precision."""
+def offered(what: str) -> tuple[str, ...]:
+    """The routes for "values" or "vectors" that this machine has."""
     return tuple(route for route in ROUTE_TABLES[what] if route == "numpy" or find_openblas() is not None)
 
 

@@ -17,7 +17,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ def measure_device(
     # host_threads(1): a small matrix's share, which is one thread
     with full_precision(), host_threads(1) if device.host_blas else nullcontext():
         routes = measure_routes(device, route_sides, busy) if device.host_blas else {}
-        device = replace(device, routes=choose(routes, precision(device)))
+        device = replace(device, routes=choose(routes))
         G = gram(W, device)
         product = 2 * 2 * p**3 / _seconds(lambda: gram(W, device), device)
         projection = _projection(W, device)
@@ -104,7 +103,7 @@ def measure_routes(device: Device, sides: tuple[int, ...], busy: int) -> dict[st
     half as long again as the best one is not asked at the next side.
     """
     found: dict[str, dict[str, dict[int, float]]] = {what: {} for what in ROUTE_TABLES}
-    asked = {what: set(offered(what, precision(device))) for what in ROUTE_TABLES}
+    asked = {what: set(offered(what)) for what in ROUTE_TABLES}
     for what, routes in asked.items():
         routes -= {"numpy"} if "one-stage" in routes else set()
         for p in sides:
@@ -131,7 +130,7 @@ def chosen_routes(device: Device, path: Path | None = None) -> Routes | None:
         probe = Probe.load(device.label, path)
     except RecordError:  # told by `laser devices`; a default is as right
         return None
-    return choose(probe.routes, precision(device)) if probe and probe.name == chip(device) else None
+    return choose(probe.routes) if probe and probe.name == chip(device) else None
 
 
 def choose_method(method: str, device: Device, path: Path | None = None) -> tuple[str, str]:
@@ -192,11 +191,6 @@ def _half(G: torch.Tensor, device: Device) -> torch.Tensor:
     """The leading half of the eigenvectors of G (p, p): more than that no cut needs."""
     p = len(G)
     return eigenvectors(G, device)[1](np.arange(p - p // 2, p))
-
-
-def precision(device: Device) -> np.dtype[Any]:
-    """The device's precision, as NumPy calls it."""
-    return np.dtype(np.float64 if device.dtype == torch.float64 else np.float32)
 
 
 def _busy(device: Device, p: int) -> int:

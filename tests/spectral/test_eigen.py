@@ -31,7 +31,7 @@ from laser.spectral.spectrum import value_errors
 
 SINGLE = replace(HOST, dtype=torch.float32)
 DTYPES = (np.dtype(np.float64), np.dtype(np.float32))
-EVERY = [(what, dtype, route) for what in ("values", "vectors") for dtype in DTYPES for route in offered(what, dtype)]
+EVERY = [(what, dtype, route) for what in ("values", "vectors") for dtype in DTYPES for route in offered(what)]
 SIDES = (2, 3, 65, 300)  # the last ones need more than one block of any reduction
 needs_openblas = pytest.mark.skipif(find_openblas() is None, reason="NumPy computes with another BLAS here")
 
@@ -126,12 +126,11 @@ def test_a_failure_of_lapack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_openblas
 def test_the_default_goes_by_the_side() -> None:
-    double = DTYPES[0]
-    assert here(None, double) == DEFAULT
-    assert [taken("values", p, double, None) for p in (1, 255, 256, 2559, 2560, 10**5)] == [
+    assert here(None) == DEFAULT
+    assert [taken("values", p, None) for p in (1, 255, 256, 2559, 2560, 10**5)] == [
         *("numpy", "numpy", "one-stage", "one-stage", "two-stage", "numpy"),
     ]
-    assert [taken("vectors", p, double, None) for p in (255, 256, 4096)] == ["numpy", "one-stage", "one-stage"]
+    assert [taken("vectors", p, None) for p in (255, 256, 4096)] == ["numpy", "one-stage", "one-stage"]
 
 
 def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +138,9 @@ def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pyte
     # A NumPy with another BLAS.
     monkeypatch.setattr(eigen, "find_openblas", lambda: None)
     G = gram_of(300, 600, DTYPES[0])
-    assert taken("values", 300, G.dtype, None) == "numpy"  # one of the default gives way: nothing was recorded
+    assert taken("values", 300, None) == "numpy"  # one of the default gives way: nothing was recorded
     assert (eigenvalues_by_route(G) == np.linalg.eigvalsh(G)).all()
-    assert here(None, G.dtype).stated() == "values:0=numpy vectors:0=numpy"
+    assert here(None).stated() == "values:0=numpy vectors:0=numpy"
     with pytest.raises(UsageError, match=r"no route two-stage .*laser devices --probe"):
         eigenvalues_by_route(G, chosen)
 
@@ -150,7 +149,7 @@ def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pyte
 def test_the_device_carries_its_routes_to_the_gram_matrix() -> None:
     W = torch.from_numpy(np.random.default_rng(0).standard_normal((400, 300)))
     G = gram(W, HOST).numpy()
-    for route in offered("values", G.dtype):
+    for route in offered("values"):
         device = replace(HOST, routes=Routes(((0, route),), DEFAULT.vectors))
         expected = np.sqrt(np.maximum(VALUE_ROUTES[route](G)[::-1], 0))
         assert np.allclose(values_by_gram(W, device), expected, rtol=1e-15)
@@ -189,7 +188,7 @@ def test_float32_keeps_the_stated_error(shape: tuple[int, int], noise: bool) -> 
     W = W if noise else W + 3 * torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
     W = W.bfloat16()
     exact = values_by_gram(W, HOST)
-    for route in set(offered("values", DTYPES[1])) - {"numpy"}:
+    for route in set(offered("values")) - {"numpy"}:
         found = values_by_gram(W, replace(SINGLE, routes=Routes(((0, route),), DEFAULT.vectors)))
         assert (np.abs(found - exact) <= value_errors(exact, 2.0**-23)).all()
         assert np.abs(found - exact).max() > 1e-12 * exact[0]  # or float64 did it
