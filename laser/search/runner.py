@@ -144,8 +144,8 @@ class Runner:
     The decisions are those of trying one candidate after the other, each on top of what was kept before. What is
     measured is more at a time: a walk over the layers takes a candidate together with those behind it, on top of what
     will have been kept by then if each is decided as guessed. A result counts only where that came true; otherwise the
-    next walk measures from there on, and knows better what to guess. So the bits are those of one at a time, and the
-    number of walks is one and one for each wrong guess, as far as memory goes.
+    next walk measures from there on, and knows better what to guess. So the bits are those of one at a time. How many
+    are taken together, see `_ahead`, decides how often layers are read, and no result.
     """
 
     def __init__(
@@ -331,8 +331,7 @@ class Runner:
         """
         if at >= len(candidates):
             return 0
-        first = max(candidates[at].piece, 1)
-        if all(self.bench.model.in_memory(piece) for piece in range(first, self.bench.model.layers + 2)):
+        if self.bench.model.in_memory(max(candidates[at].piece, 1)):  # and so are all above it
             return 1
         decided = self._right + self._wrong
         if not self._wrong:
