@@ -17,7 +17,8 @@ OPTIONS = {
     name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for name, command in typer.main.get_command(app).commands.items()  # pyright: ignore[reportAttributeAccessIssue]
 }
-KNOWN = set().union(*OPTIONS.values(), {"--debug", "--version"})
+OF_EVERY_VERB = {"--debug", "--version", "--quiet", "--verbose", "--log-file"}
+KNOWN = set().union(*OPTIONS.values(), OF_EVERY_VERB)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 # `laser VERB`, and what belongs to it: until the sentence, the code or the command ends, or another begins.
 CALL = re.compile(r"(?<![\w./-])laser ([a-z]+)\b((?:(?!\blaser |[;`|\n]|, |\. |\) | and | or ).)*)")

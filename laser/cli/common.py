@@ -133,7 +133,8 @@ class Talk:
     def write(self, line: str) -> None:
         """A line into the log file, if there is one, at once: whoever looks there waits for it."""
         if self.log is not None:
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {visible(line)}", file=self.log, flush=True)
+            self.log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {visible(line)}\n")
+            self.log.flush()
 
 
 _talk_now: ContextVar[Talk | None] = ContextVar("how much this command says", default=None)
