@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of docs/reference/families.md from what a run on tiny models shows; tests/test_family_models.py checks it.
+"""Write the table of docs/reference/families.md from a run on tiny models; tests/test_family_models.py checks it.
 
 python scripts/render_families.py
 """

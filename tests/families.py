@@ -96,7 +96,7 @@ T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "
 BART = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "encoder_layers": 1, "decoder_layers": 2} | {
     f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
 }
-# Name in the table of families -> model_type, entries of the config. A family of laser's table that is not here is built
+# Name in the table -> model_type, entries of the config. A family of laser's table that is not here is built
 # of SIZES: it needs an entry where it wants other numbers, or another name in the table.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", SIZES | LOCAL),
