@@ -233,6 +233,7 @@ def test_a_race_ends_early_for_the_worst(accept: str, model_path: Path, tmp_path
         whole.search(journal=journal)
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_was_measured(model_path: Path, tmp_path: Path) -> None:
     """Write the plan with `reduce` and measure the files: the same loss as the search reports."""
     result = run(model_path, accept="any-drop")
@@ -479,6 +480,7 @@ def test_gradients_predict_small_removals(model_path: Path) -> None:
     assert reasons.count("not tried: not on the shortlist") == 8
 
 
+@pytest.mark.slow
 def test_the_grid_tries_cells_alone_and_composes(model_path: Path) -> None:
     rules = ("fraction:0.9", "fraction:0.5", "fraction:0.1")
     result = run(model_path, rules, grid=True, accept="any-drop", selection=Selection(layers=(1, 2), roles=("w2", "o")))
