@@ -247,6 +247,7 @@ def test_example_of_the_package_runs(shelf: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "reduced" / "laser.json").is_file()
 
 
+@pytest.mark.slow
 def test_no_other_docstring_has_something_to_type() -> None:
     """An example that no test runs would be a promise that nobody keeps."""
     found = []
