@@ -100,7 +100,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def desk(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of one's own with all of the shelf in it."""
-    shutil.copytree(shelf, tmp_path / "desk", copy_function=os.link)
+    shutil.copytree(shelf, tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
