@@ -32,7 +32,7 @@ MATRIX = "model.layers.3.block_sparse_moe.experts.0.w1.weight"
 RULE = "mp-median"
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY, LIGHT = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555", "#cfd8dc"
-STYLE = {"svg.hashsalt": "laser", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "laser", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "legend.frameon": False, "path.simplify": False}
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 CLOSE = 0.75  # points by which a line may lie elsewhere on another machine: last digits differ, and counts by one
@@ -52,7 +52,7 @@ def planted() -> tuple[Values, tuple[int, int]]:
     for spike in (75.0, 65.0, 58.0, 52.0, 46.0):
         u, v = random.standard_normal(384), random.standard_normal(256)
         W += spike * np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v))
-    return np.linalg.svd(W, compute_uv=False), shape
+    return np.linalg.svd(W, compute_uv=False).astype(np.float64), shape
 
 
 def axes_of(width: float = 7.2, height: float = 3.2, columns: int = 1) -> tuple[Figure, Any]:
