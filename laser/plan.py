@@ -153,6 +153,8 @@ class Plan(
     seal=False,
     beside={"coverage": Mapping[str, Any], "digest": str | None},
 ):
+    """What becomes of every tensor of a checkpoint, and why. It may be edited by hand, and is checked when it is used."""
+
     source: Source
     rule: str
     selection: Mapping[str, Any]
