@@ -153,7 +153,7 @@ class Plan(
     seal=False,
     beside={"coverage": Mapping[str, Any], "digest": str | None},
 ):
-    """What becomes of every tensor of a checkpoint, and why. It may be edited by hand, and is checked when it is used."""
+    """What becomes of every tensor of a checkpoint, and why. People may edit it, so each line is checked when used."""
 
     source: Source
     rule: str
