@@ -215,6 +215,7 @@ def test_every_error_has_its_remedies() -> None:
     assert [q for q in quoted if q not in code] == []
 
 
+@pytest.mark.slow
 def test_fields_of_files_are_those_that_are_written(shelf: Path, tmp_path: Path) -> None:
     """Every key of a record that a reduction leaves is in the page of files."""
     page = (ROOT / "docs" / "reference" / "files.md").read_text()
@@ -239,6 +240,7 @@ def test_readme_counts_the_families() -> None:
         assert f"[{rows} families](" in path.read_text(), rows
 
 
+@pytest.mark.slow
 def test_example_of_the_package_runs(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only docstring with something to type, as the next test says."""
     monkeypatch.chdir(tmp_path)
