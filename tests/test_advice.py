@@ -124,7 +124,8 @@ def test_what_several_verbs_say_names_options_that_all_of_them_have(name: str) -
     assert not faults
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# But for the log, which says what was typed on its day.
+DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "log")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[p.name for p in DOCUMENTS])

@@ -138,7 +138,7 @@ def _gram_on_host(W: torch.Tensor, device: Device, G: NDArray[Any]) -> None:
 
     torch, NumPy and SciPy each bring a pool of threads that spin while they wait, and two of them on the same cores
     cost more than the arithmetic. Of NumPy and SciPy only NumPy lets go of Python's lock meanwhile, without which two
-    workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass over it.
+    workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass.
     """
     p = len(G)
     library = find_openblas() if p >= eigen.SMALLEST_SIDE else None
