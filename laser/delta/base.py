@@ -12,7 +12,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,18 +28,38 @@ from laser.spectral.devices import Device
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a record of differences says beside the spectra. changes: by the tuned one's name of each tensor, and by the
-    base's of what the tuned one lacks."""
+class Pair:
+    """Which two checkpoints a record of differences speaks of."""
 
     base: Source
     tuned: Source
-    changes: Mapping[str, Change] = field(default_factory=dict)
 
     @property
     def source(self) -> Source:
         """The virtual checkpoint TUNED - BASE."""
         return difference_of(self.tuned, self.base)
+
+    def require(self, tuned: Checkpoint, base: Base | None, what: str) -> None:
+        """Raises RecordError unless `what` was made of these two."""
+        if base is None:
+            raise RecordError(
+                f"the {what} was made from {self.source.name} ({self.source.identity[:12]}), the difference of two "
+                f"checkpoints, found {tuned.name} alone; try it with --base and the directory or id of {self.base.name}"
+            )
+        self.base.require(base.checkpoint, f"{what} of {self.source.name}")
+        self.tuned.require(tuned, f"{what} of {self.source.name}")
+
+
+@dataclass(frozen=True)
+class Delta(Pair):
+    """What a record of differences says beside the spectra. changes: by the tuned one's name of each tensor, and by the
+    base's of what the tuned one lacks."""
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.base, self.tuned)
 
     def unlike(self, names: Sequence[str]) -> str | None:
         """What in it contradicts the rest of a file whose tensors are these."""
@@ -89,10 +110,19 @@ class Base:
         used = {m.name for m in places.values()}
         return Base(base, tuned, places, tuple(m.name for m in theirs if m.name not in used))
 
+    @cached_property
+    def pair(self) -> Pair:
+        """What records say of the two."""
+        return Pair(Source.of(self.checkpoint), Source.of(self.tuned))
+
     @property
     def source(self) -> Source:
         """The virtual checkpoint TUNED - BASE."""
-        return self.delta_of({}).source
+        return self.pair.source
+
+    def stated(self) -> dict[str, Any]:
+        """What a journal of differences is identified by beside the tuned checkpoint."""
+        return {"base": [self.pair.base.identity, self.pair.base.weights.short]}
 
     def require(self, source: Source, what: str) -> None:
         """Raises RecordError unless `what` was made of these two checkpoints."""
@@ -105,12 +135,23 @@ class Base:
     def delta_of(self, changes: Mapping[str, Change]) -> Delta:
         """What a record says of these changes, and of what the tuned checkpoint lacks."""
         gone = {name: Change(Verdict.MISSING) for name in self.missing}
-        return Delta(Source.of(self.checkpoint), Source.of(self.tuned), {**changes, **gone})
+        return Delta(self.pair.base, self.pair.tuned, {**changes, **gone})
 
     def read(self, matrix: Matrix) -> torch.Tensor | None:
         """The base's weights (m, n) for a matrix of the tuned one; None where it has none."""
         there = self.places.get(matrix.name)
         return None if there is None else self.checkpoint.read(there.tensor, there.part)
+
+    def weights(self, matrix: Matrix) -> torch.Tensor:
+        """The same. Raises RecordError where it has none: then no line of a plan can be about its difference."""
+        W = self.read(matrix)
+        if W is None or W.shape != matrix.shape:
+            found = "none" if W is None else f"{list(W.shape)}"
+            raise RecordError(
+                f"{matrix.name}: found {found} in {self.checkpoint.name}, expected the base's tensor of "
+                f"{list(matrix.shape)}; make the plan again from laser delta"
+            )
+        return W
 
     def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Between:
         """What became of a tensor whose tuned values are q, of any shape. spectrum: whether its difference is wanted.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from laser.delta.formats import STORED_FLOATS, cell_of, format_of, same_bits
-from laser.delta.whitening import biwhiten
+from laser.delta.whitening import Scales, biwhiten
 from laser.errors import NumericalError
 from laser.spectral.devices import Device, in_float64, on_device_or_host
 from laser.spectral.rules import apply_rule, energy_share
@@ -113,20 +113,27 @@ def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
 _BITS = {known.dtype for known in STORED_FLOATS.values()}
 
 
-def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
-    """The biwhitened difference q - W (m, n), float64, on the device if that has float64, else on the host.
+def whitening(W: torch.Tensor, q: torch.Tensor, device: Device) -> tuple[Scales, torch.Tensor]:
+    """The scales by which q - W (m, n) is biwhitened, and the result; float64, on the device if that has float64, else
+    on the host.
 
     Its noise has sigma = 1. Raises UsageError for a format whose rounding is not known, NumericalError for NaN or Inf.
     """
 
-    def compute(where: Device) -> torch.Tensor:
+    def compute(where: Device) -> tuple[Scales, torch.Tensor]:
         w, x = (t.to(where.torch_device) for t in (W, q))
         D = x.double() - w.double()
         if not bool(torch.isfinite(D).all()):
             raise NumericalError("base or tuned hold NaN or Inf; nothing can be said of their difference")
-        return biwhiten(format_of(q.dtype).variance(x)).of(D)
+        scales = biwhiten(format_of(q.dtype).variance(x))
+        return scales, scales.of(D)
 
     return on_device_or_host(compute, in_float64(device))
+
+
+def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
+    """The biwhitened difference q - W (m, n), as `whitening` has it."""
+    return whitening(W, q, device)[1]
 
 
 def judge_difference(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
