@@ -1,15 +1,15 @@
-"""A fine-tune with its difference cut or scaled: written by the driver of every reduction, and checked against its base."""
+"""A fine-tune with its difference cut or scaled: written as every reduction is, and checked against its base."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, write_checkpoint_directory
+from conftest import Run
 from merges import BF16, F16, F32, full, merged, update, weights
-from models import WORDS, llama_config, tensors, write_model
+from models import write_model
 from safetensors.torch import load_file, save_file
-from test_delta import Q0, UP1, tune
+from test_delta import Q0, tune
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.difference import whitening
