@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.matrices import ALIASES, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
@@ -229,4 +229,5 @@ def matched(theirs: Sequence[Matrix], ours: Sequence[Matrix]) -> dict[str, Matri
 
 
 def _key(m: Matrix) -> tuple[object, ...]:
-    return (m.stack, m.layer, m.role, m.expert)
+    """Mixtral's experts are w1, w2, w3 each by itself, and gate, down, up where they are fused."""
+    return (m.stack, m.layer, ALIASES[m.role] if m.role in ("w1", "w2", "w3") else m.role, m.expert)

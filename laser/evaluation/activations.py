@@ -93,7 +93,7 @@ class Store:
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
 
     def keep(self, W: torch.Tensor) -> torch.Tensor:
-        """W, of any shape, to be kept for as long as the process lasts: itself, or a copy in a file where memory is short."""
+        """W, of any shape, kept for as long as the process lasts: itself, or a copy in a file where memory is short."""
         if self.used + W.nbytes <= self.limit:
             self.used += W.nbytes
             return W

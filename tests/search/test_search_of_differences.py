@@ -84,9 +84,10 @@ def test_it_is_one_after_the_other(grid: bool, pair: tuple[Checkpoint, Base], tu
     write_tokenizer(tmp_path / "out")
     out = open_checkpoint(tmp_path / "out")
     assert evaluate(out, calibration.windows_of_text).nll == pytest.approx(result.calibration.after, abs=1e-6)
+    (tmp_path / "out" / "laser").mkdir()
     SearchRecord.of(result).save(tmp_path / "out" / "laser" / "search.json")
     card = write_card(tmp_path / "out", tuned).read_text()
-    assert "cut to a lower rank or multiplied by a number under 1" in card and "scale:0.75" in card
+    assert "a fine-tune of `base`, with its difference from that base" in card and "scale:0.75" in card
 
 
 @pytest.mark.slow
