@@ -26,6 +26,7 @@ from laser.pipeline import check_scan, prepare, reduce_part, require_base_apart,
 from laser.pipeline import reduce as reduce_checkpoint
 from laser.plan import Plan, Treatment, make_plan
 from laser.reasons import Kind
+from laser.records import plain
 from laser.spectra import Spectra
 from laser.spectral.rules import RULES, SCALE
 from laser.verification import verify as verify_output
@@ -113,7 +114,7 @@ def plan_verb(
     )
     made.save(output)
     if record.as_json:
-        return common.print_json(asdict(made))
+        return common.print_json(plain(made))
     common.print_plan(made.lines)
     say(f"written to {output}")
 
