@@ -21,6 +21,7 @@ from laser.checkpoint.source import Source
 from laser.delta.base import Base, Pair
 from laser.delta.difference import Verdict
 from laser.delta.formats import STORED_FLOATS
+from laser.delta.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
@@ -373,7 +374,8 @@ def make_plan(
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
     reason. A rule `data:NAME` is asked of the spectra in the metric of the calibration's inputs, and a matrix that saw
     fewer than `fewest_tokens` (default: its p) of them is kept.
-    Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
+    Raises UsageError for an unknown rule or a selection that matches nothing that was scanned, and for differences from
+    a model that is not the base.
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit)
     treatment.check()
@@ -384,6 +386,11 @@ def make_plan(
     scale = scale_in(rule)
     if scale is not None and lowest_snr is not None:
         raise UsageError("a scale cuts nothing, so no matrix has an SNR; try it without --lowest-snr")
+    if spectra.delta is not None and not is_base(spectra.matrices, spectra.delta.changes):
+        names = f"{spectra.delta.base.name} is not the base of {spectra.delta.tuned.name}"
+        raise UsageError(
+            f"{names}: none of their matrices are alike; try --base with the model that it was trained from"
+        )
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
     if scale is None and not any(line.rank is not None for line in lines):
         if spectra.seen is not None:

@@ -228,7 +228,8 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
         # A plan line has no shape, but its reason says of a tensor that it is no matrix.
         "matrices": sum(line.why.kind is not Kind.NOT_A_MATRIX for line in plan.lines),
         "skipped": sum(line.action == "skip" for line in plan.lines),
-        "scales": list({line.scale for line in reduced}),
+        "scales": sorted({line.scale for line in reduced if line.scale is not None}),
+        "only_scaled": bool(reduced) and all(line.scale is not None for line in reduced),
         "removed": removed,  # by name: share of the squared singular values, or of the outputs' mean square
         "roles": _role_rows(plan, reduced, removed),
         "by_outputs": by_outputs,

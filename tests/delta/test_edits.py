@@ -6,17 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
+from helpers import snapshot
 from merges import BF16, F16, F32, full, merged, update, weights
 from models import write_model
 from safetensors.torch import load_file, save_file
 from test_delta import Q0, tune
 
+from laser import flow
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import open_checkpoint
+from laser.delta.base import Base
 from laser.delta.difference import whitening
 from laser.delta.edits import OfDifference, between, scaled, scaling_problems
+from laser.engine.crew import Crew
 from laser.errors import NumericalError
 from laser.outcome import Outcome
-from laser.plan import Plan
+from laser.plan import Plan, Treatment, make_plan
+from laser.selection import Selection
 from laser.spectral.devices import HOST
 from laser.spectral.shrinkage import Gains
 
@@ -36,6 +42,10 @@ def tuned(tmp_path: Path) -> Path:
 def read(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(path)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def shards(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.glob("*.safetensors")}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -112,12 +122,20 @@ def test_scaled_is_every_tensor_in_one_command(run: Run, base: Path, tuned: Path
     pair = outcome.plan.pair
     assert pair is not None and (pair.base.name, pair.tuned.name) == ("base", "tuned")
     card = (out / "README.md").read_text()
+    assert "every tensor that differs from the base's. Of 21 tensors, 7 were scaled, 14 were copied" in card
     assert "a fine-tune of `base`, with its difference from that base multiplied by 0.5 in" in card
     assert "laser verify tuned half --base base" in card and str(tmp_path) not in card
     code, said, _ = run("verify", tuned, out, "--base", base)
     assert code == 0 and f"{len(outcome.matrices)} as planned, 0 problems" in said
+    # The same in three steps, byte for byte.
+    assert run("delta", base, tuned, "-o", tmp_path / "d")[0] == 0
+    assert run("plan", tmp_path / "d", "--rule", "scale:0.5", "-o", tmp_path / "plan.json")[0] == 0
+    words = ("reduce", tuned, tmp_path / "plan.json", "--base", base, "-o", tmp_path / "again")
+    assert run(*words, "--part", "1/2")[0] == run(*words, "--part", "2/2")[0] == 0
+    assert shards(out) == shards(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_cut_by_the_rounding_rule(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("reduce", tuned, "--base", base, "-o", out)[0] == 0
@@ -132,9 +150,37 @@ def test_cut_by_the_rounding_rule(run: Run, base: Path, tuned: Path, tmp_path: P
     assert run("delta", base, tuned, "-o", tmp_path / "d")[0] == 0
     assert run("plan", tmp_path / "d", "-o", tmp_path / "plan.json")[0] == 0
     assert run("reduce", tuned, tmp_path / "plan.json", "--base", base, "-o", tmp_path / "again")[0] == 0
-    assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == {
-        p.name: p.read_bytes() for p in (tmp_path / "again").glob("*.safetensors")
-    }
+    assert shards(out) == shards(tmp_path / "again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["scale:0.5", "rounding"])
+def test_killed_and_gone_on_with_it_is_the_same(base: Path, tuned: Path, tmp_path: Path, rule: str) -> None:
+    """By any number of workers, in one pass; what was finished is not made again."""
+    checkpoint, whole = open_checkpoint(tuned), tmp_path / "whole"
+    compared, treatment = Base.of(open_checkpoint(base), checkpoint), Treatment(rule)
+    made: list[str] = []
+
+    def call(out: Path, workers: int, after: int, resume: bool = False) -> None:
+        def stop(matrix: Matrix, _: float) -> None:
+            made.append(matrix.name)
+            if len(made) == after:
+                raise KeyboardInterrupt
+
+        flow.run(
+            checkpoint, out, Selection(), lambda spectra: make_plan(spectra, rule), crew=Crew((HOST,), workers),
+            base=compared, treatment=treatment, resume=resume, on_reduce=stop, name="out",
+        )  # fmt: skip
+
+    call(whole, 1, 99)
+    every = len(made)
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "out", 1, 9)
+    made.clear()
+    call(tmp_path / "out", 2, 99, resume=True)
+    assert 0 < len(made) < every
+    assert snapshot(tmp_path / "out") == snapshot(whole)
 
 
 def test_verify_finds_one_changed_entry(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -164,6 +210,10 @@ def test_another_base_is_refused(run: Run, base: Path, tuned: Path, tmp_path: Pa
         code, _, err = run(*words, "--base", other)
         assert code == 1 and "was made from other weights of base" in err and "found other" in err
     assert not (tmp_path / "no").exists()
+    for rule in ("scale:0.5", "rounding"):  # a model that it never came from
+        code, _, err = run("reduce", tuned, "--base", other, "--rule", rule, "-o", tmp_path / rule)
+        assert code == 2 and "other is not the base of tuned: none of their matrices are alike" in err
+        assert not (tmp_path / rule / "laser.json").exists()
     code, _, err = run("reduce", tuned, "--base", other, "--scale", "0.5", "-o", out, "--resume")
     assert code == 1 and "other weights of base" in err
     assert Plan.load(out / "laser" / "plan.json").pair is not None
