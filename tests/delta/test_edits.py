@@ -23,7 +23,7 @@ from laser.errors import NumericalError
 from laser.outcome import Outcome
 from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
-from laser.spectral.devices import HOST
+from laser.spectral.devices import HOST, Device
 from laser.spectral.shrinkage import Gains
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
@@ -104,6 +104,14 @@ def test_a_cut_against_plain_svd(dtype: torch.dtype, rank: int) -> None:
     if rank < 40:  # not q itself, whose distance is that of the rounding as well
         assert metric.problems("W", q, q, half, Gains(rank), HOST)
         assert metric.problems("W", q, found.matrix * torch.nan, half, Gains(rank), HOST)
+
+
+def test_a_cut_on_every_device(device: Device) -> None:
+    W = weights(60, 40)
+    q = merged(W, update(W, 3, 0.02))
+    here, there = (OfDifference(W).visit(q, lambda _: Gains(3), d).truncation for d in (HOST, device))
+    assert here is not None and there is not None and there.matrix.device == here.matrix.device
+    assert (here.matrix.double() - there.matrix.double()).abs().max() < 1e-2 * W.double().abs().max()
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
