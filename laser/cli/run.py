@@ -24,6 +24,7 @@ from laser.cli.search import (
     objectives_of,
     print_search,
     search_with_bar,
+    searched_of,
 )
 from laser.delta.base import Base
 from laser.engine.cost import Measuring, Meter, estimate_cost
@@ -127,8 +128,9 @@ def run_verb(
     if wants_board:
         workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
+    searched = searched_of(checkpoint, chosen, compared is not None) if searching else []
     if searching:
-        most = most_variants(matrices, rules, count, by_role=compared is not None)
+        most = most_variants(searched, rules, count, by_role=compared is not None)
         measure = _search_measure(
             checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials, most, len(rules)
         )
@@ -155,7 +157,7 @@ def run_verb(
                     journal, measure.model, rules, measure.calibration, chosen, here(), known, asked, compared
                 )
         if measure is not None:
-            found = possible_candidates(matrices, measure.model, rules, False, by_role=compared is not None)
+            found = possible_candidates(searched, measure.model, rules, False, by_role=compared is not None)
             measuring.append(
                 search_measuring(
                     measure.model,

@@ -37,6 +37,7 @@ from laser.search.search import (
     require_journal,
 )
 from laser.search.search import search as search_plan
+from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
 from laser.spectral.rules import BY_DATA, draws_needed
@@ -107,9 +108,10 @@ def search_verb(
     else:
         measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    searched = searched_of(checkpoint, chosen, of_difference)
     layered, placed = layered_model(
         checkpoint, calibration, reported, matrices, crew, where, dtype, stream,
-        variants=most_variants(matrices, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"],
+        variants=most_variants(searched, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"],
             of_difference),
         rules=1 if grid else len(wanted), backward=shortlist is not None,
     )  # fmt: skip
@@ -121,7 +123,7 @@ def search_verb(
         if measured is not None:  # then it is known which
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
-            found = possible_candidates(matrices, layered, wanted, asked["grid"], of_difference)
+            found = possible_candidates(searched, layered, wanted, asked["grid"], of_difference)
             tried = tried or asked["lowest_snr"]
         estimate = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
@@ -192,6 +194,12 @@ def default_rules(of_difference: bool, searching: bool) -> str:
     return ",".join(OF_DIFFERENCES) if searching else RULE
 
 
+def searched_of(checkpoint: Checkpoint, chosen: Selection, of_difference: bool) -> list[Matrix]:
+    """What a search may edit: a scale is for tensors of any shape."""
+    why_not = chosen.why_not_tensor if of_difference else chosen.why_not
+    return [m for m in list_matrices(checkpoint) if why_not(m) is None]
+
+
 def most_variants(
     matrices: Sequence[Matrix], rules: Sequence[str], tried: int | None, grid: bool = False, by_role: bool = False
 ) -> int:
@@ -200,7 +208,7 @@ def most_variants(
     def candidate(m: Matrix) -> object:
         return (m.layer, m.role) if grid else (m.stack, m.role) if by_role else m.name
 
-    candidates = {candidate(m) for m in matrices if m.is_matrix}
+    candidates = {candidate(m) for m in matrices if m.is_matrix or by_role}
     return len(rules) * min(len(candidates), tried or len(candidates))
 
 

@@ -46,7 +46,7 @@ def possible_candidates(
 
     As though every rule reduced every matrix that the model runs, each to another rank. by_role: of differences.
     """
-    running = [m for m in matrices if m.is_matrix and model.runs(m.name)]
+    running = [m for m in matrices if (m.is_matrix or by_role) and model.runs(m.name)]
     if by_role and not grid:
         roles: dict[str, dict[str, int]] = {}
         for m in running:
