@@ -143,7 +143,7 @@ def reduce_verb(
     if plan is None:
         unused = {"--moments": moments.moments, "--fresh": fresh, "--output-dtype": dtype, "--part": part}
         unused |= {"--evict": evict or None}
-        return _reduce_by_rule(model, output, base, rule or RULE, compute, work, unused)
+        return _reduce_by_rule(model, output, base, RULE if rule is None else rule, compute, work, unused)
     if rule is not None:
         raise UsageError("--rule and --scale are for a reduction without a plan; try laser plan with the rule")
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)

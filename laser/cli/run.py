@@ -76,7 +76,7 @@ def run_verb(
         )
     # Rule and number default to the published procedure's candidates.
     searching = recipe is None if search is None else search
-    wanted = how.rule or default_rules(base.base is not None, searching)
+    wanted = default_rules(base.base is not None, searching) if how.rule is None else how.rule
     count = lowest.count(15 if searching and base.base is None else None)
     chosen, treatment = which.selection(), how.treatment()
     rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]

@@ -229,6 +229,7 @@ def test_another_base_is_refused(run: Run, base: Path, tuned: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("words, message", [
     (("--scale", "0.5", "--rule", "rounding"), "one of them"),
+    (("--rule", ""), "no rule is called ''"),
     (("--scale", "1.5"), "from 0, which is the base"),
     (("--scale", "-1"), "from 0, which is the base"),
     (("--rule", "mp-nothing"), "no rule is called"),
