@@ -164,9 +164,9 @@ def edit_of_difference(
 
     Raises NumericalError where no method meets its certificate.
     """
-    if line.scale is not None:
-        return scaled(W, q, line.scale)
     try:
+        if line.scale is not None:
+            return scaled(W, q, line.scale)
         found = OfDifference(W).visit(q, lambda _: line.gains, device, method).truncation
     except NumericalError as error:
         raise NumericalError(f"{line.name}: {error}", error.residual) from error
@@ -753,6 +753,9 @@ def prepare(
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
+    if base is not None:
+        for matrix in touched:
+            base.require_place(matrix)
     run = run_of_plan(plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
     return checkpoint, touched, run | ({"dtype": dtype} if dtype else {})
 

@@ -143,15 +143,21 @@ class Base:
         return None if there is None else self.checkpoint.read(there.tensor, there.part)
 
     def weights(self, matrix: Matrix) -> torch.Tensor:
-        """The same. Raises RecordError where it has none: then no line of a plan can be about its difference."""
-        W = self.read(matrix)
-        if W is None or W.shape != matrix.shape:
-            found = "none" if W is None else f"{list(W.shape)}"
+        """The same. Raises as `require_place`."""
+        self.require_place(matrix)
+        there = self.places[matrix.name]
+        return self.checkpoint.read(there.tensor, there.part)
+
+    def require_place(self, matrix: Matrix) -> None:
+        """Raises RecordError where a tensor has no difference that could be cut or scaled, as far as headers tell."""
+        there = self.places.get(matrix.name)
+        alike = there is not None and there.shape == matrix.shape and there.no_spectrum is None
+        if not alike or matrix.dtype not in STORED_FLOATS:
+            found = "none" if there is None else f"{there.dtype} {list(there.shape)}"
             raise RecordError(
-                f"{matrix.name}: found {found} in {self.checkpoint.name}, expected the base's tensor of "
-                f"{list(matrix.shape)}; make the plan again from laser delta"
+                f"{matrix.name}, {matrix.dtype} {list(matrix.shape)}: found {found} in {self.checkpoint.name}, "
+                f"expected weights of this shape, its own of {', '.join(STORED_FLOATS)}; plan again, or keep it"
             )
-        return W
 
     def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Between:
         """What became of a tensor whose tuned values are q, of any shape. spectrum: whether its difference is wanted.

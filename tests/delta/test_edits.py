@@ -159,6 +159,43 @@ def test_cut_by_the_rounding_rule(run: Run, base: Path, tuned: Path, tmp_path: P
     assert run("plan", tmp_path / "d", "-o", tmp_path / "plan.json")[0] == 0
     assert run("reduce", tuned, tmp_path / "plan.json", "--base", base, "-o", tmp_path / "again")[0] == 0
     assert shards(out) == shards(tmp_path / "again")
+    one = tmp_path / "one"
+    assert (
+        run("run", tuned, "--base", base, "--no-search", "--rule", "rounding", "--lowest-snr", "1", "-o", one)[0] == 0
+    )
+    assert len(Outcome.load(one).matrices) == 1 and run("verify", tuned, one, "--base", base)[0] == 0
+
+
+@pytest.mark.parametrize("what, message", [
+    ({"scale": 1.0}, "expected 'reduce' and a number from 0 to under 1"),
+    ({"scale": 0.5, "below": 1, "noise": 1.0}, "which are for a cut"),
+    ({"action": "keep", "scale": 0.5}, "expected 'reduce'"),
+])  # fmt: skip
+def test_a_plan_that_was_edited_badly(
+    run: Run, base: Path, tuned: Path, tmp_path: Path, what: dict[str, object], message: str
+) -> None:
+    assert run("delta", base, tuned, "-o", tmp_path / "d")[0] == 0
+    assert run("plan", tmp_path / "d", "--rule", "scale:0.5", "-o", tmp_path / "p.json")[0] == 0
+    document = json.loads((tmp_path / "p.json").read_text())
+    next(line for line in document["lines"] if line["name"] == Q0).update(what)
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    code, _, err = run("reduce", tuned, tmp_path / "p.json", "--base", base, "-o", tmp_path / "out")
+    assert code == 1 and Q0 in err and message in err and not (tmp_path / "out").exists()
+
+
+def test_a_line_for_what_the_base_lacks(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
+    def grow(name: str, W: torch.Tensor) -> torch.Tensor:
+        return torch.cat((W, W[:8])) if name == EMBEDDING else tune(name, W)
+
+    grown = write_model(tmp_path / "grown", grow)
+    assert run("delta", base, grown, "-o", tmp_path / "d")[0] == 0
+    assert run("plan", tmp_path / "d", "--rule", "scale:0.5", "-o", tmp_path / "p.json")[0] == 0
+    document = json.loads((tmp_path / "p.json").read_text())
+    line = next(line for line in document["lines"] if line["name"] == EMBEDDING)
+    line.update({"action": "reduce", "scale": 0.5})
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    code, _, err = run("reduce", grown, tmp_path / "p.json", "--base", base, "-o", tmp_path / "out")
+    assert code == 1 and "expected weights of this shape" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
