@@ -179,7 +179,7 @@ def print_outcome(
     """`seconds`: what was estimated for this very work, None where nothing can be, as for a search."""
     if as_json:
         return common.print_json(plain(outcome) | {"output": str(output)} | took(meter, seconds, estimated))
-    common.print_plan(outcome.plan.lines)
+    common.print_plan(outcome.plan.lines, of_difference=outcome.plan.pair is not None)
     if outcome.plan.edited:
         say("the plan was edited after the rule had made it, and was carried out line by line as it stands")
     worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)

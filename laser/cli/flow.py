@@ -115,7 +115,7 @@ def plan_verb(
     made.save(output)
     if record.as_json:
         return common.print_json(plain(made))
-    common.print_plan(made.lines)
+    common.print_plan(made.lines, of_difference=made.pair is not None)
     say(f"written to {output}")
 
 

@@ -122,6 +122,7 @@ def test_scaled_is_every_tensor_in_one_command(run: Run, base: Path, tuned: Path
     out = tmp_path / "half"
     code, said, err = run("reduce", tuned, "--base", base, "--scale", "0.5", "-o", out)
     assert code == 0 and not err, err
+    assert "96, times 0.5" in said and "-, times 0.5" in said
     W, q, made = read(base), read(tuned), read(out)
     assert all(same(made[name], between(W[name], q[name], 0.5)) for name in q)
     outcome = Outcome.load(out)
@@ -164,6 +165,17 @@ def test_cut_by_the_rounding_rule(run: Run, base: Path, tuned: Path, tmp_path: P
         run("run", tuned, "--base", base, "--no-search", "--rule", "rounding", "--lowest-snr", "1", "-o", one)[0] == 0
     )
     assert len(Outcome.load(one).matrices) == 1 and run("verify", tuned, one, "--base", base)[0] == 0
+
+
+def test_nothing_left_of_a_difference_is_the_base(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
+    code, said, _ = run("reduce", tuned, "--base", base, "--scale", "0", "-o", tmp_path / "zero")
+    assert code == 0 and "become the BASE'S, nothing of their change is left" in said
+    assert all(torch.equal(W, read(base)[name]) for name, W in read(tmp_path / "zero").items())
+    code, said, _ = run("reduce", tuned, "--base", base, "--rule", "rank:0", "-o", tmp_path / "none")
+    assert code == 0 and "become the BASE'S" in said
+    assert torch.equal(read(tmp_path / "none")[Q0], read(base)[Q0])
+    for out in ("zero", "none"):
+        assert run("verify", tuned, tmp_path / out, "--base", base)[0] == 0
 
 
 @pytest.mark.parametrize("what, message", [
