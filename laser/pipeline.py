@@ -45,7 +45,7 @@ from laser.checkpoint.writer import (
 )
 from laser.delta.base import Base, Delta
 from laser.delta.difference import Verdict, judge_difference
-from laser.delta.edits import OfDifference, scaled
+from laser.delta.edits import OfDifference, exact_method, scaled
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -119,9 +119,7 @@ class Scan:
             return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
         if change.kind is Verdict.SAME:  # a zero matrix, whose values are known
             return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
-        # An update lies so far over float32's rounding that squares of both do not fit into float64.
-        method = "svd" if matrix.dtype == "F32" else self.method
-        measured = measured_of(D, in_float64(device), method, self.null_draws)
+        measured = measured_of(D, in_float64(device), exact_method(W, self.method), self.null_draws)
         if measured.skipped is None:
             change = judge_difference(change, measured.values, (matrix.shape[0], matrix.shape[1]))
         return replace(measured, change=change)

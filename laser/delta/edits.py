@@ -20,9 +20,9 @@ from laser.spectral.certificate import SAFETY, Certificate, Truncation
 from laser.spectral.devices import Device, in_float64
 from laser.spectral.factorise import Factorised, Values
 from laser.spectral.metric import PLAIN, Decide
+from laser.spectral.rules import SCALE
 from laser.spectral.shrinkage import Gains
 
-METHOD = "scale"  # what a certificate calls it
 ARITHMETIC = 1e-6  # of a difference's root mean square: what two ways to factorise it may differ by
 
 
@@ -33,7 +33,7 @@ class OfDifference:
     W: torch.Tensor
 
     def values(self, q: torch.Tensor, device: Device, method: str = "gram") -> Values:
-        return PLAIN.values(whitening(self.W, q, device)[1], in_float64(device), _method(q, method))
+        return PLAIN.values(whitening(self.W, q, device)[1], in_float64(device), exact_method(q, method))
 
     def visit(self, q: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
         """The truncation's matrix (m, n) is W and what is left of the difference, in the dtype of q, on the host."""
@@ -47,7 +47,7 @@ class OfDifference:
     ) -> tuple[Factorised, torch.Tensor | None]:
         """The factorisation of the biwhitened difference, and W plus its cut (m, n) in float64, on the host."""
         scales, D = whitening(self.W, q, device)
-        found = PLAIN.visit(D, decide, in_float64(device), _method(q, method))
+        found = PLAIN.visit(D, decide, in_float64(device), exact_method(q, method))
         if found.truncation is None:
             return found, None
         return found, self.W.cpu().double() + scales.undo(found.truncation.matrix.to(D.device)).cpu()
@@ -71,8 +71,9 @@ class OfDifference:
         ]
 
 
-def _method(q: torch.Tensor, method: str) -> str:
-    """An update lies so far over float32's rounding that squares of both do not fit into float64."""
+def exact_method(q: torch.Tensor, method: str) -> str:
+    """The method for a difference of the tuned q: in float32 an update lies so far over the rounding that squares of
+    both do not fit into float64."""
     return "svd" if q.dtype == torch.float32 else method
 
 
@@ -94,7 +95,7 @@ def scaled(W: torch.Tensor, q: torch.Tensor, c: float) -> Truncation:
     tolerance = limit * max(float(base.norm()) / size, 1.0) if size else 0.0
     if not residual <= tolerance:
         raise NumericalError(f"certificate missed: residual {residual:.2e} (allowed {tolerance:.2e})", residual)
-    return Truncation(between(W, q, c), np.empty(0), Certificate(c * c, residual, 0.0, tolerance, METHOD))
+    return Truncation(between(W, q, c), np.empty(0), Certificate(c * c, residual, 0.0, tolerance, SCALE))
 
 
 def scaling_problems(name: str, W: torch.Tensor, q: torch.Tensor, B: torch.Tensor, c: float) -> list[str]:
