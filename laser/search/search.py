@@ -322,7 +322,9 @@ def check_request(
         draws_needed(rule, of_difference)
     check_lowest_snr(lowest_snr)
     if of_difference and (lowest_snr is not None or shortlist is not None):
-        raise UsageError("a search of differences tries whole roles; try it without --lowest-snr and --shortlist")
+        raise UsageError(
+            "--lowest-snr and --shortlist are of single matrices, and differences are tried by role; leave them out"
+        )
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
     if order not in ORDERS:

@@ -245,7 +245,7 @@ RULES: dict[str, Rule] = {
 
 NO_DIFFERENCE = (
     "rules rounding and scale are for differences of two checkpoints, whose noise is known; try laser delta BASE "
-    "TUNED, --base BASE, or the rule mp-edge"
+    "TUNED, laser run TUNED --base BASE, or the rule mp-edge"
 )
 # By `laser null` unless it is asked for others.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")

@@ -119,8 +119,8 @@ def test_the_verbs(run: Run, base_path: Path, tuned_path: Path, tmp_path: Path) 
 
 def test_what_a_search_of_differences_refuses(run: Run, base_path: Path, tuned_path: Path, tmp_path: Path) -> None:
     for flags, message in (
-        (("--lowest-snr", "3"), "a search of differences tries whole roles"),
-        (("--shortlist", "gradient:2"), "a search of differences tries whole roles"),
+        (("--lowest-snr", "3"), "differences are tried by role"),
+        (("--shortlist", "gradient:2"), "differences are tried by role"),
         (("--moments", tmp_path / "m"), "the metric of the data is of a model's own matrices"),
         (("--rules", "scale:2"), "from 0, which is the base"),
     ):
