@@ -14,6 +14,7 @@ from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
+from laser.cli.progress import Checking, Progress
 from laser.cli.publish import leaderboards
 from laser.cli.search import (
     NO_DATA,
@@ -196,9 +197,9 @@ def run_verb(
         seconds = estimated.scan_seconds + estimated.reduce_seconds * share
     visited = matrices if compared is None else list_matrices(checkpoint)
     with (
-        common.Progress("scan", visited) as scanned,
-        common.Progress("reduce", matrices) as reduced,
-        common.Checking() as check,
+        Progress("scan", visited) as scanned,
+        Progress("reduce", matrices) as reduced,
+        Checking() as check,
         writing(checkpoint, output, resume=work.resume, force=work.force) as place,
     ):
         result = run_flow(
