@@ -85,13 +85,11 @@ def difference_of(tuned: Source, base: Source) -> Source:
     def both(a: str | None, b: str | None) -> str | None:
         return None if a is None or b is None else hashlib.sha256(f"{a} - {b}".encode()).hexdigest()
 
-    return replace(
-        tuned,
-        name=f"{tuned.name} - {base.name}",
-        identity=str(both(tuned.identity, base.identity)),
-        content=both(tuned.content, base.content),
-        samples=both(tuned.samples, base.samples),
-    )
+    content, samples = both(tuned.content, base.content), both(tuned.samples, base.samples)
+    if content is None and samples is None:  # one is on the Hub and the other in a directory: what is known of each
+        samples = both(tuned.content or tuned.samples, base.content or base.samples)
+    name, identity = f"{tuned.name} - {base.name}", str(both(tuned.identity, base.identity))
+    return replace(tuned, name=name, identity=identity, content=content, samples=samples)
 
 
 @dataclass(frozen=True)

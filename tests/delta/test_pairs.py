@@ -114,13 +114,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         close_session()
 
 
-def test_both_on_the_hub(halved: Callable, hub: object, tmp_path: Path) -> None:
-    """By byte ranges, of other shards; and the records are of these two, wherever they lie afterwards."""
+@pytest.mark.parametrize("local", ["", "base", "tuned"])
+def test_on_the_hub(halved: Callable, hub: object, tmp_path: Path, local: str) -> None:
+    """By byte ranges, of other shards: both, or one of them while the other is a directory."""
     base, tuned = write_model(tmp_path / "base"), write_model(tmp_path / "tuned", tune, shards=3)
     hub.add("maker/base", base)
     hub.add("maker/tuned", tuned)
-    made, _ = halved("maker/base", "maker/tuned")
+    made, _ = halved(base if local == "base" else "maker/base", tuned if local == "tuned" else "maker/tuned")
     W, q = tensors_in(base), tensors_in(tuned)
     assert all(torch.equal(made[name], between(W[name], q[name], 0.5)) for name in q)
     card = (tmp_path / "half" / "README.md").read_text()
-    assert "base_model: maker/tuned" in card
+    assert ("base_model: maker/tuned" in card) == (local != "tuned")
