@@ -37,8 +37,8 @@ class _MayBeMissing(TypedDict, total=False):
 class Entry(_MayBeMissing):
     """What was measured of one matrix when it was cut, see `Outcome`."""
 
-    rank: int
-    full_rank: int
+    rank: int | None  # None where a tensor was scaled that is no matrix
+    full_rank: int | None
     energy_kept: float
     residual: float
     method: str
@@ -118,7 +118,7 @@ def wrong_entries(entries: Mapping[str, Entry]) -> str | None:
     for name, entry in entries.items():
         if negative := under(entry, 0, *NOT_NEGATIVE):
             return f"matrix {name}: {negative}"
-        if entry["rank"] > entry["full_rank"] or entry["energy_kept"] > 1 + CLOSE:
+        if (entry["rank"] or 0) > (entry["full_rank"] or 0) or entry["energy_kept"] > 1 + CLOSE:
             message = f"rank {entry['rank']} of {entry['full_rank']}, energy_kept {entry['energy_kept']}"
             return f"matrix {name}: {message}, expected no more than the whole matrix"
     return None
@@ -133,6 +133,9 @@ def check_entries(found: Any, where: str) -> None:
 
 def entry_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
     """A matrix's entry in laser.json: what was measured, whatever the line says."""
+    if line.scale is not None:
+        found = {"rank": line.rank, "full_rank": line.full_rank, "snr": None, "over_threshold": None}
+        return found | asdict(result.certificate)
     s, shape = result.singular_values, (result.matrix.shape[0], result.matrix.shape[1])
     rank = int(np.count_nonzero(line.gains.of(s, shape)))  # a shrinker may take more values to 0 than the line says
     over = None if line.threshold is None else int(np.count_nonzero(s > line.threshold))

@@ -20,6 +20,8 @@ from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import RECORDS
+from laser.delta.base import Base
+from laser.delta.edits import OfDifference, scaling_problems
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
@@ -92,6 +94,7 @@ def verify(
     *,
     device: Device | str | None = None,
     moments: Moments | None = None,
+    base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Verification:
     """Compare `out` with `source` and with the plan in its laser.json.
@@ -101,6 +104,8 @@ def verify(
     rounding to the storage dtype, and ||W - B||_F is the norm of W's tail. Where the plan shrinks or cuts on two sides,
     W's values times their gains stand for both. A matrix reduced in the metric of the data must be a projection of W of
     rank r, and with the plan's `moments` lose what was predicted and no more of the outputs. Measured from the weights.
+    Of a plan of differences, which needs the `base`, a touched tensor must be the base's and the difference cut or
+    scaled, entry by entry.
     Also checked: that the plan's lines are the source's tensors and laser.json's records the plan's reductions, shard
     headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out`
     cannot be read at all.
@@ -108,7 +113,7 @@ def verify(
     source, out = opened_checkpoint(source), Path(out)
     device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
-    outcome.plan.source.require(source, "output")
+    outcome.plan.require_source(source, base, "output")
     matrices = list_matrices(source)
     if outcome.run.get("dtype"):
         source = as_bfloat16(source)
@@ -138,8 +143,11 @@ def verify(
             touched += 1
             line = lines[matrix.name]
             W, B = (checkpoint.read(matrix.tensor, matrix.part) for checkpoint in (source, result))
-            metric = metric_of(line.metric, matrix.name, W, moments)
-            problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
+            if base is not None and line.scale is not None:
+                problems += scaling_problems(matrix.name, base.weights(matrix), W, B, line.scale)
+            else:
+                metric = OfDifference(base.weights(matrix)) if base else metric_of(line.metric, matrix.name, W, moments)
+                problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
         else:
             untouched += 1
             if not _is_untouched(source, result, matrix):
@@ -147,7 +155,7 @@ def verify(
         tick(matrix)
     if not problems:  # else what is wrong has been said
         problems = damage_at_rest(out, outcome)
-    for checkpoint in (source, result):
+    for checkpoint in (source, result, *([base.checkpoint] if base else ())):
         require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))
 

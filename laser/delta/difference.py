@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from laser.delta.formats import STORED_FLOATS, cell_of, format_of, same_bits
-from laser.delta.whitening import biwhiten
+from laser.delta.whitening import Scales, biwhiten
 from laser.errors import NumericalError
 from laser.spectral.devices import Device, in_float64, on_device_or_host
 from laser.spectral.rules import apply_rule, energy_share
@@ -31,6 +31,7 @@ FAINT, FULL = 0.9, 1.2
 MOST_TOLD = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
 MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
 PROVEN = 4.0  # moved entries per unknown, see `evidence`
+FEW = 1024  # entries that are asked first for a common scale
 AGREE = 0.7  # cosine between base and tuned under which nothing of the base is left; fine-tunes have over 0.98
 
 
@@ -99,8 +100,12 @@ def compare_tensors(W: torch.Tensor, q: torch.Tensor) -> Change:
 def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
     """The c for which every stored q is c w rounded, w in float64; None where there is none.
 
-    Each entry confines c to an interval, and c is the middle of what is common to all of them.
+    Each entry confines c to an interval, and c is the middle of what is common to all of them. A few entries nearly
+    always show that there is nothing.
     """
+    few, of = w.reshape(-1)[:FEW], q.reshape(-1)[:FEW]
+    if w.numel() > FEW and bool(few.any()) and common_scale(few, of) is None:
+        return None
     cell, there = cell_of(q), w != 0
     if not bool((q[~there] == 0).all()) or not bool(there.any()):
         return None
@@ -113,20 +118,27 @@ def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
 _BITS = {known.dtype for known in STORED_FLOATS.values()}
 
 
-def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
-    """The biwhitened difference q - W (m, n), float64, on the device if that has float64, else on the host.
+def whitening(W: torch.Tensor, q: torch.Tensor, device: Device) -> tuple[Scales, torch.Tensor]:
+    """The scales by which q - W (m, n) is biwhitened, and the result; float64, on the device if that has float64, else
+    on the host.
 
     Its noise has sigma = 1. Raises UsageError for a format whose rounding is not known, NumericalError for NaN or Inf.
     """
 
-    def compute(where: Device) -> torch.Tensor:
+    def compute(where: Device) -> tuple[Scales, torch.Tensor]:
         w, x = (t.to(where.torch_device) for t in (W, q))
         D = x.double() - w.double()
         if not bool(torch.isfinite(D).all()):
             raise NumericalError("base or tuned hold NaN or Inf; nothing can be said of their difference")
-        return biwhiten(format_of(q.dtype).variance(x)).of(D)
+        scales = biwhiten(format_of(q.dtype).variance(x))
+        return scales, scales.of(D)
 
     return on_device_or_host(compute, in_float64(device))
+
+
+def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
+    """The biwhitened difference q - W (m, n), as `whitening` has it."""
+    return whitening(W, q, device)[1]
 
 
 def judge_difference(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
