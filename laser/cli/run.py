@@ -174,7 +174,10 @@ def run_verb(
             )
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
-        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
+        print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
+        if not searching and scale_in(wanted) is not None and not work.as_json:
+            common.say("a scale factorises nothing: it takes as long as to read both models and to write one")
+        return
 
     def choose(spectra: Spectra) -> Plan:
         if measure is None:

@@ -297,6 +297,8 @@ def test_no_base_no_difference(run: Run, base: Path, tuned: Path, tmp_path: Path
         flag = "--rule" if verb == "run" else "--rules"
         code, _, err = run(verb, tuned, flag, "scale:0.5", "-o", tmp_path / "out")
         assert code == 2 and "for differences of two checkpoints" in err
+    code, said, _ = run("reduce", tuned, "--base", base, "--scale", "0.5", "-o", tmp_path / "out", "--dry-run")
+    assert code == 0 and "a scale factorises nothing" in said and not (tmp_path / "out").exists()
     for out in (base, base / "in"):  # the base stays what it is
         code, _, err = run("reduce", tuned, "--base", base, "--scale", "0.5", "-o", out, "--force")
         assert code == 1 and "base" in err
