@@ -113,6 +113,16 @@ def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
 _BITS = {known.dtype for known in STORED_FLOATS.values()}
 
 
+def as_merged(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
+    """W, or W cast to the format of q if that leaves less of the biwhitened difference, as where a model was loaded in
+    another format before something was merged into it: its own rounding would stand beside that of the sum."""
+    if W.dtype == q.dtype or W.dtype not in _BITS or q.dtype not in _BITS or q.ndim != 2 or not q.numel():
+        return W
+    cast = W.to(q.dtype)
+    left = [float(whitened(each, q, device).norm()) for each in (cast, W)]
+    return cast if left[0] < left[1] else W
+
+
 def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
     """The biwhitened difference q - W (m, n), float64, on the device if that has float64, else on the host.
 

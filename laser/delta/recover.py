@@ -59,11 +59,13 @@ def recover(
     formulas: tuple[Formula, ...] = USUAL,
     device: Device = HOST,
     rounds: int = ROUNDS,
+    most: int | None = None,
 ) -> Solution | None:
     """Base W and tuned q (m, n), of one format or two, as base and adapter; None where that is not what they are.
 
-    change: what difference.py says of them. voted: the rank of most others; proven: by their spectra. Of the
-    formulas the one that leaves the fewest bits wrong is taken; if one leaves none, no other is tried.
+    change: what difference.py says of them. voted: the rank of most others; proven: by their spectra. most: the
+    highest rank to try. Of the formulas the one that leaves the fewest bits wrong is taken; if one leaves none, no
+    other is tried.
     """
     shape, moved = (q.shape[0], q.shape[1]), change.moved or 0.0
     if change.rank is None:
@@ -90,7 +92,7 @@ def recover(
     for rank in _ranks_to_try(least, voted, change.kind is Verdict.FAINT):
         told = (rank == voted and proven) or change.kind is Verdict.LOW_RANK
         needed = PLAUSIBLE if told else PROVEN
-        if rank > MOST_TOLD * min(shape) or evidence(rank, shape, moved) < needed:
+        if rank > (MOST_TOLD * min(shape) if most is None else most) or evidence(rank, shape, moved) < needed:
             continue
         if right(rank):
             break

@@ -43,7 +43,7 @@ ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cach
 
 @dataclass(frozen=True)
 class Adapter:
-    """X = B A: B (m, r) and A (r, n), float32, on grids, on the host."""
+    """X = B A: B (m, r) and A (r, n), float32 or less, on grids, on the host."""
 
     B: torch.Tensor
     A: torch.Tensor
@@ -51,6 +51,10 @@ class Adapter:
     @property
     def rank(self) -> int:
         return len(self.A)
+
+    def stored_as(self, dtype: torch.dtype) -> Adapter:
+        """In another format, whose numbers are on the same grids: to fewer digits they are rounded to multiples."""
+        return Adapter(self.B.to(dtype), self.A.to(dtype))
 
     def rows(self, start: int, stop: int, device: torch.device | None = None) -> torch.Tensor:
         """Rows of X, (stop - start, n), float64: exact, see `on_grid`."""
@@ -134,7 +138,7 @@ class _State:
         # In the precision in which a sum is rounded: the cells of 16 bits are wide for float32.
         dtype = format_of(q.dtype).wide
         self.low, self.high = (torch.empty(m, n, dtype=dtype, device=q.device) for _ in range(2))
-        self.U, self.M = first_guess(W, q, rank, dtype)
+        self.U, self.M = first_guess(formula.start(W, q.dtype), q, rank, dtype)
         self.V = torch.linalg.qr(self.M)[0]
         self.unknowns = rank * (m + n - rank)
 

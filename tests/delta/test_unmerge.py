@@ -12,7 +12,7 @@ from models import HIDDEN, WORDS, Change, llama_config, tensors, write_model
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.base import Base
-from laser.delta.unmerge import peft_config, targets, unmerge
+from laser.delta.unmerge import peft_config, ranks_in, targets, unmerge
 from laser.engine.crew import Crew
 from laser.pipeline import scan
 from laser.spectral.devices import HOST
@@ -246,7 +246,8 @@ def test_ranks_that_differ_are_in_the_pattern(base: Path, tmp_path: Path) -> Non
     delta = scan(other, base=compared, device=HOST).delta
     assert delta
     record = unmerge(compared, delta, tmp_path / "adapter", crew=Crew((HOST,), 1))
-    config = peft_config(compared, record.entries)
+    ranks = ranks_in(tmp_path / "adapter" / "adapter_model.safetensors", record.entries)
+    config = peft_config(compared, record.entries, ranks)
     assert config["r"] == 2 and config["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 5}
     assert config["alpha_pattern"] == config["rank_pattern"]
 
