@@ -27,7 +27,7 @@ from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.delta.formats import STORED_FLOATS
 from laser.delta.formulas import Formula
-from laser.delta.places import PEFT, Place, of_expert, places_of, rows_of, stems
+from laser.delta.places import PEFT, PEFT_FORMULAS, Place, of_expert, places_of, rows_of, stems
 from laser.delta.unmerge import CONFIG, MODEL, is_tied, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
@@ -35,9 +35,6 @@ from laser.files import read_regular, require_regular
 # What would make the merge another one than written here, where it is set.
 OTHERWISE = ("use_dora", "fan_in_fan_out", "trainable_token_indices", "layer_replication")
 OTHERWISE += ("lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config")
-
-
-PEFT_FORMULAS = {"module": "once", "embedding": "delta-first", "parameter": "delta-first"}  # by the group of a place
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
 from laser.delta.packing import pack, pack_some, unpack_some
-from laser.delta.places import PEFT, Place, names_at, of_experts, places_of, rows_of, stems, units
+from laser.delta.places import PEFT, PEFT_FORMULAS, Place, names_at, of_experts, places_of, rows_of, stems, units
 from laser.delta.recover import USUAL, is_believed, recover, vote
 from laser.delta.solver import Adapter, Solution, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
@@ -72,6 +72,7 @@ _OWN_NAMES = re.compile(
     rf"\d{{6}}\.(?:adapter|expert|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new|old"
     rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
+FEW = 4  # entries
 SCALES = (8, 16, 20, 24, 32, 48, 64, 128, 256)  # values of lora_alpha that people use
 
 
@@ -271,8 +272,9 @@ class Unmerge:
         self, part: Part, W: torch.Tensor, q: torch.Tensor, change: Change, device: Device, most: int | None = None
     ) -> Solution | None:
         """By the formulas of the group, or where those give no adapter by any."""
-        first = self.formulas.get(group_of(part.matrix, self.places), ())
-        for formulas in (first, tuple(f for f in usual_of(W, q) if f not in first)):
+        group = group_of(part.matrix, self.places)
+        first = self.formulas.get(group, ())
+        for formulas in (first, tuple(f for f in usual_of(W, q, group) if f not in first)):
             if formulas and (
                 found := recover(W, q, change, self.voted, self.proven, formulas, device, self.rounds, most)
             ):
@@ -364,9 +366,11 @@ def simple(how: How, W: torch.Tensor, dtype: torch.dtype, scale: float | None = 
 # --- the formula ------------------------------------------------------------------------------------------------------
 
 
-def usual_of(W: torch.Tensor, q: torch.Tensor) -> tuple[Formula, ...]:
-    """The formulas to try; where base and tuned are of different formats also with the base cast before."""
-    return USUAL if W.dtype == q.dtype else tuple(replace(f, cast=cast) for cast in (False, True) for f in USUAL)
+def usual_of(W: torch.Tensor, q: torch.Tensor, group: str) -> tuple[Formula, ...]:
+    """The formulas to try, PEFT's for the group first; where base and tuned are of different formats also with the
+    base cast before."""
+    usual = sorted(USUAL, key=lambda f: f.name != PEFT_FORMULAS[group])
+    return tuple(replace(f, cast=cast) for cast in ((False,) if W.dtype == q.dtype else (True, False)) for f in usual)
 
 
 def choose_formulas(
@@ -377,11 +381,11 @@ def choose_formulas(
     for m in list_matrices(base.tuned):
         if m.name in delta.changes and delta.changes[m.name].kind in (Verdict.LOW_RANK, Verdict.FAINT):
             groups.setdefault(group_of(m, places), []).append(m)
-    return {group: choose_formula(base, delta, found, device, rounds) for group, found in groups.items()}
+    return {group: choose_formula(base, delta, found, group, device, rounds) for group, found in groups.items()}
 
 
 def choose_formula(
-    base: Base, delta: Delta, matrices: Sequence[Matrix], device: Device, rounds: int = ROUNDS
+    base: Base, delta: Delta, matrices: Sequence[Matrix], group: str, device: Device, rounds: int = ROUNDS
 ) -> tuple[Formula, ...]:
     """The formula of a merge, tried on the matrix that says most: of low rank, and of the largest share of its norm.
 
@@ -392,7 +396,7 @@ def choose_formula(
     best = max(told, key=lambda m: (delta.changes[m.name].rank == voted, delta.changes[m.name].share or 0, -m.cost))
     W, q = base.read(best), base.tuned.read(best.tensor, best.part)
     assert W is not None, "of low rank are those that the base has"
-    usual = usual_of(W, q)
+    usual = usual_of(W, q, group)
     if voted is None:
         return usual
 
@@ -400,7 +404,7 @@ def choose_formula(
         return recover(W, q, delta.changes[best.name], voted, False, (formula,), device, rounds)
 
     found = {f: tried(f) for f in usual}
-    wrong = {f: solution.share_wrong for f, solution in found.items() if solution is not None}
+    wrong = {f: solution.wrong for f, solution in found.items() if solution is not None}
     if not wrong:
         scales = {alpha / voted**power for alpha in SCALES for power in (0.5, 1.0)}
         for scale in sorted(s for s in scales if math.frexp(s)[0] != 0.5):  # of a power of two it is delta-first
@@ -410,7 +414,9 @@ def choose_formula(
                     return (formula,)
         return usual
     least = min(wrong.values())
-    return tuple(sorted((f for f in wrong if wrong[f] <= 10 * least + 1e-5), key=lambda f: wrong[f]))
+    # A small matrix may be explained by two: the order is the usual one where a few entries are all that tells.
+    fit = [f for f in wrong if wrong[f] <= 10 * least + max(1e-5 * q.numel(), FEW)]
+    return tuple(sorted(fit, key=lambda f: 0 if wrong[f] <= least + FEW else wrong[f]))
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -40,13 +40,14 @@ def merge(
     return out
 
 
-def adapted(base: Path, adapter: Path) -> Any:
-    """The base with PEFT's layers, and the adapter that is in a folder."""
+def adapted(base: Path, adapter: Path, merged: bool = False) -> Any:
+    """The base with PEFT's layers and the adapter that is in a folder, or with it merged."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(load(base), adapter)
+        model = PeftModel.from_pretrained(load(base), adapter)
+        return model.merge_and_unload() if merged else model
 
 
 def resize(model: Any, share: float) -> None:

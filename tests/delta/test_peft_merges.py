@@ -84,7 +84,7 @@ def test_a_merge_by_peft(run: Run, tmp_path: Path, case: str) -> None:
     assert not [name for name, entry in found.items() if entry["how"] == "whole"]
     assert sum(entry["missed"] for entry in adapters) < 5e-4 * sum(entry["entries"] for entry in adapters)
 
-    mine = adapted(base, tmp_path / "adapter").merge_and_unload()
+    mine = adapted(base, tmp_path / "adapter", merged=True)
     reference = load(tmp_path / "tuned")
     state, expected = mine.state_dict(), reference.state_dict()
     differ = sum(int((state[name] != W).sum()) for name, W in expected.items())
