@@ -18,7 +18,7 @@ import torch
 from laser.choices import ROUNDS
 from laser.delta.difference import MOST_TOLD, PROVEN, Change, Verdict, evidence
 from laser.delta.formulas import Formula
-from laser.delta.solver import Solution, solve
+from laser.delta.solver import Solution, polish, solve
 from laser.spectral.devices import HOST, Device
 
 # Share of wrong bits up to which a rank is believed. Of 16 bits: the right rank leaves 0 to 1e-4, one too few 1e-2 and
@@ -107,7 +107,7 @@ def recover(
             low = middle
     while rank > 1 and rank != voted and right(rank - 1):  # pure noise passes the bare edge in one of five draws
         rank -= 1
-    return tried[rank]
+    return polish(W, q, tried[rank], device)
 
 
 def _ranks_to_try(least: int, voted: int | None, faint: bool) -> list[int]:

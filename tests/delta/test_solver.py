@@ -10,7 +10,7 @@ from laser.delta.difference import Verdict, compare_tensors, evidence, judge_dif
 from laser.delta.formats import same_bits
 from laser.delta.formulas import Formula
 from laser.delta.recover import is_believed, recover, vote
-from laser.delta.solver import Solution, on_grid, solve, wrong_bits
+from laser.delta.solver import Solution, on_grid, polish, solve, wrong_bits
 from laser.spectral.devices import HOST, Device
 
 ONCE, FIRST = Formula("once"), Formula("delta-first")
@@ -31,6 +31,24 @@ def test_a_merge_is_undone_to_the_bit(formula: Formula, shape: tuple[int, int], 
     assert found.share_wrong <= 1e-4 and found.adapter.rank == 4
     assert error(found, X) < 0.015
     assert error(found, X) < 0.3 * float((q.double() - W.double() - X).norm() / X.norm())  # of the difference itself
+
+
+@pytest.mark.parametrize("formula", [ONCE, FIRST], ids=lambda f: f.name)
+def test_the_middle_of_what_gives_the_bits_is_nearer(formula: Formula) -> None:
+    """And every interval is still met: no bit is lost."""
+    W = weights(160, 128)
+    X = update(W, 4, 0.005, decay=0.8)
+    q = merged(W, X, formula.name)
+    found = solve(W, q, 4, formula)
+    middle = polish(W, q, found)
+    assert middle.wrong <= found.wrong and error(middle, X) < 0.85 * error(found, X)
+
+
+def test_nothing_is_polished_where_bits_are_wrong_or_all_is_zero() -> None:
+    W = weights(96, 80)
+    q = merged(W, update(W, 6, 0.01))
+    few, none = solve(W, q, 2, ONCE), solve(W, W, 2, ONCE)
+    assert polish(W, q, few) is few and polish(W, W, none) is none
 
 
 def test_the_formula_is_part_of_the_answer() -> None:
