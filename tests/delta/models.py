@@ -69,3 +69,17 @@ def write_model(path: Path, change: Change | None = None, *, shards: int = 2, se
     found = tensors(seed, **kept)
     made = {name: (change(name, W) if change else W).contiguous() for name, W in found.items()}
     return write_checkpoint_directory(path, made, llama_config(**more), shards)
+
+
+def phi(change: Change | None = None) -> dict[str, torch.Tensor]:
+    """The Llama's matrices fused as Phi-3 stores them."""
+    one, found = {name: change(name, W) if change else W for name, W in tensors().items()}, {}
+    for name, W in one.items():
+        if "q_proj" in name:
+            W = torch.cat([one[name.replace("q_proj", f"{role}_proj")] for role in "qkv"])
+            found[name.replace("q_proj", "qkv_proj")] = W
+        elif "gate_proj" in name:
+            found[name.replace("gate_proj", "gate_up_proj")] = torch.cat((W, one[name.replace("gate_proj", "up_proj")]))
+        elif not any(f"{role}_proj" in name for role in ("k", "v", "up")):
+            found[name] = W
+    return found
