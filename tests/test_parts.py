@@ -49,6 +49,7 @@ def reduce(pico: Path, whole: Path, output: Path, part: str, *more: object) -> l
     return ["reduce", pico, whole / "p", "-o", output, "--workers", 1, "--part", part, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", sampled(list(permutations(range(1, 4))), 2))
 def test_the_bytes_are_those_of_one_process(
     order: list[int], pico: Path, whole: Path, run: Run, tmp_path: Path
@@ -120,6 +121,7 @@ def test_all_parts_at_once(round: int, pico: Path, whole: Path, tmp_path: Path) 
     assert snapshot(tmp_path / "out") == snapshot(whole / "out")
 
 
+@pytest.mark.slow
 def test_a_part_that_is_run_twice_does_nothing_twice(pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
     assert run(*scan(pico, tmp_path / "s", "1/2"))[0] == run(*reduce(pico, whole, tmp_path / "out", "1/2"))[0] == 0
 
