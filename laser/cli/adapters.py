@@ -23,6 +23,7 @@ from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.delta.base import Base
 from laser.delta.formulas import Formula
+from laser.delta.overview import QUANTISED, is_base_quantised
 from laser.delta.peft import merge_streamed
 from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
 from laser.delta.unmerge import (
@@ -98,6 +99,8 @@ def unmerge_verb(
         found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
         return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
     _print_entries(record)
+    if is_base_quantised(delta.changes):
+        say(QUANTISED.format(tuned=second.name, base=first.name))
     say(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"

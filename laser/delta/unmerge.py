@@ -43,7 +43,7 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
 from laser.delta.base import Base, Delta
-from laser.delta.difference import Change, Verdict
+from laser.delta.difference import Change, Verdict, looks_quantised
 from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
@@ -532,8 +532,10 @@ def _visited(
         def keep(matrix: Matrix, piece: Piece, seconds: float = 0.0) -> None:
             for entry in piece.entries:
                 if only_lora and entry.how not in (How.SAME, How.CAST, How.ADAPTER, How.SAVED):
+                    grid = looks_quantised(delta.changes[entry.name])
+                    what = ", as of a base that was quantised before it was tuned," if grid else ""
                     raise UsageError(
-                        f"{entry.name} is {entry.kind}, and no base with an adapter; try without --only-lora"
+                        f"{entry.name} is {entry.kind}{what} and no base with an adapter; try without --only-lora"
                     )
             files = {}
             for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder), ("expert", piece.expert)):

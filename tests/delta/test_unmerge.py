@@ -126,8 +126,43 @@ def test_a_full_fine_tune_is_kept_without_loss_or_refused(run: Run, base: Path, 
     size = (tmp_path / "adapter" / "remainder.safetensors").stat().st_size
     assert size < 0.8 * sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
     code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "only", "--only-lora", "--device", "cpu")
-    assert code == 2 and "is full, and no base with an adapter; try without --only-lora" in err
+    assert code == 2 and "is full and no base with an adapter; try without --only-lora" in err
     assert not (tmp_path / "only").exists()
+
+
+@pytest.mark.slow
+def test_a_base_that_was_quantised_first_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+    """The adapter was trained on the base in 4 bits: every matrix holds that error, and is kept without loss."""
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        if not any(role in name for role in LINEAR):
+            return W
+        step = W.float().abs().amax(1, keepdim=True) / 7
+        coarse = (torch.round(W.float() / step) * step).to(BF16)
+        return merged(coarse, update(W, RANK, 0.01)) if "q_proj" in name else coarse
+
+    tuned = write_model(tmp_path / "tuned", change)
+    assert {how for name, how in made(undone(run, tmp_path, base, tuned)).items() if "proj" in name} == {"whole"}
+    words = (base, tuned, "-o", tmp_path / "second", "--device", "cpu")
+    code, out, _ = run("unmerge", *words)
+    assert code == 0 and "looks as if base had been quantised before it was tuned" in out
+    code, _, err = run("unmerge", *words[:3], tmp_path / "only", *words[4:], "--only-lora")
+    assert code == 2 and "as of a base that was quantised before it was tuned" in err
+
+
+@pytest.mark.slow
+def test_another_tokenizer_s_words_leave_the_rest_alone(run: Run, base: Path, tmp_path: Path) -> None:
+    """A model with other tokens: embedding and head have other rows, in another order; they are stored whole."""
+    low = lora(("q_proj",))
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in name or "lm_head" in name:
+            order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(5))
+            return torch.cat((W[order], W[:5] * 0.5))
+        return low(name, W)
+
+    found = made(undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, vocab_size=WORDS + 5)))
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == "saved" and found[Q0] == "adapter"
 
 
 def test_another_base_is_refused(run: Run, base: Path, tmp_path: Path) -> None:
