@@ -135,7 +135,9 @@ def refusals(weights: list[torch.Tensor], count: int) -> int:
         kind, W, q = no_adapters(weights[number % len(weights)], number)
         counts = called.setdefault(kind, [0, 0])
         counts[0] += 1
-        counts[1] += recover(W, q, changed(W, q)) is not None
+        change = changed(W, q)
+        told = change.kind in (Verdict.LOW_RANK, Verdict.FAINT)  # as unmerge asks
+        counts[1] += told and recover(W, q, change) is not None
     for kind, (tried, wrong) in called.items():
         print(f"{kind}: {wrong} of {tried} called an adapter", flush=True)
     return sum(wrong for _, wrong in called.values())

@@ -22,7 +22,7 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.delta.base import Base
-from laser.delta.formulas import Formula
+from laser.delta.formulas import FORMULA_NAMES
 from laser.delta.overview import QUANTISED, is_base_quantised
 from laser.delta.peft import merge_streamed
 from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
@@ -162,8 +162,8 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
 
 def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, shown_as: options.Json) -> None:
     """An adapter without a record."""
-    if formula is not None:
-        Formula(formula)
+    if formula is not None and formula not in FORMULA_NAMES:
+        raise UsageError(f"no formula is called {formula!r}; try one of {', '.join(FORMULA_NAMES)}")
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
     with tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         common.to_write(output)

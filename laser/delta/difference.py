@@ -64,7 +64,8 @@ class Change:
     share: ||D|| / ||W||; cosine: of W and q
     scale: c, where q is R(c W)
     rank: values over the edge; energy: their share of the squared biwhitened values
-    rest: squares beyond the rank, over the rounding's expected (m - r)(n - r)
+    rest: squares beyond the rank, over the expected (m - r)(n - r) of so many roundings
+    roundings: how often the sum was rounded: 2 where two adapters were merged one after the other
     kurtosis: of D within groups of entries of a row, their median: 3 and more for what is learnt, see GRID
     """
 
@@ -77,6 +78,7 @@ class Change:
     energy: float | None = None
     rest: float | None = None
     kurtosis: float | None = field(default=None, metadata=SPARSE)
+    roundings: int = field(default=1, metadata=SPARSE)
 
 
 def compare_tensors(W: torch.Tensor, q: torch.Tensor) -> Change:
@@ -159,10 +161,21 @@ def judge_difference(found: Change, s: Spectrum, shape: tuple[int, int]) -> Chan
     if found.cosine is None or found.cosine < AGREE:
         kind = Verdict.OTHER
     elif rank > MOST_TOLD * len(s) or rest > FULL:
-        kind = Verdict.FULL
+        return _twice(found, s, shape) or replace(found, kind=Verdict.FULL, rank=rank, energy=energy, rest=rest)
     elif rest < FAINT or not rank or not told:
         kind = Verdict.FAINT
     return replace(found, kind=kind, rank=rank, energy=energy, rest=rest)
+
+
+def _twice(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change | None:
+    """Of low rank, if the rest is as much as two roundings leave; None if it is not. The entries have to prove it."""
+    rank = apply_rule(RULE, s, shape, sigma=2**0.5).rank
+    left = 2 * (shape[0] - rank) * (shape[1] - rank)
+    rest = float(np.sum(s[rank:] ** 2)) / left if left else 0.0
+    if not rank or rank > MOST_TOLD * len(s) or not FAINT < rest < FULL or (found.moved or 0) < MOVED:
+        return None
+    energy = energy_share(s, np.arange(len(s)) < rank)
+    return replace(found, kind=Verdict.LOW_RANK, rank=rank, energy=energy, rest=rest, roundings=2)
 
 
 def kurtosis_of(D: torch.Tensor) -> float | None:

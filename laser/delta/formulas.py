@@ -1,5 +1,9 @@
 """How tools merge an adapter into stored weights: formulas by name, and which updates each of them allows.
 
+One more is known that no X alone undoes: `twice`, R(R(W + X1) + X2), two adapters merged one after the other. Of their
+sum X every bit says something, as it lies within half a step more on either side; `merge` gives R(W + X), a step off in
+three of ten entries.
+
 With W the base's stored weights, X = s B A the update, R rounding to the storage format:
 
     once          R(W + X)             the sum in a wider format, cast once: mergekit, most scripts, and PEFT where A
@@ -20,10 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
-from laser.delta.formats import Cell, Float, cell_of, format_of
+from laser.delta.formats import Cell, Float, cell_of, format_of, same_bits
 from laser.errors import UsageError
 
 FORMULA_NAMES = ("once", "delta-first", "scaled-after")
+TWICE = "twice"
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Formula:
     cast: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in FORMULA_NAMES:
+        if self.name not in (*FORMULA_NAMES, TWICE):
             raise UsageError(f"no formula is called {self.name!r}; try one of {', '.join(FORMULA_NAMES)}")
         if not (0 < self.scale < float("inf")):
             raise UsageError(f"formula {self.name} with scale {self.scale:g}, expected a positive number")
@@ -54,6 +59,13 @@ class Formula:
             X = X.to(wide).to(dtype).to(wide)
         return (self.start(W, dtype).to(wide) + X.to(wide)).to(dtype)
 
+    def explains(self, W: torch.Tensor, X: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Which stored q (m, n) the update X makes, or may have made, where it was rounded twice."""
+        if self.name != TWICE:
+            return same_bits(self.merge(W, X, q.dtype), q)
+        low, high = self.cell(W, q)
+        return (low <= X) & (X <= high)
+
     def cell(self, W: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The interval [low, high] (float64, (m, n)) of updates X that make the stored q of W.
 
@@ -63,6 +75,9 @@ class Formula:
         known, x = format_of(q.dtype), self.start(W, q.dtype).double()
         sums = cell_of(q)
         plain = Cell(sums.low - x, sums.high - x, sums.closed)
+        if self.name == TWICE:
+            more = known.spacing(torch.maximum(q.double().abs(), x.abs())) / 2  # of what was rounded first
+            return plain.low - more, plain.high + more
         if self.name == "once":
             return plain.low, plain.high
         reach = _rounding_into(plain, known)

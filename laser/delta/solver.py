@@ -77,7 +77,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Solution:
-    """An adapter and what it is worth. wrong: entries whose bits it does not give; rounds: of projections."""
+    """An adapter and what it is worth. wrong: entries that it does not explain; rounds: of projections."""
 
     adapter: Adapter
     formula: Formula
@@ -107,6 +107,13 @@ def on_grid(B: torch.Tensor, A: torch.Tensor) -> Adapter:
         return (torch.round(x / step) * step).float()
 
     return Adapter(coarse(B).cpu().contiguous(), coarse(A).cpu().contiguous())
+
+
+def count_wrong(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> int:
+    """How many entries of q (m, n) the formula cannot make from W."""
+    return sum(
+        int((~formula.explains(W[a:b], adapter.rows(a, b), q[a:b])).sum()) for a, b in _blocks(q.shape[0], q.shape[1])
+    )
 
 
 def wrong_bits(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> torch.Tensor:
@@ -153,7 +160,7 @@ def polish(W: torch.Tensor, q: torch.Tensor, found: Solution, device: Device = H
 
 def _solution(work: _State, W: torch.Tensor, q: torch.Tensor, formula: Formula, done: int) -> Solution:
     adapter = on_grid(*work.factors())
-    return Solution(adapter, formula, len(wrong_bits(W, q, adapter, formula)), done, q.numel())
+    return Solution(adapter, formula, count_wrong(W, q, adapter, formula), done, q.numel())
 
 
 def _blocks(m: int, n: int) -> list[tuple[int, int]]:
@@ -261,8 +268,7 @@ class _State:
         """How many bits X gives wrongly, in the precision of the iteration."""
         count = torch.zeros((), dtype=torch.int64, device=self.q.device)
         for a, b in self.blocks:
-            made = self.formula.merge(self.W[a:b], self.U[a:b] @ self.M.T, self.q.dtype)
-            count += (~same_bits(made, self.q[a:b])).sum()
+            count += (~self.formula.explains(self.W[a:b], self.U[a:b] @ self.M.T, self.q[a:b])).sum()
         return int(count)
 
 

@@ -254,6 +254,7 @@ class Unmerge:
         kind = Verdict.LOW_RANK if any(c.kind is Verdict.LOW_RANK for c in changes) else Verdict.FAINT
         moved = sum((c.moved or 0) * p.q.numel() for c, p in zip(changes, parts, strict=True))
         stacked = Change(kind, moved / sum(part.q.numel() for part in parts), rank=max(ranks))
+        stacked = replace(stacked, roundings=max(change.roundings for change in changes))
         W, q = (torch.cat(each) for each in zip(*((p.W, p.q) for p in parts), strict=True))
         most = max(sum(ranks) - 1, max(ranks), self.voted or 0)
         solution = self.recover(parts[0], W, q, stacked, device, most)
@@ -279,7 +280,7 @@ class Unmerge:
                 found := recover(W, q, change, self.voted, self.proven, formulas, device, self.rounds, most)
             ):
                 return replace(found, adapter=found.adapter.stored_as(self.dtype))
-            if change.kind is not Verdict.LOW_RANK:
+            if change.kind is not Verdict.LOW_RANK or change.roundings > 1:
                 break
         return None
 
@@ -393,6 +394,7 @@ def choose_formula(
     """
     voted, _ = vote(delta.changes.values())
     told = [m for m in matrices if delta.changes[m.name].kind is Verdict.LOW_RANK] or matrices
+    told = [m for m in told if delta.changes[m.name].roundings == 1] or told
     best = max(told, key=lambda m: (delta.changes[m.name].rank == voted, delta.changes[m.name].share or 0, -m.cost))
     W, q = base.read(best), base.tuned.read(best.tensor, best.part)
     assert W is not None, "of low rank are those that the base has"

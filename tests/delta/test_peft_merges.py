@@ -153,3 +153,18 @@ def test_dora_is_no_adapter_of_low_rank(run: Run, tmp_path: Path) -> None:
     assert {found[name]["how"] for name in found if "q_proj" in name or "v_proj" in name} == {"whole"}
     code, _, err = run("unmerge", base, tmp_path / "tuned", "-o", tmp_path / "only", "--only-lora", "--device", "cpu")
     assert code == 2 and "try without --only-lora" in err
+
+
+@pytest.mark.slow
+def test_two_adapters_one_after_the_other(run: Run, tmp_path: Path) -> None:
+    """Of the two only the sum is found; the record says so, and its bits are right by what the remainder holds."""
+    base = model(tmp_path / "base")
+    merge(base, tmp_path / "first", r=2, lora_alpha=4, target_modules=["q_proj"], share=0.03)
+    merge(tmp_path / "first", tmp_path / "tuned", r=2, lora_alpha=4, target_modules=["q_proj"], share=0.03, seed=1)
+    found = undone(run, tmp_path, base)
+    entries = [found[name] for name in found if "q_proj" in name]
+    assert {(e["how"], e["formula"]) for e in entries} == {("adapter", "twice")}
+    assert all(e["rank"] in (4, 5) for e in entries)  # of pure noise one value in five matrices passes the bare edge
+    assert all(0.1 < e["missed"] / e["entries"] < 0.4 for e in entries)
+    sizes = [(tmp_path / name).stat().st_size for name in ("adapter/remainder.safetensors", "tuned/config.json")]
+    assert sizes[0] < 0.2 * sum(2 * e["entries"] for e in entries) + 4 * sizes[1]
