@@ -168,3 +168,23 @@ def test_two_adapters_one_after_the_other(run: Run, tmp_path: Path) -> None:
     assert all(0.1 < e["missed"] / e["entries"] < 0.4 for e in entries)
     sizes = [(tmp_path / name).stat().st_size for name in ("adapter/remainder.safetensors", "tuned/config.json")]
     assert sizes[0] < 0.2 * sum(2 * e["entries"] for e in entries) + 4 * sizes[1]
+
+
+@pytest.mark.slow
+def test_a_full_fine_tune_is_no_adapter(run: Run, tmp_path: Path) -> None:
+    """50 steps on random tokens: every matrix changes in all directions; kept without loss, or refused as asked."""
+    base = model(tmp_path / "base")
+    trained = load(base, F32).train()
+    torch.manual_seed(0)
+    optimiser = torch.optim.AdamW(trained.parameters(), lr=3e-4)
+    for _ in range(50):
+        tokens = torch.randint(3, 60, (4, 32))
+        trained(tokens, labels=tokens).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    trained.to(BF16).save_pretrained(tmp_path / "tuned")
+    found = undone(run, tmp_path, base)
+    assert {entry["how"] for entry in found.values()} <= {"whole", "saved", "same"}
+    assert sum(entry["how"] == "whole" for entry in found.values()) == 14
+    code, _, err = run("unmerge", base, tmp_path / "tuned", "-o", tmp_path / "only", "--only-lora", "--device", "cpu")
+    assert code == 2 and "try without --only-lora" in err and not (tmp_path / "only").exists()

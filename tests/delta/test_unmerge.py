@@ -83,14 +83,15 @@ def test_other_formats(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_a_base_in_another_format(run: Run, tmp_path: Path) -> None:
-    """The base in float32, the merge in bfloat16: everything else is a cast."""
+@pytest.mark.parametrize("stored, tuned", [(F32, BF16), (BF16, F32)], ids=["float32 base", "float32 merge"])
+def test_a_base_in_another_format(run: Run, tmp_path: Path, stored: torch.dtype, tuned: torch.dtype) -> None:
+    """The base in float32 and the merge in bfloat16, or the other way round: everything else is a cast."""
 
     def change(name: str, W: torch.Tensor) -> torch.Tensor:
-        return merged(W, update(W, RANK, 0.02)) if "q_proj" in name else W.to(BF16)
+        return merged(W, update(W, RANK, 0.02), dtype=tuned) if "q_proj" in name else W.to(tuned)
 
-    base = write_model(tmp_path / "base", dtype=F32)
-    found = undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, dtype=F32))
+    base = write_model(tmp_path / "base", dtype=stored)
+    found = undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, dtype=stored))
     assert set(made(found).values()) == {"cast", "adapter"} and ranks(found) == {RANK}
 
 
