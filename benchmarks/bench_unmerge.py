@@ -7,8 +7,8 @@
 Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
 types. Beside the error stands that of the truncated SVD of the difference at the true rank, which is what
 mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are no adapters, and how many were called one.
---costs: seconds and peak memory of one matrix and of two at once. --end-to-end: a LoRA trained and merged by PEFT, taken
-apart, made again, and loaded by PEFT on the base (needs peft and transformers).
+--costs: seconds and peak memory of one matrix and of two at once. --end-to-end: a LoRA trained and merged by PEFT,
+taken apart, made again, and loaded by PEFT on the base (needs peft and transformers).
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def refusals(weights: list[torch.Tensor], count: int) -> int:
     """How many of so many changes that are no adapters were called one."""
     called: dict[str, list[int]] = {}
     for number in range(count):
+        print(f"{number} of {count}", end="\r", file=sys.stderr)
         kind, W, q = no_adapters(weights[number % len(weights)], number)
         counts = called.setdefault(kind, [0, 0])
         counts[0] += 1
@@ -189,10 +190,10 @@ def costs(shapes: list[str], model: str) -> None:
 # --- end to end -------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(base: Path, folder: Path, steps: int, experts: int) -> None:
+def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts: int) -> None:
     """A LoRA of rank 16 trained and merged by PEFT, taken apart and made again; every figure in a line.
 
-    experts: layers whose experts are adapted as parameters, of a model that has them; else all linear layers are
+    modules: that are adapted; experts: layers whose experts are adapted as parameters, of a model that has them
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,15 +202,15 @@ def end_to_end(base: Path, folder: Path, steps: int, experts: int) -> None:
         return AutoModelForCausalLM.from_pretrained(path, dtype=BF16).eval()
 
     torch.manual_seed(0)
-    model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
+    model: Any = load(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(base))
     sparse = "num_local_experts" in json.loads((base / "config.json").read_text())
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=linear[:4] if sparse else linear)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=modules)
     if sparse:
         layers = [f"model.layers.{i}.mlp.experts" for i in range(experts)]
         config.target_parameters = [f"{layer}.{p}" for layer in layers for p in ("gate_up_proj", "down_proj")]
-    model = get_peft_model(model, config)
-    text = (Path(__file__).parents[1] / "LOG.md").read_text()
+    model = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+    text = "\n".join(path.read_text() for path in sorted((Path(__file__).parents[1] / "docs" / "log").glob("2026*.md")))
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
@@ -239,9 +240,10 @@ def end_to_end(base: Path, folder: Path, steps: int, experts: int) -> None:
     with torch.no_grad():
         mine, theirs, before = (x(window).logits.float() for x in (merged_by_peft, reference, load(base)))
     differ = sum(int((a != b).sum()) for a, b in zip(merged_by_peft.parameters(), reference.parameters(), strict=True))
+    off, moved = (float((x - theirs).abs().mean()) for x in (mine, before))
     print(
         f"PEFT's merge of the adapter on the base: {differ} weights differ; logits equal: {torch.equal(mine, theirs)}, "
-        f"mean difference {float((mine - theirs).abs().mean()):.2g}, of the base {float((before - theirs).abs().mean()):.2g}"
+        f"mean difference {off:.2g}, of the base {moved:.2g}"
     )
     sizes = {
         name: (folder / "adapter" / name).stat().st_size
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--costs", default="")
     parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
     parser.add_argument("--end-to-end", type=Path)
+    parser.add_argument("--modules", default="q_proj,k_proj,v_proj,o_proj")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--experts", type=int, default=2)
     asked = smoke.parse(
@@ -281,7 +284,7 @@ def main() -> None:
     if asked.costs:
         return costs(asked.costs.split(","), asked.model)
     if asked.end_to_end:
-        return end_to_end(Path(asked.model), asked.end_to_end, asked.steps, asked.experts)
+        return end_to_end(Path(asked.model), asked.end_to_end, asked.modules.split(","), asked.steps, asked.experts)
     checkpoint = open_checkpoint(asked.model)
     chosen = [m for m in list_matrices(checkpoint) if Selection().why_not(m) is None]
     step = max(len(chosen) // asked.matrices - 1, 1)  # of no whole number of layers: another role each time

@@ -175,8 +175,9 @@ def test_what_is_of_another_run_is_refused(verb: str, pico: Path, whole: Path, r
     differ = {"scan": "selection", "reduce": "plan"}[verb]
     assert code == 1 and f"1-of-3 belongs to another run: {differ} differ; repeat the command of that part" in err
     undivided = [word for word in make("2/3") if word not in ("--part", "2/3")]
-    code, _, err = run(*undivided, *(["--resume"] if verb == "reduce" else []))
-    assert code == 1 and "1-of-3 is of a run in parts; give the command of one of them again" in err
+    for words in [[], ["--resume"]] if verb == "reduce" else [[]]:
+        code, _, err = run(*undivided, *words)
+        assert code == 1 and "1-of-3 is of a run in parts; give the command of one of them again" in err
     assert before == sorted(p for p in tmp_path.rglob("*") if whole not in p.parents)
     assert run(*undivided, "--force")[0] == 0  # begins afresh
     assert not [p for p in tmp_path.rglob("*") if "-of-" in p.name and "safetensors" not in p.name]

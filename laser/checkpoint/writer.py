@@ -236,6 +236,7 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
+            require_undivided(out / JOURNAL)  # such an output is gone on with by its parts, and not with --resume
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
         if not is_settled(source, out):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import typer
-from tqdm import tqdm
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
@@ -21,6 +20,7 @@ from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
+from laser.cli.progress import Bar, Progress
 from laser.delta.base import Base
 from laser.delta.formulas import FORMULA_NAMES
 from laser.delta.overview import QUANTISED, is_base_quantised
@@ -84,12 +84,12 @@ def unmerge_verb(
             partial.mkdir(parents=True, exist_ok=True)
         common.to_write(output)
         try:
-            with common.Progress("delta", matrices) as bar:
+            with Progress("delta", matrices) as bar:
                 delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
         except RecordError as error:
             raise of_another_unmerge(partial) from error
         assert delta is not None, "a scan with a base measures differences"
-        with common.Progress("unmerge", matrices) as bar:
+        with Progress("unmerge", matrices) as bar:
             how: dict[str, Any] = {"only_lora": only_lora, "rounds": rounds, "dtype": ADAPTER_DTYPES[dtype]}
             record = unmerge(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
@@ -148,7 +148,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     if formula is not None:
         raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
-    with tqdm(desc="rebuild", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("rebuild", total, size=True) as bar:
         common.to_write(output)
         made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start
@@ -165,7 +165,7 @@ def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, s
     if formula is not None and formula not in FORMULA_NAMES:
         raise UsageError(f"no formula is called {formula!r}; try one of {', '.join(FORMULA_NAMES)}")
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
-    with tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("merge", total, size=True) as bar:
         common.to_write(output)
         changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start

@@ -18,6 +18,13 @@ from laser.spectral.rules import RULES, TESTED
 from laser.start import loading
 
 
+def info(model: options.Model, *, shown_as: options.Json) -> None:
+    """Say what a model holds: layers, experts, roles, shapes, bytes. Reads headers only, also of a model on the Hub."""
+    with loading():
+        from laser.cli import look
+    look.info_verb(model, shown_as=shown_as)
+
+
 def scan(
     model: options.Model,
     *,
@@ -273,10 +280,11 @@ def search(
     moments: options.Inputs,
     lowest: options.Lowest,
     shortlist: Annotated[
-        str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
+        str | None, typer.Option("--shortlist", metavar="gradient:K", help="The K that a backward pass says help most.")
     ] = None,
     grid: Annotated[
-        str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
+        str | None,
+        typer.Option("--grid", metavar="RULE:A,B,..", help="LASER's grid: each of these per layer and role."),
     ] = None,
     trials: options.Trials,
     objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",

@@ -23,7 +23,7 @@ from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
 
-# One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
+# One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: docs/log and the measurements that it names.
 _CORE = Probe(
     "cpu float64", "one core of an AMD EPYC", "2.13.0", 1, 8.7e10,
     {512: 0.012, 1024: 0.065, 2048: 0.53}, {512: 0.034, 1024: 0.19, 2048: 1.42},
@@ -106,15 +106,15 @@ def estimate_cost(
 def constants(crew: Crew) -> tuple[Probe, str]:
     """The probe to estimate by, and where it comes from."""
     probe = None
-    kind = " ".join(crew.label.split()[:2])
-    for label in dict.fromkeys((crew.devices[0].label, kind)):  # "cuda:0 float64", and what was probed as "cuda"
+    first = crew.devices[0]
+    for label in dict.fromkeys((first.label, first.kind)):  # "cuda:0 float64", and what was probed as "cuda"
         try:
             probe = probe or Probe.load(label)
         except RecordError:
             pass  # damaged: as if it were missing, since an estimate is no reason to fail
     if probe is not None:
         return probe, f"by the probe of {probe.measured}"
-    other = ELSEWHERE.get(kind, _CORE_32)
+    other = ELSEWHERE.get(first.kind, _CORE_32)
     return other, f"by {other.name}; `laser devices --probe` measures yours"
 
 

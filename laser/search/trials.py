@@ -1,9 +1,9 @@
 """Try edits: what a model's objective becomes with some matrices replaced. Many edits share one walk over the layers.
 
 An edit in layer L leaves the states that enter layer L as they were. So one walk begins at the lowest layer that a
-variant edits; each variant branches off from the model's own states at its own lowest layer, and in each layer the
-matrices that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants
-there are. Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
+variant edits. Each variant branches off from the model's own states at its own lowest layer. In each layer the matrices
+that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants there are.
+Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
 
 States that enter a piece depend on the edits below it alone. Some are kept under that name, the model's own and those
 of variants, and the next walk begins as high as they allow; an accepted edit makes those above it stale.
