@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from laser.checkpoint.matrices import place_of
+from laser.checkpoint.matrices import MEMORY_NAMES, ONE_EXPERT, place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
@@ -32,11 +32,7 @@ ALWAYS_UNFROZEN = ("lm_head.weight", "model.embed_tokens.weight")
 SPECTRUM_RULE = "laser-rmt"
 # A checkpoint of the model without its head lacks this, which transformers puts before every name when it loads it.
 PREFIXES = {"h": "transformer.", "layers": "model."}
-# transformers 5 holds all experts of a layer in one parameter, expert first, whether the checkpoint has one tensor an
-# expert (the first row) or fused ones (the others; Granite's have another name in memory).
-ONE_EXPERT = re.compile(r"(?P<block>.*\.)experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-MEMORY_NAMES = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-MEMORY_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+# Fused experts: Granite's have another name in memory.
 ALL_EXPERTS = re.compile(
     r"(?P<tensor>.*\.(?:experts\.(?:gate_up|down)_proj|(?:in|out)put_linear\.weight))\[(?P<expert>\d+)"
 )
