@@ -76,6 +76,7 @@ class Checkpoint:
     hub: Hub | None = None  # where it comes from, if it was opened by its Hub id; `path` is then in the Hub's cache
     fp8: Fp8 | None = None  # which of its tensors are FP8 with scales
     origin: Checkpoint | None = None  # the one that this is a view of, in another dtype: its values and its identity
+    remade: bool = False  # a view with values of its own, which its shards make from the origin's
     left_out: tuple[str, ...] = ()  # copies of tensors that are not loaded, and so not among its shards' tensors
 
     @property
@@ -125,7 +126,7 @@ class Checkpoint:
 
         Raises CheckpointError for a file that changed or a dtype that torch does not know.
         """
-        if self.origin is not None:
+        if self.origin is not None and not self.remade:
             return self.origin.read(name, part)
         if self.fp8 is None or name not in self.fp8.scales:
             return self.raw(name, part)

@@ -81,6 +81,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint director
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
 ]
+Original = Annotated[
+    str, typer.Argument(metavar="ORIGINAL", help="The model: checkpoint directory, or a Hub id, org/name[@revision].")
+]
+Copy = Annotated[
+    str, typer.Argument(metavar="COPY", help="What was made of it: quantised, pruned or reduced, likewise.")
+]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
@@ -272,6 +278,27 @@ class SearchText(TextOptions):
         reported = None if other is None else text_of(other, self.field if holds_rows(other) else None, None)
         used = other is not None and holds_rows(other) and dataset is None and not (path and holds_rows(path))
         return text_of(path, None if used else self.field, dataset), reported
+
+
+@dataclass(frozen=True)
+class CompensationText(TextOptions):
+    """The text whose inputs a correction goes by, and the one on which it is judged."""
+
+    text: Path | None = option(None, "A .txt, .jsonl or .json file to calibrate on.")
+    held_out: Path | None = option(None, "Second text, for the verdict: original, copy, and copy with adapter.")
+    windows: int = option(32, "Windows to calibrate on; 0: all.")
+    held_out_windows: int = option(32, "Windows for the verdict; 0: all.")
+
+    def read(self, path: Path) -> texts.Text:
+        """One of the two; --field is for those that hold rows."""
+        return text_of(path, self.field if holds_rows(path) else None, None)
+
+    def cut(self, path: Path, checkpoint: Checkpoint, most: int) -> texts.Windows:
+        from laser.evaluation import text as texts
+
+        texts.check_cut(self.window, most or None, 0, "windows")
+        tokenizer = texts.load_tokenizer(checkpoint.path)
+        return texts.cut_windows(self.read(path), tokenizer, length=self.window, limit=most or None)
 
 
 @dataclass(frozen=True)

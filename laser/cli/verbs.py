@@ -572,3 +572,48 @@ def rebuild(
     with loading():
         from laser.cli import adapters
     adapters.rebuild_verb(base, adapter, output=output, formula=formula, shown_as=shown_as)
+
+
+def compensate(
+    original: options.Original,
+    copy: options.Copy,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the adapter.")],
+    moments: Annotated[
+        Path | None, typer.Option("--moments", help="Moments file of laser calibrate ORIGINAL, instead of --text.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of every correction; default: 8.")] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Instead: bits per weight in all, spent where they buy most.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="By the plain norm and no text, for comparison: mostly worse.")
+    ] = False,
+    text: options.CompensationText,
+    which: options.Matrices,
+    dtype: options.Dtype = "float32",
+    compute: options.ComputeOptions,
+    work: options.WorkOptions,
+) -> None:
+    """Give back what a smaller copy of a model lost: a LoRA adapter of it, not trained but solved.
+
+    Every matrix gets the best correction of low rank for the inputs that it meets in a text. With --text the original
+    is calibrated first. With --held-out the verdict on a second text is part of the output. PEFT loads the adapter on
+    COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import compensate
+    compensate.compensate_verb(
+        original,
+        copy,
+        output=output,
+        moments=moments,
+        rank=rank,
+        bits=bits,
+        plain=plain,
+        text=text,
+        which=which,
+        dtype=dtype,
+        compute=compute,
+        work=work,
+    )
