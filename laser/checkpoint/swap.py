@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -104,6 +105,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
 
     Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all.
     """
+    require_unpacked(source)
     new = _beside(out, "new")
     place = new if force and (out.exists() or new.exists()) else out
     require_apart(source, out)

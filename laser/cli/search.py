@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
@@ -89,6 +90,7 @@ def search_verb(
     texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    require_unpacked(checkpoint)
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)
     check_objectives(calibration, reported, trials.accept, asked["shortlist"], trials.racing)
