@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 import numpy as np
 import torch
@@ -98,13 +98,15 @@ class Line(TypedDict):
     tokens: int
     shrunk: bool
     outputs: float
-    predicted: list[float]
-    measured: list[float]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
     residual: float
     orthogonality: float
     tolerance: float
     file: str | None
 
+
+LINE = get_type_hints(Line)
 
 # --- one place --------------------------------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class Solve:
             raise NumericalError(f"{place.name}: {error}", error.residual) from error
         line = _line(place, None, tokens)
         line["shrunk"], line["outputs"] = shrunk, found.outputs
-        line["predicted"], line["measured"] = found.predicted.tolist(), found.measured.tolist()
+        line["predicted"], line["measured"] = tuple(found.predicted.tolist()), tuple(found.measured.tolist())
         line["residual"], line["orthogonality"] = found.residual, found.orthogonality
         line["tolerance"] = found.tolerance
         return line, found
@@ -175,7 +177,7 @@ class Solve:
 def _line(place: Place, left: str | None, tokens: int) -> Line:
     """Of a place of which nothing is solved yet."""
     return Line(
-        name=place.name, left=left, tokens=tokens, shrunk=False, outputs=0.0, predicted=[], measured=[], residual=0.0,
+        name=place.name, left=left, tokens=tokens, shrunk=False, outputs=0.0, predicted=(), measured=(), residual=0.0,
         orthogonality=0.0, tolerance=0.0, file=None,
     )  # fmt: skip
 
@@ -334,7 +336,7 @@ def _solved(
         ) from error
     with log:
         for line in log.entries:
-            if has_shape(line, Line.__annotations__) and _is_whole(line, partial):
+            if has_shape(line, LINE) and _is_whole(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places))

@@ -114,7 +114,7 @@ def test_a_packed_checkpoint_is_open_to_scan_and_delta_and_closed_to_reduce(
         stored, scale = checkpoint.origin.raw(f"{Q}.weight"), checkpoint.origin.raw(f"{Q}.weight_scale")  # pyright: ignore
         assert torch.equal(W, stored.float() * scale)
     else:
-        q, zeros, scales = numbers(*W.shape, 2, 4)
+        q, zeros, scales = numbers(W.shape[0], W.shape[1], 2, 4)
         n = W.shape[1]
         assert torch.equal(W, by_hand(q, zeros, scales, [i * 2 // n for i in range(n)]))
     code, _, err = run("scan", path, "-o", tmp_path / "s", "--roles", "q", "--json")
