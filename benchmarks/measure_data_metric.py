@@ -132,10 +132,10 @@ def measure(asked: argparse.Namespace, journal: Journal) -> None:
 
     bench = Bench(model, Loss(together), cut)
     bench.wanted = {model.first_piece(name) for name, _, _ in todo}
-    (_, base), start = bench.walk((), base=True), time.monotonic()
+    base, start = bench.walk((), base=True).own, time.monotonic()
     assert base is not None, "it was asked for"
     for number, (name, metric, rank) in enumerate(todo, 1):
-        (after,), _ = bench.walk([{name: (metric, rank)}])
+        (after,) = bench.walk([{name: (metric, rank)}]).variants
         changes = [float(b - a) for a, b in zip(base.values, after.values, strict=True)]
         journal.append({"name": name, "metric": metric, "rank": rank, "changes": changes})
         print(f"{number} of {len(todo)}: {name} {metric} {rank}: {1000 * np.mean(changes):+.1f}", flush=True)

@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 
 from laser.cli import main as _main
-from laser.start import at_work, code_of, interrupted, on_interrupt, too_early
+from laser.start import at_work, code_of, interrupted, on_interrupt, raised_again, too_early
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
 
     code: int | None = None
     try:
+        raised_again(stop)
         at_work(stop)
         code = _main()
         on_interrupt(signal.SIG_IGN)  # the work is done; only the interpreter has yet to end

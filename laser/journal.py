@@ -46,6 +46,14 @@ class Entries(Sequence[dict[str, Any]]):
         return entry
 
 
+class OfAnotherRun(RecordError):
+    """A journal's first line says that it is of another run. found: how the two differ."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}; repeat the command that began it, or start afresh with --force")
+        self.found = found
+
+
 class Journal:
     """An append-only file of JSON lines; the first says which run it belongs to.
 
@@ -149,10 +157,8 @@ class Journal:
         different = differences(found, run)
         if {"source", "weights"} & set(different):
             models = [f"{stated.get('model')} ({fingerprint_in(stated).short})" for stated in (found, run)]
-            raise RecordError(
-                f"{self.path} belongs to another run: {', '.join(different)} differ; it was begun with {models[0]}, "
-                f"found {models[1]}; repeat the command that began it, or start afresh with --force"
-            )
+            begun = f"it was begun with {models[0]}, found {models[1]}"
+            raise OfAnotherRun(f"{self.path} belongs to another run: {', '.join(different)} differ; {begun}")
         was, now = (str(stated.get("device", "")) for stated in (found, run))
         if set(different) == {"device"} and was.split()[:2] == now.split()[:2]:
             raise RecordError(
@@ -160,10 +166,7 @@ class Journal:
                 "try without the file that `laser devices` names, or start afresh with --force"
             )
         if different:
-            raise RecordError(
-                f"{self.path} belongs to another run: {', '.join(different)} differ; "
-                "repeat the command that began it, or start afresh with --force"
-            )
+            raise OfAnotherRun(f"{self.path} belongs to another run: {', '.join(different)} differ")
 
     def append(self, entry: dict[str, Any]) -> None:
         self._append(entry)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser.errors import OutputError, RecordError, UsageError
+from laser.errors import OutputError, UsageError
 from laser.files import InUse, claimed, disk_errors
-from laser.journal import Journal
+from laser.journal import Journal, OfAnotherRun
 
 T = TypeVar("T")
 DONE: dict[str, Any] = {"done": dict}  # the shape of the line that ends a part's journal
@@ -111,10 +111,9 @@ def _require_alike(path: Path, run: Mapping[str, Any], shapes: Sequence[Mapping[
             raise OutputError(f"{other} is one of {of} parts, found --part {part}; try --part I/{of}, or another -o")
         try:
             Journal.require(other, PartOfRun(number, of).run(run), (*shapes, DONE))
-        except RecordError as error:
-            cause = str(error).rpartition("; repeat")[0] or str(error)
+        except OfAnotherRun as error:
             raise OutputError(
-                f"{cause}; repeat the command of that part with --part {part}, or try another -o"
+                f"{error.found}; repeat the command of that part with --part {part}, or try another -o"
             ) from error
     if path.exists():  # of a part that was killed while it made the whole, or of an undivided run
         with read_all(path, run, shapes, part) as (_, missing):

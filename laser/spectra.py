@@ -252,8 +252,9 @@ class Spectra:
 
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
     nulls: name -> (draws,) largest singular values of the matrix with its entries permuted, for the rule `parallel`;
-    empty unless the scan was asked for them. null_order: by which order of the entries (permutation.NULL_ORDER); 1 is
-    the shuffle of earlier versions, whose values have the same law
+    empty unless the scan was asked for them
+    null_order: by which order of the entries (permutation.NULL_ORDER). 1 is the shuffle of earlier versions, whose
+    values have the same law
     data: the values again in the metric of the data, where the scan was given moments
     notes: name -> by which step of the ladder its values were found and which failed, where that was not `method`
     steps: name -> that step, for programs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -114,6 +116,23 @@ def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:
     """Let the verb end and say what it kept: what is computed at the moment is waited for. Once more, and it is not."""
     on_interrupt(again)
     raise KeyboardInterrupt
+
+
+def raised_again(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """An interrupt that falls into a destructor or a callback, where Python drops what is raised, comes once more."""
+    tell = sys.unraisablehook
+
+    def once_more() -> None:
+        time.sleep(0.01)  # the destructor is behind then
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return tell(unraisable)
+        on_interrupt(handler)
+        _thread.start_new_thread(once_more, ())  # not threading's, whose locks the destructor may hold
+
+    sys.unraisablehook = dropped
 
 
 def again(number: int = 0, _frame: FrameType | None = None) -> None:

@@ -154,6 +154,7 @@ def begun(speaker: Path, path: Path, layers: int) -> Path:
 QO = Selection(roles=("q", "o"))
 
 
+@pytest.mark.slow
 def test_a_calibration_killed_while_it_tidies_up_is_not_done_again(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

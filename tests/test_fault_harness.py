@@ -56,6 +56,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(SAMPLE, len(SAMPLE)))
 def test_a_verb_survives_faults_at_its_disk_calls(name: str, inputs: dict[str, str], tmp_path: Path) -> None:
     if "plot" in name:

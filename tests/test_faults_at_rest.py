@@ -105,6 +105,7 @@ def other_weights(model: Path) -> None:
 # --- whose weights ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_records_of_a_fine_tune_are_refused_with_both_names(small: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned"
     shutil.copytree(small, tuned)
@@ -398,6 +399,7 @@ def test_a_damaged_layer_of_a_calibration_costs_that_layer(
 # --- --force ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_force_leaves_the_old_output_until_the_new_one_is_whole(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def weights(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (at.st_ino, at.st_mtime_ns) for name, at in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("touched", sampled([False, True], 2))
 def test_a_run_killed_behind_its_reduction_writes_no_shard_again(pico: Path, tmp_path: Path, touched: bool) -> None:
     """touched: the earlier output was copied or restored meanwhile, and looks younger than the new one."""

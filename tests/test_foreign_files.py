@@ -154,6 +154,7 @@ def test_one_file_is_not_two(made: Path, run: Run) -> None:
     assert not both.exists()
 
 
+@pytest.mark.slow
 def test_every_side_file_is_summed(pico: Path, made: Path, run: Run) -> None:
     """Only laser's own locks and temporary files are left out: a model may have a uv.lock."""
     (pico / "uv.lock").write_text("version = 1\n")

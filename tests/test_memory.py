@@ -470,6 +470,7 @@ def test_a_leaderboard_is_refused_before_the_work(
 # --- dry runs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_search(
     run: Run, deep: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def with_code(path: Path, marker: Path, model_type: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sampled(["nobody_knows", "llama"], 2))
 def test_no_verb_runs_the_code_of_a_model(
     model_type: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch

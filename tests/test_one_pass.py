@@ -107,6 +107,7 @@ def test_interrupted_and_resumed_it_is_byte_identical(pico: Path, tmp_path: Path
     assert not reads
 
 
+@pytest.mark.slow
 def test_not_finite_is_skipped_and_the_rest_done(
     device: Device, make_pico: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), CASES, ids=[f"{c.split()[0]} {w}" for c, w in CASES])
 def test_what_is_asked_for_wrongly_is_refused_before_a_matrix_is_read(
     command: str, words: str, place: dict[str, Path], reads: list[str], run: Run

@@ -49,6 +49,7 @@ def reduce(pico: Path, whole: Path, output: Path, part: str, *more: object) -> l
     return ["reduce", pico, whole / "p", "-o", output, "--workers", 1, "--part", part, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", sampled(list(permutations(range(1, 4))), 2))
 def test_the_bytes_are_those_of_one_process(
     order: list[int], pico: Path, whole: Path, run: Run, tmp_path: Path
@@ -120,6 +121,7 @@ def test_all_parts_at_once(round: int, pico: Path, whole: Path, tmp_path: Path) 
     assert snapshot(tmp_path / "out") == snapshot(whole / "out")
 
 
+@pytest.mark.slow
 def test_a_part_that_is_run_twice_does_nothing_twice(pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
     assert run(*scan(pico, tmp_path / "s", "1/2"))[0] == run(*reduce(pico, whole, tmp_path / "out", "1/2"))[0] == 0
 
@@ -173,8 +175,9 @@ def test_what_is_of_another_run_is_refused(verb: str, pico: Path, whole: Path, r
     differ = {"scan": "selection", "reduce": "plan"}[verb]
     assert code == 1 and f"1-of-3 belongs to another run: {differ} differ; repeat the command of that part" in err
     undivided = [word for word in make("2/3") if word not in ("--part", "2/3")]
-    code, _, err = run(*undivided, *(["--resume"] if verb == "reduce" else []))
-    assert code == 1 and "1-of-3 is of a run in parts; give the command of one of them again" in err
+    for words in [[], ["--resume"]] if verb == "reduce" else [[]]:
+        code, _, err = run(*undivided, *words)
+        assert code == 1 and "1-of-3 is of a run in parts; give the command of one of them again" in err
     assert before == sorted(p for p in tmp_path.rglob("*") if whole not in p.parents)
     assert run(*undivided, "--force")[0] == 0  # begins afresh
     assert not [p for p in tmp_path.rglob("*") if "-of-" in p.name and "safetensors" not in p.name]

@@ -181,6 +181,36 @@ def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path:
     assert len(codes) > 40 and {0, 130} <= set(codes)
 
 
+DESTRUCTOR = """
+import os, signal, sys, time
+sys.argv[0] = "laser"
+import laser.__main__ as command
+from laser.start import loading
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)  # the handler runs in here, and Python drops what it raises
+
+def verb():
+    with loading():
+        pass
+    late = Late()
+    del late
+    time.sleep(30)
+    return 0
+
+command._main = verb
+command.main()
+"""
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    """Python drops what is raised there, and would tell of it on stderr: a garbage collection may fall anywhere."""
+    done = subprocess.run([sys.executable, "-c", DESTRUCTOR], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:

@@ -106,6 +106,7 @@ def test_of_many_at_once_exactly_one_wins(pico: Path, tmp_path: Path) -> None:
         assert verify(checkpoint, out).problems == ()
 
 
+@pytest.mark.slow
 def test_a_lock_just_taken_is_never_taken_for_a_file_of_others(tmp_path: Path) -> None:
     path, barrier, told = tmp_path / "x", Barrier(4), set[str]()
 

@@ -236,6 +236,7 @@ def require_usable(source: Checkpoint, out: Path, *, resume: bool) -> None:
         if not is_ours(out):
             raise OutputError(f"{out} exists and was not made by laser; try another -o, or remove it yourself")
         if not resume:
+            require_undivided(out / JOURNAL)  # such an output is gone on with by its parts, and not with --resume
             state = "is a finished checkpoint" if is_finished(source, out) else "is unfinished"
             raise OutputError(f"{out} exists and {state}; try --resume to go on with it, or --force to replace it")
         if not is_settled(source, out):
@@ -326,7 +327,8 @@ def write_part(
             work = _Work(source, out, touched, compute, elsewhere, journal, done, on_check)
             before = len(journal.entries)
             work.find(mine)
-            work.make(mine)
+            work.make(work.begin(mine))
+            work.require_unchanged()
             if not was_done or len(journal.entries) > before:
                 journal.append({"done": {}})
     with read_all(out / JOURNAL, run, JOURNAL_SHAPES, part) as (_, missing):
@@ -396,8 +398,8 @@ class _Work:
         others = {shard.name for shard in self.source.shards} - mine
         require_room(self.source, self.out, others | self.hashes.keys())
 
-    def make(self, shards: Sequence[Shard]) -> None:
-        """Make those that are not."""
+    def begin(self, shards: Sequence[Shard]) -> list[Job]:
+        """What is left to do of those that are not."""
         left = [shard for shard in shards if shard.name not in self.hashes]
         inside: dict[str, list[Matrix]] = {}
         for matrix in self.touched:
@@ -405,12 +407,115 @@ class _Work:
         parts = _parts(self.source, self.touched) if self.promises.copied else {}
         tick = _counting(sum(s.size for s in left), self.on_check)
         copied, promised = self.promises.copied, self.promises.matrices
-        jobs = [begin_shard(s, self.out, inside.get(s.name, []), parts, copied, promised, tick) for s in left]
-        to = (self.journal, self.promises, self.hashes, self.done)
-        if self.elsewhere is None:
-            _write_shards(self.source, self.out, jobs, self.compute, *to)
-        else:
-            _take_shards(self.source, self.out, jobs, self.elsewhere, *to)
+        return [begin_shard(s, self.out, inside.get(s.name, []), parts, copied, promised, tick) for s in left]
+
+    def make(self, jobs: list[Job]) -> None:
+        """Make these shards, or let others make them.
+
+        Two threads beside the caller's: one copies what is untouched, shard after shard, one settles what is whole.
+        Only the caller's writes matrices and the journal.
+        """
+        if self.elsewhere is not None:
+            return self._take(jobs, self.elsewhere)
+        out, journal = self.out, self.journal
+        copier, settler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        copies: dict[str, Future[bool]] = {}
+        waiting, ahead = list(jobs), len(jobs) if self.source.hub is None else DOWNLOADS
+        settling: list[tuple[Shard, Future[str | None]]] = []
+        by_name = {m.name: (job, m) for job in jobs for m in job.todo}
+        left = {job.shard.name: len(job.todo) for job in jobs}
+        idle = [job for job in jobs if not job.todo]
+
+        def copy_on(until: Job | None = None) -> None:
+            """Let the copier go on: to its limit, or as far as a shard that is needed now."""
+            while waiting and (len(copies) < ahead or until in waiting):
+                job = waiting.pop(0)
+                copies[job.shard.name] = copier.submit(copy_untouched, job, out)
+
+        def ready(job: Job) -> None:
+            """Wait until the shard's untouched bytes are in place, and tell the journal."""
+            copy_on(job)
+            future = copies.pop(job.shard.name, None)
+            if future is not None and future.result() and job.touched:
+                journal.append({"copied": job.shard.name})
+
+        def finish(job: Job) -> None:
+            ready(job)
+            changed = any(self.promises.matrices[m.name] is not None for m in job.touched)
+            settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
+
+        def sweep(wait: bool) -> None:
+            copy_on()
+            while idle and (wait or (idle[0].shard.name in copies and copies[idle[0].shard.name].done())):
+                finish(idle.pop(0))
+                copy_on()
+                self._collect(settling, False)
+            self._collect(settling, wait)
+
+        try:
+            with closing(self.compute(list(by_name))) if by_name else nullcontext(iter(())) as results:
+                for expected, _ in list(
+                    by_name.values()
+                ):  # as many results as names; most likely this shard's are next
+                    ready(expected)
+                    name, new, record = next(results)
+                    job, matrix = by_name[name]
+                    ready(job)
+                    with disk_errors(partial_of(out, job.shard.name)):
+                        with partial_of(out, job.shard.name).open("r+b", buffering=0) as target:
+                            sha256 = put(job.shard, matrix, target, new)
+                    del new  # before the next is waited for
+                    entry = {"matrix": name, "sha256": sha256, "record": record}
+                    journal.append(entry)
+                    self.promises.add(len(journal.entries) - 1, entry)
+                    left[job.shard.name] -= 1
+                    if not left[job.shard.name]:
+                        finish(job)
+                    sweep(wait=False)
+                next(results, None)  # what the computation does behind its last result
+            sweep(wait=True)
+        finally:
+            copier.shutdown(cancel_futures=True)
+            settler.shutdown(cancel_futures=True)
+
+    def _take(self, jobs: list[Job], elsewhere: MakeShards) -> None:
+        """Let others make each shard, and journal it once it is there for this process, too.
+
+        Raises OutputError where it is not: where `out` is another directory on the machine that made it.
+        """
+        out, journal = self.out, self.journal
+        shards = {job.shard.name: job.shard for job in jobs}
+        with closing(elsewhere(jobs)) if jobs else nullcontext(iter(())) as results:
+            for made in results:
+                shard, partial = shards[made.shard], partial_of(out, made.shard)
+                try:
+                    with open_regular(partial) as file:  # opening asks the server, where a network keeps what it knew
+                        there = os.fstat(file.fileno()).st_size == shard.size
+                except FileNotFoundError:
+                    there = False
+                if not there:
+                    raise elsewhere_is_not_here(out)
+                for line in made.matrices:
+                    journal.append(line)
+                    self.promises.add(len(journal.entries) - 1, line)
+                self.hashes[shard.name] = made.sha256
+                journal.append({"shard": shard.name, "sha256": made.sha256})
+                if self.source.index_bytes is not None:  # without an index the shards wait for laser.json
+                    _rename(partial, out / shard.name)
+                self.done(shard)
+
+    def _collect(self, settling: list[tuple[Shard, Future[str | None]]], wait: bool) -> None:
+        """Rename the shards that are on the disk for good."""
+        while settling and (wait or settling[0][1].done()):
+            shard, future = settling.pop(0)
+            self.hashes[shard.name] = future.result()
+            self.journal.append({"shard": shard.name, "sha256": self.hashes[shard.name]})
+            if self.source.index_bytes is not None:  # without an index the shards wait for laser.json
+                _rename(partial_of(self.out, shard.name), self.out / shard.name)
+            self.done(shard)
+
+    def require_unchanged(self) -> None:
+        """Raises CheckpointError where the source is no more what it was when it was opened."""
         with spoiling(self.journal):
             # Of a model on the Hub, shards that are no more needed may have left the cache.
             gone = [s.name for s in self.source.shards if self.source.hub and not s.path.exists()]
@@ -424,7 +529,8 @@ def _write_all(work: _Work, describe: Describe, run: dict[str, Any]) -> dict[str
     if source.hub is not None:
         side_files(source.hub)
     files, left_out = _copy_side_files(source, out)
-    work.make(source.shards)
+    work.make(work.begin(source.shards))
+    work.require_unchanged()
     records = Records(work.journal, {m.name: n for m in touched if (n := promises.records[m.name]) is not None})
     document = describe(records, {s.name: work.hashes[s.name] for s in source.shards}) | {
         "left_out": [*left_out, *source.left_out]
@@ -549,136 +655,11 @@ def _parts(source: Checkpoint, touched: Sequence[Matrix]) -> dict[str, list[Matr
     return parts
 
 
-def _write_shards(
-    source: Checkpoint,
-    out: Path,
-    jobs: list[Job],
-    compute: MakeNew,
-    journal: Journal,
-    promises: Promises,
-    hashes: dict[str, str | None],
-    done: Callable[[Shard], None],
-) -> None:
-    """Two helpers beside the caller's thread: one copies what is untouched, shard after shard, one settles what is
-    whole. Only this thread writes matrices and the journal."""
-    copier, settler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    copies: dict[str, Future[bool]] = {}
-    waiting, ahead = list(jobs), len(jobs) if source.hub is None else DOWNLOADS
-    settling: list[tuple[Shard, Future[str | None]]] = []
-    by_name = {m.name: (job, m) for job in jobs for m in job.todo}
-    left = {job.shard.name: len(job.todo) for job in jobs}
-    idle = [job for job in jobs if not job.todo]
-
-    def copy_on(until: Job | None = None) -> None:
-        """Let the copier go on: to its limit, or as far as a shard that is needed now."""
-        while waiting and (len(copies) < ahead or until in waiting):
-            job = waiting.pop(0)
-            copies[job.shard.name] = copier.submit(copy_untouched, job, out)
-
-    def ready(job: Job) -> None:
-        """Wait until the shard's untouched bytes are in place, and tell the journal."""
-        copy_on(job)
-        future = copies.pop(job.shard.name, None)
-        if future is not None and future.result() and job.touched:
-            journal.append({"copied": job.shard.name})
-
-    def finish(job: Job) -> None:
-        ready(job)
-        changed = any(promises.matrices[m.name] is not None for m in job.touched)
-        settling.append((job.shard, settler.submit(settle, partial_of(out, job.shard.name), changed)))
-
-    def sweep(wait: bool) -> None:
-        copy_on()
-        while idle and (wait or (idle[0].shard.name in copies and copies[idle[0].shard.name].done())):
-            finish(idle.pop(0))
-            copy_on()
-            _collect(source, out, journal, hashes, settling, False, done)
-        _collect(source, out, journal, hashes, settling, wait, done)
-
-    try:
-        with closing(compute(list(by_name))) if by_name else nullcontext(iter(())) as results:
-            for expected, _ in list(by_name.values()):  # as many results as names; most likely this shard's are next
-                ready(expected)
-                name, new, record = next(results)
-                job, matrix = by_name[name]
-                ready(job)
-                with disk_errors(partial_of(out, job.shard.name)):
-                    with partial_of(out, job.shard.name).open("r+b", buffering=0) as target:
-                        sha256 = put(job.shard, matrix, target, new)
-                del new  # before the next is waited for
-                entry = {"matrix": name, "sha256": sha256, "record": record}
-                journal.append(entry)
-                promises.add(len(journal.entries) - 1, entry)
-                left[job.shard.name] -= 1
-                if not left[job.shard.name]:
-                    finish(job)
-                sweep(wait=False)
-            next(results, None)  # what the computation does behind its last result
-        sweep(wait=True)
-    finally:
-        copier.shutdown(cancel_futures=True)
-        settler.shutdown(cancel_futures=True)
-
-
-def _take_shards(
-    source: Checkpoint,
-    out: Path,
-    jobs: list[Job],
-    elsewhere: MakeShards,
-    journal: Journal,
-    promises: Promises,
-    hashes: dict[str, str | None],
-    done: Callable[[Shard], None],
-) -> None:
-    """Let others make each shard, and journal it once it is there for this process, too.
-
-    Raises OutputError where it is not: where `out` is another directory on the machine that made it.
-    """
-    shards = {job.shard.name: job.shard for job in jobs}
-    with closing(elsewhere(jobs)) if jobs else nullcontext(iter(())) as results:
-        for made in results:
-            shard, partial = shards[made.shard], partial_of(out, made.shard)
-            try:
-                with open_regular(partial) as file:  # opening asks the server, where a network keeps what it knew
-                    there = os.fstat(file.fileno()).st_size == shard.size
-            except FileNotFoundError:
-                there = False
-            if not there:
-                raise elsewhere_is_not_here(out)
-            for line in made.matrices:
-                journal.append(line)
-                promises.add(len(journal.entries) - 1, line)
-            hashes[shard.name] = made.sha256
-            journal.append({"shard": shard.name, "sha256": made.sha256})
-            if source.index_bytes is not None:  # without an index the shards wait for laser.json
-                _rename(partial, out / shard.name)
-            done(shard)
-
-
 def elsewhere_is_not_here(out: Path) -> OutputError:
     return OutputError(
         f"{out} is not the same directory on every node, each of which writes whole shards; try -o on a disk that they "
         "share, or --engine threads"
     )
-
-
-def _collect(
-    source: Checkpoint,
-    out: Path,
-    journal: Journal,
-    hashes: dict[str, str | None],
-    settling: list[tuple[Shard, Future[str | None]]],
-    wait: bool,
-    done: Callable[[Shard], None],
-) -> None:
-    """Rename the shards that are on the disk for good."""
-    while settling and (wait or settling[0][1].done()):
-        shard, future = settling.pop(0)
-        hashes[shard.name] = future.result()
-        journal.append({"shard": shard.name, "sha256": hashes[shard.name]})
-        if source.index_bytes is not None:  # without an index the shards wait for laser.json
-            _rename(partial_of(out, shard.name), out / shard.name)
-        done(shard)
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -106,15 +106,15 @@ def estimate_cost(
 def constants(crew: Crew) -> tuple[Probe, str]:
     """The probe to estimate by, and where it comes from."""
     probe = None
-    kind = " ".join(crew.label.split()[:2])
-    for label in dict.fromkeys((crew.devices[0].label, kind)):  # "cuda:0 float64", and what was probed as "cuda"
+    first = crew.devices[0]
+    for label in dict.fromkeys((first.label, first.kind)):  # "cuda:0 float64", and what was probed as "cuda"
         try:
             probe = probe or Probe.load(label)
         except RecordError:
             pass  # damaged: as if it were missing, since an estimate is no reason to fail
     if probe is not None:
         return probe, f"by the probe of {probe.measured}"
-    other = ELSEWHERE.get(kind, _CORE_32)
+    other = ELSEWHERE.get(first.kind, _CORE_32)
     return other, f"by {other.name}; `laser devices --probe` measures yours"
 
 

@@ -53,9 +53,8 @@ class Crew:
     def label(self) -> str:
         """The kind of device, not how many there are: records must not depend on that. And the host's routes, on which
         last digits depend, where they are not the default ones."""
-        name, dtype = self.devices[0].label.split(" ", 1)
-        routes = self.devices[0].routes
-        return f"{name.partition(':')[0]} {dtype}" + (f" {routes.stated()}" if routes else "")
+        first = self.devices[0]
+        return first.kind + (f" {first.routes.stated()}" if first.routes else "")
 
     def pool(self, matrices: Sequence[Matrix]) -> tuple[Device, ...]:
         """A device per worker for these matrices. On the host never more workers than matrices."""

@@ -106,8 +106,10 @@ def on_nodes(
 
 
 def lent_to_a_task(tasks: int, here: Sequence[int], least: float) -> float:
-    """How many of the GPUs or cores `here`, by node, each of so many tasks gets: as many as there are for it, at most
-    those of the smallest node, for which else it would wait for ever, and at least `least` of one."""
+    """How many of the GPUs or cores `here`, by node, each of so many tasks gets.
+
+    As many as there are for it, and at least `least` of one. At most those of the smallest node: for more a task would
+    wait for ever."""
     whole = min(sum(here) // max(tasks, 1), min(filter(None, here), default=1))
     return whole if whole > 1 else least
 

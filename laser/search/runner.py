@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.errors import RecordError
-from laser.evaluation.objective import Objective
+from laser.evaluation.objective import Measure, Objective
 from laser.journal import Journal
 from laser.records import SPARSE, under
 from laser.search.candidates import Candidate
@@ -72,9 +72,14 @@ class SearchLog:
     def __init__(self, path: Path | None, run: dict[str, Any], anew: bool = False) -> None:
         self.anew = anew
         self.journal = Journal(path, run, shapes=TRIAL_SHAPES, anew=anew) if path else None
-        entries = tuple(self.journal.entries) if self.journal else ()
-        self._old = iter([entry for entry in entries if "report" not in entry])
-        self._reports = {entry["report"]: entry["values"] for entry in entries if "report" in entry}
+        self._old = iter([entry for entry in self._entries() if "report" not in entry])
+        self._reports = self._found_reports()
+
+    def _entries(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self.journal.entries) if self.journal else ()
+
+    def _found_reports(self) -> dict[str, Any]:
+        return {entry["report"]: entry["values"] for entry in self._entries() if "report" in entry}
 
     def entry(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The finished entry that `what` identifies, or the one that `measure` gives now."""
@@ -84,6 +89,7 @@ class SearchLog:
             if different and self.anew and self.journal:
                 self._old = iter(())
                 self.journal.forget(from_=old)
+                self._reports = self._found_reports()  # without those of the edits that are forgotten
                 return self.entry(what, measure)
             if different:
                 path = self.journal.path if self.journal else ""
@@ -168,17 +174,23 @@ class Runner:
         self._said: dict[str, int | None] = {}  # each candidate's option by its latest results, on whichever state
         self._right, self._wrong = 0, 0  # guesses
 
-    def baseline(self, candidates: Sequence[Candidate], alone: bool = False) -> list[float]:
-        """The values of the untouched model; its walk measures the first candidates as well."""
+    def baseline(
+        self, candidates: Sequence[Candidate], alone: bool = False, along: Measure | None = None
+    ) -> tuple[list[float], list[float] | None]:
+        """The values of the untouched model, and those of `along`; its walk measures the first candidates as well."""
+        others: list[float] | None = None
 
         def measure() -> dict[str, Any]:
-            self._measure_ahead(candidates, 0, alone)
+            nonlocal others
+            others = self._measure_ahead(candidates, 0, alone, along)
             return {"values": to_numbers(self.measured[()].values)}
 
         entry = self.log.entry({"entry": "baseline"}, measure)
         values = from_numbers(entry.get("values", ()), self.objective)
         self.measured.setdefault((), VariantResult(values, 0, 0.0))
-        return values
+        if along and others is None:
+            others = self.bench.walk((), along=along).along
+        return values, others
 
     @property
     def now(self) -> list[float]:
@@ -266,9 +278,19 @@ class Runner:
 
     # --- ahead ----------------------------------------------------------------------------------------------------
 
-    def _measure_ahead(self, candidates: Sequence[Candidate], at: int, alone: bool) -> None:
-        """One walk for candidate number `at` and as many behind it as are worth it, see `_ahead`."""
+    def _measure_ahead(
+        self, candidates: Sequence[Candidate], at: int, alone: bool, along: Measure | None = None
+    ) -> list[float] | None:
+        """One walk for candidate number `at` and as many behind it as are worth it, see `_ahead`.
+
+        along: another objective, measured on what is kept in the same walk; returns its values, None where the memory
+        for it is wanted by variants.
+        """
         room, states, variants = self.bench.room(), list[State](), list[Variant]()
+        if along and (beside := self.bench.as_many_as(along)) < room:
+            room -= beside
+        else:
+            along = None
         state, on_top, kept = self.state, dict[str, RuleAndRank](), dict[str, Any](self.kept)
         for candidate in itertools.islice(candidates, at, at + self._ahead(candidates, at)):
             if len(states) >= room:
@@ -287,22 +309,30 @@ class Runner:
                 on_top |= {name: (rule, rank) for name, rank in ranks.items()}
                 kept |= dict.fromkeys(ranks)
         base = self.state not in self.measured
-        walk = self._race if self.heat else self._walk
-        found = walk(states[:room], variants[:room], base)
+        found, others = (self._race if self.heat else self._walk)(states[:room], variants[:room], base, along)
         self.measured |= found
         self._hear(found)
+        return others
 
     def _walk(
-        self, states: Sequence[State], variants: Sequence[Variant], base: bool, bench: Bench | None = None
-    ) -> dict[State, VariantResult]:
+        self,
+        states: Sequence[State],
+        variants: Sequence[Variant],
+        base: bool,
+        along: Measure | None,
+        bench: Bench | None = None,
+    ) -> tuple[dict[State, VariantResult], list[float] | None]:
         """The variants of these states, each on top of what is kept, and with `base` what is kept itself."""
-        found, own = (bench or self.bench).walk(variants, base)
-        return dict(zip(states, found, strict=True)) | ({} if own is None else {self.state: own})
+        found, own, others = (bench or self.bench).walk(variants, base, along)
+        return dict(zip(states, found, strict=True)) | ({} if own is None else {self.state: own}), others
 
-    def _race(self, states: Sequence[State], variants: Sequence[Variant], base: bool) -> dict[State, VariantResult]:
+    def _race(
+        self, states: Sequence[State], variants: Sequence[Variant], base: bool, along: Measure | None
+    ) -> tuple[dict[State, VariantResult], list[float] | None]:
         """The same in two walks. The second, over the other units, is for those that the first has not shown worse
         by LOST standard errors, each against the state that it is tried on. What has lost keeps its few values."""
-        found, lost, on = self._walk(states, variants, base, self.heat), set[State](), list[int]()
+        found, _ = self._walk(states, variants, base, None, self.heat)
+        lost, on = set[State](), list[int]()
         for number, state in enumerate(states):
             before = found.get(state[:-1]) or self.measured[state[:-1]]
             d, se = change(self.objective, before.values, found[state].values)
@@ -311,13 +341,13 @@ class Runner:
             else:
                 on.append(number)
         if not on and not base:
-            return found
-        rest = self._walk([states[number] for number in on], [variants[number] for number in on], base)
+            return found, None
+        rest, others = self._walk([states[number] for number in on], [variants[number] for number in on], base, along)
         for state, more in rest.items():
             first = found[state]
             forwards, seconds = first.layer_forwards + more.layer_forwards, first.seconds + more.seconds
             found[state] = VariantResult([*first.values, *more.values], forwards, round(seconds, 3))
-        return found
+        return found, others
 
     def _ahead(self, candidates: Sequence[Candidate], at: int) -> int:
         """As many candidates as a walk should take at the most.

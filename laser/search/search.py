@@ -200,14 +200,17 @@ def search(
             bench = Bench(model, calibration.part(share, len(calibration.weights)), cut, told)
         benches = (bench, *([heat] if heat else ()))
         runner = Runner(bench, calibration, accept, log, tick, heat)
+        before = _Together.missing("before", held_out, log)
         if shortlist is None:
             found = in_order(found, order)
             for each in benches:
                 each.wanted, each.branches = _wanted(found, model)
-            base = runner.baseline(found, grid)
+            base, values = runner.baseline(found, grid, before)
         else:
             whole.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
-            base = runner.baseline(())
+            base, values = runner.baseline((), along=before)
+        if before and values is not None:
+            before.report("before", values, log)
         if not all(map(math.isfinite, base)):
             raise NumericalError(
                 f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
@@ -221,7 +224,7 @@ def search(
         runner.grid(found) if grid else runner.one_by_one(found)
         for each in benches:  # what comes now needs the memory
             each.forget(tuple(each.boundaries))
-        reports = _reports(model, held_out, runner.kept, log, told)
+        reports = _reports(model, held_out, log, told)
         with spoiling(log.journal):
             require_unchanged(checkpoint)
     finally:
@@ -369,6 +372,18 @@ class _Together:
 
     objectives: Sequence[Objective]
 
+    @staticmethod
+    def missing(when: str, objectives: Sequence[Objective], log: SearchLog) -> _Together | None:
+        """Those that the journal does not report yet, None where it reports all."""
+        left = [each for each in objectives if not log.has(_named(when, each))]
+        return _Together(left) if left else None
+
+    def report(self, when: str, values: list[float], log: SearchLog) -> None:
+        """Write down the values of each objective."""
+        ends = list(itertools.accumulate(len(objective.weights) for objective in self.objectives))
+        for objective, start, end in zip(self.objectives, [0, *ends], ends, strict=False):
+            log.report(_named(when, objective), values[start:end])
+
     @property
     def windows(self) -> list[Window]:
         return [window for objective in self.objectives for window in objective.windows]
@@ -381,41 +396,25 @@ class _Together:
             at = end
         return found
 
-    def apart(self, values: list[float]) -> list[list[float]]:
-        """The values of each objective."""
-        ends = list(itertools.accumulate(len(objective.weights) for objective in self.objectives))
-        return [values[start:end] for start, end in itertools.pairwise([0, *ends])]
-
 
 def _reports(
-    model: LayeredModel,
-    held_out: Sequence[Objective],
-    kept: Mapping[str, Trial],
-    log: SearchLog,
-    told: Callable[[int, int, int], None],
+    model: LayeredModel, held_out: Sequence[Objective], log: SearchLog, told: Callable[[int, int, int], None]
 ) -> tuple[Report, ...]:
-    """Before and after on texts that the search never saw, all of them in one walk."""
-    edits = dict(model.edits)
-    variant = {name: (kept[name].rule, kept[name].ranks[name]) for name in edits}
-    missing = [o for o in held_out if not (log.has(_named("before", o)) and log.has(_named("after", o)))]
-    if missing:
-        together = _Together(missing)
-        for name in edits:
-            model.edit(name, None)
-        try:
-            bench = Bench(model, together, lambda name, *_: edits[name], told)
-            measured, base = bench.walk([variant] if variant else [], base=True)
-        finally:
-            for name, W in edits.items():
-                model.edit(name, W)
-        assert base is not None, "it was asked for"
-        after = measured[0] if measured else base
-        for objective, *values in zip(missing, together.apart(base.values), together.apart(after.values), strict=True):
-            for when, those in zip(("before", "after"), values, strict=True):
-                log.report(_named(when, objective), those)
+    """Before and after on texts that the search never saw. After takes one walk, if an edit was kept."""
+    if missing := _Together.missing("after", held_out, log):
+        if model.edits:
+            after = Bench(model, missing, _nothing_to_cut, told).walk((), base=True).own
+            assert after is not None, "it was asked for"
+            missing.report("after", after.values, log)
+        else:
+            missing.report("after", [v for o in missing.objectives for v in log.reported(_named("before", o), o)], log)
     return tuple(
         _summary(o, log.reported(_named("before", o), o), log.reported(_named("after", o), o)) for o in held_out
     )
+
+
+def _nothing_to_cut(name: str, rule: str, rank: int) -> torch.Tensor:
+    raise AssertionError(f"{name} was cut for a report")
 
 
 def _named(when: str, objective: Objective) -> str:

@@ -1,9 +1,9 @@
 """Try edits: what a model's objective becomes with some matrices replaced. Many edits share one walk over the layers.
 
 An edit in layer L leaves the states that enter layer L as they were. So one walk begins at the lowest layer that a
-variant edits; each variant branches off from the model's own states at its own lowest layer, and in each layer the
-matrices that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants
-there are. Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
+variant edits. Each variant branches off from the model's own states at its own lowest layer. In each layer the matrices
+that a variant edits are swapped in place for as long as it runs. A layer is read once however many variants there are.
+Each window is run by itself with the shapes of a plain pass, so that the bits are those of a plain pass.
 
 States that enter a piece depend on the edits below it alone. Some are kept under that name, the model's own and those
 of variants, and the next walk begins as high as they allow; an accepted edit makes those above it stale.
@@ -15,8 +15,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +49,15 @@ class VariantResult:
     values: list[float]
     layer_forwards: int
     seconds: float
+
+
+class Walked(NamedTuple):
+    """What a walk measured: each variant, the model as it is where that was asked for, and likewise the values of what
+    was taken along."""
+
+    variants: list[VariantResult]
+    own: VariantResult | None = None
+    along: list[float] | None = None
 
 
 class Bench:
@@ -93,6 +103,10 @@ class Bench:
         """States that a walk needs beside those of its variants."""
         return 1 + sum((piece, NO_EDITS) not in self.boundaries for piece in self.wanted)
 
+    def as_many_as(self, other: Measure) -> int:
+        """How many variants' states take as much memory as those of another objective's windows."""
+        return math.ceil(sum(len(w.tokens) - 1 for w in other.windows) / sum(self._lengths))
+
     def reading_to_running(self) -> float:
         """How many times as long it takes to read a layer as to run the objective's windows through it; timed once, on
         the first layer. It decides how much is measured together, and no result."""
@@ -120,12 +134,13 @@ class Bench:
         """Whether states of a variant can be kept beside `to_come` others that a walk still needs."""
         return self._room() > to_come
 
-    def walk(self, variants: Sequence[Variant], base: bool = False) -> tuple[list[VariantResult], VariantResult | None]:
+    def walk(self, variants: Sequence[Variant], base: bool = False, along: Measure | None = None) -> Walked:
         """The objective's values for each variant on top of what is kept, and with `base` for the model as it is.
 
-        The model is afterwards as it was before, bit for bit.
+        along: another objective, whose values for the model as it is come with the same reading of the layers. The
+        model is afterwards as it was before, bit for bit.
         """
-        walk = _Walk(self, variants, base)
+        walk = _Walk(self, variants, base, along)
         try:
             return walk.go()
         finally:
@@ -179,14 +194,15 @@ class Bench:
 class _Walk:
     """Once through the pieces: the model's own states, and those of each variant from where it branches off."""
 
-    def __init__(self, bench: Bench, variants: Sequence[Variant], base: bool) -> None:
-        self.bench, self.model, self.variants, self.base = bench, bench.model, variants, base
+    def __init__(self, bench: Bench, variants: Sequence[Variant], base: bool, along: Measure | None) -> None:
+        self.bench, self.model, self.variants, self.base, self.along = bench, bench.model, variants, base, along
         self.last = self.model.layers + 1
         # Where each variant leaves the model's own states, and where its own are taken up that an earlier walk kept.
         self.begins: dict[int, list[int]] = {}
         self.kept: dict[int, Boundary] = {}
         self.edits: list[dict[int, dict[str, RuleAndRank]]] = []  # of each variant by piece
-        bench.make_room(len(variants) + bench.others(), {*map(self._kept_of, variants)})
+        beside = bench.others() + (bench.as_many_as(along) if along else 0)
+        bench.make_room(len(variants) + beside, {*map(self._kept_of, variants)})
         for number, variant in enumerate(variants):
             if boundary := self._kept_of(variant):
                 self.kept[number] = boundary
@@ -203,6 +219,8 @@ class _Walk:
         self.alive: dict[int, Activations] = {}
         self.steps = dict.fromkeys(range(-1, len(variants)), 0)  # pieces that each ran; -1: the model itself
         self.scores: dict[int, list[float]] = {}
+        self.others: Activations | None = None  # of what is taken along
+        self.others_seconds, self.others_scores = 0.0, list[float]()
 
     def _kept_of(self, variant: Variant) -> Boundary | None:
         """The highest piece before which states of this variant were kept."""
@@ -210,22 +228,26 @@ class _Walk:
         found = ((p, self.bench.below(p, variant)) for p in sorted(self.bench.branches, reverse=True) if p > first)
         return next((boundary for boundary in found if boundary in boundaries), None)
 
-    def go(self) -> tuple[list[VariantResult], VariantResult | None]:
+    def go(self) -> Walked:
         started = time.perf_counter()
         self.model.prove(self.bench.objective.windows)
         for number in self.begins.get(0, ()):
             here = self._here(0, number).items()
             with self.model.held(*self.model.together(0)), self._swapped(here, {}, Counter()):
                 self.alive[number] = self.model.embed(self.bench.objective.windows)
-        if self.highest:
-            self._enter()
+        with self.model.held(*self.model.together(0)) if self.along else nullcontext():
+            if self.highest:
+                self._enter()
+            self.others = self.model.embed(self.along.windows) if self.along else None
         taken_up = [piece for piece, _ in self.kept.values()]
-        for piece in range(1 if self.alive else min([self.enters, *taken_up]), self.last + 1):
+        for piece in range(1 if self.alive or self.others else min([self.enters, *taken_up]), self.last + 1):
             self._branch(piece)
             self.bench.told(piece, self.last, len(self.alive))
             with self.model.held(*self.model.together(piece), then=piece + 1 if piece < self.last else None):
                 if self.own is not None and piece >= self.enters:
                     self._run(piece, -1, self.own)
+                if self.along and self.others:
+                    self._run_along(piece, self.along, self.others)
                 cuts: dict[tuple[str, RuleAndRank], torch.Tensor] = {}  # those that come again in this piece
                 alike = self._alike(piece)
                 uses = Counter(edit for edits in alike for edit in edits)
@@ -233,12 +255,13 @@ class _Walk:
                     with self._swapped(edits, cuts, uses):
                         for number in together:
                             self._run(piece, number, self.alive[number])
-        seconds = (time.perf_counter() - started) / max(sum(self.steps.values()), 1)
+        seconds = (time.perf_counter() - started - self.others_seconds) / max(sum(self.steps.values()), 1)
         found = {
             number: VariantResult(values, self._forwards(number), round(seconds * self.steps[number], 3))
             for number, values in self.scores.items()
         }
-        return [found[number] for number in range(len(self.variants))], found.get(-1)
+        variants = [found[number] for number in range(len(self.variants))]
+        return Walked(variants, found.get(-1), self.others_scores if self.along else None)
 
     def _forwards(self, number: int) -> int:
         """What a variant needs by itself, whatever was known of it before; of the model itself (-1) all."""
@@ -246,9 +269,10 @@ class _Walk:
         return (self.last - first) * len(self.bench.objective.windows)
 
     def free(self) -> None:
-        for states in (*self.alive.values(), *([self.own] if self.own else ())):
-            self.model.store.free(states)
-        self.alive, self.own = {}, None
+        for states in (*self.alive.values(), self.own, self.others):
+            if states is not None:
+                self.model.store.free(states)
+        self.alive, self.own, self.others = {}, None, None
 
     def _enter(self) -> None:
         """Take up the model's own states at the highest boundary that lies below all that needs them."""
@@ -312,9 +336,19 @@ class _Walk:
         if piece < self.last:
             self.model.run_layer(piece - 1, states)
         else:
-            windows = self.bench.objective.windows
-            self.scores[number] = self.bench.objective.values(self.model.score(states, windows))
+            self.scores[number] = self._values(self.bench.objective, states)
         self.steps[number] += 1
+
+    def _run_along(self, piece: int, along: Measure, states: Activations) -> None:
+        started = time.perf_counter()
+        if piece < self.last:
+            self.model.run_layer(piece - 1, states)
+        else:
+            self.others_scores = self._values(along, states)
+        self.others_seconds += time.perf_counter() - started
+
+    def _values(self, objective: Measure, states: Activations) -> list[float]:
+        return objective.values(self.model.score(states, objective.windows))
 
 
 def change(objective: Objective, before: list[float], after: list[float]) -> tuple[float, float | None]:

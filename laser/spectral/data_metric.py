@@ -78,8 +78,10 @@ class ByData:
     key: str = ""
 
     def check(self, W: torch.Tensor) -> None:
-        """Raises UsageError where this is the metric of a matrix of another shape."""
+        """Raises UsageError for the metric of a matrix of another shape, or of inputs that were not finite."""
         m, n = W.shape
+        if not torch.isfinite(self.moment).all():  # from which LAPACK need not come back
+            raise UsageError(f"the {self.form} moment is not finite; calibrate this model again")
         wanted = {"full": (n, n), "diagonal": (n,), "outputs": (m, m)}[self.form]
         if tuple(self.moment.shape) != wanted:
             raise UsageError(

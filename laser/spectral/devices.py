@@ -66,8 +66,13 @@ class Device:
 
     @property
     def label(self) -> str:
-        """Short text for records: "cpu float64"."""
+        """Which device, in which precision: "cuda:0 float64"."""
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def kind(self) -> str:
+        """The same without its number: "cuda float64"."""
+        return f"{self.name.partition(':')[0]} {str(self.dtype).removeprefix('torch.')}"
 
 
 HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
@@ -268,8 +273,8 @@ def synchronise(device: Device) -> None:
 def staged(W: torch.Tensor, device: Device) -> torch.Tensor:
     """W, on the host, for its way to `device`: in page-locked memory where that is CUDA, elsewhere as it is.
 
-    From there a copy takes a fifth of the time and runs beside everything else, so that two matrices ahead and a stream
-    per worker are the double buffer. torch keeps such memory for the next matrix; where none can be locked, W stays.
+    From there a copy takes a fifth of the time and runs beside everything else. So two matrices ahead and a stream per
+    worker are the double buffer. torch keeps such memory for the next matrix; where none can be locked, W stays.
     """
     if not torch.cuda.is_available() or device.torch_device.type != "cuda":
         return W

@@ -73,17 +73,18 @@ def here(routes: Routes | None) -> Routes:
     return Routes(**found)
 
 
-def eigenvalues_by_route(G: Real, routes: Routes | None = None) -> Eigenvalues:
-    """Eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32. routes: None for DEFAULT.
+def values_route(p: int, routes: Routes | None = None) -> Callable[[Real], Eigenvalues]:
+    """What gives the eigenvalues (p,), float64, ascending, of a symmetric G (p, p) in float64 or float32.
 
-    Raises LinAlgError where LAPACK does not converge, UsageError for a route that does not exist here.
+    routes: None for DEFAULT. Raises UsageError for a route that does not exist here; what is returned raises
+    LinAlgError where LAPACK does not converge.
     """
-    return VALUE_ROUTES[taken("values", len(G), routes)](G)
+    return VALUE_ROUTES[taken("values", p, routes)]
 
 
-def eigenvectors_by_route(G: Real, routes: Routes | None = None) -> Eigen:
-    """As `eigenvalues_by_route`, and eigenvectors in the precision of G."""
-    return VECTOR_ROUTES[taken("vectors", len(G), routes)](G)
+def vectors_route(p: int, routes: Routes | None = None) -> Callable[[Real], Eigen]:
+    """As `values_route`, and eigenvectors in the precision of G."""
+    return VECTOR_ROUTES[taken("vectors", p, routes)]
 
 
 def choose(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Routes | None:

@@ -16,7 +16,7 @@ one lies at the threshold of a rule; then the next step in float64 is tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -45,6 +45,7 @@ from laser.spectral.projector import factors_by_projector
 from laser.spectral.shrinkage import Gains
 from laser.spectral.unit import Spectrum, in_unit, largest_entry
 
+F = TypeVar("F")
 T = TypeVar("T")
 
 
@@ -132,12 +133,12 @@ def measure(W: torch.Tensor, device: Device, method: str = "gram", doubt: Doubt 
     W, u = in_unit(W)
     ladder = steps("gram" if method == "projector" else method, device)
 
-    def attempt(step: Step, W: torch.Tensor) -> Spectrum:
-        s = _scaled(_VALUES[step.method](W, step.device), u)
+    def use(found: Spectrum, step: Step) -> Spectrum:
+        s = _scaled(found, u)
         _require_sure(doubt, s, step)
         return s
 
-    return Values(*climb(W, ladder, attempt))
+    return Values(*climb(W, ladder, _VALUES, use))
 
 
 def singular_values(W: torch.Tensor, device: Device, method: str = "gram") -> tuple[Spectrum, str]:
@@ -179,8 +180,7 @@ def factorise(
     storage = W.dtype
     W, u = in_unit(W)
 
-    def attempt(step: Step, W: torch.Tensor) -> tuple[Spectrum, Truncation | None]:
-        factors = _FACTORS[step.method](W, step.device, None if values is None else values / u)
+    def use(factors: Factors, step: Step) -> tuple[Spectrum, Truncation | None]:
         s = _scaled(factors.singular_values, u)
         _require_sure(doubt, s, step)
         gains = decide(s)
@@ -189,7 +189,8 @@ def factorise(
         _check_rank(W, gains)
         return s, certified(factors.cut(gains.in_unit(u)), step.name)
 
-    (s, found), step, note = climb(W, steps(method, device), attempt)
+    known = None if values is None else values / u
+    (s, found), step, note = climb(W, steps(method, device), _FACTORS, use, known)
     if found:
         result = found.matrix if u == 1.0 else (found.matrix * u).to(storage)
         if not math.isfinite(largest_entry(result)):
@@ -275,12 +276,18 @@ def steps(method: str, device: Device) -> tuple[Step, ...]:
     return (*found, Step(PLAIN_SVD, "svd", host))
 
 
-def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, torch.Tensor], T]) -> tuple[T, str, str]:
-    """The first result of `attempt` that holds, its step's name, and which steps failed before it and why.
+def climb(
+    W: torch.Tensor,
+    ladder: tuple[Step, ...],
+    methods: Mapping[str, Callable[..., F]],
+    use: Callable[[F, Step], T],
+    *known: Spectrum | None,
+) -> tuple[T, str, str]:
+    """What `use` makes of the first step that holds, that step's name, and which steps failed before it and why.
 
-    `attempt` gets W with the step, since a step of the host's gets it on the host: what it makes beside W would else
-    be made on the device that has just run out of memory. Raises NumericalError with every step's reason when none is
-    left.
+    A method gets W, the step's device and what is `known`. A step of the host's gets W on the host: what it makes
+    beside W would else be made on the device that has just run out of memory. Raises NumericalError with every step's
+    reason when none is left.
     """
     failures: list[str] = []
     residual, unsure = None, False
@@ -292,7 +299,7 @@ def climb(W: torch.Tensor, ladder: tuple[Step, ...], attempt: Callable[[Step, to
         try:
             with full_precision(), host_threads(min(W.shape)) if on_host else nullcontext():
                 _require_memory(W, step)
-                return attempt(step, W), step.name, "; ".join(failures)
+                return use(methods[step.method](W, step.device, *known), step), step.name, "; ".join(failures)
         except NumericalError as error:
             failures.append(f"{step.name}: {error}")
             unsure = unsure or isinstance(error, _Unsure)

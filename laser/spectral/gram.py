@@ -180,14 +180,14 @@ def spectrum_of(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
 def eigenvalues(G: torch.Tensor, device: Device) -> NDArray[np.float64]:
     """Eigenvalues (p,), float64, ascending. On the host by the device's route (eigen.py)."""
     if device.host_eigensolver:
-        return eigen.eigenvalues_by_route(G.cpu().numpy(), device.routes)
+        return eigen.values_route(len(G), device.routes)(G.cpu().numpy())
     return to_host(torch.linalg.eigvalsh(G))
 
 
 def eigenvectors(G: torch.Tensor, device: Device) -> tuple[NDArray[np.float64], EigenvectorsOf]:
     """Eigenvalues as above, and what gives the eigenvectors with given numbers, on the device."""
     if device.host_eigensolver:
-        found = eigen.eigenvectors_by_route(G.cpu().numpy(), device.routes)
+        found = eigen.vectors_route(len(G), device.routes)(G.cpu().numpy())
         return found.values, lambda which: torch.from_numpy(found.vectors(which)).to(device.torch_device)
     values, V = torch.linalg.eigh(G)
     return to_host(values), lambda which: _columns(V, which)

@@ -110,6 +110,7 @@ def test_a_run_that_was_killed_goes_on_with_the_shards_that_were_left(work: Work
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_half_a_shard_of_one_process_is_made_anew(work: Work, tmp_path: Path) -> None:
     ticks: list[Any] = []
 
@@ -128,6 +129,7 @@ def test_half_a_shard_of_one_process_is_made_anew(work: Work, tmp_path: Path) ->
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_two_that_make_the_same_shard_do_not_see_each_other(work: Work, tmp_path: Path) -> None:
     """As a node that was given up and its successor. The first ends last, after the shard has its name."""
     out, shard = tmp_path / "a", work.source.shards[0]

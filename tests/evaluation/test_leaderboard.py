@@ -271,6 +271,7 @@ def test_nan_likelihoods_are_an_error_and_not_a_score(speaker: Path, data: Path)
         run_leaderboard(open_checkpoint(speaker), data=data, tasks=("winogrande",), dtype="bfloat16")
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_an_mc2_of_nothing_by_nothing_counts_0(speaker: Path, data: Path) -> None:
     """A model so sure of itself that the probability of every answer underflows."""

@@ -171,6 +171,7 @@ def windows_of(path: Path) -> Windows:
     return cut_windows(Text("t", TEXT), load_tokenizer(path), length=32, limit=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "tied"])
 def test_what_stays_is_read_once_and_gives_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

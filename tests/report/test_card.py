@@ -121,6 +121,7 @@ def test_metadata_is_inherited_and_valid(source: CardSource) -> None:
     assert ModelCard(str(once)).data.to_dict() == once.data.to_dict() == found
 
 
+@pytest.mark.slow
 def test_model_index_has_an_entry_per_task_as_in_the_published_cards(source: CardSource) -> None:
     name, results = model_index_to_eval_results(
         metadata(card("m", outcome_of(), source, after=board_of(0.5)))["model-index"]

@@ -245,6 +245,11 @@ def test_bad_input_is_refused(device: Device) -> None:
     W, X = drawn(40, 24)
     with pytest.raises(UsageError, match=r"the full moment has shape \[24, 24\], expected \[40, 40\]"):
         data_values(W.T, full(X), device)
+    for bad in (math.nan, math.inf):
+        X[0, 0] = bad
+        with pytest.raises(UsageError, match="the full moment is not finite; calibrate this model again"):
+            data_values(W, full(X), device)
+    W, X = drawn(40, 24)
     W[0, 0] = math.nan
     with pytest.raises(NumericalError, match="NaN or Inf"):
         truncate_in_metric(W, 3, full(X), device)

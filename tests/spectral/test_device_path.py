@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from laser.spectral import data_metric, devices, gram, projector
 from laser.spectral.data_metric import ByData, data_values, relative_error, rounding_error, truncate_in_metric
 from laser.spectral.devices import Device, exact_products
-from laser.spectral.factorise import Step, climb, singular_values, steps, truncate
+from laser.spectral.factorise import climb, singular_values, steps, truncate
 from laser.spectral.permutation import PERMUTATIONS, largest_singular_value, null_largest, permuted
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import excess_kurtosis
@@ -389,15 +389,15 @@ def test_a_step_of_the_host_makes_nothing_on_the_device(fake: None) -> None:
             assert all(t.device.type == "cpu" for t in tree_leaves(out) if isinstance(t, torch.Tensor)), func
             return out
 
-    def attempt(step: Step, W: torch.Tensor) -> torch.Tensor:
-        seen.append((step.name, W.device.type))
-        if step.name == "gram":
+    def by_gram(W: torch.Tensor, at: Device) -> torch.Tensor:
+        seen.append((at.torch_device.type, W.device.type))
+        if at is device:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.empty_like(W)
 
     with Full():
-        found, method, _ = climb(W, steps("gram", device), attempt)
-    assert (method, seen) == ("gram on the host", [("gram", "cuda"), ("gram on the host", "cpu")])
+        found, method, _ = climb(W, steps("gram", device), {"gram": by_gram}, lambda found, _: found)
+    assert (method, seen) == ("gram on the host", [("cuda", "cuda"), ("cpu", "cpu")])
     assert found.device.type == "cpu"
 
 

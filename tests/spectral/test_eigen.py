@@ -18,11 +18,11 @@ from laser.spectral.eigen import (
     VALUE_ROUTES,
     VECTOR_ROUTES,
     Routes,
-    eigenvalues_by_route,
-    eigenvectors_by_route,
     here,
     offered,
     taken,
+    values_route,
+    vectors_route,
 )
 from laser.spectral.gram import factors_by_gram, gram, tall, values_by_gram
 from laser.spectral.openblas import find_openblas
@@ -139,10 +139,10 @@ def test_a_chosen_route_is_taken_and_never_replaced_in_silence(monkeypatch: pyte
     monkeypatch.setattr(eigen, "find_openblas", lambda: None)
     G = gram_of(300, 600, DTYPES[0])
     assert taken("values", 300, None) == "numpy"  # one of the default gives way: nothing was recorded
-    assert (eigenvalues_by_route(G) == np.linalg.eigvalsh(G)).all()
+    assert (values_route(len(G))(G) == np.linalg.eigvalsh(G)).all()
     assert here(None).stated() == "values:0=numpy vectors:0=numpy"
     with pytest.raises(UsageError, match=r"no route two-stage .*laser devices --probe"):
-        eigenvalues_by_route(G, chosen)
+        values_route(len(G), chosen)(G)
 
 
 @needs_openblas
@@ -153,7 +153,7 @@ def test_the_device_carries_its_routes_to_the_gram_matrix() -> None:
         device = replace(HOST, routes=Routes(((0, route),), DEFAULT.vectors))
         expected = np.sqrt(np.maximum(VALUE_ROUTES[route](G)[::-1], 0))
         assert np.allclose(values_by_gram(W, device), expected, rtol=1e-15)
-    one = eigenvectors_by_route(G, Routes(DEFAULT.values, ((0, "one-stage"),))).vectors(np.arange(5))
+    one = vectors_route(len(G), Routes(DEFAULT.values, ((0, "one-stage"),)))(G).vectors(np.arange(5))
     assert (one == VECTOR_ROUTES["one-stage"](G).vectors(np.arange(5))).all()
 
 

@@ -26,6 +26,7 @@ from laser.spectral.permutation import (
 from laser.spectral.rules import apply_rule, fewest_draws
 
 
+@pytest.mark.slow
 @given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_permutations_keep_every_entry_and_rows_keep_theirs(shape: tuple[int, int], seed: int) -> None:

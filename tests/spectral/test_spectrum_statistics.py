@@ -65,6 +65,7 @@ def test_exponent_of_a_power_law_is_recovered() -> None:
     assert found is not None and found.alpha == pytest.approx(2.5, abs=0.15) and found.distance < 0.03
 
 
+@pytest.mark.slow
 @given(p=st.integers(1, 30), scale=st.floats(1e-5, 1e5), seed=st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
 def test_ranks_are_in_range_and_scaling_leaves_them(p: int, scale: float, seed: int) -> None:
