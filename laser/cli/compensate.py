@@ -71,6 +71,9 @@ def compensate_verb(
     windows = None if text.text is None else text.cut(text.text, first, text.windows)
     held_out = None if text.held_out is None else text.cut(text.held_out, first, text.held_out_windows)
     if held_out is not None:
+        seen = windows.text_sha256 if windows is not None else known.calibration.text_sha256 if known else None
+        if held_out.text_sha256 == seen:
+            raise UsageError(f"{held_out.text} is the text of the calibration; try --held-out with another one")
         check_held_out(first, second, held_out)
     crew = compute.crew()
     if work.dry_run:
@@ -127,7 +130,8 @@ def _calibrated(
         try:
             there = Moments.load(path)
             there.source.require(original, "moments file")
-            if (there.calibration.windows_sha256, there.calibration.dtype) == (windows.sha256, dtype):
+            known = (there.calibration.windows_sha256, there.calibration.dtype, there.run.get("selection"))
+            if known == (windows.sha256, dtype, selection.describe()):
                 return there
         except RecordError:
             pass  # of another run: made anew

@@ -12,6 +12,7 @@ ADAPTER/ holds
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -244,8 +245,7 @@ def run_of(
         "copy": [other.identity, other.weights.short],
         "windows": None if told is None else list(told),
         "asked": asked.stated(),
-        "places": len(places.places),
-        "first": places.places[0].name,
+        "places": hashlib.sha256(" ".join(place.name for place in places.places).encode()).hexdigest(),
         "device": crew.label,
     }
 

@@ -83,7 +83,7 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
     def solve(at: Device) -> Correction:
         difference, wide = (moved(X, at.torch_device, torch.float64) for X in (D, W))
         outputs = mean_square(wide, metric, at)
-        G, half, C_half = gram_in_metric(difference, metric, at)
+        G, half, factor = _gram(difference, metric, at)
         with threads(at, len(G)):
             squares, vectors = eigenvectors(G, at)
         s = to_values(squares, metric)
@@ -98,7 +98,7 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
 
         def left(B: torch.Tensor, A: torch.Tensor) -> NDArray[np.float64]:
             """||(D - B_r A_r) C^(1/2)||_F^2 for every r, by leading blocks of B^T B and A C A^T."""
-            AC = A * metric.moment.to(A.device) if metric.form == "diagonal" else _times(A, C_half, metric, at)
+            AC = A * metric.moment.to(A.device) if metric.form == "diagonal" else _times(A, factor, metric, at)
             cross = ((B.T @ difference) * AC).sum(1).cumsum(0)
             own = ((B.T @ B) * (A @ AC.T)).cumsum(0).cumsum(1).diagonal()
             return whole + np.concatenate(([0.0], (own - 2 * cross).cpu().numpy()))
@@ -133,6 +133,23 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
     return computed(solve, W, metric, device)
 
 
-def _times(A: torch.Tensor, C_half: torch.Tensor | None, metric: ByData, at: Device) -> torch.Tensor:
-    """A C (r, n), by the root that the Gram matrix was made with, where there is one: it has no negative values."""
-    return (A @ C_half) @ C_half if C_half is not None else A @ inputs_in_metric(A, metric, at)
+def _gram(D: torch.Tensor, metric: ByData, at: Device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(p, p) with the squared singular values of D C^(1/2) as eigenvalues; where D is tall also D F, and F (n, n).
+
+    Any F with F F^T = C has the same left singular vectors. Cholesky's takes a tenth of the time of the symmetric root,
+    which is left for a C without full rank.
+    """
+    m, n = D.shape
+    if metric.form != "full" or m <= n:
+        return gram_in_metric(D, metric, at)
+    F, failed = torch.linalg.cholesky_ex(inputs_in_metric(D, metric, at))
+    if int(failed):
+        return gram_in_metric(D, metric, at)
+    half = D @ F
+    G = half.T @ half
+    return (G + G.T) / 2, half, F
+
+
+def _times(A: torch.Tensor, factor: torch.Tensor | None, metric: ByData, at: Device) -> torch.Tensor:
+    """A C (r, n), by the factor that the Gram matrix was made with, where there is one."""
+    return (A @ factor) @ factor.T if factor is not None else A @ inputs_in_metric(A, metric, at)

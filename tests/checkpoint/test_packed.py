@@ -246,6 +246,7 @@ def test_what_needs_a_library_says_which(
 ) -> None:
     from laser.checkpoint import packed
 
+    # Whether a library is there is asked of Python itself.
     monkeypatch.setattr(packed, "_installed", lambda _: False)
     tensors = mixtral_tensors()
     tensors |= {f"{Q}.weight": torch.zeros(tensors[f"{Q}.weight"].shape, dtype=torch.int8)}

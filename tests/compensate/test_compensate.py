@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from copies import write_copy
+from copies import rounded, write_copy
 from helpers import snapshot, tensors_in
 from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
@@ -104,6 +104,7 @@ def spoiled(model: Path, path: Path, change: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_wrong_request_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
     """Copies of another model, of other shapes, moments of another one, texts too short, nothing to go by."""
     at, llama, copy = ("-o", tmp_path / "a"), models / "llama", models / "llama-3"
@@ -131,6 +132,7 @@ def test_every_wrong_request_is_one_line(run: Run, models: Path, tmp_path: Path)
     assert "no matrix met as many inputs as it has dimensions, found 16" in refused(run, llama, copy, *at, *words)
     for words, expected in (
         ((), "a correction goes by the inputs of a text"),
+        ((*text, "--held-out", models / "text.txt"), "is the text of the calibration; try --held-out with another"),
         (("--plain", *text), "found several of --moments, --text and --plain"),
         (("--plain", "--rank", 0), "an adapter of rank 0 corrects nothing"),
         (("--plain", "--rank", 2, "--bits", 0.1), "found --rank and --bits, or neither"),
@@ -166,6 +168,7 @@ def test_a_run_goes_on_where_it_was_and_force_replaces(
             raise KeyboardInterrupt
         return solve(*arguments)
 
+    # The command makes its own visits.
     monkeypatch.setattr(compensation, "correct", interrupted)
     words = ("compensate", models / "llama", models / "llama-3", "-o", out, "--text", models / "text.txt", *WINDOWS)
     words += ("--rank", 3, "--device", "cpu", "--workers", 1)
@@ -266,6 +269,42 @@ def test_spending_is_the_best_there_is(seed: int) -> None:
         best = max(gain(each) for each in every if cost(each) <= cost(ours))
         assert gain(ours) >= best - max(max(o.gains) for o in offers.values()) * 0.5 - 1e-9
     assert spend(offers, 1e9) == dict.fromkeys(offers, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of peft and transformers
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_fused_and_transposed_layers(run: Run, tmp_path: Path, family: str) -> None:
+    """q, k and v in one layer, gate and up in one, stored (in, out): one adapter each, by the inputs that are shared."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2} if family == "phi3" else {}
+    config = AutoConfig.for_model(family, bos_token_id=1, eos_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    write_tokenizer(tmp_path / family)
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        layers = {
+            n for n, W in tensors.items() if W.ndim == 2 and "embed" not in n and "wte" not in n and "wpe" not in n
+        }
+        return {n: rounded(W) if n in layers and "lm_head" not in n else W for n, W in tensors.items()}
+
+    spoiled(tmp_path / family, tmp_path / f"{family}-3", change)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "held.txt").write_text(TEXT[::-1])
+    found = compensated(
+        run, tmp_path, tmp_path / "a", "--rank", 4, "--held-out", tmp_path / "held.txt", "--held-out-windows", 2,
+        kind=family,
+    )  # fmt: skip
+    assert len(found["entries"]) == 8 and not found["left"]
+    model = peft.PeftModel.from_pretrained(loaded(tmp_path / f"{family}-3"), tmp_path / "a").eval()
+    held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(tmp_path / family), length=64, limit=2)
+    mean = sum(whole_losses(model, held)) / held.tokens
+    assert mean == pytest.approx(found["held_out"]["adapted"]["nll"], abs=1e-5)
+    assert abs(found["held_out"]["gain"]) > 1e-4
 
 
 @pytest.mark.slow
