@@ -275,7 +275,7 @@ def test_spending_is_the_best_there_is(seed: int) -> None:
 @pytest.mark.filterwarnings("ignore")  # of peft and transformers
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_fused_and_transposed_layers(run: Run, tmp_path: Path, family: str) -> None:
-    """q, k and v in one layer, gate and up in one, stored (in, out): one adapter each, by the inputs that are shared."""
+    """q, k and v in one layer, gate and up in one, stored (in, out): one adapter each, by the inputs they share."""
     peft = pytest.importorskip("peft")
     from transformers import AutoConfig, AutoModelForCausalLM
 
