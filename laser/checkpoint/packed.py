@@ -37,6 +37,7 @@ CT_PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "wei
 CT_PARTS += ("weight_global_scale",)
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 STORED = TORCH | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+LARGEST_STATE = 10_000  # bytes of what bitsandbytes says of one weight
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 
 
@@ -173,7 +174,13 @@ def _bitsandbytes(
             weight = found[1]
             parts = {"weight": weight}
             parts |= {n.removeprefix(f"{weight}."): n for n in tensors if n.startswith(f"{weight}.")}
-            yield Packing("bitsandbytes", weight, parts, *_bnb_state(where, name, read(name)), _unpack_bnb_4bit)
+            if info.dtype != "U8" or info.end - info.start > LARGEST_STATE:
+                raise _unfit(where, "bitsandbytes", f"{name} does not say which matrix it is")
+            shape, dtype = _bnb_state(where, name, read(name))
+            stored = tensors[weight]
+            if (stored.end - stored.start) * 2 - math.prod(shape) not in (0, 1):
+                raise _unfit(where, "bitsandbytes", f"{weight} has no 4 bits for each of {list(shape)}")
+            yield Packing("bitsandbytes", weight, parts, shape, dtype, _unpack_bnb_4bit)
         elif name.endswith(".SCB"):
             weight = f"{name.removesuffix('SCB')}weight"
             stored = tensors.get(weight)
@@ -193,7 +200,7 @@ def _bnb_state(where: str, name: str, state: torch.Tensor) -> tuple[tuple[int, i
         (m, n), dtype = document["shape"], NAMES[getattr(torch, document["dtype"])]
         if not (type(m) is type(n) is int and min(m, n) > 0):
             raise ValueError("no shape of a matrix")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unfit(where, "bitsandbytes", f"{name} does not say which matrix it is") from error
     return (m, n), dtype
 
@@ -226,12 +233,15 @@ def _compressed(
         module = name.removesuffix(".weight_scale")
         parts = {part: f"{module}.{part}" for part in CT_PARTS if f"{module}.{part}" in tensors}
         main = parts.get("weight_packed") or parts.get("weight")
-        if main is None or info.dtype not in ("F32", "F16", "BF16"):
+        if main is None or len(tensors[main].shape) != 2 or info.dtype not in ("F32", "F16", "BF16"):
             raise _unfit(where, kind, f"{name} is {info.dtype} and scales no weight, or not by plain numbers")
         if "weight_packed" in parts:
             if "weight_shape" not in parts:
                 raise _unfit(where, kind, f"{module}.weight_shape is missing")
-            m, n = (int(size) for size in read(parts["weight_shape"]).tolist())
+            sizes, (rows, columns) = tensors[parts["weight_shape"]], tensors[main].shape[:2]
+            m, n = map(int, read(sizes.name).tolist()) if sizes.shape == (2,) else (-1, -1)
+            if m != rows or not 0 < n <= 32 * columns:
+                raise _unfit(where, kind, f"{sizes.name} says no shape of {main} {list(tensors[main].shape)}")
         else:
             m, n = tensors[main].shape
         settings = _ct_settings(where, section, module)
@@ -243,8 +253,9 @@ def _compressed(
 def _ct_settings(where: str, section: Mapping[str, Any], module: str) -> dict[str, Any]:
     """The config group of a module: one that names it before one that names all linear layers."""
     groups = section.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise _unfit(where, "compressed-tensors", "config.json names no config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if not groups or not all(isinstance(g, dict) and isinstance(g.get("targets", []), list) for g in groups):
+        raise _unfit(where, "compressed-tensors", "config.json names no config_groups with targets")
 
     def fits(target: Any) -> int:
         if target == module:
@@ -253,9 +264,10 @@ def _ct_settings(where: str, section: Mapping[str, Any], module: str) -> dict[st
             return 2 if re.match(target[3:], module) else 0
         return 1 if isinstance(target, str) and "." not in target else 0
 
-    best = max(groups.values(), key=lambda group: max(map(fits, group.get("targets") or ("Linear",))), default=None)
-    if best is None:
-        raise _unfit(where, "compressed-tensors", "config.json names no config_groups")
+    try:
+        best = max(groups, key=lambda group: max(map(fits, group.get("targets") or ("Linear",))))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _unfit(where, "compressed-tensors", f"a target of config.json is no expression ({error})") from error
     return {**best, "format": best.get("format") or section.get("format")}
 
 
@@ -303,7 +315,7 @@ def _gptq(where: str, section: Mapping[str, Any], tensors: Mapping[str, TensorIn
         each = 32 // bits
         (rows, m), (groups, columns) = infos["qweight"].shape, infos["qzeros"].shape
         n = rows * each
-        fits = infos["scales"].shape == (groups, m) and columns * each == m and (groups == 0 or n % groups == 0)
+        fits = infos["scales"].shape == (groups, m) and columns * each == m and groups > 0 and n % groups == 0
         if not fits or ("g_idx" in infos and infos["g_idx"].shape != (n,)):
             raise _unfit(where, "GPTQ", f"the shapes of {module}.qweight, qzeros, scales and g_idx do not fit")
         offset = 1 if form == "gptq" else 0

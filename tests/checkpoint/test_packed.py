@@ -155,6 +155,42 @@ def test_parts_that_do_not_fit_are_refused_by_name(
         open_checkpoint(written(tmp_path / "packed", kind, contiguous))
 
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+GROUP = {"config_groups": {"a": {"targets": ["re:("]}}}
+
+
+def says(document: str) -> torch.Tensor:
+    return torch.tensor(list(document.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("config, tensors, expected", [
+    ({}, {STATE: says("[" * 5000)}, "does not say which matrix"),
+    ({}, {STATE: says('{"shape": [32], "dtype": "float16"}')}, "does not say which matrix"),
+    ({}, {STATE: says('{"shape": [32, 9999999999], "dtype": "float16"}')}, "has no 4 bits for each"),
+    ({}, {STATE: torch.zeros(20000, dtype=torch.uint8)}, "does not say which matrix"),
+    ({}, {"SCB": torch.ones(7)}, "fits no int8 matrix"),
+    (CT, {"weight_scale": torch.ones(32, 1), "weight_packed": torch.ones(32, 4).int()}, "weight_shape is missing"),
+    (CT, {"weight_scale": torch.ones(32, 1), "weight_packed": torch.ones(32, 4).int(),
+          "weight_shape": torch.tensor([32, 2**60])}, "says no shape of"),
+    (CT, {"weight_scale": torch.ones(32, 1), "weight": torch.ones(32, 4).to(torch.int8)}, "names no config_groups"),
+    (CT | GROUP, {"weight_scale": torch.ones(32, 1), "weight": torch.ones(32, 4).to(torch.int8)}, "no expression"),
+    (CT, {"weight_scale": torch.ones(32, 1).int(), "weight": torch.ones(32, 4).to(torch.int8)}, "scales no weight"),
+])  # fmt: skip
+def test_hostile_parts_are_refused_before_they_are_unpacked(
+    tmp_path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], expected: str
+) -> None:
+    found = mixtral_tensors()
+    if "weight_packed" in tensors:
+        del found[f"{Q}.weight"]
+    found |= {f"{Q}.weight": torch.zeros(64, 1, dtype=torch.uint8)} if STATE in tensors else {}
+    found |= {f"{Q}.{name}": tensor for name, tensor in tensors.items()}
+    told = mixtral_config() | ({"quantization_config": config} if config else {})
+    path = write_checkpoint_directory(tmp_path / "packed", found, told, 1)
+    with pytest.raises(CheckpointError, match=rf"{expected}.*start from the unquantised model"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("config, expected", [
     ({"quant_method": "gptq", "bits": 3}, "of 3 bits as 'gptq', expected 2, 4, 8 bits"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "as 'marlin'"),
@@ -215,30 +251,33 @@ def test_bitsandbytes_is_what_transformers_dequantises(run: Run, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_compressed_tensors_is_what_its_library_gives(run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized", "float-quantized"])
+def test_compressed_tensors_is_what_its_library_gives(tmp_path: Path, form: str) -> None:
+    """W4A16 in groups with zeros, int8 and FP8 per row: against what the library quantises a weight to."""
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = pytest.importorskip("compressed_tensors.quantization")
-
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
     (m, n), tensors = mixtral_tensors()[f"{Q}.weight"].shape, mixtral_tensors()
-    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16}
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     W = tensors.pop(f"{Q}.weight")
-    groups = W.float().reshape(m, n // 16, 16)
-    scale = ((groups.amax(2) - groups.amin(2)) / 15).bfloat16()
-    zero = torch.round(-groups.amin(2) / scale.float() - 8).clamp(-8, 7).to(torch.int8)
-    made = compressors.BaseCompressor.get_value_from_registry("pack-quantized").compress(
-        {"weight": W, "weight_scale": scale, "weight_zero_point": zero}, scheme
-    )
+    weights: dict[str, Any] = {"num_bits": 8, "type": form.partition("-")[0], "symmetric": True, "strategy": "channel"}
+    state = {"weight": W, "weight_scale": (W.float().abs().amax(1, keepdim=True) / 120).bfloat16()}
+    if form == "pack-quantized":
+        weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16}
+        groups = W.float().reshape(m, n // 16, 16)
+        state["weight_scale"] = ((groups.amax(2) - groups.amin(2)) / 15).bfloat16()
+        zero = torch.round(-groups.amin(2) / state["weight_scale"].float() - 8).clamp(-8, 7)
+        state["weight_zero_point"] = zero.to(torch.int8)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    made = compressors.BaseCompressor.get_value_from_registry(form).compress(state, scheme)
     tensors |= {f"{Q}.{name}": tensor for name, tensor in made.items()}
-    how = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    how = {"quant_method": "compressed-tensors", "format": form}
     how |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
     path = write_checkpoint_directory(tmp_path / "packed", tensors, mixtral_config() | {"quantization_config": how}, 2)
-    found = open_checkpoint(path).read(f"{Q}.weight")
-    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, forward.fake_quantize(W, scale, zero, scheme.weights))
-    assert 0 < float((found.float() - W.float()).abs().max()) < 1.1 * float(scale.max())
+    checkpoint = open_checkpoint(path)
+    found = checkpoint.read(f"{Q}.weight")
+    expected = forward.fake_quantize(W, state["weight_scale"], state.get("weight_zero_point"), scheme.weights)
+    assert checkpoint.packed == "compressed-tensors" and found.dtype == torch.bfloat16
+    assert torch.equal(found, expected) and not torch.equal(found, W)
 
 
 def test_what_needs_a_library_says_which(
