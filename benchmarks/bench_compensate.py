@@ -1,13 +1,14 @@
 """What an adapter of `laser compensate` gives back on texts that the calibration never saw, at equal bits.
 
     python benchmarks/bench_compensate.py MODEL --calibrate FILE --texts FILE,FILE [--windows 60] [--bits 4,3]
-        [--groups 64,32] [--ranks 4,8,16] [--budgets relative,error] [--nf4] [--keep DIRECTORY]
+        [--groups 64,32] [--ranks 4,8,16] [--budgets relative,error] [--nf4]
+    python benchmarks/bench_compensate.py --shapes 4096x4096,28672x4096 [--ranks 16]
 
 Copies are made by GPTQ (arXiv 2210.17323) with the moments of laser's own calibration, each group of a row between its
 extremes, and by bitsandbytes nf4. Of every copy: alone, with adapters of these ranks, with rank 8's bytes spent over
 the whole model by what they take away (relative to each output, or in absolute squares), and with the plain SVD of rank
 8. Losses are nats per token against the original's, paired over the windows. The first of the groups is corrected; the
-others, and one bit more, are what the bytes could buy instead.
+others, and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_text
 from laser.moments import Moments
 from laser.selection import Selection
-from laser.spectral.devices import choose_device
+from laser.spectral.correction import correct
+from laser.spectral.data_metric import ByData
+from laser.spectral.devices import Device, choose_device
+from laser.spectral.host_memory import resident_bytes
 
 DAMP = 0.01  # of the mean diagonal, as in GPTQ
 BLOCK = 128  # columns whose updates are applied at once to those behind them; a multiple of every group
@@ -85,6 +89,26 @@ def write_copy(original: Checkpoint, out: Path, of: Callable[[str, torch.Tensor]
         tensors = {info.name: of(info.name, original.read(info.name)) for info in shard.tensors}
         save_file({n: W.contiguous() for n, W in tensors.items()}, out / shard.name, metadata={"format": "pt"})
     return open_checkpoint(out)
+
+
+# --- one matrix -------------------------------------------------------------------------------------------------------
+
+
+def one_shape(m: int, n: int, rank: int, device: Device) -> None:
+    """Seconds and memory to correct a matrix of this shape, by inputs of very different size."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(m, n, generator=generator).bfloat16()
+    Q = (W.float() + 0.1 * torch.randn(m, n, generator=generator)).bfloat16()
+    wide = torch.randn(n, 64, generator=generator, dtype=torch.float64)
+    C = wide @ wide.T + torch.diag(torch.logspace(0, -3, n, dtype=torch.float64))
+    before, start, cpu = resident_bytes() or 0, time.perf_counter(), time.process_time()
+    found = correct(W, Q, rank, ByData("full", C, 2 * n), device)
+    seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    peak = ((resident_bytes(peak=True) or 0) - before) / 1e9
+    print(
+        f"{m} x {n}, rank {found.rank}, {device.label}: {seconds:.1f} s ({used:.1f} s of one core), {peak:.2f} GB more; "
+        f"output error {found.measured[0]:.2e} -> {found.measured[-1]:.2e}, residual {found.residual:.1e}"
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -200,10 +224,10 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="checkpoint directory")
-    parser.add_argument("--calibrate", required=True, help="text to calibrate on")
+    parser.add_argument("model", nargs="?", help="checkpoint directory")
+    parser.add_argument("--calibrate", help="text to calibrate on")
     parser.add_argument("--calibration-windows", type=int, default=24)
-    parser.add_argument("--texts", required=True, help="second texts, with commas between")
+    parser.add_argument("--texts", help="second texts, with commas between")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=60, help="of each second text")
     parser.add_argument("--bits", default="4,3", help="of GPTQ; none for no copy by it")
@@ -211,8 +235,18 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,8,16")
     parser.add_argument("--budgets", default="relative,error")
     parser.add_argument("--nf4", action="store_true", help="a copy by bitsandbytes nf4 as well")
+    parser.add_argument("--shapes", help="of matrices to time instead, as 4096x4096,28672x4096")
     parser.add_argument("--device", default="auto")
     arguments = smoke.parse(parser, smoke_test)
+    ranks = [int(rank) for rank in arguments.ranks.split(",")]
+    shapes = arguments.shapes or ("24x16" if arguments.smoke else "")
+    for shape in shapes.split(",") if shapes else ():
+        m, n = map(int, shape.split("x"))
+        one_shape(m, n, ranks[-1], choose_device(arguments.device))
+    if arguments.shapes:
+        return
+    if not (arguments.model and arguments.calibrate and arguments.texts):
+        parser.error("MODEL, --calibrate and --texts are needed, or --shapes")
     with tempfile.TemporaryDirectory(prefix="smoke-") as folder:
         rows = table(arguments, Path(folder))
     assert not arguments.smoke or rows == 2, rows

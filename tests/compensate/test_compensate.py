@@ -16,6 +16,7 @@ from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import laser.compensate.compensate as compensation
+from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
 from laser.evaluation.evaluate import whole_losses
@@ -269,6 +270,42 @@ def test_spending_is_the_best_there_is(seed: int) -> None:
         best = max(gain(each) for each in every if cost(each) <= cost(ours))
         assert gain(ours) >= best - max(max(o.gains) for o in offers.values()) * 0.5 - 1e-9
     assert spend(offers, 1e9) == dict.fromkeys(offers, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scales", ["by block", "by row"])
+def test_a_copy_in_fp8(run: Run, models: Path, tmp_path: Path, scales: str) -> None:
+    """Its verdict is that of the same copy dequantised, with one adapter as with the other."""
+
+    def change(tensors: dict[str, torch.Tensor], packed: bool) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = {}
+        for name, W in tensors.items():
+            if "proj" not in name:
+                made[name] = W
+                continue
+            if scales == "by block":
+                q, scale = quantise(W, torch.float32)
+                plain, beside = dequantise(q, scale), {f"{name}_scale_inv": scale}
+            else:
+                scale = W.float().abs().amax(1, keepdim=True) / 400
+                q = (W.float() / scale).to(torch.float8_e4m3fn)
+                plain, beside = q.float() * scale, {f"{name}_scale": scale}
+            made |= {name: q, **beside} if packed else {name: plain}
+        return made
+
+    found = []
+    for packed in (True, False):
+        copy = spoiled(models / "llama", tmp_path / f"copy{packed}", lambda t, p=packed: change(t, p))
+        code, out, err = run(
+            "compensate", models / "llama", copy, "-o", tmp_path / f"a{packed}", "--text", models / "text.txt",
+            *WINDOWS, "--rank", 4, "--held-out", models / "held.txt", "--held-out-windows", 2, "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(json.loads(out))
+    one, other = found
+    assert one["held_out"]["adapted"]["nll"] == pytest.approx(other["held_out"]["adapted"]["nll"], abs=1e-6)
+    assert one["held_out"]["copy"]["nll"] == pytest.approx(other["held_out"]["copy"]["nll"], abs=1e-6)
+    assert one["bytes"]["copy"] < other["bytes"]["copy"]
 
 
 @pytest.mark.slow
