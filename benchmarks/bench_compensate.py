@@ -106,7 +106,7 @@ def one_shape(m: int, n: int, rank: int, device: Device) -> None:
     seconds, used = time.perf_counter() - start, time.process_time() - cpu
     peak = ((resident_bytes(peak=True) or 0) - before) / 1e9
     print(
-        f"{m} x {n}, rank {found.rank}, {device.label}: {seconds:.1f} s ({used:.1f} s of one core), {peak:.2f} GB more; "
+        f"{m} x {n}, rank {found.rank}, {device.label}: {seconds:.1f} s ({used:.1f} s of a core), {peak:.2f} GB more; "
         f"output error {found.measured[0]:.2e} -> {found.measured[-1]:.2e}, residual {found.residual:.1e}"
     )
 
