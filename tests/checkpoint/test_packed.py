@@ -137,7 +137,7 @@ def test_a_packed_checkpoint_is_open_to_scan_and_delta_and_closed_to_reduce(
     losses = [json.loads(run("eval", model, *words)[1])["evaluations"][0]["nll"] for model in (path, as_plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)  # whole or not, whatever transformers makes of it
     if kind == "fp8":
-        with pytest.raises(UsageError, match="of which its config.json says nothing.*try laser eval"):
+        with pytest.raises(UsageError, match=r"of which its config.json says nothing.*try laser eval"):
             as_stored(checkpoint)
     code, _, err = run("delta", plain, path, "-o", tmp_path / "d", "--roles", "q")
     assert code == 0, err
