@@ -1,4 +1,4 @@
-"""The null table: what each rule keeps of pure noise, over shapes and laws of the entries. Prints Markdown for LOG.md.
+"""The null table: what each rule keeps of pure noise, by shape and law of the entries. Prints Markdown for docs/log.
 
     python benchmarks/bench_null.py [--draws 200] [--large-draws 5] [--only gaussian] [--shapes 4096x4096,8x4096]
 

@@ -1,4 +1,4 @@
-"""Power tables: planted spikes, growing signal, rows of unequal variance. Prints Markdown for LOG.md.
+"""Power tables: planted spikes, growing signal, rows of unequal variance. Prints Markdown for docs/log.
 
     python benchmarks/bench_power.py [--draws 20]
 

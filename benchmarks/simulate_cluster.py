@@ -27,9 +27,9 @@ from laser.engine.ray import GROUP, GROUP_BYTES, IN_FLIGHT, SHARE, lent_to_a_tas
 class Constants:
     """Seconds, and bytes a second."""
 
-    task: float = field(default=0.001, metadata={"told": "driver: to submit a task and take its result (LOG.md)"})
-    line: float = field(default=7e-6, metadata={"told": "driver: a matrix's line in the journal (LOG.md)"})
-    bring: float = field(default=0.85e9, metadata={"told": "one writer: copied, hashed and written (LOG.md)"})
+    task: float = field(default=0.001, metadata={"told": "driver: to submit a task and take its result (docs/log)"})
+    line: float = field(default=7e-6, metadata={"told": "driver: a matrix's line in the journal (docs/log)"})
+    bring: float = field(default=0.85e9, metadata={"told": "one writer: copied, hashed and written (docs/log)"})
     file_system: float = field(default=20e9, metadata={"told": "all nodes together, to read or write; assumed"})
     node: float = field(default=2.5e9, metadata={"told": "one node of 8 GPUs, to read or write; assumed"})
     copy: float = field(default=1e10, metadata={"told": "to the GPU and back, pageable memory; assumed"})

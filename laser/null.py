@@ -43,6 +43,8 @@ class NullRow:
 
 @dataclass(frozen=True)
 class NullTest(Record, kind="null test", version=1, made_by="laser null MODEL --json", seal=False):
+    """What each rule keeps of the model's own matrices, permuted."""
+
     source: Source
     permutation: str
     draws: int

@@ -153,6 +153,8 @@ class Plan(
     seal=False,
     beside={"coverage": Mapping[str, Any], "digest": str | None},
 ):
+    """What becomes of every tensor of a checkpoint, and why. People may edit it, so each line is checked when used."""
+
     source: Source
     rule: str
     selection: Mapping[str, Any]

@@ -1,22 +1,30 @@
 #!/usr/bin/env python3
-"""Write docs/cli.md from the program's help pages, and CONTRIBUTING.md's tree from the first sentence of every module.
+"""Write what of the documentation is made from the code.
 
-python scripts/render_docs.py [--check]     with --check, fail if one of them is out of date
+python scripts/render_docs.py [--check]     with --check, fail if a page is out of date
+
+docs/cli.md from the program's help pages, the table of docs/reference/rules.md from RULES, that of
+docs/reference/files.md from the kinds of records, and CONTRIBUTING.md's tree from the first sentence of every module.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from typer.testing import CliRunner
 from words import split
 
 from laser.cli import app
+from laser.records import Record
+from laser.spectral.noise import gaussian_spectrum
+from laser.spectral.rules import RULES, apply_rule, fewest_draws
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- tree -->\n", "<!-- /tree -->\n"
 MEANING, WIDTH = 16, 96  # characters of a line in the tree: at least, and if it can be
 
 
@@ -50,15 +58,58 @@ def tree(package: Path) -> str:
     return "```text\n" + "\n".join(lines) + "\n```\n"
 
 
-def contributing(text: str) -> str:
-    """The page with the tree of today between its marks."""
-    before, rest = text.split(START)
-    return before + START + tree(ROOT / "laser") + END + rest.split(END)[1]
+def rules() -> str:
+    """RULES as a table. What each says in a plan is asked of it, on noise of deviation 1."""
+    s, shape = gaussian_spectrum(128, 256, np.random.default_rng(0)), (256, 128)
+    lines = ["| rule | says in a plan | calibrated | by the data | source |", "|---|---|---|---|---|"]
+    for name, rule in RULES.items():
+        asked = f"{name}:{rule.argument}" if rule.argument else name
+        null = np.full(fewest_draws(rule.default or 0.05), s[0])
+        said = apply_rule(rule.sample or name, s, shape, null, 1.0).reason
+        default = f"; {rule.argument} is {rule.default:g} if left out" if rule.default is not None else ""
+        yes = ["yes" if x else "no" for x in (rule.calibrated, rule.any_metric)]
+        lines.append(f"| `{asked}` | {said}{default} | {yes[0]} | {yes[1]} | {rule.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def kinds() -> Iterator[type[Record]]:
+    """Every kind of record there is, wherever it is declared."""
+    for path in sorted((ROOT / "laser").rglob("*.py")):
+        if ", kind=" in path.read_text() or "    kind=" in path.read_text():
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    found = [Record]
+    while found:
+        record = found.pop(0)
+        found += record.__subclasses__()
+        if getattr(record, "kind", ""):
+            yield record
+
+
+def records() -> str:
+    """The kinds of records as a table."""
+    rows = sorted({(r.kind, r.version, ", ".join(map(str, sorted(r.earlier))), r.made_by) for r in kinds()})
+    lines = ["| `kind` | `version` | still read | made by |", "|---|---|---|---|"]
+    lines += [f"| {kind} | {version} | {earlier or '-'} | `{by}` |" for kind, version, earlier, by in rows]
+    return "\n".join(lines) + "\n"
+
+
+def between(path: Path, mark: str, text: str) -> tuple[Path, str]:
+    """A page with `text` between its marks."""
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
+    before, rest = path.read_text().split(start)
+    return path, before + start + text + end + rest.split(end)[1]
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    docs = ROOT / "docs"
+    yield docs / "cli.md", help_pages()
+    yield between(docs / "reference" / "rules.md", "rules", "\n" + rules() + "\n")
+    yield between(docs / "reference" / "files.md", "records", "\n" + records() + "\n")
+    yield between(ROOT / "CONTRIBUTING.md", "tree", tree(ROOT / "laser"))
 
 
 def main() -> None:
-    page = ROOT / "CONTRIBUTING.md"
-    for target, text in ((ROOT / "docs" / "cli.md", help_pages()), (page, contributing(page.read_text()))):
+    for target, text in pages():
         if "--check" not in sys.argv:
             target.write_text(text)
         elif not target.exists() or target.read_text() != text:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the README's table of families from what a run on tiny models shows; tests/test_family_models.py checks it.
+"""Write the table of docs/reference/families.md from a run on tiny models; tests/test_family_models.py checks it.
 
 python scripts/render_families.py
 """
@@ -15,15 +15,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from families import END, START, everything, examine, table  # noqa: E402
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "reference" / "families.md"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [examine(family, Path(folder, family)) for family in everything()]
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(START)
-    README.write_text(before + START + table(rows) + END + rest.split(END)[1])
+    PAGE.write_text(before + START + table(rows) + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

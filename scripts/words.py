@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Count the words of the documentation's sentences; fail where a document is hard to read.
 
-python scripts/words.py            README.md, CONTRIBUTING.md, docs/ and the help pages
+python scripts/words.py            README.md, CONTRIBUTING.md, docs/ but for its log, and the help pages
 python scripts/words.py --source   list long sentences in the docstrings and comments of laser/; never fails
 """
 
@@ -111,7 +111,8 @@ def check(name: str, found: list[Sentence]) -> tuple[str, list[str]]:
 
 
 def documents() -> dict[str, list[Sentence]]:
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pages = sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "log")  # whose prose is as it was
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages]
     names = {str(p.relative_to(ROOT)): p for p in paths}
     return {n: list(sentences(p.read_text(), n)) for n, p in names.items()} | {"help pages": list(help_pages())}
 

@@ -96,8 +96,8 @@ T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "
 BART = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "encoder_layers": 1, "decoder_layers": 2} | {
     f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
 }
-# Name in the README's table -> model_type, entries of the config. A family of laser's table that is not here is built
-# of SIZES: it needs an entry where it wants other numbers, or another name in the README.
+# Name in the table -> model_type, entries of the config. A family of laser's table that is not here is built
+# of SIZES: it needs an entry where it wants other numbers, or another name in the table.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", SIZES | LOCAL),
     "Mistral": ("mistral", SIZES),
@@ -442,7 +442,7 @@ START, END = "<!-- families -->\n", "<!-- /families -->\n"
 
 
 def line_of(row: Row) -> str:
-    """One line of the README's table."""
+    """One line of the table of families."""
     assert row.changed and not row.unaccounted
     cells = (
         row.family,
@@ -458,7 +458,7 @@ def line_of(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The README's table with the version of transformers that it was made with."""
+    """The table of families with the version of transformers that it was made with."""
     import transformers
 
     head = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]

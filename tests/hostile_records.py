@@ -406,13 +406,13 @@ def _build(folder: Path) -> Path:
     made("card", "found", "--source", "m")
     (folder / "new").unlink()  # the plan of that search
     # A command takes no callback: it is interrupted where it counts what is done.
-    with mock.patch("laser.cli.common.Progress.__call__", stop_after(5)):
+    with mock.patch("laser.cli.progress.Progress.__call__", stop_after(5)):
         made("scan", "m", "-o", "j", code=130)
     # A command takes no callback: it is interrupted where it counts what is done.
-    with mock.patch("laser.cli.common.Progress.__call__", stop_after(5)):
+    with mock.patch("laser.cli.progress.Progress.__call__", stop_after(5)):
         made(*REDUCE, "half", code=130)
     # As above.
-    with mock.patch("laser.cli.common.Progress.__call__", stop_after(9)):
+    with mock.patch("laser.cli.progress.Progress.__call__", stop_after(9)):
         made(*RUN, code=130)
     return folder
 

@@ -1,4 +1,4 @@
-"""Each family from transformers' own model to transformers' own logits; the README's table says what is seen here."""
+"""Each family from transformers' own model to transformers' own logits; the page of families says what is seen here."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.slices import Slice
 from laser.summary import ALWAYS_UNFROZEN, summarise
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-TABLE = README[README.find(START) : README.find(END)]
+PAGE = (Path(__file__).parent.parent / "docs" / "reference" / "families.md").read_text()
+TABLE = PAGE[PAGE.find(START) : PAGE.find(END)]
 
 
 @pytest.mark.slow

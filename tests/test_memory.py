@@ -747,6 +747,7 @@ def test_what_does_nothing_is_not_advised(
 
 # Verb -> the rest of its command line, and where memory runs out in it.
 VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
+    "info": ("m", "laser.cli.look.take_inventory"),
     "scan": ("m -o new.safetensors", "laser.checkpoint.reader.Checkpoint.read"),
     "plan": ("s.safetensors --rule rank:4 -o new.json", "laser.cli.flow.make_plan"),
     "reduce": ("m p.json -o new", "laser.checkpoint.reader.Checkpoint.read"),

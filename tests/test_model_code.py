@@ -59,6 +59,7 @@ def test_no_verb_runs_the_code_of_a_model(
     few = (*text, "--windows", 4)
     verbs = {
         "devices": [()],
+        "info": [(model,)],
         "scan": [(model, "--dry-run"), (model, "-o", at("s"))],
         "plan": [(at("s"), "-o", at("p"), "--rule", "fraction:0.5", "--roles", "q")],
         "reduce": [(model, at("p"), "-o", at("out"))],

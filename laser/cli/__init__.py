@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import typer
 
 from laser.cli import common, options, verbs
+from laser.cli.help import command_of
 from laser.errors import CrowdWarning, DoubtWarning, LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
 
 app = typer.Typer(
@@ -30,13 +31,13 @@ app = typer.Typer(
     help="Random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.",
 )
 VERBS = (
-    *(verbs.scan, verbs.plan, verbs.reduce, verbs.verify, verbs.run, verbs.devices),
+    *(verbs.info, verbs.scan, verbs.plan, verbs.reduce, verbs.verify, verbs.run, verbs.devices),
     *(verbs.eval, verbs.calibrate, verbs.search, verbs.leaderboard, verbs.card, verbs.push),
     *(verbs.null, verbs.spectra, verbs.plot, verbs.report, verbs.convert),
     *(verbs.delta, verbs.unmerge, verbs.rebuild, verbs.compensate),
 )
 for verb in VERBS:
-    app.command()(options.with_options(verb))
+    command_of(app, verb, options.with_options(verb))
 
 
 # Verb -> what is left of one that was interrupted. Of the others nothing is: their files appear whole or not at all.
@@ -84,11 +85,14 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    quiet: bool = typer.Option(False, "-q", "--quiet", help="Only the result and errors: no progress, no notes."),
+    verbose: bool = typer.Option(False, "-v", "--verbose", help="A line for each step."),
+    log_file: Path | None = typer.Option(None, "--log-file", help="Add all that is said to this file, with its time."),
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
     ),
 ) -> None:
-    """The options that stand before a verb; `main` reads --debug wherever it stands."""
+    """The options that may stand anywhere; `main` reads them, all but --version."""
 
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -247,11 +251,29 @@ def _forget(stream: TextIO | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    arguments, held = sys.argv[1:] if arguments is None else arguments, common.Held()
-    try:
-        return _ended(arguments, held)
-    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
-        return _interrupted(arguments, held)
+    held, talk = common.Held(), common.Talk()
+    arguments = _without_talk(sys.argv[1:] if arguments is None else arguments, talk)
+    with common.talking(talk):
+        try:
+            return _ended(arguments, held)
+        except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
+            return _interrupted(arguments, held)
+
+
+def _without_talk(arguments: list[str], talk: common.Talk) -> list[str]:
+    """A command line without the options of `talk`, which may stand anywhere in it."""
+    left, words = list[str](), iter(arguments)
+    for word in words:
+        name, _, value = word.partition("=")
+        if word in ("-q", "--quiet"):
+            talk.quiet = True
+        elif word in ("-v", "--verbose"):
+            talk.verbose = True
+        elif name == "--log-file":
+            talk.file = value or next(words, "")
+        else:
+            left.append(word)
+    return left
 
 
 def _ended(arguments: list[str], held: common.Held) -> int:
@@ -261,6 +283,7 @@ def _ended(arguments: list[str], held: common.Held) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        common.talk().open()
         with warnings.catch_warnings():
             for kind in (DoubtWarning, CrowdWarning):
                 warnings.simplefilter("always", kind)

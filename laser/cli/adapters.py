@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -16,6 +14,7 @@ from laser.checkpoint.writer import require_outside
 from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.cli.progress import Bar, Progress
 from laser.delta.base import Base
 from laser.delta.formulas import Formula
 from laser.delta.peft import is_recorded, merge_streamed
@@ -67,12 +66,12 @@ def unmerge_verb(
         common.to_write(output)
         every = Selection(roles=all_roles(second))
         try:
-            with common.Progress("delta", matrices) as bar:
+            with Progress("delta", matrices) as bar:
                 delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
         except RecordError as error:
             raise of_another_unmerge(partial) from error
         assert delta is not None, "a scan with a base measures differences"
-        with common.Progress("unmerge", matrices) as bar:
+        with Progress("unmerge", matrices) as bar:
             record = unmerge(compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
@@ -114,7 +113,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     if formula is not None:
         raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
-    with tqdm(desc="rebuild", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("rebuild", total, size=True) as bar:
         common.to_write(output)
         made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start
@@ -129,7 +128,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
 def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, shown_as: options.Json) -> None:
     """An adapter without a record."""
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
-    with tqdm(desc="merge", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("merge", total, size=True) as bar:
         common.to_write(output)
         changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
     seconds = time.perf_counter() - start

@@ -6,14 +6,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
-from laser.cli.measure import advance, fewer
+from laser.cli.measure import fewer
+from laser.cli.progress import Bar
 from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
 
@@ -38,7 +37,7 @@ def calibrate_verb(
     read, checkpoint = text.read(), open_checkpoint(model)
     windows = text.cut(read, checkpoint)
     start = time.perf_counter()
-    with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
+    with Bar("calibrate", unit="layers") as bar:
         moments = calibrate_checkpoint(
             checkpoint,
             windows,
@@ -49,7 +48,7 @@ def calibrate_verb(
             dtype=dtype,
             device=where,
             anew=record.force,
-            tick=lambda _: advance(bar),
+            tick=lambda layer: bar.update(now=f"layer {layer}"),
         )
     seconds = time.perf_counter() - start
     shapes = {m.name: m.shape for m in list_matrices(checkpoint)}

@@ -1,4 +1,4 @@
-"""What every verb shares: tables for people, JSON for programs, progress bars, files kept for a verb alone."""
+"""What every verb shares: what is said to people, tables, JSON for programs, files kept for a verb alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
-from laser.errors import OutputError
+from laser.errors import OutputError, UsageError
 from laser.escape import visible
-from laser.files import claimed, real, require_led
+from laser.files import claimed, disk_errors, real, require_led
 from laser.records import to_json
-
-if TYPE_CHECKING:
-    from laser.checkpoint.matrices import Matrix
 
 MOST_LINES = 40  # of a list for people that may have one line for each of 45,000 matrices
 
@@ -110,14 +108,64 @@ def keep_file(path: Path) -> None:
     keep(path)
 
 
-def say(line: str, *, aside: bool = False) -> None:
+@dataclass
+class Talk:
+    """How much a command says. quiet: its result and errors alone; verbose: a line for each step as well.
+
+    file: the name of one that gets all of it, each line with its time; log: that file
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    file: str | None = None
+    log: TextIO | None = None
+
+    def open(self) -> None:
+        """Begin the log file, behind what it holds. Raises UsageError, OutputError."""
+        if self.file is None:
+            return
+        if not self.file:
+            raise UsageError("--log-file names no file; try --log-file laser.log")
+        check_file(Path(self.file))
+        with disk_errors(Path(self.file)):
+            self.log = Path(self.file).open("a", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, line: str) -> None:
+        """A line into the log file, if there is one, at once: whoever looks there waits for it."""
+        if self.log is not None:
+            self.log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {visible(line)}\n")
+            self.log.flush()
+
+
+_talk_now: ContextVar[Talk | None] = ContextVar("how much this command says", default=None)
+
+
+def talk() -> Talk:
+    return _talk_now.get() or Talk()
+
+
+@contextmanager
+def talking(how: Talk) -> Iterator[None]:
+    """Around a command."""
+    token = _talk_now.set(how)
+    try:
+        yield
+    finally:
+        _talk_now.reset(token)
+        if how.log is not None:
+            how.log.close()
+
+
+def say(line: str, *, aside: bool = False, needed: bool = True, log: bool = True) -> None:
     """One line for people; all that the verbs print for them goes through here, for names may hold anything.
 
-    aside: on stderr, where there is one, at once.
+    aside: on stderr, where there is one, at once. needed: also where the command is to be quiet. log: also in its file.
     """
-    stream = sys.stderr if aside else sys.stdout
-    if stream is not None:  # `print` would take stdout in the place of a stderr that is closed
+    stream, how = sys.stderr if aside else sys.stdout, talk()
+    if stream is not None and (needed or not how.quiet):  # `print` takes stdout in the place of a stderr that is closed
         print(visible(line), file=stream, flush=aside)
+    if log:
+        how.write(line)
 
 
 def print_json(document: Any) -> None:
@@ -176,48 +224,3 @@ def print_plan(lines: Sequence[Any], limit: int = MOST_LINES) -> None:
 
 def _removed(kept: float | None) -> str:
     return "-" if kept is None else f"{100 * (1 - kept):.2f} %"
-
-
-class Checking:
-    """A bar while bytes of an earlier run are read again; nothing where there are few, or no terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, so_far: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc="check", unit="B", unit_scale=True, disable=None, leave=False)
-        self._bar.total = total
-        self._bar.update(so_far - self._bar.n)
-        if so_far >= total:
-            self.__exit__()
-
-    def __enter__(self) -> Checking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-class Progress:
-    """A bar on a terminal, nothing elsewhere. Its measure is work (m * n * min(m, n)), so its ETA can be believed."""
-
-    def __init__(self, what: str, matrices: Sequence[Matrix]) -> None:
-        from tqdm import tqdm
-
-        shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = tqdm(total=sum(m.cost for m in matrices), desc=what, bar_format=shape, disable=None, leave=False)
-
-    def __call__(self, matrix: Matrix, *_: object) -> None:
-        self._bar.set_postfix_str(visible(matrix.name), refresh=False)
-        self._bar.update(matrix.cost)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.writer import require_outside
 from laser.cli import common, options
 from laser.cli.common import say
-from laser.cli.measure import advance, digits, fewer
+from laser.cli.measure import digits, fewer
+from laser.cli.progress import Bar, Progress
 from laser.compensate.budget import BITS, even_rank
 from laser.compensate.compensate import (
     Asked,
@@ -30,8 +29,9 @@ from laser.compensate.record import CompensationRecord, HeldOut
 from laser.compensate.verdict import check_held_out, judge, sentence, size_of
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
+from laser.evaluation.rows import holds_rows
 from laser.evaluation.streaming import require_dtype
-from laser.evaluation.text import Windows
+from laser.evaluation.text import Windows, check_cut, cut_windows, load_tokenizer
 from laser.files import claimed, disk_errors, unfinished
 from laser.moments import Moments
 from laser.selection import Selection
@@ -49,55 +49,73 @@ def compensate_verb(
     rank: int | None,
     bits: float | None,
     plain: bool,
-    text: options.CompensationText,
+    text: Path | None,
+    windows: int,
+    held_out: Path | None,
+    held_out_windows: int,
+    field: str | None,
+    window: int,
     which: options.Matrices,
     dtype: str,
     compute: options.ComputeOptions,
     work: options.WorkOptions,
 ) -> None:
     """`laser compensate`, whose arguments and help are in verbs.py."""
-    if (moments is not None) + (text.text is not None) + plain != 1:
-        found = "found several of --moments, --text and --plain" if moments or text.text or plain else NO_INPUTS
+    if (moments is not None) + (text is not None) + plain != 1:
+        found = "found several of --moments, --text and --plain" if moments or text or plain else NO_INPUTS
         raise UsageError(found if found is NO_INPUTS else f"{found}; try one of them")
     asked = Asked(RANK if rank is None and bits is None else rank, bits)
     require_dtype(dtype)
     selection, start = which.selection(), time.perf_counter()
     require_place(output, work.force)
     known = None if moments is None else Moments.load(moments)
-    first, second = (open_checkpoint(model, "weights" if text.held_out else "ranges") for model in (original, copy))
+    first, second = (open_checkpoint(model, "weights" if held_out else "ranges") for model in (original, copy))
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
-    windows = None if text.text is None else text.cut(text.text, first, text.windows)
-    held_out = None if text.held_out is None else text.cut(text.held_out, first, text.held_out_windows)
-    if held_out is not None:
-        seen = windows.text_sha256 if windows is not None else known.calibration.text_sha256 if known else None
-        if held_out.text_sha256 == seen:
-            raise UsageError(f"{held_out.text} is the text of the calibration; try --held-out with another one")
-        check_held_out(first, second, held_out)
+
+    def cut(path: Path, most: int) -> Windows:
+        check_cut(window, most or None, 0, "windows")
+        read = options.text_of(path, field if holds_rows(path) else None, None)
+        return cut_windows(read, load_tokenizer(first.path), length=window, limit=most or None)
+
+    own = None if text is None else cut(text, windows)
+    second_text = None if held_out is None else cut(held_out, held_out_windows)
+    if second_text is not None:
+        seen = own.text_sha256 if own is not None else known.calibration.text_sha256 if known else None
+        if second_text.text_sha256 == seen:
+            raise UsageError(f"{second_text.text} is the text of the calibration; try --held-out with another one")
+        check_held_out(first, second, second_text)
     crew = compute.crew()
     if work.dry_run:
         return _print_plan(first, second, places, asked, crew, work.as_json)
     require_copy(first, second, places.places)
     with claimed(output):
         common.to_write(output)
-        told = None if windows is None else (windows.sha256, dtype)
-        record = found_again(output, run_of(first, second, told, asked, places, crew)) if windows is not None else None
+        told = None if own is None else (own.sha256, dtype)
+        record = found_again(output, run_of(first, second, told, asked, places, crew)) if own is not None else None
         if record is None:
-            if windows is not None:
-                known = _calibrated(first, windows, unfinished(output), selection, crew, dtype)
+            if own is not None:
+                known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
 
             def judged(adapter: Path, slots: Sequence[Slot]) -> HeldOut | None:
-                if held_out is None:
+                if second_text is None:
                     return None
                 device = str(crew.devices[0].torch_device)
-                with tqdm(desc="verdict", disable=None, leave=False, unit="layer") as bar:
+                with Bar("verdict", unit="pieces") as bar:
                     return judge(
-                        first, second, adapter, slots, held_out, dtype=dtype, device=device, tick=lambda: advance(bar)
+                        first,
+                        second,
+                        adapter,
+                        slots,
+                        second_text,
+                        dtype=dtype,
+                        device=device,
+                        tick=lambda: bar.update(),
                     )
 
             matrices = [matrix for place in places.places for matrix in place.matrices]
-            with common.Progress("compensate", matrices) as bar:
+            with Progress("compensate", matrices) as bar:
                 record = compensate(
                     first, second, places, known, asked, output, crew=crew, judge=judged, force=work.force, tick=bar
                 )
@@ -106,7 +124,7 @@ def compensate_verb(
         sizes = {"original": size_of(first), "copy": size_of(second), "adapter": _size(output)}
         return common.print_json(record.document() | {"output": str(output), "bytes": sizes, "seconds": seconds})
     _print_record(record, places)
-    for part in (windows, held_out):
+    for part in (own, second_text):
         if part is not None and (short := fewer(part.text, len(part.windows), part.asked)):
             say(short)
     say(
@@ -135,10 +153,10 @@ def _calibrated(
                 return there
         except RecordError:
             pass  # of another run: made anew
-    with tqdm(desc="calibrate", disable=None, leave=False, unit="layer") as bar:
+    with Bar("calibrate", unit="layers") as bar:
         return calibrate(
             original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
-            anew=True, tick=lambda _: advance(bar),
+            anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
         )  # fmt: skip
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.fingerprint import require_stamp, stamp_of
 from laser.checkpoint.formats import is_gguf
@@ -18,6 +16,7 @@ from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import require_outside
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.cli.progress import Bar
 from laser.errors import CheckpointError, UsageError
 
 # What a tokenizer may need, copied as it is; weights and params.json stay behind.
@@ -59,7 +58,7 @@ def convert_verb(
             require_unchanged(release)
 
     size = sum(shard.size for shard in seen.shards)
-    with tqdm(desc="convert", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("convert", size, size=True) as bar:
         files = {} if isinstance(side, str) else side
         common.to_write(output)
         write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)

@@ -11,6 +11,7 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
+from laser.cli.progress import Progress
 from laser.delta.base import Base
 from laser.delta.difference import Verdict
 from laser.delta.overview import is_base, overview_rows
@@ -42,7 +43,7 @@ def delta_verb(
         raise UsageError("delta needs a file to write; try -o delta.safetensors")
     work.claim(output, "spectra")
     compared, meter = Base.of(first, second), Meter()
-    with common.Progress("delta", list_matrices(second)) as bar:
+    with Progress("delta", list_matrices(second)) as bar:
         spectra = scan_into(
             output, second, selected, crew, method, bar, null_draws=null, base=compared, anew=work.force
         )

@@ -17,6 +17,7 @@ from laser.checkpoint.writer import require_run
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
+from laser.cli.progress import Checking, Progress
 from laser.delta.difference import RULE
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
@@ -62,7 +63,7 @@ def scan_verb(
         common.keep(part.beside(unfinished(output)))
     matrices = chosen_of(list_matrices(checkpoint), selected)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=null, in_data=known is not None), Meter()
-    with common.Progress("scan", matrices) as bar:
+    with Progress("scan", matrices) as bar:
         if part is None:
             spectra = scan_into(output, checkpoint, selected, crew, method, bar, null, known, anew=work.force)
         else:
@@ -146,7 +147,7 @@ def reduce_verb(
             require_run(written, place, asked)
         return print_estimate(checkpoint, touched, crew, work.as_json, ranks)
     estimated, meter = estimate_cost(checkpoint, touched, crew, ranks), Meter()
-    with common.Progress("reduce", touched) as bar, common.Checking() as check:
+    with Progress("reduce", touched) as bar, Checking() as check:
         how: dict[str, Any] = {
             "crew": crew,
             "method": method,
@@ -176,7 +177,7 @@ def verify_verb(
 ) -> None:
     """`laser verify`, whose arguments and help are in verbs.py."""
     checkpoint = open_checkpoint(model)
-    with common.Progress("verify", list_matrices(checkpoint)) as bar:
+    with Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
     if shown_as.as_json:
         common.print_json(asdict(found))

@@ -1,23 +1,55 @@
-"""The verbs that look: null, spectra, plot, report. Each parses, calls and prints or writes one file."""
+"""The verbs that look: info, null, spectra, plot, report. Each parses, calls and prints or writes one file."""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.cli.progress import Progress
 from laser.delta.base import Base
-from laser.errors import UsageError
+from laser.errors import DoubtWarning, UsageError
 from laser.files import write_atomically
+from laser.inventory import take_inventory
 from laser.null import check_test, null_test
 from laser.report import page, plots
+from laser.selection import MAIN
 from laser.spectra import Spectra
 from laser.spectral.rules import parse_rule
 from laser.summary import SPECTRUM_RULE, Summary, check_share, summarise
 
 MOST_ROWS = 200  # of the table that `spectra` prints
+
+
+def info_verb(model: str, *, shown_as: options.Json) -> None:
+    """`laser info`, whose arguments and help are in verbs.py."""
+    with warnings.catch_warnings():  # what there is to doubt stands in the list
+        warnings.simplefilter("ignore", DoubtWarning)
+        found = take_inventory(open_checkpoint(model))
+    if shown_as.as_json:
+        return common.print_json(asdict(found))
+    parts = [f"{n} layers" + (f" of {stack}" if stack != MAIN else "") for stack, n in found.layers.items()]
+    parts += [f"{found.experts} experts"] if found.experts else []
+    say(f"{found.model}: {', '.join([f'family {found.family}', *parts])}")
+    files = f"{found.tensors} tensors in {found.shards} file{'s' * (found.shards != 1)}"
+    say(f"{found.parameters:,} parameters, {found.bytes:,} bytes, {files}")
+    if found.tied:
+        say("the head is the embedding: it is stored once")
+    if found.fp8:
+        say(f"{found.fp8} tensors are FP8 with scales, and are read as what they stand for")
+    rows = [
+        (k.stack, k.role, k.count, "x".join(map(str, k.shape)), k.dtype, k.bytes / 1e6, k.why_not or "measured and cut")
+        for k in found.kinds
+    ]
+    common.print_table(("stack", "role", "count", "shape", "dtype", "MB", "unless asked otherwise"), rows[:MOST_ROWS])
+    if len(rows) > MOST_ROWS:
+        say(f"... and {len(rows) - MOST_ROWS} more; --json lists all")
+    if found.doubts:
+        say(found.doubts)
 
 
 def null_verb(
@@ -38,7 +70,7 @@ def null_verb(
     chosen, where = which.selection(), on.choose()
     checkpoint = open_checkpoint(model)
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
-    with common.Progress("null", matrices) as bar:
+    with Progress("null", matrices) as bar:
         test = null_test(
             checkpoint,
             chosen,

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
+from laser.cli.progress import Bar
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.layout import NotByLayers
@@ -52,10 +51,10 @@ def eval_verb(
 
     def measure(checkpoint: Checkpoint, windows: Windows, placed: Placement) -> Perplexity:
         try:
-            with tqdm(desc=f"eval {checkpoint.name}", disable=None, leave=False) as bar:
+            with Bar(f"eval {checkpoint.name}", len(windows.windows) if not placed.stream else None) as bar:
                 return evaluate(
                     checkpoint, windows, stream=placed.stream, dtype=dtype, device=where.torch_device,
-                    store=placed.store(), tick=lambda: advance(bar),
+                    store=placed.store(), tick=lambda: bar.update(),
                 )  # fmt: skip
         except NotByLayers as error:
             if stream is None:  # it was memory that asked for it
@@ -124,7 +123,3 @@ def _eval_document(record: Perplexity) -> dict[str, Any]:
 
 def digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
-
-
-def advance(bar: Any) -> None:
-    bar.update()

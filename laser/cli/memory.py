@@ -142,7 +142,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 def said(placement: Placement) -> Placement:
     """The same; what memory decided is a line on stderr."""
     if placement.news:
-        say(f"laser: {placement.why}", aside=True)
+        say(f"laser: {placement.why}", aside=True, needed=False)
     return placement
 
 

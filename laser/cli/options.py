@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import typer
 
@@ -43,7 +43,9 @@ def option(default: Any, help: str, *names: str, recipe: Any = None, **more: Any
 
 
 def declared(group: type[Any]) -> list[inspect.Parameter]:
-    """The options of a group as typer reads them."""
+    """The options of a group as typer reads them; help lists them under the group's title, if it has one."""
+    for f in fields(group):
+        f.metadata["declared"][0].rich_help_panel = getattr(group, "title", None)
     types, kind = get_type_hints(group), inspect.Parameter.KEYWORD_ONLY
     return [
         inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[types[f.name], *f.metadata["declared"]])
@@ -107,10 +109,11 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for we
 class Matrices:
     """Which matrices."""
 
-    layers: str | None = option(None, "Only these layers: 0,4,20-31; of another stack: mtp:0, encoder:all.")
-    roles: str | None = option(None, "Only these roles: w1,w2,w3,q,k,v,o (gate, down, up too).")
-    include: str | None = option(None, "Only tensors whose name matches this expression.")
-    exclude: str | None = option(None, "No tensor whose name matches this expression.")
+    title: ClassVar = "Which matrices"
+    layers: str | None = option(None, "Only these layers; of another stack: mtp:0, encoder:all.", metavar="0,4,20-31")
+    roles: str | None = option(None, "Only these roles; gate, down, up are w1, w2, w3.", metavar="w1,w2,q")
+    include: str | None = option(None, "Only tensors whose name matches this expression.", metavar="REGEX")
+    exclude: str | None = option(None, "No tensor whose name matches this expression.", metavar="REGEX")
 
     def selection(self) -> Selection:
         from laser.selection import Selection, parse_layers, parse_roles
@@ -122,6 +125,7 @@ class Matrices:
 class OneDevice:
     """Where a verb computes that takes one device."""
 
+    title: ClassVar = "Where and how it computes"
     device: str = option("auto", f"{DEVICE_NAMES}.")
 
     def choose(self) -> Device:
@@ -169,6 +173,7 @@ class ComputeOptions(Precise):
 class Inputs:
     """By the inputs of which text."""
 
+    title: ClassVar = "By the data"
     moments: Path | None = option(
         None, "Moments file of laser calibrate: also go by its inputs x, in the metric E||W x||^2."
     )
@@ -183,8 +188,9 @@ class Inputs:
 class RuleOptions:
     """By which rule a matrix is cut, and how."""
 
+    title: ClassVar = "By which rule"
     rule: str | None = option(
-        None, f"NAME or NAME:ARGUMENT, of {', '.join(RULES)}; data:NAME: by what the outputs lose."
+        None, f"One of {', '.join(RULES)}; data:NAME: by what the outputs lose.", metavar="NAME[:ARGUMENT]"
     )
     shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
     two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
@@ -203,6 +209,7 @@ class RuleOptions:
 class Lowest:
     """How many matrices."""
 
+    title: ClassVar = "By which rule"
     lowest_snr: str | None = option(
         None,
         "Only the K matrices of lowest SNR, or all. Default of a search: 15, as LaserRMT does.",
@@ -221,6 +228,7 @@ class Lowest:
 class Trials:
     """How a search decides."""
 
+    title: ClassVar = "How a search decides"
     accept: str = option("better", f"Which edits a search keeps: {', '.join(ACCEPT)}.")
     order: str = option("layers", "Of a search: layers (last first, fast) or snr (as published).")
     racing: bool = option(False, "End a trial that a quarter of the windows shows to be worse.", "--racing")
@@ -230,6 +238,7 @@ class Trials:
 class TextOptions:
     """What is read to measure a model on, in windows of how many tokens."""
 
+    title: ClassVar = "On which text"
     text: Path | None = option(None, "A .txt, .jsonl or .json file; default: Python's pydoc topics.")
     field: str | None = option(None, "The field of a .jsonl or .json file, or of a dataset.")
     window: int = option(WINDOW, "Tokens per window, BOS included.")
@@ -239,7 +248,8 @@ class TextOptions:
 class Dataset:
     """What is read instead of a file."""
 
-    dataset: str | None = option(None, "NAME[,CONFIG[,SPLIT]] through the library `datasets`; split: test.")
+    title: ClassVar = "On which text"
+    dataset: str | None = option(None, "Through the library `datasets`; split: test.", metavar="NAME[,CONFIG[,SPLIT]]")
 
 
 @dataclass(frozen=True)
@@ -281,31 +291,11 @@ class SearchText(TextOptions):
 
 
 @dataclass(frozen=True)
-class CompensationText(TextOptions):
-    """The text whose inputs a correction goes by, and the one on which it is judged."""
-
-    text: Path | None = option(None, "A .txt, .jsonl or .json file to calibrate on.")
-    held_out: Path | None = option(None, "Second text, for the verdict: original, copy, and copy with adapter.")
-    windows: int = option(32, "Windows to calibrate on; 0: all.")
-    held_out_windows: int = option(32, "Windows for the verdict; 0: all.")
-
-    def read(self, path: Path) -> texts.Text:
-        """One of the two; --field is for those that hold rows."""
-        return text_of(path, self.field if holds_rows(path) else None, None)
-
-    def cut(self, path: Path, checkpoint: Checkpoint, most: int) -> texts.Windows:
-        from laser.evaluation import text as texts
-
-        texts.check_cut(self.window, most or None, 0, "windows")
-        tokenizer = texts.load_tokenizer(checkpoint.path)
-        return texts.cut_windows(self.read(path), tokenizer, length=self.window, limit=most or None)
-
-
-@dataclass(frozen=True)
 class Rows:
     """On which rows of which tasks a leaderboard rests."""
 
-    tasks: str | None = option(None, f"Only these: {','.join(TASKS)}.")
+    title: ClassVar = "On which tasks"
+    tasks: str | None = option(None, f"Only these, of {', '.join(TASKS)}.", metavar="TASK,TASK")
     limit: int | None = option(None, "Only the first N rows of each task or subject.")
     data: Path | None = option(None, "Folder of rows in JSON lines, for machines without the Hub.")
 
@@ -319,6 +309,7 @@ class Rows:
 class PartOption:
     """Which share of the work is this process's."""
 
+    title: ClassVar = "What is written, and how"
     part: str | None = option(
         None,
         "Only the I-th of N parts, for machines that share a disk; whoever ends last makes the whole.",
@@ -340,6 +331,7 @@ class PartOption:
 class Json:
     """How a verb prints what it found."""
 
+    title: ClassVar = "What is written, and how"
     as_json: bool = option(False, "Print one JSON document instead of a table.", "--json")
 
 
@@ -347,6 +339,7 @@ class Json:
 class DryRun:
     """Whether a verb only says what it would do."""
 
+    title: ClassVar = "What is written, and how"
     dry_run: bool = option(False, "Read headers only; print what would be done.", "--dry-run")
 
 
@@ -354,6 +347,7 @@ class DryRun:
 class Force:
     """Whether what is there may be replaced."""
 
+    title: ClassVar = "What is written, and how"
     force: bool = option(False, "Replace an earlier output.", "--force")
 
     def claim(self, path: Path, kind: str | None = None) -> None:
@@ -377,6 +371,7 @@ class Force:
 class Resume:
     """Whether to go on with what is there."""
 
+    title: ClassVar = "What is written, and how"
     resume: bool = option(False, "Go on with an output that was interrupted.", "--resume")
 
 
@@ -412,5 +407,5 @@ def text_of(path: Path | None, field: str | None, dataset: str | None) -> texts.
         return texts.default_text()
     text = texts.read_text(path, field)
     for note in text.notes:
-        common.say(f"laser: {note}", aside=True)
+        common.say(f"laser: {note}", aside=True, needed=False)
     return text

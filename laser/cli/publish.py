@@ -13,6 +13,7 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
+from laser.cli.progress import Checking
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.files import tidy_up, unfinished
@@ -192,7 +193,7 @@ def card_verb(
     """`laser card`, whose arguments and help are in verbs.py."""
     for record in (SOURCE_FILE, CARD):
         common.to_write(output / record)
-    with common.Checking() as check:
+    with Checking() as check:
         require_shards(output, check)
     written = write_card(
         output,

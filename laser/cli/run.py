@@ -14,6 +14,7 @@ from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
+from laser.cli.progress import Checking, Progress
 from laser.cli.publish import leaderboards
 from laser.cli.search import (
     check_objective,
@@ -178,9 +179,9 @@ def run_verb(
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
         seconds = estimated.scan_seconds + estimated.reduce_seconds * share
     with (
-        common.Progress("scan", matrices) as scanned,
-        common.Progress("reduce", matrices) as reduced,
-        common.Checking() as check,
+        Progress("scan", matrices) as scanned,
+        Progress("reduce", matrices) as reduced,
+        Checking() as check,
         writing(checkpoint, output, resume=work.resume, force=work.force) as place,
     ):
         result = run_flow(

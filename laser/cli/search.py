@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
@@ -15,6 +13,7 @@ from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import digits, fewer
+from laser.cli.progress import Bar, Progress
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
@@ -119,7 +118,7 @@ def search_verb(
         )  # fmt: skip
         return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, [estimate])
     if measured is None:
-        with common.Progress("scan", matrices) as bar:
+        with Progress("scan", matrices) as bar:
             measured = scan_into(
                 spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known, rules=wanted
             )
@@ -178,15 +177,16 @@ def most_variants(matrices: Sequence[Matrix], rules: Sequence[str], tried: int |
 
 def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
     """`laser.search.search` of these arguments, its trials shown on a bar."""
-    with tqdm(desc="search", disable=None, leave=False) as bar:
+    kept: list[bool] = []
+    with Bar("search", unit="trials") as bar:
 
         def tick(trial: Trial, to_come: int) -> None:
-            bar.total = bar.n + 1 + to_come
-            bar.set_postfix_str(f"{trial.label} {trial.stated()} {'kept' if trial.accepted else ''}", refresh=False)
-            bar.update()
+            kept.append(trial.accepted)
+            told = f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected; {trial.label} {trial.stated()}"
+            bar.update(now=f"{told} {'kept' if trial.accepted else 'rejected'}", total=len(kept) + to_come)
 
         def told(piece: int, last: int, alive: int) -> None:
-            bar.set_postfix_str(f"piece {piece} of {last}, {alive} at a time")
+            bar.update(0, f"piece {piece} of {last}, {alive} at a time")
 
         try:
             return search_plan(*arguments, tick=tick, told=told, **how)

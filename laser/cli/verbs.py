@@ -10,12 +10,22 @@ from typing import Annotated
 
 import typer
 
-from laser.choices import ROUNDS
+from laser.choices import ROUNDS, WINDOW
 from laser.cli import options
 from laser.cli.recipe import follow, packaged
 from laser.report.plots import QUANTITIES
 from laser.spectral.rules import RULES, TESTED
 from laser.start import loading
+
+
+def info(model: options.Model, *, shown_as: options.Json) -> None:
+    """Say what a model holds: layers, experts, roles, shapes, bytes. Reads headers only, also of a model on the Hub."""
+    with loading():
+        from laser.cli import look
+    look.info_verb(model, shown_as=shown_as)
+
+
+ON_TEXT = options.WindowOptions.title
 
 
 def scan(
@@ -270,10 +280,11 @@ def search(
     moments: options.Inputs,
     lowest: options.Lowest,
     shortlist: Annotated[
-        str | None, typer.Option("--shortlist", help="gradient:K, the K that a backward pass says help most.")
+        str | None, typer.Option("--shortlist", metavar="gradient:K", help="The K that a backward pass says help most.")
     ] = None,
     grid: Annotated[
-        str | None, typer.Option("--grid", help="LASER's grid: RULE:ARGUMENT,ARGUMENT,.. per layer and role.")
+        str | None,
+        typer.Option("--grid", metavar="RULE:A,B,..", help="LASER's grid: each of these per layer and role."),
     ] = None,
     trials: options.Trials,
     objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
@@ -589,7 +600,28 @@ def compensate(
     plain: Annotated[
         bool, typer.Option("--plain", help="By the plain norm and no text, for comparison: mostly worse.")
     ] = False,
-    text: options.CompensationText,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="File to calibrate on: .txt, .jsonl or .json.", rich_help_panel=ON_TEXT),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Windows to calibrate on; 0: all.", rich_help_panel=ON_TEXT)
+    ] = 32,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--held-out", help="Second text, which all three models are measured on.", rich_help_panel=ON_TEXT
+        ),
+    ] = None,
+    held_out_windows: Annotated[
+        int, typer.Option("--held-out-windows", help="Windows of it; 0: all.", rich_help_panel=ON_TEXT)
+    ] = 32,
+    field: Annotated[
+        str | None, typer.Option("--field", help="The field of a file of rows.", rich_help_panel=ON_TEXT)
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", help="Tokens per window, BOS included.", rich_help_panel=ON_TEXT)
+    ] = WINDOW,
     which: options.Matrices,
     dtype: options.Dtype = "float32",
     compute: options.ComputeOptions,
@@ -612,6 +644,11 @@ def compensate(
         bits=bits,
         plain=plain,
         text=text,
+        windows=windows,
+        held_out=held_out,
+        held_out_windows=held_out_windows,
+        field=field,
+        window=window,
         which=which,
         dtype=dtype,
         compute=compute,

@@ -26,7 +26,7 @@ from laser.spectral.unit import Spectrum
 RULE = "rounding"
 SIGMA = 1.0  # of the rounding in a biwhitened difference
 # Of the squares beyond the rank to the rounding's. Simulated and trained LoRAs lie within 0.98 and 1.08 where entries
-# move, full fine-tunes at 2 to 6 (LOG.md).
+# move, full fine-tunes at 2 to 6 (docs/log).
 FAINT, FULL = 0.9, 1.2
 MOST_TOLD = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
 MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds

@@ -22,7 +22,7 @@ from laser.delta.solver import Solution, solve
 from laser.spectral.devices import HOST, Device
 
 # Share of wrong bits up to which a rank is believed. Of 16 bits: the right rank leaves 0 to 1e-4, one too few 1e-2 and
-# more (LOG.md). A product in float32 has errors of its own, near the size of float32's rounding, which no rank
+# more (docs/log). A product in float32 has errors of its own, near the size of float32's rounding, which no rank
 # explains: the right rank leaves 1 to 20 % there, one too few nearly all.
 BELIEVED = {torch.bfloat16: 2e-3, torch.float16: 2e-3, torch.float32: 0.5}
 USUAL = (Formula("once"), Formula("delta-first"))

@@ -23,7 +23,7 @@ from laser.spectral.devices import Device
 from laser.spectral.host_memory import resident_bytes
 from laser.spectral.probe import Probe
 
-# One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: LOG.md and the measurements that it names.
+# One core of a shared AMD EPYC server, OpenBLAS 0.3.31, and one H100: docs/log and the measurements that it names.
 _CORE = Probe(
     "cpu float64", "one core of an AMD EPYC", "2.13.0", 1, 8.7e10,
     {512: 0.012, 1024: 0.065, 2048: 0.53}, {512: 0.034, 1024: 0.19, 2048: 1.42},

@@ -1,6 +1,6 @@
 """The same visits as tasks of a Ray cluster. Ray is an extra, and imported only here.
 
-Of a scan a task is one matrix, or several small ones, so that it outweighs its overhead of some milliseconds (LOG.md).
+Of a scan a task is one matrix, or several small ones, so that it outweighs its overhead of milliseconds (docs/log).
 It reads its matrices itself, so the checkpoint has to lie at the same path on every node. Its result comes back through
 Ray's object store. Twice as many tasks are in flight as the cluster has slots: memory stays bounded, no slot waits for
 the driver, and that is what a lost node costs at the most.

@@ -1,6 +1,6 @@
 """How much memory a model takes before it is loaded: whole, in pieces of which some stay, or streamed. By shapes.
 
-Measured on the demo model (LOG.md) the peak lies at most a tenth and 64 MiB above the sum of what is counted here,
+Measured on the demo model (docs/log) the peak lies at most a tenth and 64 MiB above the sum of what is counted here,
 and `Needs` has that margin in it. Files that are only read are no need: their pages can be given back.
 """
 

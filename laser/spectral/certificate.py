@@ -43,6 +43,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Truncation:
+    """A matrix cut to its rank, with what shows that it is the best one."""
+
     matrix: torch.Tensor  # (m, n), in the dtype of the source matrix, and where that is or on the host
     singular_values: NDArray[np.float64]  # (p,), of the source matrix
     certificate: Certificate

@@ -352,7 +352,7 @@ def host_threads(p: int) -> Iterator[None]:
 
     Pools of threads that spin while they wait cost more than they bring where others want the same cores. With a second
     busy process on 2 cores, a matrix of 1536 x 576 took 0.25 s and more with two BLAS threads, and 0.07 s with one. On
-    quiet cores one thread is a fifth slower (LOG.md). What torch does on the host besides is copying.
+    quiet cores one thread is a fifth slower (docs/log). What torch does on the host besides is copying.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,10 +6,10 @@
     two-stage  the same with a reduction in two stages, which keeps no vectors: for eigenvalues alone
 
 Torch's MKL is none of them: its last digits depend on where memory lies, so that two workers at once do not get the
-bits of one; in float32 it also loses more digits than the stated error allows (LOG.md).
+bits of one; in float32 it also loses more digits than the stated error allows (docs/log).
 
 Which one is fastest depends on the side p, on the machine, and on how many workers share its memory. DEFAULT holds what
-was measured for LOG.md; `laser devices --probe` measures here. Routes differ in the last bits, so that a choice which
+was measured for docs/log; `laser devices --probe` measures here. Routes differ in the last bits, so that a choice which
 is not the default is part of a record's device label.
 """
 
@@ -53,7 +53,7 @@ class Routes:
 
 SMALLEST_SIDE = 256  # side under which nothing is to be gained
 LEAST_GAIN = 0.1
-# From 2560 on two stages are faster, with one worker and with all (LOG.md).
+# From 2560 on two stages are faster, with one worker and with all (docs/log).
 DEFAULT = Routes(
     values=((0, "numpy"), (SMALLEST_SIDE, "one-stage"), (2560, "two-stage")),
     vectors=((0, "numpy"), (SMALLEST_SIDE, "one-stage")),

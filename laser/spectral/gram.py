@@ -117,7 +117,7 @@ def gram(W: torch.Tensor, device: Device) -> torch.Tensor:
     """A^T A for the tall A (q, p) of W -> (p, p), in the device's precision.
 
     In float64 also for weights of 16 bits, whose products float32 holds exactly: it does not hold their sums, and the
-    stated error of float64 would be off by seven digits (LOG.md).
+    stated error of float64 would be off by seven digits (docs/log).
     """
     p = min(W.shape)
     total = torch.zeros(p, p, dtype=device.dtype, device=device.torch_device)
@@ -138,7 +138,7 @@ def _gram_on_host(W: torch.Tensor, device: Device, G: NDArray[Any]) -> None:
 
     torch, NumPy and SciPy each bring a pool of threads that spin while they wait, and two of them on the same cores
     cost more than the arithmetic. Of NumPy and SciPy only NumPy lets go of Python's lock meanwhile, without which two
-    workers are as slow as one (LOG.md). OpenBLAS itself adds to G, where NumPy needs a third square and a pass over it.
+    workers are as slow as one (docs/log). OpenBLAS itself adds to G, where NumPy needs a third square and a pass.
     """
     p = len(G)
     library = find_openblas() if p >= eigen.SMALLEST_SIDE else None

@@ -31,11 +31,11 @@ Shape = tuple[int, int]
 
 # Shapes of the gamma law that BEMA tries; the first wins ties, so that plain noise is the answer where nothing
 # speaks against it. 0.5 is a spread of variances of 140 %, 128 one of 9 %.
-DEFAULT_ESTIMATOR = "trimmed"  # for rules that rest on no noise: the one that signal biases least (LOG.md)
+DEFAULT_ESTIMATOR = "trimmed"  # for rules that rest on no noise: the one that signal biases least (docs/log)
 THETAS = (math.inf, 128.0, 64.0, 32.0, 16.0, 11.0, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5)
 BEMA_RANGE = 0.2  # Ke, Ma and Lin 2021, section 2.3: alpha
 BEMA_FEWEST = 32  # with fewer values any spread of variances fits as well as none, and plain noise is assumed
-LEAST_SQUARES_RANGE = (0.05, 0.6)  # from power tables in LOG.md: signal sits on top and does not reach it below 40 %
+LEAST_SQUARES_RANGE = (0.05, 0.6)  # from power tables in docs/log: signal sits on top and does not reach it below 40 %
 TRIM_LEVEL = 0.01  # Kritchman and Nadler 2009 choose 0.005 for their simulations; the power tables hardly move
 
 

@@ -36,7 +36,7 @@ PERMUTATIONS = ("entries", "rows")
 # Which order a seed gives, for records: 2 is the one above; 1, of records that say nothing, was NumPy's shuffle.
 NULL_ORDER = 2
 # The largest singular value of permuted stripes, blocks, chequers and sorted entries is off with 3 rounds, by up to 25
-# standard errors of 300 draws; with 4 sometimes by 2; with 6 it is that of NumPy's shuffle (LOG.md).
+# standard errors of 300 draws; with 4 sometimes by 2; with 6 it is that of NumPy's shuffle (docs/log).
 FEISTEL_ROUNDS = 6
 GRID_PLACES = {"cpu": 1 << 16}  # worked out at a time: on the host what stays in a core's cache
 PLACES_ELSEWHERE = 1 << 22

@@ -39,7 +39,7 @@ POLISH = 2  # Newton-Schulz steps at the end: from 1e-2 to 1e-6 to the precision
 POLAR_SAFETY = 1.01
 CUSHION = 0.02407327424182761  # ditto: no interval is taken wider than this, or the polynomial would swing too far
 SETTLED = 1e-2  # the sequence ends when the interval is [1 - this, 1 + this]
-UNRESOLVED = 0.05  # alarm on p - ||X||_F^2: one pair off by 0.013 each; measured 1e-4 where all is resolved (LOG.md)
+UNRESOLVED = 0.05  # alarm on p - ||X||_F^2: one pair off by 0.013 each; measured 1e-4 where all is resolved (docs/log)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def matrix_sign(G: torch.Tensor, tau: float, gap: float | None = None) -> Sign:
         raise NumericalError(f"the shifted Gram matrix has the largest entry {size}; no projector can be made of it")
     B = B / size  # else its powers may leave float32
     # A bound from above, not an estimate: ||B||_2 <= ||B^4||_F^(1/4). Power iteration, from below, let 7 of 48 runs
-    # diverge (LOG.md); the 1-norm is free and loose by about sqrt(p).
+    # diverge (docs/log); the 1-norm is free and loose by about sqrt(p).
     square = B @ B
     scale = scalar(torch.linalg.vector_norm(square @ square)) ** 0.25
     X, products = B / scale, 2
@@ -148,7 +148,7 @@ def finest(p: int, dtype: torch.dtype) -> float:
     """The smallest gap around tau^2 that can be resolved, relative to ||G - tau^2 I||.
 
     Rounding moves an eigenvalue by about 0.4 * eps / sqrt(p) of the norm, as it averages over an eigenvector (measured,
-    LOG.md). The interval starts 40 times above that, or noise would itself be driven to +-1 and look resolved; for a
+    docs/log). The interval starts 40 times above that, or noise would itself be driven to +-1 and look resolved; for a
     large matrix at eps, since eigenvalues are not known better.
     """
     return torch.finfo(dtype).eps * max(1.0, 16 / math.sqrt(p))

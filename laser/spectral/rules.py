@@ -329,7 +329,7 @@ def crowd(spec: str, s: Spectrum, shape: Shape) -> int | None:
     rest of it they read spikes as noise, and the threshold leaps over most of them. Spikes are counted by the trimmed
     median, which bears half of the spectrum. Rows of very unequal variance stand out like spikes, and such noise is
     what `bema` is for: of it no more is said than where its own law does not fit. Fewer than BEMA_FEWEST values are not
-    asked. Alarms on pure noise and hits on planted spikes are in LOG.md.
+    asked. Alarms on pure noise and hits on planted spikes are in docs/log.
     """
     rule, _ = parse_rule(spec)
     if rule.reads is None or rule.estimator is None or len(s) < noise.BEMA_FEWEST or s[0] == 0:

@@ -126,7 +126,7 @@ CACHED = 1 << 16  # entries at a time on the host: what is made of them stays in
 ROW = 256  # entries that are summed in float32
 
 # A shift by a tenth of a Tracy-Widom unit turns 5 % of false finds into 6; Gaussian entries show 0.005 at 576 x 192 and
-# less at larger shapes, Laplace entries 0.2 to 0.7 (LOG.md).
+# less at larger shapes, Laplace entries 0.2 to 0.7 (docs/log).
 # Signal has heavy tails of its own (a product of two Gaussian vectors has kurtosis 6), so with signal this is a warning
 # and no estimate.
 HEAVY = 0.1
@@ -199,7 +199,7 @@ def edge_shift(kurtosis: float, shape: Shape) -> float:
 # The error of a value by the Gram matrix in a precision eps is at most E / (2 s_i) with E = 2 sqrt(p) eps s_1^2
 # (Weyl's inequality with a rounding error that grows as sqrt(p), as independent ones do). Measured between float32
 # and float64 on noise, on spikes of up to 80 times the median and on trained matrices, p = 64 to 1024: 0.05 to 1.3
-# sqrt(p) eps s_1^2 (LOG.md). In float64 that is 1e-13 of a value, and next to no value lies so near.
+# sqrt(p) eps s_1^2 (docs/log). In float64 that is 1e-13 of a value, and next to no value lies so near.
 
 GROWTH = 2.0  # times sqrt(p) eps s_1^2, half of it reserve
 

@@ -1,0 +1,109 @@
+"""Help pages: options in groups, an example for each verb, and for the list of verbs a line that is not cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from typer.core import TyperCommand
+
+# Verb -> its line in `laser --help`, and command lines as people give them.
+VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
+    "info": ("Say what a model holds, by its headers alone.", ("laser info mistralai/Mixtral-8x7B-Instruct-v0.1",)),
+    "scan": (
+        "Measure the singular values of every matrix.",
+        ("laser scan MODEL -o spectra.safetensors", "laser scan MODEL --layers 0,4,20-31 --roles w1,w2,w3 --dry-run"),
+    ),
+    "plan": (
+        "Decide by a rule what is to be reduced.",
+        ("laser plan spectra.safetensors -o plan.json --rule mp-edge --lowest-snr 15",),
+    ),
+    "reduce": (
+        "Write the checkpoint that a plan describes.",
+        ("laser reduce MODEL plan.json -o OUT", "laser reduce MODEL plan.json -o OUT --resume"),
+    ),
+    "verify": ("Check a written checkpoint against its plan.", ("laser verify MODEL OUT",)),
+    "run": (
+        "Scan, search or plan, reduce, and write the card.",
+        ("laser run MODEL -o OUT --recipe laser-rmt", "laser run MODEL -o OUT --rule mp-edge --no-search"),
+    ),
+    "devices": ("Say where it would compute here, and how fast.", ("laser devices --probe",)),
+    "eval": (
+        "Measure perplexity, or two models' paired difference.",
+        ("laser eval MODEL OUT --text wikitext.txt --windows 32",),
+    ),
+    "calibrate": (
+        "Keep the second moments of each matrix's inputs.",
+        ("laser calibrate MODEL -o moments.safetensors --text train.txt --windows 64",),
+    ),
+    "search": (
+        "Keep the reductions that measurably help.",
+        ("laser search MODEL -o plan.json --rules laser-rmt,mp-edge --lowest-snr 15",),
+    ),
+    "leaderboard": (
+        "Measure the six tasks of the Open LLM Leaderboard.",
+        ("laser leaderboard OUT --tasks arc_challenge,winogrande --limit 100",),
+    ),
+    "card": ("Write the model card from the records.", ("laser card OUT --base-model org/name",)),
+    "push": ("Upload a finished output to the Hub.", ("laser push OUT org/name --private",)),
+    "null": (
+        "Count what each rule finds where nothing is.",
+        ("laser null MODEL --rules mp-edge,laser-rmt --roles w1 --draws 5",),
+    ),
+    "spectra": (
+        "List every scanned matrix in numbers.",
+        (
+            "laser spectra spectra.safetensors --rule mp-edge",
+            "laser spectra spectra.safetensors --unfrozen-yaml train.yaml",
+        ),
+    ),
+    "plot": (
+        "Draw a histogram with its law, or a heat map.",
+        (
+            "laser plot spectra.safetensors -o w1.png --matrix layers.0.block_sparse_moe.experts.0.w1",
+            "laser plot spectra.safetensors -o map.svg --heat kept --mean",
+        ),
+    ),
+    "report": ("Write one HTML page to look at a whole model.", ("laser report spectra.safetensors -o report.html",)),
+    "convert": ("Translate a release or a GGUF file to the Hub's format.", ("laser convert model.gguf -o MODEL",)),
+    "delta": (
+        "Say what a fine-tune did to its base.",
+        ("laser delta BASE TUNED -o delta.safetensors",),
+    ),
+    "unmerge": ("Find the adapter that was merged into a fine-tune.", ("laser unmerge BASE TUNED -o ADAPTER",)),
+    "rebuild": ("Make the fine-tune again from base and adapter.", ("laser rebuild BASE ADAPTER -o TUNED",)),
+    "compensate": (
+        "Give back what a smaller copy of a model lost.",
+        (
+            "laser compensate ORIGINAL COPY --text train.txt --held-out test.txt --rank 8 -o ADAPTER",
+            "laser compensate ORIGINAL COPY --moments moments.safetensors --bits 0.2 -o ADAPTER",
+        ),
+    ),
+}
+
+
+class Command(TyperCommand):
+    """A verb whose options stand in the groups that options.py declares."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                is_argument = parameter.param_type_name == "argument"
+                title = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _, examples = VERB_HELP[self.name or ""]
+        with formatter.section("Example" if len(examples) == 1 else "Examples"):
+            for line in examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def command_of(app: Any, verb: Callable[..., None], call: Callable[..., None]) -> None:
+    """Make `call` a verb of the app."""
+    app.command(verb.__name__, cls=Command, short_help=VERB_HELP[verb.__name__][0])(call)
