@@ -97,13 +97,15 @@ def calibrate(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     full_side: int = FULL_SIDE,
+    wide: str = "outputs",
     anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
-    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. `anew` drops the partial work
+    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. wide: what is kept of
+    inputs wider than that, the moment of their "outputs", or their "diagonal". `anew` drops the partial work
     of another calibration. A calibration that was killed when all but tidying up was done is found whole.
     `tick` is called with each layer.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
@@ -131,7 +133,7 @@ def calibrate(
         **source.stated(),
         "windows": windows.sha256,
         "selection": selection.describe(),
-        "options": [diagonal, shrink, dtype, full_side],
+        "options": [diagonal, shrink, dtype, full_side, *([wide] if wide != "outputs" else [])],
         "version": MomentsHeader.version,  # of what lies there
     }
     partial = unfinished(path)
@@ -149,7 +151,7 @@ def calibrate(
     while any(layer <= left for left in todo):
         if layer in todo:
             here = [m for m in chosen if layers[m.name] == layer]
-            sites = _run_layer(model, layer, here, states, diagonal, full_side)
+            sites = _run_layer(model, layer, here, states, diagonal, full_side, wide)
             if layer == first and not (shrink or diagonal):
                 _check_experts(sites, named, windows)
             require_unchanged(checkpoint)  # before anything is kept that was made of it
@@ -201,7 +203,13 @@ def _check_experts(sites: Sequence[Accumulator], named: Mapping[str, Matrix], wi
 
 
 def _run_layer(
-    model: LayeredModel, layer: int, here: Sequence[Matrix], states: Activations, diagonal: bool, full_side: int
+    model: LayeredModel,
+    layer: int,
+    here: Sequence[Matrix],
+    states: Activations,
+    diagonal: bool,
+    full_side: int,
+    wide: str,
 ) -> list[Accumulator]:
     """All windows through one layer, and the inputs that its matrices have seen there, also of those that saw none."""
     shapes = {m.name: m.shape for m in here}
@@ -220,7 +228,7 @@ def _run_layer(
                 leaders[shared_input.names] = []
             else:
                 tall = any(shapes[name][0] >= shapes[name][1] for name in shared_input.names)
-                form = "diagonal" if diagonal else "full" if tall or x.shape[1] <= full_side else "outputs"
+                form = "diagonal" if diagonal else "full" if tall or x.shape[1] <= full_side else wide
                 # Parts of a fused tensor share their inputs, and not their outputs.
                 parts = (
                     [SharedInput((n,), (r,)) for n, r in zip(shared_input.names, shared_input.rows, strict=True)]

@@ -769,6 +769,7 @@ VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
     "delta": ("m out -o new", "laser.cli.delta.scan_into"),
     "unmerge": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
     "rebuild": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
+    "compensate": ("m out --plain --roles q -o new", "laser.checkpoint.reader.Checkpoint.read"),
 }  # fmt: skip
 
 
@@ -792,7 +793,7 @@ def test_out_of_memory_is_one_line_in_every_verb(
 ) -> None:
     assert VERBS_AND_FAULTS.keys() == {verb.__name__ for verb in VERBS}
     words, place = VERBS_AND_FAULTS[verb]
-    goes_on = {"scan", "reduce", "run", "calibrate", "search", "leaderboard", "delta", "unmerge"}
+    goes_on = {"scan", "reduce", "run", "calibrate", "search", "leaderboard", "delta", "unmerge", "compensate"}
     monkeypatch.chdir(made)
     errors = (KINDS[0], MemoryError(), damaged(OSError(12, "Cannot allocate memory")))  # each a kind of its own
     for number, error in enumerate(errors):

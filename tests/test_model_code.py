@@ -82,12 +82,13 @@ def test_no_verb_runs_the_code_of_a_model(
         "delta": [(model, at("out"), "-o", at("d"))],
         "unmerge": [(model, at("out"), "-o", at("a"))],
         "rebuild": [(model, at("a"), "-o", at("t"))],
+        "compensate": [(model, at("out"), "-o", at("a2"), "--plain", "--roles", "q")],
     }
     assert verbs.keys() == {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     refused = (
         {"push", "convert"}
         if model_type == "llama"
-        else {"push", "convert", "eval", "calibrate", "search", "leaderboard"}
+        else {"push", "convert", "eval", "calibrate", "search", "leaderboard", "compensate"}
     )
     for verb, several in verbs.items():
         for words in several:

@@ -1,4 +1,4 @@
-"""Quantised weights: FP8 with a scale per block is read, everything packed is refused by its name.
+"""Quantised weights: FP8 with a scale per block is read and written; what is packed in no known way is refused.
 
 FP8 as DeepSeek-V3 publishes it (https://arxiv.org/abs/2412.19437, section 3.3): a weight (m, n) in float8_e4m3fn, and
 beside it NAME_scale_inv (ceil(m / 128), ceil(n / 128)), by which each block of 128 x 128 is multiplied.
@@ -57,7 +57,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
     Raises CheckpointError for a format that cannot be reduced, or FP8 whose scales do not fit.
     """
-    section, method, packed = _config_of(config), _method(config), _packed(tensors)
+    section, method, packed = section_of(config), method_of(config), _packed(tensors)
     if packed or (method not in ("", "fp8") and not _is_leftover(method, tensors)):
         kind = QUANTISERS.get(method, method) or packed
         raise CheckpointError(
@@ -92,7 +92,7 @@ def recognise(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 def leftover(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
     """What to say where config.json tells of a quantisation that the weights do not have; None where it does not."""
-    method = _method(config)
+    method = method_of(config)
     if not method or not _is_leftover(method, tensors):
         return None
     kind = QUANTISERS.get(method, method)
@@ -109,7 +109,7 @@ def _is_leftover(method: str, tensors: Mapping[str, TensorInfo]) -> bool:
     return not _packed(tensors) and (method in QUANTISERS or plain)
 
 
-def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def section_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config's section on quantisation, its own or its text model's; MLX calls it by another name."""
     for place in (config, config.get("text_config")):
         if isinstance(place, dict):
@@ -119,9 +119,9 @@ def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def method_of(config: Mapping[str, Any]) -> str:
     """By which method config.json says that the weights are quantised; "" where it does not."""
-    section = _config_of(config)
+    section = section_of(config)
     named = section.get("quant_method") or section.get("quant_algo")
     named = named or ("bitsandbytes" if section.get("load_in_4bit") or section.get("load_in_8bit") else "")
     return str(named or ("MLX" if "bits" in section and "group_size" in section else "")).lower()

@@ -20,6 +20,7 @@ import torch
 from laser.checkpoint.fingerprint import fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
+from laser.checkpoint.packed import as_plain, find_packings
 from laser.checkpoint.pickles import PICKLE_INDEX, read_pickle, safetensors_name
 from laser.checkpoint.quantised import Fp8, dequantise, recognise
 from laser.checkpoint.safetensors import (
@@ -76,6 +77,8 @@ class Checkpoint:
     hub: Hub | None = None  # where it comes from, if it was opened by its Hub id; `path` is then in the Hub's cache
     fp8: Fp8 | None = None  # which of its tensors are FP8 with scales
     origin: Checkpoint | None = None  # the one that this is a view of, in another dtype: its values and its identity
+    remade: bool = False  # a view with values of its own, which its shards make from the origin's
+    packed: str | None = None  # the format of an origin whose packed weights this view gives as plain numbers
     left_out: tuple[str, ...] = ()  # copies of tensors that are not loaded, and so not among its shards' tensors
 
     @property
@@ -125,7 +128,7 @@ class Checkpoint:
 
         Raises CheckpointError for a file that changed or a dtype that torch does not know.
         """
-        if self.origin is not None:
+        if self.origin is not None and not self.remade:
             return self.origin.read(name, part)
         if self.fp8 is None or name not in self.fp8.scales:
             return self.raw(name, part)
@@ -195,8 +198,7 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     tensors = {info.name: info for shard in weights.shards for info in shard.tensors}
     for message in weights.doubts:
         warnings.warn(message, DoubtWarning, stacklevel=2)
-    fp8 = recognise(path.name if hub is None else hub.repo, config, tensors)
-    return Checkpoint(
+    stored = Checkpoint(
         path,
         config,
         config_bytes,
@@ -204,9 +206,11 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
         weights.shards,
         tensors,
         weights.hub,
-        fp8,
         left_out=weights.left_out,
     )
+    if packings := find_packings(stored):
+        return as_plain(stored, packings)
+    return replace(stored, fp8=recognise(path.name if hub is None else hub.repo, config, tensors))
 
 
 def by_whole_shards(checkpoint: Checkpoint) -> Checkpoint:

@@ -94,7 +94,9 @@ def require_unchanged(checkpoint: Checkpoint, gone: Iterable[str] = ()) -> None:
     """Raises CheckpointError where the weights are not what they were when the checkpoint was opened: what was made of
     them meanwhile is of neither. `gone`: names of shards that were dropped on purpose. The Hub's files are checked as
     they come."""
-    checkpoint, dropped = checkpoint.origin or checkpoint, set(gone)
+    dropped = set(gone)
+    while checkpoint.origin is not None:
+        checkpoint = checkpoint.origin
     for shard in checkpoint.shards:
         if shard.stamp is not None and shard.name not in dropped:
             require_stamp(shard.path, shard.stamp)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.writer import (
     JOURNAL,
@@ -104,6 +105,7 @@ def require_place(source: Checkpoint, out: Path, *, resume: bool, force: bool) -
 
     Raises OutputError where `writing` would, or the disk has no room; makes nothing, so it can come first of all.
     """
+    require_unpacked(source)
     new = _beside(out, "new")
     place = new if force and (out.exists() or new.exists()) else out
     require_apart(source, out)
@@ -161,19 +163,29 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
     if not target.exists():  # removed meanwhile
         new.rename(target)
         return
-    if sys.platform == "linux":
-        swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if swap is not None:
-            new.rename(old)  # so that what is called `new` is never the earlier one
-            if swap(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(target), EXCHANGE) == 0:
-                return
-            number = ctypes.get_errno()
-            old.rename(new)
-            if number not in NO_EXCHANGE:
-                raise OSError(number, os.strerror(number))
+    new.rename(old)  # so that what is called `new` is never the earlier one
+    try:
+        if exchange(old, target):
+            return
+    except OSError:
+        old.rename(new)
+        raise
+    old.rename(new)
     target.rename(old)
     try:
         new.rename(target)
     except OSError:
         old.rename(target)
         raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two files or directories in each other's places, at once, where the system can; returns whether it could."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    if swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) not in NO_EXCHANGE:
+        raise OSError(number, os.strerror(number))
+    return False

@@ -34,7 +34,7 @@ VERBS = (
     *(verbs.info, verbs.scan, verbs.plan, verbs.reduce, verbs.verify, verbs.run, verbs.devices),
     *(verbs.eval, verbs.calibrate, verbs.search, verbs.leaderboard, verbs.card, verbs.push),
     *(verbs.null, verbs.spectra, verbs.plot, verbs.report, verbs.convert),
-    *(verbs.delta, verbs.unmerge, verbs.rebuild),
+    *(verbs.delta, verbs.unmerge, verbs.rebuild, verbs.compensate),
 )
 for verb in VERBS:
     command_of(app, verb, options.with_options(verb))
@@ -44,7 +44,9 @@ for verb in VERBS:
 _RESUMED = "what is finished is kept, run the command again with --resume"
 _GOES_ON = "what is finished is kept, run the same command again"
 _INTERRUPTED: dict[str, str] = dict.fromkeys(("reduce", "run"), _RESUMED)
-_INTERRUPTED |= dict.fromkeys(("scan", "delta", "unmerge", "search", "calibrate", "leaderboard"), _GOES_ON)
+_INTERRUPTED |= dict.fromkeys(
+    ("scan", "delta", "unmerge", "compensate", "search", "calibrate", "leaderboard"), _GOES_ON
+)
 _INTERRUPTED["push"] = "what is uploaded stays there, run the same command again"
 
 
@@ -144,6 +146,7 @@ DEVICE_VERBS = (
     "scan",
     "delta",
     "unmerge",
+    "compensate",
     "reduce",
     "run",
     "verify",
@@ -178,17 +181,25 @@ class Less:
 # The mildest first.
 LESS = (
     Less("--stream", ("eval", "search", "run"), ("--stream",)),
-    Less("--device cpu --workers 1", ("scan", "delta", "unmerge", "reduce", "run"), ("--workers", "--engine"), "host"),
+    Less(
+        "--device cpu --workers 1",
+        ("scan", "delta", "unmerge", "compensate", "reduce", "run"),
+        ("--workers", "--engine"),
+        "host",
+    ),
     Less("--no-leaderboard", ("run",)),
     Less("--batch-size 1", ("leaderboard",), ("--batch-size 1",)),
-    Less("a smaller --window", ("eval", "search", "run", "calibrate")),
-    Less("--dtype bfloat16", ("eval", "search", "run", "calibrate", "leaderboard"), ("--dtype bfloat16",)),
+    Less("a smaller --window", ("eval", "search", "run", "calibrate", "compensate")),
+    Less(
+        "--dtype bfloat16", ("eval", "search", "run", "calibrate", "compensate", "leaderboard"), ("--dtype bfloat16",)
+    ),
     Less("--device cpu", DEVICE_VERBS, ("--device cpu",), "device"),
 )
 # Verb -> those of these options that its journal is bound to: what is finished is of no use with another value.
 BOUND: dict[str, tuple[str, ...]] = dict.fromkeys(("scan", "delta", "unmerge", "reduce"), ("--device",))
 BOUND |= dict.fromkeys(("run", "search"), ("--device", "--window", "--dtype"))
 BOUND |= {"calibrate": ("--window", "--dtype"), "leaderboard": ("--device", "--dtype", "--batch-size")}
+BOUND |= {"compensate": ("--device", "--window", "--dtype")}
 
 
 def out_of_memory(error: BaseException, arguments: list[str], idle: Collection[str] = ()) -> str:

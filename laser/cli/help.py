@@ -72,6 +72,13 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "unmerge": ("Find the adapter that was merged into a fine-tune.", ("laser unmerge BASE TUNED -o ADAPTER",)),
     "rebuild": ("Make the fine-tune again from base and adapter.", ("laser rebuild BASE ADAPTER -o TUNED",)),
+    "compensate": (
+        "Give back what a smaller copy of a model lost.",
+        (
+            "laser compensate ORIGINAL COPY --text train.txt --held-out test.txt --rank 8 -o ADAPTER",
+            "laser compensate ORIGINAL COPY --moments moments.safetensors --bits 0.2 -o ADAPTER",
+        ),
+    ),
 }
 
 

@@ -84,6 +84,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint director
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
 ]
+Original = Annotated[
+    str, typer.Argument(metavar="ORIGINAL", help="The model: checkpoint directory, or a Hub id, org/name[@revision].")
+]
+Copy = Annotated[
+    str, typer.Argument(metavar="COPY", help="What was made of it: quantised, pruned or reduced, likewise.")
+]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]

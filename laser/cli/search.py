@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.choices import OF_DIFFERENCES
 from laser.cli import common, memory, options
@@ -96,6 +97,7 @@ def search_verb(
     texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    require_unpacked(checkpoint)
     compared = base.of(checkpoint)
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laser.choices import OF_DIFFERENCES, ROUNDS
+from laser.choices import OF_DIFFERENCES, ROUNDS, WINDOW
 from laser.cli import options
 from laser.cli.recipe import follow, packaged
 from laser.report.plots import QUANTITIES
@@ -23,6 +23,9 @@ def info(model: options.Model, *, shown_as: options.Json) -> None:
     with loading():
         from laser.cli import look
     look.info_verb(model, shown_as=shown_as)
+
+
+ON_TEXT = options.WindowOptions.title
 
 
 def scan(
@@ -616,3 +619,74 @@ def rebuild(
     with loading():
         from laser.cli import adapters
     adapters.rebuild_verb(base, adapter, output=output, formula=formula, shown_as=shown_as)
+
+
+def compensate(
+    original: options.Original,
+    copy: options.Copy,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the adapter.")],
+    moments: Annotated[
+        Path | None, typer.Option("--moments", help="Moments file of laser calibrate ORIGINAL, instead of --text.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of every correction; default: 8.")] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Instead: bits per weight in all, spent where they buy most.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="By the plain norm and no text, for comparison: mostly worse.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="File to calibrate on: .txt, .jsonl or .json.", rich_help_panel=ON_TEXT),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", help="Windows to calibrate on; 0: all.", rich_help_panel=ON_TEXT)
+    ] = 32,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--held-out", help="Second text, which all three models are measured on.", rich_help_panel=ON_TEXT
+        ),
+    ] = None,
+    held_out_windows: Annotated[
+        int, typer.Option("--held-out-windows", help="Windows of it; 0: all.", rich_help_panel=ON_TEXT)
+    ] = 32,
+    field: Annotated[
+        str | None, typer.Option("--field", help="The field of a file of rows.", rich_help_panel=ON_TEXT)
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", help="Tokens per window, BOS included.", rich_help_panel=ON_TEXT)
+    ] = WINDOW,
+    which: options.Matrices,
+    dtype: options.Dtype = "float32",
+    compute: options.ComputeOptions,
+    work: options.WorkOptions,
+) -> None:
+    """Give back what a smaller copy of a model lost: a LoRA adapter of it, not trained but solved.
+
+    Every matrix gets the best correction of low rank for the inputs that it meets in a text. With --text the original
+    is calibrated first. With --held-out the verdict on a second text is part of the output. PEFT loads the adapter on
+    COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    """
+    with loading():
+        from laser.cli import compensate
+    compensate.compensate_verb(
+        original,
+        copy,
+        output=output,
+        moments=moments,
+        rank=rank,
+        bits=bits,
+        plain=plain,
+        text=text,
+        windows=windows,
+        held_out=held_out,
+        held_out_windows=held_out_windows,
+        field=field,
+        window=window,
+        which=which,
+        dtype=dtype,
+        compute=compute,
+        work=work,
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from laser.checkpoint.quantised import leftover
+from laser.checkpoint.quantised import leftover, method_of
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.side_files import ADAPTER
+from laser.errors import UsageError
 
 
 def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -14,8 +15,14 @@ def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
 
     A leftover quantization_config would make it quantise plain weights, or expect packed ones: it gets a config
     without. An adapter that lies beside the weights would be put on top of them by peft, where that is installed: it is
-    made to look for adapters where there are none. Raises as transformers does for a config that it does not know.
+    made to look for adapters where there are none. Raises as transformers does for a config that it does not know, and
+    UsageError for packed weights that config.json does not tell of: they would be taken for other numbers.
     """
+    if checkpoint.packed and checkpoint.origin is not None and not method_of(checkpoint.origin.config):
+        raise UsageError(
+            f"{checkpoint.name} holds {checkpoint.packed} weights of which its config.json says nothing, so "
+            "transformers cannot load them; try laser eval, which unpacks them itself"
+        )
     asked: dict[str, Any] = {}
     if (checkpoint.path / ADAPTER).is_file():
         asked["adapter_kwargs"] = {"subfolder": "no-adapter"}

@@ -146,7 +146,7 @@ def projection_problems(
 # --- where it computes ------------------------------------------------------------------------------------------------
 
 
-def _computed(compute: Callable[[Device], T], W: torch.Tensor, metric: ByData, device: Device) -> T:
+def computed(compute: Callable[[Device], T], W: torch.Tensor, metric: ByData, device: Device) -> T:
     """`compute` in float64 where the device has that, LAPACK and the memory; else, or where it fails, on the host."""
 
     def attempt(at: Device) -> T:
@@ -179,11 +179,11 @@ def data_values(W: torch.Tensor, metric: ByData, device: Device) -> NDArray[np.f
     W, metric, u = _in_unit(W, metric)
 
     def values(at: Device) -> NDArray[np.float64]:
-        G = _gram(moved(W, at.torch_device, torch.float64), metric, at)[0]
-        with _threads(at, len(G)):
+        G = gram_in_metric(moved(W, at.torch_device, torch.float64), metric, at)[0]
+        with threads(at, len(G)):
             return eigenvalues(G, at)
 
-    return _to_values(_computed(values, W, metric, device), metric) * u
+    return to_values(computed(values, W, metric, device), metric) * u
 
 
 def truncate_in_metric(W: torch.Tensor, rank: int, metric: ByData, device: Device) -> Truncation:
@@ -210,9 +210,9 @@ def visit_in_metric(
 
     def visit(at: Device) -> Factorised:
         wide = moved(W, at.torch_device, torch.float64)
-        G, half, C_half = _gram(wide, metric, at)
+        G, half, C_half = gram_in_metric(wide, metric, at)
         squares, V = _eigh(G, at)
-        s = _to_values(squares, metric)
+        s = to_values(squares, metric)
         values, seen = Values(s * u, METHOD), int(np.count_nonzero(s))
         rank = decide(values.singular_values)
         if rank is None:
@@ -228,7 +228,7 @@ def visit_in_metric(
             return Factorised(values, Truncation((W * u).to(storage), values.singular_values, certificate))
         U = V[:, len(s) - rank :]
         if half is not None:
-            U = _orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()).to(U.device), at)
+            U = orthonormal((half @ U) / torch.from_numpy(s[:rank][::-1].copy()).to(U.device), at)
         eye = torch.eye(rank, dtype=U.dtype, device=U.device)
         orthogonality = float((U.T @ U - eye).abs().max()) if rank else 0.0
         B = U @ (U.T @ wide)
@@ -237,7 +237,7 @@ def visit_in_metric(
         elif C_half is not None:  # the root that G was made with: negative eigenvalues, all rounding, are cut off
             measured = _squares((wide - B) @ C_half)
         else:
-            measured = _mean_square(wide - B, metric, at)
+            measured = mean_square(wide - B, metric, at)
         lost = max(float(np.sum(squares[: len(s) - rank])), 0.0) / total
         residual = abs(math.sqrt(measured / total) - math.sqrt(lost))
         delta = SAFETY * len(s) * torch.finfo(torch.float64).eps
@@ -254,7 +254,7 @@ def visit_in_metric(
         certificate = Certificate(1 - lost, residual, orthogonality, tolerance, METHOD)
         return Factorised(values, Truncation(result.to(source), values.singular_values, certificate))
 
-    return _computed(visit, W, metric, device)
+    return computed(visit, W, metric, device)
 
 
 def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, device: Device = HOST) -> float:
@@ -269,13 +269,13 @@ def relative_error(W: torch.Tensor, B: torch.Tensor, rank: int, metric: ByData, 
         wide, narrow = (moved(x, at.torch_device, torch.float64) for x in (W, B))
         narrow = narrow / u
         if metric.form == "outputs":
-            G = _gram(wide, metric, at)[0]
+            G = gram_in_metric(wide, metric, at)[0]
             lost, total = _beyond(_leading(narrow, rank, at), G), float(torch.trace(G))
         else:
-            lost, total = (_mean_square(x, metric, at) for x in (wide - narrow, wide))
+            lost, total = (mean_square(x, metric, at) for x in (wide - narrow, wide))
         return lost / total if total > 0 else 0.0
 
-    return _computed(error, W, metric, device)
+    return computed(error, W, metric, device)
 
 
 def rounding_error(
@@ -293,15 +293,15 @@ def rounding_error(
         wide, narrow, drawn = (moved(x, at.torch_device, torch.float64) for x in (W, B, noise))
         narrow = narrow / u
         if metric.form == "outputs":
-            G = _gram(wide, metric, at)[0]
+            G = gram_in_metric(wide, metric, at)[0]
             one, other = (_leading(x, rank, at) for x in (narrow, narrow + drawn))
             total, both = float(torch.trace(G)), float(((one.T @ G @ other) * (one.T @ other)).sum())
             error = 2 * total - _beyond(one, G) - _beyond(other, G) - 2 * both  # tr (P - Q) G (P - Q)
         else:
-            error, total = (_mean_square(x, metric, at) for x in (drawn, wide))
+            error, total = (mean_square(x, metric, at) for x in (drawn, wide))
         return max(error, 0.0) / total if total > 0 else 0.0
 
-    return _computed(error, W, metric, device)
+    return computed(error, W, metric, device)
 
 
 # --- the gram matrix in the metric ------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def _shrinkage_of(wide: torch.Tensor, metric: ByData, moment: torch.Tensor) -> t
     return shrinkage(moment, metric.fourth, metric.tokens, target)
 
 
-def _inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
+def inputs_in_metric(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
     moment = metric.moment.to(at.torch_device)
     keep, add = _shrinkage_of(wide, metric, moment)
     if add == 0:
@@ -352,7 +352,7 @@ def _inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
 
 def _root_of_inputs(wide: torch.Tensor, metric: ByData, at: Device) -> torch.Tensor:
     def make() -> torch.Tensor:
-        return whole(root(_inputs(wide, metric, at), at), at)
+        return whole(root(inputs_in_metric(wide, metric, at), at), at)
 
     if not metric.key:
         return make()
@@ -366,9 +366,9 @@ def root(C: torch.Tensor, at: Device = HOST) -> torch.Tensor:
     return (vectors * torch.from_numpy(np.sqrt(np.maximum(values, 0.0))).to(C.device)) @ vectors.T
 
 
-def _mean_square(R: torch.Tensor, metric: ByData, at: Device) -> float:
+def mean_square(R: torch.Tensor, metric: ByData, at: Device) -> float:
     """E||R x||^2 of R (m, n), float64, at least 0, where the inputs are known."""
-    RC = R * metric.moment.to(R.device) if metric.form == "diagonal" else R @ _inputs(R, metric, at)
+    RC = R * metric.moment.to(R.device) if metric.form == "diagonal" else R @ inputs_in_metric(R, metric, at)
     return max(float((RC * R).sum()), 0.0)
 
 
@@ -377,7 +377,7 @@ def _beyond(U: torch.Tensor, M: torch.Tensor) -> float:
     return max(float(torch.trace(M) - (U * (M @ U)).sum()), 0.0)
 
 
-def _gram(
+def gram_in_metric(
     wide: torch.Tensor, metric: ByData, at: Device
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(p, p) with the squared data values as eigenvalues; where W is tall also W C^(1/2), and C^(1/2) where it had to
@@ -391,7 +391,7 @@ def _gram(
     if metric.form == "diagonal":
         half = wide * metric.moment.clamp_min(0).sqrt().to(at.torch_device)
     elif m <= n:
-        return _symmetric(wide @ _inputs(wide, metric, at) @ wide.T), None, None
+        return _symmetric(wide @ inputs_in_metric(wide, metric, at) @ wide.T), None, None
     else:
         C_half = _root_of_inputs(wide, metric, at)
         half = wide @ C_half
@@ -413,18 +413,18 @@ def _symmetric(G: torch.Tensor) -> torch.Tensor:
     return (G + G.T) / 2
 
 
-def _threads(at: Device, p: int) -> AbstractContextManager[None]:
+def threads(at: Device, p: int) -> AbstractContextManager[None]:
     return host_threads(p) if at.host_blas else nullcontext()
 
 
 def _eigh(G: torch.Tensor, at: Device) -> tuple[NDArray[np.float64], torch.Tensor]:
     """Ascending eigenvalues (p,), on the host, and eigenvectors (p, p), where G is."""
-    with _threads(at, len(G)):
+    with threads(at, len(G)):
         values, vectors = eigenvectors(G, at)
         return values, vectors(np.arange(len(G)))
 
 
-def _orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
+def orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
     """The columns of a nearly orthonormal U (m, r) made so (Cholesky QR): small s_i lost digits to the squaring."""
     if not U.shape[1]:
         return U
@@ -435,7 +435,7 @@ def _orthonormal(U: torch.Tensor, at: Device) -> torch.Tensor:
     return torch.from_numpy(scipy.linalg.solve_triangular(R, U.T.numpy(), trans=1).T.copy())
 
 
-def _to_values(eigenvalues: NDArray[np.float64], metric: ByData) -> NDArray[np.float64]:
+def to_values(eigenvalues: NDArray[np.float64], metric: ByData) -> NDArray[np.float64]:
     if not np.isfinite(eigenvalues).all():
         raise NumericalError("the eigensolver returned NaN or Inf; are the moments finite? calibrate again")
     squares = np.maximum(eigenvalues[::-1], 0.0)

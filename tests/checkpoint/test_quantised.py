@@ -309,7 +309,7 @@ def test_where_nothing_has_a_spectrum_the_reason_is_told(make_pico: Callable[...
     """As of FP8 with scales under names that nobody knows: it is not that roles are kept unless asked for."""
     plain = mixtral_tensors()
     tensors = {name: x.to(torch.float8_e4m3fn) if "layers" in name else x for name, x in plain.items()}
-    tensors |= {f"{name}_scale": torch.ones(()) for name in plain if "layers" in name}
+    tensors |= {f"{name}_factor": torch.ones(()) for name in plain if "layers" in name}
     code, _, err = run("scan", make_pico(shards=1, tensors=tensors), "--dry-run")
     assert code == 2 and "no selected matrix has a spectrum" in err and "found no scales" in err
 

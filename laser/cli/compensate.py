@@ -1,0 +1,241 @@
+"""The verb compensate: an adapter that gives back what a smaller copy lost. It parses, calls and prints."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from laser.calibration import calibrate
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.writer import require_outside
+from laser.cli import common, options
+from laser.cli.common import say
+from laser.cli.measure import digits, fewer
+from laser.cli.progress import Bar, Progress
+from laser.compensate.budget import BITS, even_rank
+from laser.compensate.compensate import (
+    Asked,
+    compensate,
+    found_again,
+    require_copy,
+    require_place,
+    run_of,
+)
+from laser.compensate.peft import Slot
+from laser.compensate.places import Place, Places, find_places
+from laser.compensate.record import CompensationRecord, HeldOut
+from laser.compensate.verdict import check_held_out, judge, sentence, size_of
+from laser.engine.crew import Crew
+from laser.errors import RecordError, UsageError
+from laser.evaluation.rows import holds_rows
+from laser.evaluation.streaming import require_dtype
+from laser.evaluation.text import Windows, check_cut, cut_windows, load_tokenizer
+from laser.files import claimed, disk_errors, unfinished
+from laser.moments import Moments
+from laser.selection import Selection
+
+RANK = 8
+NO_INPUTS = "a correction goes by the inputs of a text; try --text FILE, or --moments with a file of laser calibrate"
+
+
+def compensate_verb(
+    original: str,
+    copy: str,
+    *,
+    output: Path,
+    moments: Path | None,
+    rank: int | None,
+    bits: float | None,
+    plain: bool,
+    text: Path | None,
+    windows: int,
+    held_out: Path | None,
+    held_out_windows: int,
+    field: str | None,
+    window: int,
+    which: options.Matrices,
+    dtype: str,
+    compute: options.ComputeOptions,
+    work: options.WorkOptions,
+) -> None:
+    """`laser compensate`, whose arguments and help are in verbs.py."""
+    if (moments is not None) + (text is not None) + plain != 1:
+        found = "found several of --moments, --text and --plain" if moments or text or plain else NO_INPUTS
+        raise UsageError(found if found is NO_INPUTS else f"{found}; try one of them")
+    asked = Asked(RANK if rank is None and bits is None else rank, bits)
+    require_dtype(dtype)
+    selection, start = which.selection(), time.perf_counter()
+    require_place(output, work.force)
+    known = None if moments is None else Moments.load(moments)
+    first, second = (open_checkpoint(model, "weights" if held_out else "ranges") for model in (original, copy))
+    for checkpoint in (first, second):
+        require_outside(checkpoint, output)
+    places = find_places(first, second, selection)
+
+    def cut(path: Path, most: int) -> Windows:
+        check_cut(window, most or None, 0, "windows")
+        read = options.text_of(path, field if holds_rows(path) else None, None)
+        return cut_windows(read, load_tokenizer(first.path), length=window, limit=most or None)
+
+    own = None if text is None else cut(text, windows)
+    second_text = None if held_out is None else cut(held_out, held_out_windows)
+    if second_text is not None:
+        seen = own.text_sha256 if own is not None else known.calibration.text_sha256 if known else None
+        if second_text.text_sha256 == seen:
+            raise UsageError(f"{second_text.text} is the text of the calibration; try --held-out with another one")
+        check_held_out(first, second, second_text)
+    crew = compute.crew()
+    if work.dry_run:
+        return _print_plan(first, second, places, asked, crew, work.as_json)
+    require_copy(first, second, places.places)
+    with claimed(output):
+        common.to_write(output)
+        told = None if own is None else (own.sha256, dtype)
+        record = found_again(output, run_of(first, second, told, asked, places, crew)) if own is not None else None
+        if record is None:
+            if own is not None:
+                known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
+
+            def judged(adapter: Path, slots: Sequence[Slot]) -> HeldOut | None:
+                if second_text is None:
+                    return None
+                device = str(crew.devices[0].torch_device)
+                with Bar("verdict", unit="pieces") as bar:
+                    return judge(
+                        first,
+                        second,
+                        adapter,
+                        slots,
+                        second_text,
+                        dtype=dtype,
+                        device=device,
+                        tick=lambda: bar.update(),
+                    )
+
+            matrices = [matrix for place in places.places for matrix in place.matrices]
+            with Progress("compensate", matrices) as bar:
+                record = compensate(
+                    first, second, places, known, asked, output, crew=crew, judge=judged, force=work.force, tick=bar
+                )
+    seconds = time.perf_counter() - start
+    if work.as_json:
+        sizes = {"original": size_of(first), "copy": size_of(second), "adapter": _size(output)}
+        return common.print_json(record.document() | {"output": str(output), "bytes": sizes, "seconds": seconds})
+    _print_record(record, places)
+    for part in (own, second_text):
+        if part is not None and (short := fewer(part.text, len(part.windows), part.asked)):
+            say(short)
+    say(
+        f"{len(record.entries)} matrices of {second.name} corrected in {_size(output) / 1e6:.2f} MB, "
+        f"{record.bits:.3f} bits per weight; written to {output} in {seconds:.1f} s"
+    )
+
+
+def _size(output: Path) -> int:
+    return (output / "adapter_model.safetensors").stat().st_size
+
+
+def _calibrated(
+    original: Checkpoint, windows: Windows, partial: Path, selection: Selection, crew: Crew, dtype: str
+) -> Moments:
+    """The moments of the original, kept beside what is solved until all is done."""
+    path = partial / "moments.safetensors"
+    with disk_errors(path):
+        partial.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not unfinished(path).exists():
+        try:
+            there = Moments.load(path)
+            there.source.require(original, "moments file")
+            known = (there.calibration.windows_sha256, there.calibration.dtype, there.run.get("selection"))
+            if known == (windows.sha256, dtype, selection.describe()):
+                return there
+        except RecordError:
+            pass  # of another run: made anew
+    with Bar("calibrate", unit="layers") as bar:
+        return calibrate(
+            original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
+            anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
+        )  # fmt: skip
+
+
+def _print_plan(
+    original: Checkpoint, copy: Checkpoint, places: Places, asked: Asked, crew: Crew, as_json: bool
+) -> None:
+    """What would be corrected, and what that takes on the disk."""
+    shapes = {place.name: place.shape for place in places.places}
+    rank = float(asked.rank) if asked.rank is not None else even_rank(shapes, asked.bits or 0.0)
+    stored = sum(rank * (m + n) * BITS / 8 for m, n in shapes.values())
+    weights = sum(m * n for m, n in shapes.values())
+    if as_json:
+        return common.print_json(
+            {
+                "original": original.name, "copy": copy.name, "places": len(shapes), "left": dict(places.left),
+                "rank": rank, "bits": 8 * stored / weights, "bytes": stored, "device": crew.label,
+            }
+        )  # fmt: skip
+    kinds: Counter[tuple[str, str]] = Counter()
+    for place in places.places:
+        kinds[place.matrices[0].role if len(place.matrices) == 1 else "+".join(_roles(place)), _shape(place)] += 1
+    common.print_table(("role", "places", "shape"), [(role, count, shape) for (role, shape), count in kinds.items()])
+    _print_left(places.left)
+    say(
+        f"{len(shapes)} places of {copy.name} to correct towards {original.name} at a mean rank of {rank:.1f}: "
+        f"{stored / 1e6:.2f} MB, {8 * stored / weights:.3f} bits per weight, on {crew.label}"
+    )
+
+
+def _roles(place: Place) -> list[str]:
+    return list(dict.fromkeys(matrix.role for matrix in place.matrices))
+
+
+def _shape(place: Place) -> str:
+    return "x".join(map(str, place.shape))
+
+
+def _print_left(left: dict[str, str] | object) -> None:
+    assert isinstance(left, dict)
+    common.say_first([f"  {name}: left as it is: {why}" for name, why in left.items()], 12)
+
+
+def _print_record(record: CompensationRecord, places: Places) -> None:
+    """By role: ranks, and what share of the outputs' mean square is lost, before and after."""
+    by_name = {place.name: place for place in places.places}
+    groups: dict[str, list] = {}
+    for entry in record.entries:
+        groups.setdefault("+".join(_roles(by_name[entry.name])), []).append(entry)
+    rows = []
+    for role, entries in groups.items():
+        ranks, count = sorted(e.rank for e in entries), len(entries)
+        span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}-{ranks[-1]}"
+        before, predicted, after = (
+            sum(getattr(e, w) for e in entries) / count for w in ("before", "predicted", "after")
+        )
+        rows.append((role, count, span, before, predicted, after, sum(e.shrunk for e in entries)))
+    common.print_table(("role", "places", "rank", "output error before", "predicted", "after", "moments shrunk"), rows)
+    shrunk = [
+        f"  {e.name}: {e.tokens} inputs met, fewer than {e.shape[1]}; its moments were shrunk"
+        for e in record.entries
+        if e.shrunk
+    ]
+    common.say_first(shrunk, 12)
+    _print_left(dict(record.left))
+    if (found := record.held_out) is not None:
+        common.print_table(
+            ("model", "bytes", "nats per token", "±", "against the original", "±"),
+            [
+                (
+                    each.model,
+                    each.bytes,
+                    digits(each.nll),
+                    digits(each.standard_error),
+                    f"{each.lost:+.5f}",
+                    digits(each.lost_error),
+                )
+                for each in (found.original, found.copy, found.adapted)
+            ],
+        )
+        said = f"{found.windows} windows of {found.window}, {found.tokens} tokens, {found.dtype}"
+        say(f"{found.text} (sha256 {found.text_sha256[:12]}), {said}")
+        say(sentence(found))

@@ -1,0 +1,55 @@
+"""COPY + ADAPTER as one checkpoint, which no file holds: one tensor of it is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.safetensors import read_bytes, virtual_shard
+from laser.compensate.peft import Slot
+from laser.compensate.places import Place
+
+
+def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Checkpoint:
+    """The copy with B A added to every corrected weight, in float32, as PEFT computes it. adapter: the file."""
+    where = {
+        piece.copied: (slot, place, piece.rows) for slot in slots for place in slot.places for piece in place.pieces
+    }
+    hidden = set(copy.fp8.scales.values()) if copy.fp8 else set()
+    wide = where.keys() | (copy.fp8.scales.keys() if copy.fp8 else set())
+    entries = [
+        (info.name, "F32" if info.name in wide else info.dtype, info.shape)
+        for info in copy.tensors.values()
+        if info.name not in hidden
+    ]
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in wide:  # by its bytes, of whatever dtype they are
+            info = copy.tensors[name]
+            return read_bytes(copy.shard_of(name), info.start, info.end)
+        Q = copy.read(name).float()
+        if name not in where:
+            return Q
+        slot, place, (start, stop) = where[name]
+        B, A = factors_in(adapter, slot, place)
+        update = B[start:stop] @ A
+        return Q + (update.T if place.transposed else update)
+
+    shard = virtual_shard("adapted", copy.path, entries, tensor)
+    tensors = {info.name: info for info in shard.tensors}
+    return replace(copy, shards=(shard,), tensors=tensors, fp8=None, origin=copy, remade=True, index_bytes=None)
+
+
+def factors_in(adapter: Path, slot: Slot, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (m, r) and A (r, n) of a place, float32, as PEFT takes them from the file."""
+    with safe_open(adapter, "pt") as file:
+        A, B = (file.get_tensor(name).float() for name, _, _ in slot.entries)
+    if place.expert is None:
+        return B, A
+    rank, experts = slot.rank, place.experts
+    return B.reshape(len(B), rank, experts)[:, :, place.expert], A.reshape(experts, rank, -1)[place.expert]

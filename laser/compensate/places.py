@@ -1,0 +1,189 @@
+"""Where a correction goes: which stored tensors make one weight of the model in memory, and what PEFT calls it.
+
+A place is a module, or one expert of a parameter that holds all experts of a layer (transformers 5). What is stored as
+several tensors and multiplied with the same inputs, as gate and up of an expert, is one matrix here, rows on rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.safetensors import TORCH, virtual_shard
+from laser.delta.base import matched
+from laser.errors import UsageError
+from laser.evaluation.causal import build_causal
+from laser.evaluation.layout import Part, fill, owner_of
+from laser.selection import Selection
+
+NO_MODULE = "no linear layer of the model holds it as one matrix, so PEFT has no name for its adapter"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor that is some rows of a place. copied: what the copy calls it."""
+
+    tensor: str
+    rows: tuple[int, int]
+    copied: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """parameter: its name in the model. expert: which, None for a module. shape: (m, n), as it is multiplied.
+
+    transposed: stored (n, m). matrices: what moments and selections call what lies in it.
+    """
+
+    parameter: str
+    expert: int | None
+    shape: tuple[int, int]
+    pieces: tuple[Piece, ...]
+    matrices: tuple[Matrix, ...]
+    transposed: bool = False
+    experts: int = 1  # of the parameter
+
+    @cached_property
+    def name(self) -> str:
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    def read(self, checkpoint: Checkpoint, copied: bool = False) -> torch.Tensor:
+        """The matrix (m, n), of the original or of the copy."""
+        parts = [checkpoint.read(piece.copied if copied else piece.tensor) for piece in self.pieces]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.T.contiguous() if self.transposed else whole
+
+
+@dataclass(frozen=True)
+class Places:
+    """Those of a model, in the order of its parameters. left: matrix -> why it gets no correction."""
+
+    places: tuple[Place, ...]
+    left: Mapping[str, str]
+    modules: tuple[str, ...]  # every linear layer of the model, corrected or not
+
+
+def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) -> Places:
+    """Where a correction of `copy` towards `original` can go, for the selected matrices of `original`.
+
+    Raises UsageError for a copy that lacks one of them or has another shape, and for what is no causal language model;
+    CheckpointError for weights that are missing.
+    """
+    model = build_causal(original)
+    filling = fill(original, model)
+    matrices = list_matrices(original)
+    selection.check(matrices)
+    chosen = {m.name: m for m in matrices if selection.why_not(m) is None}
+    inside: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        inside.setdefault(matrix.tensor, []).append(matrix)
+    theirs = {original.name: ours for ours, original in matched(matrices, list_matrices(copy)).items()}
+    state, seen = model.state_dict(keep_vars=True), set[str]()
+    found: list[Place] = []
+    modules = tuple(name for name, module in model.named_modules() if _is_linear(module))
+    for parameter, parts in filling.parts.items():
+        held = [m for part in parts for m in inside[part.tensor]]
+        if not any(m.name in chosen for m in held) or held[0].tensor in seen:
+            continue
+        seen |= {part.tensor for part in parts}
+        for place in _places_of(parameter, parts, model, tuple(state[parameter].shape), inside):
+            if all(m.name in chosen for m in place.matrices):
+                pieces = tuple(replace(p, copied=_in_copy(p.tensor, original, copy, theirs)) for p in place.pieces)
+                found.append(replace(place, pieces=pieces))
+    placed = {m.name for place in found for m in place.matrices}
+    left = {name: NO_MODULE for name in chosen if name not in placed}
+    if not found:
+        raise UsageError(
+            f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try others"
+        )
+    return Places(tuple(found), left, modules)
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _places_of(
+    parameter: str, parts: Sequence[Part], model: Any, shape: tuple[int, ...], inside: Mapping[str, Sequence[Matrix]]
+) -> list[Place]:
+    """The places in a parameter of this shape; none where it is not understood."""
+    owner, leaf = owner_of(model, parameter)
+    if len(shape) == 2 and leaf == "weight" and _is_linear(owner):
+        transposed = type(owner).__name__ == "Conv1D"
+        if transposed and len(parts) > 1:
+            return []
+        rows = shape[1] if transposed else shape[0]
+        pieces = _rows([(part.tensor, part.where) for part in parts], rows)
+        held = tuple(m for part in parts for m in inside[part.tensor])
+        turned = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        return [Place(parameter, None, turned, pieces, held, transposed)] if pieces else []
+    if len(shape) != 3 or any(not part.where or not isinstance(part.where[0], int) for part in parts):
+        return []
+    if getattr(owner, "is_transposed", False):
+        return []
+    found = []
+    for expert in range(shape[0]):
+        of = [part for part in parts if part.where[0] == expert]
+        pieces = _rows([(part.tensor, part.where[1:]) for part in of], shape[1])
+        held = tuple(m for part in of for m in inside[part.tensor])
+        if not pieces:
+            return []
+        found.append(Place(parameter, expert, (shape[1], shape[2]), pieces, held, experts=shape[0]))
+    return found
+
+
+def _rows(parts: Sequence[tuple[str, tuple[int | slice, ...]]], rows: int) -> tuple[Piece, ...]:
+    """The pieces in their order, which have to be whole rows one after the other; none where they are not."""
+    found, at = [], 0
+    for tensor, where in sorted(parts, key=lambda part: _span(part[1], rows)):
+        start, stop = _span(where, rows)
+        if start != at or len(where) > 1:
+            return ()
+        found.append(Piece(tensor, (start, stop), tensor))
+        at = stop
+    return tuple(found) if at == rows else ()
+
+
+def _span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
+    first = where[0] if where else slice(None)
+    return first.indices(rows)[:2] if isinstance(first, slice) else (-1, -1)
+
+
+def _in_copy(tensor: str, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, str]) -> str:
+    """What the copy calls a tensor of the original. Raises UsageError where it has none of that shape."""
+    name = tensor if tensor in copy.tensors else theirs.get(tensor)
+    expected = original.tensors[tensor].shape
+    if name is None or name not in copy.tensors:
+        raise UsageError(
+            f"{copy.name} has no {tensor}, so it is no copy of {original.name}; try the copy of this model"
+        )
+    if copy.tensors[name].shape != expected:
+        raise UsageError(
+            f"{copy.name}: {name} has shape {list(copy.tensors[name].shape)}, expected {list(expected)} as in "
+            f"{original.name}; try the copy of this model"
+        )
+    return name
+
+
+def as_matrices(original: Checkpoint, places: Sequence[Place]) -> tuple[Checkpoint, list[Matrix]]:
+    """The original as a checkpoint whose tensors are the places, for those who visit matrix after matrix."""
+    by_name, matrices = {place.name: place for place in places}, []
+    for place in places:
+        first = place.matrices[0]
+        stored = {"tensor": place.name, "shape": place.shape, "dtype": "F32" if first.scaled else first.dtype}
+        matrices.append(replace(first, name=place.name, part=None, scaled=False, **stored))
+    entries = [(m.name, m.dtype, m.shape) for m in matrices]
+    dtypes = {m.name: TORCH[m.dtype] for m in matrices}
+
+    def tensor(name: str) -> torch.Tensor:
+        return by_name[name].read(original).to(dtypes[name])
+
+    shard = virtual_shard("places", original.path, entries, tensor)
+    seen = {info.name: info for info in shard.tensors}
+    return replace(original, shards=(shard,), tensors=seen, fp8=None, origin=original, remade=True), matrices

@@ -1,0 +1,377 @@
+"""laser compensate: the adapter is PEFT's, on the copy it gives what laser says, and what is no copy is refused."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from copies import rounded, write_copy
+from helpers import snapshot, tensors_in
+from pico_language import TEXT, make_model, write_tokenizer
+from safetensors.torch import load_file, save_file
+
+import laser.compensate.compensate as compensation
+from laser.checkpoint.quantised import dequantise, quantise
+from laser.checkpoint.reader import open_checkpoint
+from laser.compensate.budget import Offer, spend
+from laser.evaluation.evaluate import whole_losses
+from laser.evaluation.text import Text, cut_windows, load_tokenizer
+from laser.moments import Moments
+from laser.spectral.correction import correct
+from laser.spectral.devices import HOST
+
+WINDOWS = ("--window", 64, "--windows", 6)
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama and a Mixtral, a copy of each in 3 bits, and two texts."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("llama", "mixtral"):
+        write_copy(make_model(folder / kind, kind), folder / f"{kind}-3")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "held.txt").write_text(TEXT[::-1])
+    return folder
+
+
+def compensated(run: Run, models: Path, out: Path, *words: Any, kind: str = "llama") -> dict[str, Any]:
+    texts = () if "--plain" in words else ("--text", models / "text.txt", *WINDOWS)
+    code, out_, err = run(
+        "compensate", models / kind, models / f"{kind}-3", "-o", out, *texts, *words, "--json", "--device", "cpu"
+    )
+    assert code == 0, err
+    return json.loads(out_)
+
+
+def loaded(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+# peft 0.21 says so of those of parameters, and goes by them: else their shapes would not fit.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    "kind, amount", [("llama", ("--rank", 4)), ("mixtral", ("--rank", 4)), ("mixtral", ("--bits", 2))]
+)
+def test_peft_loads_it_on_the_copy_and_the_loss_is_what_laser_says(
+    run: Run, models: Path, tmp_path: Path, kind: str, amount: tuple[Any, ...]
+) -> None:
+    peft = pytest.importorskip("peft")
+    found = compensated(
+        run, models, tmp_path / "a", *amount, "--held-out", models / "held.txt", "--held-out-windows", 2, kind=kind
+    )
+    copy = loaded(models / f"{kind}-3")
+    before = {name: W.clone() for name, W in copy.named_parameters()}
+    model = peft.PeftModel.from_pretrained(copy, tmp_path / "a").eval()
+    merged = dict(model.merge_and_unload().named_parameters())
+    original = dict(loaded(models / kind).named_parameters())
+    nearer = {n for n in merged if not torch.equal(merged[n], before[n])}
+    assert nearer == {n for n in merged if "proj" in n and "lm_head" not in n}
+    held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(models / kind), length=64, limit=2)
+    model = loaded(models / f"{kind}-3")
+    model.load_state_dict(merged, strict=False)
+    sums = whole_losses(model, held)
+    assert sum(sums) / held.tokens == pytest.approx(found["held_out"]["adapted"]["nll"], abs=1e-5)
+    assert open_checkpoint(models / kind).identity == found["original"]["identity"]
+    assert original.keys() == merged.keys()
+    assert all(
+        e["after"] < e["before"] and e["after"] == pytest.approx(e["predicted"], rel=0.05) for e in found["entries"]
+    )
+
+
+def refused(run: Run, *words: Any) -> str:
+    code, _, err = run("compensate", *words, "--device", "cpu")
+    assert code in (1, 2) and err.count("\n") == 1 and err.startswith("laser: ") and "; " in err, err
+    return err
+
+
+def spoiled(model: Path, path: Path, change: Any) -> Path:
+    """The model with what `change` makes of all of its tensors."""
+    shutil.copytree(model, path)
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = change({name: W for file in sorted(path.glob("*.safetensors")) for name, W in load_file(file).items()})
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    save_file({n: W.contiguous() for n, W in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.slow
+def test_every_wrong_request_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
+    """Copies of another model, of other shapes, moments of another one, texts too short, nothing to go by."""
+    at, llama, copy = ("-o", tmp_path / "a"), models / "llama", models / "llama-3"
+    text = ("--text", models / "text.txt", *WINDOWS)
+    other = spoiled(
+        llama, tmp_path / "other", lambda t: {n: torch.randn_like(W.float()).bfloat16() for n, W in t.items()}
+    )
+    assert "is no copy of llama: the cosine of their weights is" in refused(run, llama, other, *at, "--plain")
+    short = spoiled(llama, tmp_path / "short", lambda t: {n: W[:8] if n == Q0 else W for n, W in t.items()})
+    assert f"{Q0} has shape [8, 32], expected [32, 32]" in refused(run, llama, short, *at, "--plain")
+    less = spoiled(llama, tmp_path / "less", lambda t: {n: W for n, W in t.items() if n != Q0})
+    assert f"less has no {Q0}" in refused(run, llama, less, *at, "--plain")
+    assert "has no" in refused(run, llama, models / "mixtral", *at, "--plain")
+    assert "the copy's outputs are the original's" in refused(run, llama, llama, *at, "--plain")
+    assert not (tmp_path / "a").exists()
+    shutil.rmtree(tmp_path / "a.partial")
+    moments = tmp_path / "moments"
+    assert run("calibrate", other, "-o", moments, *text, "--device", "cpu")[0] == 0
+    assert "the moments file was made from" in refused(run, llama, copy, *at, "--moments", moments)
+    few = tmp_path / "few"
+    words = ("--text", models / "text.txt", "--window", 17, "--windows", 1, "--diagonal", "--device", "cpu")
+    assert run("calibrate", llama, "-o", few, *words)[0] == 0
+    assert "no matrix met as many inputs as it has dimensions" in refused(run, llama, copy, *at, "--moments", few)
+    words = (*text[:2], "--window", 17, "--windows", 1)
+    assert "no matrix met as many inputs as it has dimensions, found 16" in refused(run, llama, copy, *at, *words)
+    for words, expected in (
+        ((), "a correction goes by the inputs of a text"),
+        ((*text, "--held-out", models / "text.txt"), "is the text of the calibration; try --held-out with another"),
+        (("--plain", *text), "found several of --moments, --text and --plain"),
+        (("--plain", "--rank", 0), "an adapter of rank 0 corrects nothing"),
+        (("--plain", "--rank", 2, "--bits", 0.1), "found --rank and --bits, or neither"),
+        (("--plain", "--bits", 99), "99.0 bits per weight are no budget"),
+        (("--plain", "--bits", 1e-4), "the budget buys no rank of any"),
+        (("--plain", "--layers", 9), "the model has no layer 9"),
+        (("--plain", "--held-out", tmp_path / "none"), "none"),
+        (("--plain", "--force", "-o", models / "llama"), "was not made by laser compensate"),
+    ):
+        assert expected in refused(run, llama, copy, *at, *words)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unknown_packing_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
+    packed = spoiled(
+        models / "llama", tmp_path / "p", lambda t: t | {f"{Q0[:-7]}.W_q": torch.zeros(4, 4).to(torch.uint8)}
+    )
+    assert "holds hqq weights" in refused(run, models / "llama", packed, "-o", tmp_path / "a", "--plain")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_and_force_replaces(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tmp_path / "wanted"
+    found = compensated(run, models, wanted, "--rank", 3)
+    out, solved = tmp_path / "a", []
+    solve = compensation.correct
+
+    def interrupted(*arguments: Any) -> Any:
+        solved.append(1)
+        if len(solved) == 12:
+            raise KeyboardInterrupt
+        return solve(*arguments)
+
+    # The command makes its own visits.
+    monkeypatch.setattr(compensation, "correct", interrupted)
+    words = ("compensate", models / "llama", models / "llama-3", "-o", out, "--text", models / "text.txt", *WINDOWS)
+    words += ("--rank", 3, "--device", "cpu", "--workers", 1)
+    code, _, err = run(*words)
+    assert code == 130 and "run the same command again" in err and not out.exists()
+    assert run(*words)[0] == 0
+    assert 12 + 21 - 11 - 2 <= len(solved) <= 12 + 21 - 9  # what was written down is not solved again
+    assert snapshot(out) == snapshot(wanted) and not (tmp_path / "a.partial").exists()
+    assert "a exists; try another -o, or --force to replace it" in refused(run, *words[1:-4])
+    assert run(*words, "--force", "--rank", 2)[0] == 0
+    after = json.loads((out / "laser.json").read_text())
+    assert {e["rank"] for e in after["entries"]} == {2} and {e["rank"] for e in found["entries"]} == {3}
+    assert not (tmp_path / "a.partial").exists()
+
+
+@pytest.mark.slow
+def test_what_it_prints_and_what_a_dry_run_says(run: Run, models: Path, tmp_path: Path) -> None:
+    words = (
+        "compensate",
+        models / "mixtral",
+        models / "mixtral-3",
+        "-o",
+        tmp_path / "a",
+        "--text",
+        models / "text.txt",
+    )
+    words += (*WINDOWS, "--rank", 2, "--device", "cpu")
+    code, out, err = run(*words, "--dry-run")
+    assert code == 0 and "36 places of mixtral-3 to correct towards mixtral at a mean rank of 2.0" in out, err
+    assert "w1+w3" in out and not list(tmp_path.iterdir())
+    code, out, err = run(*words, "--held-out", models / "held.txt", "--held-out-windows", 2)
+    assert code == 0 and "output error before" in out and "against the original" in out, err
+    assert "survive" in out.lower() and "36 matrices of mixtral-3 corrected" in out
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "`mixtral-3`" in card and "held.txt" in card and "text.txt" in card and "PeftModel" in card
+
+
+def test_few_inputs_are_shrunk_and_none_leave_a_matrix_alone(run: Run, models: Path, tmp_path: Path) -> None:
+    """Experts meet what is routed to them: with a short text fewer than dimensions, or nothing."""
+    found = compensated(run, models, tmp_path / "a", "--window", 72, "--windows", 1, "--rank", 2, kind="mixtral")
+    shrunk = {e["name"] for e in found["entries"] if e.get("shrunk")}
+    assert shrunk and all(".experts." in name or "down" in name for name in shrunk)
+    assert all(e["tokens"] < e["shape"][1] for e in found["entries"] if e["name"] in shrunk)
+    silent = {name for name, why in found["left"].items() if "met no input" in why}
+    assert all(".experts." in name for name in silent)
+    whole = {e["name"] for e in found["entries"]}
+    assert not whole & silent and all(e["after"] < e["before"] for e in found["entries"])
+
+
+@pytest.mark.slow
+def test_each_expert_is_corrected_by_its_own_inputs(run: Run, models: Path, tmp_path: Path) -> None:
+    """What the file holds of an expert is the correction by the moments of what was routed to it, gate on up."""
+    moments, adapter = tmp_path / "moments", tmp_path / "a"
+    assert run("calibrate", models / "mixtral", "-o", moments, "--text", models / "text.txt", *WINDOWS)[0] == 0
+    code, _, err = run(
+        "compensate", models / "mixtral", models / "mixtral-3", "-o", adapter, "--moments", moments, "--rank", 3,
+        "--roles", "w1,w2,w3",
+    )  # fmt: skip
+    assert code == 0, err
+    known, tensors = Moments.load(moments), tensors_in(adapter)
+    original, copy = (open_checkpoint(models / name) for name in ("mixtral", "mixtral-3"))
+    for expert in range(4):
+        names = [f"model.layers.1.block_sparse_moe.experts.{expert}.{w}.weight" for w in ("w1", "w3")]
+        W, Q = (torch.cat([model.read(name) for name in names]) for model in (original, copy))
+        metric = known.metric(names[0], original.read(names[0]))
+        best = correct(W, Q, 3, metric, HOST)
+        stem = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_"
+        A = tensors[f"{stem}A.weight"].reshape(4, 3, -1)[expert]
+        B = tensors[f"{stem}B.weight"].reshape(len(W), 3, 4)[:, :, expert]
+        if metric.tokens >= W.shape[1]:
+            assert torch.allclose(B.float() @ A.float(), best.B.float() @ best.A.float(), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_budget_is_spent_and_not_overspent(run: Run, models: Path, tmp_path: Path) -> None:
+    found = compensated(run, models, tmp_path / "a", "--bits", 1.5)
+    ranks = {e["rank"] for e in found["entries"]}
+    assert 1.3 < found["bits"] <= 1.5 and len(ranks) > 1
+    assert len(found["entries"]) + len(found["left"]) == 21
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spending_is_the_best_there_is(seed: int) -> None:
+    """Against all ways to spend, at budgets that the greedy choice uses up."""
+    draw = np.random.default_rng(seed)
+    offers = {str(i): Offer(np.sort(draw.random(3))[::-1], int(draw.integers(1, 5))) for i in range(4)}
+
+    def gain(ranks: dict[str, int]) -> float:
+        return sum(float(offers[name].gains[:rank].sum()) for name, rank in ranks.items())
+
+    def cost(ranks: dict[str, int]) -> int:
+        return sum(offers[name].cost * rank for name, rank in ranks.items())
+
+    every = [dict(zip(offers, ranks, strict=True)) for ranks in itertools.product(range(4), repeat=4)]
+    for bits in range(1, 30):
+        ours = spend(offers, bits)
+        assert cost(ours) <= bits
+        best = max(gain(each) for each in every if cost(each) <= cost(ours))
+        assert gain(ours) >= best - max(max(o.gains) for o in offers.values()) * 0.5 - 1e-9
+    assert spend(offers, 1e9) == dict.fromkeys(offers, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scales", ["by block", "by row"])
+def test_a_copy_in_fp8(run: Run, models: Path, tmp_path: Path, scales: str) -> None:
+    """Its verdict is that of the same copy dequantised, with one adapter as with the other."""
+
+    def change(tensors: dict[str, torch.Tensor], packed: bool) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = {}
+        for name, W in tensors.items():
+            if "proj" not in name:
+                made[name] = W
+                continue
+            if scales == "by block":
+                q, scale = quantise(W, torch.float32)
+                plain, beside = dequantise(q, scale), {f"{name}_scale_inv": scale}
+            else:
+                scale = W.float().abs().amax(1, keepdim=True) / 400
+                q = (W.float() / scale).to(torch.float8_e4m3fn)
+                plain, beside = q.float() * scale, {f"{name}_scale": scale}
+            made |= {name: q, **beside} if packed else {name: plain}
+        return made
+
+    found = []
+    for packed in (True, False):
+        copy = spoiled(models / "llama", tmp_path / f"copy{packed}", lambda t, p=packed: change(t, p))
+        code, out, err = run(
+            "compensate", models / "llama", copy, "-o", tmp_path / f"a{packed}", "--text", models / "text.txt",
+            *WINDOWS, "--rank", 4, "--held-out", models / "held.txt", "--held-out-windows", 2, "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(json.loads(out))
+    one, other = found
+    assert one["held_out"]["adapted"]["nll"] == pytest.approx(other["held_out"]["adapted"]["nll"], abs=1e-6)
+    assert one["held_out"]["copy"]["nll"] == pytest.approx(other["held_out"]["copy"]["nll"], abs=1e-6)
+    assert one["bytes"]["copy"] < other["bytes"]["copy"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of peft and transformers
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_fused_and_transposed_layers(run: Run, tmp_path: Path, family: str) -> None:
+    """q, k and v in one layer, gate and up in one, stored (in, out): one adapter each, by the inputs they share."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2} if family == "phi3" else {}
+    config = AutoConfig.for_model(family, bos_token_id=1, eos_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    write_tokenizer(tmp_path / family)
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        layers = {
+            n for n, W in tensors.items() if W.ndim == 2 and "embed" not in n and "wte" not in n and "wpe" not in n
+        }
+        return {n: rounded(W) if n in layers and "lm_head" not in n else W for n, W in tensors.items()}
+
+    spoiled(tmp_path / family, tmp_path / f"{family}-3", change)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "held.txt").write_text(TEXT[::-1])
+    found = compensated(
+        run, tmp_path, tmp_path / "a", "--rank", 4, "--held-out", tmp_path / "held.txt", "--held-out-windows", 2,
+        kind=family,
+    )  # fmt: skip
+    assert len(found["entries"]) == 8 and not found["left"]
+    model = peft.PeftModel.from_pretrained(loaded(tmp_path / f"{family}-3"), tmp_path / "a").eval()
+    held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(tmp_path / family), length=64, limit=2)
+    mean = sum(whole_losses(model, held)) / held.tokens
+    assert mean == pytest.approx(found["held_out"]["adapted"]["nll"], abs=1e-5)
+    assert abs(found["held_out"]["gain"]) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of peft, bitsandbytes and transformers
+def test_on_a_model_in_four_bits_peft_gives_the_loss_that_laser_streams(run: Run, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+    torch.manual_seed(0)
+    wide = LlamaConfig(  # on the host bitsandbytes multiplies whole blocks of 64, in bfloat16
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
+        num_key_value_heads=1, bos_token_id=1, eos_token_id=2, initializer_range=0.08,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "llama")
+    models = write_tokenizer(tmp_path / "llama").parent
+    (models / "text.txt").write_text(TEXT)
+    (models / "held.txt").write_text(TEXT[::-1])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    packed: Any = AutoModelForCausalLM.from_pretrained(
+        models / "llama", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    path, adapter = tmp_path / "packed", tmp_path / "a"
+    packed.save_pretrained(path)
+    code, out, err = run(
+        "compensate", models / "llama", path, "-o", adapter, "--text", models / "text.txt", *WINDOWS, "--rank", 4,
+        "--held-out", models / "held.txt", "--held-out-windows", 2, "--json", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    model = peft.PeftModel.from_pretrained(packed, adapter).eval()
+    held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(models / "llama"), length=64, limit=2)
+    found = sum(whole_losses(model, held)) / held.tokens
+    assert found == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-3)
