@@ -14,6 +14,7 @@ from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.moments import Calibration
+from laser.notebook import Rows, Shown
 from laser.plan import warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
@@ -88,13 +89,24 @@ class SummaryRow:
         return place_of(self.layer, self.stack)
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
     source: Source
     rule: str
     rows: tuple[SummaryRow, ...]  # in file order
     skipped: tuple[tuple[str, str], ...]  # tensors that have no spectrum, and why
     calibration: Calibration | None = None  # of the data's metric
+
+    def headline(self) -> str:
+        return f"Summary of {self.source.name}: {len(self.rows)} matrices, rule {self.rule}"
+
+    def frame_rows(self) -> Rows:
+        return [asdict(row) for row in self.rows]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix, and the shares of their ranks that the rule keeps."""
+        keys = ("name", "role", "largest", "stable_rank", "alpha", "fit", "rank", "full_rank", "snr")
+        return [{key: getattr(r, key) for key in keys} for r in self.rows], [r.rank / r.full_rank for r in self.rows]
 
     @property
     def under_seen(self) -> list[SummaryRow]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from laser.delta.formats import STORED_FLOATS, cell_of, format_of, same_bits
-from laser.delta.whitening import biwhiten
+from laser.delta.whitening import Scales, biwhiten
 from laser.errors import NumericalError
 from laser.records import SPARSE
 from laser.spectral.devices import Device, in_float64, on_device_or_host
@@ -32,6 +32,7 @@ FAINT, FULL = 0.9, 1.2
 MOST_TOLD = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
 MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
 PROVEN = 4.0  # moved entries per unknown, see `evidence`
+FEW = 1024  # entries that are asked first for a common scale
 # The error of a grid with even steps is uniform: its kurtosis is 1.8, and what was learnt on top adds a little. Grids
 # of 3 to 6 bits, a scale per row or per 32 to 128 entries, give 1.8 to 2.1; noise and full fine-tunes 2.8 and more.
 GRID, COARSE = (1.6, 2.3), 5e-3
@@ -108,8 +109,12 @@ def compare_tensors(W: torch.Tensor, q: torch.Tensor) -> Change:
 def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
     """The c for which every stored q is c w rounded, w in float64; None where there is none.
 
-    Each entry confines c to an interval, and c is the middle of what is common to all of them.
+    Each entry confines c to an interval, and c is the middle of what is common to all of them. A few entries nearly
+    always show that there is nothing.
     """
+    few, of = w.reshape(-1)[:FEW], q.reshape(-1)[:FEW]
+    if w.numel() > FEW and bool(few.any()) and common_scale(few, of) is None:
+        return None
     cell, there = cell_of(q), w != 0
     if not bool((q[~there] == 0).all()) or not bool(there.any()):
         return None
@@ -132,20 +137,27 @@ def as_merged(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
     return cast if left[0] < left[1] else W
 
 
-def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
-    """The biwhitened difference q - W (m, n), float64, on the device if that has float64, else on the host.
+def whitening(W: torch.Tensor, q: torch.Tensor, device: Device) -> tuple[Scales, torch.Tensor]:
+    """The scales by which q - W (m, n) is biwhitened, and the result; float64, on the device if that has float64, else
+    on the host.
 
     Its noise has sigma = 1. Raises UsageError for a format whose rounding is not known, NumericalError for NaN or Inf.
     """
 
-    def compute(where: Device) -> torch.Tensor:
+    def compute(where: Device) -> tuple[Scales, torch.Tensor]:
         w, x = (t.to(where.torch_device) for t in (W, q))
         D = x.double() - w.double()
         if not bool(torch.isfinite(D).all()):
             raise NumericalError("base or tuned hold NaN or Inf; nothing can be said of their difference")
-        return biwhiten(format_of(q.dtype).variance(x)).of(D)
+        scales = biwhiten(format_of(q.dtype).variance(x))
+        return scales, scales.of(D)
 
     return on_device_or_host(compute, in_float64(device))
+
+
+def whitened(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
+    """The biwhitened difference q - W (m, n), as `whitening` has it."""
+    return whitening(W, q, device)[1]
 
 
 def judge_difference(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change:
