@@ -34,6 +34,7 @@ from laser.delta.unmerge import (
     MatrixEntry,
     base_file,
     simple,
+    unpacked_header,
 )
 from laser.errors import RecordError, first_line
 from laser.files import read_regular, require_regular
@@ -104,7 +105,7 @@ class Adapted:
             raise RecordError(f"{self.folder / RECORD} names no config.json; {AGAIN}")
         shards: list[Shard] = []
         for stated in self.record.shards:
-            header = bytes_of(self._tensor(REMAINDER, f"header/{stated.name}")).tobytes()
+            header = unpacked_header(self._tensor(REMAINDER, f"header/{stated.name}"))
             shards.append(parse_header(stated.name, self.folder, stated.size, header[8:], self._data(stated.name)))
             if shards[-1].header != header:
                 raise RecordError(f"{self.folder / REMAINDER}: the header of {stated.name} is damaged; {AGAIN}")

@@ -36,9 +36,9 @@ from safetensors.torch import load_file, save
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
-from laser.checkpoint.safetensors import TORCH, join, pieces, read_header, sha256_of
+from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_header, sha256_of
 from laser.checkpoint.side_files import own_file
-from laser.checkpoint.slices import tensor_sha256
+from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
@@ -47,7 +47,7 @@ from laser.delta.difference import Change, Verdict, looks_quantised
 from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
-from laser.delta.packing import pack, pack_some, unpack_some
+from laser.delta.packing import pack, pack_some, unpack, unpack_some
 from laser.delta.places import PEFT, PEFT_FORMULAS, Place, names_at, of_experts, places_of, rows_of, stems, units
 from laser.delta.recover import USUAL, is_believed, recover, vote
 from laser.delta.solver import Adapter, Solution, wrong_bits
@@ -120,6 +120,9 @@ class MatrixEntry:
             return "an adapter without rank, formula or base"
         if self.how in (How.SAME, How.CAST, How.SCALED) and self.of is None:
             return f"{self.how} without what it is of"
+        place = self.place
+        if place is not None and place.experts is not None and not 0 <= (place.expert or 0) < place.experts:
+            return f"expert {place.expert} of {place.experts}"
         return "scaled without a scale" if self.how is How.SCALED and self.scale is None else None
 
 
@@ -609,7 +612,7 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
         if new.exists():
             shutil.rmtree(new)
         new.mkdir()
-        headers = {f"header/{s.name}": torch.frombuffer(bytearray(s.header), dtype=torch.uint8) for s in tuned.shards}
+        headers = {f"header/{s.name}": packed_header(s.header) for s in tuned.shards}
         write_atomically(partial / "headers.remainder.safetensors", save(headers))
         _experts_together(base, partial, entries)
         for what, file in (("adapter", MODEL), ("remainder", REMAINDER)):
@@ -661,6 +664,19 @@ def base_file(checkpoint: Checkpoint, name: str) -> bytes | None:
         return None if own is None else read_regular(own, follow=False)
     except OSError:
         return None
+
+
+def packed_header(header: bytes) -> torch.Tensor:
+    """A shard's header, uint8: its length, as it begins, and the rest packed."""
+    whole = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    return torch.cat((whole[:8], pack(whole[8:])))
+
+
+def unpacked_header(packed: torch.Tensor) -> bytes:
+    """Raises RecordError for what `packed_header` did not make."""
+    length = int.from_bytes(bytes_of(packed[:8]), "little")
+    rest = unpack(packed[8:], (min(length, MAX_HEADER),), torch.uint8)
+    return bytes(bytes_of(packed[:8])) + bytes(bytes_of(rest))
 
 
 def _experts_together(base: Base, partial: Path, entries: Sequence[MatrixEntry]) -> None:

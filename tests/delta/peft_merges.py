@@ -29,7 +29,7 @@ def merge(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecations inside transformers, of ties
-        model = get_peft_model(
+        model: Any = get_peft_model(
             load(base, dtype), LoraConfig(init_lora_weights=False, **config), autocast_adapter_dtype=cast
         )
         with torch.no_grad():
@@ -62,5 +62,5 @@ def resize(model: Any, share: float) -> None:
                 B = layer.lora_B[name].weight if name in layer.lora_B else layer.lora_embedding_B[name]
                 B *= share * W.float().norm() / layer.get_delta_weight(name).float().norm()
         for trained in layer.modules_to_save.values() if isinstance(layer, ModulesToSaveWrapper) else ():
-            W = trained.weight
+            W: Any = trained.weight
             W += (share * W.float().abs().mean() * torch.randn(W.shape)).to(W.dtype)

@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
 def test_a_merge_by_peft(run: Run, tmp_path: Path, case: str) -> None:
     """Every rank, every byte, and on the base PEFT's logits are the merged model's; laser's merge is PEFT's, too."""
     make, config = CASES[case]
-    config = {"r": RANK, "lora_alpha": 8} | config
+    config: dict[str, Any] = {"r": RANK, "lora_alpha": 8} | config
     base = make(tmp_path / "base")
     merge(base, tmp_path / "tuned", adapter=tmp_path / "lora", **config)
     found = undone(run, tmp_path, base)
