@@ -155,6 +155,7 @@ def test_an_edited_plan_is_refused_by_line_or_done_exactly(
                     str(path),
                     plan,
                     output=out,
+                    base=options.FromBase(),
                     compute=options.ComputeOptions(),
                     moments=options.Inputs(),
                     parts=options.PartOption(),
