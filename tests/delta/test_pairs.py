@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import EXPERTS, LAYERS, Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from helpers import tensors_in
-from hub_server import connect, serving
+from hub_server import Hub, connect, serving
 from huggingface_hub import close_session
 from merges import BF16, F16, F32, merged, update
 from models import WORDS, tensors, write_model
@@ -107,7 +107,7 @@ def test_fused_experts_against_unfused_ones(halved: Callable, tmp_path: Path, tu
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving() as server:
         connect(server, tmp_path / "cache", monkeypatch)
         yield server
@@ -115,7 +115,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("local", ["", "base", "tuned"])
-def test_on_the_hub(halved: Callable, hub: object, tmp_path: Path, local: str) -> None:
+def test_on_the_hub(halved: Callable, hub: Hub, tmp_path: Path, local: str) -> None:
     """By byte ranges, of other shards: both, or one of them while the other is a directory."""
     base, tuned = write_model(tmp_path / "base"), write_model(tmp_path / "tuned", tune, shards=3)
     hub.add("maker/base", base)
