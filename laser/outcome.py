@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,6 +12,7 @@ import numpy as np
 from laser.checkpoint.at_rest import wrong_names
 from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
+from laser.notebook import Rows, Shown
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.records import Misfit, Record, decode, fields_of, under
@@ -43,8 +44,9 @@ class Entry(_MayBeMissing):
     method: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome(
+    Shown,
     Record,
     kind="outcome",
     version=2,
@@ -65,6 +67,19 @@ class Outcome(
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
+
+    def headline(self) -> str:
+        made = f"{len(self.matrices)} matrices reduced, {len(self.shards)} files"
+        return f"Outcome of {self.plan.source.name} by {self.plan.rule}: {made}"
+
+    def frame_rows(self) -> Rows:
+        return [{"matrix": name, **entry} for name, entry in self.matrices.items()]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix, and the energy that each kept."""
+        keys = ("rank", "full_rank", "energy_kept", "residual")
+        rows = [{"matrix": name} | {key: entry[key] for key in keys} for name, entry in self.matrices.items()]
+        return rows, [entry["energy_kept"] for entry in self.matrices.values()]
 
     @classmethod
     def load(cls, path: Path, *, as_written: bool = True) -> Outcome:

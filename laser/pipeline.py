@@ -25,7 +25,7 @@ from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.hub import drop
 from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.quantised import quantise
-from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards, opened_checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
@@ -60,7 +60,7 @@ from laser.selection import Selection
 from laser.spectra import ENTRY, OF_DIFFERENCE, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
 from laser.spectral.certificate import Truncation
 from laser.spectral.data_metric import relative_error
-from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.devices import Device, device_of, in_float64
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
 from laser.spectral.permutation import NULL_ORDER, null_largest
@@ -340,10 +340,10 @@ def run_of_scan(
 
 
 def scan(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     selection: Selection | None = None,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     crew: Crew | None = None,
     method: str = "gram",
     journal: Path | None = None,
@@ -356,10 +356,11 @@ def scan(
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
-    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
-    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
-    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix.
+    checkpoint: opened, or its directory or Hub id. device: chosen, or its name. `crew` says who computes, by default
+    `device` and, on the host, as many workers as cores and memory allow; the result does not depend on how many they
+    are. In memory are the workers' matrices and two read ahead. With `journal`, each result is appended to that file at
+    once and an interrupted scan goes on from there. The caller removes it when the spectra are saved, and with `anew`
+    one of another scan is dropped. `tick` is called per matrix.
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
@@ -369,7 +370,8 @@ def scan(
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
-    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
+    checkpoint = opened_checkpoint(checkpoint)
+    selection, crew = selection or Selection(), crew or Crew((device_of(device),))
     check_scan(method, null_draws)
     if moments is not None:
         moments.source.require(checkpoint, "moments")
@@ -591,11 +593,11 @@ def scan_part(
 
 
 def reduce(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     plan: Plan,
-    out: Path,
+    out: str | Path,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     crew: Crew | None = None,
     method: str = "gram",
     resume: bool = False,
@@ -624,7 +626,8 @@ def reduce(
     OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
     certificate.
     """
-    crew = crew or Crew((device or choose_device(),))
+    checkpoint, out = opened_checkpoint(checkpoint), Path(out)
+    crew = crew or Crew((device_of(device),))
     require_base_apart(base, out)
     writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base, tick)
     with writing(writer.source, out, resume=resume, force=force) as place:

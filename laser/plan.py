@@ -6,8 +6,9 @@ import difflib
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -24,6 +25,7 @@ from laser.delta.formats import STORED_FLOATS
 from laser.delta.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
+from laser.notebook import Rows, Shown
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, SPARSE, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
@@ -164,8 +166,9 @@ def _line_with_kind(line: Any, number: int) -> Any:
     return rest | {"why": plain(why), "unseen": earlier_unseen(reason)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(
+    Shown,
     Record,
     kind="plan",
     version=3,
@@ -200,6 +203,22 @@ class Plan(
     def reductions(self) -> Mapping[str, PlanLine]:
         """The lines that reduce, by name. Made once: whoever writes asks for it at every matrix."""
         return {line.name: line for line in self.lines if line.action == "reduce"}
+
+    def headline(self) -> str:
+        counts = Counter(line.action for line in self.lines)
+        told = f"{counts['reduce']} to reduce, {counts['keep']} to keep, {counts['skip']} skipped"
+        return f"Plan for {self.source.name} by {self.rule}: {told}"
+
+    def frame_rows(self) -> Rows:
+        return [asdict(line) | {"why": line.why.text} for line in self.lines]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix that is reduced, and the shares of their ranks that are kept."""
+        rows = [
+            {"matrix": x.name, "rank": x.rank, "of": x.full_rank, "SNR": x.snr, "energy kept": x.energy_kept}
+            for x in self.reductions.values()
+        ]
+        return rows, [(x.rank or 0) / (x.full_rank or 1) for x in self.reductions.values()]
 
     def stated(self) -> dict[str, Any]:
         return super().stated() | {"coverage": self.coverage, "digest": self.digest}

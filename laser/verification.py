@@ -15,7 +15,7 @@ from laser.checkpoint.at_rest import damage
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.quantised import rounding
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint, opened_checkpoint
 from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
@@ -32,7 +32,7 @@ from laser.outcome import Outcome, plan_as_measured
 from laser.plan import Plan
 from laser.records import is_sealed, parse_record
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.devices import Device, device_of, in_float64
 
 MEASURED_FILES: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(
     ("eval.json", "eval-source.json"), Perplexity
@@ -89,10 +89,10 @@ class Verification:
 
 
 def verify(
-    source: Checkpoint,
-    out: Path,
+    source: Checkpoint | str | Path,
+    out: str | Path,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     moments: Moments | None = None,
     base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
@@ -110,7 +110,8 @@ def verify(
     headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out`
     cannot be read at all.
     """
-    device = in_float64(device or choose_device())  # in float32 the values of a cut matrix end at 1e-4, not at 0
+    source, out = opened_checkpoint(source), Path(out)
+    device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
     outcome.plan.require_source(source, base, "output")
     matrices = list_matrices(source)

@@ -15,10 +15,12 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
 from laser.checkpoint.writer import require_run
 from laser.cli import common, options
+from laser.cli.adapters import verify_rebuilt_verb
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.cli.progress import Checking, Progress
 from laser.delta.difference import RULE
+from laser.delta.unmerge import is_recorded
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.files import unfinished
@@ -221,6 +223,8 @@ def verify_verb(
     shown_as: options.Json,
 ) -> None:
     """`laser verify`, whose arguments and help are in verbs.py."""
+    if is_recorded(Path(model)):
+        return verify_rebuilt_verb(Path(model), output, shown_as)
     checkpoint = open_checkpoint(model)
     with Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(

@@ -130,7 +130,10 @@ def verify(
     moments: options.Inputs,
     shown_as: options.Json,
 ) -> None:
-    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
+    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says.
+
+    With the directory that laser unmerge wrote for MODEL: that OUT is the fine-tune, by the sha256 of every file.
+    """
     with loading():
         from laser.cli import flow
     flow.verify_verb(model, output, base=base, where=where, moments=moments, shown_as=shown_as)
@@ -574,7 +577,10 @@ def unmerge(
     rounds: Annotated[
         int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
     ] = ROUNDS,
-    shown_as: options.Json,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the adapter: float32, float16 or bfloat16, and more in the remainder.")
+    ] = "float32",
+    work: options.WorkOptions,
 ) -> None:
     """Find the adapter that was merged into a fine-tune, so exactly that base and adapter give its bits again.
 
@@ -584,7 +590,7 @@ def unmerge(
     with loading():
         from laser.cli import adapters
     adapters.unmerge_verb(
-        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, shown_as=shown_as
+        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, dtype=dtype, work=work
     )
 
 
@@ -597,7 +603,9 @@ def rebuild(
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
     formula: Annotated[
         str | None,
-        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), once or scaled-after."),
+        typer.Option(
+            "--formula", help="Of another LoRA: once, delta-first or scaled-after; default: as PEFT merges it."
+        ),
     ] = None,
     shown_as: options.Json,
 ) -> None:

@@ -21,7 +21,7 @@ from laser.checkpoint.matrices import ALIASES, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
-from laser.delta.difference import Change, Verdict, compare_tensors, whitened
+from laser.delta.difference import Change, Verdict, as_merged, compare_tensors, whitened
 from laser.delta.formats import STORED_FLOATS
 from laser.errors import NumericalError, RecordError
 from laser.spectral.devices import Device
@@ -168,6 +168,8 @@ class Base:
         if W.shape != q.shape:
             return Between(_resized(W, q), None)
         found = compare_tensors(W, q)
+        if found.kind is Verdict.CHANGED and (cast := as_merged(W, q, device)) is not W:
+            W, found = cast, compare_tensors(cast, q)
         if not spectrum or not matrix.is_matrix or found.kind is Verdict.NOT_FINITE:
             return Between(found, None)
         if found.kind is Verdict.SAME:

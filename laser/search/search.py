@@ -31,6 +31,7 @@ from laser.evaluation.text import Window
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import Journal, spoiling
 from laser.moments import Moments
+from laser.notebook import Rows, Shown
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
@@ -76,13 +77,30 @@ class Report:
         return "windows" if self.objective == "loss" else "questions"
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Shown):
+    """What a search chose, every trial, and what it reports of the text that it went by and of held-out text."""
+
     plan: Plan
     trials: tuple[Trial, ...]
     calibration: Report
     held_out: tuple[Report, ...]
     rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
+
+    def headline(self) -> str:
+        kept = sum(trial.accepted for trial in self.trials)
+        told = "; ".join(f"{each.text} {each.d:+.5f}" for each in self.held_out if each.d is not None)
+        return f"Search of {self.plan.source.name}: {kept} of {len(self.trials)} trials accepted" + (
+            f"; {told} {self.held_out[0].unit}" if told else ""
+        )
+
+    def frame_rows(self) -> Rows:
+        keys = ("label", "rule", "d", "se", "accepted", "alone", "predicted", "layer_forwards", "seconds", "raced")
+        return [{key: getattr(trial, key) for key in keys} for trial in self.trials]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """The trials that were accepted, and every trial's change in order."""
+        return [r for r in self.frame_rows() if r["accepted"]], [t.d for t in self.trials if t.d is not None]
 
     def families(self) -> dict[str, dict[str, int]]:
         """Counts per metric, plain and data: which of them wins.
