@@ -517,6 +517,9 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         near = f"{near}; {crowded}" if near else crowded
     why = Why(Kind.RULE, cut.reason).also(near)
     line = replace(line, full_rank=len(s), threshold=cut.threshold, sigma=cut.sigma, why=why)
+    if spectra.delta is not None and spectra.delta.changes[matrix.name].kind is Verdict.CAST:  # what shows is rounding
+        line = replace(line, why=Why(Kind.NO_DIFFERENCE, f"{Verdict.CAST}: no difference to cut"))
+        return replace(line, rank=0, energy_kept=1.0)
     if not s.any():
         return replace(line, rank=0, energy_kept=1.0)
     if spectra.seen is not None:

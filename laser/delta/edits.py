@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from laser.delta.difference import whitening
+from laser.delta.difference import as_merged, whitening
 from laser.errors import NumericalError
 from laser.spectral.certificate import SAFETY, Certificate, Truncation
 from laser.spectral.devices import Device, in_float64
@@ -33,7 +33,9 @@ class OfDifference:
     W: torch.Tensor
 
     def values(self, q: torch.Tensor, device: Device, method: str = "gram") -> Values:
-        return PLAIN.values(whitening(self.W, q, device)[1], in_float64(device), exact_method(q, method))
+        return PLAIN.values(
+            whitening(as_merged(self.W, q, device), q, device)[1], in_float64(device), exact_method(q, method)
+        )
 
     def visit(self, q: torch.Tensor, decide: Decide, device: Device, method: str = "gram") -> Factorised:
         """The truncation's matrix (m, n) is W and what is left of the difference, in the dtype of q, on the host."""
@@ -46,11 +48,12 @@ class OfDifference:
         self, q: torch.Tensor, decide: Decide, device: Device, method: str
     ) -> tuple[Factorised, torch.Tensor | None]:
         """The factorisation of the biwhitened difference, and W plus its cut (m, n) in float64, on the host."""
-        scales, D = whitening(self.W, q, device)
+        W = as_merged(self.W, q, device)  # as the spectrum was measured that the gains are of
+        scales, D = whitening(W, q, device)
         found = PLAIN.visit(D, decide, in_float64(device), exact_method(q, method))
         if found.truncation is None:
             return found, None
-        return found, self.W.cpu().double() + scales.undo(found.truncation.matrix.to(D.device)).cpu()
+        return found, W.cpu().double() + scales.undo(found.truncation.matrix.to(D.device)).cpu()
 
     def problems(
         self, name: str, q: torch.Tensor, B: torch.Tensor, half: torch.Tensor, gains: Gains, device: Device

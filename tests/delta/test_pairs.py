@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import EXPERTS, LAYERS, Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from helpers import tensors_in
-from hub_server import connect, serving
+from hub_server import Hub, connect, serving
 from huggingface_hub import close_session
 from merges import BF16, F16, F32, merged, update
 from models import WORDS, tensors, write_model
@@ -16,6 +16,7 @@ from test_delta import Q0, tune
 
 from laser.delta.edits import between
 from laser.outcome import Outcome
+from laser.reasons import Kind
 
 pytestmark = pytest.mark.slow
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -54,6 +55,18 @@ def test_other_dtypes(halved: Callable, tmp_path: Path, kinds: tuple[torch.dtype
     made, why = halved(base, tuned)
     assert why[EMBEDDING] == "cast: no difference to scale" and torch.equal(made[EMBEDDING], q[EMBEDDING])
     assert torch.equal(made[Q0], between(W[Q0], q[Q0], 0.5)) and made[Q0].dtype == kinds[1]
+
+
+def test_a_cut_takes_the_base_as_the_merge_did(run: Run, tmp_path: Path) -> None:
+    """A base in float32 that was cast before the merge: the cast's own rounding is in no difference."""
+    base = write_model(tmp_path / "base", lambda n, W: W.float() * 1.0001, dtype=F32)
+    tuned = write_model(tmp_path / "tuned", lambda n, W: adapt(n, (W.float() * 1.0001).to(BF16)), dtype=F32)
+    out = tmp_path / "out"
+    assert run("reduce", tuned, "--base", base, "-o", out)[0] == 0
+    plan = Outcome.load(out).plan
+    assert plan.reductions[Q0].rank in (3, 4)
+    assert not [line.name for line in plan.lines if line.why.kind is Kind.MEASURED]
+    assert run("verify", tuned, out, "--base", base)[0] == 0
 
 
 def test_a_resized_vocabulary_is_kept(halved: Callable, tmp_path: Path) -> None:
@@ -107,7 +120,7 @@ def test_fused_experts_against_unfused_ones(halved: Callable, tmp_path: Path, tu
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving() as server:
         connect(server, tmp_path / "cache", monkeypatch)
         yield server
@@ -115,7 +128,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("local", ["", "base", "tuned"])
-def test_on_the_hub(halved: Callable, hub: object, tmp_path: Path, local: str) -> None:
+def test_on_the_hub(halved: Callable, hub: Hub, tmp_path: Path, local: str) -> None:
     """By byte ranges, of other shards: both, or one of them while the other is a directory."""
     base, tuned = write_model(tmp_path / "base"), write_model(tmp_path / "tuned", tune, shards=3)
     hub.add("maker/base", base)

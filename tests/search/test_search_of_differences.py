@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,21 +65,25 @@ def test_it_is_one_after_the_other(grid: bool, pair: tuple[Checkpoint, Base], tu
     expected = naive_search(
         tuned, found, calibration, "any-drop", "layers", HOST, grid=grid, cut=functools.partial(cut_of, base=base)
     )
-    for memory in ({}, {"resident": None}, {"store": Store(0)}):
-        result = search(
+    memories: tuple[dict[str, Any], ...] = ({}, {"resident": None}, {"store": Store(0)})
+    results = [
+        search(
             LayeredModel(tuned, **memory), spectra, rules, calibration, [held_out], selection=selection,
             accept="any-drop", device=HOST, base=base, grid=grid,
-        )  # fmt: skip
+        )
+        for memory in memories
+    ]  # fmt: skip
+    for result in results:
         assert rows(result) == expected[0]
         assert result.calibration.after == weighted_mean(expected[2], calibration.weights)[0]
-        reductions = result.plan.reductions
-        assert {name: line.rank or 0 for name, line in reductions.items()} == expected[1]
+        assert {name: line.rank or 0 for name, line in result.plan.reductions.items()} == expected[1]
     if grid:
         return
+    result = results[0]
     assert {c.label for c in found} == set(ROLES)
     assert {t.rule for t in result.trials} == set(RULES)
     assert 0 < sum(t.accepted for t in result.trials) < len(result.trials)
-    assert {line.scale for line in reductions.values()} & {0.75, 0.25}
+    assert {line.scale for line in result.plan.reductions.values()} & {0.75, 0.25}
     # What is written by the plan is what was measured.
     reduce(tuned, result.plan, tmp_path / "out", base=base, device=HOST)
     write_tokenizer(tmp_path / "out")
