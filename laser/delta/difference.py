@@ -128,8 +128,10 @@ _BITS = {known.dtype for known in STORED_FLOATS.values()}
 
 
 def as_merged(W: torch.Tensor, q: torch.Tensor, device: Device) -> torch.Tensor:
-    """W, or W cast to the format of q if that leaves less of the biwhitened difference, as where a model was loaded in
-    another format before something was merged into it: its own rounding would stand beside that of the sum."""
+    """W, or W cast to the format of q if that leaves less of the biwhitened difference.
+
+    So it is where a model was loaded in another format before something was merged into it: its own rounding would
+    stand beside that of the sum."""
     if W.dtype == q.dtype or W.dtype not in _BITS or q.dtype not in _BITS or q.ndim != 2 or not q.numel():
         return W
     cast = W.to(q.dtype)

@@ -36,8 +36,8 @@ from laser.delta.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
 CHECK = 10  # steps between two looks at the bits
-# Of an interval's width, what is kept from its ends, times the unknowns per interval: a sequence that nears an interval
-# from outside would else never be inside, and the fewer the unknowns, the nearer to some ends the only solution lies.
+# Of an interval's width, what is kept from its ends, times the unknowns per interval. A sequence that nears an interval
+# from outside would else never be inside. And the fewer the unknowns, the nearer to some ends the only solution lies.
 INSIDE, LARGEST_MARGIN = 0.14, 2**-6
 # First so much more that hardly all intervals can be met: that leads to the middle of what is possible, nearer to BA.
 # Steps are kept short there, for where nothing meets all, L has no sense.

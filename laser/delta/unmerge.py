@@ -1,8 +1,8 @@
 """unmerge: a fine-tune as its base and an adapter, to the last bit.
 
-Every matrix of the tuned checkpoint is written down in the shortest way that gives its stored bits again: it is the
-base's, or that cast or scaled, or the base's with an update of low rank and the few entries that the formula misses, or
-it is kept whole. Each is put together again from what is about to be written, and compared, before it counts.
+Every matrix of the tuned checkpoint is written down in the shortest way that gives its stored bits again. It is the
+base's, or that cast or scaled. It is the base's with an update of low rank and the few entries that the formula misses.
+Or it is kept whole. Each is put together again from what is about to be written, and compared, before it counts.
 
 ADAPTER/ holds
 

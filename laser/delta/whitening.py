@@ -1,7 +1,7 @@
 """Biwhitening: rows and columns scaled so that noise of known, unequal variances has a known edge.
 
-Landa, Zhang and Kluger (2022): if E[N_ij] = 0 and E[N_ij^2] = V_ij, and positive r (m,), c (n,) make every row and
-column of r_i^2 V_ij c_j^2 have mean 1, then the singular values of diag(r) N diag(c) follow the Marchenko-Pastur law
+Landa, Zhang and Kluger (2022): let E[N_ij] = 0 and E[N_ij^2] = V_ij, and let positive r (m,), c (n,) make every row and
+column of r_i^2 V_ij c_j^2 have mean 1. Then the singular values of diag(r) N diag(c) follow the Marchenko-Pastur law
 with sigma = 1. So the largest lies near sqrt(m) + sqrt(n), and nothing has to be estimated. r and c come from
 Sinkhorn's iteration.
 """
