@@ -103,9 +103,11 @@ def calibrate(
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
-    diagonal: only the diagonal of C, cheap and small, as ASVD goes by. shrink: shrink the moments when they are used
-    (Ledoit-Wolf), for texts with fewer tokens than dimensions. full_side: see FULL_SIDE. wide: what is kept of inputs
-    wider than that. It is the moment of their "outputs", or their "diagonal". `anew` drops the partial work of another
+    diagonal: only the diagonal of C, cheap and small, as ASVD goes by.
+    shrink: shrink the moments when they are used (Ledoit-Wolf), for texts with fewer tokens than dimensions.
+    full_side: see FULL_SIDE.
+    wide: what is kept of inputs wider than that. It is the moment of their "outputs", or their "diagonal".
+    `anew` drops the partial work of another
     calibration. A calibration that was killed when all but tidying up was done is found whole.
     `tick` is called with each layer.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has

@@ -1,8 +1,8 @@
 """What is written in the place of a fine-tune's matrix: its base and part of the difference, cut or scaled.
 
 Cutting is as everywhere in laser, of one more matrix: the biwhitened difference, whose noise has sigma = 1. Scaling
-needs no spectrum, so it holds for tensors of any shape: W + c (q - W) with W of the base and q of the fine-tune. That is
-W at c = 0 and q at c = 1 (Wortsman et al. 2022, WiSE-FT). Both are computed in float64 and rounded once, to the
+needs no spectrum, so it holds for tensors of any shape: W + c (q - W) with W of the base and q of the fine-tune. That
+is W at c = 0 and q at c = 1 (Wortsman et al. 2022, WiSE-FT). Both are computed in float64 and rounded once, to the
 format of q. An entry that the fine-tune did not move keeps its bits when it is scaled, the sign of a zero too.
 """
 

@@ -4,10 +4,10 @@ Q stands for W (m, n): quantised, pruned or reduced. With D = W - Q, x the input
 
     E ||(D - B A) x||^2 = ||(D - B A) C^(1/2)||_F^2
 
-is least over all B (m, r) and A (r, n) for B = U and A = U^T D. U (m, r) are the leading left singular vectors of
-D C^(1/2), and what is left is the tail of the squared singular values (EoRA, arXiv 2410.21271, whose C^(-1/2) cancels;
-see data_metric.py). With C = I this is the truncated SVD of D. The first r columns of B, with the first r rows of A, are
-the best of rank r, so that one factorisation serves every rank up to its own.
+is least over all B (m, r) and A (r, n) for B = U and A = U^T D. U (m, r) are the leading left singular vectors of D
+C^(1/2), and what is left is the tail of the squared singular values (EoRA, arXiv 2410.21271, whose C^(-1/2) cancels;
+see data_metric.py). With C = I this is the truncated SVD of D. The first r columns of B, with the first r rows of A,
+are the best of rank r, so that one factorisation serves every rank up to its own.
 """
 
 from __future__ import annotations
