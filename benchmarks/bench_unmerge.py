@@ -1,17 +1,29 @@
 """How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
 
     python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
+    python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
+    python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
 
 Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
 types. Beside the error stands that of the truncated SVD of the difference at the true rank, which is what
 mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are no adapters, and how many were called one.
+--costs: seconds and peak memory of one matrix and of two at once. --end-to-end: a LoRA trained and merged by PEFT,
+taken apart, made again, and loaded by PEFT on the base (needs peft and transformers).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import json
+import resource
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import smoke
 import torch
@@ -19,6 +31,7 @@ import torch
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
+from laser.delta.formulas import Formula
 from laser.delta.recover import recover, vote
 from laser.selection import Selection
 from laser.spectral.devices import HOST
@@ -119,13 +132,134 @@ def refusals(weights: list[torch.Tensor], count: int) -> int:
     """How many of so many changes that are no adapters were called one."""
     called: dict[str, list[int]] = {}
     for number in range(count):
+        print(f"{number} of {count}", end="\r", file=sys.stderr)
         kind, W, q = no_adapters(weights[number % len(weights)], number)
         counts = called.setdefault(kind, [0, 0])
         counts[0] += 1
-        counts[1] += recover(W, q, changed(W, q)) is not None
+        change = changed(W, q)
+        told = change.kind in (Verdict.LOW_RANK, Verdict.FAINT)  # as unmerge asks
+        counts[1] += told and recover(W, q, change) is not None
     for kind, (tried, wrong) in called.items():
         print(f"{kind}: {wrong} of {tried} called an adapter", flush=True)
     return sum(wrong for _, wrong in called.values())
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def cost(rows: int, columns: int, workers: int) -> None:
+    """Prints a row: so many matrices at once, each by a thread, in this process alone."""
+    torch.manual_seed(0)
+    drawn = [(0.02 * torch.randn(rows, columns)).to(BF16) for _ in range(workers)]
+    pairs = [(W, merged(W, low_rank(W, 16, 5e-3, 1, 0.9), "once")) for W in drawn]
+    before = peak_rss()
+
+    def one(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float, int]:
+        start = time.perf_counter()
+        change = changed(*pair)
+        told = time.perf_counter()
+        found = recover(*pair, change, 16, True, (Formula("once"),))
+        assert found is not None
+        return told - start, time.perf_counter() - told, found.rounds
+
+    with ThreadPoolExecutor(workers) as pool:
+        spectrum, solving, rounds = (max(each) for each in zip(*pool.map(one, pairs), strict=True))
+    row = (
+        f"{rows}x{columns}",
+        workers,
+        f"{spectrum:.1f}",
+        f"{solving:.1f}",
+        rounds,
+        f"{(peak_rss() - before) / 1e6:.0f}",
+    )
+    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def peak_rss() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def costs(shapes: list[str], model: str) -> None:
+    print(
+        "| matrix | at once | s spectrum | s solving | rounds | MB at the peak |\n|---|---|---|---|---|---|", flush=True
+    )
+    for shape, workers in itertools.product(shapes, (1, 2)):
+        subprocess.run([sys.executable, __file__, model, "--cost", f"{shape}x{workers}"], check=True)
+
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+
+
+def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts: int) -> None:
+    """A LoRA of rank 16 trained and merged by PEFT, taken apart and made again; every figure in a line.
+
+    modules: that are adapted; experts: layers whose experts are adapted as parameters, of a model that has them
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=BF16).eval()
+
+    torch.manual_seed(0)
+    model: Any = load(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(base))
+    sparse = "num_local_experts" in json.loads((base / "config.json").read_text())
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=modules)
+    if sparse:
+        layers = [f"model.layers.{i}.mlp.experts" for i in range(experts)]
+        config.target_parameters = [f"{layer}.{p}" for layer in layers for p in ("gate_up_proj", "down_proj")]
+    model = get_peft_model(model, config)  # pyright: ignore[reportAssignmentType]
+    text = "\n".join(path.read_text() for path in sorted((Path(__file__).parents[1] / "docs" / "log").glob("2026*.md")))
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for step in range(steps):
+        window = ids[128 * step : 128 * (step + 1)][None]
+        loss = model(window, labels=window).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        print(f"step {step} loss {float(loss):.3f}", end="\r", file=sys.stderr)
+    model.eval().save_pretrained(folder / "lora")
+    model.merge_and_unload().save_pretrained(folder / "tuned")
+    laser = [sys.executable, "-m", "laser"]
+    for words in (
+        ["unmerge", base, folder / "tuned", "-o", folder / "adapter"],
+        ["rebuild", base, folder / "adapter", "-o", folder / "again"],
+        ["verify", folder / "adapter", folder / "again"],
+        ["rebuild", base, folder / "lora", "-o", folder / "merged"],
+    ):
+        start = time.perf_counter()
+        subprocess.run([*laser, *map(str, words)], check=True)
+        print(f"laser {words[0]}: {time.perf_counter() - start:.1f} s", flush=True)
+    same = {name: hashes(folder / name) == hashes(folder / "tuned") for name in ("again", "merged")}
+    print(f"shards equal by sha256: rebuilt {same['again']}, laser's merge of PEFT's adapter {same['merged']}")
+    merged_by_peft = PeftModel.from_pretrained(load(base), folder / "adapter").merge_and_unload()
+    reference, window = load(folder / "tuned"), ids[-128:][None]
+    with torch.no_grad():
+        mine, theirs, before = (x(window).logits.float() for x in (merged_by_peft, reference, load(base)))
+    differ = sum(int((a != b).sum()) for a, b in zip(merged_by_peft.parameters(), reference.parameters(), strict=True))
+    off, moved = (float((x - theirs).abs().mean()) for x in (mine, before))
+    print(
+        f"PEFT's merge of the adapter on the base: {differ} weights differ; logits equal: {torch.equal(mine, theirs)}, "
+        f"mean difference {off:.2g}, of the base {moved:.2g}"
+    )
+    sizes = {
+        name: (folder / "adapter" / name).stat().st_size
+        for name in ("adapter_model.safetensors", "remainder.safetensors")
+    }
+    whole = sum(path.stat().st_size for path in (folder / "tuned").glob("*.safetensors"))
+    lora = sum(path.stat().st_size for path in (folder / "lora").glob("*.safetensors"))
+    print(
+        f"MB: tuned {whole / 1e6:.1f}, "
+        + ", ".join(f"{n} {s / 1e6:.3f}" for n, s in sizes.items())
+        + f", PEFT's own {lora / 1e6:.3f}"
+    )
+
+
+def hashes(folder: Path) -> set[str]:
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
 
 def main() -> None:
@@ -135,10 +269,22 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,16,32")
     parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
     parser.add_argument("--refusals", type=int, default=0)
+    parser.add_argument("--costs", default="")
+    parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--end-to-end", type=Path)
+    parser.add_argument("--modules", default="q_proj,k_proj,v_proj,o_proj")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--experts", type=int, default=2)
     asked = smoke.parse(
         parser,
         lambda folder: [smoke.pico(folder), "--matrices", 1, "--ranks", "1", "--shares", "3e-2", "--refusals", 2],
     )
+    if asked.cost:
+        return cost(*map(int, asked.cost.split("x")))
+    if asked.costs:
+        return costs(asked.costs.split(","), asked.model)
+    if asked.end_to_end:
+        return end_to_end(Path(asked.model), asked.end_to_end, asked.modules.split(","), asked.steps, asked.experts)
     checkpoint = open_checkpoint(asked.model)
     chosen = [m for m in list_matrices(checkpoint) if Selection().why_not(m) is None]
     step = max(len(chosen) // asked.matrices - 1, 1)  # of no whole number of layers: another role each time

@@ -1,7 +1,7 @@
 """laser: random-matrix rank reduction for language-model checkpoints, in the memory of one matrix.
 
 checkpoint = laser.open_checkpoint("path/to/Mixtral-8x7B-Instruct-v0.1")
-spectra = laser.scan(checkpoint)
+spectra = laser.scan(checkpoint, device="cpu")
 plan = laser.make_plan(spectra, "laser-rmt", lowest_snr=15)
 outcome = laser.reduce(checkpoint, plan, Path("reduced"))
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from laser.outcome import Outcome
     from laser.pipeline import reduce, scan
     from laser.plan import Plan, PlanLine, empty_plan, make_plan
+    from laser.report.plots import plot_heat_map, plot_spectrum
     from laser.report.publish import write_card
     from laser.selection import Selection
     from laser.spectra import Spectra
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from laser.spectral.devices import Device, choose_device
     from laser.spectral.factorise import singular_values, truncate
     from laser.spectral.rules import RULES, Cut, apply_rule
+    from laser.summary import Summary, summarise
     from laser.verification import Verification, verify
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "RecordError",
     "Selection",
     "Spectra",
+    "Summary",
     "Truncation",
     "UsageError",
     "Verification",
@@ -71,9 +74,12 @@ __all__ = [
     "make_plan",
     "null_test",
     "open_checkpoint",
+    "plot_heat_map",
+    "plot_spectrum",
     "reduce",
     "scan",
     "singular_values",
+    "summarise",
     "truncate",
     "verify",
     "write_card",
@@ -123,6 +129,10 @@ _HOMES = {
         "empty_plan",
         "make_plan",
     ),
+    "report.plots": (
+        "plot_heat_map",
+        "plot_spectrum",
+    ),
     "report.publish": ("write_card",),
     "selection": ("Selection",),
     "spectra": ("Spectra",),
@@ -143,6 +153,10 @@ _HOMES = {
         "Cut",
         "apply_rule",
     ),
+    "summary": (
+        "Summary",
+        "summarise",
+    ),
     "verification": (
         "Verification",
         "verify",
@@ -151,6 +165,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("laser-rmt")
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

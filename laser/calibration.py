@@ -18,7 +18,7 @@ import torch
 
 from laser.calibration_parts import Parts
 from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, by_whole_shards
+from laser.checkpoint.reader import Checkpoint, by_whole_shards, opened_checkpoint
 from laser.checkpoint.source import Source, require_unchanged
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
@@ -87,9 +87,9 @@ class Accumulator:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     windows: Windows,
-    path: Path,
+    path: str | Path,
     selection: Selection | None = None,
     *,
     diagonal: bool = False,
@@ -112,7 +112,7 @@ def calibrate(
     dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
     kind.
     """
-    selection = selection or Selection()
+    selection, checkpoint, path = selection or Selection(), opened_checkpoint(checkpoint), Path(path)
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 ROUNDS = 300  # steps of the solver behind `laser unmerge`, per matrix and rank, at the most
+# What a search tries of the differences from a base, mildest first.
+OF_DIFFERENCES = ("rounding", "scale:0.75", "scale:0.5", "scale:0.25")
 WINDOW = 512  # tokens of a text that are scored at once, BOS included
 # d: mean paired change of the objective (lower is better), se: its standard error. `better` also asks for d < 0: an
 # expert that no calibration token reaches gives d = se = 0, and what was not measured is not better.

@@ -11,6 +11,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import OnCheck, is_settled, require_run
+from laser.delta.base import Base
 from laser.engine.crew import Crew
 from laser.files import unfinished
 from laser.journal import Journal
@@ -21,6 +22,7 @@ from laser.pipeline import (
     records_of,
     reduce,
     reduce_in_one_pass,
+    require_base_apart,
     run_of_pass,
     run_of_plan,
     run_of_scan,
@@ -31,7 +33,7 @@ from laser.pipeline import (
 from laser.plan import Plan, Treatment
 from laser.report.publish import write_card
 from laser.selection import Selection
-from laser.spectra import ENTRY, Spectra
+from laser.spectra import ENTRY, OF_DIFFERENCE, Spectra
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def run(
     method: str = "gram",
     null_draws: int = 0,
     moments: Moments | None = None,
+    base: Base | None = None,
     treatment: Treatment | None = None,
     rules: Sequence[str] = (),
     resume: bool = False,
@@ -69,14 +72,16 @@ def run(
     OUT/laser, which `records_of` names. `null_draws` permutations are scanned as well, for rules that ask, and with
     `moments` the spectra in the metric of the data. `rules` are those that `choose` asks, see `scan`.
     With `treatment`, under which `choose` judges each matrix by itself, both are done in one visit to each matrix;
-    FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice.
+    FP8 matrices, written with scales of their own, and all of them with `moments`, are visited twice. With `base` what
+    is measured and cut is the difference from it.
     `command` stands in the card, and `name`, by default that of `out`. The callbacks are called per scanned matrix,
     per reduced matrix with its seconds, and with how many bytes of an earlier run were read again, of how many.
     """
     name = name or out.resolve().name
+    require_base_apart(base, out)
     with writing(checkpoint, out, resume=resume, force=force) as place:
         made = _run_in(
-            place, checkpoint, selection, choose, crew, method, null_draws, moments, treatment, rules, on_scan,
+            place, checkpoint, selection, choose, crew, method, null_draws, moments, base, treatment, rules, on_scan,
             on_reduce, on_check,
         )  # fmt: skip
         write_card(place, checkpoint, name=name, commands=(command,) if command else ())
@@ -92,6 +97,7 @@ def _run_in(
     method: str,
     null_draws: int,
     moments: Moments | None,
+    base: Base | None,
     treatment: Treatment | None,
     rules: Sequence[str],
     on_scan: Callable[[Matrix], None],
@@ -107,21 +113,21 @@ def _run_in(
             on_reduce(matrix, seconds)
 
         spectra, plan, outcome = reduce_in_one_pass(
-            checkpoint, out, selection, treatment, choose, crew=crew, method=method, null_draws=null_draws, tick=tick,
-            on_check=on_check,
+            checkpoint, out, selection, treatment, choose, crew=crew, method=method, null_draws=null_draws, base=base,
+            tick=tick, on_check=on_check,
         )  # fmt: skip
         return Result(spectra, plan, outcome)
     # Of a finished output nothing is touched before it is known to be of this very run.
-    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
+    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments, base)
     if spectra is None:
-        spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments, rules=rules)
+        spectra = scan_into(path, checkpoint, selection, crew, method, on_scan, null_draws, moments, base, rules=rules)
     else:
         tidy_spectra(path)
     plan = choose(spectra)
     _require_plan(out, plan, outcome)
     del outcome  # it is read again, and of very many matrices two take more than all else
     plan.save(records_of(out) / "plan.json")
-    options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments}
+    options: dict[str, Any] = {"crew": crew, "method": method, "moments": moments, "base": base}
     outcome = reduce(checkpoint, plan, out, **options, resume=True, tick=on_reduce, on_check=on_check)
     return Result(spectra, plan, outcome)
 
@@ -136,6 +142,7 @@ def require_same_run(
     method: str,
     null_draws: int = 0,
     moments: Moments | None = None,
+    base: Base | None = None,
     treatment: Treatment | None = None,
     rules: Sequence[str] = (),
 ) -> None:
@@ -144,11 +151,13 @@ def require_same_run(
     choose: None where that takes a search, whose journal is compared by itself.
     """
     if treatment is not None and _in_one_pass(checkpoint, out, moments):
-        return require_run(checkpoint, out, run_of_pass(checkpoint, selection, treatment, crew, method, null_draws))
-    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments)
+        asked = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws, base)
+        return require_run(checkpoint, out, asked)
+    outcome, spectra = _found_spectra(out, checkpoint, selection, crew, method, null_draws, moments, base)
     if spectra is None:
         journal = unfinished(records_of(out) / "spectra.safetensors")
-        Journal.require(journal, run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules), (ENTRY,))
+        asked = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules, base)
+        Journal.require(journal, asked, (ENTRY, OF_DIFFERENCE))
     elif choose is not None:
         plan = choose(spectra)
         _require_plan(out, plan, outcome)
@@ -168,6 +177,7 @@ def _found_spectra(
     method: str,
     null_draws: int,
     moments: Moments | None,
+    base: Base | None,
 ) -> tuple[Outcome | None, Spectra | None]:
     """The outcome in `out`, if all is done there, and its spectra, if they are of this scan.
 
@@ -176,8 +186,9 @@ def _found_spectra(
     path = records_of(out) / "spectra.safetensors"
     outcome = Outcome.load(out) if is_settled(checkpoint, out) else None
     if outcome is not None:
-        outcome.plan.source.require(checkpoint, "output")
-    spectra = spectra_there(path, checkpoint, selection, crew, method, null_draws, moments) if path.exists() else None
+        outcome.plan.require_source(checkpoint, base, "output")
+    how = (crew, method, null_draws, moments, base)
+    spectra = spectra_there(path, checkpoint, selection, *how) if path.exists() else None
     if outcome is not None and spectra is None and path.exists():
         raise of_another_run(out)
     return outcome, spectra

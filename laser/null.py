@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.reader import Checkpoint, opened_checkpoint
 from laser.checkpoint.source import Source, require_unchanged
 from laser.delta.base import Base
 from laser.errors import NumericalError, UsageError
@@ -19,7 +20,7 @@ from laser.pipeline import describe_failure
 from laser.records import SPARSE, Record
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device
+from laser.spectral.devices import Device, device_of
 from laser.spectral.factorise import check_storage, singular_values, to_device_if_it_fits
 from laser.spectral.permutation import NULL_ORDER, PERMUTATIONS, largest_singular_value, permuted
 from laser.spectral.rules import TESTED, apply_rule, draws_needed, parse_rule
@@ -63,7 +64,7 @@ class _Counts:
 
 
 def null_test(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     selection: Selection | None = None,
     *,
     rules: Sequence[str] = TESTED,
@@ -71,7 +72,7 @@ def null_test(
     draws: int = 1,
     spectra: Spectra | None = None,
     base: Base | None = None,
-    device: Device | None = None,
+    device: Device | str | None = None,
     method: str = "gram",
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> NullTest:
@@ -84,9 +85,10 @@ def null_test(
     all. Raises UsageError for an unknown rule or permutation, or no draws.
     """
     check_test(rules, permutation, draws)
+    checkpoint = opened_checkpoint(checkpoint)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)
-    selection, device = selection or Selection(), device or choose_device()
+    selection, device = selection or Selection(), device_of(device)
     source, matrices = Source.of(checkpoint) if base is None else base.source, list_matrices(checkpoint)
     if spectra is not None:
         if base is None:

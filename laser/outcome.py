@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,6 +12,7 @@ import numpy as np
 from laser.checkpoint.at_rest import wrong_names
 from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
+from laser.notebook import Rows, Shown
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.records import Misfit, Record, decode, fields_of, under
@@ -36,15 +37,16 @@ class _MayBeMissing(TypedDict, total=False):
 class Entry(_MayBeMissing):
     """What was measured of one matrix when it was cut, see `Outcome`."""
 
-    rank: int
-    full_rank: int
+    rank: int | None  # None where a tensor was scaled that is no matrix
+    full_rank: int | None
     energy_kept: float
     residual: float
     method: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome(
+    Shown,
     Record,
     kind="outcome",
     version=2,
@@ -65,6 +67,19 @@ class Outcome(
     shards: Mapping[str, str | None]
     run: Mapping[str, Any]
     left_out: tuple[str, ...]  # files of the source that were not copied: other copies of weights, adapters, states
+
+    def headline(self) -> str:
+        made = f"{len(self.matrices)} matrices reduced, {len(self.shards)} files"
+        return f"Outcome of {self.plan.source.name} by {self.plan.rule}: {made}"
+
+    def frame_rows(self) -> Rows:
+        return [{"matrix": name, **entry} for name, entry in self.matrices.items()]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix, and the energy that each kept."""
+        keys = ("rank", "full_rank", "energy_kept", "residual")
+        rows = [{"matrix": name} | {key: entry[key] for key in keys} for name, entry in self.matrices.items()]
+        return rows, [entry["energy_kept"] for entry in self.matrices.values()]
 
     @classmethod
     def load(cls, path: Path, *, as_written: bool = True) -> Outcome:
@@ -103,7 +118,7 @@ def wrong_entries(entries: Mapping[str, Entry]) -> str | None:
     for name, entry in entries.items():
         if negative := under(entry, 0, *NOT_NEGATIVE):
             return f"matrix {name}: {negative}"
-        if entry["rank"] > entry["full_rank"] or entry["energy_kept"] > 1 + CLOSE:
+        if (entry["rank"] or 0) > (entry["full_rank"] or 0) or entry["energy_kept"] > 1 + CLOSE:
             message = f"rank {entry['rank']} of {entry['full_rank']}, energy_kept {entry['energy_kept']}"
             return f"matrix {name}: {message}, expected no more than the whole matrix"
     return None
@@ -118,6 +133,9 @@ def check_entries(found: Any, where: str) -> None:
 
 def entry_of(line: PlanLine, result: Truncation) -> dict[str, Any]:
     """A matrix's entry in laser.json: what was measured, whatever the line says."""
+    if line.scale is not None:
+        found = {"rank": line.rank, "full_rank": line.full_rank, "snr": None, "over_threshold": None}
+        return found | asdict(result.certificate)
     s, shape = result.singular_values, (result.matrix.shape[0], result.matrix.shape[1])
     rank = int(np.count_nonzero(line.gains.of(s, shape)))  # a shrinker may take more values to 0 than the line says
     over = None if line.threshold is None else int(np.count_nonzero(s > line.threshold))

@@ -11,7 +11,7 @@ pass may differ from a scan's in the last digits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.hub import drop
 from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.quantised import quantise
-from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards, opened_checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
@@ -33,16 +33,19 @@ from laser.checkpoint.swap import require_place, writing
 from laser.checkpoint.writer import (
     JOURNAL,
     RECORDS,
+    Describe,
     MakeNew,
     MakeShards,
     OnCheck,
     elsewhere_is_not_here,
     prepare_output,
+    require_outside,
     write_checkpoint,
     write_part,
 )
-from laser.delta.base import Base
+from laser.delta.base import Base, Delta
 from laser.delta.difference import Verdict, judge_difference
+from laser.delta.edits import OfDifference, exact_method, scaled
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -55,11 +58,13 @@ from laser.plan import Plan, PlanLine, Treatment, line_of
 from laser.reasons import Kind, Why
 from laser.selection import Selection
 from laser.spectra import ENTRY, OF_DIFFERENCE, InData, Measured, Spectra, SpectraHeader, assemble, from_entry, to_entry
+from laser.spectral.certificate import Truncation
 from laser.spectral.data_metric import relative_error
-from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.devices import Device, device_of, in_float64
 from laser.spectral.factorise import METHODS, Spectrum, to_device_if_it_fits
 from laser.spectral.metric import PLAIN
 from laser.spectral.permutation import NULL_ORDER, null_largest
+from laser.spectral.rules import scale_in
 from laser.spectral.shrinkage import Gains
 from laser.spectral.spectrum import doubt_by, excess_kurtosis
 
@@ -109,12 +114,12 @@ class Scan:
         change, D = base.difference(matrix, W, device, matrix.name not in self.compared)
         if D is None:
             reason = f"skipped: {change.kind}, so there is no difference to factorise"
+            if matrix.name in self.compared:
+                reason = "skipped: its entries alone were compared"
             return Measured(np.empty(0), np.empty(0), skipped=reason, change=change)
         if change.kind is Verdict.SAME:  # a zero matrix, whose values are known
             return Measured(np.zeros(min(matrix.shape)), np.zeros(self.null_draws), 0.0, change=change)
-        # An update lies so far over float32's rounding that squares of both do not fit into float64.
-        method = "svd" if matrix.dtype == "F32" else self.method
-        measured = measured_of(D, in_float64(device), method, self.null_draws)
+        measured = measured_of(D, in_float64(device), exact_method(W, self.method), self.null_draws)
         if measured.skipped is None:
             change = judge_difference(change, measured.values, (matrix.shape[0], matrix.shape[1]))
         return replace(measured, change=change)
@@ -125,16 +130,21 @@ class Reduction:
     """A visit that cuts as the matrix's line of a plan says, in the line's metric.
 
     moments: of lines in the metric of the data. fresh: moments of another text, on which each edit is measured.
+    base: of lines about differences.
     """
 
     method: str
     lines: Mapping[str, PlanLine]
     moments: Moments | None = None
     fresh: Moments | None = None
+    base: Base | None = None
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host. Raises NumericalError where no method meets its certificate."""
         line = self.lines[matrix.name]
+        if self.base is not None:
+            found = edit_of_difference(line, self.base.weights(matrix), W, device, self.method)
+            return Visited(None, found.matrix.cpu(), entry_of(line, found))
         try:
             metric = metric_of(line.metric, line.name, W, self.moments)
             found = metric.visit(W, lambda _: line.gains, device, self.method).truncation
@@ -145,11 +155,29 @@ class Reduction:
         return Visited(None, new, entry_of(line, found) | on_fresh_text(W, new, line, self.fresh))
 
 
+def edit_of_difference(
+    line: PlanLine, W: torch.Tensor, q: torch.Tensor, device: Device, method: str = "gram"
+) -> Truncation:
+    """The tuned q (m, n), or of any shape where it is scaled, with its difference from the base's W as its line says.
+
+    Raises NumericalError where no method meets its certificate.
+    """
+    try:
+        if line.scale is not None:
+            return scaled(W, q, line.scale)
+        found = OfDifference(W).visit(q, lambda _: line.gains, device, method).truncation
+    except NumericalError as error:
+        raise NumericalError(f"{line.name}: {error}", error.residual) from error
+    assert found is not None, "gains were given"
+    return found
+
+
 @dataclass(frozen=True)
 class OnePass:
     """A visit that measures, judges the matrix by its own spectrum, and cuts it if the verdict says so.
 
-    label: of the device, as the verdict states it, see `Spectra.device`.
+    label: of the device, as the verdict states it, see `Spectra.device`. base, compared: as in `Scan`; of differences
+    the spectrum comes first, and the factors of those that are cut behind it.
     """
 
     method: str
@@ -158,9 +186,19 @@ class OnePass:
     selection: Selection
     label: str
     null_draws: int = 0
+    base: Base | None = None
+    compared: frozenset[str] = frozenset()
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> Visited:
         """W (m, n) on the host. Raises NumericalError where only the truncation fails."""
+        if self.base is not None:
+            scan = Scan(self.method, self.null_draws, base=self.base, compared=self.compared)
+            measured = scan.difference(self.base, matrix, W, device)
+            line = self.line(matrix, measured)
+            if line.action != "reduce":
+                return Visited(measured)
+            found = edit_of_difference(line, self.base.weights(matrix), W, device, self.method)
+            return Visited(measured, found.matrix.cpu(), entry_of(line, found))
         line = None
 
         def decide(s: Spectrum) -> Gains | None:
@@ -189,9 +227,16 @@ class OnePass:
         """The plan's line of one matrix by what was measured of it alone."""
         nulls = {matrix.name: measured.null} if len(measured.null) else {}
         kurtosis = {} if measured.kurtosis is None else {matrix.name: measured.kurtosis}
-        values = {matrix.name: measured.values}
+        values, skipped = {matrix.name: measured.values}, {}
+        if measured.skipped is not None:
+            values, skipped = {}, {matrix.name: Why(Kind.FAILED, measured.skipped)}
         steps = {matrix.name: measured.step}
-        spectra = Spectra(self.source, (matrix,), values, {}, self.method, self.label, nulls, kurtosis, steps=steps)
+        spectra = Spectra(
+            self.source, (matrix,), values, skipped, self.method, self.label, nulls, kurtosis, steps=steps
+        )
+        if self.base is not None and measured.change is not None:
+            changes = {matrix.name: measured.change}
+            spectra = replace(spectra, delta=Delta(self.base.pair.base, self.base.pair.tuned, changes))
         return line_of(spectra, matrix, self.treatment, self.selection)
 
 
@@ -249,6 +294,11 @@ def selected_of(checkpoint: Checkpoint, selection: Selection) -> tuple[list[Matr
     return matrices, {m.name: why for m in matrices if (why := selection.why_not(m))}
 
 
+def visited_of(matrices: Iterable[Matrix], skipped: Container[str], base: Base | None) -> list[Matrix]:
+    """What is read: what is not skipped, and with a base all whose entries can be compared."""
+    return [m for m in matrices if m.name not in skipped or (base is not None and m.dtype in TORCH)]
+
+
 def run_of(kind: str, version: int, checkpoint: Checkpoint, method: str, crew: Crew, **more: Any) -> dict[str, Any]:
     """What a journal is identified by: neither its output's place nor who did the work."""
     stated = Source.of(checkpoint).stated()
@@ -284,18 +334,16 @@ def run_of_scan(
     more: dict[str, Any] = {"moments": moments.calibration.identity} if moments else {}
     if rules and crew.devices[0].dtype == torch.float32:  # in float64 they change nothing
         more |= {"rules": sorted(rules)}
-    if base is not None:
-        there = Source.of(base.checkpoint)
-        more["base"] = [there.identity, there.weights.short]
+    more |= base.stated() if base else {}
     more |= {"selection": selection.describe(), **drawn_as(null_draws)}
     return run_of("scan journal", SpectraHeader.version, checkpoint, method, crew, **more)
 
 
 def scan(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     selection: Selection | None = None,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     crew: Crew | None = None,
     method: str = "gram",
     journal: Path | None = None,
@@ -308,10 +356,11 @@ def scan(
 ) -> Spectra:
     """Singular values of every selected matrix; the others are listed with the reason why not.
 
-    `crew` says who computes, by default `device` and, on the host, as many workers as cores and memory allow; the
-    result does not depend on how many they are. In memory are the workers' matrices and two read ahead. With `journal`,
-    each result is appended to that file at once and an interrupted scan goes on from there; the caller removes it when
-    the spectra are saved, and with `anew` one of another scan is dropped. `tick` is called per matrix.
+    checkpoint: opened, or its directory or Hub id. device: chosen, or its name. `crew` says who computes, by default
+    `device` and, on the host, as many workers as cores and memory allow; the result does not depend on how many they
+    are. In memory are the workers' matrices and two read ahead. With `journal`, each result is appended to that file at
+    once and an interrupted scan goes on from there. The caller removes it when the spectra are saved, and with `anew`
+    one of another scan is dropped. `tick` is called per matrix.
 
     A matrix with NaN or Inf, or one that no method can factorise, is skipped with its reason. `null_draws` permutations
     of each matrix are measured too, by their largest singular value: what the rule `parallel` needs. With `moments` the
@@ -321,21 +370,37 @@ def scan(
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
-    selection, crew = selection or Selection(), crew or Crew((device or choose_device(),))
+    checkpoint = opened_checkpoint(checkpoint)
+    selection, crew = selection or Selection(), crew or Crew((device_of(device),))
     check_scan(method, null_draws)
     if moments is not None:
         moments.source.require(checkpoint, "moments")
     matrices, skipped = selected_of(checkpoint, selection)
     run = run_of_scan(checkpoint, selection, crew, method, null_draws, moments, rules, base)
-    todo = most_expensive_first([m for m in matrices if m.name not in skipped or (base and m.dtype in TORCH)])
+    todo = most_expensive_first(visited_of(matrices, skipped, base))
     work = Scan(method, null_draws, moments, tuple(rules), base, frozenset(skipped))
     with Journal(journal, run, shapes=(ENTRY, OF_DIFFERENCE), anew=anew) if journal else nullcontext() as log:
         found = _measure(checkpoint, todo, work, crew, log, tick)
         if base is not None:
             with spoiling(log):
                 base.require_unchanged()
+    return spectra_of(checkpoint, matrices, found, skipped, method, crew.label, null_draws, moments, base)
+
+
+def spectra_of(
+    checkpoint: Checkpoint,
+    matrices: Sequence[Matrix],
+    found: Mapping[str, Measured],
+    skipped: Mapping[str, Why],
+    method: str,
+    label: str,
+    null_draws: int,
+    moments: Moments | None = None,
+    base: Base | None = None,
+) -> Spectra:
+    """The record of a scan. With a base also what became of every tensor, those that are skipped too."""
     chosen = {name: measured for name, measured in found.items() if name not in skipped}
-    spectra = assemble(checkpoint, matrices, chosen, skipped, method, crew.label, null_draws)
+    spectra = assemble(checkpoint, matrices, chosen, skipped, method, label, null_draws)
     spectra = replace(spectra, data=InData.of(moments, spectra.values, chosen))
     if base is None:
         return spectra
@@ -528,11 +593,11 @@ def scan_part(
 
 
 def reduce(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     plan: Plan,
-    out: Path,
+    out: str | Path,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     crew: Crew | None = None,
     method: str = "gram",
     resume: bool = False,
@@ -541,6 +606,7 @@ def reduce(
     dtype: str | None = None,
     moments: Moments | None = None,
     fresh: Moments | None = None,
+    base: Base | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
     on_check: OnCheck = lambda *_: None,
 ) -> Outcome:
@@ -553,14 +619,17 @@ def reduce(
     the Hub's cache as soon as its output is on the disk. FP8 matrices are written as FP8 with new scales, or, with
     `dtype` "bfloat16", the whole checkpoint without FP8 and its config without quantization_config. Lines in the metric
     of the data need the `moments` that the plan was made with; with `fresh` moments of another text the outcome says
-    what each edit costs there. `tick` is called with each finished matrix and its seconds of computation, `on_check`
+    what each edit costs there. A plan of differences needs the `base`, and the plan's lines are then about these.
+    `tick` is called with each finished matrix and its seconds of computation, `on_check`
     with how many bytes of an earlier run were read again, of how many. Raises
     RecordError for a plan or moments of another checkpoint, UsageError for moments that are needed and missing,
     OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
     certificate.
     """
-    crew = crew or Crew((device or choose_device(),))
-    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    checkpoint, out = opened_checkpoint(checkpoint), Path(out)
+    crew = crew or Crew((device_of(device),))
+    require_base_apart(base, out)
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base, tick)
     with writing(writer.source, out, resume=resume, force=force) as place:
         document = write_checkpoint(**writer.whole(place), on_check=on_check)
     return Outcome.from_document(document, out / OUTCOME)
@@ -578,6 +647,7 @@ def reduce_part(
     dtype: str | None = None,
     moments: Moments | None = None,
     fresh: Moments | None = None,
+    base: Base | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
     on_check: OnCheck = lambda *_: None,
 ) -> Outcome | list[PartOfRun]:
@@ -587,7 +657,8 @@ def reduce_part(
     same one for all parts, at the same time or one after the other. Raises as `reduce`, and OutputError where parts of
     another reduction lie there, or one that was begun undivided.
     """
-    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, tick)
+    require_base_apart(base, out)
+    writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base, tick)
     require_place(writer.source, out, resume=True, force=False)
     prepare_output(writer.source, out, resume=True)
     made = write_part(**writer.whole(out), part=part, on_check=on_check)
@@ -607,12 +678,15 @@ class _Reducer:
         dtype: str | None,
         moments: Moments | None,
         fresh: Moments | None,
+        base: Base | None,
         tick: Callable[[Matrix, float], None],
     ) -> None:
         self.hub, self.plan, self.crew, self.tick = checkpoint.hub if evict else None, plan, crew, tick
-        self.source, self.touched, self.run = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh)
+        self.base = base
+        made = prepare(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base)
+        self.source, self.touched, self.run = made
         weights = tuple(m for m in self.touched if m.name in plan.reductions)
-        self.cuts = Cuts(self.source, weights, Reduction(method, plan.reductions, moments, fresh), stored)
+        self.cuts = Cuts(self.source, weights, Reduction(method, plan.reductions, moments, fresh, base), stored)
 
     def whole(self, out: Path) -> dict[str, Any]:
         """The arguments of `write_checkpoint` and `write_part`."""
@@ -622,7 +696,7 @@ class _Reducer:
             "out": out,
             "touched": self.touched,
             "compute": compute,
-            "describe": describe_by(self.plan),
+            "describe": with_base(self.base, describe_by(self.plan)),
             "run": self.run,
             "done": self.done,
             "elsewhere": elsewhere,
@@ -636,6 +710,24 @@ class _Reducer:
             drop(self.hub, shard.path.name)
 
 
+def with_base(base: Base | None, describe: Describe) -> Describe:
+    """`describe`, once the base is known to be still what it was when it was opened. Raises CheckpointError."""
+    if base is None:
+        return describe
+
+    def checked(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
+        base.require_unchanged()
+        return describe(records, shards)
+
+    return checked
+
+
+def require_base_apart(base: Base | None, out: Path) -> None:
+    """Raises OutputError where an output would lie in the base, or the base in it."""
+    if base is not None:
+        require_outside(base.checkpoint, out)
+
+
 def prepare(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -645,11 +737,16 @@ def prepare(
     dtype: str | None,
     moments: Moments | None,
     fresh: Moments | None,
+    base: Base | None = None,
 ) -> tuple[Checkpoint, list[Matrix], dict[str, Any]]:
     """What `reduce` writes from, what it touches, what identifies it. Raises where it refuses what is asked for."""
     check_method(method)
-    plan.require(checkpoint)
+    plan.require(checkpoint, base)
     plan.require_moments(moments)
+    if fresh is not None and base is not None:
+        raise UsageError("--fresh measures edits of a model, not of its difference from a base; try it without --base")
+    if base is not None and dtype is not None:
+        raise UsageError("--output-dtype is for FP8, which no difference is taken of; try it without")
     if fresh is not None:
         fresh.source.require(checkpoint, "fresh moments")
     hub, checkpoint = checkpoint.hub, in_dtype(by_whole_shards(checkpoint), dtype)
@@ -657,6 +754,9 @@ def prepare(
         raise UsageError(f"{checkpoint.path} is a directory, and a source is never changed; try without --evict")
     matrices = {m.name: m for m in list_matrices(checkpoint)}
     touched = with_scales(checkpoint, [m for m in matrices.values() if m.name in plan.reductions], matrices)
+    if base is not None:
+        for matrix in touched:
+            base.require_place(matrix)
     run = run_of_plan(plan, method, crew) | ({"fresh": asdict(fresh.calibration)} if fresh else {})
     return checkpoint, touched, run | ({"dtype": dtype} if dtype else {})
 
@@ -798,10 +898,17 @@ def run_of_plan(plan: Plan, method: str, crew: Crew) -> dict[str, Any]:
 
 
 def run_of_pass(
-    checkpoint: Checkpoint, selection: Selection, treatment: Treatment, crew: Crew, method: str, null_draws: int
+    checkpoint: Checkpoint,
+    selection: Selection,
+    treatment: Treatment,
+    crew: Crew,
+    method: str,
+    null_draws: int,
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """What the journal of one pass is identified by."""
-    how = {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
+    how: dict[str, Any] = base.stated() if base else {}
+    how |= {"rule": treatment.rule, "treatment": treatment.describe(), "selection": selection.describe()}
     return run_of("one pass journal", Outcome.version, checkpoint, method, crew, **how, **drawn_as(null_draws))
 
 
@@ -815,6 +922,7 @@ def reduce_in_one_pass(
     crew: Crew,
     method: str,
     null_draws: int,
+    base: Base | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
     on_check: OnCheck = lambda *_: None,
 ) -> tuple[Spectra, Plan, Outcome]:
@@ -827,11 +935,15 @@ def reduce_in_one_pass(
     check_method(method)
     checkpoint = by_whole_shards(checkpoint)
     matrices, skipped = selected_of(checkpoint, selection)
-    selected = {m.name: m for m in matrices if m.name not in skipped}
+    visited = visited_of(matrices, skipped, base)
+    # Of what is scaled the entries are enough.
+    spared = skipped if scale_in(treatment.rule) is None else {m.name for m in matrices}
     made: dict[str, Any] = {}
 
-    work = OnePass(method, Source.of(checkpoint), treatment, selection, crew.devices[0].label, null_draws)
-    compute, elsewhere = makers_of(Cuts(checkpoint, tuple(selected.values()), work, judged), out, crew, tick)
+    source = Source.of(checkpoint) if base is None else base.source
+    label = crew.devices[0].label
+    work = OnePass(method, source, treatment, selection, label, null_draws, base, frozenset(spared))
+    compute, elsewhere = makers_of(Cuts(checkpoint, tuple(visited), work, judged), out, crew, tick)
 
     def describe(records: Mapping[str, dict[str, Any]], shards: dict[str, str | None]) -> dict[str, Any]:
         place = f"{out / JOURNAL}: the entry of"
@@ -840,7 +952,7 @@ def reduce_in_one_pass(
             found[name] = from_entry(record.get("scan"), f"{place} {name}")
             if record.get("cut") is not None:
                 cuts[name] = record["cut"]
-        spectra = assemble(checkpoint, matrices, found, skipped, method, crew.label, null_draws)
+        spectra = spectra_of(checkpoint, matrices, found, skipped, method, crew.label, null_draws, base=base)
         plan = choose(spectra)
         check_entries(cuts, place)
         if cuts.keys() != plan.reductions.keys():
@@ -850,8 +962,8 @@ def reduce_in_one_pass(
         plan.save(out / RECORDS / "plan.json")
         return describe_by(plan)(cuts, shards) | {"run": run_of_plan(plan, method, crew)}
 
-    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws)
+    run = run_of_pass(checkpoint, selection, treatment, crew, method, null_draws, base)
     document = write_checkpoint(
-        checkpoint, out, list(selected.values()), compute, describe, run, on_check=on_check, elsewhere=elsewhere
+        checkpoint, out, visited, compute, with_base(base, describe), run, on_check=on_check, elsewhere=elsewhere
     )
     return made["spectra"], made["plan"], Outcome.from_document(document, out / OUTCOME)

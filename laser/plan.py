@@ -6,8 +6,9 @@ import difflib
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -18,17 +19,34 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
+from laser.delta.base import Base, Pair
+from laser.delta.difference import Verdict
+from laser.delta.formats import STORED_FLOATS
+from laser.delta.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
+from laser.notebook import Rows, Shown
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
-from laser.records import LATER, Misfit, Record, has_shape, plain, shown, under, words
+from laser.records import LATER, SPARSE, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
 from laser.spectra import Spectra, in_metric_of, seen_by
 from laser.spectral.noise import DEFAULT_ESTIMATOR, NoiseFit, estimate_noise, fit_noise
-from laser.spectral.rules import apply_rule, by_data, crowd, energy_share, parse_rule, rule_in, signal_to_noise
+from laser.spectral.rules import (
+    NO_DIFFERENCE,
+    apply_rule,
+    by_data,
+    crowd,
+    energy_share,
+    parse_rule,
+    rule_in,
+    scale_in,
+    signal_to_noise,
+)
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
 
+# Of these there is no difference, or none that could be scaled.
+UNSCALED = (Verdict.SAME, Verdict.CAST, Verdict.NOT_FINITE, Verdict.SHAPE, Verdict.MISSING, Verdict.ADDED)
 FLAG_LEVEL = 0.01  # a fit that fewer than one in a hundred pure noise matrices would have is said in the reason
 ACTIONS = ("reduce", "keep", "skip")
 METRICS = ("plain", "data")
@@ -72,6 +90,8 @@ class PlanLine:
     parameters: int = 0  # numbers in it
     stack: str = ""  # whose layers are counted: "" the language model's own
     unseen: str = ""  # said where it has seen too few inputs of the calibration, whatever else became of it
+    # By which the whole difference from the base is multiplied. Of what is no matrix the ranks are then None.
+    scale: float | None = field(default=None, metadata=SPARSE)
 
     def wrong(self) -> str | None:
         """What in the line cannot be carried out, or contradicts the rest of it."""
@@ -103,7 +123,11 @@ class PlanLine:
             return f"{message}, expected tokens in the metric data and null in plain"
         if self.tokens is not None and (self.shrink or self.below):
             return f"metric {self.metric!r} with shrink or below, which are for the plain one"
-        if self.action != "reduce":
+        if self.scale is not None and not (self.action == "reduce" and 0 <= self.scale < 1):
+            return f"action {self.action!r} and scale {self.scale:g}, expected 'reduce' and a number from 0 to under 1"
+        if self.scale is not None and (self.shrink or self.below or self.tokens is not None):
+            return f"scale {self.scale:g} with shrink, below or tokens, which are for a cut"
+        if self.action != "reduce" or self.scale is not None:
             return None
         if self.rank is None or self.full_rank is None:
             return f"{message}, expected a rank under the full one"
@@ -142,8 +166,9 @@ def _line_with_kind(line: Any, number: int) -> Any:
     return rest | {"why": plain(why), "unseen": earlier_unseen(reason)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(
+    Shown,
     Record,
     kind="plan",
     version=3,
@@ -162,6 +187,12 @@ class Plan(
     calibration: Calibration | None = field(default=None, metadata=LATER)  # where a line is in the data's metric
     # Whether its file was changed after it was written: rule and selection may not have made it.
     edited: bool = field(default=False, metadata=LATER)
+    pair: Pair | None = field(default=None, metadata=SPARSE)  # of differences: which two, whose difference `source` is
+
+    @property
+    def model(self) -> Source:
+        """The checkpoint that its output takes the place of."""
+        return self.source if self.pair is None else self.pair.tuned
 
     @cached_property
     def digest(self) -> str:
@@ -172,6 +203,22 @@ class Plan(
     def reductions(self) -> Mapping[str, PlanLine]:
         """The lines that reduce, by name. Made once: whoever writes asks for it at every matrix."""
         return {line.name: line for line in self.lines if line.action == "reduce"}
+
+    def headline(self) -> str:
+        counts = Counter(line.action for line in self.lines)
+        told = f"{counts['reduce']} to reduce, {counts['keep']} to keep, {counts['skip']} skipped"
+        return f"Plan for {self.source.name} by {self.rule}: {told}"
+
+    def frame_rows(self) -> Rows:
+        return [asdict(line) | {"why": line.why.text} for line in self.lines]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix that is reduced, and the shares of their ranks that are kept."""
+        rows = [
+            {"matrix": x.name, "rank": x.rank, "of": x.full_rank, "SNR": x.snr, "energy kept": x.energy_kept}
+            for x in self.reductions.values()
+        ]
+        return rows, [(x.rank or 0) / (x.full_rank or 1) for x in self.reductions.values()]
 
     def stated(self) -> dict[str, Any]:
         return super().stated() | {"coverage": self.coverage, "digest": self.digest}
@@ -184,6 +231,10 @@ class Plan(
     def wrong(self) -> str | None:
         if not self.source.weights.stated():
             return "it does not say which weights it was made from"
+        if self.pair is not None and self.source != self.pair.source:
+            return "its source is not the difference of the two that it names"
+        if self.pair is None and (line := next((x for x in self.lines if x.scale is not None), None)) is not None:
+            return f"{line.name} is scaled, and the plan is of no difference"
         try:
             for part in self.rule.split(",") if self.rule != "none" else ():
                 parse_rule(rule_in(part))
@@ -238,9 +289,18 @@ class Plan(
         named = {line.name for line in self.lines}
         return found + [f"no line is about {name}" for name in known if name not in named]
 
-    def require(self, checkpoint: Checkpoint) -> None:
-        """Raises RecordError unless every line is about this checkpoint, and every tensor of it has its line."""
-        self.source.require(checkpoint, "plan")
+    def require_source(self, checkpoint: Checkpoint, base: Base | None = None, what: str = "plan") -> None:
+        """Raises RecordError unless `what`, which rests on this plan, is of this checkpoint, and of this base if it is
+        of differences; UsageError for a base that it has no use for."""
+        if self.pair is not None:
+            return self.pair.require(checkpoint, base, what)
+        if base is not None:
+            raise UsageError(f"the {what} is of {self.source.name} and of no difference; try it without --base")
+        self.source.require(checkpoint, what)
+
+    def require(self, checkpoint: Checkpoint, base: Base | None = None) -> None:
+        """Raises as `require_source`, and RecordError unless every tensor of the checkpoint has its line."""
+        self.require_source(checkpoint, base)
         if wrong := self.unlike(list_matrices(checkpoint)):
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise RecordError(f"the plan does not fit {checkpoint.name}: {wrong[0]}{more}; mend the line or plan again")
@@ -297,6 +357,8 @@ class Treatment:
         calibrated: whether there are moments, without which no rule is asked in the metric of the data.
         """
         parse_rule(rule_in(self.rule))
+        if scale_in(self.rule) is not None and (self.shrink or self.two_sided or self.require_fit is not None):
+            raise UsageError("a scale cuts nothing; try it without --shrink, --two-sided and --require-fit")
         asks_data = by_data(self.rule)
         if asks_data and not calibrated:
             raise UsageError(NO_MOMENTS)
@@ -333,7 +395,8 @@ def make_plan(
     looks like noise at no more than that level. Tails of the entries that move the edge of noise are said in the
     reason. A rule `data:NAME` is asked of the spectra in the metric of the calibration's inputs, and a matrix that saw
     fewer than `fewest_tokens` (default: its p) of them is kept.
-    Raises UsageError for an unknown rule or a selection that matches nothing that was scanned.
+    Raises UsageError for an unknown rule or a selection that matches nothing that was scanned, and for differences from
+    a model that is not the base.
     """
     treatment = Treatment(rule, shrink, two_sided, require_fit)
     treatment.check()
@@ -341,8 +404,16 @@ def make_plan(
     spectra = in_metric_of(rule, spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
+    scale = scale_in(rule)
+    if scale is not None and lowest_snr is not None:
+        raise UsageError("a scale cuts nothing, so no matrix has an SNR; try it without --lowest-snr")
+    if spectra.delta is not None and not is_base(spectra.matrices, spectra.delta.changes):
+        names = f"{spectra.delta.base.name} is not the base of {spectra.delta.tuned.name}"
+        raise UsageError(
+            f"{names}: none of their matrices are alike; try --base with the model that it was trained from"
+        )
     lines = [line_of(spectra, matrix, treatment, selection) for matrix in spectra.matrices]
-    if not any(line.rank is not None for line in lines):
+    if scale is None and not any(line.rank is not None for line in lines):
         if spectra.seen is not None:
             raise UsageError(
                 "no selected matrix has seen as many tokens as it has dimensions; calibrate on more text, or try "
@@ -361,7 +432,8 @@ def make_plan(
     described = selection.describe() | {"lowest_snr": lowest_snr} | treatment.describe()
     described |= {} if fewest_tokens is None else {"fewest_tokens": fewest_tokens}
     calibration = spectra.data.calibration if spectra.data and spectra.seen is not None else None
-    return Plan(spectra.source, rule, described, tuple(lines), calibration)
+    pair = spectra.delta.pair if spectra.delta else None
+    return Plan(spectra.source, rule, described, tuple(lines), calibration, pair=pair)
 
 
 def check_lowest_snr(count: Any) -> None:
@@ -425,6 +497,9 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         matrix.name, matrix.role, matrix.layer, matrix.expert, "keep", Why(Kind.RULE, ""),
         parameters=matrix.parameters, stack=matrix.stack,
     )  # fmt: skip
+    rule = rule_in(treatment.rule)
+    if (scale := scale_in(rule)) is not None:
+        return line_scaled(line, spectra, matrix, scale, selection)
     why = selection.why_not(matrix)
     if why is None and matrix.name not in spectra.values:
         why = spectra.skipped.get(matrix.name, Why(Kind.NOT_SCANNED, "not scanned"))
@@ -433,7 +508,6 @@ def line_of(spectra: Spectra, matrix: Matrix, treatment: Treatment, selection: S
         if why.kind is Kind.UNSEEN and spectra.seen is not None:
             unseen = seen_by(spectra.seen[matrix.name], min(matrix.shape))
         return replace(line, action="skip" if why.kind is Kind.FAILED else "keep", why=why, unseen=unseen)
-    rule = rule_in(treatment.rule)
     s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
     cut = apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma)
     eps = precision_of(spectra.device, spectra.method, spectra.steps.get(matrix.name, ""))
@@ -513,6 +587,22 @@ def _keep_all_but_lowest(lines: list[PlanLine], count: int) -> list[PlanLine]:
         else replace(line, action="keep", why=Why(Kind.NOT_LOWEST, f"{_snr(line)} is not among the {count} lowest"))
         for line in lines
     ]
+
+
+def line_scaled(line: PlanLine, spectra: Spectra, tensor: Matrix, c: float, selection: Selection) -> PlanLine:
+    """A plan's line for a tensor of any shape whose difference from the base's is multiplied by c."""
+    if spectra.delta is None:
+        raise UsageError(NO_DIFFERENCE)
+    why, change = selection.why_not_tensor(tensor), spectra.delta.changes[tensor.name]
+    if why is None and (change.kind in UNSCALED or not change.moved or tensor.dtype not in STORED_FLOATS):
+        of = f" of {tensor.dtype}" if change.kind not in UNSCALED else ""
+        why = Why(Kind.NO_DIFFERENCE, f"{change.kind}{of}: no difference to scale")
+    if why is not None:
+        return replace(line, why=why)
+    why = Why(Kind.RULE, f"{change.kind}, {c:g} of the difference from the base")
+    p = min(tensor.shape) if tensor.is_matrix else None
+    rank = p if c or p is None else 0
+    return replace(line, action="reduce", why=why, rank=rank, full_rank=p, energy_kept=c * c, scale=c)
 
 
 def line_in_data(line: PlanLine, s: NDArray[np.float64], rank: int, tokens: int) -> PlanLine:

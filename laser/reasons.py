@@ -20,6 +20,7 @@ class Kind(StrEnum):
     NOT_LOWEST = "not lowest"  # not among the K of lowest signal-to-noise ratio
     UNSEEN = "unseen"  # by the calibration: it has seen fewer inputs than it has dimensions
     NOT_CALIBRATED = "not calibrated"
+    NO_DIFFERENCE = "no difference"  # from the base, or none that could be scaled
     UNUSED = "unused"  # the model that is run does not use it
     ACCEPTED = "accepted"  # by a search
     REJECTED = "rejected"

@@ -53,16 +53,20 @@ class Selection:
         found = {m.name: self.why_not(m) for m in matrices if m.no_spectrum}
         return {name: why.text for name, why in found.items() if why is not None and why.kind is Kind.FAILED}
 
-    def _not_asked(self, matrix: Matrix) -> Why | None:
+    def why_not_tensor(self, tensor: Matrix) -> Why | None:
+        """The same for what is done to tensors of any shape: protected are none, and no spectrum is asked of them."""
+        return self._not_asked(tensor, every=True)
+
+    def _not_asked(self, matrix: Matrix, every: bool = False) -> Why | None:
         roles = {r for role in self.roles for r in (role, ALIASES.get(role, role))}
         stacks = {str(entry).partition(":")[0] for entry in self.layers}
-        if not matrix.is_matrix:
+        if not matrix.is_matrix and not every:
             return Why(Kind.NOT_A_MATRIX, f"not a matrix: shape {list(matrix.shape)}")
         if roles and matrix.role not in roles:
             return Why(Kind.NOT_SELECTED, f"role {matrix.role} not selected")
-        if not roles and matrix.role in PROTECTED and matrix.role not in stacks:
+        if not roles and not every and matrix.role in PROTECTED and matrix.role not in stacks:
             return Why(Kind.PROTECTED, f"role {matrix.role} is kept unless asked for")
-        if matrix.stack in KEPT_STACKS and matrix.stack not in stacks | roles:
+        if not every and matrix.stack in KEPT_STACKS and matrix.stack not in stacks | roles:
             return Why(Kind.PROTECTED, f"stack {matrix.stack} is kept unless asked for")
         if self.layers and not {matrix.place, f"{matrix.stack or MAIN}:all"} & set(self.layers):
             return Why(Kind.NOT_SELECTED, f"layer {matrix.place} not selected")

@@ -25,8 +25,10 @@ from laser.delta.base import Delta
 from laser.delta.difference import RULE, SIGMA, Change
 from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
+from laser.notebook import Rows, Shown
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, reader, shown, under
+from laser.selection import Selection, parse_layers, parse_roles
 from laser.spectral.permutation import NULL_ORDER
 from laser.spectral.rules import by_data
 
@@ -246,8 +248,8 @@ class SpectraHeader(
         return self.delta.unlike([row.name for row in self.matrices]) if self.delta else None
 
 
-@dataclass(frozen=True)
-class Spectra:
+@dataclass(frozen=True, repr=False)
+class Spectra(Shown):
     """Every tensor of a checkpoint: singular values (p,), float64, descending, or the reason why there are none.
 
     kurtosis: name -> excess kurtosis of the entries, which moves the edge of noise (spectrum.py)
@@ -292,6 +294,70 @@ class Spectra:
     def by_name(self) -> Mapping[str, Matrix]:
         """The matrices by name."""
         return {matrix.name: matrix for matrix in self.matrices}
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        """Singular values (p,) of the matrix of that name. Raises KeyError with names that there are."""
+        if name in self.values:
+            return self.values[name]
+        near = [n for n in self.values if name in n][:3] or list(self.values)[:3]
+        raise KeyError(f"{name!r} was not measured in {self.source.name}; try one of {', '.join(near)}")
+
+    def select(
+        self,
+        layers: str | Sequence[int | str] = (),
+        roles: str | Sequence[str] = (),
+        include: str | None = None,
+        exclude: str | None = None,
+    ) -> Spectra:
+        """As if only these had been scanned. layers: "0,4,20-31" or numbers; roles: "w1,q" or a list.
+
+        Raises UsageError for what matches nothing in this model.
+        """
+        places = parse_layers(layers) if isinstance(layers, str) else tuple(layers)
+        kinds = parse_roles(roles) if isinstance(roles, str) else tuple(roles)
+        chosen = Selection(places, kinds, include, exclude)
+        chosen.check(self.matrices)
+        left = {m.name: why for m in self.matrices if (why := chosen.why_not(m)) is not None}
+        values = {name: s for name, s in self.values.items() if name not in left}
+        return replace(self, values=values, skipped={**self.skipped, **left})
+
+    def headline(self) -> str:
+        measured = f"{len(self.values)} of {len(self.matrices)} tensors measured"
+        return f"Spectra of {self.source.name}: {measured}, by {self.method} on {self.device}"
+
+    def frame_rows(self) -> Rows:
+        """A row for every tensor; numbers are None where it has no spectrum, and `skipped` says why."""
+        rows = []
+        for m in self.matrices:
+            s, why = self.values.get(m.name), self.skipped.get(m.name)
+            rows.append(
+                {
+                    "name": m.name, "role": m.role, "layer": m.layer, "expert": m.expert, "stack": m.stack,
+                    "shape": "x".join(map(str, m.shape)), "dtype": m.dtype,
+                    "s_1": None if s is None else float(s[0]),
+                    "median": None if s is None else float(np.median(s)),
+                    "norm": None if s is None else float(np.linalg.norm(s)),
+                    "stable_rank": None if s is None or not s[0] else float(np.sum((s / s[0]) ** 2)),
+                    "kurtosis": self.kurtosis.get(m.name), "skipped": None if why is None else why.text,
+                }
+            )  # fmt: skip
+        return rows
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each role, and the largest singular values over the matrices in file order."""
+        found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+        for m in self.matrices:
+            if m.name in self.values:
+                found.setdefault((m.role, "x".join(map(str, m.shape))), []).append(self.values[m.name])
+        rows = [
+            {
+                "role": role, "shape": shape, "matrices": len(several),
+                "mean s_1": float(np.mean([s[0] for s in several])),
+                "mean median s": float(np.mean([np.median(s) for s in several])),
+            }
+            for (role, shape), several in found.items()
+        ]  # fmt: skip
+        return rows, [float(s[0]) for s in self.values.values()]
 
     def save(self, path: Path) -> None:
         """One safetensors file: a float64 vector per scanned tensor, everything else as JSON in `__metadata__`."""

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from laser.checkpoint.matrices import place_of
+from laser.checkpoint.matrices import MEMORY_NAMES, ONE_EXPERT, place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.moments import Calibration
+from laser.notebook import Rows, Shown
 from laser.plan import warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
@@ -31,11 +32,7 @@ ALWAYS_UNFROZEN = ("lm_head.weight", "model.embed_tokens.weight")
 SPECTRUM_RULE = "laser-rmt"
 # A checkpoint of the model without its head lacks this, which transformers puts before every name when it loads it.
 PREFIXES = {"h": "transformer.", "layers": "model."}
-# transformers 5 holds all experts of a layer in one parameter, expert first, whether the checkpoint has one tensor an
-# expert (the first row) or fused ones (the others; Granite's have another name in memory).
-ONE_EXPERT = re.compile(r"(?P<block>.*\.)experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-MEMORY_NAMES = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-MEMORY_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+# Fused experts: Granite's have another name in memory.
 ALL_EXPERTS = re.compile(
     r"(?P<tensor>.*\.(?:experts\.(?:gate_up|down)_proj|(?:in|out)put_linear\.weight))\[(?P<expert>\d+)"
 )
@@ -92,13 +89,24 @@ class SummaryRow:
         return place_of(self.layer, self.stack)
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
     source: Source
     rule: str
     rows: tuple[SummaryRow, ...]  # in file order
     skipped: tuple[tuple[str, str], ...]  # tensors that have no spectrum, and why
     calibration: Calibration | None = None  # of the data's metric
+
+    def headline(self) -> str:
+        return f"Summary of {self.source.name}: {len(self.rows)} matrices, rule {self.rule}"
+
+    def frame_rows(self) -> Rows:
+        return [asdict(row) for row in self.rows]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """A row for each matrix, and the shares of their ranks that the rule keeps."""
+        keys = ("name", "role", "largest", "stable_rank", "alpha", "fit", "rank", "full_rank", "snr")
+        return [{key: getattr(r, key) for key in keys} for r in self.rows], [r.rank / r.full_rank for r in self.rows]
 
     @property
     def under_seen(self) -> list[SummaryRow]:

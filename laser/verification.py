@@ -15,11 +15,13 @@ from laser.checkpoint.at_rest import damage
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.quantised import rounding
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint, opened_checkpoint
 from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import RECORDS
+from laser.delta.base import Base
+from laser.delta.edits import OfDifference, scaling_problems
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
@@ -30,7 +32,7 @@ from laser.outcome import Outcome, plan_as_measured
 from laser.plan import Plan
 from laser.records import is_sealed, parse_record
 from laser.spectra import Spectra
-from laser.spectral.devices import Device, choose_device, in_float64
+from laser.spectral.devices import Device, device_of, in_float64
 
 MEASURED_FILES: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(
     ("eval.json", "eval-source.json"), Perplexity
@@ -87,11 +89,12 @@ class Verification:
 
 
 def verify(
-    source: Checkpoint,
-    out: Path,
+    source: Checkpoint | str | Path,
+    out: str | Path,
     *,
-    device: Device | None = None,
+    device: Device | str | None = None,
     moments: Moments | None = None,
+    base: Base | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Verification:
     """Compare `out` with `source` and with the plan in its laser.json.
@@ -101,13 +104,16 @@ def verify(
     rounding to the storage dtype, and ||W - B||_F is the norm of W's tail. Where the plan shrinks or cuts on two sides,
     W's values times their gains stand for both. A matrix reduced in the metric of the data must be a projection of W of
     rank r, and with the plan's `moments` lose what was predicted and no more of the outputs. Measured from the weights.
+    Of a plan of differences, which needs the `base`, a touched tensor must be the base's and the difference cut or
+    scaled, entry by entry.
     Also checked: that the plan's lines are the source's tensors and laser.json's records the plan's reductions, shard
     headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out`
     cannot be read at all.
     """
-    device = in_float64(device or choose_device())  # in float32 the values of a cut matrix end at 1e-4, not at 0
+    source, out = opened_checkpoint(source), Path(out)
+    device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
-    outcome.plan.source.require(source, "output")
+    outcome.plan.require_source(source, base, "output")
     matrices = list_matrices(source)
     if outcome.run.get("dtype"):
         source = as_bfloat16(source)
@@ -137,8 +143,11 @@ def verify(
             touched += 1
             line = lines[matrix.name]
             W, B = (checkpoint.read(matrix.tensor, matrix.part) for checkpoint in (source, result))
-            metric = metric_of(line.metric, matrix.name, W, moments)
-            problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
+            if base is not None and line.scale is not None:
+                problems += scaling_problems(matrix.name, base.weights(matrix), W, B, line.scale)
+            else:
+                metric = OfDifference(base.weights(matrix)) if base else metric_of(line.metric, matrix.name, W, moments)
+                problems += metric.problems(matrix.name, W, B, _rounding(result, matrix, B), line.gains, device)
         else:
             untouched += 1
             if not _is_untouched(source, result, matrix):
@@ -146,7 +155,7 @@ def verify(
         tick(matrix)
     if not problems:  # else what is wrong has been said
         problems = damage_at_rest(out, outcome)
-    for checkpoint in (source, result):
+    for checkpoint in (source, result, *([base.checkpoint] if base else ())):
         require_unchanged(checkpoint)
     return Verification(untouched, touched, tuple(problems))
 

@@ -25,6 +25,8 @@ def test_notebook_runs_and_shows_what_it_says(path: Path, pico: Path, monkeypatc
     monkeypatch.setenv("LASER_MODEL", os.environ.get("LASER_MODEL", str(real if real.is_dir() else pico)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
+    if any("from peft" in cell.source for cell in notebook.cells):
+        pytest.importorskip("peft", reason="this notebook trains an adapter with peft")
     nbclient.NotebookClient(notebook, timeout=110, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
@@ -39,5 +41,5 @@ def test_notebook_is_stripped_and_holds_no_logic(path: Path) -> None:
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.While) for node in ast.walk(tree))
 
 
-def test_there_are_three() -> None:
-    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3"]
+def test_there_are_four() -> None:
+    assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3", "4"]

@@ -94,7 +94,7 @@ def _write_directory(
         small[INDEX] = checkpoint.index_bytes
     with disk_errors(out):
         if partial.exists():
-            named = {*small, *(shard.name for shard in checkpoint.shards)}
+            named = {*(Path(name).parts[0] for name in small), *(shard.name for shard in checkpoint.shards)}
             if foreign := sorted(p.name for p in partial.iterdir() if p.name not in named):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
             shutil.rmtree(partial)
@@ -107,6 +107,7 @@ def _write_directory(
                     "free some space or try -o on another disk"
                 )
             for name, data in small.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             for shard in checkpoint.shards:
                 assert shard.data is not None, "a shard that is a file needs no conversion"

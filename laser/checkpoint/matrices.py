@@ -45,6 +45,12 @@ PROTECTED = (
     *("ssm", "adapter", "vision", "audio", "mtp", "other"),
 )
 LIKELY = 4096  # different names, numbers aside; a model has fewer than a hundred
+# transformers 5 holds all experts of a layer in two parameters, whether the checkpoint has one tensor an expert (the
+# first row) or those of memory (the last).
+ONE_EXPERT = re.compile(r"(?P<block>.*\.)experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
+MEMORY_NAMES = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+MEMORY_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+EXPERTS_IN_MEMORY = re.compile(r"(?P<module>.*\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
 KEPT_STACKS = ("mtp",)  # whose layers are never reduced unless asked for, although they have the roles of any layer
 
 

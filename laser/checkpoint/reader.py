@@ -149,6 +149,11 @@ class Checkpoint:
         return part.oriented(read_slice(fetch, TORCH[info.dtype], part))
 
 
+def opened_checkpoint(model: Checkpoint | str | Path) -> Checkpoint:
+    """The checkpoint, opened where only its name is given."""
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
 def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     """Read config, index and shard headers of a local directory, or of a Hub id `org/name[@revision]`.
 

@@ -698,7 +698,7 @@ def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> Non
         )
 
 
-def _travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
+def travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
     """The source's files that may travel (side_files.py), by their place in it; and what was left out on purpose."""
     ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
@@ -735,14 +735,14 @@ def _reading(path: Path) -> Iterator[None]:
 
 def require_side_files(source: Checkpoint) -> None:
     """Raises CheckpointError where a file that is to travel cannot be read: it would be copied behind the scan."""
-    for relative, own in _travelling(source)[0].items():
+    for relative, own in travelling(source)[0].items():
         with _reading(source.path / relative):
             require_regular(own)
 
 
 def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], list[str]]:
     """Everything that may travel, byte for byte; returns their sha256 by name, and what was left out on purpose."""
-    files, left_out = _travelling(source)
+    files, left_out = travelling(source)
     sums: dict[str, str] = {}
     written = {folded(name): name for name in {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}}
     for relative, own in files.items():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
+import typer
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
@@ -14,11 +19,13 @@ from laser.checkpoint.writer import require_outside
 from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
+from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Bar, Progress
 from laser.delta.base import Base
-from laser.delta.formulas import Formula
-from laser.delta.peft import is_recorded, merge_streamed
-from laser.delta.rebuild import Adapted, rebuild
+from laser.delta.formulas import FORMULA_NAMES
+from laser.delta.overview import QUANTISED, is_base_quantised
+from laser.delta.peft import merge_streamed
+from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
 from laser.delta.unmerge import (
     MODEL,
     REMAINDER,
@@ -26,15 +33,19 @@ from laser.delta.unmerge import (
     How,
     all_roles,
     delta_in,
+    is_recorded,
     of_another_unmerge,
     require_files,
     require_own,
+    require_place,
     unmerge,
 )
 from laser.errors import RecordError, UsageError
 from laser.files import claimed, disk_errors, unfinished
 from laser.pipeline import scan_into
 from laser.selection import Selection
+
+ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def unmerge_verb(
@@ -45,26 +56,33 @@ def unmerge_verb(
     compute: options.ComputeOptions,
     only_lora: bool,
     rounds: int,
-    shown_as: options.Json,
+    dtype: str,
+    work: options.WorkOptions,
 ) -> None:
     """`laser unmerge`, whose arguments and help are in verbs.py."""
     if rounds < 1:
         raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
-    require_new(output)
+    if dtype not in ADAPTER_DTYPES:
+        raise UsageError(f"no adapter is stored as {dtype}; try one of {', '.join(ADAPTER_DTYPES)}")
+    require_place(output, work.force)
     first, second = (open_checkpoint(model, "files") for model in (base, tuned))
     require_files(second)
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     crew = compute.crew()
     method = "gram" if compute.method == "auto" else compute.method
+    every = Selection(roles=all_roles(second))
+    if work.dry_run:
+        return print_dry_run(second, every, crew, work.as_json)
     compared, start, partial = Base.of(first, second), time.perf_counter(), unfinished(output)
     matrices = list_matrices(second)
     with claimed(output):
         require_own(partial)
         with disk_errors(output):
+            if work.force:
+                shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
         common.to_write(output)
-        every = Selection(roles=all_roles(second))
         try:
             with Progress("delta", matrices) as bar:
                 delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
@@ -72,14 +90,17 @@ def unmerge_verb(
             raise of_another_unmerge(partial) from error
         assert delta is not None, "a scan with a base measures differences"
         with Progress("unmerge", matrices) as bar:
-            record = unmerge(compared, delta, output, crew=crew, only_lora=only_lora, rounds=rounds, tick=bar)
+            how: dict[str, Any] = {"only_lora": only_lora, "rounds": rounds, "dtype": ADAPTER_DTYPES[dtype]}
+            record = unmerge(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
-    if shown_as.as_json:
+    if work.as_json:
         entries = [asdict(entry) for entry in record.entries]
         found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
         return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
     _print_entries(record)
+    if is_base_quantised(delta.changes):
+        say(QUANTISED.format(tuned=second.name, base=first.name))
     say(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
@@ -96,10 +117,24 @@ def _print_entries(record: AdapterRecord) -> None:
         missed[row] += e.missed or 0
     rows = [(*row, count, missed[row]) for row, count in sorted(kinds.items(), key=str)]
     common.print_table(("made how", "was found", "rank", "formula", "tensors", "bits missed"), rows)
-    beyond = [e.name for e in record.entries if e.how in (How.WHOLE, How.SCALED) or not e.peft]
+    beyond = [
+        e.name for e in record.entries if e.how in (How.WHOLE, How.SCALED) or (e.how is How.ADAPTER and e.place is None)
+    ]
     if beyond:
         more = f" and {len(beyond) - 2} more" if len(beyond) > 2 else ""
         say(f"PEFT alone does not apply {', '.join(beyond[:2])}{more}: laser rebuild does")
+
+
+def verify_rebuilt_verb(adapter: Path, output: Path, shown_as: options.Json) -> None:
+    """`laser verify ADAPTER OUT`: by the sha256 that laser unmerge has recorded."""
+    found = verify_rebuilt(adapter, output)
+    if shown_as.as_json:
+        common.print_json(asdict(found))
+    else:
+        common.say_first(found.problems)
+        say(f"{found.shards} shards and {found.files} other files as recorded, {len(found.problems)} problems")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, shown_as: options.Json) -> None:
@@ -109,7 +144,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     checkpoint = open_checkpoint(base, "files")
     require_outside(checkpoint, output)
     if not is_recorded(adapter):
-        return _merge(checkpoint, adapter, output, Formula(formula or "delta-first"), shown_as)
+        return _merge(checkpoint, adapter, output, formula, shown_as)
     if formula is not None:
         raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
@@ -125,8 +160,10 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     )
 
 
-def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, shown_as: options.Json) -> None:
+def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, shown_as: options.Json) -> None:
     """An adapter without a record."""
+    if formula is not None and formula not in FORMULA_NAMES:
+        raise UsageError(f"no formula is called {formula!r}; try one of {', '.join(FORMULA_NAMES)}")
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
     with Bar("merge", total, size=True) as bar:
         common.to_write(output)
@@ -134,6 +171,7 @@ def _merge(base: Checkpoint, adapter: Path, output: Path, formula: Formula, show
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json(
-            {"output": str(output), "formula": formula.name, "changed": changed, "size": total, "seconds": seconds}
+            {"output": str(output), "formula": formula or "peft", "changed": changed, "size": total, "seconds": seconds}
         )
-    say(f"{changed} tensors of {base.name} changed, by formula {formula.name}; written to {output} in {seconds:.1f} s")
+    named = f"formula {formula}" if formula else "PEFT's formulas"
+    say(f"{changed} matrices of {base.name} changed, by {named}; written to {output} in {seconds:.1f} s")

@@ -203,23 +203,31 @@ def say_first(lines: Sequence[str], limit: int = MOST_LINES, what: str = "--json
         say(f"... and {len(lines) - limit} more; {what}")
 
 
-def print_plan(lines: Sequence[Any], limit: int = MOST_LINES) -> None:
-    """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept."""
+def print_plan(lines: Sequence[Any], limit: int = MOST_LINES, *, of_difference: bool = False) -> None:
+    """One row per reduced matrix (the first `limit`), what becomes zero, then how many were reduced and kept.
+
+    of_difference: the lines are about differences from a base, of which nothing may be left, too.
+    """
     reduced = [line for line in lines if line.action == "reduce"]
     if reduced:
         print_table(
             ("matrix", "rank", "of", "SNR", "energy removed"),
-            [(x.name, x.rank, x.full_rank, x.snr, _removed(x.energy_kept)) for x in reduced[:limit]],
+            [(x.name, x.rank, _of(x), x.snr, _removed(x.energy_kept)) for x in reduced[:limit]],
         )
     if len(reduced) > limit:
         say(f"... and {len(reduced) - limit} more")
     if zeroed := [line.name for line in reduced if line.rank == 0]:
         more = f" and {len(zeroed) - 3} more" if len(zeroed) > 3 else ""
-        say(f"RANK 0: {len(zeroed)} of them become ZERO, nothing of them is left: {', '.join(zeroed[:3])}{more}")
+        what = "the BASE'S, nothing of their change" if of_difference else "ZERO, nothing of them"
+        say(f"RANK 0: {len(zeroed)} of them become {what} is left: {', '.join(zeroed[:3])}{more}")
     kept = sum(line.action == "keep" for line in lines)
     skipped = [line for line in lines if line.action == "skip"]
     say(f"{len(reduced)} to reduce, {kept} to keep, {len(skipped)} skipped, of {len(lines)} tensors")
     say_first([f"  {line.name}: {line.why.text}" for line in skipped], limit, "the plan has all")
+
+
+def _of(line: Any) -> object:
+    return line.full_rank if line.scale is None else f"{line.full_rank or '-'}, times {line.scale:g}"
 
 
 def _removed(kept: float | None) -> str:

@@ -14,7 +14,7 @@ from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Progress
 from laser.delta.base import Base
 from laser.delta.difference import Verdict
-from laser.delta.overview import is_base, overview_rows
+from laser.delta.overview import QUANTISED, is_base, is_base_quantised, overview_rows
 from laser.engine.cost import Meter
 from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into
@@ -83,6 +83,8 @@ def print_changes(spectra: Spectra) -> None:
         say(
             f"{spectra.delta.base.name} IS NOT THE BASE of {spectra.delta.tuned.name}: none of their matrices are alike"
         )
+    if is_base_quantised(changes):
+        say(QUANTISED.format(tuned=spectra.delta.tuned.name, base=spectra.delta.base.name))
     if kinds[Verdict.FAINT]:
         say(f"{kinds[Verdict.FAINT]} faint: too few entries moved for a spectrum to tell; their rank is a hint")
 

@@ -22,6 +22,7 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.outcome import Outcome
+from laser.records import plain
 from laser.search.candidates import Candidate
 from laser.search.passes import count_passes
 from laser.selection import MAIN, Selection
@@ -177,8 +178,8 @@ def print_outcome(
 ) -> None:
     """`seconds`: what was estimated for this very work, None where nothing can be, as for a search."""
     if as_json:
-        return common.print_json(asdict(outcome) | {"output": str(output)} | took(meter, seconds, estimated))
-    common.print_plan(outcome.plan.lines)
+        return common.print_json(plain(outcome) | {"output": str(output)} | took(meter, seconds, estimated))
+    common.print_plan(outcome.plan.lines, of_difference=outcome.plan.pair is not None)
     if outcome.plan.edited:
         say("the plan was edited after the rule had made it, and was carried out line by line as it stands")
     worst = max((m["residual"] for m in outcome.matrices.values()), default=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,23 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
 from laser.checkpoint.writer import require_run
 from laser.cli import common, options
+from laser.cli.adapters import verify_rebuilt_verb
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.cli.progress import Checking, Progress
 from laser.delta.difference import RULE
+from laser.delta.unmerge import is_recorded
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.files import unfinished
 from laser.parts import PartOfRun
-from laser.pipeline import check_scan, prepare, reduce_part, scan_into, scan_part
+from laser.pipeline import check_scan, prepare, reduce_part, require_base_apart, scan_into, scan_part
 from laser.pipeline import reduce as reduce_checkpoint
 from laser.plan import Plan, Treatment, make_plan
 from laser.reasons import Kind
+from laser.records import plain
 from laser.spectra import Spectra
-from laser.spectral.rules import RULES
+from laser.spectral.rules import RULES, SCALE
 from laser.verification import verify as verify_output
 
 
@@ -114,16 +117,19 @@ def plan_verb(
     )
     made.save(output)
     if record.as_json:
-        return common.print_json(asdict(made))
-    common.print_plan(made.lines)
+        return common.print_json(plain(made))
+    common.print_plan(made.lines, of_difference=made.pair is not None)
     say(f"written to {output}")
 
 
 def reduce_verb(
     model: str,
-    plan: Path,
+    plan: Path | None,
     *,
     output: Path,
+    base: options.FromBase,
+    rule: str | None,
+    scale: float | None,
     compute: options.ComputeOptions,
     moments: options.Inputs,
     fresh: Path | None,
@@ -133,15 +139,26 @@ def reduce_verb(
     work: options.Directory,
 ) -> None:
     """`laser reduce`, whose arguments and help are in verbs.py."""
+    if rule is not None and scale is not None:
+        raise UsageError(f"found --rule {rule} and --scale {scale:g}; try one behind the other, or one of them")
+    rule = rule if scale is None else f"{SCALE}:{scale:g}"
     part = parts.chosen(work)
+    if plan is None:
+        unused = {"--moments": moments.moments, "--fresh": fresh, "--output-dtype": dtype, "--part": part}
+        unused |= {"--evict": evict or None}
+        return _reduce_by_rule(model, output, base, RULE if rule is None else rule, compute, work, unused)
+    if rule is not None:
+        raise UsageError("--rule and --scale are for a reduction without a plan; try laser plan with the rule")
     checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
+    compared = base.of(checkpoint)
     crew = compute.crew()
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
     ranks = {name: line.rank or 0 for name, line in wanted.reductions.items()}
     method = compute.truncating(crew)
     known, elsewhere = moments.load(), options.Inputs(fresh).load()
     if work.dry_run:
-        written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere)
+        require_base_apart(compared, output)
+        written, _, asked = prepare(checkpoint, wanted, crew, method, evict, dtype, known, elsewhere, compared)
         place = require_place(written, output, resume=work.resume, force=work.force)
         if work.resume:
             require_run(written, place, asked)
@@ -155,6 +172,7 @@ def reduce_verb(
             "dtype": dtype,
             "moments": known,
             "fresh": elsewhere,
+            "base": compared,
             "tick": bar,
             "on_check": check,
         }
@@ -167,18 +185,51 @@ def reduce_verb(
     print_outcome(outcome, output, meter, estimated.reduce_seconds, estimated, work.as_json)
 
 
+def _reduce_by_rule(
+    model: str,
+    output: Path,
+    base: options.FromBase,
+    rule: str,
+    compute: options.ComputeOptions,
+    work: options.Directory,
+    unused: Mapping[str, object],
+) -> None:
+    """A reduction of a difference without a plan: what `laser run` does without a search, under a rule alone."""
+    from laser.cli.run import run_verb  # imported when needed: it brings the search
+
+    if base.base is None:
+        raise UsageError(
+            "reduce needs a plan, or a base to take the difference from; try laser plan SPECTRA -o plan.json, or --base"
+        )
+    if named := [flag for flag, given in unused.items() if given is not None]:
+        raise UsageError(
+            f"{named[0]} is for a reduction by a plan; try laser delta, laser plan, and this with the plan"
+        )
+    run_verb(
+        model, output=output, recipe=None, base=base, how=options.RuleOptions(rule), moments=options.Inputs(),
+        lowest=options.Lowest(), which=options.Matrices(), search=False, trials=options.Trials(),
+        text=options.SearchText(), stream=None, dtype="float32", leaderboard=False, rows=options.Rows(),
+        compute=compute, part=None, work=work,
+    )  # fmt: skip
+
+
 def verify_verb(
     model: str,
     output: Path,
     *,
+    base: options.FromBase,
     where: options.OneDevice,
     moments: options.Inputs,
     shown_as: options.Json,
 ) -> None:
     """`laser verify`, whose arguments and help are in verbs.py."""
+    if is_recorded(Path(model)):
+        return verify_rebuilt_verb(Path(model), output, shown_as)
     checkpoint = open_checkpoint(model)
     with Progress("verify", list_matrices(checkpoint)) as bar:
-        found = verify_output(checkpoint, output, device=where.choose(), moments=moments.load(), tick=bar)
+        found = verify_output(
+            checkpoint, output, device=where.choose(), moments=moments.load(), base=base.of(checkpoint), tick=bar
+        )
     if shown_as.as_json:
         common.print_json(asdict(found))
     else:

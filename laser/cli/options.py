@@ -26,6 +26,7 @@ from laser.spectral.shrinkage import SHRINKERS
 
 if TYPE_CHECKING:
     from laser.checkpoint.reader import Checkpoint
+    from laser.delta.base import Base
     from laser.engine.crew import Crew
     from laser.evaluation import text as texts
     from laser.moments import Moments
@@ -182,6 +183,22 @@ class Inputs:
         from laser.moments import Moments
 
         return None if self.moments is None else Moments.load(self.moments)
+
+
+@dataclass(frozen=True)
+class FromBase:
+    """Of a fine-tune: from which base."""
+
+    base: str | None = option(
+        None, "Go by the differences from this model: a checkpoint directory or a Hub id. MODEL is its fine-tune."
+    )
+
+    def of(self, tuned: Checkpoint) -> Base | None:
+        """The base that the tuned checkpoint is compared with, if one was named."""
+        from laser.checkpoint.reader import open_checkpoint
+        from laser.delta.base import Base
+
+        return None if self.base is None else Base.of(open_checkpoint(self.base), tuned)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _against_source(checkpoint: Checkpoint, output: Path, board: Leaderboard) ->
     if output.resolve() != (checkpoint.path / LEADERBOARD).resolve() or not source.is_file():
         return []
     before = Leaderboard.load(source)
-    made_of = Outcome.load(checkpoint.path).plan.source
+    made_of = Outcome.load(checkpoint.path).plan.model
     if before.identity != made_of.identity or not agree(fingerprint_in(before.weights), made_of.weights):
         return []  # the card refuses it, and says so
     return leaderboard_rows(before, board)

@@ -17,13 +17,17 @@ from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print
 from laser.cli.progress import Checking, Progress
 from laser.cli.publish import leaderboards
 from laser.cli.search import (
+    NO_DATA,
     check_objective,
+    default_rules,
     layered_model,
     most_variants,
     objectives_of,
     print_search,
     search_with_bar,
+    searched_of,
 )
+from laser.delta.base import Base
 from laser.engine.cost import Measuring, Meter, estimate_cost
 from laser.engine.crew import Crew
 from laser.errors import UsageError
@@ -34,14 +38,14 @@ from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
 from laser.flow import require_same_run
 from laser.flow import run as run_flow
-from laser.pipeline import records_of
+from laser.pipeline import records_of, require_base_apart
 from laser.plan import Plan, Treatment, make_plan
 from laser.report.publish import SEARCH_FILE, write_card
 from laser.search.passes import possible_candidates
 from laser.search.search import SearchRecord, check_objectives, check_request, require_journal
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.rules import draws_needed
+from laser.spectral.rules import draws_needed, scale_in
 
 
 def run_verb(
@@ -49,6 +53,7 @@ def run_verb(
     *,
     output: Path,
     recipe: str | None,
+    base: options.FromBase,
     how: options.RuleOptions,
     moments: options.Inputs,
     lowest: options.Lowest,
@@ -71,25 +76,32 @@ def run_verb(
             f"laser reduce MODEL PLAN -o OUT --part {part}"
         )
     # Rule and number default to the published procedure's candidates.
-    wanted = "laser-rmt" if how.rule is None else how.rule
     searching = recipe is None if search is None else search
-    count = lowest.count(15 if searching else None)
+    wanted = default_rules(base.base is not None, searching) if how.rule is None else how.rule
+    count = lowest.count(15 if searching and base.base is None else None)
     chosen, treatment = which.selection(), how.treatment()
     rules = [rule for rule in wanted.split(",") if rule] if searching else [wanted]
     for each in rules:
         Treatment(each, **treatment).check(moments.moments is not None)
     if searching and any(treatment.values()):
         raise UsageError("a search tries plain cuts; try --no-search with --shrink, --two-sided and --require-fit")
+    if base.base is not None and moments.moments is not None:
+        raise UsageError(NO_DATA)
     if searching:
         calibrated = moments.moments is not None
-        check_request(rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated)
+        check_request(
+            rules, accept=trials.accept, order=trials.order, lowest_snr=count, calibrated=calibrated,
+            of_difference=base.base is not None,
+        )  # fmt: skip
         check_objective("loss", None, text)
         require_dtype(dtype)
     crew = compute.crew()
-    draws = max((draws_needed(each) for each in rules), default=0)
+    draws = max((draws_needed(each, base.base is not None) for each in rules), default=0)
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    compared = base.of(checkpoint)
+    require_base_apart(compared, output)
     begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
     matrices = list_matrices(checkpoint)
     chosen.check(matrices)
@@ -117,8 +129,9 @@ def run_verb(
     if wants_board:
         workload = require_leaderboard(checkpoint, **rows.request(), counted=work.dry_run)
         board = memory.for_run_leaderboard(checkpoint, here(), needed=bool(leaderboard))
+    searched = searched_of(checkpoint, chosen, compared is not None) if searching else []
     if searching:
-        most = most_variants(matrices, rules, count)
+        most = most_variants(searched, rules, count, by_role=compared is not None)
         measure = _search_measure(
             checkpoint, *texts, text, crew, here(), dtype, stream, matrices, trials, most, len(rules)
         )
@@ -131,6 +144,7 @@ def run_verb(
         "method": method,
         "null_draws": draws,
         "moments": known,
+        "base": compared,
         "treatment": Treatment(wanted, **treatment) if not searching and count is None else None,
         "rules": rules,
     }
@@ -140,9 +154,11 @@ def run_verb(
             if measure is not None:
                 asked = {"lowest_snr": count, "accept": trials.accept, "order": trials.order, "racing": trials.racing}
                 journal = records_of(begun) / "search.jsonl"
-                require_journal(journal, measure.model, rules, measure.calibration, chosen, here(), known, asked)
+                require_journal(
+                    journal, measure.model, rules, measure.calibration, chosen, here(), known, asked, compared
+                )
         if measure is not None:
-            found = possible_candidates(matrices, measure.model, rules, False)
+            found = possible_candidates(searched, measure.model, rules, False, by_role=compared is not None)
             measuring.append(
                 search_measuring(
                     measure.model,
@@ -158,7 +174,10 @@ def run_verb(
             )
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
-        return print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
+        print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
+        if not searching and scale_in(wanted) is not None and not work.as_json:
+            common.say("a scale factorises nothing: it takes as long as to read both models and to write one")
+        return
 
     def choose(spectra: Spectra) -> Plan:
         if measure is None:
@@ -167,6 +186,7 @@ def run_verb(
             measure.model, spectra, rules, measure.calibration, measure.reported,
             selection=chosen, lowest_snr=count, accept=trials.accept, order=trials.order, racing=trials.racing,
             device=here(), journal=records_of(place) / "search.jsonl", moments=known,
+            base=compared,
         )  # fmt: skip
         SearchRecord.of(result).save(place / SEARCH_FILE)
         if not work.as_json:
@@ -174,12 +194,13 @@ def run_verb(
         return result.plan
 
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
-    seconds = None if searching else estimated.visit_seconds
+    seconds = None if searching or scale_in(wanted) is not None else estimated.visit_seconds
     if (count or known) and seconds is not None:
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
         seconds = estimated.scan_seconds + estimated.reduce_seconds * share
+    visited = matrices if compared is None else list_matrices(checkpoint)
     with (
-        Progress("scan", matrices) as scanned,
+        Progress("scan", visited) as scanned,
         Progress("reduce", matrices) as reduced,
         Checking() as check,
         writing(checkpoint, output, resume=work.resume, force=work.force) as place,
@@ -192,14 +213,14 @@ def run_verb(
             **of_run,
             resume=True,
             name=output.resolve().name,
-            command=_run_command(checkpoint, output),
+            command=_run_command(checkpoint, output, compared),
             on_scan=scanned,
             on_reduce=reduced,
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            command = (_run_command(checkpoint, output),)
+            command = (_run_command(checkpoint, output, compared),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
@@ -236,13 +257,14 @@ def _search_measure(
     return _Measure(layered, placed, calibration, reported)
 
 
-def _run_command(checkpoint: Checkpoint, output: Path) -> str:
+def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
     """The command line that makes the output: as it was given, without folders of this machine.
 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
     undisturbed one.
     """
-    names = {str(checkpoint.path): checkpoint.name, str(output): output.resolve().name}
+    models = {each.path: each.name for each in (checkpoint, *([base.checkpoint] if base else ()))}
+    names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
-    words = [names.get(w, checkpoint.name if Path(w).resolve() == checkpoint.path else w) for w in given]
+    words = [names.get(w) or models.get(Path(w).resolve(), w) for w in given]
     return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])

@@ -9,11 +9,13 @@ from typing import Any
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.choices import OF_DIFFERENCES
 from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
+from laser.delta.difference import RULE
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
@@ -35,6 +37,7 @@ from laser.search.search import (
     require_journal,
 )
 from laser.search.search import search as search_plan
+from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
 from laser.spectral.rules import BY_DATA, draws_needed
@@ -45,7 +48,8 @@ def search_verb(
     *,
     output: Path,
     spectra: Path | None,
-    rules: str,
+    base: options.FromBase,
+    rules: str | None,
     moments: options.Inputs,
     lowest: options.Lowest,
     shortlist: str | None,
@@ -64,15 +68,19 @@ def search_verb(
 ) -> None:
     """`laser search`, whose arguments and help are in verbs.py."""
     # Before the model, which may have to be downloaded: what is asked for.
+    of_difference = base.base is not None
+    rules = rules if rules is not None else default_rules(of_difference, searching=True)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
+    if of_difference and moments.moments is not None:
+        raise UsageError(NO_DATA)
     asked: dict[str, Any] = {
-        "lowest_snr": lowest.count(None if grid or shortlist else 15),
+        "lowest_snr": lowest.count(None if grid or shortlist or of_difference else 15),
         "shortlist": shortlist_of(shortlist),
         "grid": grid is not None,
         "accept": trials.accept,
         "order": trials.order,
     }
-    check_request(wanted, **asked, calibrated=moments.moments is not None)
+    check_request(wanted, **asked, calibrated=moments.moments is not None, of_difference=of_difference)
     asked["racing"] = trials.racing
     check_objective(objective, task, text)
     require_dtype(dtype)
@@ -90,28 +98,34 @@ def search_verb(
     # Before the scan: what cannot be measured is not worth one.
     checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
     require_unpacked(checkpoint)
+    compared = base.of(checkpoint)
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
     calibration, reported = objectives_of(checkpoint, tokenizer, task, *texts, text)
     check_objectives(calibration, reported, trials.accept, asked["shortlist"], trials.racing)
     if measured is None:  # one that is there is used as it is: it may hold more than this search asks for
         chosen.check(list_matrices(checkpoint))
+    elif compared is not None:
+        compared.require(measured.source, "spectra")
     else:
         measured.source.require(checkpoint, "spectra")
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
+    searched = searched_of(checkpoint, chosen, of_difference)
     layered, placed = layered_model(
         checkpoint, calibration, reported, matrices, crew, where, dtype, stream,
-        variants=most_variants(matrices, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"]),
+        variants=most_variants(searched, wanted, asked["shortlist"] or asked["lowest_snr"], asked["grid"],
+            of_difference),
         rules=1 if grid else len(wanted), backward=shortlist is not None,
     )  # fmt: skip
-    draws = max((draws_needed(rule) for rule in wanted), default=0)
+    draws = max((draws_needed(rule, of_difference) for rule in wanted), default=0)
     if work.dry_run:
         if not work.force:
-            require_journal(journal, layered, wanted, calibration, chosen, where, known, asked)
+            require_journal(journal, layered, wanted, calibration, chosen, where, known, asked, compared)
         tried = asked["shortlist"]
         if measured is not None:  # then it is known which
             found = candidates_of(measured, layered, wanted, chosen, asked["lowest_snr"], asked["grid"])[1]
         else:
-            found, tried = possible_candidates(matrices, layered, wanted, asked["grid"]), tried or asked["lowest_snr"]
+            found = possible_candidates(searched, layered, wanted, asked["grid"], of_difference)
+            tried = tried or asked["lowest_snr"]
         estimate = search_measuring(
             layered, placed, calibration, reported, matrices, found, where,
             tried=tried, order=trials.order, grid=asked["grid"], shortlisted=shortlist is not None,
@@ -120,8 +134,9 @@ def search_verb(
     if measured is None:
         with Progress("scan", matrices) as bar:
             measured = scan_into(
-                spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known, rules=wanted
-            )
+                spectra, checkpoint, chosen, crew, "gram", bar, null_draws=draws, moments=known, base=compared,
+                rules=wanted,
+            )  # fmt: skip
     result = search_with_bar(
         layered,
         measured,
@@ -133,6 +148,7 @@ def search_verb(
         device=where,
         journal=journal,
         moments=known,
+        base=compared,
         anew=work.force,
     )
     result.plan.save(output)
@@ -169,9 +185,31 @@ def layered_model(
     return layered, placed
 
 
-def most_variants(matrices: Sequence[Matrix], rules: Sequence[str], tried: int | None, grid: bool = False) -> int:
+NO_DATA = "the metric of the data is of a model's own matrices, not of differences; try --base without --moments"
+
+
+def default_rules(of_difference: bool, searching: bool) -> str:
+    """What is asked where nothing is named."""
+    if not of_difference:
+        return "laser-rmt"
+    return ",".join(OF_DIFFERENCES) if searching else RULE
+
+
+def searched_of(checkpoint: Checkpoint, chosen: Selection, of_difference: bool) -> list[Matrix]:
+    """What a search may edit: a scale is for tensors of any shape."""
+    why_not = chosen.why_not_tensor if of_difference else chosen.why_not
+    return [m for m in list_matrices(checkpoint) if why_not(m) is None]
+
+
+def most_variants(
+    matrices: Sequence[Matrix], rules: Sequence[str], tried: int | None, grid: bool = False, by_role: bool = False
+) -> int:
     """How many variants there can be, before a spectrum is known. tried: of how many candidates, None: of all."""
-    candidates = {(m.layer, m.role) if grid else m.name for m in matrices if m.is_matrix}
+
+    def candidate(m: Matrix) -> object:
+        return (m.layer, m.role) if grid else (m.stack, m.role) if by_role else m.name
+
+    candidates = {candidate(m) for m in matrices if m.is_matrix or by_role}
     return len(rules) * min(len(candidates), tried or len(candidates))
 
 
@@ -258,9 +296,7 @@ def print_search(result: SearchResult) -> None:
     """The decisions, one row per trial, then what the whole plan did to seen and unseen text."""
     rows = []
     for t in result.trials:
-        kept = all(
-            name in result.plan.reductions and result.plan.reductions[name].rank == r for name, r in t.ranks.items()
-        )
+        kept = all(t.made(result.plan.reductions.get(name)) for name in t.ranks)
         decision = "rejected" if not t.accepted else "kept" if kept and not t.alone else "accepted"
         rank = next(iter(t.ranks.values()))
         change = "not finite" if t.d is None else f"{t.d:+.5f}"

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laser.choices import ROUNDS, WINDOW
+from laser.choices import OF_DIFFERENCES, ROUNDS, WINDOW
 from laser.cli import options
 from laser.cli.recipe import follow, packaged
 from laser.report.plots import QUANTITIES
@@ -73,9 +73,18 @@ def plan(
 
 def reduce(
     model: options.Model,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by laser plan.")],
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="File written by laser plan; not needed with --base.")
+    ] = None,
     *,
     output: options.Output,
+    base: options.FromBase,
+    rule: Annotated[
+        str | None, typer.Option("--rule", help="With --base and no PLAN: by which rule; default: rounding.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="The same as --rule scale:C: this much of the difference.")
+    ] = None,
     compute: options.ComputeOptions,
     moments: options.Inputs,
     fresh: Annotated[
@@ -91,13 +100,20 @@ def reduce(
     parts: options.PartOption,
     work: options.Directory,
 ) -> None:
-    """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix."""
+    """Write the checkpoint that the plan describes. Killed at any moment, --resume goes on without losing a matrix.
+
+    With --base, what is cut or scaled is the difference of a fine-tune from its base. No plan is needed then: every
+    matrix is judged as it is visited, by --rule, or multiplied by --scale, as by laser run --no-search.
+    """
     with loading():
         from laser.cli import flow
     flow.reduce_verb(
         model,
         plan,
         output=output,
+        base=base,
+        rule=rule,
+        scale=scale,
         compute=compute,
         moments=moments,
         fresh=fresh,
@@ -112,14 +128,18 @@ def verify(
     model: options.Model,
     output: options.Out,
     *,
+    base: options.FromBase,
     where: options.OneDevice,
     moments: options.Inputs,
     shown_as: options.Json,
 ) -> None:
-    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says."""
+    """Check on the files that untouched tensors are bit-identical and touched ones are as their plan says.
+
+    With the directory that laser unmerge wrote for MODEL: that OUT is the fine-tune, by the sha256 of every file.
+    """
     with loading():
         from laser.cli import flow
-    flow.verify_verb(model, output, where=where, moments=moments, shown_as=shown_as)
+    flow.verify_verb(model, output, base=base, where=where, moments=moments, shown_as=shown_as)
 
 
 def run(
@@ -132,6 +152,7 @@ def run(
             "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
         ),
     ] = None,
+    base: options.FromBase,
     how: options.RuleOptions,
     moments: options.Inputs,
     lowest: options.Lowest,
@@ -165,6 +186,7 @@ def run(
         model,
         output=output,
         recipe=recipe,
+        base=base,
         how=how,
         moments=moments,
         lowest=lowest,
@@ -274,9 +296,15 @@ def search(
             "--spectra", help="File of laser scan, made if absent; default: spectra.safetensors beside the plan."
         ),
     ] = None,
+    base: options.FromBase,
     rules: Annotated[
-        str, typer.Option("--rules", help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments.")
-    ] = "laser-rmt",
+        str | None,
+        typer.Option(
+            "--rules",
+            help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments. "
+            f"Default: laser-rmt; with --base {', '.join(OF_DIFFERENCES)}.",
+        ),
+    ] = None,
     moments: options.Inputs,
     lowest: options.Lowest,
     shortlist: Annotated[
@@ -304,6 +332,8 @@ def search(
 ) -> None:
     """Try to reduce one matrix after another, keep what measurably helps, and write that as a plan.
 
+    With --base a candidate is a role, all its matrices at once, and an edit is a scale or a cut of their differences.
+
     Interrupted, it keeps every finished trial in the journal; the same command goes on from there. What is reported at
     the end was measured on text that the search did not see.
     """
@@ -313,6 +343,7 @@ def search(
         model,
         output=output,
         spectra=spectra,
+        base=base,
         rules=rules,
         moments=moments,
         lowest=lowest,
@@ -549,7 +580,10 @@ def unmerge(
     rounds: Annotated[
         int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
     ] = ROUNDS,
-    shown_as: options.Json,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the adapter: float32, float16 or bfloat16, and more in the remainder.")
+    ] = "float32",
+    work: options.WorkOptions,
 ) -> None:
     """Find the adapter that was merged into a fine-tune, so exactly that base and adapter give its bits again.
 
@@ -559,7 +593,7 @@ def unmerge(
     with loading():
         from laser.cli import adapters
     adapters.unmerge_verb(
-        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, shown_as=shown_as
+        base, tuned, output=output, compute=compute, only_lora=only_lora, rounds=rounds, dtype=dtype, work=work
     )
 
 
@@ -572,7 +606,9 @@ def rebuild(
     output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
     formula: Annotated[
         str | None,
-        typer.Option("--formula", help="Of another LoRA: delta-first, as PEFT merges (default), once or scaled-after."),
+        typer.Option(
+            "--formula", help="Of another LoRA: once, delta-first or scaled-after; default: as PEFT merges it."
+        ),
     ] = None,
     shown_as: options.Json,
 ) -> None:

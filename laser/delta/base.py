@@ -12,33 +12,54 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
-from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.matrices import ALIASES, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
-from laser.delta.difference import Change, Verdict, compare_tensors, whitened
+from laser.delta.difference import Change, Verdict, as_merged, compare_tensors, whitened
 from laser.delta.formats import STORED_FLOATS
 from laser.errors import NumericalError, RecordError
 from laser.spectral.devices import Device
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What a record of differences says beside the spectra. changes: by the tuned one's name of each tensor, and by the
-    base's of what the tuned one lacks."""
+class Pair:
+    """Which two checkpoints a record of differences speaks of."""
 
     base: Source
     tuned: Source
-    changes: Mapping[str, Change] = field(default_factory=dict)
 
     @property
     def source(self) -> Source:
         """The virtual checkpoint TUNED - BASE."""
         return difference_of(self.tuned, self.base)
+
+    def require(self, tuned: Checkpoint, base: Base | None, what: str) -> None:
+        """Raises RecordError unless `what` was made of these two."""
+        if base is None:
+            raise RecordError(
+                f"the {what} was made from {self.source.name} ({self.source.identity[:12]}), the difference of two "
+                f"checkpoints, found {tuned.name} alone; try it with --base and the directory or id of {self.base.name}"
+            )
+        self.base.require(base.checkpoint, f"{what} of {self.source.name}")
+        self.tuned.require(tuned, f"{what} of {self.source.name}")
+
+
+@dataclass(frozen=True)
+class Delta(Pair):
+    """What a record of differences says beside the spectra. changes: by the tuned one's name of each tensor, and by the
+    base's of what the tuned one lacks."""
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.base, self.tuned)
 
     def unlike(self, names: Sequence[str]) -> str | None:
         """What in it contradicts the rest of a file whose tensors are these."""
@@ -64,13 +85,11 @@ def difference_of(tuned: Source, base: Source) -> Source:
     def both(a: str | None, b: str | None) -> str | None:
         return None if a is None or b is None else hashlib.sha256(f"{a} - {b}".encode()).hexdigest()
 
-    return replace(
-        tuned,
-        name=f"{tuned.name} - {base.name}",
-        identity=str(both(tuned.identity, base.identity)),
-        content=both(tuned.content, base.content),
-        samples=both(tuned.samples, base.samples),
-    )
+    content, samples = both(tuned.content, base.content), both(tuned.samples, base.samples)
+    if content is None and samples is None:  # one is on the Hub and the other in a directory: what is known of each
+        samples = both(tuned.content or tuned.samples, base.content or base.samples)
+    name, identity = f"{tuned.name} - {base.name}", str(both(tuned.identity, base.identity))
+    return replace(tuned, name=name, identity=identity, content=content, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -89,10 +108,19 @@ class Base:
         used = {m.name for m in places.values()}
         return Base(base, tuned, places, tuple(m.name for m in theirs if m.name not in used))
 
+    @cached_property
+    def pair(self) -> Pair:
+        """What records say of the two."""
+        return Pair(Source.of(self.checkpoint), Source.of(self.tuned))
+
     @property
     def source(self) -> Source:
         """The virtual checkpoint TUNED - BASE."""
-        return self.delta_of({}).source
+        return self.pair.source
+
+    def stated(self) -> dict[str, Any]:
+        """What a journal of differences is identified by beside the tuned checkpoint."""
+        return {"base": [self.pair.base.identity, self.pair.base.weights.short]}
 
     def require(self, source: Source, what: str) -> None:
         """Raises RecordError unless `what` was made of these two checkpoints."""
@@ -105,12 +133,29 @@ class Base:
     def delta_of(self, changes: Mapping[str, Change]) -> Delta:
         """What a record says of these changes, and of what the tuned checkpoint lacks."""
         gone = {name: Change(Verdict.MISSING) for name in self.missing}
-        return Delta(Source.of(self.checkpoint), Source.of(self.tuned), {**changes, **gone})
+        return Delta(self.pair.base, self.pair.tuned, {**changes, **gone})
 
     def read(self, matrix: Matrix) -> torch.Tensor | None:
         """The base's weights (m, n) for a matrix of the tuned one; None where it has none."""
         there = self.places.get(matrix.name)
         return None if there is None else self.checkpoint.read(there.tensor, there.part)
+
+    def weights(self, matrix: Matrix) -> torch.Tensor:
+        """The same. Raises as `require_place`."""
+        self.require_place(matrix)
+        there = self.places[matrix.name]
+        return self.checkpoint.read(there.tensor, there.part)
+
+    def require_place(self, matrix: Matrix) -> None:
+        """Raises RecordError where a tensor has no difference that could be cut or scaled, as far as headers tell."""
+        there = self.places.get(matrix.name)
+        alike = there is not None and there.shape == matrix.shape and there.no_spectrum is None
+        if not alike or matrix.dtype not in STORED_FLOATS:
+            found = "none" if there is None else f"{there.dtype} {list(there.shape)}"
+            raise RecordError(
+                f"{matrix.name}, {matrix.dtype} {list(matrix.shape)}: found {found} in {self.checkpoint.name}, "
+                f"expected weights of this shape, its own of {', '.join(STORED_FLOATS)}; plan again, or keep it"
+            )
 
     def difference(self, matrix: Matrix, q: torch.Tensor, device: Device, spectrum: bool = True) -> Between:
         """What became of a tensor whose tuned values are q, of any shape. spectrum: whether its difference is wanted.
@@ -123,6 +168,8 @@ class Base:
         if W.shape != q.shape:
             return Between(_resized(W, q), None)
         found = compare_tensors(W, q)
+        if found.kind is Verdict.CHANGED and (cast := as_merged(W, q, device)) is not W:
+            W, found = cast, compare_tensors(cast, q)
         if not spectrum or not matrix.is_matrix or found.kind is Verdict.NOT_FINITE:
             return Between(found, None)
         if found.kind is Verdict.SAME:
@@ -188,4 +235,5 @@ def matched(theirs: Sequence[Matrix], ours: Sequence[Matrix]) -> dict[str, Matri
 
 
 def _key(m: Matrix) -> tuple[object, ...]:
-    return (m.stack, m.layer, m.role, m.expert)
+    """Mixtral's experts are w1, w2, w3 each by itself, and gate, down, up where they are fused."""
+    return (m.stack, m.layer, ALIASES[m.role] if m.role in ("w1", "w2", "w3") else m.role, m.expert)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laser.checkpoint.matrices import Matrix
-from laser.delta.difference import AGREE, Change, Verdict
+from laser.delta.difference import AGREE, Change, Verdict, looks_quantised
 
 # They say nothing of whether it is the base.
 UNTOLD = (Verdict.SHAPE, Verdict.MISSING, Verdict.ADDED, Verdict.NOT_FINITE)
@@ -74,3 +74,15 @@ def is_base(matrices: Sequence[Matrix], changes: Mapping[str, Change]) -> bool:
     """Whether anything of the base is left in a matrix of the tuned checkpoint, or nothing can be said."""
     told = [changes[m.name] for m in matrices if m.is_matrix and changes[m.name].kind not in UNTOLD]
     return not told or any(c.kind is not Verdict.OTHER and (c.cosine is None or c.cosine >= AGREE) for c in told)
+
+
+def is_base_quantised(changes: Mapping[str, Change]) -> bool:
+    """Whether most of what changed in all directions looks as if the base had been quantised before it was tuned."""
+    full = [change for change in changes.values() if change.kind is Verdict.FULL]
+    return sum(map(looks_quantised, full)) > len(full) / 2
+
+
+QUANTISED = (
+    "{tuned} looks as if {base} had been quantised before it was tuned: the differences hold the errors of a grid; "
+    "try the quantised base, converted back to 16 bits"
+)

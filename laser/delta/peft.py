@@ -1,16 +1,18 @@
 """A PEFT LoRA adapter merged into its base, one matrix in memory: the ordinary merge, streamed.
 
-For every adapted module W becomes merge(W, s B A), by a formula that is named (formulas.py), with s = alpha / r, or
-alpha / sqrt(r) for rsLoRA, and ranks and alphas of their own where rank_pattern and alpha_pattern match a module's name
-as PEFT matches them. What modules_to_save holds takes the base's place, cast to its dtype. Whatever else an adapter may
-be is refused by its name: a merge that leaves something out would be another model.
+For every adapted weight W becomes merge(W, s B A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA, and ranks and
+alphas of their own where rank_pattern and alpha_pattern match a weight's name as PEFT matches them. PEFT keeps A and B
+in float32, whatever their file has, and adds s B A to a module's weight without casting it first: formula once. To an
+embedding, and to a parameter of experts, it adds it cast: formula delta-first (formulas.py). B A is computed in float32
+as there, so the bits are PEFT's on the same machine. What modules_to_save holds takes the base's place, cast to its
+dtype. Whatever else an adapter may be is refused by its name: a merge that leaves something out would be another model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +20,63 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.convert import write_directory
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.delta.formats import STORED_FLOATS
 from laser.delta.formulas import Formula
-from laser.delta.unmerge import CONFIG, MODEL, PEFT, RECORD, REMAINDER, side_files_of
+from laser.delta.places import PEFT, PEFT_FORMULAS, Place, of_expert, places_of, rows_of, stems
+from laser.delta.unmerge import CONFIG, MODEL, is_tied, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
 
 # What would make the merge another one than written here, where it is set.
-OTHERWISE = ("use_dora", "fan_in_fan_out", "target_parameters", "trainable_token_indices", "layer_replication")
+OTHERWISE = ("use_dora", "fan_in_fan_out", "trainable_token_indices", "layer_replication")
 OTHERWISE += ("lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapted tensor of the base: the names of A and B in the adapter's file, and the scale."""
+    """The adapter of one weight in memory: the names of A and B in its file, and the scale."""
 
     A: str
     B: str
     scale: float
+    place: Place
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter as its folder says. updates, saved: by the base's tensors."""
+    """An adapter as its folder says. updates, saved: by the base's tensors; experts: by its matrices."""
 
     path: Path
     updates: Mapping[str, Lora]
+    experts: Mapping[str, Lora]
     saved: Mapping[str, str]
 
+    @property
+    def weights(self) -> int:
+        """How many of the base's matrices it changes."""
+        return len(self.updates) + len(self.experts) + len(self.saved)
+
+    def product(self, lora: Lora) -> torch.Tensor:
+        """s B A of the adapted weight, or of one expert in it, float32."""
+        A, B = of_expert(self.tensor(lora.A).float(), self.tensor(lora.B).float(), lora.place)
+        # As PEFT multiplies an embedding's factors before it transposes their product.
+        return (A.T @ B.T).T * lora.scale if lora.place.embedding else (B @ A) * lora.scale
+
     def tensor(self, name: str) -> torch.Tensor:
-        try:
-            with safe_open(self.path, "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: {name}: {first_line(error)}; download it again") from error
+        return tensor_of(self.path, name)
+
+
+def tensor_of(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {name}: {first_line(error)}; download it again") from error
 
 
 def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
@@ -74,51 +95,114 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             raise UsageError(f"{place} sets {key}, which is not merged here; try PEFT's own merge")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{place}: bias is {config['bias']!r}, expected 'none'; try PEFT's own merge")
-    tensors = {info.name: info for info in read_header(path).tensors}
-    updates, saved = {}, {}
-    for name, info in tensors.items():
-        bare = name.removeprefix(PEFT)
-        module, _, what = bare.rpartition(".lora_")
-        target = f"{module}.weight" if module else bare
-        if name == bare or (module and what not in ("A.weight", "B.weight")):
-            raise UsageError(f"{path}: {name} is no part of a plain LoRA; try PEFT's own merge")
-        if target not in base.tensors:
-            raise CheckpointError(f"{path}: {name} is of {target}, which {base.name} has not; is that its base?")
-        expected = base.tensors[target]
-        if module and what == "A.weight":
-            other = f"{PEFT}{module}.lora_B.weight"
-            B = tensors.get(other)
-            fits = B is not None and len(info.shape) == len(B.shape) == len(expected.shape) == 2
-            if not fits or B is None or (B.shape[0], info.shape[1], B.shape[1]) != (*expected.shape, info.shape[0]):
-                raise CheckpointError(f"{path}: {name} and its lora_B do not fit {target} {list(expected.shape)}")
-            if expected.dtype not in STORED_FLOATS:
-                raise UsageError(f"{target} is stored as {expected.dtype}, expected one of {', '.join(STORED_FLOATS)}")
-            updates[target] = Lora(name, other, scale_of(config, module, info.shape[0], place))
-        elif module and f"{PEFT}{module}.lora_A.weight" not in tensors:
-            raise CheckpointError(f"{path}: {name} has no lora_A; download it again")
-        elif not module:
-            if info.shape != expected.shape:
-                raise CheckpointError(f"{path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
-            saved[target] = name
-    if not updates and not saved:
+    found = _Reading(path, config, base, {info.name: info for info in read_header(path).tensors})
+    for name in found.tensors:
+        found.take(name)
+    adapter = PeftAdapter(path, found.updates, found.experts, found.saved)
+    if not adapter.weights:
         raise CheckpointError(f"{path} holds no adapter of {base.name}; download it again")
-    return PeftAdapter(path, updates, saved)
+    embeddings = {m.tensor for m in found.matrices if m.role == "embedding"}
+    if is_tied(base) and embeddings & found.saved.keys() and not config.get("ensure_weight_tying"):
+        raise UsageError(
+            f"{place}: {min(embeddings & found.saved.keys())} was trained whole and is the head as well, which PEFT "
+            "then keeps as it was; try PEFT's own merge"
+        )
+    return adapter
 
 
-def scale_of(config: Mapping[str, Any], module: str, rank: int, place: Path) -> float:
-    """s for a module, as PEFT's LoraLayer.update_layer has it. Raises UsageError for ranks that contradict the file."""
-    r = _module_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _module_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+@dataclass
+class _Reading:
+    """An adapter's file, tensor by tensor."""
+
+    path: Path
+    config: Mapping[str, Any]
+    base: Checkpoint
+    tensors: Mapping[str, TensorInfo]
+    updates: dict[str, Lora] = field(default_factory=dict)
+    experts: dict[str, Lora] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.matrices = list_matrices(self.base)
+        places = places_of(self.matrices)
+        self.adapted: dict[str, list[tuple[Matrix, Place]]] = {}
+        for m in self.matrices:
+            if m.name in places:
+                self.adapted.setdefault(places[m.name].weight, []).append((m, places[m.name]))
+        self.parameters = sorted(w for w, found in self.adapted.items() if found[0][1].parameter and self.targeted(w))
+        of = stems(self.adapted[w][0][1] for w in self.parameters)
+        self.stems = {stem: weight for weight, stem in of.items()}
+
+    def targeted(self, weight: str) -> bool:
+        """Whether target_parameters names a parameter, as PEFT matches it."""
+        named = self.config.get("target_parameters") or ()
+        return any(weight == each or weight.endswith(f".{each}") for each in named)
+
+    def take(self, name: str) -> None:
+        bare = name.removeprefix(PEFT)
+        stem, _, what = name.rpartition(".lora_")
+        if name == bare or (stem and what not in ("A.weight", "B.weight", "embedding_A", "embedding_B")):
+            raise UsageError(f"{self.path}: {name} is no part of a plain LoRA; try PEFT's own merge")
+        if not stem:
+            self.whole(name, bare)
+        elif what in ("A.weight", "embedding_A"):
+            self.factors(name, f"{stem}.lora_{what.replace('A', 'B')}", stem, what)
+        elif f"{stem}.lora_{what.replace('B', 'A')}" not in self.tensors:
+            raise CheckpointError(f"{self.path}: {name} has no lora_A; download it again")
+
+    def whole(self, name: str, bare: str) -> None:
+        """A tensor that takes the base's place; or the base's own, which PEFT saves below an adapted head."""
+        target = bare.replace(".base_layer.", ".")
+        if target not in self.base.tensors:
+            raise CheckpointError(
+                f"{self.path}: {name} is of {target}, which {self.base.name} has not; is that its base?"
+            )
+        info, expected = self.tensors[name], self.base.tensors[target]
+        if info.shape != expected.shape:
+            raise CheckpointError(f"{self.path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
+        if target == bare:
+            self.saved[target] = name
+        elif not torch.equal(tensor_of(self.path, name), self.base.raw(target)):
+            raise UsageError(f"{self.path}: {name} is not the base's own, as it was; try PEFT's own merge")
+
+    def factors(self, name: str, other: str, stem: str, what: str) -> None:
+        weight = self.stems.get(stem) or stem.removeprefix(PEFT)
+        found = self.adapted.get(weight, [])
+        group = "embedding" if what == "embedding_A" else "parameter" if stem in self.stems else "module"
+        if not found or found[0][1].group != group:
+            raise CheckpointError(
+                f"{self.path}: {name} is of {weight}, which {self.base.name} has not; is that its base?"
+            )
+        matrix, place = found[0]
+        A, B, E = self.tensors[name], self.tensors.get(other), place.experts or 1
+        a, b = (A.shape, B.shape if B else ()) if group != "embedding" else (B.shape[::-1] if B else (), A.shape[::-1])
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1], b[1]) != (place.rows, matrix.shape[1], a[0]) or a[0] % E:
+            shape = [place.rows, matrix.shape[1]]
+            raise CheckpointError(f"{self.path}: {name} and its lora_B do not fit {weight} {shape}")
+        for m, own in found:
+            if m.dtype not in STORED_FLOATS:
+                raise UsageError(f"{m.tensor} is stored as {m.dtype}, expected one of {', '.join(STORED_FLOATS)}")
+            lora = Lora(name, other, scale_of(self.config, weight, a[0] // E, self.path.with_name(CONFIG)), own)
+            if group == "parameter":
+                self.experts[m.name] = lora
+            else:
+                self.updates[m.tensor] = lora
+
+
+def scale_of(config: Mapping[str, Any], weight: str, rank: int, place: Path) -> float:
+    """s for a weight, as PEFT's LoraLayer.update_layer has it. Raises UsageError for ranks that contradict the file."""
+    r = _module_pattern(config.get("rank_pattern"), weight, config.get("r"))
+    alpha = _module_pattern(config.get("alpha_pattern"), weight, config.get("lora_alpha"))
     if r != rank or not isinstance(alpha, int | float):
         raise UsageError(
-            f"{place}: {module} has rank {r} and alpha {alpha}, found {rank} in the file; check the adapter"
+            f"{place}: {weight} has rank {r} and alpha {alpha}, found {rank} in the file; check the adapter"
         )
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _module_pattern(patterns: Any, module: str, otherwise: Any) -> Any:
+def _module_pattern(patterns: Any, weight: str, otherwise: Any) -> Any:
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(rf"(.*\.)?({key})$", weight):
             return value
     return otherwise
 
@@ -127,22 +211,42 @@ def merge_streamed(
     base: Checkpoint,
     folder: Path,
     out: Path,
-    formula: Formula,
+    formula: str | None = None,
     *,
     tick: Callable[[TensorInfo], object] = lambda _: None,
 ) -> int:
-    """Write the new directory `out`: `base` with the adapter in `folder` merged. Returns how many tensors changed.
+    """Write the new directory `out`: `base` with the adapter in `folder` merged. Returns how many matrices it is of.
 
-    Shards, names and dtypes are the base's. Raises as `open_adapter`, and OutputError where `out` cannot be written.
+    formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. Raises
+    as `open_adapter`, and OutputError where `out` cannot be written.
     """
     adapter = open_adapter(folder, base)
+
+    parts: dict[str, list[Matrix]] = {}
+    for m in list_matrices(base):
+        if m.name in adapter.experts:
+            parts.setdefault(m.tensor, []).append(m)
+
+    def merged(W: torch.Tensor, lora: Lora, rows: torch.Tensor | None = None) -> torch.Tensor:
+        how = Formula(formula or PEFT_FORMULAS[lora.place.group], lora.scale)
+        X = adapter.product(lora)
+        return how.merge(W, X if rows is None else X[rows], W.dtype)
 
     def tensor(info: TensorInfo) -> Iterator[memoryview]:
         dtype = TORCH.get(info.dtype)
         if dtype is not None and info.name in adapter.updates:
-            lora, W = adapter.updates[info.name], base.raw(info.name)
-            A, B = (adapter.tensor(name).double() for name in (lora.A, lora.B))
-            yield bytes_of(replace(formula, scale=lora.scale).merge(W, lora.scale * (B @ A), dtype))
+            yield bytes_of(merged(base.raw(info.name), adapter.updates[info.name]))
+        elif dtype is not None and info.name in parts:
+            whole = base.raw(info.name)
+            for m in parts[info.name]:
+                lora = adapter.experts[m.name]
+                W = whole if m.part is None else m.part.of(whole)
+                new = merged(W, lora, rows_of(m, lora.place))
+                if m.part is None:
+                    whole = new
+                else:
+                    m.part.put(whole, new)
+            yield bytes_of(whole)
         elif dtype is not None and info.name in adapter.saved:
             yield bytes_of(adapter.tensor(adapter.saved[info.name]).to(dtype))
         else:
@@ -157,9 +261,4 @@ def merge_streamed(
     files = {name: data for name, data in side_files_of(base).items() if name not in ("config.json", INDEX)}
     written = replace(base, shards=tuple(map(made, base.shards)))
     write_directory(written, out, files, tick=tick, check=lambda: require_unchanged(base))
-    return len(adapter.updates) + len(adapter.saved)
-
-
-def is_recorded(folder: Path) -> bool:
-    """Whether `laser unmerge` wrote an adapter's folder: then every byte is known, and nothing may be left out."""
-    return (folder / RECORD).exists() or (folder / REMAINDER).exists()
+    return adapter.weights

@@ -18,20 +18,20 @@ from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
+from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
-from laser.delta.formulas import Formula
 from laser.delta.packing import unpack, unpack_some
+from laser.delta.places import PEFT, names_at, of_expert, rows_of, stems
 from laser.delta.solver import Adapter
 from laser.delta.unmerge import (
     MODEL,
-    PEFT,
+    NOWHERE,
     RECORD,
     REMAINDER,
     SIDE_FILES,
     AdapterRecord,
     How,
     MatrixEntry,
-    adapter_names,
     base_file,
     simple,
 )
@@ -70,6 +70,7 @@ class Adapted:
                     f"{folder / name} was changed: found sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}"
                 )
         self.entries = {entry.name: entry for entry in self.record.entries}
+        self.stems = stems(e.place for e in self.record.entries if e.how is How.ADAPTER and e.place)
         self.theirs = {m.name: m for m in list_matrices(base)}
         self.files = self._files()
         self.tuned = self._headers()
@@ -83,7 +84,7 @@ class Adapted:
         """What lies beside the tuned weights: from the adapter's folder, or the base's where that is the same."""
         found = {}
         for name, expected in self.record.files.items():
-            if Path(name).name != name:
+            if not is_inside(name):
                 raise RecordError(f"{self.folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
             path = self.folder / SIDE_FILES / name
             try:
@@ -165,12 +166,20 @@ class Adapted:
         assert W is not None, "the record says what it is of"
         if entry.how is not How.ADAPTER:
             return simple(entry.how, W, dtype, entry.scale)
-        A, B = adapter_names(m.tensor if entry.peft else m.name, entry.peft)
-        file = MODEL if entry.peft else REMAINDER
-        adapter = Adapter(self._tensor(file, B), self._tensor(file, A))
-        formula = Formula(entry.formula or "", entry.scale or 1.0)
-        made = formula.merge(W, adapter.rows(0, len(W)), dtype)
+        made = entry.merged_by.merge(W, self._adapter(entry, m).rows(0, len(W)), dtype)
         return unpack_some(self._tensor(REMAINDER, f"wrong/{m.name}"), made) if entry.missed else made
+
+    def _adapter(self, entry: MatrixEntry, m: Matrix) -> Adapter:
+        place = entry.place
+        if place is None:
+            A, B = (self._tensor(REMAINDER, name) for name in names_at(f"adapter/{m.name}", NOWHERE))
+            return Adapter(B, A)
+        names = names_at(self.stems[place.weight], place)
+        A, B = of_expert(self._tensor(MODEL, names[0]), self._tensor(MODEL, names[1]), place)
+        rows = rows_of(m, place)
+        if len(rows) != m.shape[0] or len(B) != place.rows or int(rows.max()) >= place.rows:
+            raise RecordError(f"{self.folder / RECORD}: {entry.name} has no place in {names[1]}; {AGAIN}")
+        return Adapter(B[rows], A)
 
     def _tensor(self, file: str, name: str) -> torch.Tensor:
         path = self.folder / file
@@ -218,3 +227,44 @@ def rebuild(
     others = {name: data for name, data in adapted.files.items() if name not in ("config.json", INDEX)}
     write_directory(tuned, out, others, tick=tick, check=check)
     return MadeShard(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file of this name lies in the folder that it is named in."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and bool(path.name)
+
+
+@dataclass(frozen=True)
+class RebuiltVerification:
+    """What of a rebuilt folder was compared; `problems` is empty where every byte is as recorded."""
+
+    shards: int
+    files: int
+    problems: tuple[str, ...]
+
+
+def verify_rebuilt(folder: Path, out: Path) -> RebuiltVerification:
+    """Whether `out` holds the tuned checkpoint that the adapter in `folder` was made from, by sha256, and no more.
+
+    Neither the base nor the adapter's own files are read. Raises RecordError where the record cannot be.
+    """
+    record, problems = AdapterRecord.load(folder / RECORD), []
+    shards = {shard.name: shard.sha256 for shard in record.shards}
+    for name, expected in {**shards, **record.files}.items():
+        if not is_inside(name):
+            raise RecordError(f"{folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
+        try:
+            require_regular(out / name)
+            found = sha256_of(out / name)
+        except OSError as error:
+            problems.append(f"{out / name}: {error.strerror}; make it again with laser rebuild")
+            continue
+        if found != expected:
+            problems.append(f"{out / name}: found sha256 {found[:12]}, expected {expected[:12]}; make it again")
+    there = (
+        {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
+    )
+    beside = sorted(name for name in there - shards.keys() - record.files.keys() if is_weights(Path(name).name))
+    problems += [f"{out / name}: it is not of the tuned checkpoint; remove it" for name in beside]
+    return RebuiltVerification(len(shards), len(record.files), tuple(problems))

@@ -17,8 +17,9 @@ import torch
 
 from laser.choices import ROUNDS
 from laser.delta.difference import MOST_TOLD, PROVEN, Change, Verdict, evidence
-from laser.delta.formulas import Formula
-from laser.delta.solver import Solution, solve
+from laser.delta.formats import format_of
+from laser.delta.formulas import TWICE, Formula
+from laser.delta.solver import Solution, polish, solve
 from laser.spectral.devices import HOST, Device
 
 # Share of wrong bits up to which a rank is believed. Of 16 bits: the right rank leaves 0 to 1e-4, one too few 1e-2 and
@@ -28,12 +29,25 @@ BELIEVED = {torch.bfloat16: 2e-3, torch.float16: 2e-3, torch.float32: 0.5}
 USUAL = (Formula("once"), Formula("delta-first"))
 
 
+FLAT = 2.55
+SURE = 8.0  # evidence that a rank needs whose sum was rounded twice: such cells say half as much
 PLAUSIBLE = 1.0  # evidence that a rank needs which other matrices or the spectrum have proven
 
 
 def is_believed(solution: Solution, dtype: torch.dtype) -> bool:
     """Whether so few bits are wrong that these are base and adapter."""
     return solution.share_wrong <= BELIEVED[dtype]
+
+
+def is_rounded_twice(W: torch.Tensor, q: torch.Tensor, solution: Solution) -> bool:
+    """Whether what X leaves of the difference is as of two roundings, and not of one and a change in all directions.
+
+    The sum of two uniform errors has kurtosis 2.4; of one, and as much that is spread as a normal law, it is 2.7.
+    """
+    x, w = q.double(), W.double()
+    left = (x - w - solution.adapter.rows(0, len(q))) / format_of(q.dtype).spacing(torch.maximum(x.abs(), w.abs()))
+    squares = left**2
+    return float((squares**2).mean() / squares.mean() ** 2) < FLAT
 
 
 def vote(changes: Iterable[Change]) -> tuple[int | None, bool]:
@@ -59,15 +73,19 @@ def recover(
     formulas: tuple[Formula, ...] = USUAL,
     device: Device = HOST,
     rounds: int = ROUNDS,
+    most: int | None = None,
 ) -> Solution | None:
     """Base W and tuned q (m, n), of one format or two, as base and adapter; None where that is not what they are.
 
-    change: what difference.py says of them. voted: the rank of most others; proven: by their spectra. Of the
-    formulas the one that leaves the fewest bits wrong is taken; if one leaves none, no other is tried.
+    change: what difference.py says of them. voted: the rank of most others; proven: by their spectra. most: the
+    highest rank to try. Of the formulas the one that leaves the fewest bits wrong is taken; if one leaves none, no
+    other is tried.
     """
     shape, moved = (q.shape[0], q.shape[1]), change.moved or 0.0
     if change.rank is None:
         return None
+    if change.roundings > 1:  # there the edge is that of the rounding as well, and wider cells tell less of a rank
+        formulas, most = (Formula(TWICE),), change.rank + 1
     tried: dict[int, Solution] = {}
 
     def at(rank: int) -> Solution:
@@ -89,8 +107,8 @@ def recover(
     least = least - 1 if voted == least - 1 else least
     for rank in _ranks_to_try(least, voted, change.kind is Verdict.FAINT):
         told = (rank == voted and proven) or change.kind is Verdict.LOW_RANK
-        needed = PLAUSIBLE if told else PROVEN
-        if rank > MOST_TOLD * min(shape) or evidence(rank, shape, moved) < needed:
+        needed = SURE if change.roundings > 1 else PLAUSIBLE if told else PROVEN
+        if rank > (MOST_TOLD * min(shape) if most is None else most) or evidence(rank, shape, moved) < needed:
             continue
         if right(rank):
             break
@@ -105,7 +123,9 @@ def recover(
             low = middle
     while rank > 1 and rank != voted and right(rank - 1):  # pure noise passes the bare edge in one of five draws
         rank -= 1
-    return tried[rank]
+    if change.roundings > 1 and not is_rounded_twice(W, q, tried[rank]):
+        return None
+    return polish(W, q, tried[rank], device)
 
 
 def _ranks_to_try(least: int, voted: int | None, faint: bool) -> list[int]:

@@ -6,10 +6,10 @@ it is kept whole. Each is put together again from what is about to be written, a
 
 ADAPTER/ holds
 
-    adapter_config.json, adapter_model.safetensors   the adapter as PEFT has it, float32, scaled by 1; and norms,
+    adapter_config.json, adapter_model.safetensors   the adapter as PEFT has it, scaled by 1 (places.py); and norms,
                                                      embeddings and heads that were trained whole (modules_to_save)
-    remainder.safetensors                            entries that the formula misses, matrices kept whole, adapters of
-                                                     parts of fused tensors, and the headers of the shards
+    remainder.safetensors                            entries that the formula misses, matrices kept whole, adapters for
+                                                     which PEFT has no place, and the headers of the shards
     tuned/                                           files beside the tuned weights that the base has not, or otherwise
     laser.json                                       both identities, and per matrix how it is made; see AdapterRecord
 """
@@ -17,41 +17,44 @@ ADAPTER/ holds
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint
-from laser.checkpoint.safetensors import TORCH, join, pieces, sha256_of
-from laser.checkpoint.side_files import own_file, stays_behind
+from laser.checkpoint.reader import OUTCOME, Checkpoint
+from laser.checkpoint.safetensors import TORCH, join, pieces, read_header, sha256_of
+from laser.checkpoint.side_files import own_file
 from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
+from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
 from laser.delta.base import Base, Delta
-from laser.delta.difference import Change, Verdict
+from laser.delta.difference import Change, Verdict, looks_quantised
 from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
 from laser.delta.packing import pack, pack_some, unpack_some
+from laser.delta.places import PEFT, PEFT_FORMULAS, Place, names_at, of_experts, places_of, rows_of, stems, units
 from laser.delta.recover import USUAL, is_believed, recover, vote
-from laser.delta.solver import wrong_bits
+from laser.delta.solver import Adapter, Solution, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import CheckpointError, OutputError, RecordError, UsageError
-from laser.files import PASSING, claimed, disk_errors, read_regular, unfinished, write_atomically
+from laser.files import PASSING, claimed, disk_errors, read_regular, require_no_mount, unfinished, write_atomically
 from laser.journal import Journal
 from laser.records import SPARSE, Misfit, Record, plain, reader
 from laser.spectral.devices import Device
@@ -63,13 +66,13 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
     "laser.json",
     "tuned",
 )
-PEFT = "base_model.model."  # before every name in a PEFT adapter
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
 SAVED_WHOLE = ("norm", "embedding", "head")
 _OWN_NAMES = re.compile(
-    rf"\d{{6}}\.(?:adapter|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new"
+    rf"\d{{6}}\.(?:adapter|expert|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new|old"
     rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
+FEW = 4  # entries
 SCALES = (8, 16, 20, 24, 32, 48, 64, 128, 256)  # values of lora_alpha that people use
 
 
@@ -88,9 +91,10 @@ class How(StrEnum):
 class MatrixEntry:
     """One matrix, or tensor of any shape, of the tuned checkpoint.
 
-    of: the base's matrix; sha256: of its bits, row-major; peft: whether its adapter is in adapter_model.safetensors
+    of: the base's matrix; sha256: of its bits, row-major
     rank, formula, rounds, missed: of an adapter: how many of its `entries` the formula misses
-    scale: of How.SCALED, or the formula's
+    scale: of How.SCALED, or the formula's; cast: whether the base was cast before it
+    place: of its adapter in adapter_model.safetensors, or None: it is in the remainder
     """
 
     name: str
@@ -104,7 +108,12 @@ class MatrixEntry:
     scale: float | None = field(default=None, metadata=SPARSE)
     rounds: int | None = field(default=None, metadata=SPARSE)
     missed: int | None = field(default=None, metadata=SPARSE)
-    peft: bool = field(default=True, metadata=SPARSE)
+    cast: bool = field(default=False, metadata=SPARSE)
+    place: Place | None = field(default=None, metadata=SPARSE)
+
+    @property
+    def merged_by(self) -> Formula:
+        return Formula(self.formula or "", self.scale or 1.0, self.cast)
 
     def wrong(self) -> str | None:
         if self.how is How.ADAPTER and (not self.rank or self.formula is None or self.of is None):
@@ -139,74 +148,211 @@ class AdapterRecord(Record, kind="adapter", version=1, made_by="laser unmerge BA
         return "a matrix is in it twice" if len(set(names)) < len(names) else None
 
 
-# --- one matrix -------------------------------------------------------------------------------------------------------
+# --- one matrix, or those that were adapted together ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is written of a matrix: its entry, and tensors for the adapter's file and for the remainder."""
+    """What is written of some matrices: their entries, tensors for the adapter's file and for the remainder, and A and
+    B of an expert, which are put together with those of the others."""
 
-    entry: MatrixEntry
+    entries: tuple[MatrixEntry, ...]
     adapter: Mapping[str, torch.Tensor] = field(default_factory=dict)
     remainder: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    expert: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: Piece) -> Piece:
+        return Piece(
+            self.entries + other.entries,
+            {**self.adapter, **other.adapter},
+            {**self.remainder, **other.remainder},
+            {**self.expert, **other.expert},
+        )
+
+
+class Part(NamedTuple):
+    """A matrix to be solved: base W and tuned q (m, n), and its entry so far."""
+
+    matrix: Matrix
+    entry: MatrixEntry
+    W: torch.Tensor
+    q: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Unmerge:
-    """A visit that writes a matrix down. voted: the rank of most, perhaps `proven` by spectra."""
+    """A visit that writes a matrix down, and those that were adapted together with it.
+
+    units: by the name of their first matrix; places: where PEFT has what of them is adapted, see `peft_places`
+    voted: the rank of most, perhaps `proven` by spectra; formulas: to try first, by the group of a place
+    dtype: of the adapter
+    """
 
     base: Base
     changes: Mapping[str, Change]
+    units: Mapping[str, tuple[Matrix, ...]]
+    places: Mapping[str, Place]
     voted: int | None = None
     proven: bool = False
-    formulas: tuple[Formula, ...] = USUAL
+    formulas: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict)
     rounds: int = ROUNDS
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, matrix: Matrix, q: torch.Tensor, device: Device) -> Piece:
         """q: the tuned values, of any shape, as they are stored."""
+        done, todo = Piece(()), []
+        for m in self.units.get(matrix.name, (matrix,)):
+            x = q if m is matrix or m.name == matrix.name else self.base.tuned.read(m.tensor, m.part)
+            found = self.without_solving(m, x)
+            if isinstance(found, Part):
+                todo.append(found)
+            else:
+                done += found
+        return done + self.by_adapter(todo, device) if todo else done
+
+    def without_solving(self, matrix: Matrix, q: torch.Tensor) -> Piece | Part:
+        """The matrix written down, or what has to be solved first."""
         change, W = self.changes[matrix.name], self.base.read(matrix)
         there = self.base.places.get(matrix.name)
         entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel(), there and there.name)
-        saved = matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
         if W is not None and W.shape == q.shape:
-            for how in (How.SAME, How.CAST, *(() if saved else (How.SCALED,))):  # PEFT knows no scaled module
+            for how in (How.SAME, How.CAST, *(() if _is_saved(matrix) else (How.SCALED,))):  # PEFT scales no module
                 made = simple(how, W, q.dtype, change.scale)
                 if made is not None and same_bits(made, q).all():
-                    return Piece(replace(entry, how=how, scale=change.scale if how is How.SCALED else None))
-            if change.kind in (Verdict.LOW_RANK, Verdict.FAINT) and (
-                piece := self.by_adapter(entry, matrix, W, q, device)
-            ):
-                return piece
-        if saved:
-            return Piece(replace(entry, how=How.SAVED), {PEFT + matrix.tensor: q.contiguous()})
-        known = W if W is not None and (W.shape, W.dtype) == (q.shape, q.dtype) else None
-        return Piece(
-            replace(entry, of=entry.of if known is not None else None), {}, {f"whole/{matrix.name}": pack(q, known)}
-        )
+                    return Piece((replace(entry, how=how, scale=change.scale if how is How.SCALED else None),))
+            if change.kind in (Verdict.LOW_RANK, Verdict.FAINT):
+                return Part(matrix, entry, W, q)
+        return self.whole(matrix, entry, W, q)
 
-    def by_adapter(
-        self, entry: MatrixEntry, matrix: Matrix, W: torch.Tensor, q: torch.Tensor, device: Device
-    ) -> Piece | None:
-        """The matrix as base and adapter; None where it is none, or the whole of it is shorter."""
-        found = recover(W, q, self.changes[matrix.name], self.voted, self.proven, self.formulas, device, self.rounds)
-        if found is None:
+    def whole(self, matrix: Matrix, entry: MatrixEntry, W: torch.Tensor | None, q: torch.Tensor) -> Piece:
+        if _is_saved(matrix):
+            return Piece((replace(entry, how=How.SAVED),), {PEFT + matrix.tensor: q.contiguous()})
+        known = W if W is not None and (W.shape, W.dtype) == (q.shape, q.dtype) else None
+        entry = replace(entry, of=entry.of if known is not None else None)
+        return Piece((entry,), {}, {f"whole/{matrix.name}": pack(q, known)})
+
+    def by_adapter(self, parts: Sequence[Part], device: Device) -> Piece:
+        """Matrices as base and adapter, together where one adapter of their stacked rows explains them, else each by
+        its own, or whole where that is shorter."""
+        found = self.together(parts, device) if len(parts) > 1 else None
+        found = found or [self.recovered(part, device) for part in parts]
+        done = Piece(())
+        solved: list[tuple[Part, Solution]] = []
+        for part, solution in zip(parts, found, strict=True):
+            if solution is None or self.longer_than_whole(part, solution):
+                done += self.whole(part.matrix, part.entry, part.W, part.q)
+            else:
+                solved.append((part, solution))
+        return done + self.written(solved) if solved else done
+
+    def together(self, parts: Sequence[Part], device: Device) -> list[Solution | None] | None:
+        """One adapter of all rows, its rows of B given to each; None where they share no A."""
+        changes = [self.changes[part.matrix.name] for part in parts]
+        if len({(part.W.dtype, part.q.dtype, part.q.shape[1]) for part in parts}) > 1:
             return None
-        peft = matrix.part is None and matrix.tensor.endswith(".weight")
-        A, B = adapter_names(matrix.tensor if peft else matrix.name, peft)
-        factors, rest = {A: found.adapter.A, B: found.adapter.B}, {}
-        made = found.formula.merge(W, found.adapter.rows(0, len(q)), q.dtype)
-        positions = wrong_bits(W, q, found.adapter, found.formula)
+        ranks = [change.rank or 0 for change in changes]
+        kind = Verdict.LOW_RANK if any(c.kind is Verdict.LOW_RANK for c in changes) else Verdict.FAINT
+        moved = sum((c.moved or 0) * p.q.numel() for c, p in zip(changes, parts, strict=True))
+        stacked = Change(kind, moved / sum(part.q.numel() for part in parts), rank=max(ranks))
+        stacked = replace(stacked, roundings=max(change.roundings for change in changes))
+        W, q = (torch.cat(each) for each in zip(*((p.W, p.q) for p in parts), strict=True))
+        most = max(sum(ranks) - 1, max(ranks), self.voted or 0)
+        solution = self.recover(parts[0], W, q, stacked, device, most)
+        if solution is None:
+            return None
+        sizes = [len(part.q) for part in parts]
+        return [
+            replace(solution, adapter=Adapter(B, solution.adapter.A), entries=part.q.numel())
+            for part, B in zip(parts, solution.adapter.B.split(sizes), strict=True)
+        ]
+
+    def recovered(self, part: Part, device: Device) -> Solution | None:
+        return self.recover(part, part.W, part.q, self.changes[part.matrix.name], device)
+
+    def recover(
+        self, part: Part, W: torch.Tensor, q: torch.Tensor, change: Change, device: Device, most: int | None = None
+    ) -> Solution | None:
+        """By the formulas of the group, or where those give no adapter by any."""
+        group = group_of(part.matrix, self.places)
+        first = self.formulas.get(group, ())
+        for formulas in (first, tuple(f for f in usual_of(W, q, group) if f not in first)):
+            if formulas and (
+                found := recover(W, q, change, self.voted, self.proven, formulas, device, self.rounds, most)
+            ):
+                return replace(found, adapter=found.adapter.stored_as(self.dtype))
+            if change.kind is not Verdict.LOW_RANK or change.roundings > 1:
+                break
+        return None
+
+    def longer_than_whole(self, part: Part, solution: Solution) -> bool:
+        return solution.adapter.B.nbytes + solution.adapter.A.nbytes > part.q.nbytes
+
+    def written(self, solved: Sequence[tuple[Part, Solution]]) -> Piece:
+        """The factors in one place, the entries that they miss, and all of it tried before it counts."""
+        shared = {id(solution.adapter.A): solution.adapter.A for _, solution in solved}
+        starts = dict(zip(shared, itertools.accumulate((len(A) for A in shared.values()), initial=0), strict=False))
+        place = self.places.get(solved[0][0].matrix.name)
+        A = torch.cat(list(shared.values()))
+        rows = place.rows if place else sum(len(part.q) for part, _ in solved)
+        B = A.new_zeros(rows, len(A))
+        done, row = Piece(()), 0
+        for part, solution in solved:
+            own = solution.adapter
+            at = rows_of(part.matrix, self.places[part.matrix.name]) if place else torch.arange(row, row + len(own.B))
+            row += len(own.B)
+            columns = slice(starts[id(own.A)], starts[id(own.A)] + own.rank)
+            B[at[:, None], torch.arange(columns.start, columns.stop)] = own.B
+            done += self.mended(part, solution, own if place is None else Adapter(B[at], A))
+            if place is None:
+                names = names_at(f"adapter/{part.matrix.name}", NOWHERE)
+                done += Piece((), {}, dict(zip(names, (own.A, own.B), strict=True)))
+        if place is not None and place.expert is not None:
+            return done + Piece((), expert={"A": A, "B": B})
+        if place is not None:
+            names = names_at(PEFT + place.module, place)
+            factors = (B.T, A.T) if place.embedding else (A, B)
+            return done + Piece((), {name: x.contiguous() for name, x in zip(names, factors, strict=True)})
+        return done
+
+    def mended(self, part: Part, solution: Solution, adapter: Adapter) -> Piece:
+        """The entry of a matrix, and the bits that the formula misses; kept whole where not even these mend it."""
+        W, q, rest = part.W, part.q, {}
+        made = solution.formula.merge(W, adapter.rows(0, len(q)), q.dtype)
+        positions = wrong_bits(W, q, adapter, solution.formula)
         if len(positions):
             stored, found_there = (x.reshape(-1)[positions] for x in (q, made))
-            rest[f"wrong/{matrix.name}"] = pack_some(positions, stored, found_there)
-            made = unpack_some(rest[f"wrong/{matrix.name}"], made)
-        if not same_bits(made, q).all() or sum(t.nbytes for t in (*factors.values(), *rest.values())) > q.nbytes:
-            return None
+            rest[f"wrong/{part.matrix.name}"] = pack_some(positions, stored, found_there)
+            made = unpack_some(rest[f"wrong/{part.matrix.name}"], made)
+        if not same_bits(made, q).all() or adapter.B.nbytes + sum(t.nbytes for t in rest.values()) > q.nbytes:
+            return self.whole(part.matrix, part.entry, W, q)
         entry = replace(
-            entry, how=How.ADAPTER, rank=found.adapter.rank, formula=found.formula.name, scale=found.formula.scale,
-            rounds=found.rounds, missed=len(positions), peft=peft,
+            part.entry, how=How.ADAPTER, rank=solution.adapter.rank, formula=solution.formula.name,
+            scale=solution.formula.scale, cast=solution.formula.cast, rounds=solution.rounds, missed=len(positions),
+            place=self.places.get(part.matrix.name),
         )  # fmt: skip
-        return Piece(entry, factors if peft else {}, rest if peft else {**factors, **rest})
+        return Piece((entry,), {}, rest)
+
+
+NOWHERE = Place("", 0)  # of an adapter that PEFT has no place for: its names are as of a module
+
+
+def _is_saved(matrix: Matrix) -> bool:
+    return matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
+
+
+def peft_places(base: Base) -> dict[str, Place]:
+    """Where PEFT has adapters of the tuned checkpoint's matrices: only where the base has the same weight in memory."""
+    theirs = places_of(list_matrices(base.checkpoint))
+
+    def is_there(name: str, place: Place) -> bool:
+        there = base.places.get(name)
+        return there is not None and there.name in theirs and theirs[there.name].weight == place.weight
+
+    return {name: p for name, p in places_of(list_matrices(base.tuned)).items() if is_there(name, p)}
+
+
+def group_of(matrix: Matrix, places: Mapping[str, Place]) -> str:
+    return places[matrix.name].group if matrix.name in places else "module"
 
 
 def simple(how: How, W: torch.Tensor, dtype: torch.dtype, scale: float | None = None) -> torch.Tensor | None:
@@ -218,41 +364,61 @@ def simple(how: How, W: torch.Tensor, dtype: torch.dtype, scale: float | None = 
     return None if scale is None else (W.double() * scale).to(format_of(dtype).wide).to(dtype)
 
 
-def adapter_names(name: str, peft: bool) -> tuple[str, str]:
-    """What A and B are called: as PEFT calls them, or by the matrix where PEFT has no name for it."""
-    stem = PEFT + name.removesuffix(".weight") if peft else f"adapter/{name}"
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-
-
 # --- the formula ------------------------------------------------------------------------------------------------------
 
 
-def choose_formula(base: Base, delta: Delta, device: Device, rounds: int = ROUNDS) -> tuple[Formula, ...]:
-    """The formula of the merge, tried on the matrix that says most: of low rank, and of the largest share of its norm.
+def usual_of(W: torch.Tensor, q: torch.Tensor, group: str) -> tuple[Formula, ...]:
+    """The formulas to try, PEFT's for the group first; where base and tuned are of different formats also with the
+    base cast before."""
+    usual = sorted(USUAL, key=lambda f: f.name != PEFT_FORMULAS[group])
+    return tuple(replace(f, cast=cast) for cast in ((False,) if W.dtype == q.dtype else (True, False)) for f in usual)
 
-    All of USUAL where no matrix tells them apart. A scale that is no power of two is looked for where neither fits.
+
+def choose_formulas(
+    base: Base, delta: Delta, places: Mapping[str, Place], device: Device, rounds: int = ROUNDS
+) -> dict[str, tuple[Formula, ...]]:
+    """The formula of each group of places, see `choose_formula`: PEFT merges modules otherwise than experts."""
+    groups: dict[str, list[Matrix]] = {}
+    for m in list_matrices(base.tuned):
+        if m.name in delta.changes and delta.changes[m.name].kind in (Verdict.LOW_RANK, Verdict.FAINT):
+            groups.setdefault(group_of(m, places), []).append(m)
+    return {group: choose_formula(base, delta, found, group, device, rounds) for group, found in groups.items()}
+
+
+def choose_formula(
+    base: Base, delta: Delta, matrices: Sequence[Matrix], group: str, device: Device, rounds: int = ROUNDS
+) -> tuple[Formula, ...]:
+    """The formula of a merge, tried on the matrix that says most: of low rank, and of the largest share of its norm.
+
+    All usual ones where it does not tell them apart. A scale that is no power of two is looked for where none fits.
     """
     voted, _ = vote(delta.changes.values())
-    told = [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Verdict.LOW_RANK]
-    told = told or [m for m in list_matrices(base.tuned) if delta.changes[m.name].kind is Verdict.FAINT]
-    if not told or voted is None:
-        return USUAL
+    told = [m for m in matrices if delta.changes[m.name].kind is Verdict.LOW_RANK] or matrices
+    told = [m for m in told if delta.changes[m.name].roundings == 1] or told
     best = max(told, key=lambda m: (delta.changes[m.name].rank == voted, delta.changes[m.name].share or 0, -m.cost))
     W, q = base.read(best), base.tuned.read(best.tensor, best.part)
     assert W is not None, "of low rank are those that the base has"
-    found = {f: recover(W, q, delta.changes[best.name], voted, False, (f,), device, rounds) for f in USUAL}
-    wrong = {f: solution.share_wrong for f, solution in found.items() if solution is not None}
+    usual = usual_of(W, q, group)
+    if voted is None:
+        return usual
+
+    def tried(formula: Formula) -> Solution | None:
+        return recover(W, q, delta.changes[best.name], voted, False, (formula,), device, rounds)
+
+    found = {f: tried(f) for f in usual}
+    wrong = {f: solution.wrong for f, solution in found.items() if solution is not None}
     if not wrong:
         scales = {alpha / voted**power for alpha in SCALES for power in (0.5, 1.0)}
         for scale in sorted(s for s in scales if math.frexp(s)[0] != 0.5):  # of a power of two it is delta-first
-            one = recover(
-                W, q, delta.changes[best.name], voted, False, (Formula("scaled-after", scale),), device, rounds
-            )
-            if one is not None and is_believed(one, q.dtype):
-                return (one.formula,)
-        return USUAL
+            for cast in sorted({f.cast for f in usual}):
+                formula = Formula("scaled-after", scale, cast)
+                if (one := tried(formula)) is not None and is_believed(one, q.dtype):
+                    return (formula,)
+        return usual
     least = min(wrong.values())
-    return tuple(sorted((f for f in wrong if wrong[f] <= 10 * least + 1e-5), key=lambda f: wrong[f]))
+    # A small matrix may be explained by two: the order is the usual one where a few entries are all that tells.
+    fit = [f for f in wrong if wrong[f] <= 10 * least + max(1e-5 * q.numel(), FEW)]
+    return tuple(sorted(fit, key=lambda f: 0 if wrong[f] <= least + FEW else wrong[f]))
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -266,13 +432,16 @@ def unmerge(
     crew: Crew,
     only_lora: bool = False,
     rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
 ) -> AdapterRecord:
-    """Write the new directory `out`: the adapter of `base` that makes the tuned checkpoint, and what it does not make.
+    """Write the directory `out`: the adapter of `base` that makes the tuned checkpoint, and what it does not make.
 
-    delta: what `laser delta` found of the two. only_lora: refuse what is neither the base's nor an adapter. In memory
-    are the workers' matrices, and what a solution takes. Interrupted, OUT.partial/ keeps what is done. Raises
-    UsageError where the base is not the base, or for `only_lora`; OutputError for an `out` that is there.
+    delta: what `laser delta` found of the two. only_lora: refuse what is neither the base's nor an adapter. dtype: of
+    the adapter. In memory are the workers' matrices, and what a solution takes. Interrupted, OUT.partial/ keeps what
+    is done. With `force` an earlier adapter stands until the new one is whole. Raises UsageError where the base is not
+    the base, or for `only_lora`; OutputError for an `out` that is there.
     """
     tuned = base.tuned
     if not is_base(list_matrices(tuned), delta.changes):
@@ -281,19 +450,39 @@ def unmerge(
         )
     require_files(tuned)
     with claimed(out):
-        require_new(out)
+        require_place(out, force)
         partial = unfinished(out)
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
         require_own(partial)
-        entries = _visited(base, delta, partial, crew, only_lora, rounds, tick)
+        entries = _visited(base, delta, partial, crew, only_lora, rounds, dtype, tick)
         record = _put_together(base, delta, partial, entries)
         require_unchanged(tuned)
         base.require_unchanged()
         with disk_errors(out):
+            if out.exists():
+                require_place(out, force)  # again: hours have passed
+                out.rename(partial / "old")
             (partial / "new").rename(out)
             shutil.rmtree(partial)
     return record
+
+
+def require_place(out: Path, force: bool) -> None:
+    """Raises OutputError where `out` is there, and is not what `unmerge` wrote or may not be replaced."""
+    if not (force and out.exists()):
+        return require_new(out)
+    require_no_mount(out)
+    ours = {CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES}
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else [out.name]
+    if foreign or out.is_symlink() or not (out / RECORD).is_file():
+        what = f"holds {foreign[0]}" if foreign and out.is_dir() else "is no adapter"
+        raise OutputError(f"{out} {what} that laser unmerge wrote: --force replaces nothing else; try another -o")
+
+
+def is_recorded(folder: Path) -> bool:
+    """Whether `laser unmerge` wrote an adapter's folder: then every byte is known, and nothing may be left out."""
+    return (folder / REMAINDER).exists() or ((folder / RECORD).exists() and (folder / CONFIG).exists())
 
 
 def require_files(tuned: Checkpoint) -> None:
@@ -321,50 +510,52 @@ def delta_in(partial: Path) -> Path:
 
 
 def all_roles(tuned: Checkpoint) -> tuple[str, ...]:
-    """The roles of matrices that an adapter can be of: all but look-ups."""
-    return tuple(sorted({m.role for m in list_matrices(tuned) if m.is_matrix} - {"embedding", "position"}))
+    """The roles of matrices that an adapter can be of."""
+    return tuple(sorted({m.role for m in list_matrices(tuned) if m.is_matrix} - {"position"}))
 
 
 def _visited(
-    base: Base, delta: Delta, partial: Path, crew: Crew, only_lora: bool, rounds: int,
+    base: Base, delta: Delta, partial: Path, crew: Crew, only_lora: bool, rounds: int, dtype: torch.dtype,
     tick: Callable[[Matrix, float], None],
 ) -> list[MatrixEntry]:  # fmt: skip
     """Every matrix written down: its entry in the journal, its tensors in files of its own."""
     run = {"kind": "unmerge journal", "version": AdapterRecord.version, **delta.tuned.stated()}
     run |= {"base": [delta.base.identity, delta.base.weights.short], "rounds": rounds, "device": crew.label}
-    matrices = list_matrices(base.tuned)
-    places = {m.name: number for number, m in enumerate(matrices)}
+    run |= {"dtype": str(dtype)}
+    matrices, places = list_matrices(base.tuned), peft_places(base)
+    numbers = {m.name: number for number, m in enumerate(matrices)}
+    by_first = {unit[0].name: unit for unit in units(matrices, places)}
     found: dict[str, MatrixEntry] = {}
     with _journal(partial, run) as log:
         for line in log.entries:
-            if (entry := _entry_in(line, partial)) is not None:
-                found[entry.name] = entry
-        todo = [m for m in matrices if m.name not in found]
+            found |= {entry.name: entry for entry in _entries_in(line, partial)}
+        todo = [unit[0] for unit in by_first.values() if any(m.name not in found for m in unit)]
 
         def keep(matrix: Matrix, piece: Piece, seconds: float = 0.0) -> None:
-            if only_lora and piece.entry.how not in (How.SAME, How.CAST, How.ADAPTER, How.SAVED):
-                raise UsageError(
-                    f"{matrix.name} is {piece.entry.kind}, and no base with an adapter; try without --only-lora"
-                )
+            for entry in piece.entries:
+                if only_lora and entry.how not in (How.SAME, How.CAST, How.ADAPTER, How.SAVED):
+                    grid = looks_quantised(delta.changes[entry.name])
+                    what = ", as of a base that was quantised before it was tuned," if grid else ""
+                    raise UsageError(
+                        f"{entry.name} is {entry.kind}{what} and no base with an adapter; try without --only-lora"
+                    )
             files = {}
-            for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder)):
+            for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder), ("expert", piece.expert)):
                 if tensors:
-                    path = partial / f"{places[matrix.name]:06d}.{what}.safetensors"
+                    path = partial / f"{numbers[matrix.name]:06d}.{what}.safetensors"
                     write_atomically(path, save(dict(tensors)))
                     files[path.name] = sha256_of(path)
-            log.append({"entry": plain(piece.entry), "files": files})
-            found[matrix.name] = piece.entry
-            tick(matrix, seconds)
+            log.append({"entries": [plain(entry) for entry in piece.entries], "files": files})
+            found.update({entry.name: entry for entry in piece.entries})
+            for m in by_first[matrix.name]:
+                tick(m, seconds if m is matrix else 0.0)
 
         for matrix in (m for m in todo if m.dtype not in STORED_FLOATS):
             keep(matrix, _by_bytes(base, matrix))
         todo = [m for m in todo if m.dtype in STORED_FLOATS]
-        if any(delta.changes[m.name].kind in (Verdict.LOW_RANK, Verdict.FAINT) for m in todo):
-            formulas = choose_formula(base, delta, crew.devices[0], rounds)
-        else:
-            formulas = USUAL
+        formulas = choose_formulas(base, delta, places, crew.devices[0], rounds) if todo else {}
         voted, proven = vote(delta.changes.values())
-        work = Unmerge(base, delta.changes, voted, proven, formulas, rounds)
+        work = Unmerge(base, delta.changes, by_first, places, voted, proven, formulas, rounds, dtype)
         with closing(visit_all(base.tuned, most_expensive_first(todo), work, crew)) as visits:
             for matrix, piece, seconds in visits:
                 keep(matrix, piece, seconds)
@@ -382,15 +573,15 @@ def of_another_unmerge(partial: Path) -> RecordError:
     return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try another -o")
 
 
-def _entry_in(line: Mapping[str, Any], partial: Path) -> MatrixEntry | None:
-    """The entry of a journal's line, if its files are there as they were written."""
+def _entries_in(line: Mapping[str, Any], partial: Path) -> list[MatrixEntry]:
+    """The entries of a journal's line, if its files are there as they were written."""
     try:
-        entry = reader(MatrixEntry)(line.get("entry"))
+        entries = [reader(MatrixEntry)(entry) for entry in line.get("entries") or ()]
         files = line.get("files")
         whole = isinstance(files, dict) and all(sha256_of(partial / name) == digest for name, digest in files.items())
     except (Misfit, OSError):
-        return None
-    return entry if whole else None
+        return []
+    return entries if whole else []
 
 
 def _by_bytes(base: Base, matrix: Matrix) -> Piece:
@@ -402,14 +593,13 @@ def _by_bytes(base: Base, matrix: Matrix) -> Piece:
                 f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(STORED_FLOATS)}; try "
                 "checkpoints converted to bfloat16"
             )
-        return Piece(
-            MatrixEntry(matrix.name, How.SAME, Verdict.SAME, "", matrix.parameters, base.places[matrix.name].name)
-        )
+        there = base.places[matrix.name].name
+        return Piece((MatrixEntry(matrix.name, How.SAME, Verdict.SAME, "", matrix.parameters, there),))
     q, change = base.tuned.raw(matrix.tensor), base.by_bytes(matrix)
     entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel())
     if change.kind is Verdict.SAME:
-        return Piece(replace(entry, how=How.SAME, of=base.places[matrix.name].name))
-    return Piece(entry, {}, {f"whole/{matrix.name}": pack(q)})
+        return Piece((replace(entry, how=How.SAME, of=base.places[matrix.name].name),))
+    return Piece((entry,), {}, {f"whole/{matrix.name}": pack(q)})
 
 
 def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[MatrixEntry]) -> AdapterRecord:
@@ -421,14 +611,18 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
         new.mkdir()
         headers = {f"header/{s.name}": torch.frombuffer(bytearray(s.header), dtype=torch.uint8) for s in tuned.shards}
         write_atomically(partial / "headers.remainder.safetensors", save(headers))
+        _experts_together(base, partial, entries)
         for what, file in (("adapter", MODEL), ("remainder", REMAINDER)):
             join(sorted(partial.glob(f"*.{what}.safetensors")), new / file, {"format": "pt"})
         files = side_files_of(tuned)
         for name, data in files.items():
             if base_file(base.checkpoint, name) != data:
-                (new / SIDE_FILES).mkdir(exist_ok=True)
+                (new / SIDE_FILES / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / SIDE_FILES / name).write_bytes(data)
-        write_atomically(new / CONFIG, (json.dumps(peft_config(base, entries), indent=2) + "\n").encode())
+        write_atomically(
+            new / CONFIG,
+            (json.dumps(peft_config(base, entries, ranks_in(new / MODEL, entries)), indent=2) + "\n").encode(),
+        )
     shards = []
     for shard in tuned.shards:
         digest = hashlib.sha256()
@@ -445,18 +639,12 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
 
 
 def side_files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The files beside a checkpoint's weights, at the top of its folder, that belong to the model; and its index.
-
-    Raises CheckpointError for one that is called as a shard of it.
-    """
-    found: dict[str, bytes] = {}
-    shards = {shard.name for shard in checkpoint.shards}
-    for path in sorted(checkpoint.path.iterdir()):
-        if path.name in shards or path.name.startswith(".") or not path.is_file():
-            continue
-        own = own_file(checkpoint.path, path)
-        if own is not None and not stays_behind(checkpoint.path, Path(path.name), ()):
-            found[path.name] = read_regular(own, follow=False)
+    """The files beside a checkpoint's weights, and in folders there, that belong to the model; and its index."""
+    files = {inside.as_posix(): own for inside, own in travelling(checkpoint)[0].items()}
+    for name in ("README.md", OUTCOME):
+        if (own := own_file(checkpoint.path, checkpoint.path / name)) is not None:
+            files[name] = own
+    found = {name: read_regular(files[name], follow=False) for name in sorted(files)}
     if checkpoint.index_bytes is not None:
         found["model.safetensors.index.json"] = checkpoint.index_bytes
     if "config.json" not in found:
@@ -475,13 +663,47 @@ def base_file(checkpoint: Checkpoint, name: str) -> bytes | None:
         return None
 
 
-def peft_config(base: Base, entries: Sequence[MatrixEntry]) -> dict[str, Any]:
+def _experts_together(base: Base, partial: Path, entries: Sequence[MatrixEntry]) -> None:
+    """The factors of every parameter that holds experts, from the files of the experts; one parameter in memory."""
+    matrices = list_matrices(base.tuned)
+    numbers, places = {m.name: number for number, m in enumerate(matrices)}, peft_places(base)
+    firsts = {m.name: unit[0] for unit in units(matrices, places) for m in unit}
+    adapted = [e for e in entries if e.how is How.ADAPTER and e.place is not None and e.place.parameter]
+    by_weight: dict[str, dict[int, Path]] = {}
+    for entry in adapted:
+        assert entry.place is not None and entry.place.expert is not None, "those were chosen"
+        file = partial / f"{numbers[firsts[entry.name].name]:06d}.expert.safetensors"
+        by_weight.setdefault(entry.place.weight, {})[entry.place.expert] = file
+    stem_of = stems(e.place for e in adapted if e.place)
+    by_name = {e.place.weight: e.place for e in adapted if e.place}
+    for weight, files in by_weight.items():
+        factors = {expert: load_file(file) for expert, file in files.items()}
+        A, B = of_experts({expert: (f["A"], f["B"]) for expert, f in factors.items()}, by_name[weight])
+        names = names_at(stem_of[weight], by_name[weight])
+        first = next(iter(files.values()))
+        path = first.with_name(first.name.replace(".expert.", ".adapter."))
+        write_atomically(path, save(dict(zip(names, (A, B), strict=True))))
+
+
+def ranks_in(file: Path, entries: Sequence[MatrixEntry]) -> dict[str, int]:
+    """The rank of every adapted weight in the adapter's file."""
+    shapes = {info.name: info.shape for info in read_header(file).tensors}
+    places = [e.place for e in entries if e.how is How.ADAPTER and e.place]
+    stem_of = stems(places)
+    ranks = {p.weight: (shapes[names_at(stem_of[p.weight], p)[0]][0], p.experts or 1) for p in places}
+    return {weight: rank // experts for weight, (rank, experts) in ranks.items()}
+
+
+def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, int]) -> dict[str, Any]:
     """adapter_config.json: every adapter scaled by 1, other ranks in rank_pattern, what was trained whole by name."""
-    ranks = {e.name.removesuffix(".weight"): e.rank or 0 for e in entries if e.how is How.ADAPTER and e.peft}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    others = {weight: rank for weight, rank in ranks.items() if rank != usual}
     saved = [e.name.removesuffix(".weight") for e in entries if e.how is How.SAVED]
+    embeddings = {m.name for m in list_matrices(base.tuned) if m.role == "embedding"}
     hub = base.checkpoint.hub
+    theirs = places_of(list_matrices(base.checkpoint)).values()
+    parameters = {e.place.weight for e in entries if e.place and e.place.parameter}
+    modules, every = ({p.weight for p in theirs if bool(p.parameter) is kind} for kind in (False, True))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -494,15 +716,31 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry]) -> dict[str, Any]:
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": targets(ranks, [m.name.removesuffix(".weight") for m in list_matrices(base.checkpoint)]),
+        "target_modules": targets(ranks.keys() - parameters, modules),
+        "target_parameters": targets(parameters, every, "experts") or None,
         "rank_pattern": others,
         "alpha_pattern": others,
         "modules_to_save": saved or None,
+        "ensure_weight_tying": is_tied(base.tuned) and any(f"{s}.weight" in embeddings for s in saved),
     }
 
 
-def targets(adapted: Mapping[str, int], modules: Sequence[str]) -> list[str]:
-    """The adapted modules by the last part of their names where every module that ends so is adapted, else in full."""
-    every = Counter(module.rpartition(".")[2] for module in modules)
-    ours = Counter(module.rpartition(".")[2] for module in adapted)
-    return sorted({leaf if every[leaf] == ours[leaf] else m for m in adapted for leaf in [m.rpartition(".")[2]]})
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding."""
+    roles = {m.role for m in list_matrices(checkpoint)}
+    return "embedding" in roles and "head" not in roles
+
+
+def targets(adapted: Iterable[str], every: Iterable[str], before: str = "") -> list[str]:
+    """The adapted weights by the last part of their names where every one that ends so is adapted, else in full.
+
+    before: what stands before the last part and belongs to it
+    """
+
+    def leaf(name: str) -> str:
+        last = name.rpartition(".")[2]
+        return f"{before}.{last}" if before and name.endswith(f".{before}.{last}") else last
+
+    adapted = list(adapted)
+    all_of, ours = Counter(map(leaf, every)), Counter(map(leaf, adapted))
+    return sorted({leaf(name) if all_of[leaf(name)] == ours[leaf(name)] else name for name in adapted})

@@ -85,7 +85,7 @@ class Store:
         """Bytes of the host's memory that so many take."""
         return pinned_bytes(size) if self._pinned else size
 
-    def _mapped(self, shape: tuple[int, int], dtype: torch.dtype, size: int) -> torch.Tensor:
+    def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> torch.Tensor:
         directory = self.directory or _on_disk()
         with disk_errors(directory), tempfile.NamedTemporaryFile(dir=directory, prefix="laser-activations-") as file:
             # Blocks are reserved now: a sparse file that meets a full disk later kills the process with SIGBUS.
@@ -93,11 +93,11 @@ class Store:
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
 
     def keep(self, W: torch.Tensor) -> torch.Tensor:
-        """W (m, n) to be kept for as long as the process lasts: itself, or a copy in a file where memory is short."""
+        """W, of any shape, kept for as long as the process lasts: itself, or a copy in a file where memory is short."""
         if self.used + W.nbytes <= self.limit:
             self.used += W.nbytes
             return W
-        kept = self._mapped((W.shape[0], W.shape[1]), W.dtype, W.nbytes)
+        kept = self._mapped(tuple(W.shape), W.dtype, W.nbytes)
         return kept.copy_(W)
 
     def free(self, activations: Activations) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from laser.checkpoint.reader import Checkpoint
+from laser.checkpoint.reader import Checkpoint, opened_checkpoint
 from laser.checkpoint.source import require_unchanged
 from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
@@ -20,7 +21,7 @@ from laser.evaluation.text import Window, Windows
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     windows: Windows,
     *,
     stream: bool = False,
@@ -38,6 +39,7 @@ def evaluate(
     beyond the embedding, windows beyond learned positions or a model that cannot be streamed, CheckpointError for
     weights that are missing, NumericalError for a loss that is not finite.
     """
+    checkpoint = opened_checkpoint(checkpoint)
     check_vocabulary(checkpoint, windows)
     weights = checkpoint.fingerprint.stated()
     if stream or checkpoint.packed:

@@ -228,6 +228,8 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
         # A plan line has no shape, but its reason says of a tensor that it is no matrix.
         "matrices": sum(line.why.kind is not Kind.NOT_A_MATRIX for line in plan.lines),
         "skipped": sum(line.action == "skip" for line in plan.lines),
+        "scales": sorted({line.scale for line in reduced if line.scale is not None}),
+        "only_scaled": bool(reduced) and all(line.scale is not None for line in reduced),
         "removed": removed,  # by name: share of the squared singular values, or of the outputs' mean square
         "roles": _role_rows(plan, reduced, removed),
         "by_outputs": by_outputs,
@@ -249,8 +251,8 @@ def _role_rows(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, fl
                 "reduced": len(these),
                 "tensors": sum((line.stack, line.role) == (stack, role) for line in plan.lines),
                 "layers": [line.layer for line in these if line.layer is not None],
-                "full_ranks": [line.full_rank or 0 for line in these],
-                "ranks": [line.rank or 0 for line in these],
+                "full_ranks": [line.full_rank for line in these if line.full_rank is not None],
+                "ranks": [line.rank for line in these if line.rank is not None],
                 "removed": [removed[line.name] for line in these],
             }
         )
@@ -267,19 +269,22 @@ def _command_block(
 ) -> list[str]:
     """The commands that make the output again, check it, and measure it."""
     commands = list(run.commands) or [_spelled_out(name, outcome, source)]
-    commands += [f"laser verify {shlex.quote(source.hub_id or source.name)} {shlex.quote(name)}"]
+    base = [] if outcome.plan.pair is None else ["--base", outcome.plan.pair.base.name]
+    commands += [shlex.join(["laser", "verify", source.hub_id or source.name, name, *base])]
     return commands + [board.command for board in (before, after) if board and board.command]
 
 
 def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
     """The command that makes this output, by its plan; a rule makes none again that a search or a hand made."""
     plan, dtype = outcome.plan, outcome.run.get("dtype")
+    base = [] if plan.pair is None else ["--base", plan.pair.base.name]
     if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
-        words = ["laser", "reduce", source.hub_id or source.name, "plan.json", "-o", name]
+        words = ["laser", "reduce", source.hub_id or source.name, "plan.json", *base, "-o", name]
         words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
         words += ["--output-dtype", str(dtype)] if dtype else []
         return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
-    words = ["laser", "run", source.hub_id or source.name, "-o", name, "--rule", plan.rule]
+    words = ["laser", "run", source.hub_id or source.name, *base, "-o", name, "--rule", plan.rule]
+    words += ["--no-search"] if base else []
     for key in ("lowest_snr", "include", "exclude", "shrink", "require_fit"):
         if plan.selection.get(key) is not None:
             words += [f"--{key.replace('_', '-')}", str(plan.selection[key])]

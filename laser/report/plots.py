@@ -1,4 +1,7 @@
-"""Pictures of spectra, with matplotlib (extra `plot`). Shapes and greys distinguish things, so they can be printed."""
+"""Pictures of spectra, with matplotlib (extra `plot`).
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart, and viridis, which rises evenly. Shapes and
+strokes differ as well, so that a picture can be printed in grey."""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
@@ -145,19 +149,43 @@ def check_picture(path: Path, quantity: str = "kept") -> None:
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
 
 
-def histogram(shown: Histogram) -> Figure:
+def plot_spectrum(spectra: Spectra, name: str, rule: str | None = None, ax: Axes | None = None) -> Axes:
+    """Histogram of the matrix `name` with the law of noise and the cut, on `ax` or a figure of its own.
+
+    rule: whose cut; default: mp-edge, of differences `rounding`. Raises UsageError for a matrix that was not scanned.
+    """
+    axes = ax or new_axes(8, 4.5)
+    histogram(histogram_of(spectra, name, rule or spectra.usual_rule), axes)
+    return axes
+
+
+def plot_heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, ax: Axes | None = None) -> Axes:
+    """A quantity of every matrix, layer by role, on `ax` or a figure of its own. Raises as `heat_map`."""
+    figure = heat_map(summary, quantity, experts=experts, axes=ax)
+    return ax or figure.axes[0]
+
+
+def new_axes(width: float, height: float) -> Axes:
+    """Axes on a figure of so many inches."""
+    return _figure(width, height).subplots()
+
+
+def _of(axes: Axes) -> Figure:
+    return axes.get_figure(root=True)  # pyright: ignore[reportReturnType]
+
+
+def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
     """Singular values of one matrix: what is kept and what is cut, the fitted law, both edges, the threshold."""
-    figure = _figure(8, 4.5)
-    axes = figure.subplots()
+    axes = axes or new_axes(8, 4.5)
     edges = _bins([shown])
     values = np.minimum(shown.values, edges[-1])
     kept, cut = values[: shown.rank], values[shown.rank :]
-    axes.hist(cut, edges, color="0.8", edgecolor="0.55", linewidth=0.4, label=f"cut: {len(cut)}")
-    axes.hist(kept, edges, color="white", edgecolor="black", hatch="////", linewidth=0.8, label=f"kept: {len(kept)}")
+    axes.hist(cut, edges, color="0.85", edgecolor="0.6", linewidth=0.4, label=f"cut: {len(cut)}")
+    axes.hist(kept, edges, color=BLUE, edgecolor="white", hatch="////", linewidth=0.4, label=f"kept: {len(kept)}")
     width = edges[1] - edges[0]
-    axes.plot(shown.curve_x, shown.curve * width, color="black", linewidth=1.8, label="law of noise, fitted")
+    axes.plot(shown.curve_x, shown.curve * width, color=ORANGE, linewidth=1.8, label="law of noise, fitted")
     for x, legend in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
-        axes.axvline(x, color="black", linestyle=":", linewidth=1.2, label=legend)
+        axes.axvline(x, color=ORANGE, linestyle=":", linewidth=1.2, label=legend)
     if shown.threshold is not None:
         axes.axvline(shown.threshold, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
     axes.set_title(_title([shown], edges), fontsize=10)
@@ -166,18 +194,17 @@ def histogram(shown: Histogram) -> Figure:
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
-    axes.plot(kept, np.zeros(len(kept)), "|", color="black", markersize=9, clip_on=False)
+    axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
-    return figure
+    return _of(axes)
 
 
-def overlay(several: Sequence[Histogram]) -> Figure:
+def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
     """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune."""
-    figure = _figure(8, 4.5)
-    axes = figure.subplots()
+    axes = axes or new_axes(8, 4.5)
     edges = _bins(several)
-    strokes = (("0.75", "-", True), ("black", "-", False), ("black", "--", False), ("black", ":", False))
+    strokes = (("0.8", "-", True), (BLUE, "-", False), (ORANGE, "--", False), (GREEN, ":", False))
     for shown, (colour, line, filled) in zip(several, strokes, strict=False):
         fill: dict[str, Any] = {"facecolor": colour if filled else "none", "edgecolor": "0.5" if filled else colour}
         axes.hist(
@@ -193,21 +220,23 @@ def overlay(several: Sequence[Histogram]) -> Figure:
     axes.set_xlabel("singular value, unit of the weights")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
-    return figure
+    return _of(axes)
 
 
 def _bins(several: Sequence[Histogram]) -> list[float]:
     """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
-    into one bin. What lies beyond is drawn in the last bin, and the title says so."""
+    into one bin. What lies beyond is drawn in the last bin, and the title says so. The cut is always inside."""
     top = max(float(p.values[0]) for p in several)
     span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in several)
-    return np.linspace(0.0, min(top * 1.02, span) or 1.0, BINS + 1).tolist()
+    cuts = max((1.03 * p.threshold for p in several if p.threshold is not None), default=0.0)
+    return np.linspace(0.0, max(min(top * 1.02, span), cuts) or 1.0, BINS + 1).tolist()
 
 
 def _title(several: Sequence[Histogram], edges: list[float]) -> str:
     first, top = several[0], max(float(p.values[0]) for p in several)
     beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
-    return f"{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
+    model = f"{label(first.model)}\n" if len(several) == 1 else ""  # else the legend names them
+    return f"{model}{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
 
 
 def _count_axis(axes: Axes, edges: list[float]) -> None:
@@ -216,8 +245,8 @@ def _count_axis(axes: Axes, edges: list[float]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) -> Figure:
-    """Layer by role, experts side by side as columns (else their mean); darker is more.
+def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, axes: Axes | None = None) -> Figure:
+    """Layer by role, experts side by side as columns (else their mean); brighter is more.
 
     Raises UsageError for an unknown quantity.
     """
@@ -225,9 +254,8 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
     title, unit, value = QUANTITIES[quantity]
     columns, layers, grid = grid_of(summary.rows, value, experts=experts)
-    figure = _figure(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap="Greys", aspect="auto", interpolation="nearest")
+    axes = axes or new_axes(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set_facecolor("white")
     for at in np.argwhere(np.isnan(grid)):
         axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
@@ -239,6 +267,7 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True) 
     axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
     axes.set_ylabel("layer")
     axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
+    figure = _of(axes)
     figure.colorbar(image, ax=axes, label=unit)
     return figure
 

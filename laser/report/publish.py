@@ -109,10 +109,10 @@ def write_card(
         about = _about(out, outcome, source, hash_source)
         if base_model is not None:
             about = replace(about, hub_id=base_model)
-        made_of, made = outcome.plan.source, Source.of(open_checkpoint(out))
+        made_of, made = outcome.plan.model, Source.of(open_checkpoint(out))
         losses, trials = None, ()
         if (out / SEARCH_FILE).exists():
-            losses, trials = _searched(out / SEARCH_FILE, made_of)
+            losses, trials = _searched(out / SEARCH_FILE, outcome.plan.source)
             _require_search_of(outcome.plan, trials, out / SEARCH_FILE)
         a, b = _record(Perplexity, out / EVAL_SOURCE, made_of), _record(Perplexity, out / EVAL, made)
         if a and b:
@@ -134,7 +134,7 @@ def write_card(
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
         with disk_errors(out / RECORDS):
             (out / RECORDS).mkdir(exist_ok=True)
-        shards, weights = outcome.shards, outcome.plan.source.weights.stated()
+        shards, weights = outcome.shards, made_of.weights.stated()
         SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE_FILE)
         write_atomically(target, text.encode())
         return target
@@ -191,16 +191,16 @@ def versions() -> dict[str, str]:
 
 def _about(out: Path, outcome: Outcome, source: Checkpoint | None, hash_source: bool) -> CardSource:
     if source is not None:
-        outcome.plan.source.require(source, "output")
+        outcome.plan.model.require(source, "output")
         return describe_source(source, hash_source=hash_source)
     if (out / SOURCE_FILE).exists():
-        record, of = SourceRecord.load(out / SOURCE_FILE), outcome.plan.source
+        record, of = SourceRecord.load(out / SOURCE_FILE), outcome.plan.model
         if record.identity == of.identity and agree(fingerprint_in(record.weights), of.weights):
             return record.about
     files, licences = _licences(out)
     return CardSource(
-        name=outcome.plan.source.name,
-        identity=outcome.plan.source.identity,
+        name=outcome.plan.model.name,
+        identity=outcome.plan.model.identity,
         config=_object(out / "config.json") or _plain(dict(open_checkpoint(out).config)),
         tokenizer_config=_object(out / "tokenizer_config.json"),
         chat_template=_text_of(out / "chat_template.jinja"),
@@ -274,9 +274,12 @@ def _losses_in(report: Report) -> Losses | None:
 
 def _require_search_of(plan: Plan, trials: Sequence[Trial], path: Path) -> None:
     """Raises RecordError where a plan did not come out of these trials."""
-    found = {(name, rank) for t in trials if t.accepted for name, rank in t.ranks.items()}
-    planned = {(line.name, line.rank) for line in plan.reductions.values()}
-    if "accept" not in plan.selection or not (planned <= found or plan.edited):
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        for name in trial.ranks if trial.accepted else ():
+            found.setdefault(name, []).append(trial)
+    tried = all(any(t.made(line) for t in found.get(name, ())) for name, line in plan.reductions.items())
+    if "accept" not in plan.selection or not (tried or plan.edited):
         raise RecordError(f"{path} is of another search than the plan of this output; remove it, or search again")
 
 

@@ -1,6 +1,7 @@
 """What a search tries, in which order.
 
-A candidate is one matrix, or one cell of matrices, at the ranks of one or more rules.
+A candidate is one matrix, or one cell of matrices, at the ranks of one or more rules. Of differences from a base it is
+a role, all its matrices at once, cut or scaled by one or more rules.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from laser.checkpoint.matrices import read_matrix
+from laser.checkpoint.matrices import matrix_called, read_matrix
 from laser.checkpoint.reader import Checkpoint
+from laser.delta.base import Base
+from laser.delta.edits import OfDifference, between
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
 from laser.moments import Moments, metric_of
@@ -21,7 +24,7 @@ from laser.search.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
-from laser.spectral.rules import metric_in
+from laser.spectral.rules import metric_in, scale_in
 from laser.spectral.shrinkage import Gains
 
 ORDERS = ("layers", "snr")
@@ -69,7 +72,10 @@ def candidates_of(
 ) -> tuple[dict[str, Plan], list[Candidate]]:
     """What there is to try, and the plan of each rule that says so. Raises UsageError where there is nothing."""
     plans = plans_of(without_idle(spectra, model), rules, selection, lowest_snr)
-    found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
+    if spectra.delta is not None and not grid:
+        found = role_candidates(plans, model)
+    else:
+        found = grid_candidates(plans, model) if grid else matrix_candidates(plans, model)
     if not found:
         raise UsageError("the first rule reduces no selected matrix, so there is nothing to try; try another rule")
     return plans, found
@@ -87,6 +93,25 @@ def matrix_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Ca
         options = tuple((ranks[key], {name: -key[0]}) for key in sorted(ranks))
         found.append(Candidate(name, model.first_piece(name), line.snr, options))
     return found
+
+
+def role_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
+    """Each role of each stack: all its tensors that a rule cuts or scales, one option per rule. Ranks of what is no
+    matrix are 0 here, and nobody asks for them."""
+    found: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
+    for rule, plan in plans.items():
+        for name, line in plan.reductions.items():
+            if model.runs(name):
+                found.setdefault((line.stack, line.role), {}).setdefault(rule, {})[name] = line.rank or 0
+    return [
+        Candidate(
+            f"{stack} {role}".strip(),
+            min(model.first_piece(name) for names in options.values() for name in names),
+            None,
+            tuple(options.items()),
+        )
+        for (stack, role), options in found.items()
+    ]
 
 
 def grid_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Candidate]:
@@ -114,13 +139,27 @@ def in_order(candidates: Sequence[Candidate], order: str) -> list[Candidate]:
 
 
 def cut_of(
-    checkpoint: Checkpoint, rule: str, ranks: Mapping[str, int], device: Device, moments: Moments | None = None
+    checkpoint: Checkpoint,
+    rule: str,
+    ranks: Mapping[str, int],
+    device: Device,
+    moments: Moments | None = None,
+    base: Base | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The matrices truncated in the rule's metric, in storage dtype: what `reduce` writes by the method gram."""
+    """The matrices truncated in the rule's metric, in storage dtype: what `reduce` writes by the method gram. With a
+    base their differences are cut, or scaled."""
     found = {}
     for name, rank in ranks.items():
         W, gains = read_matrix(checkpoint, name), Gains(rank)
-        cut = metric_of(metric_in(rule), name, W, moments).visit(W, lambda _, gains=gains: gains, device).truncation
+        if base is None:
+            metric = metric_of(metric_in(rule), name, W, moments)
+        else:
+            there = base.weights(matrix_called(base.tuned, name))
+            if (scale := scale_in(rule)) is not None:
+                found[name] = between(there, W, scale)
+                continue
+            metric = OfDifference(there)
+        cut = metric.visit(W, lambda _, gains=gains: gains, device).truncation
         assert cut is not None, "gains were given"
         found[name] = cut.matrix.cpu()
     return found

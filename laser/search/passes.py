@@ -40,13 +40,21 @@ class Passes:
 
 
 def possible_candidates(
-    matrices: Sequence[Matrix], model: LayeredModel, rules: Sequence[str], grid: bool
+    matrices: Sequence[Matrix], model: LayeredModel, rules: Sequence[str], grid: bool, by_role: bool = False
 ) -> list[Candidate]:
     """The candidates that there can be, before the spectra are known.
 
-    As though every rule reduced every matrix that the model runs, each to another rank.
+    As though every rule reduced every matrix that the model runs, each to another rank. by_role: of differences.
     """
-    running = [m for m in matrices if m.is_matrix and model.runs(m.name)]
+    running = [m for m in matrices if (m.is_matrix or by_role) and model.runs(m.name)]
+    if by_role and not grid:
+        roles: dict[str, dict[str, int]] = {}
+        for m in running:
+            roles.setdefault(f"{m.stack} {m.role}".strip(), {})[m.name] = 0
+        return [
+            Candidate(role, min(map(model.first_piece, names)), None, tuple((rule, names) for rule in rules))
+            for role, names in roles.items()
+        ]
     if not grid:
         options = {m.name: tuple((rule, {m.name: 0}) for rule in rules) for m in running}
         return [Candidate(m.name, model.first_piece(m.name), None, options[m.name]) for m in running]

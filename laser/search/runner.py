@@ -12,9 +12,11 @@ from typing import Any
 from laser.errors import RecordError
 from laser.evaluation.objective import Measure, Objective
 from laser.journal import Journal
+from laser.plan import PlanLine
 from laser.records import SPARSE, under
 from laser.search.candidates import Candidate
 from laser.search.trials import Bench, RuleAndRank, Variant, VariantResult, accepted, change
+from laser.spectral.rules import scale_in
 
 # The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.
 VALUES = tuple[float | None, ...]
@@ -54,6 +56,12 @@ class Trial:
 
     def wrong(self) -> str | None:
         return under(self, 0, "se", "raced")
+
+    def made(self, line: PlanLine | None) -> bool:
+        """Whether a plan's line is this edit."""
+        if line is None or (line.rank or 0) != self.ranks.get(line.name):
+            return False
+        return line.scale == scale_in(self.rule)
 
     def stated(self) -> str:
         if self.d is None:

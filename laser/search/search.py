@@ -21,6 +21,7 @@ from scipy import stats
 
 from laser.checkpoint.source import Source, require_unchanged
 from laser.choices import ACCEPT
+from laser.delta.base import Base
 from laser.engine.crew import Crew
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
@@ -30,6 +31,7 @@ from laser.evaluation.text import Window
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import Journal, spoiling
 from laser.moments import Moments
+from laser.notebook import Rows, Shown
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
@@ -39,7 +41,7 @@ from laser.search.trials import Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
-from laser.spectral.rules import metric_in
+from laser.spectral.rules import draws_needed, metric_in
 
 REMOVE = "remove it, or search again"
 
@@ -75,13 +77,30 @@ class Report:
         return "windows" if self.objective == "loss" else "questions"
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Shown):
+    """What a search chose, every trial, and what it reports of the text that it went by and of held-out text."""
+
     plan: Plan
     trials: tuple[Trial, ...]
     calibration: Report
     held_out: tuple[Report, ...]
     rank_correlation: float | None  # Spearman, predicted against measured change, with --shortlist gradient
+
+    def headline(self) -> str:
+        kept = sum(trial.accepted for trial in self.trials)
+        told = "; ".join(f"{each.text} {each.d:+.5f}" for each in self.held_out if each.d is not None)
+        return f"Search of {self.plan.source.name}: {kept} of {len(self.trials)} trials accepted" + (
+            f"; {told} {self.held_out[0].unit}" if told else ""
+        )
+
+    def frame_rows(self) -> Rows:
+        keys = ("label", "rule", "d", "se", "accepted", "alone", "predicted", "layer_forwards", "seconds", "raced")
+        return [{key: getattr(trial, key) for key in keys} for trial in self.trials]
+
+    def glance(self) -> tuple[Rows, Sequence[float]]:
+        """The trials that were accepted, and every trial's change in order."""
+        return [r for r in self.frame_rows() if r["accepted"]], [t.d for t in self.trials if t.d is not None]
 
     def families(self) -> dict[str, dict[str, int]]:
         """Counts per metric, plain and data: which of them wins.
@@ -146,6 +165,7 @@ def search(
     device: Device | None = None,
     journal: Path | None = None,
     moments: Moments | None = None,
+    base: Base | None = None,
     anew: bool = False,
     racing: bool = False,
     tick: Callable[[Trial, int], None] = lambda *_: None,
@@ -158,6 +178,8 @@ def search(
     accepted one is kept. With `grid` they are LASER's cells (layer, role, rule), each tried alone and the accepted ones
     then composed greedily. With `journal` every trial is a line of that file and a search that was killed repeats none;
     `anew` drops the trials of another search.
+    With `base`, of which `spectra` are the differences, a candidate is a role, all its tensors at once, and an edit is
+    what a rule makes of their differences: a cut, or `scale:C`.
     A rule `data:NAME` goes by the data (see `data_metric`) and needs the `moments` that `spectra` were scanned with.
     Kept edits stay in memory in storage dtype (117 MB for a matrix of Mixtral-8x7B), also when streaming.
     With `racing` a trial ends after a quarter of the units if it is worse by 2.5 standard errors by then. That is a
@@ -169,7 +191,10 @@ def search(
     """
     selection, device = selection or Selection(), device or choose_device()
     checkpoint = model.checkpoint
-    spectra.source.require(checkpoint, "spectra")
+    if base is None:
+        spectra.source.require(checkpoint, "spectra")
+    else:
+        base.require(spectra.source, "spectra")
     check_request(
         rules,
         accept=accept,
@@ -178,6 +203,7 @@ def search(
         grid=grid,
         lowest_snr=lowest_snr,
         calibrated=moments is not None,
+        of_difference=base is not None,
     )
     check_objectives(calibration, held_out, accept, shortlist, racing)
     plans, found = candidates_of(spectra, model, rules, selection, lowest_snr, grid)
@@ -186,10 +212,10 @@ def search(
     options = {"lowest_snr": lowest_snr, "shortlist": shortlist, "grid": grid, "accept": accept, "order": order}
     options["racing"] = racing
     asked = _as_asked(model, calibration, selection, device, moments, options)
-    log = SearchLog(journal, _search_run(model, rules, asked), anew)
+    log = SearchLog(journal, _search_run(model, rules, asked, base), anew)
 
     def cut(name: str, rule: str, rank: int) -> torch.Tensor:
-        return cut_of(checkpoint, rule, {name: rank}, device, moments)[name]
+        return cut_of(checkpoint, rule, {name: rank}, device, moments, base)[name]
 
     try:
         whole = bench = Bench(model, calibration, cut, told)
@@ -205,13 +231,13 @@ def search(
             found = in_order(found, order)
             for each in benches:
                 each.wanted, each.branches = _wanted(found, model)
-            base, values = runner.baseline(found, grid, before)
+            untouched, values = runner.baseline(found, grid, before)
         else:
             whole.wanted = set(range(max(min(c.piece for c in found), 1), model.layers + 2))
-            base, values = runner.baseline((), along=before)
+            untouched, values = runner.baseline((), along=before)
         if before and values is not None:
             before.report("before", values, log)
-        if not all(map(math.isfinite, base)):
+        if not all(map(math.isfinite, untouched)):
             raise NumericalError(
                 f"{checkpoint.name}: the {calibration.name} of the untouched model is not finite on "
                 f"{calibration.text}; {not_finite(model.dtype, 'laser search with --dtype float32 and --force')}"
@@ -227,10 +253,12 @@ def search(
         reports = _reports(model, held_out, log, told)
         with spoiling(log.journal):
             require_unchanged(checkpoint)
+            if base is not None:
+                base.require_unchanged()
     finally:
         log.close()
     plan = _plan(plans, asked, runner.trials, runner.kept, calibration)
-    summary = _summary(calibration, base, runner.now)
+    summary = _summary(calibration, untouched, runner.now)
     return SearchResult(plan, tuple(runner.trials), summary, reports, _correlation(runner.trials))
 
 
@@ -253,11 +281,12 @@ def require_journal(
     device: Device,
     moments: Moments | None,
     options: Mapping[str, Any],
+    base: Base | None = None,
 ) -> None:
     """Raises as `search` where the journal at `path`, if there is one, is of another search. options: lowest_snr,
     shortlist, grid, accept, order and racing, each as `search` takes it."""
     asked = _as_asked(model, calibration, selection, device, moments, options)
-    Journal.require(path, _search_run(model, rules, asked), TRIAL_SHAPES)
+    Journal.require(path, _search_run(model, rules, asked, base), TRIAL_SHAPES)
 
 
 def _as_asked(
@@ -278,12 +307,15 @@ def _as_asked(
     return asked | ({"moments": moments.calibration.identity} if moments else {})
 
 
-def _search_run(model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _search_run(
+    model: LayeredModel, rules: Sequence[str], asked: Mapping[str, Any], base: Base | None
+) -> dict[str, Any]:
     """What a search's journal belongs to."""
     # Before and after are compared, so all of a journal is measured alike: also where it is gone on with tomorrow.
     alike = {"evaluated on": model.device.type, "libraries": {name: version(name) for name in LIBRARIES}}
     stated = Source.of(model.checkpoint).stated()
-    return {"kind": "search journal", "version": SearchRecord.version, **stated, "rules": list(rules), **asked, **alike}
+    stated = {"kind": "search journal", "version": SearchRecord.version, **stated, "rules": list(rules)}
+    return stated | (base.stated() if base else {}) | {**asked, **alike}
 
 
 def check_request(
@@ -295,15 +327,22 @@ def check_request(
     grid: bool = False,
     lowest_snr: int | None = None,
     calibrated: bool = True,
+    of_difference: bool = False,
 ) -> None:
-    """What can be refused of a search before its model is opened; `calibrated`: with moments. Raises UsageError."""
+    """What can be refused of a search before its model is opened; `calibrated`: with moments, `of_difference`: with a
+    base. Raises UsageError."""
     if not rules:
         raise UsageError(
             "a search needs at least one rule; try laser search --rules laser-rmt, or laser run --rule laser-rmt"
         )
     for rule in rules:
         Treatment(rule).check(calibrated)
+        draws_needed(rule, of_difference)
     check_lowest_snr(lowest_snr)
+    if of_difference and (lowest_snr is not None or shortlist is not None):
+        raise UsageError(
+            "--lowest-snr and --shortlist are of single matrices, and differences are tried by role; leave them out"
+        )
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
     if order not in ORDERS:
@@ -461,7 +500,7 @@ def _plan(
             line = replace(line, why=line.why.also(unseen[name].why.text), unseen=unseen[name].unseen)
         lines.append(line)
     calibration = next((plan.calibration for plan in plans.values() if plan.calibration), None)
-    return Plan(first.source, ",".join(plans), asked, tuple(lines), calibration)
+    return Plan(first.source, ",".join(plans), asked, tuple(lines), calibration, pair=first.pair)
 
 
 def _correlation(trials: Sequence[Trial]) -> float | None:

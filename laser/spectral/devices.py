@@ -75,6 +75,11 @@ class Device:
         return f"{self.name.partition(':')[0]} {str(self.dtype).removeprefix('torch.')}"
 
 
+def device_of(device: Device | str | None) -> Device:
+    """The device of that name, see `choose_device`, by default the first that is there; a Device as it is."""
+    return device if isinstance(device, Device) else choose_device(device or "auto")
+
+
 HOST = Device("cpu", torch.float64, True, "the host")  # always there, and exact: the end of every ladder
 
 

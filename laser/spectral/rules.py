@@ -25,6 +25,7 @@ from laser.spectral.noise import Noise, Shape, Spectrum, fit_noise, standard_err
 from laser.spectral.unit import unit_of
 
 UNFIT = 0.01  # level of a fit under which a law of noise is not believed
+SCALE = "scale"  # the rule that multiplies a difference
 BEMA_LEVEL = 0.1  # Ke, Ma and Lin 2021, section 2.3: beta
 
 
@@ -151,6 +152,11 @@ def _at_rounding_edge(s: Spectrum, shape: Shape, sigma: float) -> Cut:
     return _above(s, mp.edges(sigma, shape)[1], "above the edge of the storage format's rounding", Noise(sigma))
 
 
+def _scale(s: Spectrum, shape: Shape, _: float) -> Cut:
+    """Keeps all values: the difference itself is multiplied (laser/delta/edits.py), and no spectrum is asked."""
+    return Cut(len(s), None, None, "the difference is scaled, and nothing of it cut")
+
+
 def _energy(s: Spectrum, shape: Shape, share: float) -> Cut:
     energy = np.cumsum(s**2)
     # Not searchsorted on the bare product: share = 1 must find the last value that adds anything.
@@ -202,6 +208,16 @@ RULES: dict[str, Rule] = {
         "differences of two checkpoints: rounding's variance is known; Landa, Zhang and Kluger 2022",
         needs_sigma=True,
     ),
+    SCALE: Rule(
+        _scale,
+        "differences of two checkpoints: weights between base and fine-tune, Wortsman et al. 2022 (WiSE-FT)",
+        needs_sigma=True,
+        argument="C",
+        sample="scale:0.5",
+        calibrated=False,
+        valid=lambda x: 0 <= x < 1,
+        expected="a number from 0, which is the base, to under 1, which is the fine-tune",
+    ),
     "energy": Rule(
         _energy, "common practice", argument="X", sample="energy:0.9", any_metric=True, calibrated=False, **_SHARE
     ),
@@ -228,7 +244,8 @@ RULES: dict[str, Rule] = {
 
 
 NO_DIFFERENCE = (
-    "rule rounding is for differences of two checkpoints, whose noise is known; try laser delta BASE TUNED, or mp-edge"
+    "rules rounding and scale are for differences of two checkpoints, whose noise is known; try laser delta BASE "
+    "TUNED, laser run TUNED --base BASE, or the rule mp-edge"
 )
 # By `laser null` unless it is asked for others.
 TESTED = ("laser-rmt", "mp-edge", "mp-median", "mp-iqr", "tracy-widom", "gavish-donoho", "bema")
@@ -279,13 +296,19 @@ def parse_rule(spec: str) -> tuple[Rule, float]:
     return rule, value
 
 
-def draws_needed(asked: str) -> int:
+def scale_in(spec: str) -> float | None:
+    """C of the rule `scale:C`; None for every other rule. Raises UsageError as `parse_rule`."""
+    rule, argument = parse_rule(spec.removeprefix(BY_DATA))
+    return argument if rule is RULES[SCALE] else None
+
+
+def draws_needed(asked: str, of_difference: bool = False) -> int:
     """How many permutations of each matrix a rule asks a scan for; 0 for most.
 
     Raises UsageError as `rule_in`, and for a rule that no scan of one checkpoint can serve.
     """
     rule, argument = parse_rule(rule_in(asked))
-    if rule.needs_sigma:  # which no scan of one checkpoint knows
+    if rule.needs_sigma and not of_difference:  # which no scan of one checkpoint knows
         raise UsageError(NO_DIFFERENCE)
     return fewest_draws(argument) if rule.needs_null else 0
 

@@ -39,6 +39,11 @@ def test_scaled(scale: float, dtype: torch.dtype) -> None:
     W = weights(64, 48, dtype=dtype)
     found = change(W, (W.float() * scale).to(dtype))
     assert found.kind is Verdict.SCALED and found.scale == pytest.approx(scale, rel=1e-4)
+    W[:22] = 0  # over a thousand entries that say nothing
+    assert change(W, (W.float() * scale).to(dtype)).kind is Verdict.SCALED
+    q = (W.float() * scale).to(dtype)
+    q[-1, -1] *= 1.5  # one entry that is another one, the last
+    assert change(W, q).kind is not Verdict.SCALED
 
 
 @pytest.mark.parametrize("share", [0.01, 0.03])

@@ -167,7 +167,21 @@ def test_what_no_update_gives_has_the_interval_of_the_sum() -> None:
 
 
 def test_formulas_that_do_not_exist() -> None:
-    with pytest.raises(UsageError, match="no formula is called 'twice'; try one of once, delta-first, scaled-after"):
-        Formula("twice")
+    with pytest.raises(UsageError, match="no formula is called 'thrice'; try one of once, delta-first, scaled-after"):
+        Formula("thrice")
     with pytest.raises(UsageError, match="expected a positive number"):
         Formula("scaled-after", 0.0)
+
+
+def test_two_roundings_reach_half_a_step_further() -> None:
+    """Every sum of two updates, each rounded as it is added, lies in the cell of `twice`."""
+    generator = torch.Generator().manual_seed(3)
+    W = (1 + 0.4 * torch.rand(64, 48, generator=generator)).to(torch.bfloat16)  # of one binade, as are the sums
+    one, other = (0.02 * torch.randn(64, 48, generator=generator) for _ in range(2))
+    q = ((W.float() + one).to(torch.bfloat16).float() + other).to(torch.bfloat16)
+    X = (one + other).double()
+    twice = Formula("twice")
+    low, high = twice.cell(W, q)
+    assert twice.explains(W, X, q).float().mean() > 0.999 and bool((low < high).all())
+    assert 0.1 < (twice.merge(W, X, torch.bfloat16) != q).float().mean() < 0.5
+    assert not twice.explains(W, X + 0.03, q).all()

@@ -1,18 +1,21 @@
 """laser unmerge and laser rebuild: the fine-tune's bytes again, every one, or a refusal."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Run, write_checkpoint_directory
 from helpers import snapshot, tensors_in
+from hub_server import connect, serving
+from huggingface_hub import close_session
 from merges import BF16, F16, F32, full, merged, update
-from models import HIDDEN, WORDS, Change, llama_config, tensors, write_model
+from models import HIDDEN, WORDS, Change, llama_config, phi, tensors, write_model
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.base import Base
-from laser.delta.unmerge import peft_config, targets, unmerge
+from laser.delta.unmerge import peft_config, ranks_in, targets, unmerge
 from laser.engine.crew import Crew
 from laser.pipeline import scan
 from laser.spectral.devices import HOST
@@ -80,14 +83,15 @@ def test_other_formats(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_a_base_in_another_format(run: Run, tmp_path: Path) -> None:
-    """The base in float32, the merge in bfloat16: everything else is a cast."""
+@pytest.mark.parametrize("stored, tuned", [(F32, BF16), (BF16, F32)], ids=["float32 base", "float32 merge"])
+def test_a_base_in_another_format(run: Run, tmp_path: Path, stored: torch.dtype, tuned: torch.dtype) -> None:
+    """The base in float32 and the merge in bfloat16, or the other way round: everything else is a cast."""
 
     def change(name: str, W: torch.Tensor) -> torch.Tensor:
-        return merged(W, update(W, RANK, 0.02)) if "q_proj" in name else W.to(BF16)
+        return merged(W, update(W, RANK, 0.02), dtype=tuned) if "q_proj" in name else W.to(tuned)
 
-    base = write_model(tmp_path / "base", dtype=F32)
-    found = undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, dtype=F32))
+    base = write_model(tmp_path / "base", dtype=stored)
+    found = undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, dtype=stored))
     assert set(made(found).values()) == {"cast", "adapter"} and ranks(found) == {RANK}
 
 
@@ -123,8 +127,43 @@ def test_a_full_fine_tune_is_kept_without_loss_or_refused(run: Run, base: Path, 
     size = (tmp_path / "adapter" / "remainder.safetensors").stat().st_size
     assert size < 0.8 * sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
     code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "only", "--only-lora", "--device", "cpu")
-    assert code == 2 and "is full, and no base with an adapter; try without --only-lora" in err
+    assert code == 2 and "is full and no base with an adapter; try without --only-lora" in err
     assert not (tmp_path / "only").exists()
+
+
+@pytest.mark.slow
+def test_a_base_that_was_quantised_first_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+    """The adapter was trained on the base in 4 bits: every matrix holds that error, and is kept without loss."""
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        if not any(role in name for role in LINEAR):
+            return W
+        step = W.float().abs().amax(1, keepdim=True) / 7
+        coarse = (torch.round(W.float() / step) * step).to(BF16)
+        return merged(coarse, update(W, RANK, 0.01)) if "q_proj" in name else coarse
+
+    tuned = write_model(tmp_path / "tuned", change)
+    assert {how for name, how in made(undone(run, tmp_path, base, tuned)).items() if "proj" in name} == {"whole"}
+    words = (base, tuned, "-o", tmp_path / "second", "--device", "cpu")
+    code, out, _ = run("unmerge", *words)
+    assert code == 0 and "looks as if base had been quantised before it was tuned" in out
+    code, _, err = run("unmerge", *words[:3], tmp_path / "only", *words[4:], "--only-lora")
+    assert code == 2 and "as of a base that was quantised before it was tuned" in err
+
+
+@pytest.mark.slow
+def test_another_tokenizer_s_words_leave_the_rest_alone(run: Run, base: Path, tmp_path: Path) -> None:
+    """A model with other tokens: embedding and head have other rows, in another order; they are stored whole."""
+    low = lora(("q_proj",))
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in name or "lm_head" in name:
+            order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(5))
+            return torch.cat((W[order], W[:5] * 0.5))
+        return low(name, W)
+
+    found = made(undone(run, tmp_path, base, write_model(tmp_path / "tuned", change, vocab_size=WORDS + 5)))
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == "saved" and found[Q0] == "adapter"
 
 
 def test_another_base_is_refused(run: Run, base: Path, tmp_path: Path) -> None:
@@ -155,18 +194,56 @@ def test_side_files_and_a_resized_vocabulary(run: Run, base: Path, tmp_path: Pat
     assert kept == {"added_tokens.json", "generation_config.json", "config.json", "model.safetensors.index.json"}
 
 
-def phi(change: Change | None = None) -> dict[str, torch.Tensor]:
-    """The Llama's matrices fused as Phi-3 stores them."""
-    one, found = {name: change(name, W) if change else W for name, W in tensors().items()}, {}
-    for name, W in one.items():
-        if "q_proj" in name:
-            W = torch.cat([one[name.replace("q_proj", f"{role}_proj")] for role in "qkv"])
-            found[name.replace("q_proj", "qkv_proj")] = W
-        elif "gate_proj" in name:
-            found[name.replace("gate_proj", "gate_up_proj")] = torch.cat((W, one[name.replace("gate_proj", "up_proj")]))
-        elif not any(f"{role}_proj" in name for role in ("k", "v", "up")):
-            found[name] = W
-    return found
+@pytest.mark.slow
+def test_side_files_in_folders(run: Run, base: Path, tmp_path: Path) -> None:
+    """Wherever they lie, below the tuned model or the base, they are made again; a trainer's state is no part of it."""
+    for model in (base, tmp_path / "tuned"):
+        if model != base:
+            write_model(model, lora(("q_proj",)))
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (tmp_path / "tuned" / "additional_chat_templates" / "new.jinja").write_text("{{ new }}")
+    undone(run, tmp_path, base, tmp_path / "tuned")
+    kept = snapshot(tmp_path / "adapter" / "tuned")
+    assert "additional_chat_templates/new.jinja" in kept and "additional_chat_templates/tools.jinja" not in kept
+
+
+@pytest.mark.slow
+def test_ids_of_the_hub_and_other_shards(run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the base, of the tuned one, or of both; each in shards of its own."""
+    tuned = write_model(tmp_path / "tuned", lora(("q_proj",)), shards=5)
+    with serving() as hub:
+        hub.add("maker/base", base)
+        hub.add("maker/tuned", tuned)
+        connect(hub, tmp_path / "cache", monkeypatch)
+        for number, (first, second) in enumerate((("maker/base", "maker/tuned"), (base, "maker/tuned"))):
+            adapter, again = tmp_path / f"adapter{number}", tmp_path / f"again{number}"
+            code, _, err = run("unmerge", first, second, "-o", adapter, "--device", "cpu")
+            assert code == 0, err
+            code, _, err = run("rebuild", first, adapter, "-o", again)
+            assert code == 0 and snapshot(again) == snapshot(tuned), err
+        close_session()
+    config = json.loads((tmp_path / "adapter0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "maker/base"
+
+
+@pytest.mark.slow
+def test_a_fused_module_has_one_adapter(run: Run, tmp_path: Path) -> None:
+    """q, k and v of one tensor are one module to PEFT: one A, and B for all of its rows."""
+    config = llama_config(model_type="phi3", num_key_value_heads=2, architectures=["Phi3ForCausalLM"])
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        return merged(W, update(W, RANK, 0.02)) if "qkv_proj" in name else W
+
+    base = write_checkpoint_directory(tmp_path / "phi", phi(), config)
+    tensors_of = {name: change(name, W) for name, W in phi().items()}
+    found = undone(run, tmp_path, base, write_checkpoint_directory(tmp_path / "tuned", tensors_of, config))
+    assert ranks(found) == {RANK} and sum(how == "adapter" for how in made(found).values()) == 6
+    shapes = {name: tuple(W.shape) for name, W in tensors_in(tmp_path / "adapter").items() if "lora" in name}
+    stem = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    assert shapes[f"{stem}.lora_A.weight"] == (RANK, HIDDEN) and len(shapes) == 4
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stated["target_modules"] == ["qkv_proj"] and stated["target_parameters"] is None
 
 
 @pytest.mark.slow
@@ -246,7 +323,8 @@ def test_ranks_that_differ_are_in_the_pattern(base: Path, tmp_path: Path) -> Non
     delta = scan(other, base=compared, device=HOST).delta
     assert delta
     record = unmerge(compared, delta, tmp_path / "adapter", crew=Crew((HOST,), 1))
-    config = peft_config(compared, record.entries)
+    ranks = ranks_in(tmp_path / "adapter" / "adapter_model.safetensors", record.entries)
+    config = peft_config(compared, record.entries, ranks)
     assert config["r"] == 2 and config["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 5}
     assert config["alpha_pattern"] == config["rank_pattern"]
 
@@ -302,6 +380,59 @@ def test_foreign_work_is_left_alone(run: Run, base: Path, tmp_path: Path) -> Non
     (tmp_path / "there").mkdir()
     code, _, err = run("unmerge", base, base, "-o", tmp_path / "there")
     assert code == 1 and "there exists; try another -o" in err
+
+
+def test_a_dry_run_writes_nothing(run: Run, base: Path, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    code, out, err = run("unmerge", base, base, "-o", tmp_path / "adapter", "--dry-run", "--device", "cpu")
+    assert code == 0 and "to scan" in out and snapshot(tmp_path) == before, err
+    code, out, _ = run("unmerge", base, base, "-o", tmp_path / "adapter", "--dry-run", "--json", "--device", "cpu")
+    assert code == 0 and Q0 in json.loads(out)["names"]
+
+
+@pytest.mark.slow
+def test_force_replaces_an_adapter_and_nothing_else(run: Run, base: Path, tmp_path: Path) -> None:
+    """An earlier adapter stands until the new one is whole; work of another run beside it is begun anew."""
+    words = ("unmerge", base, base, "-o", tmp_path / "adapter", "--device", "cpu")
+    assert run(*words)[0] == 0
+    first = snapshot(tmp_path / "adapter")
+    tuned = write_model(tmp_path / "tuned", lora(("q_proj",)))
+    code, _, err = run("unmerge", base, tuned, *words[3:])
+    assert code == 1 and "adapter exists; try another -o" in err and snapshot(tmp_path / "adapter") == first
+    other = write_model(tmp_path / "other", seed=1000)
+    assert run("unmerge", other, tuned, *words[3:], "--force")[0] == 2 and snapshot(tmp_path / "adapter") == first
+    code, _, err = run("unmerge", base, tuned, *words[3:], "--force")
+    assert code == 0 and snapshot(tmp_path / "adapter") != first, err
+    assert run("rebuild", base, tmp_path / "adapter", "-o", tmp_path / "again")[0] == 0
+    assert snapshot(tmp_path / "again") == snapshot(tuned) and not (tmp_path / "adapter.partial").exists()
+    (tmp_path / "adapter" / "thesis.txt").write_text("mine")
+    for out in (tmp_path / "adapter", base):
+        before = snapshot(out)
+        code, _, err = run("unmerge", base, tuned, "-o", out, "--device", "cpu", "--force")
+        assert code == 1 and "--force replaces nothing else" in err and snapshot(out) == before
+
+
+@pytest.mark.slow
+def test_verify_proves_a_rebuild(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """By the record alone: neither base nor tuned model is there any more."""
+    out = tmp_path / "out"
+    assert run("rebuild", base, adapter, "-o", out)[0] == 0
+    shutil.rmtree(base)
+    shutil.rmtree(tmp_path / "tuned")
+    code, said, err = run("verify", adapter, out)
+    assert code == 0 and "2 shards and" in said and "0 problems" in said, err
+    assert json.loads(run("verify", adapter, out, "--json")[1])["problems"] == []
+    shard = next(out.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (out / "LICENSE").unlink()
+    (out / "pytorch_model.bin").write_bytes(b"weights of somebody")
+    code, said, err = run("verify", adapter, out, "--json")
+    found = json.loads(said)["problems"]
+    assert code == 1 and len(found) == 3 and shard.name in found[0]
+    assert any("LICENSE: No such file" in each for each in found) and "pytorch_model.bin" in found[-1]
+    assert run("verify", adapter, tmp_path / "nowhere")[0] == 1
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from laser.summary import Summary, summarise
 
 pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from laser.report import plots
@@ -65,12 +64,32 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
 
 
 @pytest.mark.slow
-def test_black_and_white_is_enough(spectra: Spectra, summary: Summary) -> None:
-    for figure in (plots.histogram(plots.histogram_of(spectra, NAME)), plots.heat_map(summary)):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-        assert np.ptp(pixels, axis=2).max() == 0  # no pixel has a colour
+def test_in_grey_it_can_still_be_read(spectra: Spectra, summary: Summary) -> None:
+    """What is kept is darker than what is cut by a third of the scale, and a heat map's colours rise evenly."""
+    axes = plots.histogram(plots.histogram_of(spectra, NAME)).axes[0]
+    grey = np.array([0.299, 0.587, 0.114])
+    cut, kept = (float(np.dot(bars[0].get_facecolor()[:3], grey)) for bars in axes.containers)  # pyright: ignore
+    assert cut - kept > 1 / 3
+    image = plots.heat_map(summary).axes[0].images[0]
+    steps = np.diff(np.asarray(image.cmap(np.linspace(0, 1, 32)))[:, :3] @ grey)
+    assert (steps > 0).all() and steps.max() < 4 * steps.mean()
+
+
+def test_a_picture_goes_into_axes_of_another_figure(spectra: Spectra, summary: Summary) -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert laser.plot_spectrum(spectra, NAME, "mp-edge", ax=left) is left and left.get_title().startswith("pico\n")
+    assert laser.plot_heat_map(summary, "snr", ax=right) is right and right.images
+    assert laser.plot_spectrum(spectra, NAME).get_figure() is not figure
+
+
+@pytest.mark.parametrize("rule", ["mp-edge", "rank:4", "fraction:0.5"])
+def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spectra, rule: str) -> None:
+    shown = replace(plots.histogram_of(spectra, NAME, rule))
+    high = replace(shown, threshold=3 * float(shown.values[0]), rank=0)
+    for each in (shown, high):
+        axes = plots.histogram(each).axes[0]
+        assert each.threshold is None or axes.get_xlim()[0] <= each.threshold <= axes.get_xlim()[1]
 
 
 @pytest.mark.slow

@@ -416,7 +416,9 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     broken = good.trials[0].label
     import laser.search.search as module
 
-    def cut(checkpoint: Checkpoint, rule: str, ranks: Any, device: Any, moments: Any) -> dict[str, torch.Tensor]:
+    def cut(
+        checkpoint: Checkpoint, rule: str, ranks: Any, device: Any, moments: Any, base: Any
+    ) -> dict[str, torch.Tensor]:
         cuts = cut_of(checkpoint, rule, ranks, device, moments)
         return {n: W * float("nan") if n == broken else W for n, W in cuts.items()}
 
