@@ -207,6 +207,7 @@ def test_what_it_prints_and_what_a_dry_run_says(run: Run, models: Path, tmp_path
     assert "`mixtral-3`" in card and "held.txt" in card and "text.txt" in card and "PeftModel" in card
 
 
+@pytest.mark.slow
 def test_few_inputs_are_shrunk_and_none_leave_a_matrix_alone(run: Run, models: Path, tmp_path: Path) -> None:
     """Experts meet what is routed to them: with a short text fewer than dimensions, or nothing."""
     found = compensated(run, models, tmp_path / "a", "--window", 72, "--windows", 1, "--rank", 2, kind="mixtral")
