@@ -30,7 +30,7 @@ import laser.compensate.compensate as compensation
 from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.compensate.adapted import with_adapter
-from laser.compensate.compensate import Asked, Line, compensate
+from laser.compensate.compensate import Line, Request, compensate
 from laser.compensate.places import Places, find_places
 from laser.engine.workers import choose_crew
 from laser.evaluation.evaluate import evaluate
@@ -146,7 +146,7 @@ def corrected(
     copy: Checkpoint,
     places: Places,
     moments: Moments | None,
-    asked: Asked,
+    asked: Request,
     folder: Path,
     texts: Texts,
 ) -> tuple[float, list[str], float]:
@@ -192,7 +192,7 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
             return []
         places, spent = find_places(original, copy, Selection()), []
         for rank in ranks:
-            extra, lost, seconds = corrected(original, copy, places, moments, Asked(rank=rank), folder, texts)
+            extra, lost, seconds = corrected(original, copy, places, moments, Request(rank=rank), folder, texts)
             spent.append(extra)
             row(name, f"{bits:.2f}", f"rank {rank}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
         rank = 8 if 8 in ranks else ranks[-1]
@@ -201,11 +201,11 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
             usual = compensation.gains_of
             compensation.gains_of = usual if by == "relative" else absolute
             try:
-                extra, lost, seconds = corrected(original, copy, places, moments, Asked(bits=budget), folder, texts)
+                extra, lost, seconds = corrected(original, copy, places, moments, Request(bits=budget), folder, texts)
             finally:
                 compensation.gains_of = usual
             row(name, f"{bits:.2f}", f"rank {rank}'s bits by {by}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
-        extra, lost, seconds = corrected(original, copy, places, None, Asked(rank=rank), folder, texts)
+        extra, lost, seconds = corrected(original, copy, places, None, Request(rank=rank), folder, texts)
         row(name, f"{bits:.2f}", f"plain SVD, rank {rank}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
         return spent
 

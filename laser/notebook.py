@@ -13,9 +13,9 @@ from laser.escape import visible
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MOST_ROWS = 12  # of the small table
+GLANCE_ROWS = 12  # of the small table
 WIDTH, HEIGHT = 120, 24  # of a sparkline, in pixels
-Rows = Sequence[Mapping[str, Any]]
+FrameRows = Sequence[Mapping[str, Any]]
 
 
 class Shown:
@@ -25,12 +25,12 @@ class Shown:
         """One line: what this is, of which model, how much."""
         raise NotImplementedError
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         """A row for each matrix, line or trial, all with the same keys."""
         raise NotImplementedError
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
-        """Rows of the small table, and the values of its sparkline; none: no sparkline."""
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
+        """FrameRows of the small table, and the values of its sparkline; none: no sparkline."""
         return self.frame_rows(), ()
 
     def __repr__(self) -> str:
@@ -38,8 +38,8 @@ class Shown:
 
     def _repr_html_(self) -> str:
         rows, line = self.glance()
-        more = f"<p>... and {len(rows) - MOST_ROWS} more</p>" if len(rows) > MOST_ROWS else ""
-        return f"<p><b>{_text(self.headline())}</b> {sparkline(line)}</p>{_table(rows[:MOST_ROWS])}{more}"
+        more = f"<p>... and {len(rows) - GLANCE_ROWS} more</p>" if len(rows) > GLANCE_ROWS else ""
+        return f"<p><b>{_html_text(self.headline())}</b> {sparkline(line)}</p>{_table(rows[:GLANCE_ROWS])}{more}"
 
     def to_frame(self) -> DataFrame:
         """The rows as a pandas DataFrame, numbers as numbers. Raises UsageError where pandas is not installed."""
@@ -50,21 +50,23 @@ class Shown:
         return DataFrame([dict(row) for row in self.frame_rows()])
 
 
-def _text(value: object) -> str:
+def _html_text(value: object) -> str:
     return html.escape(visible(value))
 
 
-def _cell(value: Any) -> str:
+def _html_cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+    return f"{value:.4g}" if isinstance(value, float) else _html_text(value)
 
 
-def _table(rows: Rows) -> str:
+def _table(rows: FrameRows) -> str:
     if not rows:
         return ""
-    head = "".join(f"<th>{_text(key)}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    head = "".join(f"<th>{_html_text(key)}</th>" for key in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_html_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

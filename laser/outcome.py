@@ -12,7 +12,7 @@ import numpy as np
 from laser.checkpoint.at_rest import wrong_names
 from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
-from laser.notebook import Rows, Shown
+from laser.notebook import FrameRows, Shown
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.records import Misfit, Record, decode, fields_of, under
@@ -72,10 +72,10 @@ class Outcome(
         made = f"{len(self.matrices)} matrices reduced, {len(self.shards)} files"
         return f"Outcome of {self.plan.source.name} by {self.plan.rule}: {made}"
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         return [{"matrix": name, **entry} for name, entry in self.matrices.items()]
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """A row for each matrix, and the energy that each kept."""
         keys = ("rank", "full_rank", "energy_kept", "residual")
         rows = [{"matrix": name} | {key: entry[key] for key in keys} for name, entry in self.matrices.items()]

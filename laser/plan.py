@@ -25,7 +25,7 @@ from laser.delta.formats import STORED_FLOATS
 from laser.delta.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
-from laser.notebook import Rows, Shown
+from laser.notebook import FrameRows, Shown
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, SPARSE, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
@@ -209,10 +209,10 @@ class Plan(
         told = f"{counts['reduce']} to reduce, {counts['keep']} to keep, {counts['skip']} skipped"
         return f"Plan for {self.source.name} by {self.rule}: {told}"
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         return [asdict(line) | {"why": line.why.text} for line in self.lines]
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """A row for each matrix that is reduced, and the shares of their ranks that are kept."""
         rows = [
             {"matrix": x.name, "rank": x.rank, "of": x.full_rank, "SNR": x.snr, "energy kept": x.energy_kept}

@@ -25,7 +25,7 @@ from laser.delta.base import Delta
 from laser.delta.difference import RULE, SIGMA, Change
 from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
-from laser.notebook import Rows, Shown
+from laser.notebook import FrameRows, Shown
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, reader, shown, under
 from laser.selection import Selection, parse_layers, parse_roles
@@ -325,7 +325,7 @@ class Spectra(Shown):
         measured = f"{len(self.values)} of {len(self.matrices)} tensors measured"
         return f"Spectra of {self.source.name}: {measured}, by {self.method} on {self.device}"
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         """A row for every tensor; numbers are None where it has no spectrum, and `skipped` says why."""
         rows = []
         for m in self.matrices:
@@ -343,7 +343,7 @@ class Spectra(Shown):
             )  # fmt: skip
         return rows
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """A row for each role, and the largest singular values over the matrices in file order."""
         found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
         for m in self.matrices:

@@ -14,7 +14,7 @@ from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.moments import Calibration
-from laser.notebook import Rows, Shown
+from laser.notebook import FrameRows, Shown
 from laser.plan import warn_of_crowds
 from laser.reasons import Kind
 from laser.records import to_json
@@ -100,10 +100,10 @@ class Summary(Shown):
     def headline(self) -> str:
         return f"Summary of {self.source.name}: {len(self.rows)} matrices, rule {self.rule}"
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         return [asdict(row) for row in self.rows]
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """A row for each matrix, and the shares of their ranks that the rule keeps."""
         keys = ("name", "role", "largest", "stable_rank", "alpha", "fit", "rank", "full_rank", "snr")
         return [{key: getattr(r, key) for key in keys} for r in self.rows], [r.rank / r.full_rank for r in self.rows]

@@ -29,16 +29,22 @@ from laser.checkpoint.quantised import method_of, recognise, section_of
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, read_bytes, virtual_shard
 from laser.errors import CheckpointError, UsageError
 
-Tensors = Mapping[str, torch.Tensor]
+TensorsByName = Mapping[str, torch.Tensor]
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns of eight lie in an int32
 GPTQ_BITS = (2, 4, 8)  # those that fill an int32
 BNB_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 CT_PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 CT_PARTS += ("weight_global_scale",)
-NAMES = {dtype: name for name, dtype in TORCH.items()}
-STORED = TORCH | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH.items()}
+PACKED_DTYPES = TORCH | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 LARGEST_STATE = 10_000  # bytes of what bitsandbytes says of one weight
-LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
+UNPACKING_LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Packing:
     parts: Mapping[str, str]
     shape: tuple[int, int]
     dtype: str
-    unpack: Callable[[Tensors], torch.Tensor]
+    unpack: Callable[[TensorsByName], torch.Tensor]
 
 
 def find_packings(checkpoint: Any) -> list[Packing]:
@@ -132,9 +138,13 @@ def unpacked(checkpoint: Any, packing: Packing) -> torch.Tensor:
 def _stored(checkpoint: Any, name: str) -> torch.Tensor:
     """A tensor as it lies there, of whatever dtype. Raises CheckpointError for one that torch has not."""
     info = checkpoint.tensors[name]
-    if info.dtype not in STORED:
-        raise CheckpointError(f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(STORED)}")
-    return read_bytes(checkpoint.shard_of(name), info.start, info.end).view(STORED[info.dtype]).reshape(info.shape)
+    if info.dtype not in PACKED_DTYPES:
+        raise CheckpointError(
+            f"{info.shard}: {name} is stored as {info.dtype}, expected one of {', '.join(PACKED_DTYPES)}"
+        )
+    return (
+        read_bytes(checkpoint.shard_of(name), info.start, info.end).view(PACKED_DTYPES[info.dtype]).reshape(info.shape)
+    )
 
 
 def require_unpacked(checkpoint: Any) -> None:
@@ -158,7 +168,7 @@ def _installed(library: str) -> bool:
 
 
 def _require_library(where: str, kind: str) -> None:
-    library = LIBRARIES.get(kind.partition(" ")[0])
+    library = UNPACKING_LIBRARIES.get(kind.partition(" ")[0])
     if library is not None and not _installed(library):
         raise _unfit(where, kind, f"{library} is not installed, which unpacks them: try pip install {kind.split()[0]}")
 
@@ -197,7 +207,7 @@ def _bnb_state(where: str, name: str, state: torch.Tensor) -> tuple[tuple[int, i
     """Shape and dtype of a 4-bit weight, from the JSON that lies beside it."""
     try:
         document = json.loads(bytes(state.tolist()))
-        (m, n), dtype = document["shape"], NAMES[getattr(torch, document["dtype"])]
+        (m, n), dtype = document["shape"], DTYPE_NAMES[getattr(torch, document["dtype"])]
         if not (type(m) is type(n) is int and min(m, n) > 0):
             raise ValueError("no shape of a matrix")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -205,14 +215,14 @@ def _bnb_state(where: str, name: str, state: torch.Tensor) -> tuple[tuple[int, i
     return (m, n), dtype
 
 
-def _unpack_bnb_4bit(parts: Tensors) -> torch.Tensor:
+def _unpack_bnb_4bit(parts: TensorsByName) -> torch.Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     state = {role: tensor for role, tensor in parts.items() if role != "weight"}
     return dequantize_4bit(parts["weight"], QuantState.from_dict(state, device=torch.device("cpu")))
 
 
-def _unpack_bnb_int8(parts: Tensors) -> torch.Tensor:
+def _unpack_bnb_int8(parts: TensorsByName) -> torch.Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     if "format" in parts and int(parts["format"].reshape(-1)[0]) != 0:
@@ -271,7 +281,7 @@ def _ct_settings(where: str, section: Mapping[str, Any], module: str) -> dict[st
     return {**best, "format": best.get("format") or section.get("format")}
 
 
-def _unpack_ct(parts: Tensors, settings: Mapping[str, Any]) -> torch.Tensor:
+def _unpack_ct(parts: TensorsByName, settings: Mapping[str, Any]) -> torch.Tensor:
     from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
     from compressed_tensors.quantization import QuantizationScheme  # pyright: ignore[reportMissingImports]
 
@@ -325,7 +335,7 @@ def _gptq(where: str, section: Mapping[str, Any], tensors: Mapping[str, TensorIn
         )  # fmt: skip
 
 
-def unpack_gptq(parts: Tensors, bits: int, offset: int) -> torch.Tensor:
+def unpack_gptq(parts: TensorsByName, bits: int, offset: int) -> torch.Tensor:
     """W (m, n) of qweight (n b / 32, m), qzeros (groups, m b / 32), scales (groups, m), g_idx (n,).
 
     offset: what is added to every stored zero: to its int32 as a whole, as GPTQModel does, which subtracted it so.
@@ -341,7 +351,7 @@ def unpack_gptq(parts: Tensors, bits: int, offset: int) -> torch.Tensor:
     group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(n) // (n // groups)
     if n and not (0 <= int(group.min()) and int(group.max()) < groups):
         raise ValueError(f"g_idx names a group beyond {groups}")
-    return _scaled(q - zeros[group], scales[group]).T.contiguous()
+    return _times_scales(q - zeros[group], scales[group]).T.contiguous()
 
 
 def _awq(where: str, section: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[Packing]:
@@ -356,16 +366,16 @@ def _awq(where: str, section: Mapping[str, Any], tensors: Mapping[str, TensorInf
         yield Packing("AWQ", f"{module}.weight", parts, (m, n), infos["scales"].dtype, unpack_awq)
 
 
-def unpack_awq(parts: Tensors) -> torch.Tensor:
+def unpack_awq(parts: TensorsByName) -> torch.Tensor:
     """W (m, n) of qweight (n, m / 8), qzeros (groups, m / 8), scales (groups, m), four bits each in AWQ_ORDER."""
     shifts = torch.tensor([4 * place for place in AWQ_ORDER], dtype=torch.int32)
     q, zeros = (((parts[x][:, :, None] >> shifts) & 15).flatten(1) for x in ("qweight", "qzeros"))
     repeat = len(q) // len(zeros)
     zeros, scales = (x.repeat_interleave(repeat, 0) for x in (zeros, parts["scales"]))
-    return _scaled(q - zeros, scales).T.contiguous()
+    return _times_scales(q - zeros, scales).T.contiguous()
 
 
-def _scaled(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _times_scales(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """scale q, rounded once: whole numbers of 8 bits times 16-bit floats are exact in float32."""
     return (q.float() * scales.float()).to(scales.dtype)
 
@@ -387,7 +397,7 @@ def _fp8(tensors: Mapping[str, TensorInfo]) -> Iterator[Packing]:
         yield Packing("FP8", name, parts, (m, n), "F32", unpack_fp8)
 
 
-def unpack_fp8(parts: Tensors) -> torch.Tensor:
+def unpack_fp8(parts: TensorsByName) -> torch.Tensor:
     """W (m, n) of FP8 numbers and one scale, or one per row, by which they are multiplied in float32."""
     W, scale = parts["weight"].float(), parts["scale"].float().reshape(-1)
     return W * (scale[:, None] if len(scale) > 1 else scale if math.prod(W.shape) else 1.0)

@@ -35,9 +35,9 @@ from laser.delta.unmerge import (
     delta_in,
     is_recorded,
     of_another_unmerge,
+    require_adapter_place,
     require_files,
     require_own,
-    require_place,
     unmerge,
 )
 from laser.errors import RecordError, UsageError
@@ -64,7 +64,7 @@ def unmerge_verb(
         raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
     if dtype not in ADAPTER_DTYPES:
         raise UsageError(f"no adapter is stored as {dtype}; try one of {', '.join(ADAPTER_DTYPES)}")
-    require_place(output, work.force)
+    require_adapter_place(output, work.force)
     first, second = (open_checkpoint(model, "files") for model in (base, tuned))
     require_files(second)
     for checkpoint in (first, second):

@@ -14,19 +14,19 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
-from laser.compensate.budget import BITS, even_rank
+from laser.compensate.budget import BITS_STORED, even_rank
 from laser.compensate.compensate import (
-    Asked,
+    Request,
     compensate,
     found_again,
+    require_compensation_place,
     require_copy,
-    require_place,
-    run_of,
+    run_of_compensation,
 )
 from laser.compensate.peft import Slot
-from laser.compensate.places import Place, Places, find_places
+from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
-from laser.compensate.verdict import check_held_out, judge, sentence, size_of
+from laser.compensate.verdict import check_held_out, judge_correction, sentence, size_of
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
 from laser.evaluation.rows import holds_rows
@@ -45,7 +45,7 @@ def compensate_verb(
     copy: str,
     *,
     output: Path,
-    moments: Path | None,
+    moments: options.Inputs,
     rank: int | None,
     bits: float | None,
     plain: bool,
@@ -61,14 +61,15 @@ def compensate_verb(
     work: options.WorkOptions,
 ) -> None:
     """`laser compensate`, whose arguments and help are in verbs.py."""
-    if (moments is not None) + (text is not None) + plain != 1:
-        found = "found several of --moments, --text and --plain" if moments or text or plain else NO_INPUTS
+    given = moments.moments
+    if (given is not None) + (text is not None) + plain != 1:
+        found = "found several of --moments, --text and --plain" if given or text or plain else NO_INPUTS
         raise UsageError(found if found is NO_INPUTS else f"{found}; try one of them")
-    asked = Asked(RANK if rank is None and bits is None else rank, bits)
+    asked = Request(RANK if rank is None and bits is None else rank, bits)
     require_dtype(dtype)
     selection, start = which.selection(), time.perf_counter()
-    require_place(output, work.force)
-    known = None if moments is None else Moments.load(moments)
+    require_compensation_place(output, work.force)
+    known = moments.load()
     first, second = (open_checkpoint(model, "weights" if held_out else "ranges") for model in (original, copy))
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
@@ -93,7 +94,11 @@ def compensate_verb(
     with claimed(output):
         common.to_write(output)
         told = None if own is None else (own.sha256, dtype)
-        record = found_again(output, run_of(first, second, told, asked, places, crew)) if own is not None else None
+        record = (
+            found_again(output, run_of_compensation(first, second, told, asked, places, crew))
+            if own is not None
+            else None
+        )
         if record is None:
             if own is not None:
                 known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
@@ -103,7 +108,7 @@ def compensate_verb(
                     return None
                 device = str(crew.devices[0].torch_device)
                 with Bar("verdict", unit="pieces") as bar:
-                    return judge(
+                    return judge_correction(
                         first,
                         second,
                         adapter,
@@ -161,12 +166,12 @@ def _calibrated(
 
 
 def _print_plan(
-    original: Checkpoint, copy: Checkpoint, places: Places, asked: Asked, crew: Crew, as_json: bool
+    original: Checkpoint, copy: Checkpoint, places: Places, asked: Request, crew: Crew, as_json: bool
 ) -> None:
     """What would be corrected, and what that takes on the disk."""
     shapes = {place.name: place.shape for place in places.places}
     rank = float(asked.rank) if asked.rank is not None else even_rank(shapes, asked.bits or 0.0)
-    stored = sum(rank * (m + n) * BITS / 8 for m, n in shapes.values())
+    stored = sum(rank * (m + n) * BITS_STORED / 8 for m, n in shapes.values())
     weights = sum(m * n for m, n in shapes.values())
     if as_json:
         return common.print_json(
@@ -177,7 +182,10 @@ def _print_plan(
         )  # fmt: skip
     kinds: Counter[tuple[str, str]] = Counter()
     for place in places.places:
-        kinds[place.matrices[0].role if len(place.matrices) == 1 else "+".join(_roles(place)), _shape(place)] += 1
+        kinds[
+            place.matrices[0].role if len(place.matrices) == 1 else "+".join(_roles_of_places(place)),
+            _shown_shape(place),
+        ] += 1
     common.print_table(("role", "places", "shape"), [(role, count, shape) for (role, shape), count in kinds.items()])
     _print_left(places.left)
     say(
@@ -186,11 +194,11 @@ def _print_plan(
     )
 
 
-def _roles(place: Place) -> list[str]:
+def _roles_of_places(place: ParameterPlace) -> list[str]:
     return list(dict.fromkeys(matrix.role for matrix in place.matrices))
 
 
-def _shape(place: Place) -> str:
+def _shown_shape(place: ParameterPlace) -> str:
     return "x".join(map(str, place.shape))
 
 
@@ -204,7 +212,7 @@ def _print_record(record: CompensationRecord, places: Places) -> None:
     by_name = {place.name: place for place in places.places}
     groups: dict[str, list] = {}
     for entry in record.entries:
-        groups.setdefault("+".join(_roles(by_name[entry.name])), []).append(entry)
+        groups.setdefault("+".join(_roles_of_places(by_name[entry.name])), []).append(entry)
     rows = []
     for role, entries in groups.items():
         ranks, count = sorted(e.rank for e in entries), len(entries)

@@ -11,7 +11,6 @@ from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.progress import Progress
-from laser.delta.base import Base
 from laser.errors import DoubtWarning, UsageError
 from laser.files import write_atomically
 from laser.inventory import take_inventory
@@ -59,7 +58,7 @@ def null_verb(
     permute: str,
     draws: int,
     spectra: Path | None,
-    base: str | None,
+    base: options.FromBase,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
@@ -78,7 +77,7 @@ def null_verb(
             permutation=permute,
             draws=draws,
             spectra=Spectra.load(spectra) if spectra else None,
-            base=Base.of(open_checkpoint(base), checkpoint) if base else None,
+            base=base.of(checkpoint),
             device=where,
             tick=bar,
         )

@@ -93,7 +93,9 @@ Copy = Annotated[
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The file or directory to write.")]
+SpectraOut = Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")]
+NullDraws = Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")]
 ShownRule = Annotated[
     str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
 ]

@@ -31,10 +31,10 @@ ON_TEXT = options.WindowOptions.title
 def scan(
     model: options.Model,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    output: options.SpectraOut = None,
     which: options.Matrices,
     compute: options.ComputeOptions,
-    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    null: options.NullDraws = 0,
     moments: options.Inputs,
     parts: options.PartOption,
     work: options.WorkOptions,
@@ -163,9 +163,7 @@ def run(
     trials: options.Trials,
     text: options.SearchText,
     stream: options.Stream = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32 or bfloat16, in which a search runs the model.")
-    ] = "float32",
+    dtype: options.Dtype = "float32",
     leaderboard: Annotated[
         bool | None, typer.Option("--leaderboard/--no-leaderboard", help="Six tasks; default with --search.")
     ] = None,
@@ -257,7 +255,7 @@ def eval(
 def calibrate(
     model: options.Model,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The moments file to write.")],
+    output: options.Output,
     text: options.WindowOptions,
     which: options.Matrices,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
@@ -289,7 +287,7 @@ def calibrate(
 def search(
     model: options.Model,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")],
+    output: options.Output,
     spectra: Annotated[
         Path | None,
         typer.Option(
@@ -432,9 +430,7 @@ def null(
     permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
     spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Permute the differences from this model, as laser delta has them.")
-    ] = None,
+    base: options.FromBase,
     which: options.Matrices,
     on: options.Precise,
     shown_as: options.Json,
@@ -530,7 +526,7 @@ def convert(
         Path, typer.Argument(metavar="SRC", help="Directory in Mistral's release format, or a .gguf file.")
     ],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory.")],
+    output: options.Output,
     dtype: Annotated[
         str | None,
         typer.Option("--output-dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
@@ -551,10 +547,10 @@ def delta(
     base: options.BaseModel,
     tuned: options.Tuned,
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")] = None,
+    output: options.SpectraOut = None,
     which: options.Matrices,
     compute: options.ComputeOptions,
-    null: Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")] = 0,
+    null: options.NullDraws = 0,
     work: options.WorkOptions,
 ) -> None:
     """Say what a fine-tune did to its base: identical, scaled, low rank, full, or not its base; and write the spectra.
@@ -571,7 +567,7 @@ def unmerge(
     base: options.BaseModel,
     tuned: options.Tuned,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the adapter.")],
+    output: options.Output,
     compute: options.ComputeOptions,
     only_lora: Annotated[
         bool,
@@ -603,7 +599,7 @@ def rebuild(
         Path, typer.Argument(metavar="ADAPTER", help="Directory written by laser unmerge, or of any PEFT LoRA.")
     ],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new directory of the fine-tune.")],
+    output: options.Output,
     formula: Annotated[
         str | None,
         typer.Option(
@@ -625,10 +621,8 @@ def compensate(
     original: options.Original,
     copy: options.Copy,
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory of the adapter.")],
-    moments: Annotated[
-        Path | None, typer.Option("--moments", help="Moments file of laser calibrate ORIGINAL, instead of --text.")
-    ] = None,
+    output: options.Output,
+    moments: options.Inputs,
     rank: Annotated[int | None, typer.Option("--rank", help="Of every correction; default: 8.")] = None,
     bits: Annotated[
         float | None, typer.Option("--bits", help="Instead: bits per weight in all, spent where they buy most.")

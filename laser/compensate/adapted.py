@@ -12,7 +12,7 @@ from safetensors import safe_open
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes, virtual_shard
 from laser.compensate.peft import Slot
-from laser.compensate.places import Place
+from laser.compensate.places import ParameterPlace
 
 
 def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Checkpoint:
@@ -45,7 +45,7 @@ def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Chec
     return replace(copy, shards=(shard,), tensors=tensors, fp8=None, origin=copy, remade=True, index_bytes=None)
 
 
-def factors_in(adapter: Path, slot: Slot, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_in(adapter: Path, slot: Slot, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
     """B (m, r) and A (r, n) of a place, float32, as PEFT takes them from the file."""
     with safe_open(adapter, "pt") as file:
         A, B = (file.get_tensor(name).float() for name, _, _ in slot.entries)

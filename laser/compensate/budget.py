@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BITS = 16  # of a stored number
+BITS_STORED = 16  # of a stored number
 BEYOND = 4  # times the rank that the budget gives to all alike: what is solved for each, so that some can get more
 
 
@@ -44,4 +44,4 @@ def spend(offers: Mapping[str, Offer], bits: float) -> dict[str, int]:
 def even_rank(shapes: Mapping[str, tuple[int, int]], bits_per_weight: float) -> float:
     """The rank, not rounded, that spends so many bits per weight where all get the same."""
     weights = sum(m * n for m, n in shapes.values())
-    return bits_per_weight * weights / (BITS * sum(m + n for m, n in shapes.values()))
+    return bits_per_weight * weights / (BITS_STORED * sum(m + n for m, n in shapes.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laser.compensate.record import CompensationRecord, Measured
+from laser.compensate.record import CompensationRecord, ErrorsMeasured
 
 
 def card_of(record: CompensationRecord) -> str:
@@ -41,7 +41,7 @@ def card_of(record: CompensationRecord) -> str:
             "",
             "| model | bytes | loss | against the original |",
             "|---|---|---|---|",
-            *(_row(each) for each in (found.original, found.copy, found.adapted)),
+            *(_card_row(each) for each in (found.original, found.copy, found.adapted)),
             "",
             f"The adapter changes the copy's loss by {found.gain:+.5f} ± {_or_dash(found.gain_error)}: "
             + ("it survives the second text." if found.survives else "**it does not survive the second text.**"),
@@ -65,7 +65,7 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
 
 
-def _row(of: Measured) -> str:
+def _card_row(of: ErrorsMeasured) -> str:
     return (
         f"| {of.model} | {of.bytes:,} | {of.nll:.5f} ± {_or_dash(of.standard_error)} | {of.lost:+.5f} ± "
         f"{_or_dash(of.lost_error)} |"

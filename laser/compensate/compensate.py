@@ -26,15 +26,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from laser.checkpoint.at_rest import CARD
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import exchange
-from laser.compensate.budget import BEYOND, BITS, Offer, even_rank, spend
+from laser.compensate.budget import BEYOND, BITS_STORED, Offer, even_rank, spend
 from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
-from laser.compensate.places import Place, Places, as_matrices
+from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
 from laser.delta.difference import AGREE
 from laser.delta.unmerge import CONFIG, MODEL, RECORD
@@ -54,11 +55,10 @@ from laser.files import (
 from laser.journal import Journal
 from laser.moments import Moments
 from laser.records import has_shape
-from laser.spectral.correction import STORED, Correction, correct, inputs_alike
+from laser.spectral.correction import FACTOR_DTYPE, Correction, correct, inputs_alike
 from laser.spectral.devices import Device
 
-CARD = "README.md"
-_OWN_NAMES = re.compile(
+_PARTIAL_NAMES = re.compile(
     rf"\d{{6}}\.safetensors|journal\.jsonl|new|old|moments\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
 # What the adapter in a directory is worth, asked before it gets its name.
@@ -66,7 +66,7 @@ Judge = Callable[[Path, Sequence[Slot]], HeldOut | None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """How much is to be stored: the same rank everywhere, or bits per weight of what is corrected."""
 
     rank: int | None = None
@@ -78,10 +78,10 @@ class Asked:
             raise UsageError("found --rank and --bits, or neither; try one of them")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"an adapter of rank {self.rank} corrects nothing; try --rank 8")
-        if self.bits is not None and not 0 < self.bits <= BITS:
+        if self.bits is not None and not 0 < self.bits <= BITS_STORED:
             raise UsageError(f"{self.bits} bits per weight are no budget; try --bits 0.2")
 
-    def solved(self, places: Sequence[Place]) -> int:
+    def solved(self, places: Sequence[ParameterPlace]) -> int:
         """Up to which rank each place is solved."""
         if self.rank is not None:
             return self.rank
@@ -120,7 +120,7 @@ class NothingToCorrect(Exception):
 class Solve:
     """A visit that solves the correction of a place. moments: None for the plain norm."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, ParameterPlace]
     original: Checkpoint
     copy: Checkpoint
     moments: Moments | None
@@ -152,7 +152,7 @@ class Solve:
         line["tolerance"] = found.tolerance
         return line, found
 
-    def _tokens(self, place: Place) -> int:
+    def _tokens(self, place: ParameterPlace) -> int:
         assert self.moments is not None
         sites = [self.moments.sites.get(matrix.name) for matrix in place.matrices]
         if any(site is None for site in sites):
@@ -164,7 +164,7 @@ class Solve:
             raise NothingToCorrect("it met no input of the calibration's text")
         return tokens
 
-    def _metric(self, place: Place) -> Any:
+    def _metric(self, place: ParameterPlace) -> Any:
         """Of the place's inputs; each matrix in it has to be the one that was calibrated."""
         assert self.moments is not None
         found = None
@@ -175,7 +175,7 @@ class Solve:
         return found
 
 
-def _line(place: Place, left: str | None, tokens: int) -> Line:
+def _line(place: ParameterPlace, left: str | None, tokens: int) -> Line:
     """Of a place of which nothing is solved yet."""
     return Line(
         name=place.name, left=left, tokens=tokens, shrunk=False, outputs=0.0, predicted=(), measured=(), residual=0.0,
@@ -191,7 +191,7 @@ def compensate(
     copy: Checkpoint,
     places: Places,
     moments: Moments | None,
-    asked: Asked,
+    asked: Request,
     out: Path,
     *,
     crew: Crew,
@@ -211,16 +211,16 @@ def compensate(
     if moments is not None:
         require_enough(moments, places.places)
     with claimed(out):
-        require_place(out, force)
+        require_compensation_place(out, force)
         partial = unfinished(out)
         told = None if moments is None else (moments.calibration.windows_sha256, moments.calibration.dtype)
-        run = run_of(original, copy, told, asked, places, crew)
+        run = run_of_compensation(original, copy, told, asked, places, crew)
         if (there := found_again(out, run)) is not None:
             return there
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
         lines = _solved(original, copy, places.places, moments, asked, partial, run, crew, force, tick)
-        record = _put_together(original, copy, places, moments, asked, partial, run, lines, judge)
+        record = _assemble_output(original, copy, places, moments, asked, partial, run, lines, judge)
         for checkpoint in (original, copy):
             require_unchanged(checkpoint)
         with disk_errors(out):
@@ -233,8 +233,8 @@ def compensate(
     return record
 
 
-def run_of(
-    original: Checkpoint, copy: Checkpoint, told: tuple[str, str] | None, asked: Asked, places: Places, crew: Crew
+def run_of_compensation(
+    original: Checkpoint, copy: Checkpoint, told: tuple[str, str] | None, asked: Request, places: Places, crew: Crew
 ) -> dict[str, Any]:
     """What a run is told from others by. told: of which windows, in which dtype, its moments are; None: of none."""
     other = Source.of(copy)
@@ -250,7 +250,7 @@ def run_of(
     }
 
 
-def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Place]) -> None:
+def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> None:
     """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original."""
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     best = 0.0
@@ -265,7 +265,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Place]
         )
 
 
-def require_enough(moments: Moments, places: Sequence[Place]) -> None:
+def require_enough(moments: Moments, places: Sequence[ParameterPlace]) -> None:
     """Raises UsageError where no place has met as many inputs as it has dimensions, and nobody asked for shrinkage."""
     known = [(moments.tokens(place.matrices[0].name), place) for place in places]
     if moments.calibration.shrink or any(tokens >= place.shape[1] for tokens, place in known):
@@ -277,7 +277,7 @@ def require_enough(moments: Moments, places: Sequence[Place]) -> None:
     )
 
 
-def require_place(out: Path, force: bool) -> None:
+def require_compensation_place(out: Path, force: bool) -> None:
     """Raises OutputError where something is in the way of `out`."""
     require_led(out)
     partial = unfinished(out)
@@ -285,18 +285,20 @@ def require_place(out: Path, force: bool) -> None:
         if not force:
             raise OutputError(f"{out} exists; try another -o, or --force to replace it")
         require_no_mount(out)
-        if not is_ours(out):
+        if not is_compensation(out):
             raise OutputError(
                 f"{out} was not made by laser compensate, and --force replaces nothing else; try another -o"
             )
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
-    foreign = sorted(p.name for p in partial.iterdir() if not _OWN_NAMES.fullmatch(p.name)) if partial.exists() else []
+    foreign = (
+        sorted(p.name for p in partial.iterdir() if not _PARTIAL_NAMES.fullmatch(p.name)) if partial.exists() else []
+    )
     if foreign:
         raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
 
 
-def is_ours(out: Path) -> bool:
+def is_compensation(out: Path) -> bool:
     """Whether laser made what lies at `out`."""
     try:
         CompensationRecord.load(out / RECORD)
@@ -320,7 +322,7 @@ def found_again(out: Path, run: Mapping[str, Any]) -> CompensationRecord | None:
 
 
 def _solved(
-    original: Checkpoint, copy: Checkpoint, places: Sequence[Place], moments: Moments | None, asked: Asked,
+    original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace], moments: Moments | None, asked: Request,
     partial: Path, run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
 ) -> dict[str, Line]:  # fmt: skip
     """Every place solved: its line in the journal, its factors in a file."""
@@ -336,7 +338,7 @@ def _solved(
         ) from error
     with log:
         for line in log.entries:
-            if has_shape(line, LINE) and _is_whole(line, partial):
+            if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places))
@@ -352,7 +354,7 @@ def _solved(
     return {m.name: found[m.name] for m in matrices}
 
 
-def _is_whole(line: Mapping[str, Any], partial: Path) -> bool:
+def _is_written(line: Mapping[str, Any], partial: Path) -> bool:
     """Whether the factors of a journal's line are there as they were written."""
     if line["file"] is None:
         return line["left"] is not None
@@ -363,9 +365,9 @@ def _is_whole(line: Mapping[str, Any], partial: Path) -> bool:
         return False
 
 
-def choose_ranks(places: Sequence[Place], lines: Mapping[str, Line], asked: Asked) -> dict[str, int]:
+def choose_ranks(places: Sequence[ParameterPlace], lines: Mapping[str, Line], asked: Request) -> dict[str, int]:
     """The rank of each parameter. Experts share one: PEFT stores theirs in one tensor."""
-    groups: dict[str, list[Place]] = {}
+    groups: dict[str, list[ParameterPlace]] = {}
     for place in places:
         groups.setdefault(place.parameter, []).append(place)
     if asked.rank is not None:
@@ -377,7 +379,7 @@ def choose_ranks(places: Sequence[Place], lines: Mapping[str, Line], asked: Aske
             found = gains_of(lines[place.name])
             gains[: len(found)] += found
         (m, n), experts = group[0].shape, group[0].experts
-        offers[name] = Offer(gains, BITS * (m + n) * experts)
+        offers[name] = Offer(gains, BITS_STORED * (m + n) * experts)
     return spend(offers, (asked.bits or 0.0) * sum(place.shape[0] * place.shape[1] for place in places))
 
 
@@ -393,8 +395,8 @@ def _solved_rank(line: Line) -> int:
     return max(len(line["predicted"]) - 1, 0)
 
 
-def _put_together(
-    original: Checkpoint, copy: Checkpoint, places: Places, moments: Moments | None, asked: Asked, partial: Path,
+def _assemble_output(
+    original: Checkpoint, copy: Checkpoint, places: Places, moments: Moments | None, asked: Request, partial: Path,
     run: Mapping[str, Any], lines: Mapping[str, Line], judge: Judge,
 ) -> CompensationRecord:  # fmt: skip
     """OUT in partial/new: adapter, config, record and card."""
@@ -409,11 +411,11 @@ def _put_together(
             tidy_up(new, new)
         new.mkdir()
 
-    def factors(place: Place, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(place: ParameterPlace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         file = lines[place.name]["file"]
         if file is None:
             m, n = place.shape
-            return torch.zeros(m, rank, dtype=STORED), torch.zeros(rank, n, dtype=STORED)
+            return torch.zeros(m, rank, dtype=FACTOR_DTYPE), torch.zeros(rank, n, dtype=FACTOR_DTYPE)
         with safe_open(partial / file.partition(" ")[0], "pt") as opened:
             return opened.get_tensor("B")[:, :rank], opened.get_tensor("A")[:rank]
 

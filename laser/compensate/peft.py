@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from laser.checkpoint.safetensors import BITS, TORCH, HeaderEntry, pieces, virtual_shard
-from laser.compensate.places import Place
+from laser.compensate.places import ParameterPlace
 from laser.delta.unmerge import PEFT, targets
 from laser.files import disk_errors, replacing
-from laser.spectral.correction import STORED
+from laser.spectral.correction import FACTOR_DTYPE
 
-DTYPE = next(name for name, dtype in TORCH.items() if dtype is STORED)
+DTYPE = next(name for name, dtype in TORCH.items() if dtype is FACTOR_DTYPE)
 # A place and a rank -> B (m, r) and A (r, n)
-Factors = Callable[[Place, int], tuple[torch.Tensor, torch.Tensor]]
+LoraFactors = Callable[[ParameterPlace, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Slot:
 
     parameter: str
     rank: int
-    places: tuple[Place, ...]
+    places: tuple[ParameterPlace, ...]
     stem: str
 
     @property
@@ -41,14 +41,14 @@ class Slot:
         wide = self.rank * self.places[0].experts
         return [(f"{self.stem}.lora_A.weight", DTYPE, (wide, n)), (f"{self.stem}.lora_B.weight", DTYPE, (m, wide))]
 
-    def tensor(self, name: str, factors: Factors) -> torch.Tensor:
+    def tensor(self, name: str, factors: LoraFactors) -> torch.Tensor:
         """A or B, of all experts."""
         which = 1 if name.endswith(".lora_A.weight") else 0
         if self.places[0].expert is None:
             return factors(self.places[0], self.rank)[which].contiguous()
         (m, n), experts = self.places[0].shape, self.places[0].experts
         shape = (experts, self.rank, n) if which else (m, self.rank, experts)
-        whole = torch.zeros(shape, dtype=STORED)
+        whole = torch.zeros(shape, dtype=FACTOR_DTYPE)
         for place in self.places:
             found = factors(place, self.rank)[which]  # of lower rank where an expert shows fewer directions
             if which:
@@ -58,9 +58,9 @@ class Slot:
         return whole.reshape(self.rank * experts, n) if which else whole.reshape(m, self.rank * experts)
 
 
-def slots_of(places: Sequence[Place], ranks: Mapping[str, int]) -> list[Slot]:
+def slots_of(places: Sequence[ParameterPlace], ranks: Mapping[str, int]) -> list[Slot]:
     """The adapters of all parameters whose rank is not 0. places: in the order of the model's parameters."""
-    groups: dict[str, list[Place]] = {}
+    groups: dict[str, list[ParameterPlace]] = {}
     for place in places:
         if ranks[place.parameter]:
             groups.setdefault(place.parameter, []).append(place)
@@ -77,7 +77,7 @@ def slots_of(places: Sequence[Place], ranks: Mapping[str, int]) -> list[Slot]:
     return found
 
 
-def write_adapter(path: Path, slots: Sequence[Slot], factors: Factors) -> None:
+def write_adapter(path: Path, slots: Sequence[Slot], factors: LoraFactors) -> None:
     """The adapter's safetensors file, one tensor in memory at a time. Raises OutputError."""
     by_name = {entry[0]: slot for slot in slots for entry in slot.entries}
     entries = [entry for slot in slots for entry in slot.entries]

@@ -26,7 +26,7 @@ NO_MODULE = "no linear layer of the model holds it as one matrix, so PEFT has no
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """A stored tensor that is some rows of a place. copied: what the copy calls it."""
 
     tensor: str
@@ -35,7 +35,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlace:
     """parameter: its name in the model. expert: which, None for a module. shape: (m, n), as it is multiplied.
 
     transposed: stored (n, m). matrices: what moments and selections call what lies in it.
@@ -44,7 +44,7 @@ class Place:
     parameter: str
     expert: int | None
     shape: tuple[int, int]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
     matrices: tuple[Matrix, ...]
     transposed: bool = False
     experts: int = 1  # of the parameter
@@ -64,7 +64,7 @@ class Place:
 class Places:
     """Those of a model, in the order of its parameters. left: matrix -> why it gets no correction."""
 
-    places: tuple[Place, ...]
+    places: tuple[ParameterPlace, ...]
     left: Mapping[str, str]
     modules: tuple[str, ...]  # every linear layer of the model, corrected or not
 
@@ -85,7 +85,7 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
         inside.setdefault(matrix.tensor, []).append(matrix)
     theirs = {original.name: ours for ours, original in matched(matrices, list_matrices(copy)).items()}
     state, seen = model.state_dict(keep_vars=True), set[str]()
-    found: list[Place] = []
+    found: list[ParameterPlace] = []
     modules = tuple(name for name, module in model.named_modules() if _is_linear(module))
     for parameter, parts in filling.parts.items():
         held = [m for part in parts for m in inside[part.tensor]]
@@ -111,7 +111,7 @@ def _is_linear(module: Any) -> bool:
 
 def _places_of(
     parameter: str, parts: Sequence[Part], model: Any, shape: tuple[int, ...], inside: Mapping[str, Sequence[Matrix]]
-) -> list[Place]:
+) -> list[ParameterPlace]:
     """The places in a parameter of this shape; none where it is not understood."""
     owner, leaf = owner_of(model, parameter)
     if len(shape) == 2 and leaf == "weight" and _is_linear(owner):
@@ -122,7 +122,7 @@ def _places_of(
         pieces = _rows([(part.tensor, part.where) for part in parts], rows)
         held = tuple(m for part in parts for m in inside[part.tensor])
         turned = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        return [Place(parameter, None, turned, pieces, held, transposed)] if pieces else []
+        return [ParameterPlace(parameter, None, turned, pieces, held, transposed)] if pieces else []
     if len(shape) != 3 or any(not part.where or not isinstance(part.where[0], int) for part in parts):
         return []
     if getattr(owner, "is_transposed", False):
@@ -134,23 +134,23 @@ def _places_of(
         held = tuple(m for part in of for m in inside[part.tensor])
         if not pieces:
             return []
-        found.append(Place(parameter, expert, (shape[1], shape[2]), pieces, held, experts=shape[0]))
+        found.append(ParameterPlace(parameter, expert, (shape[1], shape[2]), pieces, held, experts=shape[0]))
     return found
 
 
-def _rows(parts: Sequence[tuple[str, tuple[int | slice, ...]]], rows: int) -> tuple[Piece, ...]:
+def _rows(parts: Sequence[tuple[str, tuple[int | slice, ...]]], rows: int) -> tuple[StoredPiece, ...]:
     """The pieces in their order, which have to be whole rows one after the other; none where they are not."""
     found, at = [], 0
-    for tensor, where in sorted(parts, key=lambda part: _span(part[1], rows)):
-        start, stop = _span(where, rows)
+    for tensor, where in sorted(parts, key=lambda part: _layer_span(part[1], rows)):
+        start, stop = _layer_span(where, rows)
         if start != at or len(where) > 1:
             return ()
-        found.append(Piece(tensor, (start, stop), tensor))
+        found.append(StoredPiece(tensor, (start, stop), tensor))
         at = stop
     return tuple(found) if at == rows else ()
 
 
-def _span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
+def _layer_span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
     first = where[0] if where else slice(None)
     return first.indices(rows)[:2] if isinstance(first, slice) else (-1, -1)
 
@@ -171,7 +171,7 @@ def _in_copy(tensor: str, original: Checkpoint, copy: Checkpoint, theirs: Mappin
     return name
 
 
-def as_matrices(original: Checkpoint, places: Sequence[Place]) -> tuple[Checkpoint, list[Matrix]]:
+def as_matrices(original: Checkpoint, places: Sequence[ParameterPlace]) -> tuple[Checkpoint, list[Matrix]]:
     """The original as a checkpoint whose tensors are the places, for those who visit matrix after matrix."""
     by_name, matrices = {place.name: place for place in places}, []
     for place in places:

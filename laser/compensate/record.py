@@ -41,7 +41,7 @@ class Corrected:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ErrorsMeasured:
     """A model's loss on the second text, nats per token, and its difference from the original's, paired."""
 
     model: str
@@ -66,9 +66,9 @@ class HeldOut:
     windows: int
     tokens: int
     dtype: str
-    original: Measured
-    copy: Measured
-    adapted: Measured
+    original: ErrorsMeasured
+    copy: ErrorsMeasured
+    adapted: ErrorsMeasured
     gain: float
     gain_error: float | None
     direction: Direction

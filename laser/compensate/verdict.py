@@ -8,7 +8,7 @@ from pathlib import Path
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.adapted import with_adapter
 from laser.compensate.peft import Slot
-from laser.compensate.record import HeldOut, Measured
+from laser.compensate.record import ErrorsMeasured, HeldOut
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.text import Windows
@@ -28,7 +28,7 @@ def check_held_out(original: Checkpoint, copy: Checkpoint, windows: Windows) -> 
         check_evaluation(checkpoint, windows)
 
 
-def judge(
+def judge_correction(
     original: Checkpoint,
     copy: Checkpoint,
     adapter: Path,
@@ -46,9 +46,9 @@ def judge(
     )
     sizes = (size_of(original), size_of(copy), size_of(copy) + adapter.stat().st_size)
 
-    def measured(record: Perplexity, name: str, size: int) -> Measured:
+    def measured(record: Perplexity, name: str, size: int) -> ErrorsMeasured:
         lost = difference(before, record)
-        return Measured(name, size, record.nll, record.standard_error, lost.nll, lost.standard_error)
+        return ErrorsMeasured(name, size, record.nll, record.standard_error, lost.nll, lost.standard_error)
 
     first = measured(before, original.name, sizes[0])
     second, third = measured(worse, copy.name, sizes[1]), measured(after, f"{copy.name} + adapter", sizes[2])

@@ -32,11 +32,11 @@ FAINT, FULL = 0.9, 1.2
 MOST_TOLD = 1 / 4  # of the smaller side: a rank over that is none of an adapter's
 MOVED = 0.7  # share of moved entries over which the rounding is uniform on its cells, and the law of its sum holds
 PROVEN = 4.0  # moved entries per unknown, see `evidence`
-FEW = 1024  # entries that are asked first for a common scale
+SCALE_SAMPLE = 1024  # entries that are asked first for a common scale
 # The error of a grid with even steps is uniform: its kurtosis is 1.8, and what was learnt on top adds a little. Grids
 # of 3 to 6 bits, a scale per row or per 32 to 128 entries, give 1.8 to 2.1; noise and full fine-tunes 2.8 and more.
 GRID, COARSE = (1.6, 2.3), 5e-3
-GROUP = 64  # entries: the scales of most grids hold for 32 to 128
+GRID_GROUP = 64  # entries: the scales of most grids hold for 32 to 128
 AGREE = 0.7  # cosine between base and tuned under which nothing of the base is left; fine-tunes have over 0.98
 
 
@@ -112,8 +112,8 @@ def common_scale(w: torch.Tensor, q: torch.Tensor) -> float | None:
     Each entry confines c to an interval, and c is the middle of what is common to all of them. A few entries nearly
     always show that there is nothing.
     """
-    few, of = w.reshape(-1)[:FEW], q.reshape(-1)[:FEW]
-    if w.numel() > FEW and bool(few.any()) and common_scale(few, of) is None:
+    few, of = w.reshape(-1)[:SCALE_SAMPLE], q.reshape(-1)[:SCALE_SAMPLE]
+    if w.numel() > SCALE_SAMPLE and bool(few.any()) and common_scale(few, of) is None:
         return None
     cell, there = cell_of(q), w != 0
     if not bool((q[~there] == 0).all()) or not bool(there.any()):
@@ -194,8 +194,8 @@ def _twice(found: Change, s: Spectrum, shape: tuple[int, int]) -> Change | None:
 
 def kurtosis_of(D: torch.Tensor) -> float | None:
     """Median over groups of entries of a row of mean d^4 / (mean d^2)^2; None where the rows are too short."""
-    size = min(GROUP, D.shape[1])
-    if size < GROUP // 4:
+    size = min(GRID_GROUP, D.shape[1])
+    if size < GRID_GROUP // 4:
         return None
     groups = D[:, : D.shape[1] // size * size].reshape(-1, size)
     squares = (groups / groups.abs().amax(1, keepdim=True)) ** 2

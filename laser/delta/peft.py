@@ -27,7 +27,7 @@ from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.delta.formats import STORED_FLOATS
 from laser.delta.formulas import Formula
-from laser.delta.places import PEFT, PEFT_FORMULAS, Place, of_expert, places_of, rows_of, stems
+from laser.delta.places import PEFT, PEFT_FORMULAS, ModulePlace, module_places, of_expert, rows_in_parameter, stems
 from laser.delta.unmerge import CONFIG, MODEL, is_tied, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
@@ -44,7 +44,7 @@ class Lora:
     A: str
     B: str
     scale: float
-    place: Place
+    place: ModulePlace
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.matrices = list_matrices(self.base)
-        places = places_of(self.matrices)
-        self.adapted: dict[str, list[tuple[Matrix, Place]]] = {}
+        places = module_places(self.matrices)
+        self.adapted: dict[str, list[tuple[Matrix, ModulePlace]]] = {}
         for m in self.matrices:
             if m.name in places:
                 self.adapted.setdefault(places[m.name].weight, []).append((m, places[m.name]))
@@ -241,7 +241,7 @@ def merge_streamed(
             for m in parts[info.name]:
                 lora = adapter.experts[m.name]
                 W = whole if m.part is None else m.part.of(whole)
-                new = merged(W, lora, rows_of(m, lora.place))
+                new = merged(W, lora, rows_in_parameter(m, lora.place))
                 if m.part is None:
                     whole = new
                 else:

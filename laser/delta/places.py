@@ -32,7 +32,7 @@ Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePlace:
     """Of one matrix in the weight that PEFT adapts.
 
     module: in memory; parameter: of it, where it holds experts
@@ -58,7 +58,7 @@ class Place:
         return "parameter" if self.parameter else "embedding" if self.embedding else "module"
 
 
-def places_of(matrices: Sequence[Matrix]) -> dict[str, Place]:
+def module_places(matrices: Sequence[Matrix]) -> dict[str, ModulePlace]:
     """The matrices of a checkpoint that PEFT can adapt, by name."""
     gates: dict[Key, int] = {}
     experts: dict[Key, set[int]] = {}
@@ -77,36 +77,38 @@ def places_of(matrices: Sequence[Matrix]) -> dict[str, Place]:
     return found
 
 
-def _one_of(m: Matrix, name: re.Match[str], gates: Mapping[Key, int], experts: Mapping[Key, set[int]]) -> Place | None:
+def _one_of(
+    m: Matrix, name: re.Match[str], gates: Mapping[Key, int], experts: Mapping[Key, set[int]]
+) -> ModulePlace | None:
     """Of an expert's matrix that is a tensor of its own; in memory it is part of a parameter."""
     parameter, numbers = MEMORY_NAMES.get(name["part"]), experts.get((m.stack, m.layer, m.role), set())
     if parameter is None or numbers != set(range(len(numbers))):
         return None
     module = name["block"].replace(".block_sparse_moe.", ".mlp.") + "experts"  # Mixtral's has another name in memory
     if parameter == "down_proj":
-        return Place(module, m.shape[0], 0, parameter, m.expert, len(numbers))
+        return ModulePlace(module, m.shape[0], 0, parameter, m.expert, len(numbers))
     gate = gates.get((m.stack, m.layer, m.expert))
     if gate is None:
         return None
     start = gate if name["part"] in ("w3", "up_proj") else 0
-    return Place(module, 2 * gate, start, parameter, m.expert, len(numbers))
+    return ModulePlace(module, 2 * gate, start, parameter, m.expert, len(numbers))
 
 
-def _in_one(m: Matrix) -> Place | None:
+def _in_one(m: Matrix) -> ModulePlace | None:
     """Of a matrix whose tensor is what it is in memory, or part of such a one."""
     if m.part is not None and m.expert is not None:
         every = EXPERTS_IN_MEMORY.fullmatch(m.tensor)
         if every is None:
             return None
         rows = m.part.view[-1] if m.part.transposed else prod(m.part.view[1:-1])
-        return Place(every["module"], rows, None, every["parameter"], m.expert, m.part.view[0])
+        return ModulePlace(every["module"], rows, None, every["parameter"], m.expert, m.part.view[0])
     if not m.tensor.endswith(WEIGHT) or (m.part is not None and m.part.transposed):
         return None
     rows = m.shape[0] if m.part is None else prod(m.part.view[:-1])
-    return Place(m.tensor.removesuffix(WEIGHT), rows, None if m.part else 0, embedding=m.role == "embedding")
+    return ModulePlace(m.tensor.removesuffix(WEIGHT), rows, None if m.part else 0, embedding=m.role == "embedding")
 
 
-def rows_of(m: Matrix, place: Place) -> torch.Tensor:
+def rows_in_parameter(m: Matrix, place: ModulePlace) -> torch.Tensor:
     """Which rows of the adapted weight are the matrix's, (rows of m,), int64."""
     if place.start is not None or m.part is None:
         start = place.start or 0
@@ -119,7 +121,7 @@ def rows_of(m: Matrix, place: Place) -> torch.Tensor:
     return view[tuple(slice(*axis) for axis in index[first:-1])].reshape(-1)
 
 
-def units(matrices: Iterable[Matrix], places: Mapping[str, Place]) -> list[tuple[Matrix, ...]]:
+def units(matrices: Iterable[Matrix], places: Mapping[str, ModulePlace]) -> list[tuple[Matrix, ...]]:
     """The matrices that PEFT adapts together, as gate and up of an expert: their updates share their rows' space."""
     found: dict[object, list[Matrix]] = {}
     for m in matrices:
@@ -128,7 +130,7 @@ def units(matrices: Iterable[Matrix], places: Mapping[str, Place]) -> list[tuple
     return [tuple(each) for each in found.values()]
 
 
-def stems(places: Iterable[Place]) -> dict[str, str]:
+def stems(places: Iterable[ModulePlace]) -> dict[str, str]:
     """What stands before `.lora_A` in the adapter's file, for the weight of each place."""
     adapted = list(places)
     both = Counter(module for module, _ in {(p.module, p.parameter) for p in adapted if p.parameter})
@@ -139,14 +141,14 @@ def stems(places: Iterable[Place]) -> dict[str, str]:
     return found
 
 
-def names_at(stem: str, place: Place) -> tuple[str, str]:
+def names_at(stem: str, place: ModulePlace) -> tuple[str, str]:
     """What PEFT calls A and B."""
     if place.embedding:
         return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def of_expert(A: torch.Tensor, B: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+def of_expert(A: torch.Tensor, B: torch.Tensor, place: ModulePlace) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n) and B (rows, r) of a place, from the factors as PEFT's file has them."""
     if place.embedding:
         return B.T, A.T
@@ -157,7 +159,7 @@ def of_expert(A: torch.Tensor, B: torch.Tensor, place: Place) -> tuple[torch.Ten
 
 
 def of_experts(
-    factors: Mapping[int, tuple[torch.Tensor, torch.Tensor]], place: Place
+    factors: Mapping[int, tuple[torch.Tensor, torch.Tensor]], place: ModulePlace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's A and B of a parameter from those (A, B) of some of its experts; zeros make up for lower ranks."""
     E, rank = place.experts or 1, max(len(A) for A, _ in factors.values())

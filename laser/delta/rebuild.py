@@ -21,7 +21,7 @@ from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header,
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.delta.packing import unpack, unpack_some
-from laser.delta.places import PEFT, names_at, of_expert, rows_of, stems
+from laser.delta.places import PEFT, names_at, of_expert, rows_in_parameter, stems
 from laser.delta.solver import Adapter
 from laser.delta.unmerge import (
     MODEL,
@@ -85,7 +85,7 @@ class Adapted:
         """What lies beside the tuned weights: from the adapter's folder, or the base's where that is the same."""
         found = {}
         for name, expected in self.record.files.items():
-            if not is_inside(name):
+            if not is_file_within(name):
                 raise RecordError(f"{self.folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
             path = self.folder / SIDE_FILES / name
             try:
@@ -177,7 +177,7 @@ class Adapted:
             return Adapter(B, A)
         names = names_at(self.stems[place.weight], place)
         A, B = of_expert(self._tensor(MODEL, names[0]), self._tensor(MODEL, names[1]), place)
-        rows = rows_of(m, place)
+        rows = rows_in_parameter(m, place)
         if len(rows) != m.shape[0] or len(B) != place.rows or int(rows.max()) >= place.rows:
             raise RecordError(f"{self.folder / RECORD}: {entry.name} has no place in {names[1]}; {AGAIN}")
         return Adapter(B[rows], A)
@@ -230,7 +230,7 @@ def rebuild(
     return MadeShard(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))
 
 
-def is_inside(name: str) -> bool:
+def is_file_within(name: str) -> bool:
     """Whether a file of this name lies in the folder that it is named in."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and bool(path.name)
@@ -253,7 +253,7 @@ def verify_rebuilt(folder: Path, out: Path) -> RebuiltVerification:
     record, problems = AdapterRecord.load(folder / RECORD), []
     shards = {shard.name: shard.sha256 for shard in record.shards}
     for name, expected in {**shards, **record.files}.items():
-        if not is_inside(name):
+        if not is_file_within(name):
             raise RecordError(f"{folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
         try:
             require_regular(out / name)

@@ -46,7 +46,7 @@ MARGINS = (1.0, 1 / 4, 1 / 16)  # then smaller ones, where the bits stay wrong
 STALLED = 3  # looks without notably fewer wrong bits, after which a smaller margin is tried
 NOTABLY = 0.95
 HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smaller one has been seen to help
-SWEEPS = 8  # of polishing, over B and A each; later ones gain under 1 % of the error
+POLISH_SWEEPS = 8  # of polishing, over B and A each; later ones gain under 1 % of the error
 POLISHED = 2e-3  # share of wrong bits up to which there is a region to be in the middle of
 NEAR_END = 1 - 1e-4  # of u: what is outside is pulled in as if it were this near to its end
 OF_STEP = 0.95  # of the way to the nearest end
@@ -234,7 +234,7 @@ class _State:
         B, A = self.factors()
         L, R = B.to(self.low), A.T.to(self.low)
         middle, half = self.low.add(self.high).div_(2), self.high.sub_(self.low).div_(2)
-        for _ in range(SWEEPS):
+        for _ in range(POLISH_SWEEPS):
             L = _nearer(L, R, middle, half)
             R = _nearer(R, L, middle.T, half.T)
         self.U, inner = torch.linalg.qr(L)

@@ -48,7 +48,17 @@ from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
 from laser.delta.packing import pack, pack_some, unpack, unpack_some
-from laser.delta.places import PEFT, PEFT_FORMULAS, Place, names_at, of_experts, places_of, rows_of, stems, units
+from laser.delta.places import (
+    PEFT,
+    PEFT_FORMULAS,
+    ModulePlace,
+    module_places,
+    names_at,
+    of_experts,
+    rows_in_parameter,
+    stems,
+    units,
+)
 from laser.delta.recover import USUAL, is_believed, recover, vote
 from laser.delta.solver import Adapter, Solution, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
@@ -109,7 +119,7 @@ class MatrixEntry:
     rounds: int | None = field(default=None, metadata=SPARSE)
     missed: int | None = field(default=None, metadata=SPARSE)
     cast: bool = field(default=False, metadata=SPARSE)
-    place: Place | None = field(default=None, metadata=SPARSE)
+    place: ModulePlace | None = field(default=None, metadata=SPARSE)
 
     @property
     def merged_by(self) -> Formula:
@@ -173,7 +183,7 @@ class Piece:
         )
 
 
-class Part(NamedTuple):
+class AdapterPart(NamedTuple):
     """A matrix to be solved: base W and tuned q (m, n), and its entry so far."""
 
     matrix: Matrix
@@ -194,7 +204,7 @@ class Unmerge:
     base: Base
     changes: Mapping[str, Change]
     units: Mapping[str, tuple[Matrix, ...]]
-    places: Mapping[str, Place]
+    places: Mapping[str, ModulePlace]
     voted: int | None = None
     proven: bool = False
     formulas: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict)
@@ -207,13 +217,13 @@ class Unmerge:
         for m in self.units.get(matrix.name, (matrix,)):
             x = q if m is matrix or m.name == matrix.name else self.base.tuned.read(m.tensor, m.part)
             found = self.without_solving(m, x)
-            if isinstance(found, Part):
+            if isinstance(found, AdapterPart):
                 todo.append(found)
             else:
                 done += found
         return done + self.by_adapter(todo, device) if todo else done
 
-    def without_solving(self, matrix: Matrix, q: torch.Tensor) -> Piece | Part:
+    def without_solving(self, matrix: Matrix, q: torch.Tensor) -> Piece | AdapterPart:
         """The matrix written down, or what has to be solved first."""
         change, W = self.changes[matrix.name], self.base.read(matrix)
         there = self.base.places.get(matrix.name)
@@ -224,7 +234,7 @@ class Unmerge:
                 if made is not None and same_bits(made, q).all():
                     return Piece((replace(entry, how=how, scale=change.scale if how is How.SCALED else None),))
             if change.kind in (Verdict.LOW_RANK, Verdict.FAINT):
-                return Part(matrix, entry, W, q)
+                return AdapterPart(matrix, entry, W, q)
         return self.whole(matrix, entry, W, q)
 
     def whole(self, matrix: Matrix, entry: MatrixEntry, W: torch.Tensor | None, q: torch.Tensor) -> Piece:
@@ -234,13 +244,13 @@ class Unmerge:
         entry = replace(entry, of=entry.of if known is not None else None)
         return Piece((entry,), {}, {f"whole/{matrix.name}": pack(q, known)})
 
-    def by_adapter(self, parts: Sequence[Part], device: Device) -> Piece:
+    def by_adapter(self, parts: Sequence[AdapterPart], device: Device) -> Piece:
         """Matrices as base and adapter, together where one adapter of their stacked rows explains them, else each by
         its own, or whole where that is shorter."""
         found = self.together(parts, device) if len(parts) > 1 else None
         found = found or [self.recovered(part, device) for part in parts]
         done = Piece(())
-        solved: list[tuple[Part, Solution]] = []
+        solved: list[tuple[AdapterPart, Solution]] = []
         for part, solution in zip(parts, found, strict=True):
             if solution is None or self.longer_than_whole(part, solution):
                 done += self.whole(part.matrix, part.entry, part.W, part.q)
@@ -248,7 +258,7 @@ class Unmerge:
                 solved.append((part, solution))
         return done + self.written(solved) if solved else done
 
-    def together(self, parts: Sequence[Part], device: Device) -> list[Solution | None] | None:
+    def together(self, parts: Sequence[AdapterPart], device: Device) -> list[Solution | None] | None:
         """One adapter of all rows, its rows of B given to each; None where they share no A."""
         changes = [self.changes[part.matrix.name] for part in parts]
         if len({(part.W.dtype, part.q.dtype, part.q.shape[1]) for part in parts}) > 1:
@@ -269,11 +279,17 @@ class Unmerge:
             for part, B in zip(parts, solution.adapter.B.split(sizes), strict=True)
         ]
 
-    def recovered(self, part: Part, device: Device) -> Solution | None:
+    def recovered(self, part: AdapterPart, device: Device) -> Solution | None:
         return self.recover(part, part.W, part.q, self.changes[part.matrix.name], device)
 
     def recover(
-        self, part: Part, W: torch.Tensor, q: torch.Tensor, change: Change, device: Device, most: int | None = None
+        self,
+        part: AdapterPart,
+        W: torch.Tensor,
+        q: torch.Tensor,
+        change: Change,
+        device: Device,
+        most: int | None = None,
     ) -> Solution | None:
         """By the formulas of the group, or where those give no adapter by any."""
         group = group_of(part.matrix, self.places)
@@ -287,10 +303,10 @@ class Unmerge:
                 break
         return None
 
-    def longer_than_whole(self, part: Part, solution: Solution) -> bool:
+    def longer_than_whole(self, part: AdapterPart, solution: Solution) -> bool:
         return solution.adapter.B.nbytes + solution.adapter.A.nbytes > part.q.nbytes
 
-    def written(self, solved: Sequence[tuple[Part, Solution]]) -> Piece:
+    def written(self, solved: Sequence[tuple[AdapterPart, Solution]]) -> Piece:
         """The factors in one place, the entries that they miss, and all of it tried before it counts."""
         shared = {id(solution.adapter.A): solution.adapter.A for _, solution in solved}
         starts = dict(zip(shared, itertools.accumulate((len(A) for A in shared.values()), initial=0), strict=False))
@@ -301,7 +317,11 @@ class Unmerge:
         done, row = Piece(()), 0
         for part, solution in solved:
             own = solution.adapter
-            at = rows_of(part.matrix, self.places[part.matrix.name]) if place else torch.arange(row, row + len(own.B))
+            at = (
+                rows_in_parameter(part.matrix, self.places[part.matrix.name])
+                if place
+                else torch.arange(row, row + len(own.B))
+            )
             row += len(own.B)
             columns = slice(starts[id(own.A)], starts[id(own.A)] + own.rank)
             B[at[:, None], torch.arange(columns.start, columns.stop)] = own.B
@@ -317,7 +337,7 @@ class Unmerge:
             return done + Piece((), {name: x.contiguous() for name, x in zip(names, factors, strict=True)})
         return done
 
-    def mended(self, part: Part, solution: Solution, adapter: Adapter) -> Piece:
+    def mended(self, part: AdapterPart, solution: Solution, adapter: Adapter) -> Piece:
         """The entry of a matrix, and the bits that the formula misses; kept whole where not even these mend it."""
         W, q, rest = part.W, part.q, {}
         made = solution.formula.merge(W, adapter.rows(0, len(q)), q.dtype)
@@ -336,25 +356,25 @@ class Unmerge:
         return Piece((entry,), {}, rest)
 
 
-NOWHERE = Place("", 0)  # of an adapter that PEFT has no place for: its names are as of a module
+NOWHERE = ModulePlace("", 0)  # of an adapter that PEFT has no place for: its names are as of a module
 
 
 def _is_saved(matrix: Matrix) -> bool:
     return matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
 
 
-def peft_places(base: Base) -> dict[str, Place]:
+def peft_places(base: Base) -> dict[str, ModulePlace]:
     """Where PEFT has adapters of the tuned checkpoint's matrices: only where the base has the same weight in memory."""
-    theirs = places_of(list_matrices(base.checkpoint))
+    theirs = module_places(list_matrices(base.checkpoint))
 
-    def is_there(name: str, place: Place) -> bool:
+    def is_there(name: str, place: ModulePlace) -> bool:
         there = base.places.get(name)
         return there is not None and there.name in theirs and theirs[there.name].weight == place.weight
 
-    return {name: p for name, p in places_of(list_matrices(base.tuned)).items() if is_there(name, p)}
+    return {name: p for name, p in module_places(list_matrices(base.tuned)).items() if is_there(name, p)}
 
 
-def group_of(matrix: Matrix, places: Mapping[str, Place]) -> str:
+def group_of(matrix: Matrix, places: Mapping[str, ModulePlace]) -> str:
     return places[matrix.name].group if matrix.name in places else "module"
 
 
@@ -378,7 +398,7 @@ def usual_of(W: torch.Tensor, q: torch.Tensor, group: str) -> tuple[Formula, ...
 
 
 def choose_formulas(
-    base: Base, delta: Delta, places: Mapping[str, Place], device: Device, rounds: int = ROUNDS
+    base: Base, delta: Delta, places: Mapping[str, ModulePlace], device: Device, rounds: int = ROUNDS
 ) -> dict[str, tuple[Formula, ...]]:
     """The formula of each group of places, see `choose_formula`: PEFT merges modules otherwise than experts."""
     groups: dict[str, list[Matrix]] = {}
@@ -453,7 +473,7 @@ def unmerge(
         )
     require_files(tuned)
     with claimed(out):
-        require_place(out, force)
+        require_adapter_place(out, force)
         partial = unfinished(out)
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
@@ -464,14 +484,14 @@ def unmerge(
         base.require_unchanged()
         with disk_errors(out):
             if out.exists():
-                require_place(out, force)  # again: hours have passed
+                require_adapter_place(out, force)  # again: hours have passed
                 out.rename(partial / "old")
             (partial / "new").rename(out)
             shutil.rmtree(partial)
     return record
 
 
-def require_place(out: Path, force: bool) -> None:
+def require_adapter_place(out: Path, force: bool) -> None:
     """Raises OutputError where `out` is there, and is not what `unmerge` wrote or may not be replaced."""
     if not (force and out.exists()):
         return require_new(out)
@@ -717,7 +737,7 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
     saved = [e.name.removesuffix(".weight") for e in entries if e.how is How.SAVED]
     embeddings = {m.name for m in list_matrices(base.tuned) if m.role == "embedding"}
     hub = base.checkpoint.hub
-    theirs = places_of(list_matrices(base.checkpoint)).values()
+    theirs = module_places(list_matrices(base.checkpoint)).values()
     parameters = {e.place.weight for e in entries if e.place and e.place.parameter}
     modules, every = ({p.weight for p in theirs if bool(p.parameter) is kind} for kind in (False, True))
     return {

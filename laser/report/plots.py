@@ -170,7 +170,7 @@ def new_axes(width: float, height: float) -> Axes:
     return _figure(width, height).subplots()
 
 
-def _of(axes: Axes) -> Figure:
+def _figure_of(axes: Axes) -> Figure:
     return axes.get_figure(root=True)  # pyright: ignore[reportReturnType]
 
 
@@ -197,7 +197,7 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
     axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
-    return _of(axes)
+    return _figure_of(axes)
 
 
 def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
@@ -220,7 +220,7 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
     axes.set_xlabel("singular value, unit of the weights")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
-    return _of(axes)
+    return _figure_of(axes)
 
 
 def _bins(several: Sequence[Histogram]) -> list[float]:
@@ -267,7 +267,7 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
     axes.set_ylabel("layer")
     axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
-    figure = _of(axes)
+    figure = _figure_of(axes)
     figure.colorbar(image, ax=axes, label=unit)
     return figure
 

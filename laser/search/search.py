@@ -31,7 +31,7 @@ from laser.evaluation.text import Window
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import Journal, spoiling
 from laser.moments import Moments
-from laser.notebook import Rows, Shown
+from laser.notebook import FrameRows, Shown
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
@@ -94,11 +94,11 @@ class SearchResult(Shown):
             f"; {told} {self.held_out[0].unit}" if told else ""
         )
 
-    def frame_rows(self) -> Rows:
+    def frame_rows(self) -> FrameRows:
         keys = ("label", "rule", "d", "se", "accepted", "alone", "predicted", "layer_forwards", "seconds", "raced")
         return [{key: getattr(trial, key) for key in keys} for trial in self.trials]
 
-    def glance(self) -> tuple[Rows, Sequence[float]]:
+    def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """The trials that were accepted, and every trial's change in order."""
         return [r for r in self.frame_rows() if r["accepted"]], [t.d for t in self.trials if t.d is not None]
 

@@ -35,7 +35,7 @@ from laser.spectral.factorise import check_storage
 from laser.spectral.gram import eigenvectors, moved
 from laser.spectral.unit import in_unit
 
-STORED = torch.bfloat16  # of B and A: 16 bits, and a range that no update leaves
+FACTOR_DTYPE = torch.bfloat16  # of B and A: 16 bits, and a range that no update leaves
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
             )
         # Powers of two make the norms of a column of B and a row of A alike, so that 16 bits of any kind hold both.
         balance = torch.exp2(torch.round(torch.log2(A.norm(dim=1).clamp_min(1e-300)) / 2))
-        B, A = (U * balance).to(STORED), (A / balance[:, None]).to(STORED)
+        B, A = (U * balance).to(FACTOR_DTYPE), (A / balance[:, None]).to(FACTOR_DTYPE)
         measured = left(B.double(), A.double())
         total = outputs * (w / u) ** 2 if outputs > 0 else 1.0  # in D's unit
         relative = [np.maximum(x, 0.0) / total for x in (predicted, measured)]

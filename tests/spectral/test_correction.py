@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laser.errors import NumericalError, UsageError
-from laser.spectral.correction import STORED, Correction, correct, inputs_alike
+from laser.spectral.correction import FACTOR_DTYPE, Correction, correct, inputs_alike
 from laser.spectral.data_metric import ByData
 from laser.spectral.devices import HOST
 
@@ -45,7 +45,7 @@ def test_it_is_the_least_error_of_every_rank(m: int, n: int) -> None:
     W, Q = copied(m, n)
     metric = inputs(n)
     found = correct(W, Q, 6, metric, HOST)
-    assert found.B.dtype == found.A.dtype == STORED and found.rank == 6
+    assert found.B.dtype == found.A.dtype == FACTOR_DTYPE and found.rank == 6
     for rank in range(7):
         least = reference(W, Q, metric.moment, rank)
         assert found.predicted[rank] == pytest.approx(least, rel=1e-9)
