@@ -253,11 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     held, talk = common.Held(), common.Talk()
     arguments = _without_talk(sys.argv[1:] if arguments is None else arguments, talk)
-    with common.talking(talk):
-        try:
+    try:
+        with common.talking(talk):
             return _ended(arguments, held)
-        except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
-            return _interrupted(arguments, held)
+    except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
+        return _interrupted(arguments, held)
 
 
 def _without_talk(arguments: list[str], talk: common.Talk) -> list[str]:
