@@ -354,7 +354,7 @@ def stop_after(count: int) -> Callable[..., None]:
     """A callback that interrupts at its `count`-th call."""
     calls = 0
 
-    def call(*_: object) -> None:
+    def call(*_: object, **__: object) -> None:
         nonlocal calls
         calls += 1
         if calls == count:
@@ -420,7 +420,7 @@ def _build(folder: Path) -> Path:
 def _calibrate(folder: Path) -> bool:
     """Half of a calibration, in a process of its own: what other verbs did to torch before shows in the last digits."""
     # As above.
-    with contextlib.chdir(folder), mock.patch("laser.cli.calibrate.advance", stop_after(2)):
+    with contextlib.chdir(folder), mock.patch("laser.cli.progress.Bar.update", stop_after(2)):
         return main(list(CALIBRATE)) == 130
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from laser.checkpoint.packed import require_unpacked
 from laser.checkpoint.reader import OUTCOME, Checkpoint
@@ -163,14 +164,15 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
     if not target.exists():  # removed meanwhile
         new.rename(target)
         return
-    new.rename(old)  # so that what is called `new` is never the earlier one
-    try:
-        if exchange(old, target):
-            return
-    except OSError:
+    if _renameat2() is not None:
+        new.rename(old)  # so that what is called `new` is never the earlier one
+        try:
+            if exchange(old, target):
+                return
+        except OSError:
+            old.rename(new)
+            raise
         old.rename(new)
-        raise
-    old.rename(new)
     target.rename(old)
     try:
         new.rename(target)
@@ -179,9 +181,14 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
         raise
 
 
+def _renameat2() -> Any:
+    """The C library's function that exchanges two names, None where it has none."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Two files or directories in each other's places, at once, where the system can; returns whether it could."""
-    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    swap = _renameat2()
     if swap is None:
         return False
     if swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0:

@@ -232,7 +232,7 @@ def test_a_rank_that_changes_was_said_to_be_near(name: str) -> None:
         said, changed = said + bool(near), changed + different
         assert near or not different
         assert near == "" or near.startswith("at the threshold: ")
-    assert changed <= said < 30 and (said == 0) == (name in ("fraction", "rank"))
+    assert changed <= said < 30 and (said == 0) == (name in ("fraction", "rank", "scale"))
 
 
 def test_an_energy_that_is_just_met_is_near() -> None:
