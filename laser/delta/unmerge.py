@@ -66,7 +66,7 @@ from laser.engine.workers import visit_all
 from laser.errors import CheckpointError, OutputError, RecordError, UsageError
 from laser.files import PASSING, claimed, disk_errors, read_regular, require_no_mount, unfinished, write_atomically
 from laser.journal import Journal
-from laser.records import SPARSE, Misfit, Record, plain, reader
+from laser.records import SPARSE, Misfit, Record, parse_record, plain, reader
 from laser.spectral.devices import Device
 
 CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
@@ -505,7 +505,13 @@ def require_adapter_place(out: Path, force: bool) -> None:
 
 def is_recorded(folder: Path) -> bool:
     """Whether `laser unmerge` wrote an adapter's folder: then every byte is known, and nothing may be left out."""
-    return (folder / REMAINDER).exists() or ((folder / RECORD).exists() and (folder / CONFIG).exists())
+    if (folder / REMAINDER).exists() or not ((folder / RECORD).exists() and (folder / CONFIG).exists()):
+        return (folder / REMAINDER).exists()
+    try:
+        document = parse_record(read_regular(folder / RECORD))
+    except (OSError, ValueError):
+        return True  # damaged, which is said where it is read
+    return not isinstance(document, dict) or document.get("kind") == AdapterRecord.kind  # not of laser compensate
 
 
 def require_files(tuned: Checkpoint) -> None:
