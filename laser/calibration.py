@@ -98,6 +98,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     full_side: int = FULL_SIDE,
     wide: str = "outputs",
+    few: bool = False,
     anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Moments:
@@ -107,6 +108,7 @@ def calibrate(
     shrink: shrink the moments when they are used (Ledoit-Wolf), for texts with fewer tokens than dimensions.
     full_side: see FULL_SIDE.
     wide: what is kept of inputs wider than that. It is the moment of their "outputs", or their "diagonal".
+    few: also for a text with fewer tokens than dimensions; whoever uses the moments has to shrink them.
     `anew` drops the partial work of another
     calibration. A calibration that was killed when all but tidying up was done is found whole.
     `tick` is called with each layer.
@@ -127,7 +129,8 @@ def calibrate(
     if not chosen:
         raise UsageError("the selection holds no matrix of a decoder layer; try --roles w1,w2,w3,q,k,v,o")
     tokens = sum(len(w.tokens) - 1 for w in windows.windows)
-    _check_length(chosen, tokens, windows, shrink or diagonal)
+    lenient = shrink or diagonal or few
+    _check_length(chosen, tokens, windows, lenient)
     named = {m.name: m for m in chosen}
     first = min(layers[m.name] or 0 for m in chosen)
     source = Source.of(checkpoint)
@@ -154,7 +157,7 @@ def calibrate(
         if layer in todo:
             here = [m for m in chosen if layers[m.name] == layer]
             sites = _run_layer(model, layer, here, states, diagonal, full_side, wide)
-            if layer == first and not (shrink or diagonal):
+            if layer == first and not lenient:
                 _check_experts(sites, named, windows)
             require_unchanged(checkpoint)  # before anything is kept that was made of it
             count = len(sites)

@@ -34,7 +34,7 @@ def calibrate_verb(
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose().torch_device
     record.claim(output, "moments")
-    read, checkpoint = text.read(), open_checkpoint(model)
+    read, checkpoint = text.read(), open_checkpoint(model, "weights")
     windows = text.cut(read, checkpoint)
     start = time.perf_counter()
     with Bar("calibrate", unit="layers") as bar:

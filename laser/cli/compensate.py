@@ -10,6 +10,7 @@ from pathlib import Path
 from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.writer import require_outside
+from laser.choices import WINDOW
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.measure import digits, fewer
@@ -19,8 +20,10 @@ from laser.compensate.compensate import (
     Request,
     compensate,
     found_again,
+    opened_journal,
     require_compensation_place,
     require_copy,
+    require_enough,
     run_of_compensation,
 )
 from laser.compensate.peft import Slot
@@ -37,6 +40,7 @@ from laser.moments import Moments
 from laser.selection import Selection
 
 RANK = 8
+WINDOWS, DTYPE = 32, "float32"  # what verbs.py has where nothing else is asked for
 NO_INPUTS = "a correction goes by the inputs of a text; try --text FILE, or --moments with a file of laser calibrate"
 
 
@@ -65,43 +69,67 @@ def compensate_verb(
     if (given is not None) + (text is not None) + plain != 1:
         found = "found several of --moments, --text and --plain" if given or text or plain else NO_INPUTS
         raise UsageError(found if found is NO_INPUTS else f"{found}; try one of them")
+    no_text = text is None and held_out is None
+    rows = any(path is not None and holds_rows(path) for path in (text, held_out))
+    idle = {
+        "--windows": text is None and windows != WINDOWS,
+        "--held-out-windows": held_out is None and held_out_windows != WINDOWS,
+        "--window": no_text and window != WINDOW,
+        "--dtype": no_text and dtype != DTYPE,
+        "--field": field is not None and not rows,
+        "--method": compute.method != "auto",
+    }
+    if those := [name for name, is_idle in idle.items() if is_idle]:
+        does, them = ("does", "it") if len(those) == 1 else ("do", "them")
+        raise UsageError(f"{', '.join(those)} {does} nothing in this call; try without {them}")
     asked = Request(RANK if rank is None and bits is None else rank, bits)
     require_dtype(dtype)
     selection, start = which.selection(), time.perf_counter()
     require_compensation_place(output, work.force)
     known = moments.load()
-    first, second = (open_checkpoint(model, "weights" if held_out else "ranges") for model in (original, copy))
+    runs = "files" if work.dry_run else "weights"
+    first = open_checkpoint(original, runs if text or held_out else "ranges")
+    second = open_checkpoint(copy, runs if held_out else "ranges")
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
 
-    def cut(path: Path, most: int) -> Windows:
-        check_cut(window, most or None, 0, "windows")
+    def cut(path: Path, most: int, length: int = window) -> Windows:
+        check_cut(length, most or None, 0, "windows")
         read = options.text_of(path, field if holds_rows(path) else None, None)
-        return cut_windows(read, load_tokenizer(first.path), length=window, limit=most or None)
+        return cut_windows(read, load_tokenizer(first.path), length=length, limit=most or None)
 
     own = None if text is None else cut(text, windows)
     second_text = None if held_out is None else cut(held_out, held_out_windows)
-    if second_text is not None:
+    if own is not None:
+        inputs = sum(len(each.tokens) - 1 for each in own.windows)
+        require_enough(own.text, [inputs] * len(places.places), places.places)
+    if held_out is not None and second_text is not None:
         seen = own.text_sha256 if own is not None else known.calibration.text_sha256 if known else None
         if second_text.text_sha256 == seen:
             raise UsageError(f"{second_text.text} is the text of the calibration; try --held-out with another one")
-        check_held_out(first, second, second_text)
+        if known is not None:  # which has no windows, but their sha256
+            calibrated = known.calibration
+            if cut(held_out, calibrated.windows, calibrated.window).sha256 == calibrated.windows_sha256:
+                raise UsageError(
+                    f"the held-out {second_text.text} begins with the windows of the calibration; "
+                    "try another --held-out text"
+                )
+        check_held_out(first, second, second_text, own)
     crew = compute.crew()
     if work.dry_run:
         return _print_plan(first, second, places, asked, crew, work.as_json)
     require_copy(first, second, places.places)
     with claimed(output):
         common.to_write(output)
-        told = None if own is None else (own.sha256, dtype)
-        record = (
-            found_again(output, run_of_compensation(first, second, told, asked, places, crew))
-            if own is not None
-            else None
-        )
-        if record is None:
-            if own is not None:
+        record = None
+        if own is not None:
+            run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew)
+            record = found_again(output, run)
+            if record is None:  # whose work lies there is known before its moments are made anew
+                opened_journal(unfinished(output), run, work.force).close()
                 known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
+        if record is None:
 
             def judged(adapter: Path, slots: Sequence[Slot]) -> HeldOut | None:
                 if second_text is None:
@@ -161,7 +189,7 @@ def _calibrated(
     with Bar("calibrate", unit="layers") as bar:
         return calibrate(
             original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
-            anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
+            few=True, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
         )  # fmt: skip
 
 

@@ -40,8 +40,11 @@ def info_verb(model: str, *, shown_as: options.Json) -> None:
         say("the head is the embedding: it is stored once")
     if found.fp8:
         say(f"{found.fp8} tensors are FP8 with scales, and are read as what they stand for")
+    if found.packed:
+        say(f"its weights are packed ({found.packed}): they are read as what they stand for, and cannot be reduced")
+    what = "measured" if found.packed else "measured and cut"
     rows = [
-        (k.stack, k.role, k.count, "x".join(map(str, k.shape)), k.dtype, k.bytes / 1e6, k.why_not or "measured and cut")
+        (k.stack, k.role, k.count, "x".join(map(str, k.shape)), k.dtype, k.bytes / 1e6, k.why_not or what)
         for k in found.kinds
     ]
     common.print_table(("stack", "role", "count", "shape", "dtype", "MB", "unless asked otherwise"), rows[:MOST_ROWS])

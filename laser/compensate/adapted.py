@@ -12,14 +12,16 @@ from safetensors import safe_open
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes, virtual_shard
 from laser.compensate.peft import Slot
-from laser.compensate.places import ParameterPlace
+from laser.compensate.places import ParameterPlace, StoredPiece
 
 
 def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Checkpoint:
     """The copy with B A added to every corrected weight, in float32, as PEFT computes it. adapter: the file."""
-    where = {
-        piece.copied: (slot, place, piece.rows) for slot in slots for place in slot.places for piece in place.pieces
-    }
+    where: dict[str, list[tuple[Slot, ParameterPlace, StoredPiece]]] = {}
+    for slot in slots:
+        for place in slot.places:
+            for piece in place.pieces:
+                where.setdefault(piece.copied.tensor, []).append((slot, place, piece))
     hidden = set(copy.fp8.scales.values()) if copy.fp8 else set()
     wide = where.keys() | (copy.fp8.scales.keys() if copy.fp8 else set())
     entries = [
@@ -35,10 +37,13 @@ def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Chec
         Q = copy.read(name).float()
         if name not in where:
             return Q
-        slot, place, (start, stop) = where[name]
-        B, A = factors_in(adapter, slot, place)
-        update = B[start:stop] @ A
-        return Q + (update.T if place.transposed else update)
+        for slot, place, piece in where[name]:
+            B, A = factors_in(adapter, slot, place)
+            update = B[slice(*piece.rows)] @ A
+            if (part := piece.copied.part) is None:
+                return Q + (update.T if place.transposed else update)
+            part.put(Q, part.of(Q) + update)  # one of several in the tensor
+        return Q
 
     shard = virtual_shard("adapted", copy.path, entries, tensor)
     tensors = {info.name: info for info in shard.tensors}

@@ -157,11 +157,11 @@ class Solve:
         sites = [self.moments.sites.get(matrix.name) for matrix in place.matrices]
         if any(site is None for site in sites):
             raise NothingToCorrect("its inputs are not in the moments")
+        tokens = self.moments.tokens(place.matrices[0].name)
+        if not tokens:  # each matrix is then a site of its own
+            raise NothingToCorrect("it met no input of the calibration's text")
         if len({site.key for site in sites if site is not None}) > 1:
             raise NothingToCorrect("its parts are multiplied with different inputs")
-        tokens = self.moments.tokens(place.matrices[0].name)
-        if not tokens:
-            raise NothingToCorrect("it met no input of the calibration's text")
         return tokens
 
     def _metric(self, place: ParameterPlace) -> Any:
@@ -208,8 +208,9 @@ def compensate(
     if moments is not None:
         moments.source.require(original, "moments file")
     require_copy(original, copy, places.places)
-    if moments is not None:
-        require_enough(moments, places.places)
+    if moments is not None and not moments.calibration.shrink:
+        met = [moments.tokens(place.matrices[0].name) for place in places.places]
+        require_enough(moments.calibration.text, met, places.places)
     with claimed(out):
         require_compensation_place(out, force)
         partial = unfinished(out)
@@ -265,15 +266,15 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
         )
 
 
-def require_enough(moments: Moments, places: Sequence[ParameterPlace]) -> None:
-    """Raises UsageError where no place has met as many inputs as it has dimensions, and nobody asked for shrinkage."""
-    known = [(moments.tokens(place.matrices[0].name), place) for place in places]
-    if moments.calibration.shrink or any(tokens >= place.shape[1] for tokens, place in known):
+def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
+    """Raises UsageError where no place meets as many inputs as it has dimensions. met: how many each place meets."""
+    known = list(zip(met, places, strict=True))
+    if any(tokens >= place.shape[1] for tokens, place in known):
         return
-    tokens, place = max(known, key=lambda pair: pair[0])
+    tokens, place = max(known, key=lambda pair: (pair[0], -pair[1].shape[1]))
     raise UsageError(
-        f"{moments.calibration.text} is too short: no matrix met as many inputs as it has dimensions, found {tokens} "
-        f"for {place.name}, expected {place.shape[1]}; try more --windows, or calibrate --ledoit-wolf"
+        f"{text} is too short: no matrix met as many inputs as it has dimensions, found {tokens} for {place.name}, "
+        f"expected {place.shape[1]}; try more --windows, or --moments of laser calibrate --ledoit-wolf"
     )
 
 
@@ -329,14 +330,14 @@ def _solved(
     seen, matrices = as_matrices(original, places)
     numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
     found: dict[str, Line] = {}
-    try:
-        identity = None if moments is None else moments.calibration.identity
-        log = Journal(partial / "journal.jsonl", {**run, "moments": identity}, anew=force)
-    except RecordError as error:
-        raise RecordError(
-            f"{partial} holds the work of another run, or damaged work; remove it, or try --force"
-        ) from error
-    with log:
+    moments_line: dict[str, Any] = {"moments": None if moments is None else moments.calibration.identity}
+    with opened_journal(partial, run, force) as log:
+        if log.entries and log.entries[0] != moments_line:
+            if not force:
+                raise _not_ours(partial)
+            log.forget(log.entries[0])
+        if not log.entries:
+            log.append(moments_line)
         for line in log.entries:
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
@@ -352,6 +353,21 @@ def _solved(
                 found[matrix.name] = line
                 tick(matrix, seconds)
     return {m.name: found[m.name] for m in matrices}
+
+
+def opened_journal(partial: Path, run: Mapping[str, Any], force: bool) -> Journal:
+    """What is solved in `partial`, which belongs to this run from now on; its first entry names the moments.
+
+    Raises RecordError where it belongs to another run, unless force drops that.
+    """
+    try:
+        return Journal(partial / "journal.jsonl", run, anew=force)
+    except RecordError as error:
+        raise _not_ours(partial) from error
+
+
+def _not_ours(partial: Path) -> RecordError:
+    return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try --force")
 
 
 def _is_written(line: Mapping[str, Any], partial: Path) -> bool:

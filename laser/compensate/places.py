@@ -16,22 +16,42 @@ import torch
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import TORCH, virtual_shard
+from laser.checkpoint.slices import Slice
 from laser.delta.base import matched
+from laser.delta.places import module_places, rows_in_parameter
 from laser.errors import UsageError
 from laser.evaluation.causal import build_causal
 from laser.evaluation.layout import Part, fill, owner_of
 from laser.selection import Selection
 
 NO_MODULE = "no linear layer of the model holds it as one matrix, so PEFT has no name for its adapter"
+NO_ORDER = "it lies in a parameter of three dimensions, in an order for which laser makes no adapter"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole tensor as it lies there, or the matrix in one that is called `name`."""
+
+    name: str
+    tensor: str
+    part: Slice | None = None
+
+    @staticmethod
+    def of(matrix: Matrix) -> Stored:
+        """A tensor that is one matrix keeps its name, and is read whole."""
+        return Stored(matrix.name, matrix.tensor, None if matrix.name == matrix.tensor else matrix.part)
+
+    def shape(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        return checkpoint.tensors[self.tensor].shape if self.part is None else self.part.shape
 
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A stored tensor that is some rows of a place. copied: what the copy calls it."""
+    """What is stored of some rows of a place, in the original and in the copy."""
 
-    tensor: str
     rows: tuple[int, int]
-    copied: str
+    original: Stored
+    copied: Stored
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,8 @@ class ParameterPlace:
 
     def read(self, checkpoint: Checkpoint, copied: bool = False) -> torch.Tensor:
         """The matrix (m, n), of the original or of the copy."""
-        parts = [checkpoint.read(piece.copied if copied else piece.tensor) for piece in self.pieces]
+        stored = [piece.copied if copied else piece.original for piece in self.pieces]
+        parts = [checkpoint.read(each.tensor, each.part) for each in stored]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.T.contiguous() if self.transposed else whole
 
@@ -83,22 +104,32 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
     inside: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         inside.setdefault(matrix.tensor, []).append(matrix)
-    theirs = {original.name: ours for ours, original in matched(matrices, list_matrices(copy)).items()}
+    others = list_matrices(copy)
+    by_name = {m.name: m for m in others}
+    theirs = {matrix.name: Stored.of(by_name[name]) for name, matrix in matched(matrices, others).items()}
     state, seen = model.state_dict(keep_vars=True), set[str]()
     found: list[ParameterPlace] = []
+    mixed: set[str] = set()  # matrices in parameters that are not understood
     modules = tuple(name for name, module in model.named_modules() if _is_linear(module))
-    for parameter, parts in filling.parts.items():
+    for parameter in state:  # not in the files' order: by the model's PEFT wraps the experts' parameters
+        parts = filling.parts.get(parameter, ())
         held = [m for part in parts for m in inside[part.tensor]]
         if not any(m.name in chosen for m in held) or held[0].tensor in seen:
             continue
         seen |= {part.tensor for part in parts}
-        for place in _places_of(parameter, parts, model, tuple(state[parameter].shape), inside):
+        shape = tuple(state[parameter].shape)
+        places = _places_of(parameter, parts, model, shape, inside)
+        if not places and len(shape) == 3:
+            mixed |= {m.name for m in held}
+        for place in places:
             if all(m.name in chosen for m in place.matrices):
-                pieces = tuple(replace(p, copied=_in_copy(p.tensor, original, copy, theirs)) for p in place.pieces)
+                pieces = tuple(replace(p, copied=_in_copy(p.original, original, copy, theirs)) for p in place.pieces)
                 found.append(replace(place, pieces=pieces))
     placed = {m.name for place in found for m in place.matrices}
-    left = {name: NO_MODULE for name in chosen if name not in placed}
+    left = {name: NO_ORDER if name in mixed else NO_MODULE for name in chosen if name not in placed}
     if not found:
+        if those := mixed & chosen.keys():
+            raise UsageError(f"{original.name}: {min(those)} cannot be corrected: {NO_ORDER}; try other --roles")
         raise UsageError(
             f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try others"
         )
@@ -119,18 +150,20 @@ def _places_of(
         if transposed and len(parts) > 1:
             return []
         rows = shape[1] if transposed else shape[0]
-        pieces = _rows([(part.tensor, part.where) for part in parts], rows)
+        pieces = _rows([(Stored(part.tensor, part.tensor), part.where) for part in parts], rows)
         held = tuple(m for part in parts for m in inside[part.tensor])
         turned = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         return [ParameterPlace(parameter, None, turned, pieces, held, transposed)] if pieces else []
-    if len(shape) != 3 or any(not part.where or not isinstance(part.where[0], int) for part in parts):
+    if len(shape) != 3 or getattr(owner, "is_transposed", False):
         return []
-    if getattr(owner, "is_transposed", False):
+    if len(parts) == 1 and not parts[0].where:
+        return _fused_experts(parameter, inside[parts[0].tensor], shape)
+    if any(not part.where or not isinstance(part.where[0], int) for part in parts):
         return []
     found = []
     for expert in range(shape[0]):
         of = [part for part in parts if part.where[0] == expert]
-        pieces = _rows([(part.tensor, part.where[1:]) for part in of], shape[1])
+        pieces = _rows([(Stored(part.tensor, part.tensor), part.where[1:]) for part in of], shape[1])
         held = tuple(m for part in of for m in inside[part.tensor])
         if not pieces:
             return []
@@ -138,14 +171,32 @@ def _places_of(
     return found
 
 
-def _rows(parts: Sequence[tuple[str, tuple[int | slice, ...]]], rows: int) -> tuple[StoredPiece, ...]:
+def _fused_experts(parameter: str, matrices: Sequence[Matrix], shape: tuple[int, ...]) -> list[ParameterPlace]:
+    """The places in a parameter (experts, m, n) that is one tensor; none where an expert's matrices mix their rows."""
+    in_memory, found = module_places(matrices), []
+    for expert in range(shape[0]):
+        held = tuple(m for m in matrices if m.expert == expert)
+        if any(m.name not in in_memory for m in held):
+            return []
+        spans = [rows_in_parameter(m, in_memory[m.name]).tolist() for m in held]
+        if any(rows != list(range(rows[0], rows[0] + len(rows))) for rows in spans):
+            return []
+        parts = [(Stored.of(m), (slice(rows[0], rows[-1] + 1),)) for m, rows in zip(held, spans, strict=True)]
+        pieces = _rows(parts, shape[1])
+        if not pieces:
+            return []
+        found.append(ParameterPlace(parameter, expert, (shape[1], shape[2]), pieces, held, experts=shape[0]))
+    return found
+
+
+def _rows(parts: Sequence[tuple[Stored, tuple[int | slice, ...]]], rows: int) -> tuple[StoredPiece, ...]:
     """The pieces in their order, which have to be whole rows one after the other; none where they are not."""
     found, at = [], 0
-    for tensor, where in sorted(parts, key=lambda part: _layer_span(part[1], rows)):
+    for stored, where in sorted(parts, key=lambda part: _layer_span(part[1], rows)):
         start, stop = _layer_span(where, rows)
         if start != at or len(where) > 1:
             return ()
-        found.append(StoredPiece(tensor, (start, stop), tensor))
+        found.append(StoredPiece((start, stop), stored, stored))
         at = stop
     return tuple(found) if at == rows else ()
 
@@ -155,20 +206,20 @@ def _layer_span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
     return first.indices(rows)[:2] if isinstance(first, slice) else (-1, -1)
 
 
-def _in_copy(tensor: str, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, str]) -> str:
-    """What the copy calls a tensor of the original. Raises UsageError where it has none of that shape."""
-    name = tensor if tensor in copy.tensors else theirs.get(tensor)
-    expected = original.tensors[tensor].shape
-    if name is None or name not in copy.tensors:
+def _in_copy(stored: Stored, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, Stored]) -> Stored:
+    """What the copy has in its place. Raises UsageError where that is nothing, or of another shape."""
+    there = stored if stored.name in copy.tensors else theirs.get(stored.name)
+    if there is None:
         raise UsageError(
-            f"{copy.name} has no {tensor}, so it is no copy of {original.name}; try the copy of this model"
+            f"{copy.name} has no {stored.name}, so it is no copy of {original.name}; try the copy of this model"
         )
-    if copy.tensors[name].shape != expected:
+    found, expected = there.shape(copy), stored.shape(original)
+    if found != expected:
         raise UsageError(
-            f"{copy.name}: {name} has shape {list(copy.tensors[name].shape)}, expected {list(expected)} as in "
-            f"{original.name}; try the copy of this model"
+            f"{copy.name}: {there.name} has shape {list(found)}, expected {list(expected)} as in {original.name}; "
+            "try the copy of this model"
         )
-    return name
+    return there
 
 
 def as_matrices(original: Checkpoint, places: Sequence[ParameterPlace]) -> tuple[Checkpoint, list[Matrix]]:

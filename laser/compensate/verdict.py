@@ -9,6 +9,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.compensate.adapted import with_adapter
 from laser.compensate.peft import Slot
 from laser.compensate.record import ErrorsMeasured, HeldOut
+from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.text import Windows
@@ -22,8 +23,21 @@ def size_of(checkpoint: Checkpoint) -> int:
     return sum(shard.size for shard in checkpoint.shards)
 
 
-def check_held_out(original: Checkpoint, copy: Checkpoint, windows: Windows) -> None:
-    """What can be refused before anything is solved. Raises as `evaluate`."""
+def check_held_out(original: Checkpoint, copy: Checkpoint, windows: Windows, seen: Windows | None = None) -> None:
+    """What can be refused before anything is solved. seen: the calibration's windows, where they are known.
+
+    Raises UsageError for one window, which has no standard error, for windows of the calibration, and as `evaluate`.
+    """
+    if len(windows.windows) < 2:
+        raise UsageError(
+            f"{windows.text} gives one window to judge on, so the verdict has no standard error; "
+            "try more --held-out-windows, a longer --held-out text or a shorter --window"
+        )
+    known = {window.tokens.tobytes() for window in seen.windows} if seen is not None else set()
+    if shared := sum(window.tokens.tobytes() in known for window in windows.windows):
+        raise UsageError(
+            f"{shared} windows of the held-out {windows.text} are also calibration windows; try another --held-out text"
+        )
     for checkpoint in (original, copy):
         check_evaluation(checkpoint, windows)
 

@@ -12,10 +12,12 @@ import torch
 from conftest import Run
 from copies import rounded, write_copy
 from helpers import snapshot, tensors_in
+from hub_server import Bytes, Content, Repo, connect, serving
 from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import laser.compensate.compensate as compensation
+from laser import calibration
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
@@ -131,6 +133,10 @@ def test_every_wrong_request_is_one_line(run: Run, models: Path, tmp_path: Path)
     assert "no matrix met as many inputs as it has dimensions" in refused(run, llama, copy, *at, "--moments", few)
     words = (*text[:2], "--window", 17, "--windows", 1)
     assert "no matrix met as many inputs as it has dimensions, found 16" in refused(run, llama, copy, *at, *words)
+    assert "no matrix met as many inputs as it has dimensions, found 8" in refused(
+        run, llama, copy, *at, *text[:2], "--window", 9, "--windows", 1
+    )
+    assert not (tmp_path / "a.partial").exists()
     for words, expected in (
         ((), "a correction goes by the inputs of a text"),
         ((*text, "--held-out", models / "text.txt"), "is the text of the calibration; try --held-out with another"),
@@ -185,6 +191,160 @@ def test_a_run_goes_on_where_it_was_and_force_replaces(
     assert not (tmp_path / "a.partial").exists()
 
 
+@pytest.mark.parametrize("where", ["calibrating", "assembling"])
+def test_another_run_leaves_what_an_interrupted_one_has(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its layers' moments, or all of them and what was solved by them: refused, nothing is touched."""
+    module, name = (calibration, "_run_layer") if where == "calibrating" else (compensation, "_assemble_output")
+    function, called = getattr(module, name), []
+
+    def interrupted(*arguments: Any) -> Any:
+        called.append(1)
+        if where == "assembling" or len(called) == 2:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    words = ("compensate", models / "llama", models / "llama-3", "-o", tmp_path / "a", *WINDOWS, "--device", "cpu")
+    with monkeypatch.context() as patched:  # nothing else stops a run at a chosen place
+        patched.setattr(module, name, interrupted)
+        assert run(*words, "--text", models / "text.txt")[0] == 130
+    partial = tmp_path / "a.partial"
+    before = snapshot(partial)
+    assert any("moments" in str(name) for name in before)
+    assert "holds the work of another run" in refused(run, *words[1:-2], "--text", models / "held.txt")
+    assert snapshot(partial) == before
+    assert run(*words, "--text", models / "text.txt")[0] == 0
+    assert json.loads((tmp_path / "a" / "laser.json").read_text())["calibration"]["text"] == "text.txt"
+
+
+def test_other_moments_of_the_same_windows_are_another_run(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, how in (("one", ()), ("two", ("--ledoit-wolf",))):
+        words = ("--text", models / "text.txt", *WINDOWS, *how, "--device", "cpu")
+        assert run("calibrate", models / "llama", "-o", tmp_path / name, *words)[0] == 0
+    words = (models / "llama", models / "llama-3", "-o", tmp_path / "a", "--moments")
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # as above
+        patched.setattr(compensation, "_assemble_output", interrupted)
+        assert run("compensate", *words, tmp_path / "one", "--device", "cpu")[0] == 130
+    assert "holds the work of another run" in refused(run, *words, tmp_path / "two")
+    assert run("compensate", *words, tmp_path / "two", "--device", "cpu", "--force")[0] == 0
+    assert json.loads((tmp_path / "a" / "laser.json").read_text())["calibration"]["shrink"]
+
+
+def test_held_out_windows_are_two_and_none_of_the_calibration(run: Run, models: Path, tmp_path: Path) -> None:
+    begins = tmp_path / "begins.txt"
+    begins.write_text(TEXT + " and more")
+    words = (models / "llama", models / "llama-3", "-o", tmp_path / "a")
+    by_text, moments = ("--text", models / "text.txt", *WINDOWS), tmp_path / "moments"
+    assert run("calibrate", models / "llama", "-o", moments, *by_text, "--device", "cpu")[0] == 0
+    error = refused(run, *words, *by_text, "--held-out", begins, "--held-out-windows", 4)
+    assert "4 windows of the held-out begins.txt are also calibration windows" in error
+    error = refused(run, *words, "--moments", moments, "--window", 32, "--held-out", begins)
+    assert "the held-out begins.txt begins with the windows of the calibration" in error
+    error = refused(run, *words, *by_text, "--held-out", models / "held.txt", "--held-out-windows", 1)
+    assert "held.txt gives one window to judge on" in error
+    assert not list(tmp_path.glob("a*"))
+
+
+@pytest.mark.parametrize(
+    "words, idle",
+    [
+        (("--windows", 3, "--window", 33, "--field", "x", "--held-out-windows", 5), "--windows, --held-out-windows, "
+         "--window, --field do nothing"),
+        (("--dtype", "bfloat16"), "--dtype does nothing"),
+        (("--method", "svd"), "--method does nothing"),
+        (("--held-out", "held.txt", "--windows", 3), "--windows does nothing"),
+        (("--held-out", "held.txt", "--field", "text"), "--field does nothing"),
+    ],
+)  # fmt: skip
+def test_options_that_do_nothing_are_named(run: Run, models: Path, tmp_path: Path, words: Any, idle: str) -> None:
+    asked = [models / word if word == "held.txt" else word for word in words]
+    for by in (("--plain",), ("--moments", tmp_path / "none")):
+        error = refused(run, models / "llama", models / "llama-3", "-o", tmp_path / "a", *by, *asked)
+        assert f"{idle} in this call; try without" in error
+
+
+def test_models_on_the_hub(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tokenizer comes with them; a dry run fetches no weights."""
+    with serving() as hub:
+        connect(hub, tmp_path / "cache", monkeypatch)
+        for name in ("llama", "llama-3"):
+            files: dict[str, Content] = {p.name: Bytes(p.read_bytes()) for p in (models / name).iterdir()}
+            hub.repos[f"o/{name}"] = Repo(files)
+        words = ("compensate", "o/llama", "o/llama-3", "-o", tmp_path / "a", "--text", models / "text.txt", *WINDOWS)
+        code, _, err = run(*words, "--device", "cpu", "--dry-run")
+        assert code == 0, err
+        fetched = list((tmp_path / "cache").rglob("*.safetensors"))
+        assert not fetched and list((tmp_path / "cache").rglob("tokenizer.json"))
+        code, _, err = run(*words, "--device", "cpu")
+        assert code == 0, err
+        shutil.rmtree(tmp_path / "cache")
+        words = ("calibrate", "o/llama", "-o", tmp_path / "moments", "--text", models / "text.txt", *WINDOWS)
+        code, _, err = run(*words, "--device", "cpu")
+        assert code == 0, err
+    compensated(run, models, tmp_path / "here")
+    assert tensors_in(tmp_path / "a").keys() == tensors_in(tmp_path / "here").keys()
+    for name, W in tensors_in(tmp_path / "a").items():
+        assert torch.equal(W, tensors_in(tmp_path / "here")[name])
+
+
+def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mixtral's experts as transformers 5 writes them: gate on up, and down, of all experts in one tensor each."""
+    made = {name: W for name, W in tensors.items() if ".experts." not in name}
+    for name in tensors:
+        if name.endswith("experts.0.w1.weight"):
+            stem = name.removesuffix("0.w1.weight")
+            w1, w2, w3 = (torch.stack([tensors[f"{stem}{e}.w{i}.weight"] for e in range(4)]) for i in (1, 2, 3))
+            made |= {f"{stem}gate_up_proj": torch.cat((w1, w3), 1), f"{stem}down_proj": w2}
+    return {name.replace("block_sparse_moe", "mlp"): W for name, W in made.items()}
+
+
+def test_fused_experts_get_the_adapter_of_experts_apart(run: Run, models: Path, tmp_path: Path) -> None:
+    """Either of the two may be fused: the adapter is the same, and so is the verdict."""
+    found = []
+    for name in ("mixtral", "mixtral-3"):
+        shutil.copytree(models / name, tmp_path / name)
+        spoiled(models / name, tmp_path / f"{name}-fused", fused)
+    words = ("--text", models / "text.txt", *WINDOWS, "--rank", 2, "--device", "cpu", "--json")
+    words += ("--held-out", models / "held.txt", "--held-out-windows", 2)
+    for number, (original, copy) in enumerate(itertools.product(("mixtral", "mixtral-fused"), ("-3", "-3-fused"))):
+        out = tmp_path / f"a{number}"
+        code, told, err = run("compensate", tmp_path / original, tmp_path / f"mixtral{copy}", "-o", out, *words)
+        assert code == 0, err
+        found.append((json.loads(told), tensors_in(out)))
+    (first, tensors), *others = found
+    assert len(first["entries"]) == 36
+    for other, theirs in others:
+        assert theirs.keys() == tensors.keys()
+        for name, W in tensors.items():
+            assert torch.equal(W, theirs[name]), name
+        for model in ("original", "copy", "adapted"):
+            assert other["held_out"][model]["nll"] == pytest.approx(first["held_out"][model]["nll"], abs=1e-9)
+
+
+def test_experts_that_memory_holds_otherwise_are_left_with_the_reason(run: Run, tmp_path: Path) -> None:
+    """GPT-OSS: transposed, gate and up column by column."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes, pad_token_id=0))
+    for name in ("m", "c"):
+        model.save_pretrained(tmp_path / name)
+    words = (tmp_path / "m", tmp_path / "c", "-o", tmp_path / "a", "--plain", "--dry-run")
+    code, out, err = run("compensate", *words, "--json", "--device", "cpu")
+    found = json.loads(out)
+    assert code == 0 and found["places"] == 4, err
+    assert len(found["left"]) == 6 and all("of three dimensions" in why for why in found["left"].values())
+    assert "down_proj[0] cannot be corrected: it lies in a parameter of" in refused(run, *words, "--roles", "w1,w2,w3")
+
+
 @pytest.mark.slow
 def test_what_it_prints_and_what_a_dry_run_says(run: Run, models: Path, tmp_path: Path) -> None:
     words = (
@@ -207,10 +367,12 @@ def test_what_it_prints_and_what_a_dry_run_says(run: Run, models: Path, tmp_path
     assert "`mixtral-3`" in card and "held.txt" in card and "text.txt" in card and "PeftModel" in card
 
 
-@pytest.mark.slow
-def test_few_inputs_are_shrunk_and_none_leave_a_matrix_alone(run: Run, models: Path, tmp_path: Path) -> None:
-    """Experts meet what is routed to them: with a short text fewer than dimensions, or nothing."""
-    found = compensated(run, models, tmp_path / "a", "--window", 72, "--windows", 1, "--rank", 2, kind="mixtral")
+@pytest.mark.parametrize("window", [72, 40])
+def test_few_inputs_are_shrunk_and_none_leave_a_matrix_alone(
+    run: Run, models: Path, tmp_path: Path, window: int
+) -> None:
+    """Experts meet what is routed to them: with a short text fewer than dimensions, of all of a layer, or nothing."""
+    found = compensated(run, models, tmp_path / "a", "--window", window, "--windows", 1, "--rank", 2, kind="mixtral")
     shrunk = {e["name"] for e in found["entries"] if e.get("shrunk")}
     assert shrunk and all(".experts." in name or "down" in name for name in shrunk)
     assert all(e["tokens"] < e["shape"][1] for e in found["entries"] if e["name"] in shrunk)
