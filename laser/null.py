@@ -71,7 +71,7 @@ def null_test(
     permutation: str = "entries",
     draws: int = 1,
     spectra: Spectra | None = None,
-    base: Base | None = None,
+    base: Base | Checkpoint | str | Path | None = None,
     device: Device | str | None = None,
     method: str = "gram",
     tick: Callable[[Matrix], None] = lambda _: None,
@@ -86,6 +86,7 @@ def null_test(
     """
     check_test(rules, permutation, draws)
     checkpoint = opened_checkpoint(checkpoint)
+    base = Base.named(base, checkpoint)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)
     selection, device = selection or Selection(), device_of(device)

@@ -350,7 +350,7 @@ def scan(
     null_draws: int = 0,
     moments: Moments | None = None,
     rules: Sequence[str] = (),
-    base: Base | None = None,
+    base: Base | Checkpoint | str | Path | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
     anew: bool = False,
 ) -> Spectra:
@@ -371,6 +371,7 @@ def scan(
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     checkpoint = opened_checkpoint(checkpoint)
+    base = Base.named(base, checkpoint)
     selection, crew = selection or Selection(), crew or Crew((device_of(device),))
     check_scan(method, null_draws)
     if moments is not None:
@@ -463,6 +464,8 @@ def spectra_there(
     reasons = ((name, why) for name, why in there.skipped.items() if name in tried)
     done = there.values.keys() | {name for name, why in reasons if why.kind is Kind.FAILED}
     source = Source.of(checkpoint) if base is None else base.source
+    if base is not None and wanted and not there.values:  # of a scale, whose entries alone were compared
+        return None
     if not there.source.is_of(source) or (there.method, there.device) != (method, crew.label):
         return None
     drawn = {len(there.nulls.get(name, ())) for name in there.values}
@@ -606,7 +609,7 @@ def reduce(
     dtype: str | None = None,
     moments: Moments | None = None,
     fresh: Moments | None = None,
-    base: Base | None = None,
+    base: Base | Checkpoint | str | Path | None = None,
     tick: Callable[[Matrix, float], None] = lambda *_: None,
     on_check: OnCheck = lambda *_: None,
 ) -> Outcome:
@@ -627,6 +630,7 @@ def reduce(
     certificate.
     """
     checkpoint, out = opened_checkpoint(checkpoint), Path(out)
+    base = Base.named(base, checkpoint)
     crew = crew or Crew((device_of(device),))
     require_base_apart(base, out)
     writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base, tick)

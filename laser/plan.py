@@ -597,6 +597,11 @@ def line_scaled(line: PlanLine, spectra: Spectra, tensor: Matrix, c: float, sele
     if spectra.delta is None:
         raise UsageError(NO_DIFFERENCE)
     why, change = selection.why_not_tensor(tensor), spectra.delta.changes[tensor.name]
+    of_eight_bits = change.kind not in UNSCALED and change.moved and tensor.dtype not in STORED_FLOATS
+    if why is None and (of_eight_bits or change.kind is Verdict.SHAPE):
+        stated = f"stored as {tensor.dtype}" if of_eight_bits else str(change.kind)
+        why = Why(Kind.FAILED, f"skipped: {stated}, so its difference is not scaled, and all of it stays")
+        return replace(line, action="skip", why=why)
     if why is None and (change.kind in UNSCALED or not change.moved or tensor.dtype not in STORED_FLOATS):
         of = f" of {tensor.dtype}" if change.kind not in UNSCALED else ""
         why = Why(Kind.NO_DIFFERENCE, f"{change.kind}{of}: no difference to scale")

@@ -94,7 +94,7 @@ def verify(
     *,
     device: Device | str | None = None,
     moments: Moments | None = None,
-    base: Base | None = None,
+    base: Base | Checkpoint | str | Path | None = None,
     tick: Callable[[Matrix], None] = lambda _: None,
 ) -> Verification:
     """Compare `out` with `source` and with the plan in its laser.json.
@@ -111,6 +111,7 @@ def verify(
     cannot be read at all.
     """
     source, out = opened_checkpoint(source), Path(out)
+    base = Base.named(base, source)
     device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
     outcome.plan.require_source(source, base, "output")

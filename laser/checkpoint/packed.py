@@ -111,7 +111,11 @@ def as_plain(checkpoint: Any, packings: Sequence[Packing]) -> Any:
 
     shards = tuple(map(shard, checkpoint.shards))
     tensors = {info.name: info for each in shards for info in each.tensors}
-    recognise(checkpoint.name, config, tensors)
+    if recognise(checkpoint.name, config, tensors) is not None:  # whose scales this view would drop
+        raise CheckpointError(
+            f"{checkpoint.name} holds FP8 weights with a scale per block beside weights packed otherwise; try a "
+            "checkpoint of one kind, or start from the unquantised model"
+        )
     kinds = " and ".join(sorted({packing.kind for packing in packings}))
     return replace(
         checkpoint, config=config, shards=shards, tensors=tensors, origin=checkpoint, remade=True, packed=kinds

@@ -141,7 +141,7 @@ def reduce_verb(
     """`laser reduce`, whose arguments and help are in verbs.py."""
     if rule is not None and scale is not None:
         raise UsageError(f"found --rule {rule} and --scale {scale:g}; try one behind the other, or one of them")
-    rule = rule if scale is None else f"{SCALE}:{scale:g}"
+    rule = rule if scale is None else f"{SCALE}:{scale!r}"
     part = parts.chosen(work)
     if plan is None:
         unused = {"--moments": moments.moments, "--fresh": fresh, "--output-dtype": dtype, "--part": part}
@@ -224,6 +224,8 @@ def verify_verb(
 ) -> None:
     """`laser verify`, whose arguments and help are in verbs.py."""
     if is_recorded(Path(model)):
+        if base.base is not None or moments.moments is not None:
+            raise UsageError(f"{model} says itself what {output} has to be; try without --base and --moments")
         return verify_rebuilt_verb(Path(model), output, shown_as)
     checkpoint = open_checkpoint(model)
     with Progress("verify", list_matrices(checkpoint)) as bar:

@@ -119,6 +119,8 @@ def grid_candidates(plans: Mapping[str, Plan], model: LayeredModel) -> list[Cand
     cells: dict[tuple[int, str, str], dict[str, int]] = {}
     for rule, plan in plans.items():
         for name, line in plan.reductions.items():
+            if not model.runs(name):
+                continue
             piece = model.first_piece(name)
             cells.setdefault((piece, line.role, rule), {})[name] = line.rank or 0
     return [

@@ -343,6 +343,8 @@ def check_request(
         raise UsageError(
             "--lowest-snr and --shortlist are of single matrices, and differences are tried by role; leave them out"
         )
+    if of_difference and order != "layers":
+        raise UsageError(f"--order {order} is of single matrices, and differences are tried by role; leave it out")
     if accept not in ACCEPT:
         raise UsageError(f"no way to accept is called {accept!r}; try --accept {'|'.join(ACCEPT)}")
     if order not in ORDERS:
