@@ -162,8 +162,8 @@ def _print_resized(record: AdapterRecord, base: Base) -> None:
     if resized:
         names, rows = ", ".join(name for name, _ in resized), resized[0][1]
         say(
-            f"PEFT loads {names} only into a base with as many rows: call resize_token_embeddings({rows}) of the base "
-            "before it; laser rebuild needs no such step"
+            f"PEFT loads {names} only into a base with as many rows: call its resize_token_embeddings({rows}) before "
+            "that; laser rebuild needs no such step"
         )
 
 

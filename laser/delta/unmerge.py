@@ -591,7 +591,8 @@ def found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> AdapterRe
 def require_adapter_place(out: Path, force: bool) -> None:
     """Raises OutputError where `out` is there, and is not what `unmerge` wrote or may not be replaced."""
     ours = {CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else [out.name]
+    with disk_errors(out):
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else [out.name]
     other = bool(foreign) or out.is_symlink() or not (out / RECORD).is_file()
     if not (force and out.exists()):
         if not other:
@@ -737,7 +738,9 @@ def _journal(partial: Path, run: Mapping[str, Any], anew: bool = False) -> Journ
 
 
 def of_another_unmerge(partial: Path) -> RecordError:
-    return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try another -o")
+    return RecordError(
+        f"{partial} holds the work of another run, or damaged work; try another -o, or --force to begin anew"
+    )
 
 
 def _entries_in(line: Mapping[str, Any], partial: Path) -> list[MatrixEntry]:
