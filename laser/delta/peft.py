@@ -6,13 +6,17 @@ in float32, whatever their file has, and adds s B A to a module's weight without
 embedding, and to a parameter of experts, it adds it cast: formula delta-first (formulas.py). B A is computed in float32
 as there, so the bits are PEFT's on the same machine. What modules_to_save holds takes the base's place, cast to its
 dtype. Whatever else an adapter may be is refused by its name: a merge that leaves something out would be another model.
+So is a packed base: what is merged into its plain numbers could not be stored as they were.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,35 @@ from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.convert import write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import INDEX, Checkpoint
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.delta.formats import STORED_FLOATS
 from laser.delta.formulas import Formula
-from laser.delta.places import PEFT, PEFT_FORMULAS, ModulePlace, module_places, of_expert, rows_in_parameter, stems
+from laser.delta.places import (
+    KEPT_FACTORS,
+    PEFT,
+    PEFT_FORMULAS,
+    ModulePlace,
+    module_places,
+    of_expert,
+    rows_in_parameter,
+    stems,
+)
 from laser.delta.unmerge import CONFIG, MODEL, is_tied, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
+from laser.records import LARGEST_FLOAT
 
 # What would make the merge another one than written here, where it is set.
 OTHERWISE = ("use_dora", "fan_in_fan_out", "trainable_token_indices", "layer_replication")
 OTHERWISE += ("lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config")
+OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "monteclora_config", "use_bdlora")
+# Where training began from the base's own weights. PiSSA, OLoRA and others put what A and B do not hold in their place.
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
+# What tells of a base's own weights, and not of those that are written.
+LEFT_BEHIND = ("README.md", OUTCOME)
 
 
 @dataclass(frozen=True)
@@ -61,9 +80,9 @@ class PeftAdapter:
         """How many of the base's matrices it changes."""
         return len(self.updates) + len(self.experts) + len(self.saved)
 
-    def product(self, lora: Lora) -> torch.Tensor:
-        """s B A of the adapted weight, or of one expert in it, float32."""
-        A, B = of_expert(self.tensor(lora.A).float(), self.tensor(lora.B).float(), lora.place)
+    def product(self, lora: Lora, factor: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """s B A of the adapted weight, or of one expert in it, float32. factor: name -> A or B as stored, float32."""
+        A, B = of_expert(factor(lora.A), factor(lora.B), lora.place)
         # As PEFT multiplies an embedding's factors before it transposes their product.
         return (A.T @ B.T).T * lora.scale if lora.place.embedding else (B @ A) * lora.scale
 
@@ -80,7 +99,13 @@ def tensor_of(path: Path, name: str) -> torch.Tensor:
 
 
 def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
-    """Raises CheckpointError for what is missing, damaged or of another base, UsageError for no plain LoRA."""
+    """Raises CheckpointError for what is missing, damaged or of another base, UsageError for no plain LoRA, or for a
+    base whose weights are packed."""
+    if base.packed:
+        raise UsageError(
+            f"{base.name} holds {base.packed} weights, into which no adapter can be merged; try the unquantised model, "
+            "and quantise the result again"
+        )
     place, path = folder / CONFIG, folder / MODEL
     try:
         config = parse_json(read_regular(place), place)
@@ -90,14 +115,14 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UsageError(f"{place}: found an adapter of type {kind!r}, expected 'LORA'; try PEFT's own merge")
-    for key in OTHERWISE:
-        if config.get(key):
-            raise UsageError(f"{place} sets {key}, which is not merged here; try PEFT's own merge")
-    if config.get("bias", "none") != "none":
-        raise UsageError(f"{place}: bias is {config['bias']!r}, expected 'none'; try PEFT's own merge")
+    _require_plain(config, place)
     found = _Reading(path, config, base, {info.name: info for info in read_header(path).tensors})
     for name in found.tensors:
         found.take(name)
+    of_experts = {m.tensor for m in found.matrices if m.name in found.experts}
+    changed = Counter(chain(found.updates, of_experts, found.saved))
+    if twice := sorted(name for name, count in changed.items() if count > 1):
+        raise UsageError(f"{path} changes {twice[0]} in two ways; try PEFT's own merge")
     adapter = PeftAdapter(path, found.updates, found.experts, found.saved)
     if not adapter.weights:
         raise CheckpointError(f"{path} holds no adapter of {base.name}; download it again")
@@ -108,6 +133,52 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             "then keeps as it was; try PEFT's own merge"
         )
     return adapter
+
+
+def _require_plain(config: Mapping[str, Any], place: Path) -> None:
+    """Raises UsageError for a config that says of no plain LoRA, or says it as PEFT does not."""
+    for key in OTHERWISE:
+        if config.get(key):
+            raise UsageError(f"{place} sets {key}, which is not merged here; try PEFT's own merge")
+    if config.get("bias", "none") != "none":
+        raise UsageError(f"{place}: bias is {config['bias']!r}, expected 'none'; try PEFT's own merge")
+    initial = config.get("init_lora_weights")
+    if (initial.lower() if isinstance(initial, str) else initial) not in INITIAL:
+        raise UsageError(
+            f"{place}: init_lora_weights is {initial!r}, expected one of {', '.join(map(str, INITIAL[1:]))}, which "
+            "leave the base's weights as they are; try PEFT's own merge"
+        )
+    for key, patterns, is_one, expected in (
+        ("r", "rank_pattern", _is_rank, "a positive whole number"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, "a positive number"),
+    ):
+        if not is_one(config.get(key)):
+            raise UsageError(f"{place}: {key} is {config.get(key)!r}, expected {expected}; check the adapter")
+        by_name = config.get(patterns)
+        if by_name is not None and not isinstance(by_name, dict):
+            raise UsageError(f"{place}: {patterns} is {by_name!r}, expected an object; check the adapter")
+        for pattern, value in (by_name or {}).items():
+            if not is_one(value):
+                raise UsageError(
+                    f"{place}: {patterns} has {value!r} for {pattern!r}, expected {expected}; check the adapter"
+                )
+            try:
+                re.compile(_as_pattern(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UsageError(
+                    f"{place}: {patterns} has {pattern!r}, which is no pattern ({error}); check the adapter"
+                ) from error
+    named = config.get("target_parameters")
+    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
+        raise UsageError(f"{place}: target_parameters is {named!r}, expected a list of names; check the adapter")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= LARGEST_FLOAT
 
 
 @dataclass
@@ -160,6 +231,10 @@ class _Reading:
         info, expected = self.tensors[name], self.base.tensors[target]
         if info.shape != expected.shape:
             raise CheckpointError(f"{self.path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
+        if target == bare and expected.dtype not in (*STORED_FLOATS, "F64"):
+            raise UsageError(
+                f"{target} is stored as {expected.dtype}, and was trained whole; try the unquantised model"
+            )
         if target == bare:
             self.saved[target] = name
         elif not torch.equal(tensor_of(self.path, name), self.base.raw(target)):
@@ -167,7 +242,7 @@ class _Reading:
 
     def factors(self, name: str, other: str, stem: str, what: str) -> None:
         weight = self.stems.get(stem) or stem.removeprefix(PEFT)
-        found = self.adapted.get(weight, [])
+        found = self.adapted.get(weight) or self.of_its_own(weight)
         group = "embedding" if what == "embedding_A" else "parameter" if stem in self.stems else "module"
         if not found or found[0][1].group != group:
             raise CheckpointError(
@@ -179,21 +254,32 @@ class _Reading:
         if len(a) != 2 or len(b) != 2 or (b[0], a[1], b[1]) != (place.rows, matrix.shape[1], a[0]) or a[0] % E:
             shape = [place.rows, matrix.shape[1]]
             raise CheckpointError(f"{self.path}: {name} and its lora_B do not fit {weight} {shape}")
+        for each in (name, other):
+            if not tensor_of(self.path, each).float().isfinite().all():
+                raise CheckpointError(f"{self.path}: {each} holds NaN or Inf, expected numbers; download it again")
         for m, own in found:
             if m.dtype not in STORED_FLOATS:
-                raise UsageError(f"{m.tensor} is stored as {m.dtype}, expected one of {', '.join(STORED_FLOATS)}")
+                raise UsageError(
+                    f"{m.tensor} is stored as {m.dtype}, expected one of {', '.join(STORED_FLOATS)}; try the "
+                    "unquantised model"
+                )
             lora = Lora(name, other, scale_of(self.config, weight, a[0] // E, self.path.with_name(CONFIG)), own)
             if group == "parameter":
                 self.experts[m.name] = lora
             else:
                 self.updates[m.tensor] = lora
 
+    def of_its_own(self, weight: str) -> list[tuple[Matrix, ModulePlace]]:
+        """A module by the name that its tensor has: transformers 4 held experts one by one, and the gate as a layer."""
+        of = [m for m in self.matrices if m.tensor == f"{weight}.weight" and m.part is None and m.is_matrix]
+        return [(m, ModulePlace(weight, m.shape[0], 0)) for m in of]
+
 
 def scale_of(config: Mapping[str, Any], weight: str, rank: int, place: Path) -> float:
     """s for a weight, as PEFT's LoraLayer.update_layer has it. Raises UsageError for ranks that contradict the file."""
     r = _module_pattern(config.get("rank_pattern"), weight, config.get("r"))
     alpha = _module_pattern(config.get("alpha_pattern"), weight, config.get("lora_alpha"))
-    if r != rank or not isinstance(alpha, int | float):
+    if r != rank:
         raise UsageError(
             f"{place}: {weight} has rank {r} and alpha {alpha}, found {rank} in the file; check the adapter"
         )
@@ -202,9 +288,13 @@ def scale_of(config: Mapping[str, Any], weight: str, rank: int, place: Path) -> 
 
 def _module_pattern(patterns: Any, weight: str, otherwise: Any) -> Any:
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", weight):
+        if re.match(_as_pattern(key), weight):
             return value
     return otherwise
+
+
+def _as_pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def merge_streamed(
@@ -221,6 +311,7 @@ def merge_streamed(
     as `open_adapter`, and OutputError where `out` cannot be written.
     """
     adapter = open_adapter(folder, base)
+    factor = lru_cache(KEPT_FACTORS)(lambda name: adapter.tensor(name).float())
 
     parts: dict[str, list[Matrix]] = {}
     for m in list_matrices(base):
@@ -229,7 +320,7 @@ def merge_streamed(
 
     def merged(W: torch.Tensor, lora: Lora, rows: torch.Tensor | None = None) -> torch.Tensor:
         how = Formula(formula or PEFT_FORMULAS[lora.place.group], lora.scale)
-        X = adapter.product(lora)
+        X = adapter.product(lora, factor)
         return how.merge(W, X if rows is None else X[rows], W.dtype)
 
     def tensor(info: TensorInfo) -> Iterator[memoryview]:
@@ -258,7 +349,7 @@ def merge_streamed(
 
         return replace(shard, data=data)
 
-    files = {name: data for name, data in side_files_of(base).items() if name not in ("config.json", INDEX)}
+    files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
     written = replace(base, shards=tuple(map(made, base.shards)))
     write_directory(written, out, files, tick=tick, check=lambda: require_unchanged(base))
     return adapter.weights

@@ -25,6 +25,7 @@ from laser.records import SPARSE
 
 PEFT = "base_model.model."  # before every name in a PEFT adapter
 WEIGHT = ".weight"
+KEPT_FACTORS = 4  # A and B of both parameters of a layer: every expert in turn is a part of them
 PEFT_FORMULAS = {"module": "once", "embedding": "delta-first", "parameter": "delta-first"}  # by the group of a place
 
 

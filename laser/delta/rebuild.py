@@ -7,8 +7,10 @@ sha256 of every shard and of every file beside them is the one that was recorded
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
+from laser.delta.formats import STORED_FLOATS
 from laser.delta.packing import unpack, unpack_some
-from laser.delta.places import PEFT, names_at, of_expert, rows_in_parameter, stems
+from laser.delta.places import KEPT_FACTORS, PEFT, names_at, of_expert, rows_in_parameter, stems
 from laser.delta.solver import Adapter
 from laser.delta.unmerge import (
     MODEL,
@@ -57,7 +60,7 @@ class Adapted:
 
     def __init__(self, base: Checkpoint, folder: Path) -> None:
         self.base, self.folder = base, folder
-        self.record = AdapterRecord.load(folder / RECORD)
+        self.record = load_record(folder / RECORD)
         self.record.base.require(base, "adapter")
         for name, expected in self.record.parts.items():
             if name not in (MODEL, REMAINDER):
@@ -75,6 +78,7 @@ class Adapted:
         self.theirs = {m.name: m for m in list_matrices(base)}
         self.files = self._files()
         self.tuned = self._headers()
+        self.factor = lru_cache(KEPT_FACTORS)(lambda name: self._tensor(MODEL, name))
         self.parts: dict[str, list[Matrix]] = {}
         for m in list_matrices(self.tuned):
             if m.name not in self.entries:
@@ -85,8 +89,6 @@ class Adapted:
         """What lies beside the tuned weights: from the adapter's folder, or the base's where that is the same."""
         found = {}
         for name, expected in self.record.files.items():
-            if not is_file_within(name):
-                raise RecordError(f"{self.folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
             path = self.folder / SIDE_FILES / name
             try:
                 data = read_regular(path, follow=False) if path.exists() else base_file(self.base, name)
@@ -160,7 +162,9 @@ class Adapted:
             return self._tensor(MODEL, PEFT + m.tensor)
         there = None if entry.of is None else self._of(entry)
         if entry.how is How.SAME and there is not None:
-            return self.base.raw(there.tensor, there.part)
+            # As unmerge compared them: values of formats whose rounding is known, and bytes of all others.
+            read = self.base.read if m.dtype in STORED_FLOATS else self.base.raw
+            return read(there.tensor, there.part)
         W = None if there is None else self.base.read(there.tensor, there.part)
         if entry.how is How.WHOLE:
             return unpack(self._tensor(REMAINDER, f"whole/{m.name}"), m.shape, dtype, W)
@@ -176,7 +180,7 @@ class Adapted:
             A, B = (self._tensor(REMAINDER, name) for name in names_at(f"adapter/{m.name}", NOWHERE))
             return Adapter(B, A)
         names = names_at(self.stems[place.weight], place)
-        A, B = of_expert(self._tensor(MODEL, names[0]), self._tensor(MODEL, names[1]), place)
+        A, B = of_expert(self.factor(names[0]), self.factor(names[1]), place)
         rows = rows_in_parameter(m, place)
         if len(rows) != m.shape[0] or len(B) != place.rows or int(rows.max()) >= place.rows:
             raise RecordError(f"{self.folder / RECORD}: {entry.name} has no place in {names[1]}; {AGAIN}")
@@ -230,6 +234,28 @@ def rebuild(
     return MadeShard(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))
 
 
+def load_record(path: Path) -> AdapterRecord:
+    """What an adapter's laser.json says. Raises RecordError for one that is damaged, or whose names could lead out of
+    the folder that is written, or to one file twice."""
+    record = AdapterRecord.load(path)
+    for name in record.files:
+        if not is_file_within(name):
+            raise RecordError(f"{path} names a file {name!r}, expected one of a folder; {AGAIN}")
+    taken = set(record.files)
+    for shard in record.shards:
+        if not is_shard_name(shard.name):
+            raise RecordError(f"{path} names a shard {shard.name!r}, expected a plain name in .safetensors; {AGAIN}")
+        if shard.name in taken:
+            raise RecordError(f"{path} names {shard.name} twice, expected one file of each name; {AGAIN}")
+        taken.add(shard.name)
+    return record
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether this is the name of a file of weights in the folder itself."""
+    return re.fullmatch(r"[^/\\\0-\x1f\x7f\ud800-\udfff]+\.safetensors", name) is not None
+
+
 def is_file_within(name: str) -> bool:
     """Whether a file of this name lies in the folder that it is named in."""
     path = Path(name)
@@ -250,11 +276,9 @@ def verify_rebuilt(folder: Path, out: Path) -> RebuiltVerification:
 
     Neither the base nor the adapter's own files are read. Raises RecordError where the record cannot be.
     """
-    record, problems = AdapterRecord.load(folder / RECORD), []
+    record, problems = load_record(folder / RECORD), []
     shards = {shard.name: shard.sha256 for shard in record.shards}
     for name, expected in {**shards, **record.files}.items():
-        if not is_file_within(name):
-            raise RecordError(f"{folder / RECORD} names a file {name!r}, expected one of a folder; {AGAIN}")
         try:
             require_regular(out / name)
             found = sha256_of(out / name)

@@ -77,7 +77,7 @@ from laser.files import (
     write_atomically,
 )
 from laser.journal import Journal
-from laser.records import SPARSE, Misfit, Record, plain, reader
+from laser.records import SPARSE, Misfit, Record, parse_record, plain, reader
 from laser.spectral.devices import Device
 
 CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
@@ -606,7 +606,13 @@ def require_adapter_place(out: Path, force: bool) -> None:
 
 def is_recorded(folder: Path) -> bool:
     """Whether `laser unmerge` wrote an adapter's folder: then every byte is known, and nothing may be left out."""
-    return (folder / REMAINDER).exists() or ((folder / RECORD).exists() and (folder / CONFIG).exists())
+    if (folder / REMAINDER).exists() or not ((folder / RECORD).exists() and (folder / CONFIG).exists()):
+        return (folder / REMAINDER).exists()
+    try:
+        document = parse_record(read_regular(folder / RECORD))
+    except (OSError, ValueError):
+        return True  # damaged, which is said where it is read
+    return not isinstance(document, dict) or document.get("kind") == AdapterRecord.kind  # not of laser compensate
 
 
 def require_base(base: Base) -> None:

@@ -1,0 +1,124 @@
+"""laser rebuild of what laser unmerge recorded: names that lead elsewhere, a base in 8 bits, other records."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, write_checkpoint_directory
+from helpers import snapshot, tensors_in
+from merges import BF16, F32
+from models import llama_config, tensors, write_model
+from safetensors.torch import load_file, save_file
+
+from laser.checkpoint.quantised import dequantise, quantise
+from laser.checkpoint.safetensors import sha256_of
+from laser.delta.unmerge import REMAINDER, AdapterRecord, is_recorded
+
+
+@pytest.fixture
+def adapter(run: Run, tmp_path: Path) -> Path:
+    """Of a model and itself, which are in base/ and whose only other file is there, too."""
+    base = write_model(tmp_path / "base", shards=2)
+    assert run("unmerge", base, base, "-o", tmp_path / "adapter", "--device", "cpu")[0] == 0
+    return tmp_path / "adapter"
+
+
+def renamed(adapter: Path, names: Sequence[str]) -> None:
+    """The record with other names for its shards, and all that goes with them."""
+    record = AdapterRecord.load(adapter / "laser.json")
+    parts = load_file(adapter / REMAINDER)
+    headers = [parts.pop(f"header/{shard.name}") for shard in record.shards]
+    save_file(parts | dict(zip((f"header/{name}" for name in names), headers, strict=True)), adapter / REMAINDER)
+    shards = tuple(replace(shard, name=name) for shard, name in zip(record.shards, names, strict=True))
+    digests = {**record.parts, REMAINDER: sha256_of(adapter / REMAINDER)}
+    replace(record, shards=shards, parts=digests).save(adapter / "laser.json")
+
+
+ELSEWHERE = ["../mine.safetensors", "/no/mine.safetensors", "in/mine.safetensors", "..", "mine.txt", "a\n.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "a\\mine.safetensors", ".safetensors", ""])
+def test_a_shard_of_another_place_is_refused(run: Run, adapter: Path, tmp_path: Path, name: str) -> None:
+    renamed(adapter, [name, "model-2.safetensors"])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.safetensors").write_text("of the user")
+    before = snapshot(tmp_path)
+    for words in (
+        ("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "sub" / "out"),
+        ("verify", adapter, adapter),
+    ):
+        code, _, err = run(*words)
+        assert code == 1 and f"names a shard {name!r}, expected a plain name in .safetensors; make it again" in err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model-2.safetensors", "side.safetensors"])
+def test_two_files_of_one_name_are_refused(run: Run, adapter: Path, tmp_path: Path, name: str) -> None:
+    renamed(adapter, [name, "model-2.safetensors"])
+    record = AdapterRecord.load(adapter / "laser.json")
+    replace(record, files={**record.files, "side.safetensors": "0" * 64}).save(adapter / "laser.json")
+    for words in (("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out"), ("verify", adapter, adapter)):
+        code, _, err = run(*words)
+        assert code == 1 and f"names {name} twice, expected one file of each name; make it again" in err
+
+
+def test_other_plain_names_are_as_good(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """The law of the two above: it was the name that was refused."""
+    record = AdapterRecord.load(adapter / "laser.json")
+    renamed(adapter, [shard.name for shard in record.shards])
+    assert run("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out")[0] == 0
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+
+
+@pytest.mark.parametrize("stored", [F32, BF16])
+def test_a_base_in_eight_bits_and_its_values_in_more(run: Run, tmp_path: Path, stored: torch.dtype) -> None:
+    """What unmerge finds to be the base's, by its values, rebuild takes by its values; and bytes where those are."""
+    eight = {}
+    for name, W in tensors().items():
+        if ".self_attn." in name:
+            eight[name], eight[f"{name}_scale_inv"] = quantise(W.float(), F32)
+    plain = {n: dequantise(W, eight[f"{n}_scale_inv"]).to(stored) for n, W in eight.items() if n in tensors()}
+    more = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    base = write_checkpoint_directory(tmp_path / "base", tensors() | eight, llama_config(**more))
+    for number, tuned in enumerate((plain, eight)):
+        model = tensors() | tuned | {"model.norm.weight": tensors()["model.norm.weight"] * 1.5}
+        config = llama_config(**(more if tuned is eight else {}))
+        there = write_checkpoint_directory(tmp_path / f"tuned{number}", model, config)
+        words = ("unmerge", base, there, "-o", tmp_path / f"adapter{number}", "--json", "--device", "cpu")
+        code, out, err = run(*words)
+        assert code == 0, err
+        made = {entry["name"]: entry["how"] for entry in json.loads(out)["entries"]}
+        expected = "same" if tuned is eight or stored is F32 else "cast"
+        assert {made[name] for name in tuned} == {expected}
+        code, _, err = run("rebuild", base, tmp_path / f"adapter{number}", "-o", tmp_path / f"again{number}")
+        assert code == 0, err
+        assert snapshot(tmp_path / f"again{number}") == snapshot(there)
+
+
+def test_a_record_of_another_kind_is_none_of_unmerge_s(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """laser compensate records its adapter in a file of the same name: that one is merged as any other LoRA."""
+    from test_peft import write_adapter
+
+    base, lora = tmp_path / "base", write_adapter(tmp_path / "lora")
+    assert run("rebuild", base, lora, "-o", tmp_path / "first")[0] == 0
+    (lora / "laser.json").write_text('{"kind": "compensation", "version": 1}')
+    assert is_recorded(adapter) and not is_recorded(lora)
+    code, _, err = run("rebuild", base, lora, "-o", tmp_path / "second")
+    assert code == 0 and snapshot(tmp_path / "second") == snapshot(tmp_path / "first"), err
+    assert not all(torch.equal(W, tensors_in(base)[name]) for name, W in tensors_in(tmp_path / "second").items())
+    # What says that it is of unmerge, or cannot be read, is not merged without what is missing of it.
+    for text in ('{"kind": "adapter"}', "{", "[]"):
+        (lora / "laser.json").write_text(text)
+        code, _, err = run("rebuild", base, lora, "-o", tmp_path / "third")
+        assert is_recorded(lora) and code == 1 and "laser.json" in err and not (tmp_path / "third").exists()
+
+
+def test_the_record_counts_where_the_remainder_is_gone(run: Run, adapter: Path, tmp_path: Path) -> None:
+    shutil.move(adapter / REMAINDER, tmp_path / "elsewhere")
+    assert is_recorded(adapter)
+    code, _, err = run("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out")
+    assert code == 1 and "cannot read" in err
