@@ -38,7 +38,7 @@ RESUMED = ("reduce", "run")  # verbs with --resume
 TIMES = re.compile(rb'"(seconds|layer_forwards|check)": ("[0-9a-f]+"|[0-9.e+-]+)')
 TIMED = ("search.jsonl", "search.json")
 # (key of a journal's line) of a finished piece of work
-UNITS = ("matrix", "name", "entry", "report", "task")
+UNITS = ("matrix", "name", "entry", "entries", "report", "task")
 RULE = ("--rule", "rank:4", "--roles", "q,w2")
 WINDOWS = ("--window", "48", "--windows", "2")
 
@@ -160,6 +160,7 @@ VERBS = (
     Verb("compensate", (*COMPENSATE, "2", "--plain"), ("a",), (REDUCE,)),
     Verb("compensate --text", (*COMPENSATE, "2", "--text", "{text}", *WINDOWS), ("a",), (REDUCE,), slow=True),
     _forced("compensate", (*COMPENSATE, "3", "--plain"), ("a",), REDUCE, (*COMPENSATE, "2", "--plain")),
+    _forced("unmerge", UNMERGE, ("a",), REDUCE, ("unmerge", "{model}", "{model}", "-o", "a")),
     _forced("scan", (*SCAN, "--null", "1"), ("s",), SCAN),
     _forced("plan", (*PLAN, "rank:6"), ("p",), (*PLAN, "rank:4")),
     _forced("reduce", REDUCE, ("o",), (*ONE_PASS, "--lowest-snr", "1")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Bar, Progress
-from laser.delta.base import Base
+from laser.delta.base import Base, Delta
 from laser.delta.formulas import FORMULA_NAMES
 from laser.delta.overview import QUANTISED, is_base_quantised
 from laser.delta.peft import merge_streamed
@@ -33,11 +32,16 @@ from laser.delta.unmerge import (
     How,
     all_roles,
     delta_in,
+    found_again,
     is_recorded,
+    is_resized,
     of_another_unmerge,
     require_adapter_place,
+    require_base,
     require_files,
     require_own,
+    restore_earlier,
+    run_of_unmerge,
     unmerge,
 )
 from laser.errors import RecordError, UsageError
@@ -45,6 +49,10 @@ from laser.files import claimed, disk_errors, unfinished
 from laser.pipeline import scan_into
 from laser.selection import Selection
 
+OF_WHAT = (
+    "unmerge writes no reduced copy: of these it takes the scan, of the differences; solving the matrices that changed "
+    "comes on top, and is not in the estimate"
+)
 ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,7 +72,8 @@ def unmerge_verb(
         raise UsageError(f"{rounds} rounds do nothing; try --rounds {ROUNDS}")
     if dtype not in ADAPTER_DTYPES:
         raise UsageError(f"no adapter is stored as {dtype}; try one of {', '.join(ADAPTER_DTYPES)}")
-    require_adapter_place(output, work.force)
+    if not (unfinished(output) / "old").exists():  # else an earlier adapter is put back first
+        require_adapter_place(output, work.force)
     first, second = (open_checkpoint(model, "files") for model in (base, tuned))
     require_files(second)
     for checkpoint in (first, second):
@@ -72,26 +81,42 @@ def unmerge_verb(
     crew = compute.crew()
     method = "gram" if compute.method == "auto" else compute.method
     every = Selection(roles=all_roles(second))
-    if work.dry_run:
-        return print_dry_run(second, every, crew, work.as_json)
     compared, start, partial = Base.of(first, second), time.perf_counter(), unfinished(output)
-    matrices = list_matrices(second)
+    if work.dry_run:
+        require_base(compared)
+        print_dry_run(second, every, crew, work.as_json)
+        if not work.as_json:
+            say(OF_WHAT)
+        return None
+    matrices, delta = list_matrices(second), None
+    run = run_of_unmerge(compared.pair, crew, rounds, ADAPTER_DTYPES[dtype])
     with claimed(output):
         require_own(partial)
-        with disk_errors(output):
-            if work.force:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
-        common.to_write(output)
-        try:
-            with Progress("delta", matrices) as bar:
-                delta = scan_into(delta_in(partial), second, every, crew, method, bar, base=compared).delta
-        except RecordError as error:
-            raise of_another_unmerge(partial) from error
-        assert delta is not None, "a scan with a base measures differences"
-        with Progress("unmerge", matrices) as bar:
-            how: dict[str, Any] = {"only_lora": only_lora, "rounds": rounds, "dtype": ADAPTER_DTYPES[dtype]}
-            record = unmerge(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
+        record = found_again(output, run, only_lora)
+        if record is None:
+            restore_earlier(output)
+            require_adapter_place(output, work.force)
+            with disk_errors(output):
+                partial.mkdir(parents=True, exist_ok=True)
+            common.to_write(output)
+
+            def measured(anew: bool) -> Delta:
+                with Progress("delta", matrices) as bar:
+                    told = scan_into(
+                        delta_in(partial), second, every, crew, method, bar, base=compared, anew=anew
+                    ).delta
+                assert told is not None, "a scan with a base measures differences"
+                return told
+
+            try:
+                delta = measured(anew=False)
+            except RecordError as error:
+                if not work.force:
+                    raise of_another_unmerge(partial) from error
+                delta = measured(anew=True)
+            with Progress("unmerge", matrices) as bar:
+                how: dict[str, Any] = {"only_lora": only_lora, "rounds": rounds, "dtype": ADAPTER_DTYPES[dtype]}
+                record = unmerge(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
     if work.as_json:
@@ -99,7 +124,8 @@ def unmerge_verb(
         found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
         return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
     _print_entries(record)
-    if is_base_quantised(delta.changes):
+    _print_resized(record, compared)
+    if delta is not None and is_base_quantised(delta.changes):
         say(QUANTISED.format(tuned=second.name, base=first.name))
     say(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
@@ -123,6 +149,22 @@ def _print_entries(record: AdapterRecord) -> None:
     if beyond:
         more = f" and {len(beyond) - 2} more" if len(beyond) > 2 else ""
         say(f"PEFT alone does not apply {', '.join(beyond[:2])}{more}: laser rebuild does")
+
+
+def _print_resized(record: AdapterRecord, base: Base) -> None:
+    """What PEFT loads only where the base's vocabulary has as many rows."""
+    ours = {m.name: m for m in list_matrices(base.tuned)}
+    resized = [
+        (e.name, ours[e.name].shape[0])
+        for e in record.entries
+        if e.how is How.SAVED and e.name in base.places and is_resized(ours[e.name], base.places[e.name].shape)
+    ]
+    if resized:
+        names, rows = ", ".join(name for name, _ in resized), resized[0][1]
+        say(
+            f"PEFT loads {names} only into a base with as many rows: call its resize_token_embeddings({rows}) before "
+            "that; laser rebuild needs no such step"
+        )
 
 
 def verify_rebuilt_verb(adapter: Path, output: Path, shown_as: options.Json) -> None:

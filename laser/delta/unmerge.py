@@ -10,7 +10,8 @@ ADAPTER/ holds
                                                      embeddings and heads that were trained whole (modules_to_save)
     remainder.safetensors                            entries that the formula misses, matrices kept whole, adapters for
                                                      which PEFT has no place, and the headers of the shards
-    tuned/                                           files beside the tuned weights that the base has not, or otherwise
+    tuned/                                           files beside the tuned weights: small ones, and those that the
+                                                     base has not, or otherwise
     laser.json                                       both identities, and per matrix how it is made; see AdapterRecord
 """
 
@@ -23,7 +24,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -40,10 +41,11 @@ from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_h
 from laser.checkpoint.side_files import own_file
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
+from laser.checkpoint.swap import exchange
 from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
-from laser.delta.base import Base, Delta
-from laser.delta.difference import Change, Verdict, looks_quantised
+from laser.delta.base import Base, Delta, Pair
+from laser.delta.difference import AGREE, Change, Verdict, looks_quantised
 from laser.delta.formats import STORED_FLOATS, format_of, same_bits
 from laser.delta.formulas import Formula
 from laser.delta.overview import is_base
@@ -64,7 +66,16 @@ from laser.delta.solver import Adapter, Solution, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import CheckpointError, OutputError, RecordError, UsageError
-from laser.files import PASSING, claimed, disk_errors, read_regular, require_no_mount, unfinished, write_atomically
+from laser.files import (
+    PASSING,
+    claimed,
+    disk_errors,
+    read_regular,
+    require_no_mount,
+    tidy_up,
+    unfinished,
+    write_atomically,
+)
 from laser.journal import Journal
 from laser.records import SPARSE, Misfit, Record, parse_record, plain, reader
 from laser.spectral.devices import Device
@@ -78,8 +89,13 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
 )
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
 SAVED_WHOLE = ("norm", "embedding", "head")
+JOURNAL = "journal.jsonl"
+# What PEFT takes for an adapter in which no module has factors; an empty list it refuses.
+NO_MODULE = "dummy-target-modules"
+SMALL_FILE = 10_000_000  # bytes: of a tokenizer, under what an adapter has
+_PART_NAMES = re.compile(r"\d{6}\.(?:adapter|expert|remainder)\.safetensors")
 _OWN_NAMES = re.compile(
-    rf"\d{{6}}\.(?:adapter|expert|remainder)\.safetensors|headers\.remainder\.safetensors|journal\.jsonl|new|old"
+    rf"{_PART_NAMES.pattern}|headers\.remainder\.safetensors|{re.escape(JOURNAL)}|new|old"
     rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
 FEW = 4  # entries
@@ -238,7 +254,7 @@ class Unmerge:
         return self.whole(matrix, entry, W, q)
 
     def whole(self, matrix: Matrix, entry: MatrixEntry, W: torch.Tensor | None, q: torch.Tensor) -> Piece:
-        if _is_saved(matrix):
+        if W is not None and _is_saved(matrix) and (W.shape == q.shape or is_resized(matrix, tuple(W.shape))):
             return Piece((replace(entry, how=How.SAVED),), {PEFT + matrix.tensor: q.contiguous()})
         known = W if W is not None and (W.shape, W.dtype) == (q.shape, q.dtype) else None
         entry = replace(entry, of=entry.of if known is not None else None)
@@ -363,15 +379,23 @@ def _is_saved(matrix: Matrix) -> bool:
     return matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
 
 
+def is_resized(matrix: Matrix, base: tuple[int, ...]) -> bool:
+    """Whether it is the base's matrix of this shape with other rows, as of a vocabulary that was resized."""
+    rows = matrix.role in ("embedding", "head") and len(base) == len(matrix.shape) == 2
+    return rows and base[1] == matrix.shape[1] and base[0] != matrix.shape[0]
+
+
 def peft_places(base: Base) -> dict[str, ModulePlace]:
-    """Where PEFT has adapters of the tuned checkpoint's matrices: only where the base has the same weight in memory."""
-    theirs = module_places(list_matrices(base.checkpoint))
+    """Where PEFT has adapters of the tuned checkpoint's matrices: only where the base has the same weight in memory,
+    and of dtypes whose rounding is known; others are none's, each by itself."""
+    theirs, ours = module_places(list_matrices(base.checkpoint)), list_matrices(base.tuned)
+    known = {m.name for m in ours if m.dtype in STORED_FLOATS}
 
     def is_there(name: str, place: ModulePlace) -> bool:
         there = base.places.get(name)
         return there is not None and there.name in theirs and theirs[there.name].weight == place.weight
 
-    return {name: p for name, p in module_places(list_matrices(base.tuned)).items() if is_there(name, p)}
+    return {name: p for name, p in module_places(ours).items() if name in known and is_there(name, p)}
 
 
 def group_of(matrix: Matrix, places: Mapping[str, ModulePlace]) -> str:
@@ -473,32 +497,109 @@ def unmerge(
         )
     require_files(tuned)
     with claimed(out):
-        require_adapter_place(out, force)
         partial = unfinished(out)
+        require_own(partial)
+        run = run_of_unmerge(delta, crew, rounds, dtype)
+        if (there := found_again(out, run, only_lora)) is not None:
+            return there
+        restore_earlier(out)
+        require_adapter_place(out, force)
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
-        require_own(partial)
-        entries = _visited(base, delta, partial, crew, only_lora, rounds, dtype, tick)
+        entries = _visited(base, delta, partial, run, crew, only_lora, rounds, dtype, force, tick)
         record = _put_together(base, delta, partial, entries)
         require_unchanged(tuned)
         base.require_unchanged()
+        with _journal(partial, run) as log:
+            log.append({"whole": sha256_of(partial / "new" / RECORD)})
         with disk_errors(out):
             if out.exists():
                 require_adapter_place(out, force)  # again: hours have passed
-                out.rename(partial / "old")
-            (partial / "new").rename(out)
-            shutil.rmtree(partial)
+            _take_place(partial, out)
+        _remove_work(partial, out)
+    return record
+
+
+def run_of_unmerge(pair: Pair, crew: Crew, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run is told from others by."""
+    run = {"kind": "unmerge journal", "version": AdapterRecord.version, **pair.tuned.stated()}
+    run |= {"base": [pair.base.identity, pair.base.weights.short], "rounds": rounds, "device": crew.label}
+    return run | {"dtype": str(dtype)}
+
+
+def _take_place(partial: Path, out: Path) -> None:
+    """The new adapter in its place, at once where the system can; an earlier one stays below `partial`."""
+    new, old = partial / "new", partial / "old"
+    if not out.exists():
+        new.rename(out)
+    elif not exchange(new, out):
+        if old.exists():  # of an exchange that was done
+            shutil.rmtree(old)
+        out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+
+
+def restore_earlier(out: Path) -> None:
+    """The earlier adapter in its place again, where a kill fell between the two renames of an exchange."""
+    old = unfinished(out) / "old"
+    if old.is_dir() and not out.exists():
+        with disk_errors(out):
+            old.rename(out)
+
+
+def _remove_work(partial: Path, out: Path) -> None:
+    """The journal goes last: while anything is left, it says that the output is whole."""
+
+    def remove(folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL:
+                path.unlink()
+        shutil.rmtree(folder)
+
+    tidy_up(partial, out, remove)
+
+
+def found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> AdapterRecord | None:
+    """The output of this very run, whole, which was killed while it tidied up: it is tidy now."""
+    partial = unfinished(out)
+    if not (out / RECORD).is_file() or not partial.is_dir():
+        return None
+    try:
+        with Journal.look(partial / JOURNAL, run) as log:
+            stated = [line["whole"] for line in log.entries if "whole" in line]
+        if not stated or sha256_of(out / RECORD) != stated[-1]:
+            return None
+        record = AdapterRecord.load(out / RECORD)
+        whole = all(sha256_of(out / name) == digest for name, digest in record.parts.items())
+    except (OSError, OutputError, RecordError):
+        return None
+    if not whole:
+        return None
+    if only_lora:
+        for entry in record.entries:
+            _require_lora(entry)
+    _remove_work(partial, out)
     return record
 
 
 def require_adapter_place(out: Path, force: bool) -> None:
     """Raises OutputError where `out` is there, and is not what `unmerge` wrote or may not be replaced."""
+    ours = {CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES}
+    with disk_errors(out):
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else [out.name]
+    other = bool(foreign) or out.is_symlink() or not (out / RECORD).is_file()
     if not (force and out.exists()):
+        if not other:
+            raise OutputError(f"{out} exists; try another -o, or --force to replace it")
         return require_new(out)
     require_no_mount(out)
-    ours = {CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else [out.name]
-    if foreign or out.is_symlink() or not (out / RECORD).is_file():
+    if other:
         what = f"holds {foreign[0]}" if foreign and out.is_dir() else "is no adapter"
         raise OutputError(f"{out} {what} that laser unmerge wrote: --force replaces nothing else; try another -o")
 
@@ -514,8 +615,36 @@ def is_recorded(folder: Path) -> bool:
     return not isinstance(document, dict) or document.get("kind") == AdapterRecord.kind  # not of laser compensate
 
 
+def require_base(base: Base) -> None:
+    """Raises UsageError where of three matrices, first, middle and last of the layers, none is like the base's."""
+    told = [m for m in list_matrices(base.tuned) if m.is_matrix and m.no_spectrum is None and _is_alike(base, m)]
+    told = [m for m in told if m.layer is not None] or told
+    some = {m.name: m for m in (told[0], told[len(told) // 2], told[-1])} if told else {}
+    cosines = []
+    for m in some.values():
+        there = base.places[m.name]
+        W, q = (c.read(x.tensor, x.part).double() for c, x in ((base.checkpoint, there), (base.tuned, m)))
+        cosine = float((W * q).sum() / (W.norm() * q.norm()))
+        cosines += [cosine] if math.isfinite(cosine) else []
+    if cosines and max(cosines) < AGREE:
+        raise UsageError(
+            f"{base.checkpoint.name} is not the base of {base.tuned.name}: the cosine of their weights is "
+            f"{max(cosines):.2f} at the most, expected over {AGREE}; try another one"
+        )
+
+
+def _is_alike(base: Base, m: Matrix) -> bool:
+    there = base.places.get(m.name)
+    return there is not None and there.shape == m.shape and there.no_spectrum is None
+
+
 def require_files(tuned: Checkpoint) -> None:
-    """Raises UsageError for a checkpoint whose files are no safetensors, or hold more than is loaded of them."""
+    """Raises UsageError for a checkpoint whose files are no safetensors, or hold other than what is read of them."""
+    if tuned.packed:
+        raise UsageError(
+            f"{tuned.name} holds {tuned.packed} weights, whose packed bytes no adapter makes again; try the fine-tune "
+            "before it was quantised"
+        )
     if tuned.hub is None and any(shard.data is not None for shard in tuned.shards):
         raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
     if tuned.left_out:
@@ -544,30 +673,30 @@ def all_roles(tuned: Checkpoint) -> tuple[str, ...]:
 
 
 def _visited(
-    base: Base, delta: Delta, partial: Path, crew: Crew, only_lora: bool, rounds: int, dtype: torch.dtype,
-    tick: Callable[[Matrix, float], None],
+    base: Base, delta: Delta, partial: Path, run: Mapping[str, Any], crew: Crew, only_lora: bool, rounds: int,
+    dtype: torch.dtype, force: bool, tick: Callable[[Matrix, float], None],
 ) -> list[MatrixEntry]:  # fmt: skip
     """Every matrix written down: its entry in the journal, its tensors in files of its own."""
-    run = {"kind": "unmerge journal", "version": AdapterRecord.version, **delta.tuned.stated()}
-    run |= {"base": [delta.base.identity, delta.base.weights.short], "rounds": rounds, "device": crew.label}
-    run |= {"dtype": str(dtype)}
     matrices, places = list_matrices(base.tuned), peft_places(base)
     numbers = {m.name: number for number, m in enumerate(matrices)}
     by_first = {unit[0].name: unit for unit in units(matrices, places)}
     found: dict[str, MatrixEntry] = {}
-    with _journal(partial, run) as log:
+    files: set[str] = set()
+    with _journal(partial, run, anew=force) as log:
         for line in log.entries:
-            found |= {entry.name: entry for entry in _entries_in(line, partial)}
+            if entries := _entries_in(line, partial):
+                found |= {entry.name: entry for entry in entries}
+                files |= line["files"].keys()
+        _remove_parts(partial, besides=files)
+        if only_lora:  # a run without it may have been interrupted
+            for entry in found.values():
+                _require_lora(entry, delta.changes[entry.name])
         todo = [unit[0] for unit in by_first.values() if any(m.name not in found for m in unit)]
 
         def keep(matrix: Matrix, piece: Piece, seconds: float = 0.0) -> None:
             for entry in piece.entries:
-                if only_lora and entry.how not in (How.SAME, How.CAST, How.ADAPTER, How.SAVED):
-                    grid = looks_quantised(delta.changes[entry.name])
-                    what = ", as of a base that was quantised before it was tuned," if grid else ""
-                    raise UsageError(
-                        f"{entry.name} is {entry.kind}{what} and no base with an adapter; try without --only-lora"
-                    )
+                if only_lora:
+                    _require_lora(entry, delta.changes[entry.name])
             files = {}
             for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder), ("expert", piece.expert)):
                 if tensors:
@@ -591,15 +720,33 @@ def _visited(
     return [found[m.name] for m in matrices]
 
 
-def _journal(partial: Path, run: Mapping[str, Any]) -> Journal:
+def _require_lora(entry: MatrixEntry, change: Change | None = None) -> None:
+    """Raises UsageError for what is neither the base's nor an adapter."""
+    if entry.how not in (How.SAME, How.CAST, How.ADAPTER, How.SAVED):
+        grid = change is not None and looks_quantised(change)
+        what = ", as of a base that was quantised before it was tuned," if grid else ""
+        raise UsageError(f"{entry.name} is {entry.kind}{what} and no base with an adapter; try without --only-lora")
+
+
+def _remove_parts(partial: Path, besides: Set[str]) -> None:
+    """Those of another run, or that no line names: all that lie there are joined in the end."""
+    with disk_errors(partial):
+        for path in sorted(partial.iterdir()):
+            if _PART_NAMES.fullmatch(path.name) and path.name not in besides:
+                path.unlink()
+
+
+def _journal(partial: Path, run: Mapping[str, Any], anew: bool = False) -> Journal:
     try:
-        return Journal(partial / "journal.jsonl", run)
+        return Journal(partial / JOURNAL, run, anew=anew)
     except RecordError as error:
         raise of_another_unmerge(partial) from error
 
 
 def of_another_unmerge(partial: Path) -> RecordError:
-    return RecordError(f"{partial} holds the work of another run, or damaged work; remove it, or try another -o")
+    return RecordError(
+        f"{partial} holds the work of another run, or damaged work; try another -o, or --force to begin anew"
+    )
 
 
 def _entries_in(line: Mapping[str, Any], partial: Path) -> list[MatrixEntry]:
@@ -645,7 +792,8 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
             join(sorted(partial.glob(f"*.{what}.safetensors")), new / file, {"format": "pt"})
         files = side_files_of(tuned)
         for name, data in files.items():
-            if base_file(base.checkpoint, name) != data:
+            # A small one even where the base has the same, whose own may be gone or changed by the time it is needed.
+            if len(data) <= SMALL_FILE or base_file(base.checkpoint, name) != data:
                 (new / SIDE_FILES / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / SIDE_FILES / name).write_bytes(data)
         write_atomically(
@@ -746,6 +894,7 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
     theirs = module_places(list_matrices(base.checkpoint)).values()
     parameters = {e.place.weight for e in entries if e.place and e.place.parameter}
     modules, every = ({p.weight for p in theirs if bool(p.parameter) is kind} for kind in (False, True))
+    adapted = targets(ranks.keys() - parameters, modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -758,7 +907,7 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": targets(ranks.keys() - parameters, modules),
+        "target_modules": adapted if adapted or parameters else NO_MODULE,
         "target_parameters": targets(parameters, every, "experts") or None,
         "rank_pattern": others,
         "alpha_pattern": others,

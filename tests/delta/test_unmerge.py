@@ -178,7 +178,7 @@ def test_a_model_and_itself(run: Run, base: Path, tmp_path: Path) -> None:
 
 
 def test_side_files_and_a_resized_vocabulary(run: Run, base: Path, tmp_path: Path) -> None:
-    """What the base has not, or otherwise, lies in the adapter's folder, and nothing else."""
+    """All of them lie in the adapter's folder, being small."""
     low = lora(("q_proj",))
 
     def grow(name: str, W: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ def test_side_files_and_a_resized_vocabulary(run: Run, base: Path, tmp_path: Pat
     found = undone(run, tmp_path, base, tuned)
     assert made(found)["lm_head.weight"] == "saved" and made(found)[Q0] == "adapter"
     kept = {path.name for path in (tmp_path / "adapter" / "tuned").iterdir()}
-    assert kept == {"added_tokens.json", "generation_config.json", "config.json", "model.safetensors.index.json"}
+    assert kept == {path.name for path in tuned.iterdir() if path.suffix != ".safetensors"}
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_side_files_in_folders(run: Run, base: Path, tmp_path: Path) -> None:
     (tmp_path / "tuned" / "additional_chat_templates" / "new.jinja").write_text("{{ new }}")
     undone(run, tmp_path, base, tmp_path / "tuned")
     kept = snapshot(tmp_path / "adapter" / "tuned")
-    assert "additional_chat_templates/new.jinja" in kept and "additional_chat_templates/tools.jinja" not in kept
+    assert {"additional_chat_templates/new.jinja", "additional_chat_templates/tools.jinja"} <= kept.keys()
 
 
 @pytest.mark.slow
