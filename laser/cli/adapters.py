@@ -30,9 +30,9 @@ from laser.delta.unmerge import (
     REMAINDER,
     AdapterRecord,
     How,
+    adapter_found_again,
     all_roles,
     delta_in,
-    found_again,
     is_recorded,
     is_resized,
     of_another_unmerge,
@@ -92,7 +92,7 @@ def unmerge_verb(
     run = run_of_unmerge(compared.pair, crew, rounds, ADAPTER_DTYPES[dtype])
     with claimed(output):
         require_own(partial)
-        record = found_again(output, run, only_lora)
+        record = adapter_found_again(output, run, only_lora)
         if record is None:
             restore_earlier(output)
             require_adapter_place(output, work.force)

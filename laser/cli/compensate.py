@@ -19,7 +19,7 @@ from laser.compensate.budget import BITS_STORED, even_rank
 from laser.compensate.compensate import (
     Request,
     compensate,
-    found_again,
+    compensation_found_again,
     opened_journal,
     require_compensation_place,
     require_copy,
@@ -125,7 +125,7 @@ def compensate_verb(
         record = None
         if own is not None:
             run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew)
-            record = found_again(output, run)
+            record = compensation_found_again(output, run)
             if record is None:  # whose work lies there is known before its moments are made anew
                 opened_journal(unfinished(output), run, work.force).close()
                 known = _calibrated(first, own, unfinished(output), selection, crew, dtype)

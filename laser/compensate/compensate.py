@@ -216,7 +216,7 @@ def compensate(
         partial = unfinished(out)
         told = None if moments is None else (moments.calibration.windows_sha256, moments.calibration.dtype)
         run = run_of_compensation(original, copy, told, asked, places, crew)
-        if (there := found_again(out, run)) is not None:
+        if (there := compensation_found_again(out, run)) is not None:
             return there
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def is_compensation(out: Path) -> bool:
     return True
 
 
-def found_again(out: Path, run: Mapping[str, Any]) -> CompensationRecord | None:
+def compensation_found_again(out: Path, run: Mapping[str, Any]) -> CompensationRecord | None:
     """The output of this very run, whole, which was killed while it tidied up: it is tidy now."""
     if not (out.exists() and unfinished(out).exists()):
         return None

@@ -21,7 +21,7 @@ from laser.delta.unmerge import PEFT, targets
 from laser.files import disk_errors, replacing
 from laser.spectral.correction import FACTOR_DTYPE
 
-DTYPE = next(name for name, dtype in TORCH.items() if dtype is FACTOR_DTYPE)
+FACTOR_DTYPE_NAME = next(name for name, dtype in TORCH.items() if dtype is FACTOR_DTYPE)
 # A place and a rank -> B (m, r) and A (r, n)
 LoraFactors = Callable[[ParameterPlace, int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -39,7 +39,10 @@ class Slot:
     def entries(self) -> list[HeaderEntry]:
         m, n = self.places[0].shape
         wide = self.rank * self.places[0].experts
-        return [(f"{self.stem}.lora_A.weight", DTYPE, (wide, n)), (f"{self.stem}.lora_B.weight", DTYPE, (m, wide))]
+        return [
+            (f"{self.stem}.lora_A.weight", FACTOR_DTYPE_NAME, (wide, n)),
+            (f"{self.stem}.lora_B.weight", FACTOR_DTYPE_NAME, (m, wide)),
+        ]
 
     def tensor(self, name: str, factors: LoraFactors) -> torch.Tensor:
         """A or B, of all experts."""

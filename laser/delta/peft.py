@@ -115,7 +115,7 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UsageError(f"{place}: found an adapter of type {kind!r}, expected 'LORA'; try PEFT's own merge")
-    _require_plain(config, place)
+    _require_known(config, place)
     found = _Reading(path, config, base, {info.name: info for info in read_header(path).tensors})
     for name in found.tensors:
         found.take(name)
@@ -135,7 +135,7 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
     return adapter
 
 
-def _require_plain(config: Mapping[str, Any], place: Path) -> None:
+def _require_known(config: Mapping[str, Any], place: Path) -> None:
     """Raises UsageError for a config that says of no plain LoRA, or says it as PEFT does not."""
     for key in OTHERWISE:
         if config.get(key):

@@ -89,13 +89,13 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
 )
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
 SAVED_WHOLE = ("norm", "embedding", "head")
-JOURNAL = "journal.jsonl"
+PARTIAL_JOURNAL = "journal.jsonl"
 # What PEFT takes for an adapter in which no module has factors; an empty list it refuses.
-NO_MODULE = "dummy-target-modules"
-SMALL_FILE = 10_000_000  # bytes: of a tokenizer, under what an adapter has
+DUMMY_TARGET = "dummy-target-modules"
+SMALL_SIDE_FILE = 10_000_000  # bytes: of a tokenizer, under what an adapter has
 _PART_NAMES = re.compile(r"\d{6}\.(?:adapter|expert|remainder)\.safetensors")
 _OWN_NAMES = re.compile(
-    rf"{_PART_NAMES.pattern}|headers\.remainder\.safetensors|{re.escape(JOURNAL)}|new|old"
+    rf"{_PART_NAMES.pattern}|headers\.remainder\.safetensors|{re.escape(PARTIAL_JOURNAL)}|new|old"
     rf"|delta\.safetensors(?:\.partial)?|{PASSING.pattern}"
 )
 FEW = 4  # entries
@@ -500,7 +500,7 @@ def unmerge(
         partial = unfinished(out)
         require_own(partial)
         run = run_of_unmerge(delta, crew, rounds, dtype)
-        if (there := found_again(out, run, only_lora)) is not None:
+        if (there := adapter_found_again(out, run, only_lora)) is not None:
             return there
         restore_earlier(out)
         require_adapter_place(out, force)
@@ -558,20 +558,20 @@ def _remove_work(partial: Path, out: Path) -> None:
         for path in sorted(folder.iterdir()):
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != JOURNAL:
+            elif path.name != PARTIAL_JOURNAL:
                 path.unlink()
         shutil.rmtree(folder)
 
     tidy_up(partial, out, remove)
 
 
-def found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> AdapterRecord | None:
+def adapter_found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> AdapterRecord | None:
     """The output of this very run, whole, which was killed while it tidied up: it is tidy now."""
     partial = unfinished(out)
     if not (out / RECORD).is_file() or not partial.is_dir():
         return None
     try:
-        with Journal.look(partial / JOURNAL, run) as log:
+        with Journal.look(partial / PARTIAL_JOURNAL, run) as log:
             stated = [line["whole"] for line in log.entries if "whole" in line]
         if not stated or sha256_of(out / RECORD) != stated[-1]:
             return None
@@ -738,7 +738,7 @@ def _remove_parts(partial: Path, besides: Set[str]) -> None:
 
 def _journal(partial: Path, run: Mapping[str, Any], anew: bool = False) -> Journal:
     try:
-        return Journal(partial / JOURNAL, run, anew=anew)
+        return Journal(partial / PARTIAL_JOURNAL, run, anew=anew)
     except RecordError as error:
         raise of_another_unmerge(partial) from error
 
@@ -793,7 +793,7 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
         files = side_files_of(tuned)
         for name, data in files.items():
             # A small one even where the base has the same, whose own may be gone or changed by the time it is needed.
-            if len(data) <= SMALL_FILE or base_file(base.checkpoint, name) != data:
+            if len(data) <= SMALL_SIDE_FILE or base_file(base.checkpoint, name) != data:
                 (new / SIDE_FILES / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / SIDE_FILES / name).write_bytes(data)
         write_atomically(
@@ -907,7 +907,7 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": adapted if adapted or parameters else NO_MODULE,
+        "target_modules": adapted if adapted or parameters else DUMMY_TARGET,
         "target_parameters": targets(parameters, every, "experts") or None,
         "rank_pattern": others,
         "alpha_pattern": others,
