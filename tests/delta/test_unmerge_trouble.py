@@ -238,7 +238,7 @@ def test_a_base_whose_side_files_are_gone_still_serves(run: Run, base: Path, tun
 
 def test_large_side_files_are_the_base_s(run: Run, base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the base has byte for byte are not written twice."""
-    monkeypatch.setattr(module, "SMALL_FILE", 10)
+    monkeypatch.setattr(module, "SMALL_SIDE_FILE", 10)
     for model, words in ((base, "{}"), (tuned, '{"other": 1}')):
         (model / "tokenizer.json").write_text("x" * 100)
         (model / "special_tokens_map.json").write_text(words)
