@@ -25,7 +25,7 @@ from laser.evaluation.layout import Part, fill, owner_of
 from laser.selection import Selection
 
 NO_MODULE = "no linear layer of the model holds it as one matrix, so PEFT has no name for its adapter"
-NO_ORDER = "it lies in a parameter of three dimensions, in an order for which laser makes no adapter"
+NO_ORDER = "it lies in a parameter of three dimensions, in an order for which no adapter is made"
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,10 @@ def test_what_is_done_is_not_done_again(
         seen.append(1)
         return solve(self, *given)
 
+    # Each visit is counted where it is made; nothing else tells one that was taken from the journal.
     monkeypatch.setattr(module.Unmerge, "__call__", counted)
     with monkeypatch.context() as patch:
+        # A kill at this very moment; no option asks for one.
         patch.setattr(module, "_put_together", stopped)
         assert run(*words)[0] == 130
     assert seen
@@ -149,6 +151,7 @@ def test_force_begins_anew_beside_the_work_of_another_run(
     for number, (model, *more) in enumerate(((tuned, "--dtype", "bfloat16"), (base,))):
         out = tmp_path / f"a{number}"
         with monkeypatch.context() as patch:
+            # As above.
             patch.setattr(module, "_put_together", stopped)
             assert run("unmerge", base, tuned, "-o", out, *CPU)[0] == 130
         code, _, err = run("unmerge", base, model, "-o", out, *more, *CPU)
@@ -174,10 +177,12 @@ def test_a_kill_between_two_renames_loses_no_earlier_adapter(
         return rename(self, target)
 
     with monkeypatch.context() as patch:
+        # A system that cannot exchange two names.
         patch.setattr(module, "exchange", lambda *_: False)
         patch.setattr(Path, "rename", killed)
         assert run(*words)[0] == 130 and not out.exists()
     with monkeypatch.context() as patch:
+        # A kill before anything is measured.
         patch.setattr("laser.cli.adapters.scan_into", stopped)
         assert run(*words)[0] == 130
     assert snapshot(out) == first
@@ -191,12 +196,14 @@ def test_killed_while_it_tidies_up_it_is_whole(
     """The same command finds its own output again, and makes nothing twice."""
     out, words = tmp_path / "a", ("unmerge", base, tuned, "-o", tmp_path / "a", *CPU)
     with monkeypatch.context() as patch:
+        # A kill while it tidies up.
         patch.setattr(module, "_remove_work", stopped)
         assert run(*words)[0] == 130 and out.exists()
     made = snapshot(out)
     code, _, err = run(*words)
     assert code == 1 and "--force to replace it" in err and snapshot(out) == made
     with monkeypatch.context() as patch:
+        # As above.
         patch.setattr("laser.cli.adapters.scan_into", stopped)
         assert run(*words, "--force")[0] == 0
     assert snapshot(out) == made and not (tmp_path / "a.partial").exists()
@@ -208,6 +215,7 @@ def test_only_lora_is_asked_of_what_an_interrupted_run_has_done(
     tuned = write_model(tmp_path / "full", lambda n, W: merged(W, full(W, 0.02)) if "o_proj" in n else adapted(n, W))
     words = ("unmerge", base, tuned, "-o", tmp_path / "a", *CPU)
     with monkeypatch.context() as patch:
+        # As above.
         patch.setattr(module, "_put_together", stopped)
         assert run(*words)[0] == 130
     code, _, err = run(*words, "--only-lora")
@@ -238,6 +246,7 @@ def test_a_base_whose_side_files_are_gone_still_serves(run: Run, base: Path, tun
 
 def test_large_side_files_are_the_base_s(run: Run, base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the base has byte for byte are not written twice."""
+    # No file of a test is that large.
     monkeypatch.setattr(module, "SMALL_SIDE_FILE", 10)
     for model, words in ((base, "{}"), (tuned, '{"other": 1}')):
         (model / "tokenizer.json").write_text("x" * 100)
