@@ -79,6 +79,7 @@ def test_a_program_names_what_is_there(path: Path) -> None:
     assert not faults
 
 
+@pytest.mark.slow
 def test_options_in_messages_are_there() -> None:
     faults = []
     for path in SOURCES:

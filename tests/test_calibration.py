@@ -187,6 +187,7 @@ def test_a_calibration_killed_while_it_tidies_up_is_not_done_again(
         assert (path.read_bytes() == whole) == (other == "damaged")
 
 
+@pytest.mark.slow
 def test_a_bad_file_of_a_layer_costs_that_layer(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
     calibrate(checkpoint, windows, tmp_path / "straight", QO)
@@ -228,6 +229,7 @@ def test_what_is_not_laser_s_in_the_place_of_the_partial_is_left_alone(
     assert sorted((p, p.lstat().st_mtime_ns) for p in [*partial.parent.rglob("*")]) == before
 
 
+@pytest.mark.slow
 def test_weights_that_change_between_layers_are_refused(speaker: Path, tmp_path: Path) -> None:
     weights, path = speaker / "model.safetensors", tmp_path / "m"
     other = load_file(weights)

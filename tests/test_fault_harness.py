@@ -127,6 +127,7 @@ def test_the_shim_counts_fails_cuts_and_kills(tmp_path: Path) -> None:
             assert content in (b"old", b"new" * 5) and end.hit, (kind, at)
 
 
+@pytest.mark.slow
 def test_a_trial_tells_a_verb_that_writes_in_place(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +253,7 @@ def test_what_an_interrupted_verb_says_is_true(tmp_path: Path) -> None:
     assert "for the rest run the same command again, with --force" in left_behind("spectra", {a: True, b: False})
 
 
+@pytest.mark.slow
 def test_the_card_of_a_resumed_run_has_the_command_of_an_undisturbed_one(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:

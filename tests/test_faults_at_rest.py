@@ -331,6 +331,7 @@ def test_a_plan_that_does_not_know_its_weights_is_refused(small: Path, tmp_path:
         Plan.load(path)
 
 
+@pytest.mark.slow
 def test_a_scan_goes_on_from_a_damaged_journal(small: Path, tmp_path: Path) -> None:
     checkpoint, path, partial = laser.open_checkpoint(small), tmp_path / "s", tmp_path / "s.partial"
     wanted = scan_into(tmp_path / "whole", checkpoint, Selection(), CREW, "gram")

@@ -137,6 +137,7 @@ def taken_by_safetensors(path: Path) -> str | None:
 STRICTER = ("stands twice", "is twice", "no valid shape", "within 64 bits", "without end", "is not valid JSON")
 
 
+@pytest.mark.slow
 def test_what_laser_takes_of_mutated_headers_safetensors_takes(tmp_path: Path) -> None:
     path, draw = tmp_path / "x.safetensors", random.Random(14)
     header = {
@@ -162,6 +163,7 @@ def test_what_laser_takes_of_mutated_headers_safetensors_takes(tmp_path: Path) -
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_link_carries_nothing_into_an_output(pico: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("my token")
@@ -196,6 +198,7 @@ def test_a_config_that_is_a_link_is_read_and_not_written(pico: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_shard_may_lie_on_another_disk(pico: Path, tmp_path: Path) -> None:
     shutil.move(pico / SECOND, tmp_path / "big")
     (pico / SECOND).symlink_to(tmp_path / "big")
@@ -260,6 +263,7 @@ def test_mutated_configs_are_right_or_refused_in_a_line(pico: Path, tmp_path: Pa
     assert min(ended.values()) > 5
 
 
+@pytest.mark.slow
 def test_a_card_of_numbers_without_end_and_of_deep_files(pico: Path, tmp_path: Path) -> None:
     config = json.loads((pico / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}  # as Mamba's
     (pico / "config.json").write_text(json.dumps(config))

@@ -51,6 +51,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_changed_record_is_refused_in_one_line_or_read(records: Path, name: str, tmp_path: Path) -> None:
     """Not sealed again, it is refused; what the seal hides is well-formed, or refused as well."""

@@ -302,6 +302,7 @@ def cut_bytes(path: Path) -> int:
     return worker_bytes([m for m in list_matrices(open_checkpoint(path)) if m.role in ("q", "v")], devices.HOST)
 
 
+@pytest.mark.slow
 def test_eval_streams_by_itself_and_says_so(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +383,7 @@ def test_run_keeps_its_promise_and_finds_the_same(
     assert code == 1 and "try --stream" in err and not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_on_a_device_layers_and_states_share_its_memory_and_leave_room_to_cut(
     name: str, deep: Path, monkeypatch: pytest.MonkeyPatch

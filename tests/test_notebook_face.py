@@ -25,6 +25,7 @@ def shown_of(pico: Path, spectra: laser.Spectra, out: Path) -> list[Shown]:
     return [spectra, laser.summarise(spectra), plan, laser.reduce(pico, plan, str(out), device="cpu")]
 
 
+@pytest.mark.slow
 def test_a_record_is_one_line_a_small_table_and_a_frame(pico: Path, spectra: laser.Spectra, tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="a DataFrame needs pandas")
     for record in shown_of(pico, spectra, tmp_path / "out"):

@@ -83,6 +83,7 @@ def test_any_number_of_parts_does(of: int, pico: Path, whole: Path, run: Run, tm
     assert of > 5 or snapshot(tmp_path / "out") == snapshot(whole / "out")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_file(make_pico: Callable[..., Path], tmp_path: Path) -> None:
     """It has no index that comes last: the shard waits for laser.json under its other name."""
     checkpoint = laser.open_checkpoint(make_pico(shards=1))
@@ -156,6 +157,7 @@ def test_the_same_part_in_two_processes_is_refused(pico: Path, whole: Path, tmp_
     assert told[0].startswith("1 laser: ") and "journal.jsonl.1-of-2 is being written by process " in told[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["scan", "reduce"])
 def test_what_is_of_another_run_is_refused(verb: str, pico: Path, whole: Path, run: Run, tmp_path: Path) -> None:
     """Another number of parts, another plan or selection, one process alone; and nothing of it is left."""
@@ -232,6 +234,7 @@ def test_a_killed_part_goes_on_and_so_does_one_killed_while_it_makes_the_whole(
     assert snapshot(out) == snapshot(whole / "out") and not (out / "laser").exists()
 
 
+@pytest.mark.slow
 def test_what_was_changed_between_two_parts_is_made_again(pico: Path, whole: Path, tmp_path: Path) -> None:
     checkpoint, plan, out = laser.open_checkpoint(pico), laser.Plan.load(whole / "p"), tmp_path / "out"
     reduce_part(checkpoint, plan, out, PartOfRun(1, 2), crew=CREW)

@@ -147,6 +147,7 @@ def test_an_extra_key_is_refused(at: tuple[Any, ...], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
     """Each place takes its own type and no other; NaN and Infinity lie in none, also not in what is free."""
     for at in PLACES:

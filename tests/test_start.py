@@ -26,6 +26,7 @@ PACKAGE = Path(__file__).parent.parent / "laser"
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "HFLM"}
 
 
+@pytest.mark.slow
 def test_every_loader_is_told_to_run_no_code_of_a_model() -> None:
     calls = 0
     for path in PACKAGE.rglob("*.py"):
@@ -49,6 +50,7 @@ def imported_by(*words: str, code: str = "from laser.__main__ import main; main(
     return done.returncode, ast.literal_eval(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["--help"], ["--version"], ["scan", "m", "--lyers", "0"], ["scna"], []], ids=" ".join
 )

@@ -117,6 +117,7 @@ def test_treatments_that_do_not_exist(pico: Path, options: dict[str, object], me
         make_plan(spectra, "mp-edge", **options)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_nulls_are_measured_stored_and_resumed(pico: Path, tmp_path: Path) -> None:
     checkpoint, chosen, journal = laser.open_checkpoint(pico), Selection(roles=("q", "k")), tmp_path / "journal"
     done = 0
@@ -143,6 +144,7 @@ def test_nulls_are_measured_stored_and_resumed(pico: Path, tmp_path: Path) -> No
         scan(checkpoint, chosen, null_draws=-1)
 
 
+@pytest.mark.slow
 def test_permutations_in_another_order_are_read_and_not_mixed(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

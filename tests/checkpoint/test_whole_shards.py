@@ -74,6 +74,7 @@ def test_the_bytes_are_those_of_one_process(work: Work, tmp_path: Path) -> None:
     assert [p for p in (tmp_path / "a").rglob("*") if p.suffix in (".partial", ".tmp", ".lock", ".jsonl")] == []
 
 
+@pytest.mark.slow
 def test_scales_in_another_shard_than_their_weights(tmp_path: Path) -> None:
     """FP8: whoever writes a shard makes the scales in it, also of a matrix that another writes."""
     tensors, scales = mixtral_tensors(), dict[str, torch.Tensor]()

@@ -191,6 +191,7 @@ def test_a_run_goes_on_where_it_was_and_force_replaces(
     assert not (tmp_path / "a.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["calibrating", "assembling"])
 def test_another_run_leaves_what_an_interrupted_one_has(
     run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -218,6 +219,7 @@ def test_another_run_leaves_what_an_interrupted_one_has(
     assert json.loads((tmp_path / "a" / "laser.json").read_text())["calibration"]["text"] == "text.txt"
 
 
+@pytest.mark.slow
 def test_other_moments_of_the_same_windows_are_another_run(
     run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def test_options_that_do_nothing_are_named(run: Run, models: Path, tmp_path: Pat
         assert f"{idle} in this call; try without" in error
 
 
+@pytest.mark.slow
 def test_models_on_the_hub(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tokenizer comes with them; a dry run fetches no weights."""
     with serving() as hub:
@@ -305,6 +308,7 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("block_sparse_moe", "mlp"): W for name, W in made.items()}
 
 
+@pytest.mark.slow
 def test_fused_experts_get_the_adapter_of_experts_apart(run: Run, models: Path, tmp_path: Path) -> None:
     """Either of the two may be fused: the adapter is the same, and so is the verdict."""
     found = []
@@ -367,6 +371,7 @@ def test_what_it_prints_and_what_a_dry_run_says(run: Run, models: Path, tmp_path
     assert "`mixtral-3`" in card and "held.txt" in card and "text.txt" in card and "PeftModel" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [72, 40])
 def test_few_inputs_are_shrunk_and_none_leave_a_matrix_alone(
     run: Run, models: Path, tmp_path: Path, window: int

@@ -242,6 +242,7 @@ def test_another_base_is_said_to_be_none(run: Run, tuned: Path, tmp_path: Path) 
     assert code == 0 and json.loads(out)["is_base"] is False
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     """The journal of a killed run holds what is done; of another base it is refused."""
     one, other = open_checkpoint(base), open_checkpoint(tuned)

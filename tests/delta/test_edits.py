@@ -117,6 +117,7 @@ def test_a_cut_on_every_device(device: Device) -> None:
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scaled_is_every_tensor_in_one_command(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     """Norms too; what is the same stays, byte for byte; and the card says of what it is made."""
     out = tmp_path / "half"
@@ -167,6 +168,7 @@ def test_cut_by_the_rounding_rule(run: Run, base: Path, tuned: Path, tmp_path: P
     assert len(Outcome.load(one).matrices) == 1 and run("verify", tuned, one, "--base", base)[0] == 0
 
 
+@pytest.mark.slow
 def test_nothing_left_of_a_difference_is_the_base(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     code, said, _ = run("reduce", tuned, "--base", base, "--scale", "0", "-o", tmp_path / "zero")
     assert code == 0 and "become the BASE'S, nothing of their change is left" in said
@@ -240,6 +242,7 @@ def test_killed_and_gone_on_with_it_is_the_same(base: Path, tuned: Path, tmp_pat
     assert snapshot(tmp_path / "out") == snapshot(whole)
 
 
+@pytest.mark.slow
 def test_verify_finds_one_changed_entry(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     for flags in (("--scale", "0.5"), ("--rule", "rank:2")):
         out = tmp_path / flags[1]
@@ -255,6 +258,7 @@ def test_verify_finds_one_changed_entry(run: Run, base: Path, tuned: Path, tmp_p
         assert code == 1 and shard.name in said and document["shards"][shard.name]
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1000)
     out = tmp_path / "out"

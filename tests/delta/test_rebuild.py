@@ -74,6 +74,7 @@ def test_other_plain_names_are_as_good(run: Run, adapter: Path, tmp_path: Path) 
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [F32, BF16])
 def test_a_base_in_eight_bits_and_its_values_in_more(run: Run, tmp_path: Path, stored: torch.dtype) -> None:
     """What unmerge finds to be the base's, by its values, rebuild takes by its values; and bytes where those are."""

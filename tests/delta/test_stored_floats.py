@@ -106,6 +106,7 @@ def test_the_next_numbers_up_and_down(dtype: torch.dtype) -> None:
     assert torch.equal(known.down(between), q[:-1]) and torch.equal(known.up(between), q[1:])
 
 
+@pytest.mark.slow
 @given(st.integers(-1022, 1023))
 def test_powers_of_two(k: int) -> None:
     x = power_of_two(torch.tensor([k]))

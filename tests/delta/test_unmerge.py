@@ -74,6 +74,7 @@ def test_a_merged_adapter(run: Run, base: Path, tmp_path: Path, how: str, roles:
     assert sum(entry["missed"] or 0 for entry in found["entries"]) < 30  # pyright: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F16, F32])
 def test_other_formats(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
     base = write_model(tmp_path / "base", dtype=dtype)
@@ -103,6 +104,7 @@ def test_an_adapter_in_16_bits_with_an_odd_scale(run: Run, base: Path, tmp_path:
     assert set(made(found).values()) == {"same", "adapter"}
 
 
+@pytest.mark.slow
 def test_what_was_trained_whole(run: Run, base: Path, tmp_path: Path) -> None:
     """Norms, embedding and head beside the adapter, one of them only scaled."""
     low = lora(("q_proj", "v_proj"))
@@ -120,6 +122,7 @@ def test_what_was_trained_whole(run: Run, base: Path, tmp_path: Path) -> None:
     assert "model.norm" in config["modules_to_save"] and "lm_head" in config["modules_to_save"]
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_is_kept_without_loss_or_refused(run: Run, base: Path, tmp_path: Path) -> None:
     tuned = write_model(tmp_path / "tuned", lambda name, W: merged(W, full(W, 0.01)) if "proj" in name else W)
     found = undone(run, tmp_path, base, tuned)
@@ -177,6 +180,7 @@ def test_a_model_and_itself(run: Run, base: Path, tmp_path: Path) -> None:
     assert set(made(found).values()) == {"same"}
 
 
+@pytest.mark.slow
 def test_side_files_and_a_resized_vocabulary(run: Run, base: Path, tmp_path: Path) -> None:
     """All of them lie in the adapter's folder, being small."""
     low = lora(("q_proj",))
@@ -261,6 +265,7 @@ def test_fused_against_unfused(run: Run, base: Path, tmp_path: Path) -> None:
     assert not any("lora" in name for name in tensors_in(tmp_path / "adapter") if name.startswith("base_model"))
 
 
+@pytest.mark.slow
 def test_eight_bits_and_integers_go_by_their_bytes(run: Run, tmp_path: Path) -> None:
     """Of formats whose rounding is not known here nothing is claimed: equal bytes are the same, others kept whole."""
     more = {"model.rotary.steps": torch.arange(8), "model.wide.weight": torch.ones(4, 4, dtype=torch.float64)}
@@ -287,6 +292,7 @@ def test_pickles_are_refused(run: Run, base: Path, tmp_path: Path) -> None:
 # --- the adapter as others read it ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_adapter_is_one_of_peft_s(run: Run, base: Path, tmp_path: Path) -> None:
     """Merged by the formula of PEFT, written out here, it gives the tuned weights but for some last bits."""
     tuned = write_model(tmp_path / "tuned", lora(("q_proj", "v_proj"), "delta-first"))
@@ -312,6 +318,7 @@ def test_targets_are_short_where_all_of_a_kind_are_adapted() -> None:
     assert targets({"layers.1.q_proj": 4}, modules) == ["layers.1.q_proj"]
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_in_the_pattern(base: Path, tmp_path: Path) -> None:
     def change(name: str, W: torch.Tensor) -> torch.Tensor:
         rank = 5 if "layers.1" in name else 2

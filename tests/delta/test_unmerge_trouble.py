@@ -88,6 +88,7 @@ def test_experts_in_eight_bits(run: Run, tmp_path: Path) -> None:
     assert found["model.norm.weight"] == "saved"
 
 
+@pytest.mark.slow
 def test_experts_of_which_one_half_is_in_eight_bits(run: Run, tmp_path: Path) -> None:
     base, tuned = dict(mixtral()), dict(mixtral())
     third = W1.replace("w1", "w3")
@@ -121,6 +122,7 @@ def stopped(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [(), ("--force",)], ids=["plain", "force"])
 def test_what_is_done_is_not_done_again(
     run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: tuple[str, ...]
@@ -144,6 +146,7 @@ def test_what_is_done_is_not_done_again(
     assert snapshot(tmp_path / "again") == snapshot(tuned)
 
 
+@pytest.mark.slow
 def test_force_begins_anew_beside_the_work_of_another_run(
     run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def test_force_begins_anew_beside_the_work_of_another_run(
         assert snapshot(out) == snapshot(tmp_path / f"b{number}") and not out.with_name(f"a{number}.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_renames_loses_no_earlier_adapter(
     run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +194,7 @@ def test_a_kill_between_two_renames_loses_no_earlier_adapter(
     assert code == 0 and snapshot(out) != first and not (tmp_path / "a.partial").exists(), err
 
 
+@pytest.mark.slow
 def test_killed_while_it_tidies_up_it_is_whole(
     run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +214,7 @@ def test_killed_while_it_tidies_up_it_is_whole(
     assert snapshot(out) == made and not (tmp_path / "a.partial").exists()
 
 
+@pytest.mark.slow
 def test_only_lora_is_asked_of_what_an_interrupted_run_has_done(
     run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +242,7 @@ def test_a_dry_run_refuses_another_base_and_says_what_its_time_is_of(run: Run, b
     assert code == 0 and "of these it takes the scan, of the differences" in " ".join(out.split()), err
 
 
+@pytest.mark.slow
 def test_a_base_whose_side_files_are_gone_still_serves(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
     assert run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU)[0] == 0
     (base / "LICENSE").unlink()
@@ -244,6 +251,7 @@ def test_a_base_whose_side_files_are_gone_still_serves(run: Run, base: Path, tun
     assert code == 0 and snapshot(tmp_path / "again") == snapshot(tuned), err
 
 
+@pytest.mark.slow
 def test_large_side_files_are_the_base_s(run: Run, base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the base has byte for byte are not written twice."""
     # No file of a test is that large.
@@ -280,6 +288,7 @@ def test_peft_loads_an_adapter_without_factors(run: Run, base: Path, tmp_path: P
     assert torch.equal(found, torch.full_like(found, factor))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_resized_vocabulary_is_named_with_what_peft_needs(run: Run, base: Path, tmp_path: Path) -> None:
     def change(name: str, W: torch.Tensor) -> torch.Tensor:
@@ -293,6 +302,7 @@ def test_a_resized_vocabulary_is_named_with_what_peft_needs(run: Run, base: Path
     assert torch.equal(found[name], open_checkpoint(tuned).raw(name))
 
 
+@pytest.mark.slow
 def test_what_no_resize_makes_is_kept_beside_the_adapter(run: Run, base: Path, tmp_path: Path) -> None:
     """A norm of another length: PEFT has nowhere to put it, and refuses all of an adapter that holds it."""
     tuned = write_model(tmp_path / "tuned", lambda n, W: W[:48] if n == "model.norm.weight" else adapted(n, W))

@@ -66,6 +66,7 @@ def scanned(checkpoint: laser.Checkpoint) -> list[Matrix]:
     return [m for m in list_matrices(checkpoint) if laser.Selection().why_not(m) is None]
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(pico: Path, tmp_path: Path) -> None:
     checkpoint = laser.open_checkpoint(pico)
     for count in (1, 2, 5):

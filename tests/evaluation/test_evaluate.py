@@ -100,6 +100,7 @@ def test_streaming_frees_every_layer(tmp_path: Path) -> None:
     assert model.layer_forwards == 3 * 4 and model.store.used == 0
 
 
+@pytest.mark.slow
 def test_an_edit_is_seen_and_undone_exactly(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "mixtral"))
     windows = windows_for(checkpoint.path).windows

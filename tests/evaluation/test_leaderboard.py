@@ -259,6 +259,7 @@ def test_real_rows_of_every_file_can_be_read(speaker: Path, shared: Path) -> Non
     assert {s.task: s.n for s in board.scores} == dict.fromkeys(tasks, 2)
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_nan_likelihoods_are_an_error_and_not_a_score(speaker: Path, data: Path) -> None:
     tensors = load_file(speaker / "model.safetensors")

@@ -75,6 +75,7 @@ def pretended(draw: st.DrawFn) -> Pretended:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(pretended(), st.integers(0, 6000), st.integers(0, 6000), st.integers(0, 500), st.integers(0, 500))
 def test_what_is_chosen_fits_and_grows_with_what_is_free(

@@ -241,6 +241,7 @@ def test_half_a_character_from_elsewhere_is_refused(tokenizer) -> None:
         cut_windows(Text("t", "a \ud800"), tokenizer)
 
 
+@pytest.mark.slow
 def test_the_default_text_is_there_and_a_dataset_fails_clearly_offline() -> None:
     assert len(default_text().content) > 100_000
     with pytest.raises(UsageError, match=r"try .*--text FILE"):

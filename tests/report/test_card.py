@@ -141,6 +141,7 @@ def test_model_index_has_an_entry_per_task_as_in_the_published_cards(source: Car
     assert all(r["dataset"]["args"]["rows_scored"] == 4 for r in cut)
 
 
+@pytest.mark.slow
 def test_without_measurement_nothing_is_claimed(source: CardSource) -> None:
     text = card("m", outcome_of(), source)
     assert "model-index" not in metadata(text)

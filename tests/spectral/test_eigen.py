@@ -181,6 +181,7 @@ def test_float32_solves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"syrk float32", "sytrd float32", "stedc float32", "ormtr float32"} <= set(called)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(600, 300), (300, 600), (1100, 1030)])
 @pytest.mark.parametrize("noise", [True, False])
 def test_float32_keeps_the_stated_error(shape: tuple[int, int], noise: bool) -> None:

@@ -58,6 +58,7 @@ def of_spikes(shape: tuple[int, int]) -> NDArray[np.float64]:
     return spectrum(rng.standard_normal(shape) + left @ np.diag([2.0, 2.2, 2.5, 3.0, 4.0]) @ right.T * edge)
 
 
+@pytest.mark.slow
 @every_rule
 @given(shape=shapes, seed=st.integers(0, 99), scale=st.floats(1e-6, 1e6))
 @settings(max_examples=40, deadline=None)
@@ -73,6 +74,7 @@ def test_scaling_the_matrix_scales_the_threshold_and_leaves_the_rank(
         assert scaled.threshold == pytest.approx(one.threshold * scale, rel=1e-9, abs=1e-300)
 
 
+@pytest.mark.slow
 @every_rule
 @given(shape=shapes, seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
@@ -102,6 +104,7 @@ def test_rank_counts_the_values_above_the_threshold(spec: str) -> None:
         assert cut.rank == int((spectrum(W) > cut.threshold).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", sampled(SHAPES, 4))
 @every_calibrated_rule
 def test_pure_noise_keeps_at_most_two(spec: str, shape: tuple[int, int]) -> None:

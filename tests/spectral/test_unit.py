@@ -139,6 +139,7 @@ def test_the_metric_of_the_data_scales(c: float, device: factorise.Device) -> No
             assert relative_error(W * c, other.matrix, 5, metric) == pytest.approx(lost, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", EDGES)
 def test_rules_fits_and_numbers_scale(c: float) -> None:
     s, shape = singular_values(weights(), HOST)[0], (60, 40)
