@@ -18,6 +18,13 @@ def visible(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def shown_value(found: object) -> str:
+    """What a table for people shows of a value: a float in four digits, a dash for None."""
+    if found is None:
+        return "-"
+    return f"{found:.4g}" if isinstance(found, float) else visible(found)
+
+
 def cell(text: object) -> str:
     """Plain text for a table cell or a heading: one line that shows what it says; nothing for None."""
     line = visible(" ".join("" if text is None else str(text).split()))

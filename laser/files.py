@@ -114,6 +114,15 @@ def real(path: Path) -> Path:
         raise OutputError(f"{path} is a link that leads to itself; remove it, or try another -o") from error
 
 
+def require_only(folder: Path, names: re.Pattern[str]) -> None:
+    """Raises OutputError where `folder`, which may be removed in the end, holds a file of another name than these."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} is in the way: a directory of that name is needed; move it away")
+    foreign = sorted(p.name for p in folder.iterdir() if not names.fullmatch(p.name)) if folder.exists() else []
+    if foreign:
+        raise OutputError(f"{folder} holds {foreign[0]}, which laser did not write; move it away")
+
+
 def require_led(path: Path) -> None:
     """Raises OutputError for a link to what is not there: it would be replaced, or followed, as no one asked."""
     if path.is_symlink() and not path.exists():

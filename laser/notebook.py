@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from laser.errors import UsageError
-from laser.escape import visible
+from laser.escape import shown_value, visible
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -54,19 +54,12 @@ def _html_text(value: object) -> str:
     return html.escape(visible(value))
 
 
-def _html_cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else _html_text(value)
-
-
 def _table(rows: FrameRows) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{_html_text(key)}</th>" for key in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_html_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
+    cells = [[html.escape(shown_value(value)) for value in row.values()] for row in rows]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -277,3 +277,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hub in this process (hub_server.Hub), to which the Hub's client is connected with a cache of its own."""
+    from hub_server import connect, serving
+    from huggingface_hub import close_session
+
+    with serving() as server:
+        connect(server, tmp_path / "cache", monkeypatch)
+        yield server
+        close_session()

@@ -212,7 +212,10 @@ def test_spectra_are_tidied_up_where_there_is_something_and_no_lock_is_taken_oth
     assert not list(tmp_path.iterdir())
 
 
-def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [swap._exchange, swap.take_place])
+def test_a_swap_that_fails_leaves_the_old_one_at_its_place(
+    way: Callable[[Path, Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without renameat2 there are two renames; when the second failed, nothing was left under the name."""
     new, target, old = (tmp_path / name for name in ("new", "target", "old"))
     new.mkdir()
@@ -228,7 +231,7 @@ def test_a_swap_that_fails_leaves_the_old_one_at_its_place(tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "rename", second)
     with pytest.raises(OSError, match="No space left"):
-        swap._exchange(new, target, old)
+        way(new, target, old)
     assert (target / "x").read_bytes() == b"old" and new.is_dir() and not old.exists()
 
 

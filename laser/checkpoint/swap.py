@@ -173,6 +173,32 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
             old.rename(new)
             raise
         old.rename(new)
+    _in_two_steps(new, target, old)
+
+
+def take_place(new: Path, out: Path, old: Path) -> None:
+    """`new` in the place of `out`; an earlier one is called `new` or `old` then, and its maker removes it.
+
+    Where it fails `out` is as it was. A kill may fall between two renames where the system exchanges no names: see
+    `restore_earlier`.
+    """
+    if not out.exists():
+        new.rename(out)
+    elif not exchange(new, out):
+        if old.exists():  # of an exchange that was done
+            shutil.rmtree(old)
+        _in_two_steps(new, out, old)
+
+
+def restore_earlier(out: Path, old: Path) -> None:
+    """The earlier output in its place again, where a kill fell between the two renames of `take_place`."""
+    if old.is_dir() and not out.exists():
+        with disk_errors(out):
+            old.rename(out)
+
+
+def _in_two_steps(new: Path, target: Path, old: Path) -> None:
+    """By two renames. Where the second fails the first is taken back."""
     target.rename(old)
     try:
         new.rename(target)

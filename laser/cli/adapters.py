@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.swap import restore_earlier
 from laser.checkpoint.writer import require_outside
 from laser.choices import ROUNDS
 from laser.cli import common, options
@@ -26,6 +26,7 @@ from laser.delta.overview import QUANTISED, is_base_quantised
 from laser.delta.peft import merge_streamed
 from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
 from laser.delta.unmerge import (
+    EARLIER_ADAPTER,
     MODEL,
     REMAINDER,
     AdapterRecord,
@@ -40,7 +41,6 @@ from laser.delta.unmerge import (
     require_base,
     require_files,
     require_own,
-    restore_earlier,
     run_of_unmerge,
     unmerge,
 )
@@ -94,7 +94,7 @@ def unmerge_verb(
         require_own(partial)
         record = adapter_found_again(output, run, only_lora)
         if record is None:
-            restore_earlier(output)
+            restore_earlier(output, partial / EARLIER_ADAPTER)
             require_adapter_place(output, work.force)
             with disk_errors(output):
                 partial.mkdir(parents=True, exist_ok=True)
@@ -170,13 +170,7 @@ def _print_resized(record: AdapterRecord, base: Base) -> None:
 def verify_rebuilt_verb(adapter: Path, output: Path, shown_as: options.Json) -> None:
     """`laser verify ADAPTER OUT`: by the sha256 that laser unmerge has recorded."""
     found = verify_rebuilt(adapter, output)
-    if shown_as.as_json:
-        common.print_json(asdict(found))
-    else:
-        common.say_first(found.problems)
-        say(f"{found.shards} shards and {found.files} other files as recorded, {len(found.problems)} problems")
-    if found.problems:
-        raise typer.Exit(1)
+    common.tell_verified(found, f"{found.shards} shards and {found.files} other files as recorded", shown_as.as_json)
 
 
 def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, shown_as: options.Json) -> None:

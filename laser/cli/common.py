@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import typer
+
 from laser.errors import OutputError, UsageError
-from laser.escape import visible
+from laser.escape import shown_value, visible
 from laser.files import claimed, disk_errors, real, require_led
 from laser.records import to_json
 
@@ -181,18 +183,12 @@ def print_raw(data: bytes) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Aligned columns, numbers to the right. Plain text: the same in a terminal, a pipe and a README."""
-    cells = [list(headings)] + [[_cell(value) for value in row] for row in rows]
+    cells = [list(headings)] + [[shown_value(x) for x in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     right = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(headings))]
     for row in cells:
         line = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
         say("  ".join(line).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else visible(value)
 
 
 def say_first(lines: Sequence[str], limit: int = MOST_LINES, what: str = "--json lists all") -> None:
@@ -201,6 +197,17 @@ def say_first(lines: Sequence[str], limit: int = MOST_LINES, what: str = "--json
         say(line)
     if len(lines) > limit:
         say(f"... and {len(lines) - limit} more; {what}")
+
+
+def tell_verified(found: Any, told: str, as_json: bool) -> None:
+    """What was verified, a dataclass with `problems`: these first, then one line. Exit code 1 where there are any."""
+    if as_json:
+        print_json(asdict(found))
+    else:
+        say_first(found.problems)
+        say(f"{told}, {len(found.problems)} problems")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def print_plan(lines: Sequence[Any], limit: int = MOST_LINES, *, of_difference: bool = False) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import open_checkpoint
@@ -232,13 +231,8 @@ def verify_verb(
         found = verify_output(
             checkpoint, output, device=where.choose(), moments=moments.load(), base=base.of(checkpoint), tick=bar
         )
-    if shown_as.as_json:
-        common.print_json(asdict(found))
-    else:
-        common.say_first(found.problems)
-        say(f"{found.untouched} tensors identical, {found.touched} as planned, {len(found.problems)} problems")
-    if found.problems:
-        raise typer.Exit(1)
+    told = f"{found.untouched} tensors identical, {found.touched} as planned"
+    common.tell_verified(found, told, shown_as.as_json)
 
 
 def _print_part(

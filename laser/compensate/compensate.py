@@ -31,7 +31,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.checkpoint.source import Source, require_unchanged
-from laser.checkpoint.swap import exchange
+from laser.checkpoint.swap import restore_earlier, take_place
 from laser.compensate.budget import BEYOND, BITS_STORED, Offer, even_rank, spend
 from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
@@ -48,6 +48,7 @@ from laser.files import (
     disk_errors,
     require_led,
     require_no_mount,
+    require_only,
     tidy_up,
     unfinished,
     write_atomically,
@@ -212,8 +213,9 @@ def compensate(
         met = [moments.tokens(place.matrices[0].name) for place in places.places]
         require_enough(moments.calibration.text, met, places.places)
     with claimed(out):
-        require_compensation_place(out, force)
         partial = unfinished(out)
+        restore_earlier(out, partial / "old")
+        require_compensation_place(out, force)
         told = None if moments is None else (moments.calibration.windows_sha256, moments.calibration.dtype)
         run = run_of_compensation(original, copy, told, asked, places, crew)
         if (there := compensation_found_again(out, run)) is not None:
@@ -225,11 +227,7 @@ def compensate(
         for checkpoint in (original, copy):
             require_unchanged(checkpoint)
         with disk_errors(out):
-            if not out.exists():
-                (partial / "new").rename(out)
-            elif not exchange(partial / "new", out):
-                out.rename(partial / "old")
-                (partial / "new").rename(out)
+            take_place(partial / "new", out, partial / "old")
         tidy_up(partial, out)
     return record
 
@@ -290,13 +288,7 @@ def require_compensation_place(out: Path, force: bool) -> None:
             raise OutputError(
                 f"{out} was not made by laser compensate, and --force replaces nothing else; try another -o"
             )
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
-    foreign = (
-        sorted(p.name for p in partial.iterdir() if not _PARTIAL_NAMES.fullmatch(p.name)) if partial.exists() else []
-    )
-    if foreign:
-        raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
+    require_only(partial, _PARTIAL_NAMES)
 
 
 def is_compensation(out: Path) -> bool:
@@ -402,7 +394,7 @@ def choose_ranks(places: Sequence[ParameterPlace], lines: Mapping[str, Line], as
 def gains_of(line: Line) -> np.ndarray:
     """(k,) what each further rank takes away: squared singular values of (W - Q) C^(1/2), over E||W x||^2.
 
-    Layers' outputs differ in scale, and a share of each output's own is what counts (LOG.md has the other weights).
+    Layers' outputs differ in scale, and a share of each output's own is what counts (docs/log has the other weights).
     """
     return np.maximum(-np.diff(line["predicted"]), 0.0)
 

@@ -41,7 +41,7 @@ from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_h
 from laser.checkpoint.side_files import own_file
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
-from laser.checkpoint.swap import exchange
+from laser.checkpoint.swap import restore_earlier, take_place
 from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
 from laser.delta.base import Base, Delta, Pair
@@ -72,6 +72,7 @@ from laser.files import (
     disk_errors,
     read_regular,
     require_no_mount,
+    require_only,
     tidy_up,
     unfinished,
     write_atomically,
@@ -89,7 +90,7 @@ CONFIG, MODEL, REMAINDER, RECORD, SIDE_FILES = (
 )
 # What is trained whole beside an adapter, by PEFT's modules_to_save.
 SAVED_WHOLE = ("norm", "embedding", "head")
-PARTIAL_JOURNAL = "journal.jsonl"
+PARTIAL_JOURNAL, EARLIER_ADAPTER = "journal.jsonl", "old"  # in OUT.partial
 # What PEFT takes for an adapter in which no module has factors; an empty list it refuses.
 DUMMY_TARGET = "dummy-target-modules"
 SMALL_SIDE_FILE = 10_000_000  # bytes: of a tokenizer, under what an adapter has
@@ -502,7 +503,7 @@ def unmerge(
         run = run_of_unmerge(delta, crew, rounds, dtype)
         if (there := adapter_found_again(out, run, only_lora)) is not None:
             return there
-        restore_earlier(out)
+        restore_earlier(out, partial / EARLIER_ADAPTER)
         require_adapter_place(out, force)
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
@@ -515,7 +516,7 @@ def unmerge(
         with disk_errors(out):
             if out.exists():
                 require_adapter_place(out, force)  # again: hours have passed
-            _take_place(partial, out)
+            take_place(partial / "new", out, partial / EARLIER_ADAPTER)
         _remove_work(partial, out)
     return record
 
@@ -525,30 +526,6 @@ def run_of_unmerge(pair: Pair, crew: Crew, rounds: int, dtype: torch.dtype) -> d
     run = {"kind": "unmerge journal", "version": AdapterRecord.version, **pair.tuned.stated()}
     run |= {"base": [pair.base.identity, pair.base.weights.short], "rounds": rounds, "device": crew.label}
     return run | {"dtype": str(dtype)}
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    """The new adapter in its place, at once where the system can; an earlier one stays below `partial`."""
-    new, old = partial / "new", partial / "old"
-    if not out.exists():
-        new.rename(out)
-    elif not exchange(new, out):
-        if old.exists():  # of an exchange that was done
-            shutil.rmtree(old)
-        out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-
-
-def restore_earlier(out: Path) -> None:
-    """The earlier adapter in its place again, where a kill fell between the two renames of an exchange."""
-    old = unfinished(out) / "old"
-    if old.is_dir() and not out.exists():
-        with disk_errors(out):
-            old.rename(out)
 
 
 def _remove_work(partial: Path, out: Path) -> None:
@@ -655,11 +632,7 @@ def require_files(tuned: Checkpoint) -> None:
 
 def require_own(partial: Path) -> None:
     """Raises OutputError where OUT.partial holds what no `unmerge` has put there: it is removed in the end."""
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise OutputError(f"{partial} is in the way: a directory of that name is needed; move it away")
-    foreign = sorted(p.name for p in partial.iterdir() if not _OWN_NAMES.fullmatch(p.name)) if partial.exists() else []
-    if foreign:
-        raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
+    require_only(partial, _OWN_NAMES)
 
 
 def delta_in(partial: Path) -> Path:

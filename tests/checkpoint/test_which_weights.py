@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import Fault, Hub, connect, serving
-from huggingface_hub import close_session
+from hub_server import Fault, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -679,14 +678,6 @@ def test_the_last_copy_counts_whatever_lies_where(
 
 
 ID = "maker/source"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as server:
-        connect(server, tmp_path / "cache", monkeypatch)
-        yield server
-        close_session()
 
 
 ON_THE_HUB = (

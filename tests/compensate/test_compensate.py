@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import laser.compensate.compensate as compensation
 from laser import calibration
+from laser.checkpoint import swap
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
@@ -189,6 +190,32 @@ def test_a_run_goes_on_where_it_was_and_force_replaces(
     after = json.loads((out / "laser.json").read_text())
     assert {e["rank"] for e in after["entries"]} == {2} and {e["rank"] for e in found["entries"]} == {3}
     assert not (tmp_path / "a.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_kill_between_two_renames_loses_no_earlier_output(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot exchange; the same command puts the earlier one back before it does anything."""
+    out, rename = tmp_path / "a", Path.rename
+    compensated(run, models, out, "--plain", "--rank", 1)
+    first = snapshot(out)
+    words = ("compensate", models / "llama", models / "llama-3", "-o", out, "--plain", "--rank", 2, "--device", "cpu")
+
+    def killed(self: Path, target: Path) -> Path:
+        if self == tmp_path / "a.partial" / "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        # A system that cannot exchange two names.
+        patch.setattr(swap, "exchange", lambda *_: False)
+        patch.setattr(Path, "rename", killed)
+        assert run(*words, "--force")[0] == 130 and not out.exists()
+    assert "a exists; try another -o, or --force to replace it" in refused(run, *words[1:-2])
+    assert snapshot(out) == first
+    code, _, err = run(*words, "--force")
+    assert code == 0 and snapshot(out) != first and not (tmp_path / "a.partial").exists(), err
 
 
 @pytest.mark.slow

@@ -1,15 +1,14 @@
 """A base and its fine-tune that are stored unlike: each tensor finds its own, and is scaled or left alone."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import EXPERTS, LAYERS, Run, mixtral_config, mixtral_tensors, write_checkpoint_directory
 from helpers import tensors_in
-from hub_server import Hub, connect, serving
-from huggingface_hub import close_session
+from hub_server import Hub
 from merges import BF16, F16, F32, merged, update
 from models import WORDS, tensors, write_model
 from test_delta import Q0, tune
@@ -118,14 +117,6 @@ def test_fused_experts_against_unfused_ones(halved: Callable, tmp_path: Path, tu
     expected = fused(expected) if tuned_fused else expected
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in made)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as server:
-        connect(server, tmp_path / "cache", monkeypatch)
-        yield server
-        close_session()
 
 
 @pytest.mark.parametrize("local", ["", "base", "tuned"])

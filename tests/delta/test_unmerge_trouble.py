@@ -15,6 +15,7 @@ from merges import BF16, F32, full, merged, update
 from models import HIDDEN, INNER, LAYERS, WORDS, mixtral, write_model
 
 import laser.delta.unmerge as module
+from laser.checkpoint import swap
 from laser.checkpoint.reader import open_checkpoint
 
 Q0, W1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.block_sparse_moe.experts.0.w1.weight"
@@ -182,7 +183,7 @@ def test_a_kill_between_two_renames_loses_no_earlier_adapter(
 
     with monkeypatch.context() as patch:
         # A system that cannot exchange two names.
-        patch.setattr(module, "exchange", lambda *_: False)
+        patch.setattr(swap, "exchange", lambda *_: False)
         patch.setattr(Path, "rename", killed)
         assert run(*words)[0] == 130 and not out.exists()
     with monkeypatch.context() as patch:
