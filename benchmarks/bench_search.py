@@ -16,7 +16,6 @@ gives the hours of a search there; these are computed, not measured.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
 from laser.pipeline import scan
 from laser.search.candidates import cut_of
-from laser.search.runner import FIRST_AHEAD, LEAST_AHEAD, Runner
+from laser.search.runner import Runner, best_together
 from laser.search.search import SearchResult, search
 from laser.search.trials import Bench
 from laser.selection import Selection
@@ -160,7 +159,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
             f"decisions, losses and plans {'the same to the last bit' if alike else 'DIFFER'}"
         )
         failed = failed or not alike
-        assert not given.smoke or given.resident or many.loads < one.loads, (many.loads, one.loads)
+        assert not given.smoke or given.resident or kept or many.loads < one.loads, (many.loads, one.loads)
     mixtral()
     if failed:
         sys.exit(1)
@@ -230,10 +229,7 @@ def simulate(count: int, kept: int, room: int, ratio: float) -> dict[str, tuple[
     them, spread evenly too, are accepted against the guess. ratio: of reading a layer to running it."""
     layers = [LAYERS - 1 - i * LAYERS // count for i in range(count)]
     accepted = {(2 * i + 1) * count // (2 * kept) for i in range(kept)}
-    ends = (
-        3 * LAYERS,
-        3 * LAYERS,
-    )  # to prove that the pieces are the model, the base, and the report: before and after
+    ends = 3 * LAYERS, 3 * LAYERS  # to prove that the pieces are the model, the base, and the report
     loads, runs = ends
     for layer in layers:
         loads, runs = loads + LAYERS - layer, runs + LAYERS - layer
@@ -242,8 +238,7 @@ def simulate(count: int, kept: int, room: int, ratio: float) -> dict[str, tuple[
     at = wrong = measured = 0  # measured: candidates that an earlier walk has measured, and kept states of
     since = LAYERS
     while at < count:
-        ahead = max(LEAST_AHEAD, round(2 * math.sqrt(ratio * at / wrong))) if wrong else max(FIRST_AHEAD, at)
-        stop = min(at + ahead, at + room, count)
+        stop = min(at + min(best_together(at, wrong, lambda: ratio), room), count)
         spare = room >= 2 * (stop - at)
         starts = [since if spare and i < measured else layers[i] for i in range(at, stop)]
         loads, runs = loads + LAYERS - min(starts), runs + sum(LAYERS - start for start in starts)

@@ -147,8 +147,7 @@ def from_numbers(values: Sequence[float | None], objective: Objective, raced: in
 
 # What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
 State = tuple[tuple[str, int], ...]
-# Candidates that a walk takes at the least: before a guess was wrong as many as LaserRMT tries, and then.
-FIRST_AHEAD, LEAST_AHEAD = 15, 4
+FIRST_AHEAD = 15  # candidates that the first walk takes: as many as LaserRMT tries
 QUARTER, LOST = 4, 2.5  # a race: after this share of the units, who is worse by so many standard errors is out
 
 
@@ -180,6 +179,7 @@ class Runner:
         self.kept: dict[str, Trial] = {}
         self.state: State = ()
         self._said: dict[str, int | None] = {}  # each candidate's option by its latest results, on whichever state
+        self._guessed: dict[str, int | None] = {}  # what the walk that measured it last took for granted
         self._right, self._wrong = 0, 0  # guesses
 
     def baseline(
@@ -258,11 +258,12 @@ class Runner:
             if self._is_cut(candidate, self.kept):
                 self.to_come -= len(candidate.options)
                 continue
-            guess = self._guess(candidate)
             tried = [self.try_option(candidates, at, option) for option in range(len(candidate.options))]
             best = self._best([(trial.accepted, trial.d) for trial in tried])
             self._said[name_of(candidate)] = best
-            self._right, self._wrong = self._right + (best == guess), self._wrong + (best != guess)
+            if name_of(candidate) in self._guessed:
+                right = self._guessed[name_of(candidate)] == best
+                self._right, self._wrong = self._right + right, self._wrong + (not right)
             if best is not None:
                 self._keep(candidate, best, tried[best])
 
@@ -311,6 +312,8 @@ class Runner:
                     states.append(tried)
                     variants.append(on_top | {name: (rule, rank) for name, rank in ranks.items()})
             guess = None if alone else self._guess(candidate)
+            if not alone:
+                self._guessed[name_of(candidate)] = guess
             if guess is not None:
                 state = (*state, (name_of(candidate), guess))
                 rule, ranks = candidate.options[guess]
@@ -361,20 +364,12 @@ class Runner:
         """As many candidates as a walk should take at the most.
 
         Where it reads no layer, one: nothing is saved then, and a wrong guess costs what was measured behind it.
-
-        While every guess was right, as many as were decided so far: the number doubles, and what one wrong guess makes
-        vain stays below what counts. Then let reading a layer take c times as long as running a variant through it, and
-        R guesses in a row be right. With W at a time reading is c / W a candidate, and of W / 2 that were measured in
-        vain about half is run again, from the edit on: W / 4R. The sum is least at W = 2 sqrt(c R).
         """
         if at >= len(candidates):
             return 0
         if self.bench.model.in_memory(max(candidates[at].piece, 1)):  # and so are all above it
             return 1
-        decided = self._right + self._wrong
-        if not self._wrong:
-            return max(FIRST_AHEAD, decided)
-        return max(LEAST_AHEAD, round(2 * math.sqrt(self.bench.reading_to_running() * decided / self._wrong)))
+        return best_together(self._right + self._wrong, self._wrong, self.bench.reading_to_running)
 
     def _guess(self, candidate: Candidate) -> int | None:
         """The option that will be kept, None for none: what its latest results say, measured on another state. Without
@@ -407,3 +402,17 @@ class Runner:
 def name_of(candidate: Candidate) -> str:
     """Tells a candidate from every other: cells of a grid have one label for several rules."""
     return f"{candidate.label} {candidate.options[0][0]}"
+
+
+def best_together(decided: int, wrong: int, reading_to_running: Callable[[], float]) -> int:
+    """How many candidates a walk should take, of which so many were decided, and so many against the guess.
+
+    While every guess was right, as many as were decided so far: the number doubles, and what one wrong guess makes vain
+    stays below what counts. Then let reading a layer take c times as long as running a variant through it, and R
+    guesses in a row be right. With W at a time reading is c / W a candidate. Half of them are measured in vain where a
+    guess is wrong, and as most lie in the edit's own layer, run again whole: W / 2R. The sum is least at
+    W = sqrt(2 c R).
+    """
+    if not wrong:
+        return max(FIRST_AHEAD, decided)
+    return max(1, round(math.sqrt(2 * reading_to_running() * decided / wrong)))
