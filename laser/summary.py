@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any
 
 from laser.checkpoint.matrices import MEMORY_NAMES, ONE_EXPERT, place_of
@@ -20,9 +21,9 @@ from laser.reasons import Kind
 from laser.records import to_json
 from laser.selection import Selection
 from laser.spectra import Spectra
-from laser.spectral.noise import DEFAULT_ESTIMATOR, estimate_noise, fit_noise
+from laser.spectral.noise import DEFAULT_ESTIMATOR, Spectrum, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
-from laser.spectral.spectrum import ENERGIES, describe_spectrum, edge_shift
+from laser.spectral.spectrum import ENERGIES, Description, describe_spectrum, edge_shift, log_alpha_norm
 
 # What a matrix of a fused tensor is called behind the tensor's name: trainers know the tensor only.
 CUT = r"\[[\w,]+\]$"
@@ -64,7 +65,15 @@ class SummaryRow:
     rank_95: int
     rank_99: int
     alpha: float | None  # exponent of the tail of s^2
+    alpha_error: float | None  # its standard error
     alpha_distance: float | None  # Kolmogorov-Smirnov
+    xmin: float | None  # where the tail starts, in squared units
+    num_pl_spikes: int | None  # eigenvalues in it
+    alpha_weighted: float | None  # alpha log10(s_1^2), in the unit of the weights
+    log_alpha_norm: float | None  # log10 of the sum of (s^2)^alpha
+    entropy: float | None  # of s^2 / sum(s^2), over the log of the numerical rank
+    rank_loss: int  # values that are zero to the precision of float32 weights
+    mp_softrank: float | None  # squared upper edge of the law of noise over s_1^2
     sigma: float  # noise level of the entries
     sigma_error: float  # its standard error
     fit: float  # Kolmogorov-Smirnov distance of the bulk from the law of noise
@@ -223,7 +232,10 @@ def summarise(
         if matrix.name not in spectra.values or selection.why_not(matrix) or (names and matrix.name not in names):
             continue
         s, shape = spectra.values[matrix.name], (matrix.shape[0], matrix.shape[1])
-        numbers, cut = describe_spectrum(s), apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma)
+        numbers, cut = (
+            describe_spectrum(s, shape),
+            apply_rule(rule, s, shape, spectra.nulls.get(matrix.name), spectra.sigma),
+        )
         noise = cut.noise or estimate_noise(s, shape, estimator)
         fit = fit_noise(s, shape, estimator, noise)
         snr = signal_to_noise(s, cut.rank)
@@ -246,8 +258,10 @@ def summarise(
                 rank_90=ranks[0.9],
                 rank_95=ranks[0.95],
                 rank_99=ranks[0.99],
-                alpha=numbers.tail.alpha if numbers.tail else None,
-                alpha_distance=numbers.tail.distance if numbers.tail else None,
+                **_tail_of(numbers, s),
+                entropy=numbers.entropy,
+                rank_loss=numbers.rank_loss,
+                mp_softrank=(noise.upper_edge(shape) / numbers.largest) ** 2 if numbers.largest else None,
                 sigma=fit.sigma,
                 sigma_error=fit.standard_error,
                 fit=fit.distance,
@@ -270,6 +284,20 @@ def summarise(
     skipped = tuple((name, why.text) for name, why in spectra.skipped.items() if why.kind is Kind.FAILED)
     calibration = None if spectra.data is None else spectra.data.calibration
     return Summary(spectra.source, rule, tuple(rows), skipped, calibration)
+
+
+def _tail_of(numbers: Description, s: Spectrum) -> dict[str, Any]:
+    """The columns of the power law; all None where there is none."""
+    tail = numbers.tail
+    return {
+        "alpha": tail and tail.alpha,
+        "alpha_error": tail and tail.alpha_error,
+        "alpha_distance": tail and tail.distance,
+        "xmin": tail.start if tail and isfinite(tail.start) else None,  # a square may leave float64's range
+        "num_pl_spikes": tail and tail.count,
+        "alpha_weighted": numbers.alpha_weighted,
+        "log_alpha_norm": tail and log_alpha_norm(s, tail.alpha),
+    }
 
 
 def _in_data(spectra: Spectra, name: str) -> dict[str, Any]:

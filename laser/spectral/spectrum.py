@@ -38,6 +38,11 @@ class Tail:
     start: float  # in squared units of s
     count: int
 
+    @property
+    def alpha_error(self) -> float:
+        """Standard error of alpha (Clauset, Shalizi and Newman 2009, equation 3.2)."""
+        return (self.alpha - 1) / self.count**0.5
+
 
 @dataclass(frozen=True)
 class Description:
@@ -48,6 +53,8 @@ class Description:
     stable_rank: ||W||_F^2 / s_1^2, 1 for rank one, p when all values are equal
     effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli 2007), between 1 and p
     energy_ranks: fewest values that hold each share in ENERGIES of the squared sum
+    entropy: WeightWatcher's, of s^2 / sum(s^2) over the log of the numerical rank; None for numerical rank 1
+    rank_loss: values that are zero to the precision of float32 weights, as NumPy's matrix_rank counts them
     """
 
     largest: float
@@ -56,18 +63,37 @@ class Description:
     effective_rank: float
     energy_ranks: tuple[int, ...]
     tail: Tail | None  # None where fewer than FEWEST values are distinct and positive
+    entropy: float | None
+    rank_loss: int
+
+    @property
+    def alpha_weighted(self) -> float | None:
+        """alpha log10(s_1^2), in the unit of s (Martin, Peng and Mahoney 2021)."""
+        return self.tail and self.tail.alpha * 2 * math.log10(self.largest)
 
 
-def describe_spectrum(s: Spectrum) -> Description:
-    """The numbers of singular values `s` (p,), descending. A zero matrix has ranks 0 and no tail."""
+def log_alpha_norm(s: Spectrum, alpha: float) -> float:
+    """log10 of the sum of (s^2)^alpha over singular values `s` (p,) in their own unit, the largest taken out of it."""
+    powers = np.sum((s / s[0]) ** (2 * alpha))
+    return float(2 * alpha * np.log10(s[0]) + np.log10(powers))
+
+
+def describe_spectrum(s: Spectrum, shape: Shape | None = None) -> Description:
+    """The numbers of singular values `s` (p,), descending. A zero matrix has ranks 0 and no tail.
+
+    shape: (m, n) of the matrix, whose longer side the tolerance of `rank_loss` grows with; None: a square one.
+    """
     u = unit_of(s)
     s = s / u
     energy = np.cumsum(s**2)
     if len(s) == 0 or energy[-1] == 0:
-        return Description(0.0, 0.0, 0.0, 0.0, (0,) * len(ENERGIES), None)
+        return Description(0.0, 0.0, 0.0, 0.0, (0,) * len(ENERGIES), None, None, len(s))
     share, tail = s[s > 0] / s.sum(), fit_tail(s)
     # As in rules.py: not the bare product, or share 1 would miss the last value by rounding.
     ranks = np.searchsorted(energy, np.array(ENERGIES) * energy[-1] * (1 - 1e-15)) + 1
+    numerical = int(np.count_nonzero(s > s[0] * max(shape or (len(s),)) * np.finfo(np.float32).eps))
+    squares = s[s > 0] ** 2 / energy[-1]
+    squares = squares[squares > 0]  # of those that are squares at all
     return Description(
         largest=float(s[0]) * u,
         norm=float(energy[-1] ** 0.5) * u,
@@ -75,6 +101,8 @@ def describe_spectrum(s: Spectrum) -> Description:
         effective_rank=float(np.exp(-np.sum(share * np.log(share)))),
         energy_ranks=tuple(int(r) for r in ranks),
         tail=tail and replace(tail, start=tail.start * u * u),
+        entropy=float(-np.sum(squares * np.log(squares)) / np.log(numerical)) if numerical > 1 else None,
+        rank_loss=len(s) - numerical,
     )
 
 

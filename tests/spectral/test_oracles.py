@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import laser
 from laser.spectral import marchenko_pastur as mp
 from laser.spectral.rules import apply_rule
-from laser.spectral.spectrum import describe_spectrum
+from laser.spectral.spectrum import describe_spectrum, log_alpha_norm
 
 DEMO = Path(__file__).parent.parent.parent / ".demo" / "mixtral"
 Case = tuple[NDArray[np.float64], tuple[int, int]]  # singular values and shape
@@ -81,16 +81,24 @@ def test_the_tail_is_that_of_powerlaw(cases: list[Case]) -> None:
         assert ours.distance == pytest.approx(distance, abs=1e-8)
 
 
-def test_alpha_and_stable_rank_are_those_of_weightwatcher(cases: list[Case]) -> None:
+def test_the_columns_are_those_of_weightwatcher(cases: list[Case]) -> None:
     oracle("weightwatcher")
     watcher, numbers = oracle("weightwatcher.WW_powerlaw"), oracle("weightwatcher.RMT_Util")
-    for s, _ in cases:
+    for s, shape in cases:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = watcher.WWFit(s**2)
-        ours = describe_spectrum(s)
+        ours = describe_spectrum(s, shape)
+        single, longest = s.astype(np.float32), max(shape)
+        assert ours.entropy == pytest.approx(numbers.matrix_entropy(single, longest), rel=1e-5)
+        assert ours.rank_loss == numbers.calc_rank_loss(single, longest)
         assert ours.stable_rank == pytest.approx(numbers.stable_rank(s**2), rel=1e-12)
         assert ours.tail is not None and ours.tail.alpha == pytest.approx(theirs.alpha, rel=1e-10)
+        assert ours.tail.alpha_error == pytest.approx(theirs.sigma, rel=1e-10)
+        assert ours.tail.start == pytest.approx(theirs.xmin, rel=1e-12)
+        assert ours.tail.count == np.count_nonzero(s**2 >= theirs.xmin)
+        assert ours.alpha_weighted == pytest.approx(theirs.alpha * np.log10(np.max(s**2)), rel=1e-10)
+        assert log_alpha_norm(s, ours.tail.alpha) == pytest.approx(np.log10(np.sum((s**2) ** theirs.alpha)), rel=1e-9)
 
 
 def test_the_hard_threshold_is_that_of_optht(cases: list[Case]) -> None:

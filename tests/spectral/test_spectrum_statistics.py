@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laser.spectral.spectrum import ENERGIES, describe_spectrum, fit_tail
+from laser.spectral.spectrum import ENERGIES, describe_spectrum, fit_tail, log_alpha_norm
 
 POWERLAW = {
     # python -c "
@@ -95,6 +95,20 @@ def test_energy_ranks_are_counted_by_hand() -> None:
     assert describe_spectrum(s).energy_ranks == (1, 2, 3, 4)
 
 
+def test_a_product_of_rank_five_loses_the_rest() -> None:
+    """Equal values give entropy 1, whatever the rank; the log of a sum of powers is that sum's also past its range."""
+    random = np.random.default_rng(1)
+    s = np.linalg.svd(random.standard_normal((40, 5)) @ random.standard_normal((5, 60)), compute_uv=False)
+    found = describe_spectrum(s, (40, 60))
+    assert found.rank_loss == 35 and found.entropy is not None and 0.5 < found.entropy < 1
+    flat = describe_spectrum(np.array([3.0] * 5 + [0.0] * 3))
+    assert flat.entropy == pytest.approx(1) and flat.rank_loss == 3
+    assert describe_spectrum(np.array([2.0, 0.0])).entropy is None and found.alpha_weighted is not None
+    assert log_alpha_norm(np.array([10.0, 10.0]), 3.0) == pytest.approx(6 + np.log10(2))
+    assert log_alpha_norm(np.array([1e150, 1.0]), 4.0) == pytest.approx(1200)
+
+
 def test_zero_matrix_has_no_tail() -> None:
     zero = describe_spectrum(np.zeros(4))
+    assert (zero.entropy, zero.rank_loss, zero.alpha_weighted) == (None, 4, None)
     assert (zero.largest, zero.stable_rank, zero.effective_rank, zero.tail) == (0.0, 0.0, 0.0, None)
