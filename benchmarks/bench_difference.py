@@ -21,12 +21,12 @@ import smoke
 import torch
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.engine.crew import Crew
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer, read_text
-from laser.flow import run
+from laser.flow import run_flow
 from laser.plan import Treatment, make_plan
 from laser.selection import Selection
 from laser.spectral.devices import HOST
@@ -70,7 +70,7 @@ def fine_tuned(source: Path, windows: Windows, out: Path, rate: float, steps: in
 
 def edited(tuned: Checkpoint, base: Checkpoint, rule: str, out: Path) -> Checkpoint:
     """`tuned` with its difference from `base` as the rule has it, written to `out`."""
-    run(
+    run_flow(
         tuned, out, Selection(), lambda spectra: make_plan(spectra, rule), crew=Crew((HOST,)),
         base=Base.of(base, tuned), treatment=Treatment(rule),
     )  # fmt: skip

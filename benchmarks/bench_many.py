@@ -36,9 +36,23 @@ import smoke
 
 SIDE, SHARDS, FEWEST = 64, 4, 24
 GOAL_MS, GOAL_KB = 3.0, 10.0
-SEARCHED = ("--rules", "mp-edge", "--window", "16", "--windows", "2", "--held-out-windows", "2", "--stream")
+SEARCHED = (
+    "--rules",
+    "mp-edge",
+    "--window",
+    "16",
+    "--windows",
+    "2",
+    "--held-out-windows",
+    "2",
+    "--stream",
+    "--lowest-snr",
+    "3",
+)
+CALIBRATED = ("--window", "16", "--windows", "2", "--diagonal")
 # Verb -> its words; those that begin with @ are places in the folder of one model, and a verb needs what stands before.
 VERBS: dict[str, tuple[str, ...]] = {
+    "info": ("info", "@model"),
     "scan --dry-run": ("scan", "@model", "--dry-run"),
     "scan": ("scan", "@model", "-o", "@spectra"),
     "spectra": ("spectra", "@spectra"),
@@ -56,10 +70,15 @@ VERBS: dict[str, tuple[str, ...]] = {
     "run --dry-run": ("run", "@model", "-o", "@other", "--rule", "mp-edge", "--no-search", "--dry-run"),
     "null": ("null", "@model", "--rules", "mp-edge"),
     "search --dry-run": (*("search", "@model", "-o", "@searched", "--text", "@text", "--dry-run"), *SEARCHED),
+    "search": (*("search", "@model", "-o", "@searched", "--spectra", "@spectra", "--text", "@text"), *SEARCHED),
+    "calibrate": (*("calibrate", "@model", "-o", "@moments", "--text", "@text"), *CALIBRATED),
+    "delta": ("delta", "@model", "@out", "-o", "@delta.safetensors"),
+    "leaderboard": (*("leaderboard", "@model", "-o", "@scores.json", "--tasks", "arc_challenge"), "--data", "@rows"),
     "eval": ("eval", "@model", "--text", "@text", "--window", "16", "--windows", "2", "--stream"),
     "convert": ("convert", "@release", "-o", "@converted"),
 }
 FILES = {"spectra": "spectra.safetensors", "plan": "plan.json", "text": "text.txt", "searched": "searched.json"}
+FILES |= {"moments": "moments.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,10 @@ def write_all(work: Path, count: int) -> int:
         released, params = mistral(layers, experts)
         write_model(work / "release", released, ["consolidated.safetensors"], 1)
         (work / "release" / "params.json").write_text(json.dumps(params))
+        row: dict[str, object] = {"id": "1", "question": "2 and 2 is", "answerKey": "B"}
+        row["choices"] = {"text": ["3", "4", "5", "6"], "label": ["A", "B", "C", "D"]}
+        (work / "rows").mkdir()
+        (work / "rows" / "arc_challenge.jsonl").write_text((json.dumps(row) + "\n") * 30)
         (work / "text.txt").write_text(" ".join(f"{number} squared is {number * number}," for number in range(99)))
     return sum("mlp.experts" in name or "shared" in name or "self_attn" in name for name in tensors)
 

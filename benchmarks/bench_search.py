@@ -28,16 +28,16 @@ import numpy as np
 import smoke
 from bench_stream_memory import VOCABULARY, make
 
-import laser.search.search as search_module
+import laser.searching.search as search_module
 from laser.checkpoint.reader import open_checkpoint
 from laser.evaluation.objective import Loss
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows, cut_windows, default_text, load_tokenizer, read_text
 from laser.pipeline import scan
-from laser.search.candidates import cut_of
-from laser.search.runner import Runner, best_together
-from laser.search.search import SearchResult, search
-from laser.search.trials import Bench
+from laser.searching.candidates import cut_of
+from laser.searching.runner import Runner, best_together
+from laser.searching.search import SearchResult, search_plan
+from laser.searching.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import choose_device
@@ -128,7 +128,7 @@ def bench(name: str, given: argparse.Namespace) -> None:
         model.prove(calibration.windows)
         model.loads, start = 0, (time.process_time(), time.perf_counter())
         with counted() as counts:
-            result = search(
+            result = search_plan(
                 model, spectra, [given.rule], Loss(calibration), [Loss(held_out)], selection=selection,
                 lowest_snr=count, accept=given.accept, device=CPU,
             )  # fmt: skip

@@ -30,9 +30,9 @@ import torch
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
-from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
-from laser.delta.formulas import Formula
-from laser.delta.recover import recover, vote
+from laser.differences.difference import Change, Verdict, compare_tensors, judge_difference, whitened
+from laser.differences.formulas import Formula
+from laser.differences.recover import recover, vote
 from laser.selection import Selection
 from laser.spectral.devices import HOST
 from laser.spectral.factorise import singular_values

@@ -100,7 +100,7 @@ def frames() -> dict[str, int]:
 
     import laser
     from laser.checkpoint import shards
-    from laser.flow import run
+    from laser.flow import run_flow
     from laser.plan import Treatment, make_plan
 
     found: dict[str, int] = {}
@@ -128,7 +128,7 @@ def frames() -> dict[str, int]:
         source, out = Path(folder, "model"), Path(folder, "out")
         write_checkpoint_directory(source, mixtral_tensors(), mixtral_config())
         crew = laser.choose_crew("cpu", workers=1)
-        run(
+        run_flow(
             laser.open_checkpoint(source), out, laser.Selection(), lambda s: make_plan(s, "mp-edge"), crew=crew,
             treatment=Treatment("mp-edge"),
         )  # fmt: skip

@@ -32,7 +32,7 @@ from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_tex
 from laser.journal import Journal
 from laser.moments import Moments
 from laser.pipeline import scan_into
-from laser.search.trials import Bench
+from laser.searching.trials import Bench
 from laser.selection import parse_layers, parse_roles
 from laser.spectral.data_metric import truncate_in_metric
 from laser.spectral.rules import draws_needed

@@ -229,7 +229,7 @@ def find(name: str, work: Path, tiny: bool, layers: int) -> None:
     from laser.evaluation.streaming import LayeredModel
     from laser.evaluation.text import Window, Windows
     from laser.pipeline import scan
-    from laser.search.search import search
+    from laser.searching.search import search_plan
     from laser.selection import Selection
 
     device = choose_device(name)
@@ -248,7 +248,7 @@ def find(name: str, work: Path, tiny: bool, layers: int) -> None:
     spectra = scan(checkpoint, selection, device=device)
     middle = time.perf_counter()
     model = LayeredModel(checkpoint, dtype="bfloat16", device=device.torch_device)
-    found = search(
+    found = search_plan(
         model, spectra, ["fraction:0.5"], Loss(windows("random")), [Loss(windows("other random"))],
         selection=selection, lowest_snr=CANDIDATES, device=device,
     )  # fmt: skip

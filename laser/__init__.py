@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from laser.outcome import Outcome
     from laser.pipeline import reduce, scan
     from laser.plan import Plan, PlanLine, empty_plan, make_plan
+    from laser.python import delta, leaderboard, run, search, unmerge
     from laser.report.plots import plot_heat_map, plot_spectrum
     from laser.report.publish import write_card
     from laser.selection import Selection
@@ -67,9 +68,11 @@ __all__ = [
     "calibrate",
     "choose_crew",
     "choose_device",
+    "delta",
     "difference",
     "empty_plan",
     "evaluate",
+    "leaderboard",
     "list_matrices",
     "make_plan",
     "null_test",
@@ -77,10 +80,13 @@ __all__ = [
     "plot_heat_map",
     "plot_spectrum",
     "reduce",
+    "run",
     "scan",
+    "search",
     "singular_values",
     "summarise",
     "truncate",
+    "unmerge",
     "verify",
     "write_card",
 ]
@@ -128,6 +134,13 @@ _HOMES = {
         "PlanLine",
         "empty_plan",
         "make_plan",
+    ),
+    "python": (
+        "delta",
+        "leaderboard",
+        "run",
+        "search",
+        "unmerge",
     ),
     "report.plots": (
         "plot_heat_map",

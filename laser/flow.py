@@ -11,7 +11,7 @@ from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import writing
 from laser.checkpoint.writer import OnCheck, is_settled, require_run
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.engine.crew import Crew
 from laser.files import unfinished
 from laser.journal import Journal
@@ -38,14 +38,14 @@ from laser.spectra import ENTRY, OF_DIFFERENCE, Spectra
 
 @dataclass(frozen=True)
 class Result:
-    """What `run` made; the records lie in OUT/laser and OUT/laser.json."""
+    """What `run_flow` made; the records lie in OUT/laser and OUT/laser.json."""
 
     spectra: Spectra
     plan: Plan
     outcome: Outcome
 
 
-def run(
+def run_flow(
     checkpoint: Checkpoint,
     out: Path,
     selection: Selection,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, opened_checkpoint
 from laser.checkpoint.source import Source, require_unchanged
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
 from laser.records import SPARSE, Record

@@ -43,9 +43,9 @@ from laser.checkpoint.writer import (
     write_checkpoint,
     write_part,
 )
-from laser.delta.base import Base, Delta
-from laser.delta.difference import Verdict, judge_difference
-from laser.delta.edits import OfDifference, exact_method, scaled
+from laser.differences.base import Base, Delta
+from laser.differences.difference import Verdict, judge_difference
+from laser.differences.edits import OfDifference, exact_method, scaled
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError

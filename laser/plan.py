@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
-from laser.delta.base import Base, Pair
-from laser.delta.difference import Verdict
-from laser.delta.formats import STORED_FLOATS
-from laser.delta.overview import is_base
+from laser.differences.base import Base, Pair
+from laser.differences.difference import Verdict
+from laser.differences.formats import STORED_FLOATS
+from laser.differences.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
 from laser.notebook import FrameRows, Shown

@@ -21,8 +21,8 @@ from laser.arrays import ArrayRecord, hash_of
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
-from laser.delta.base import Delta
-from laser.delta.difference import RULE, SIGMA, Change
+from laser.differences.base import Delta
+from laser.differences.difference import RULE, SIGMA, Change
 from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
 from laser.notebook import FrameRows, Shown

@@ -20,8 +20,8 @@ from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import RECORDS
-from laser.delta.base import Base
-from laser.delta.edits import OfDifference, scaling_problems
+from laser.differences.base import Base
+from laser.differences.edits import OfDifference, scaling_problems
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity

@@ -28,8 +28,8 @@ from laser.checkpoint.source import Source
 from laser.cli import main
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
-from laser.search.runner import Trial
-from laser.search.search import Report
+from laser.searching.runner import Trial
+from laser.searching.search import Report
 
 Place = tuple[Any, ...]
 Document = Any

@@ -18,7 +18,7 @@ from laser.errors import NumericalError, UsageError
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.moments import Moments
 from laser.plan import Plan
-from laser.search.candidates import cut_of
+from laser.searching.candidates import cut_of
 from laser.selection import Selection
 from laser.spectral.data_metric import ByData
 

@@ -27,7 +27,7 @@ from laser.checkpoint.safetensors import TensorInfo, read_header
 from laser.checkpoint.source import require_unchanged
 from laser.engine.crew import Crew
 from laser.errors import CheckpointError, LaserError, OutputError, RecordError
-from laser.flow import run as run_flow
+from laser.flow import run_flow
 from laser.moments import Moments
 from laser.outcome import Outcome
 from laser.pipeline import scan_into
@@ -188,7 +188,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
     from laser.evaluation.objective import Loss
     from laser.evaluation.streaming import LayeredModel
     from laser.null import null_test
-    from laser.search.search import search
+    from laser.searching.search import search_plan
 
     def converted(tick: Callable[..., None]) -> None:
         release = laser.open_checkpoint(write_release(speaker, tmp_path / "release"))
@@ -207,7 +207,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(verb: str, speaker: 
         "null": lambda: null_test(checkpoint, q, rules=["mp-edge"], tick=touch),
         "calibrate": lambda: calibrate(checkpoint, windows_of(speaker, 2), tmp_path / "m", q, shrink=True, tick=touch),
         "eval": lambda: evaluate(checkpoint, windows_of(speaker, 2), stream=True, tick=touch),
-        "search": lambda: search(
+        "search": lambda: search_plan(
             LayeredModel(checkpoint),
             laser.scan(checkpoint, q),
             ["rank:4"],

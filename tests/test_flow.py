@@ -22,6 +22,7 @@ from laser.checkpoint.reader import INDEX
 from laser.checkpoint.writer import JOURNAL
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
+from laser.flow import run_flow
 from laser.outcome import Outcome
 from laser.pipeline import reduce, scan, scan_into
 from laser.plan import Plan, empty_plan, make_plan
@@ -359,7 +360,6 @@ def test_interrupted_scan_goes_on_where_it_was(pico: Path, tmp_path: Path, reads
 
 @pytest.mark.slow
 def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
-    from laser.flow import run
 
     checkpoint = laser.open_checkpoint(pico)
 
@@ -367,10 +367,10 @@ def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
         return make_plan(spectra, "mp-edge", lowest_snr=4)
 
     for out in ("a", "b"):
-        run(checkpoint, tmp_path / out / "reduced", Selection(), choose, crew=CREW)
+        run_flow(checkpoint, tmp_path / out / "reduced", Selection(), choose, crew=CREW)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     out = tmp_path / "a" / "reduced"
     assert {p.name for p in (out / "laser").iterdir()} == {"spectra.safetensors", "plan.json", "source.json"}
     assert "base_model" not in (out / "README.md").read_text()  # a local directory has no id to name
-    again = run(checkpoint, out, Selection(), choose, crew=CREW, resume=True)
+    again = run_flow(checkpoint, out, Selection(), choose, crew=CREW, resume=True)
     assert again.outcome == Outcome.load(tmp_path / "b" / "reduced")

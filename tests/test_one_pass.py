@@ -14,7 +14,7 @@ import laser
 from laser.checkpoint.writer import JOURNAL
 from laser.engine.crew import Crew
 from laser.errors import NumericalError
-from laser.flow import Result, run
+from laser.flow import Result, run_flow
 from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
@@ -41,7 +41,7 @@ def flow(
     def choose(spectra: Spectra) -> Plan:
         return make_plan(spectra, rule, Selection(roles=("w1", "q", "v")), **asked)
 
-    return run(
+    return run_flow(
         laser.open_checkpoint(source), out, Selection(roles=("w1", "q", "v")), choose, crew=crew, null_draws=nulls,
         treatment=treatment if single else None, resume=True, on_reduce=on_reduce,
     )  # fmt: skip

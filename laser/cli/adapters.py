@@ -20,12 +20,12 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Bar, Progress
-from laser.delta.base import Base, Delta
-from laser.delta.formulas import FORMULA_NAMES
-from laser.delta.overview import QUANTISED, is_base_quantised
-from laser.delta.peft import merge_streamed
-from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
-from laser.delta.unmerge import (
+from laser.differences.base import Base, Delta
+from laser.differences.formulas import FORMULA_NAMES
+from laser.differences.overview import QUANTISED, is_base_quantised
+from laser.differences.peft import merge_streamed
+from laser.differences.rebuild import Adapted, rebuild, verify_rebuilt
+from laser.differences.unmerge import (
     EARLIER_ADAPTER,
     MODEL,
     REMAINDER,
@@ -42,7 +42,7 @@ from laser.delta.unmerge import (
     require_files,
     require_own,
     run_of_unmerge,
-    unmerge,
+    unmerge_into,
 )
 from laser.errors import RecordError, UsageError
 from laser.files import claimed, disk_errors, unfinished
@@ -116,7 +116,7 @@ def unmerge_verb(
                 delta = measured(anew=True)
             with Progress("unmerge", matrices) as bar:
                 how: dict[str, Any] = {"only_lora": only_lora, "rounds": rounds, "dtype": ADAPTER_DTYPES[dtype]}
-                record = unmerge(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
+                record = unmerge_into(compared, delta, output, crew=crew, force=work.force, tick=bar, **how)
     size = {name: (output / name).stat().st_size for name in (MODEL, REMAINDER)}
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
     if work.as_json:

@@ -12,9 +12,9 @@ from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Progress
-from laser.delta.base import Base
-from laser.delta.difference import Verdict
-from laser.delta.overview import QUANTISED, is_base, is_base_quantised, overview_rows
+from laser.differences.base import Base
+from laser.differences.difference import Verdict
+from laser.differences.overview import QUANTISED, is_base, is_base_quantised, overview_rows
 from laser.engine.cost import Meter
 from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into

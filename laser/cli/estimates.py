@@ -23,8 +23,8 @@ from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel
 from laser.outcome import Outcome
 from laser.records import plain
-from laser.search.candidates import Candidate
-from laser.search.passes import count_passes
+from laser.searching.candidates import Candidate
+from laser.searching.passes import count_passes
 from laser.selection import MAIN, Selection
 from laser.spectral.devices import Device
 

@@ -18,8 +18,8 @@ from laser.cli.adapters import verify_rebuilt_verb
 from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.cli.progress import Checking, Progress
-from laser.delta.difference import RULE
-from laser.delta.unmerge import is_recorded
+from laser.differences.difference import RULE
+from laser.differences.unmerge import is_recorded
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
 from laser.files import unfinished

@@ -26,7 +26,7 @@ from laser.spectral.shrinkage import SHRINKERS
 
 if TYPE_CHECKING:
     from laser.checkpoint.reader import Checkpoint
-    from laser.delta.base import Base
+    from laser.differences.base import Base
     from laser.engine.crew import Crew
     from laser.evaluation import text as texts
     from laser.moments import Moments
@@ -198,7 +198,7 @@ class FromBase:
     def of(self, tuned: Checkpoint) -> Base | None:
         """The base that the tuned checkpoint is compared with, if one was named."""
         from laser.checkpoint.reader import open_checkpoint
-        from laser.delta.base import Base
+        from laser.differences.base import Base
 
         return None if self.base is None else Base.of(open_checkpoint(self.base), tuned)
 

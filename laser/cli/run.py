@@ -27,7 +27,7 @@ from laser.cli.search import (
     search_with_bar,
     searched_of,
 )
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.engine.cost import Measuring, Meter, estimate_cost
 from laser.engine.crew import Crew
 from laser.errors import UsageError
@@ -36,13 +36,12 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
-from laser.flow import require_same_run
-from laser.flow import run as run_flow
+from laser.flow import require_same_run, run_flow
 from laser.pipeline import records_of, require_base_apart
 from laser.plan import Plan, Treatment, make_plan
 from laser.report.publish import SEARCH_FILE, write_card
-from laser.search.passes import possible_candidates
-from laser.search.search import SearchRecord, check_objectives, check_request, require_journal
+from laser.searching.passes import possible_candidates
+from laser.searching.search import SearchRecord, check_objectives, check_request, require_journal
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed, scale_in

@@ -15,7 +15,7 @@ from laser.cli.common import say
 from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
-from laser.delta.difference import RULE
+from laser.differences.difference import RULE
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
@@ -25,9 +25,9 @@ from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, check_cut, cut_windows, load_tokenizer
 from laser.files import real
 from laser.pipeline import scan_into, tidy_spectra
-from laser.search.candidates import candidates_of
-from laser.search.passes import possible_candidates
-from laser.search.search import (
+from laser.searching.candidates import candidates_of
+from laser.searching.passes import possible_candidates
+from laser.searching.search import (
     Report,
     SearchRecord,
     SearchResult,
@@ -35,8 +35,8 @@ from laser.search.search import (
     check_objectives,
     check_request,
     require_journal,
+    search_plan,
 )
-from laser.search.search import search as search_plan
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device

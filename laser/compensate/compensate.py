@@ -37,8 +37,8 @@ from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.delta.difference import AGREE
-from laser.delta.unmerge import CONFIG, MODEL, RECORD
+from laser.differences.difference import AGREE
+from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import NumericalError, OutputError, RecordError, UsageError

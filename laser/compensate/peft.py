@@ -17,7 +17,7 @@ import torch
 
 from laser.checkpoint.safetensors import BITS, TORCH, HeaderEntry, pieces, virtual_shard
 from laser.compensate.places import ParameterPlace
-from laser.delta.unmerge import PEFT, targets
+from laser.differences.unmerge import PEFT, targets
 from laser.files import disk_errors, replacing
 from laser.spectral.correction import FACTOR_DTYPE
 

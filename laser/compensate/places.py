@@ -17,8 +17,8 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import TORCH, virtual_shard
 from laser.checkpoint.slices import Slice
-from laser.delta.base import matched
-from laser.delta.places import module_places, rows_in_parameter
+from laser.differences.base import matched
+from laser.differences.places import module_places, rows_in_parameter
 from laser.errors import UsageError
 from laser.evaluation.causal import build_causal
 from laser.evaluation.layout import Part, fill, owner_of

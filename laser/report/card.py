@@ -29,7 +29,7 @@ from laser.records import LATER
 from laser.report import chat
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, SourceCard, read_source_card
-from laser.search.runner import Trial
+from laser.searching.runner import Trial
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

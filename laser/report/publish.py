@@ -40,8 +40,8 @@ from laser.records import Record, agree, fingerprint_in, is_deep, under
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import LossDocument, Losses, losses_of
 from laser.report.source_card import licence_of
-from laser.search.runner import Trial
-from laser.search.search import REMOVE, Report, SearchRecord
+from laser.searching.runner import Trial
+from laser.searching.search import REMOVE, Report, SearchRecord
 from laser.spectral.rules import RULES
 
 SOURCE_FILE = f"{RECORDS}/source.json"

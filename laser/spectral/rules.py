@@ -153,7 +153,7 @@ def _at_rounding_edge(s: Spectrum, shape: Shape, sigma: float) -> Cut:
 
 
 def _scale(s: Spectrum, shape: Shape, _: float) -> Cut:
-    """Keeps all values: the difference itself is multiplied (laser/delta/edits.py), and no spectrum is asked."""
+    """Keeps all values: the difference itself is multiplied (laser/differences/edits.py), and no spectrum is asked."""
     return Cut(len(s), None, None, "the difference is scaled, and nothing of it cut")
 
 

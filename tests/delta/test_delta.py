@@ -12,8 +12,8 @@ from models import WORDS, llama_config, tensors, write_model
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.source import Source
-from laser.delta.base import Base, difference_of
-from laser.delta.difference import Change, Verdict
+from laser.differences.base import Base, difference_of
+from laser.differences.difference import Change, Verdict
 from laser.errors import RecordError
 from laser.pipeline import scan
 from laser.spectra import Spectra

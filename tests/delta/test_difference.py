@@ -4,7 +4,7 @@ import pytest
 import torch
 from merges import BF16, F16, F32, full, merged, update, weights
 
-from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
+from laser.differences.difference import Change, Verdict, compare_tensors, judge_difference, whitened
 from laser.spectral.devices import HOST
 
 

@@ -15,9 +15,9 @@ from test_delta import Q0, tune
 from laser import flow
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import open_checkpoint
-from laser.delta.base import Base
-from laser.delta.difference import whitening
-from laser.delta.edits import OfDifference, between, scaled, scaling_problems
+from laser.differences.base import Base
+from laser.differences.difference import whitening
+from laser.differences.edits import OfDifference, between, scaled, scaling_problems
 from laser.engine.crew import Crew
 from laser.errors import NumericalError
 from laser.outcome import Outcome
@@ -226,7 +226,7 @@ def test_killed_and_gone_on_with_it_is_the_same(base: Path, tuned: Path, tmp_pat
             if len(made) == after:
                 raise KeyboardInterrupt
 
-        flow.run(
+        flow.run_flow(
             checkpoint, out, Selection(), lambda spectra: make_plan(spectra, rule), crew=Crew((HOST,), workers),
             base=compared, treatment=treatment, resume=resume, on_reduce=stop, name="out",
         )  # fmt: skip

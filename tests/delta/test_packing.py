@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import BF16, F16, F32, merged, update, weights
 
-from laser.delta.formats import same_bits
-from laser.delta.packing import pack, pack_some, unpack, unpack_some
+from laser.differences.formats import same_bits
+from laser.differences.packing import pack, pack_some, unpack, unpack_some
 from laser.errors import RecordError
 
 DTYPES = [BF16, F16, F32, torch.float64, torch.int64, torch.uint8, torch.bool]

@@ -13,7 +13,7 @@ from merges import BF16, F16, F32, merged, update
 from models import WORDS, tensors, write_model
 from test_delta import Q0, tune
 
-from laser.delta.edits import between
+from laser.differences.edits import between
 from laser.outcome import Outcome
 from laser.reasons import Kind
 

@@ -14,7 +14,7 @@ from models import EXPERTS, HIDDEN, INNER, llama_config, tensors, write_mixtral,
 from safetensors.torch import save_file
 
 from laser.checkpoint.quantised import quantise
-from laser.delta.peft import OTHERWISE, tensor_of
+from laser.differences.peft import OTHERWISE, tensor_of
 
 RANK, Q0 = 4, "base_model.model.model.layers.0.self_attn.q_proj"
 MODULES = {
@@ -214,7 +214,9 @@ def test_the_factors_of_all_experts_are_read_once(run: Run, tmp_path: Path, monk
     (adapter / "adapter_config.json").write_text(json.dumps(stated))
     read: list[str] = []
     # Reads are counted where they are made: what they give is the same.
-    monkeypatch.setattr("laser.delta.peft.tensor_of", lambda path, name: read.append(name) or tensor_of(path, name))
+    monkeypatch.setattr(
+        "laser.differences.peft.tensor_of", lambda path, name: read.append(name) or tensor_of(path, name)
+    )
     code, _, err = run("rebuild", base, adapter, "-o", tmp_path / "out")
     assert code == 0, err
     assert sorted(read) == sorted(2 * list(down))

@@ -10,7 +10,7 @@ from models import EXPERTS, HIDDEN, INNER, LAYERS, llama_config, phi, write_mixt
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
-from laser.delta.places import (
+from laser.differences.places import (
     ModulePlace,
     module_places,
     names_at,

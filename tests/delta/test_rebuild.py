@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.safetensors import sha256_of
-from laser.delta.unmerge import REMAINDER, AdapterRecord, is_recorded
+from laser.differences.unmerge import REMAINDER, AdapterRecord, is_recorded
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import torch
 from merges import BF16, F16, F32, full, merged, update, weights
 
-from laser.delta.difference import Verdict, compare_tensors, evidence, judge_difference, whitened
-from laser.delta.formats import same_bits
-from laser.delta.formulas import Formula
-from laser.delta.recover import is_believed, recover, vote
-from laser.delta.solver import Solution, on_grid, polish, solve, wrong_bits
+from laser.differences.difference import Verdict, compare_tensors, evidence, judge_difference, whitened
+from laser.differences.formats import same_bits
+from laser.differences.formulas import Formula
+from laser.differences.recover import is_believed, recover, vote
+from laser.differences.solver import Solution, on_grid, polish, solve, wrong_bits
 from laser.spectral.devices import HOST, Device
 
 ONCE, FIRST = Formula("once"), Formula("delta-first")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import BF16, F16, F32, merged, weights
 
-from laser.delta.formats import cell_of, exponent, format_of, power_of_two, same_bits
-from laser.delta.formulas import Formula
+from laser.differences.formats import cell_of, exponent, format_of, power_of_two, same_bits
+from laser.differences.formulas import Formula
 from laser.errors import UsageError
 
 SIXTEEN = pytest.mark.parametrize("dtype", [BF16, F16])

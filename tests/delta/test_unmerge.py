@@ -14,8 +14,8 @@ from merges import BF16, F16, F32, full, merged, update
 from models import HIDDEN, WORDS, Change, llama_config, phi, tensors, write_model
 
 from laser.checkpoint.reader import open_checkpoint
-from laser.delta.base import Base
-from laser.delta.unmerge import peft_config, ranks_in, targets, unmerge
+from laser.differences.base import Base
+from laser.differences.unmerge import peft_config, ranks_in, targets, unmerge_into
 from laser.engine.crew import Crew
 from laser.pipeline import scan
 from laser.spectral.devices import HOST
@@ -329,7 +329,7 @@ def test_ranks_that_differ_are_in_the_pattern(base: Path, tmp_path: Path) -> Non
     compared = Base.of(one, other)
     delta = scan(other, base=compared, device=HOST).delta
     assert delta
-    record = unmerge(compared, delta, tmp_path / "adapter", crew=Crew((HOST,), 1))
+    record = unmerge_into(compared, delta, tmp_path / "adapter", crew=Crew((HOST,), 1))
     ranks = ranks_in(tmp_path / "adapter" / "adapter_model.safetensors", record.entries)
     config = peft_config(compared, record.entries, ranks)
     assert config["r"] == 2 and config["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 5}
@@ -346,7 +346,7 @@ def test_it_goes_on_where_it_was(run: Run, base: Path, tmp_path: Path) -> None:
     undone(run, tmp_path, base, tuned)
     one, other = open_checkpoint(base), open_checkpoint(tuned)
     compared = Base.of(one, other)
-    from laser.delta.unmerge import all_roles
+    from laser.differences.unmerge import all_roles
     from laser.selection import Selection
 
     delta = scan(other, Selection(roles=all_roles(other)), base=compared, device=HOST).delta
@@ -359,10 +359,10 @@ def test_it_goes_on_where_it_was(run: Run, base: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        unmerge(compared, delta, out, crew=Crew((HOST,), 1), tick=stop)
+        unmerge_into(compared, delta, out, crew=Crew((HOST,), 1), tick=stop)
     assert out.with_name("second.partial").is_dir() and not out.exists()
     done = len(seen)
-    unmerge(compared, delta, out, crew=Crew((HOST,), 1), tick=lambda m, _: seen.append(m))
+    unmerge_into(compared, delta, out, crew=Crew((HOST,), 1), tick=lambda m, _: seen.append(m))
     assert len(seen) == len(tensors()) and done == 5
     assert snapshot(out) == snapshot(tmp_path / "adapter")
 

@@ -14,7 +14,7 @@ from huggingface_hub import close_session
 from merges import BF16, F32, full, merged, update
 from models import HIDDEN, INNER, LAYERS, WORDS, mixtral, write_model
 
-import laser.delta.unmerge as module
+import laser.differences.unmerge as module
 from laser.checkpoint import swap
 from laser.checkpoint.reader import open_checkpoint
 

@@ -16,8 +16,8 @@ from laser.checkpoint.quantised import Fp8
 from laser.errors import CheckpointError, UsageError
 from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.search.candidates import grid_candidates
-from laser.search.search import check_request
+from laser.searching.candidates import grid_candidates
+from laser.searching.search import check_request
 
 
 def eight_bits(path: Path, factor: float) -> Path:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from merges import BF16, F16, full, merged, update, weights
 
-from laser.delta.difference import SIGMA, whitened
-from laser.delta.formats import format_of
-from laser.delta.whitening import biwhiten
+from laser.differences.difference import SIGMA, whitened
+from laser.differences.formats import format_of
+from laser.differences.whitening import biwhiten
 from laser.errors import NumericalError, UsageError
 from laser.spectral.devices import HOST
 from laser.spectral.rules import apply_rule, draws_needed

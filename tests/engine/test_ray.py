@@ -29,7 +29,7 @@ from laser.engine import ray as ray_engine
 from laser.engine.crew import Crew
 from laser.engine.workers import choose_crew, visit_all
 from laser.errors import NumericalError, UsageError
-from laser.flow import run
+from laser.flow import run_flow
 from laser.outcome import describe_by
 from laser.pipeline import Cuts, Reduction, Visited, makers_of, prepare, reduce, scan, stored
 from laser.plan import Treatment, make_plan
@@ -93,14 +93,14 @@ def test_a_node_writes_its_shards_by_itself(
     plan = make_plan(scan(checkpoint, crew=ON_RAY), "mp-edge")
     treatment = {"choose": lambda spectra: make_plan(spectra, "mp-edge"), "treatment": Treatment("mp-edge")}
     reduce(checkpoint, plan, tmp_path / "here", crew=Crew((CPU,), 1))
-    run(checkpoint, tmp_path / "here-1", laser.Selection(), crew=Crew((CPU,), 1), name="x", **treatment)
+    run_flow(checkpoint, tmp_path / "here-1", laser.Selection(), crew=Crew((CPU,), 1), name="x", **treatment)
 
     def fail(*_: Any) -> None:
         raise AssertionError("made by the driver")
 
     monkeypatch.setattr(Cuts, "make", fail)  # the nodes' processes have their own
     reduce(checkpoint, plan, tmp_path / "ray", crew=ON_RAY)
-    run(checkpoint, tmp_path / "ray-1", laser.Selection(), crew=ON_RAY, name="x", **treatment)
+    run_flow(checkpoint, tmp_path / "ray-1", laser.Selection(), crew=ON_RAY, name="x", **treatment)
     assert snapshot(tmp_path / "here") == snapshot(tmp_path / "ray")
     assert snapshot(tmp_path / "here-1") == snapshot(tmp_path / "ray-1")
 

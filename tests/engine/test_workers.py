@@ -22,7 +22,7 @@ from laser.engine import workers
 from laser.engine.crew import Crew, most_expensive_first, peak_bytes, quiet, worker_bytes
 from laser.engine.workers import choose_crew, visit_all
 from laser.errors import NumericalError, UsageError
-from laser.flow import run
+from laser.flow import run_flow
 from laser.pipeline import by_shard, reduce, scan
 from laser.plan import Treatment, make_plan
 from laser.spectral import devices, factorise
@@ -124,7 +124,7 @@ def test_a_gpu_without_memory_ends_in_what_the_host_finds(full: Full, pico: Path
     """The matrix itself, its null, its tails and every step of the ladder."""
     checkpoint, found = laser.open_checkpoint(pico), {}
     for label, device in (("host", CPU), ("gpu", full)):
-        found[label] = run(
+        found[label] = run_flow(
             checkpoint, tmp_path / label, laser.Selection(), lambda spectra: make_plan(spectra, "parallel:0.5"),
             crew=Alone((device,)), null_draws=2, treatment=Treatment("parallel:0.5") if flow == "one pass" else None,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from laser.evaluation.placement import Alive, Asked, Placement, place
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Text, Windows, cut_windows, load_tokenizer
 from laser.pipeline import scan
-from laser.search.search import search
+from laser.searching.search import search_plan
 from laser.selection import Selection
 from laser.spectral.devices import choose_device
 
@@ -230,7 +230,7 @@ def test_a_search_finds_the_same_however_few_states_have_room(tmp_path: Path) ->
         # Kept edits take room from states, so that kept states give way in the middle of a search.
         store = Store(states * size, tmp_path, device=CPU, device_limit=(states % 3) * size)
         model = LayeredModel(checkpoint, resident=2, store=store, ahead=states % 2 == 0)
-        result = search(
+        result = search_plan(
             model, spectra, ["rank:8", "rank:2"], Loss(windows), [Loss(held_out)], accept="any-drop",
             selection=Selection(roles=("q", "k", "o")), device=choose_device("cpu"),
         )  # fmt: skip

@@ -23,7 +23,7 @@ from laser.evaluation.evaluate import evaluate
 from laser.evaluation.objective import Loss
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Window, Windows
-from laser.search.search import search
+from laser.searching.search import search_plan
 
 TEXT = [np.random.default_rng(i).integers(3, 64, 25).astype(np.int64) for i in range(4)]
 WINDOWS = Windows(tuple(Window(t, 20) for t in TEXT[:2]), "t", "0", 25, "windows", True, None)
@@ -323,7 +323,7 @@ def test_what_the_model_does_not_run_is_left_out(tmp_path: Path) -> None:
     assert foreign == {n for n in names if "layers.2" in n or "mtp" in n or "value_head" in n}
     assert moments.sites.keys() == {n for n in names - foreign if n.endswith("proj.weight")}
     for shortlist, grid in ((None, False), (2, False), (None, True)):
-        result = search(
+        result = search_plan(
             model,
             spectra,
             ["fraction:0.5"],

@@ -30,7 +30,7 @@ from laser.report import chat, rendering
 from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
 from laser.report.comparison import LossDocument, Losses, compare, losses_of
 from laser.report.source_card import licence_of, read_source_card
-from laser.search.runner import Trial
+from laser.searching.runner import Trial
 
 README = """---
 license: apache-2.0

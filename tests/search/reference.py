@@ -10,8 +10,8 @@ import torch
 from laser.checkpoint.reader import Checkpoint
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
-from laser.search.candidates import Candidate, cut_of, in_order
-from laser.search.trials import accepted, change
+from laser.searching.candidates import Candidate, cut_of, in_order
+from laser.searching.trials import accepted, change
 from laser.spectral.devices import Device
 
 Row = tuple[str, str, dict[str, int], bool, float | None, float | None, bool]  # as `rows` makes it of a trial

@@ -32,9 +32,9 @@ from laser.journal import Journal
 from laser.moments import Moments
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
-from laser.search.candidates import candidates_of, cut_of
-from laser.search.search import SearchResult, search
-from laser.search.trials import Bench, Variant, accepted
+from laser.searching.candidates import candidates_of, cut_of
+from laser.searching.search import SearchResult, search_plan
+from laser.searching.trials import Bench, Variant, accepted
 from laser.selection import Selection
 from laser.spectral.devices import choose_device
 
@@ -56,7 +56,7 @@ def run(path: Path, rules: Sequence[str] = RULES, *, resident: int | None = None
     selection = options.pop("selection", Selection(include=r"q_proj|experts\.[01]\.w2"))
     model = LayeredModel(checkpoint, resident=resident)
     spectra = scan(checkpoint, device=CPU)
-    return search(model, spectra, rules, calibration, [held_out], selection=selection, device=CPU, **options)
+    return search_plan(model, spectra, rules, calibration, [held_out], selection=selection, device=CPU, **options)
 
 
 def decisions(result: SearchResult) -> list[tuple[str, str, float | None, bool]]:
@@ -129,7 +129,7 @@ class Asked:
             patch.setattr(Bench, "walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
             # What reading costs beside running is this machine's; it decides how many are measured together.
             patch.setattr(Bench, "reading_to_running", lambda _: self.reading)
-            result = search(
+            result = search_plan(
                 model, self.spectra, self.rules, self.objective, [self.held_out], selection=self.selection,
                 accept=self.accept, order=self.order, grid=self.grid, device=CPU, moments=self.moments,
                 racing=self.racing, **options,
@@ -382,7 +382,7 @@ def test_another_held_out_text_repeats_no_trial(
 
     def report_on(text: str, journal: Path | None = path) -> SearchResult:
         held_out = Loss(cut_windows(Text("h", text), tokenizer, length=24, limit=4))
-        return search(
+        return search_plan(
             LayeredModel(checkpoint, resident=None), spectra, RULES, calibration, [held_out], device=CPU,
             selection=Selection(include=r"q_proj|experts\.[01]\.w2"), accept="any-drop", journal=journal,
         )  # fmt: skip
@@ -404,7 +404,7 @@ def test_a_search_goes_on_only_where_it_is_measured_alike(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before and after in one report may come from two runs: of another library or dtype they are not like."""
-    import laser.search.search as module
+    import laser.searching.search as module
 
     run(model_path, journal=tmp_path / "search.jsonl")
     # Another release of a library than is installed.
@@ -417,7 +417,7 @@ def test_fewer_windows_than_were_asked_for_are_in_the_report(model_path: Path) -
     tokenizer, (calibration, _) = load_tokenizer(model_path), losses_for(model_path)
     held_out = Loss(cut_windows(Text("h", TEXT[::-1][:60]), tokenizer, length=24, limit=9))
     checkpoint = open_checkpoint(model_path)
-    result = search(
+    result = search_plan(
         LayeredModel(checkpoint), scan(checkpoint, device=CPU), RULES, calibration, [held_out],
         selection=Selection(include="layers.2.*q_proj"), device=CPU,
     )  # fmt: skip
@@ -430,7 +430,7 @@ def test_nan_rejects_and_later_trials_go_on(model_path: Path, monkeypatch: pytes
     """One candidate's truncation overflows: it is rejected, and the next ones are judged against a sane baseline."""
     good = run(model_path, accept="any-drop")
     broken = good.trials[0].label
-    import laser.search.search as module
+    import laser.searching.search as module
 
     def cut(
         checkpoint: Checkpoint, rule: str, ranks: Any, device: Any, moments: Any, base: Any
@@ -457,7 +457,7 @@ def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
 
     def attempt(**change: Any) -> SearchResult:
         given = {"rules": RULES, "calibration": calibration, "held_out": [held_out]} | change
-        return search(model, spectra, given.pop("rules"), given.pop("calibration"), given.pop("held_out"), **given)
+        return search_plan(model, spectra, given.pop("rules"), given.pop("calibration"), given.pop("held_out"), **given)
 
     for change, message in (
         ({"accept": "maybe"}, r"--accept better\|no-worse\|any-drop"),
@@ -474,7 +474,7 @@ def test_requests_that_make_no_sense(model_path: Path, tmp_path: Path) -> None:
             attempt(**change)
     other = make_model(tmp_path / "other", "mixtral", rope_theta=5.0)
     with pytest.raises(RecordError, match="spectra was made from m"):
-        search(LayeredModel(open_checkpoint(other)), spectra, RULES, calibration, [held_out])
+        search_plan(LayeredModel(open_checkpoint(other)), spectra, RULES, calibration, [held_out])
     tensors = mixtral_tensors()
     tensors["model.norm.weight"][0] = float("nan")
     broken = write_tokenizer(write_checkpoint_directory(tmp_path / "nan", tensors, mixtral_config()))
@@ -575,7 +575,7 @@ def test_a_search_for_accuracy(model_path: Path, tmp_path: Path) -> None:
     _, held_out = losses_for(model_path)
     options: dict[str, Any] = {"selection": Selection(roles=("w2",)), "grid": True, "accept": "any-drop", "device": CPU}
     model = LayeredModel(checkpoint, resident=None)
-    result = search(
+    result = search_plan(
         model,
         scan(checkpoint, device=CPU),
         ("fraction:0.3",),

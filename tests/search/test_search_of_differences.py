@@ -13,7 +13,7 @@ from reference import naive_search
 from test_search import losses_for, rows
 
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.evaluation.activations import Store
 from laser.evaluation.evaluate import evaluate
 from laser.evaluation.perplexity import weighted_mean
@@ -22,8 +22,8 @@ from laser.outcome import Outcome
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
 from laser.report.publish import write_card
-from laser.search.candidates import candidates_of, cut_of
-from laser.search.search import SearchRecord, search
+from laser.searching.candidates import candidates_of, cut_of
+from laser.searching.search import SearchRecord, search_plan
 from laser.selection import Selection
 from laser.spectral.devices import HOST
 
@@ -67,7 +67,7 @@ def test_it_is_one_after_the_other(grid: bool, pair: tuple[Checkpoint, Base], tu
     )
     memories: tuple[dict[str, Any], ...] = ({}, {"resident": None}, {"store": Store(0)})
     results = [
-        search(
+        search_plan(
             LayeredModel(tuned, **memory), spectra, rules, calibration, [held_out], selection=selection,
             accept="any-drop", device=HOST, base=base, grid=grid,
         )

@@ -11,7 +11,7 @@ from helpers import LIKE_MPS, Accelerator, tensor_cores
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.engine.crew import Crew
-from laser.flow import run
+from laser.flow import run_flow
 from laser.pipeline import run_of_scan, scan
 from laser.plan import Plan, Treatment, make_plan
 from laser.selection import Selection
@@ -200,7 +200,7 @@ def test_one_pass_settles_what_is_not_sure(pico: Path, tmp_path: Path) -> None:
         return make_plan(spectra, rule, chosen)
 
     made = [
-        run(checkpoint, tmp_path / name, chosen, planned, crew=Crew((device,)), treatment=Treatment(rule))
+        run_flow(checkpoint, tmp_path / name, chosen, planned, crew=Crew((device,)), treatment=Treatment(rule))
         for name, device in (("double", HOST), ("single", SINGLE))
     ]
     exact, found = ([line.rank for line in each.plan.lines] for each in made)

@@ -99,7 +99,7 @@ def test_a_product_of_rank_five_loses_the_rest() -> None:
     """Equal values give entropy 1, whatever the rank; the log of a sum of powers is that sum's also past its range."""
     random = np.random.default_rng(1)
     s = np.linalg.svd(random.standard_normal((40, 5)) @ random.standard_normal((5, 60)), compute_uv=False)
-    found = describe_spectrum(s, (40, 60))
+    found = describe_spectrum(np.asarray(s, dtype=np.float64), (40, 60))
     assert found.rank_loss == 35 and found.entropy is not None and 0.5 < found.entropy < 1
     flat = describe_spectrum(np.array([3.0] * 5 + [0.0] * 3))
     assert flat.entropy == pytest.approx(1) and flat.rank_loss == 3

@@ -21,7 +21,7 @@ from scipy import stats
 
 from laser.checkpoint.source import Source, require_unchanged
 from laser.choices import ACCEPT
-from laser.delta.base import Base
+from laser.differences.base import Base
 from laser.engine.crew import Crew
 from laser.errors import NumericalError, RecordError, UsageError, not_finite
 from laser.evaluation.objective import Objective
@@ -35,9 +35,9 @@ from laser.notebook import FrameRows, Shown
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
-from laser.search.candidates import ORDERS, Candidate, candidates_of, cut_of, in_order, predict
-from laser.search.runner import QUARTER, TRIAL_SHAPES, Runner, SearchLog, Trial
-from laser.search.trials import Bench, change
+from laser.searching.candidates import ORDERS, Candidate, candidates_of, cut_of, in_order, predict
+from laser.searching.runner import QUARTER, TRIAL_SHAPES, Runner, SearchLog, Trial
+from laser.searching.trials import Bench, change
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
@@ -149,7 +149,7 @@ class SearchRecord(Record, kind="search", version=2, made_by="laser run MODEL -o
         )
 
 
-def search(
+def search_plan(
     model: LayeredModel,
     spectra: Spectra,
     rules: Sequence[str],

@@ -22,11 +22,11 @@ from laser.checkpoint.reader import INDEX, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
-from laser.delta.formats import STORED_FLOATS
-from laser.delta.packing import unpack, unpack_some
-from laser.delta.places import KEPT_FACTORS, PEFT, names_at, of_expert, rows_in_parameter, stems
-from laser.delta.solver import Adapter
-from laser.delta.unmerge import (
+from laser.differences.formats import STORED_FLOATS
+from laser.differences.packing import unpack, unpack_some
+from laser.differences.places import KEPT_FACTORS, PEFT, names_at, of_expert, rows_in_parameter, stems
+from laser.differences.solver import Adapter
+from laser.differences.unmerge import (
     MODEL,
     NOWHERE,
     RECORD,

@@ -29,9 +29,9 @@ from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
-from laser.delta.formats import STORED_FLOATS
-from laser.delta.formulas import Formula
-from laser.delta.places import (
+from laser.differences.formats import STORED_FLOATS
+from laser.differences.formulas import Formula
+from laser.differences.places import (
     KEPT_FACTORS,
     PEFT,
     PEFT_FORMULAS,
@@ -41,7 +41,7 @@ from laser.delta.places import (
     rows_in_parameter,
     stems,
 )
-from laser.delta.unmerge import CONFIG, MODEL, is_tied, side_files_of
+from laser.differences.unmerge import CONFIG, MODEL, is_tied, side_files_of
 from laser.errors import CheckpointError, UsageError, first_line
 from laser.files import read_regular, require_regular
 from laser.records import LARGEST_FLOAT

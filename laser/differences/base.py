@@ -22,8 +22,8 @@ from laser.checkpoint.matrices import ALIASES, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, opened_checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
-from laser.delta.difference import Change, Verdict, as_merged, compare_tensors, whitened
-from laser.delta.formats import STORED_FLOATS
+from laser.differences.difference import Change, Verdict, as_merged, compare_tensors, whitened
+from laser.differences.formats import STORED_FLOATS
 from laser.errors import NumericalError, RecordError
 from laser.spectral.devices import Device
 

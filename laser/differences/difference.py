@@ -16,8 +16,8 @@ from enum import StrEnum
 import numpy as np
 import torch
 
-from laser.delta.formats import STORED_FLOATS, cell_of, format_of, same_bits
-from laser.delta.whitening import Scales, biwhiten
+from laser.differences.formats import STORED_FLOATS, cell_of, format_of, same_bits
+from laser.differences.whitening import Scales, biwhiten
 from laser.errors import NumericalError
 from laser.records import SPARSE
 from laser.spectral.devices import Device, in_float64, on_device_or_host

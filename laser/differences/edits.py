@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from laser.delta.difference import as_merged, whitening
+from laser.differences.difference import as_merged, whitening
 from laser.errors import NumericalError
 from laser.spectral.certificate import SAFETY, Certificate, Truncation
 from laser.spectral.devices import Device, in_float64

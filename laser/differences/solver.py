@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 
 from laser.choices import ROUNDS
-from laser.delta.formats import format_of, same_bits
-from laser.delta.formulas import Formula
-from laser.delta.whitening import biwhiten
+from laser.differences.formats import format_of, same_bits
+from laser.differences.formulas import Formula
+from laser.differences.whitening import biwhiten
 from laser.spectral.devices import HOST, Device, full_precision, in_float64
 
 CHECK = 10  # steps between two looks at the bits

@@ -44,13 +44,13 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
 from laser.checkpoint.writer import travelling
 from laser.choices import ROUNDS
-from laser.delta.base import Base, Delta, Pair
-from laser.delta.difference import AGREE, Change, Verdict, looks_quantised
-from laser.delta.formats import STORED_FLOATS, format_of, same_bits
-from laser.delta.formulas import Formula
-from laser.delta.overview import is_base
-from laser.delta.packing import pack, pack_some, unpack, unpack_some
-from laser.delta.places import (
+from laser.differences.base import Base, Delta, Pair
+from laser.differences.difference import AGREE, Change, Verdict, looks_quantised
+from laser.differences.formats import STORED_FLOATS, format_of, same_bits
+from laser.differences.formulas import Formula
+from laser.differences.overview import is_base
+from laser.differences.packing import pack, pack_some, unpack, unpack_some
+from laser.differences.places import (
     PEFT,
     PEFT_FORMULAS,
     ModulePlace,
@@ -61,8 +61,8 @@ from laser.delta.places import (
     stems,
     units,
 )
-from laser.delta.recover import USUAL, is_believed, recover, vote
-from laser.delta.solver import Adapter, Solution, wrong_bits
+from laser.differences.recover import USUAL, is_believed, recover, vote
+from laser.differences.solver import Adapter, Solution, wrong_bits
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import CheckpointError, OutputError, RecordError, UsageError
@@ -472,7 +472,7 @@ def choose_formula(
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def unmerge(
+def unmerge_into(
     base: Base,
     delta: Delta,
     out: Path,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from laser.delta.formats import Cell, Float, cell_of, format_of, same_bits
+from laser.differences.formats import Cell, Float, cell_of, format_of, same_bits
 from laser.errors import UsageError
 
 FORMULA_NAMES = ("once", "delta-first", "scaled-after")

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 import torch
 
 from laser.choices import ROUNDS
-from laser.delta.difference import MOST_TOLD, PROVEN, Change, Verdict, evidence
-from laser.delta.formats import format_of
-from laser.delta.formulas import TWICE, Formula
-from laser.delta.solver import Solution, polish, solve
+from laser.differences.difference import MOST_TOLD, PROVEN, Change, Verdict, evidence
+from laser.differences.formats import format_of
+from laser.differences.formulas import TWICE, Formula
+from laser.differences.solver import Solution, polish, solve
 from laser.spectral.devices import HOST, Device
 
 # Share of wrong bits up to which a rank is believed. Of 16 bits: the right rank leaves 0 to 1e-4, one too few 1e-2 and

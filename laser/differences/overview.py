@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laser.checkpoint.matrices import Matrix
-from laser.delta.difference import AGREE, Change, Verdict, looks_quantised
+from laser.differences.difference import AGREE, Change, Verdict, looks_quantised
 
 # They say nothing of whether it is the base.
 UNTOLD = (Verdict.SHAPE, Verdict.MISSING, Verdict.ADDED, Verdict.NOT_FINITE)

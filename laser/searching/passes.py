@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from laser.checkpoint.matrices import Matrix
 from laser.evaluation.objective import Objective
 from laser.evaluation.streaming import LayeredModel
-from laser.search.candidates import Candidate
+from laser.searching.candidates import Candidate
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from laser.evaluation.objective import Measure, Objective
 from laser.journal import Journal
 from laser.plan import PlanLine
 from laser.records import SPARSE, under
-from laser.search.candidates import Candidate
-from laser.search.trials import Bench, RuleAndRank, Variant, VariantResult, accepted, change
+from laser.searching.candidates import Candidate
+from laser.searching.trials import Bench, RuleAndRank, Variant, VariantResult, accepted, change
 from laser.spectral.rules import scale_in
 
 # The journal's lines: the untouched model, the order of a shortlist, a trial, what is reported at the end.

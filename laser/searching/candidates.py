@@ -13,14 +13,14 @@ import torch
 
 from laser.checkpoint.matrices import matrix_called, read_matrix
 from laser.checkpoint.reader import Checkpoint
-from laser.delta.base import Base
-from laser.delta.edits import OfDifference, between
+from laser.differences.base import Base
+from laser.differences.edits import OfDifference, between
 from laser.errors import UsageError
 from laser.evaluation.streaming import LayeredModel
 from laser.moments import Moments, metric_of
 from laser.plan import Plan, make_plan
 from laser.reasons import Kind, Why
-from laser.search.trials import Bench
+from laser.searching.trials import Bench
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device
