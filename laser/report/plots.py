@@ -223,13 +223,19 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
     return _figure_of(axes)
 
 
-def _bins(several: Sequence[Histogram]) -> list[float]:
-    """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
-    into one bin. What lies beyond is drawn in the last bin, and the title says so. The cut is always inside."""
+def top_of(several: Sequence[Histogram]) -> float:
+    """Where a picture ends: at s_1, at most over the bulk and 98 % of the values, for a giant outlier would press the
+    rest into one bin. The cut is always inside."""
     top = max(float(p.values[0]) for p in several)
-    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in several)
+    most = (float(p.values[min(math.ceil(len(p.values) / 50), len(p.values) - 1)]) for p in several)
+    span = max(max(4 * p.upper_edge, 1.2 * value) for p, value in zip(several, most, strict=True))
     cuts = max((1.03 * p.threshold for p in several if p.threshold is not None), default=0.0)
-    return np.linspace(0.0, max(min(top * 1.02, span), cuts) or 1.0, BINS + 1).tolist()
+    return max(min(top * 1.02, span), cuts) or 1.0
+
+
+def _bins(several: Sequence[Histogram]) -> list[float]:
+    """Equal bins from 0 to the top. What lies beyond is drawn in the last bin, and the title says so."""
+    return np.linspace(0.0, top_of(several), BINS + 1).tolist()
 
 
 def _title(several: Sequence[Histogram], edges: list[float]) -> str:
@@ -272,24 +278,28 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     return figure
 
 
+def cells_of(
+    rows: Sequence[SummaryRow], *, experts: bool = True
+) -> tuple[list[tuple[str, int | None]], list[int | str | None]]:
+    """(columns, each a role and an expert; layers) of a heat map."""
+    roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
+    columns = sorted({(r.role, r.expert if experts else None) for r in rows}, key=lambda k: (roles[k[0]], k[1] or 0))
+    layers = sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
+    return columns, [place for _, _, place in layers]
+
+
 def grid_of(
     rows: Sequence[SummaryRow], value: Callable[[SummaryRow], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
-    roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
-    columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
-    keys = sorted(set(columns.values()), key=lambda k: (roles[k[0]], k[1] or 0))
-    layers = [
-        place
-        for _, _, place in sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
-    ]
+    columns, layers = cells_of(rows, experts=experts)
     down = {place: number for number, place in reversed([*enumerate(layers)])}
-    across = {key: number for number, key in enumerate(keys)}
+    across = {key: number for number, key in enumerate(columns)}
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (found := value(row)) is not None:
-            cells.setdefault((down[row.place], across[columns[row.name]]), []).append(found)
-    grid = np.full((len(layers), len(keys)), np.nan)
+            cells.setdefault((down[row.place], across[row.role, row.expert if experts else None]), []).append(found)
+    grid = np.full((len(layers), len(columns)), np.nan)
     for at, values in cells.items():
         grid[at] = np.mean(values)
-    return [role if expert is None else f"{role}.{expert}" for role, expert in keys], layers, grid
+    return [role if expert is None else f"{role}.{expert}" for role, expert in columns], layers, grid
