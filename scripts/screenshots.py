@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-HEIGHTS = {1280: 1700, 800: 2500, 400: 3600}  # width of a window -> its height, so that all of the report is in it
+HEIGHTS = {1280: 1600, 800: 2000, 400: 2300}  # width of a window -> its height, so that all of the report is in it
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 860px; margin: 1.5rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; } img, svg { max-width: 100%; }
 td, th { border: 1px solid #ccc; padding: .2rem .6rem; } code { background: #f4f5f6; }
@@ -96,7 +96,7 @@ def reports(camera: Camera, first: Path, second: Path, work: Path) -> None:
     for page in ("one", "two"):
         for width, height in HEIGHTS.items():
             for theme in ("light", "dark"):
-                more = 900 if page == "two" else 0
+                more = 1000 if page == "two" and width < 500 else 0
                 name = f"report-{page}-{width}-{theme}"
                 camera.take(work / f"{page}.html", name, width, height + more, dark=theme == "dark")
 

@@ -124,6 +124,7 @@ const made = new Map();
 const document = {
   getElementById: id => made.get(id) || made.set(id, new Element(id)).get(id),
   createElement: () => new Element(), createElementNS: () => new Element(), addEventListener: nothing,
+  querySelector: () => new Element(),
 };
 const window = { addEventListener: nothing, matchMedia: () => ({ addEventListener: nothing }) };
 const getComputedStyle = () => ({ getPropertyValue: () => "#000" });
@@ -291,11 +292,11 @@ def test_the_page_has_matplotlibs_viridis() -> None:
 
 @pytest.fixture
 def pair(pico: Path) -> tuple[Spectra, Spectra]:
-    """The pico model, and what became of it: one matrix cut to rank 3, one twice as large, one not there."""
+    """The pico model, and what became of it: one matrix cut to rank 1, one twice as large, one not there."""
     first = scan(laser.open_checkpoint(pico))
     cut, doubled, gone, *_ = first.values
     values = {name: s for name, s in first.values.items() if name != gone}
-    values[cut] = np.where(np.arange(len(values[cut])) < 3, values[cut], 0.0)
+    values[cut] = np.where(np.arange(len(values[cut])) < 1, values[cut], 0.0)
     values[doubled] = 2 * values[doubled]
     return first, replace(first, values=values, source=replace(first.source, name="<b>tuned", identity="9" * 64))
 
@@ -314,23 +315,25 @@ def test_two_models_side_by_side(pair: tuple[Spectra, Spectra], tmp_path: Path) 
     asked = """
     const all = i => { view = i; return data.rows.map((_, number) => data.headings.map((_, c) => value(number, c))); };
     const drawn = data.rows.map((_, number) => drawing(number));
-    answer([all(0), all(1), all(2), drawn, other.missing, panels.map(p => p.title)]);
+    answer([all(0), all(1), all(2), drawn, other.missing, panels.map(p => p.title), selected]);
     """
-    own, its, change, drawn, missing, titles = in_node(script, asked, tmp_path)
+    own, its, change, drawn, missing, titles, shown_first = in_node(script, asked, tmp_path)
     assert missing == 1 and titles == [first.source.name, "<b>tuned", "change"]
     largest, kept = (list(COLUMNS).index(field) for field in ("largest", "rank"))
     cut, doubled, gone, *rest = range(len(own))
-    assert its[cut][kept] <= 3 and its[doubled][largest] == pytest.approx(2 * own[doubled][largest], rel=1e-4)
+    assert its[cut][kept] == 1 and its[doubled][largest] == pytest.approx(2 * own[doubled][largest], rel=1e-4)
     assert change[doubled][largest] == pytest.approx(own[doubled][largest], rel=1e-4)
     assert its[gone][4:] == change[gone][4:] == [None] * (len(COLUMNS) - 4) and its[gone][:4] == own[gone][:4]
     assert all(its[i] == own[i] and not any(change[i][4:]) for i in rest)
     names = list(first.values)
+    moved = [abs(row[kept] or 0) / row_own[kept + 1] for row, row_own in zip(change, own, strict=True)]
+    assert shown_first == names[moved.index(max(moved))] and max(moved) > 0
     for number in (cut, doubled):
         found, name = drawn[number], names[number]
         for values, counts in ((first.values[name], found["counts"]), (other.values[name], found["other"]["counts"])):
             expected = np.histogram(np.minimum(values, found["top"]), bins=64, range=(0.0, found["top"]))[0]
             assert counts == expected.tolist()
-    assert drawn[gone]["other"] is None and drawn[cut]["other"]["counts"][0] >= len(first.values[names[cut]]) - 3
+    assert drawn[gone]["other"] is None and drawn[cut]["other"]["counts"][0] >= len(first.values[names[cut]]) - 1
 
 
 def test_two_models_without_a_common_name_are_refused(pair: tuple[Spectra, Spectra]) -> None:
