@@ -189,10 +189,10 @@ def _counts(shown: Histogram, top: float) -> list[int]:
 
 
 def _drawing(shown: Histogram, top: float, laws: dict[str, int]) -> list[Any]:
-    """What the script draws of a matrix besides its row: shape; values per bin; both edges, the threshold, the law's
+    """What the script draws of a matrix besides its row: shape; values per bin; both edges, the cut, the law's
     peak per bin, the law's number, and where the bins end."""
     peak = float(shown.curve.max())
     law = _text([_rounded(y, 3) for y in (shown.curve[::2] / (peak or 1.0)).tolist()])
-    levels = (shown.lower_edge, shown.upper_edge, shown.threshold, peak * top / DRAWN_BINS)
+    levels = (shown.lower_edge, shown.upper_edge, shown.cut, peak * top / DRAWN_BINS)
     drawn = [_rounded(level, 4) for level in levels]
     return [shown.rows, shown.columns, _runs(_counts(shown, top)), *drawn, laws.setdefault(law, len(laws)), top]

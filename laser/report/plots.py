@@ -63,6 +63,15 @@ class Histogram:
     threshold: float | None
     rank: int
 
+    @property
+    def cut(self) -> float | None:
+        """Where a picture draws the cut. Of a rule that fixes a rank, which has no threshold, over the largest value
+        that is cut; None where none is."""
+        if self.threshold is not None or self.rank == len(self.values):
+            return self.threshold
+        under = float(self.values[self.rank])
+        return min(1.01 * under, (under + float(self.values[self.rank - 1])) / 2) if self.rank else 1.01 * under
+
 
 def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogram:
     """What a histogram of matrix `name` shows, computed once for the pictures and the page.
@@ -180,14 +189,15 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
     edges = _bins([shown])
     values = np.minimum(shown.values, edges[-1])
     kept, cut = values[: shown.rank], values[shown.rank :]
-    axes.hist(cut, edges, color="0.85", edgecolor="0.6", linewidth=0.4, label=f"cut: {len(cut)}")
-    axes.hist(kept, edges, color=BLUE, edgecolor="white", hatch="////", linewidth=0.4, label=f"kept: {len(kept)}")
+    under, *_ = axes.hist(cut, edges, color="0.85", edgecolor="0.6", linewidth=0.4, label=f"cut: {len(cut)}")
+    over: dict[str, Any] = {"color": BLUE, "edgecolor": "white", "hatch": "////", "linewidth": 0.4}
+    axes.hist(kept, edges, bottom=under, label=f"kept: {len(kept)}", **over)
     width = edges[1] - edges[0]
     axes.plot(shown.curve_x, shown.curve * width, color=ORANGE, linewidth=1.8, label="law of noise, fitted")
     for x, legend in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
         axes.axvline(x, color=ORANGE, linestyle=":", linewidth=1.2, label=legend)
-    if shown.threshold is not None:
-        axes.axvline(shown.threshold, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
+    if shown.cut is not None:
+        axes.axvline(shown.cut, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
     axes.set_title(_title([shown], edges), fontsize=10)
     axes.set_xlabel(
         f"singular value, unit of the weights   (sigma {shown.sigma:.3g}, distance from the law "
@@ -201,7 +211,10 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
 
 
 def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
-    """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune."""
+    """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune.
+
+    After a cut a bin holds all that became 0, and the counts are on a log axis.
+    """
     axes = axes or new_axes(8, 4.5)
     edges = _bins(several)
     strokes = (("0.8", "-", True), (BLUE, "-", False), (ORANGE, "--", False), (GREEN, ":", False))
@@ -218,6 +231,8 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
         )
     axes.set_title(_title(several, edges), fontsize=10)
     axes.set_xlabel("singular value, unit of the weights")
+    if any(_has_a_spike(np.histogram(np.minimum(p.values, edges[-1]), edges)[0]) for p in several):
+        axes.set_yscale("log")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return _figure_of(axes)
@@ -229,7 +244,7 @@ def top_of(several: Sequence[Histogram]) -> float:
     top = max(float(p.values[0]) for p in several)
     most = (float(p.values[min(math.ceil(len(p.values) / 50), len(p.values) - 1)]) for p in several)
     span = max(max(4 * p.upper_edge, 1.2 * value) for p, value in zip(several, most, strict=True))
-    cuts = max((1.03 * p.threshold for p in several if p.threshold is not None), default=0.0)
+    cuts = max((1.03 * p.cut for p in several if p.cut is not None), default=0.0)
     return max(min(top * 1.02, span), cuts) or 1.0
 
 
@@ -241,14 +256,20 @@ def _bins(several: Sequence[Histogram]) -> list[float]:
 def _title(several: Sequence[Histogram], edges: list[float]) -> str:
     first, top = several[0], max(float(p.values[0]) for p in several)
     beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
-    model = f"{label(first.model)}\n" if len(several) == 1 else ""  # else the legend names them
-    return f"{model}{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
+    models = label(", ".join(shown.model for shown in several))
+    return f"{models}\n{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
+
+
+def _has_a_spike(counts: NDArray[np.int64]) -> bool:
+    """Whether one bin of hundreds would press all others to the ground, as the zeros of a matrix that was cut."""
+    ordered = np.sort(counts)[::-1]
+    return bool(ordered[0] > 100 and ordered[0] > 5 * ordered[2])
 
 
 def _count_axis(axes: Axes, edges: list[float]) -> None:
     axes.set_ylabel("singular values per bin")
     axes.set_xlim(0, edges[-1])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0.5 if axes.get_yscale() == "log" else 0)
 
 
 def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, axes: Axes | None = None) -> Figure:
@@ -261,7 +282,9 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     title, unit, value = QUANTITIES[quantity]
     columns, layers, grid = grid_of(summary.rows, value, experts=experts)
     axes = axes or new_axes(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap="viridis", aspect="auto", interpolation="nearest")
+    norm, note = _norm(grid)
+    values = np.ma.masked_invalid(grid)
+    image = axes.imshow(values, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor("white")
     for at in np.argwhere(np.isnan(grid)):
         axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
@@ -274,8 +297,20 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     axes.set_ylabel("layer")
     axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
     figure = _figure_of(axes)
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=unit + note)
     return figure
+
+
+def _norm(grid: np.ndarray) -> tuple[Any, str]:
+    """The scale of a map's colours, and what to say of it: logarithmic where what is positive spans two decades and
+    nothing is under 0; else matplotlib's own. A 0 has then the colour of the least."""
+    from matplotlib.colors import LogNorm
+
+    positive = grid[grid > 0]
+    if not positive.size or (grid < 0).any() or positive.max() < 100 * positive.min():
+        return None, ""
+    zero = "; 0 as the least" if (grid == 0).any() else ""
+    return LogNorm(float(positive.min()), float(positive.max()), clip=True), f", log scale{zero}"
 
 
 def cells_of(
