@@ -71,12 +71,12 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
         check(SOURCE, lambda path: is_sealed(parse_record(read_regular(path))))
-    if PICTURE in there or _drawn(folder):
-        check(PICTURE, lambda path: sha256_of(path) == _drawn(folder))
+    if PICTURE in there or _picture_sum(folder):
+        check(PICTURE, lambda path: sha256_of(path) == _picture_sum(folder))
     return problems
 
 
-def _drawn(folder: Path) -> str | None:
+def _picture_sum(folder: Path) -> str | None:
     """The sha256 of the card's picture, as source.json has it; None where that has none, or cannot be read."""
     try:
         document = parse_record(read_regular(folder / SOURCE))

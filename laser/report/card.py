@@ -125,7 +125,7 @@ def card(
         after=after,
         trials=trials,
         picture=picture,
-        left=_left(outcome.plan),
+        left=_left_as_is(outcome.plan),
         most=CARD_ROWS,
         tasks=TASKS,
         **_of_source(name, source, base, own),
@@ -245,7 +245,7 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
 
 
 # Why a tensor was left as it is, for people; what is not here speaks for itself.
-LEFT = {
+LEFT_AS_IS = {
     Kind.NOT_A_MATRIX: "that are no matrix",
     Kind.PROTECTED: "kept unless asked for, as embeddings, head and router",
     Kind.NOT_SELECTED: "not selected",
@@ -262,9 +262,11 @@ LEFT = {
 }
 
 
-def _left(plan: Plan) -> list[tuple[str, int]]:
+def _left_as_is(plan: Plan) -> list[tuple[str, int]]:
     """(why, how many tensors) of what was left as it is, the most first."""
-    counts = Counter(LEFT.get(line.why.kind, str(line.why.kind)) for line in plan.lines if line.action != "reduce")
+    counts = Counter(
+        LEFT_AS_IS.get(line.why.kind, str(line.why.kind)) for line in plan.lines if line.action != "reduce"
+    )
     return counts.most_common()
 
 

@@ -16,27 +16,29 @@ from laser.plan import PlanLine
 from laser.report.plots import BLUE, ORANGE, histogram_of, top_of
 from laser.spectra import Spectra, Vectors
 
-MOST = 6  # panels
+PANELS = 6  # panels
 BARS = 60
-WIDTH, HEIGHT, LEFT, TOP, FOOT = 430, 215, 34, 44, 34  # of a panel, and its margins, in pixels
+PANEL_WIDTH, PANEL_HEIGHT, MARGIN, HEAD, FOOT = 430, 215, 34, 44, 34  # of a panel, and its margins, in pixels
 WIDEST = 56  # characters of a name over a panel
 GREY, INK = "#b8bfc6", "#333333"
 
 
 def picture_of_cuts(spectra: Spectra, outcome: Outcome) -> bytes | None:
-    """Of each role the matrix that lost most, at most MOST of them: what was kept, what was cut, and the law of noise.
+    """Of each role the matrix that lost most, at most PANELS of them: what was kept, what was cut, and the law of noise.
 
     None where no matrix was cut to a rank, or none of them is in the spectra.
     """
-    lines = [line for line in _chosen(outcome) if line.name in _values(spectra, line)][:MOST]
+    lines = [line for line in _chosen(outcome) if line.name in _values(spectra, line)][:PANELS]
     if not lines:
         return None
     across = min(2, len(lines))
     parts = [
-        _element("g", *_panel(spectra, line), transform=f"translate({n % across * WIDTH} {n // across * HEIGHT})")
+        _element(
+            "g", *_panel(spectra, line), transform=f"translate({n % across * PANEL_WIDTH} {n // across * PANEL_HEIGHT})"
+        )
         for n, line in enumerate(lines)
     ]
-    width, height = across * WIDTH, math.ceil(len(lines) / across) * HEIGHT
+    width, height = across * PANEL_WIDTH, math.ceil(len(lines) / across) * PANEL_HEIGHT
     ground = _element("rect", width=width, height=height, fill="#ffffff")
     font = {"font-family": "sans-serif", "font-size": 11, "fill": INK}
     size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
@@ -75,10 +77,10 @@ def _panel(spectra: Spectra, line: PlanLine) -> list[str]:
     highest = max(1.0, float(every.max()), float(law.max(initial=0.0)))
 
     def x(value: float) -> str:
-        return f"{LEFT + (WIDTH - LEFT - 12) * value / top:.1f}"
+        return f"{MARGIN + (PANEL_WIDTH - MARGIN - 12) * value / top:.1f}"
 
     def y(count: float) -> str:
-        return f"{HEIGHT - FOOT - (HEIGHT - FOOT - TOP) * count / highest:.1f}"
+        return f"{PANEL_HEIGHT - FOOT - (PANEL_HEIGHT - FOOT - HEAD) * count / highest:.1f}"
 
     edges = np.linspace(0.0, top, BARS + 1)
 
@@ -86,7 +88,7 @@ def _panel(spectra: Spectra, line: PlanLine) -> list[str]:
         boxes = zip(edges, edges[1:], low, high, strict=False)
         return "".join(f"M{x(a)} {y(c)}V{y(d)}H{x(b)}V{y(c)}Z" for a, b, c, d in boxes if d > c)
 
-    upright = {"y1": TOP, "y2": HEIGHT - FOOT}
+    upright = {"y1": HEAD, "y2": PANEL_HEIGHT - FOOT}
     parts = [
         _element("path", d=bars(np.zeros_like(every), every - kept), fill=GREY),
         _element("path", d=bars(every - kept, every), fill=BLUE),
@@ -97,22 +99,25 @@ def _panel(spectra: Spectra, line: PlanLine) -> list[str]:
     if shown.cut is not None:
         at = {"x1": x(shown.cut), "x2": x(shown.cut)}
         parts.append(_element("line", **at, **upright, stroke="#000000", stroke_dasharray="6 4"))
-    ground = {"x1": LEFT, "x2": WIDTH - 12, "y1": HEIGHT - FOOT, "y2": HEIGHT - FOOT}
+    ground = {"x1": MARGIN, "x2": PANEL_WIDTH - 12, "y1": PANEL_HEIGHT - FOOT, "y2": PANEL_HEIGHT - FOOT}
     parts.append(_element("line", **ground, stroke=INK))
-    parts += [_text(f"{value:.3g}", x(value), HEIGHT - FOOT + 14, "middle") for value in (0.0, top / 2, top)]
+    parts += [_words(f"{value:.3g}", x(value), PANEL_HEIGHT - FOOT + 14, "middle") for value in (0.0, top / 2, top)]
     unit = "singular value" if line.metric == "plain" else "singular value by the data"
-    parts += [_text(unit, (LEFT + WIDTH) / 2, HEIGHT - 6, "middle"), _text(f"{highest:.0f}", LEFT - 4, TOP + 4, "end")]
+    parts += [
+        _words(unit, (MARGIN + PANEL_WIDTH) / 2, PANEL_HEIGHT - 6, "middle"),
+        _words(f"{highest:.0f}", MARGIN - 4, HEAD + 4, "end"),
+    ]
     beyond = f"; last bar: all beyond, to {shown.values[0]:.3g}" if shown.values[0] > top else ""
     told = f"{shown.rows} x {shown.columns}, kept {line.rank} of {p}{beyond}"
-    return [*parts, _text(_short(line.name), LEFT, 18), _text(told, LEFT, 34)]
+    return [*parts, _words(_cut_to_fit(line.name), MARGIN, 18), _words(told, MARGIN, 34)]
 
 
-def _short(name: str) -> str:
+def _cut_to_fit(name: str) -> str:
     text = visible(name)
     return text if len(text) <= WIDEST else f"{text[: WIDEST // 2]}...{text[-WIDEST // 2 + 3 :]}"
 
 
-def _text(content: str, x: float | str, y: float, anchor: str = "start") -> str:
+def _words(content: str, x: float | str, y: float, anchor: str = "start") -> str:
     return _element("text", escape(content), x=x, y=y, text_anchor=anchor)
 
 

@@ -53,7 +53,7 @@ SEARCH_FILE = f"{RECORDS}/search.json"
 EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
 SPECTRA_FILE = f"{RECORDS}/spectra.safetensors"
-PICTURE = f"{RECORDS}/spectrum.svg"
+CARD_PICTURE = f"{RECORDS}/spectrum.svg"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 REMEDY = "remove it, or name the model with --source"
@@ -128,7 +128,7 @@ def write_card(
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
         commands = commands or _commands_of(out, outcome, source is not None)
-        picture = _drawn(out, outcome)
+        picture = _picture_for(out, outcome)
         text = card(
             name or out.resolve().name,
             outcome,
@@ -138,7 +138,7 @@ def write_card(
             before=_record(Leaderboard, out / LEADERBOARD_SOURCE, made_of),
             after=_record(Leaderboard, out / LEADERBOARD, made),
             trials=trials,
-            picture=None if picture is None else PICTURE,
+            picture=None if picture is None else CARD_PICTURE,
         )
         if base_model is not None and f"base_model: {base_model}\n" not in text:
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
@@ -146,17 +146,17 @@ def write_card(
             (out / RECORDS).mkdir(exist_ok=True)
         shards, weights = outcome.shards, made_of.weights.stated()
         if picture is not None:
-            write_atomically(out / PICTURE, picture)
+            write_atomically(out / CARD_PICTURE, picture)
         else:  # an earlier one, of spectra that are no longer there
-            with disk_errors(out / PICTURE):
-                (out / PICTURE).unlink(missing_ok=True)
+            with disk_errors(out / CARD_PICTURE):
+                (out / CARD_PICTURE).unlink(missing_ok=True)
         digest = None if picture is None else hashlib.sha256(picture).hexdigest()
         SourceRecord(shards, weights, commands, **vars(about), picture=digest).save(out / SOURCE_FILE)
         write_atomically(target, text.encode())
         return target
 
 
-def _drawn(out: Path, outcome: Outcome) -> bytes | None:
+def _picture_for(out: Path, outcome: Outcome) -> bytes | None:
     """The picture of what was cut; None where there are no spectra of this source, as behind `laser reduce`."""
     if not (out / SPECTRA_FILE).exists():
         return None

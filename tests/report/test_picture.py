@@ -15,8 +15,8 @@ from laser.escape import visible
 from laser.flow import records_of
 from laser.outcome import Outcome
 from laser.plan import Plan, make_plan
-from laser.report.picture import MOST, TOP, picture_of_cuts
-from laser.report.publish import PICTURE, write_card
+from laser.report.picture import HEAD, PANELS, picture_of_cuts
+from laser.report.publish import CARD_PICTURE, write_card
 from laser.spectra import Spectra
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -51,7 +51,7 @@ def heights(panel: ElementTree.Element) -> tuple[float, float]:
         boxes = re.findall(r"M\S+ (\S+?)V(\S+?)H", path.get("d", ""))
         found.append(sum(float(low) - float(high) for low, high in boxes))
     ground = float(panel.findall(f"{SVG}line")[-1].get("y1", "nan"))
-    scale = (ground - TOP) / float(texts(panel)[4])  # of one value: the highest bar reaches the top
+    scale = (ground - HEAD) / float(texts(panel)[4])  # of one value: the highest bar reaches the top
     return found[0] / scale, found[1] / scale
 
 
@@ -61,8 +61,8 @@ def test_each_role_shows_the_matrix_that_lost_most(spectra: Spectra) -> None:
     roles: dict[str, list[tuple[float, str]]] = {}
     for line in plan.reductions.values():
         roles.setdefault(line.role, []).append((line.energy_kept or 0.0, line.name))
-    expected = [min(several)[1] for several in roles.values()][:MOST]
-    assert len(roles) > MOST
+    expected = [min(several)[1] for several in roles.values()][:PANELS]
+    assert len(roles) > PANELS
     found = panels(picture_of_cuts(spectra, outcome))
     assert [texts(panel)[5] for panel in found] == expected
     for panel, name in zip(found, expected, strict=True):
@@ -108,20 +108,20 @@ def test_any_name_is_shown_as_it_is(spectra: Spectra, name: str) -> None:
 def test_a_run_leaves_the_picture_that_its_card_shows(run: Run, pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("run", pico, "-o", out, "--no-search", "--rule", "rank:4", "--roles", "q,w1")[0] == 0
-    text, drawn = (out / "README.md").read_text(), (out / PICTURE).read_bytes()
-    assert f"]({PICTURE})" in text and len(panels(drawn)) == 2
+    text, drawn = (out / "README.md").read_text(), (out / CARD_PICTURE).read_bytes()
+    assert f"]({CARD_PICTURE})" in text and len(panels(drawn)) == 2
     assert run("verify", pico, out)[0] == 0
     write_card(out)
-    assert (out / PICTURE).read_bytes() == drawn and (out / "README.md").read_text() == text
-    (out / PICTURE).write_bytes(drawn + b"\n")  # changed since
+    assert (out / CARD_PICTURE).read_bytes() == drawn and (out / "README.md").read_text() == text
+    (out / CARD_PICTURE).write_bytes(drawn + b"\n")  # changed since
     code, told, _ = run("verify", pico, out)
-    assert code == 1 and PICTURE in told
-    (out / PICTURE).unlink()
+    assert code == 1 and CARD_PICTURE in told
+    (out / CARD_PICTURE).unlink()
     assert run("verify", pico, out)[0] == 1
     # Without the spectra there is none, and the card does not speak of it.
     (records_of(out) / "spectra.safetensors").unlink()
     (records_of(out) / "plan.json").unlink()
-    assert PICTURE not in write_card(out).read_text() and not (out / PICTURE).exists()
+    assert CARD_PICTURE not in write_card(out).read_text() and not (out / CARD_PICTURE).exists()
     assert run("verify", pico, out)[0] == 0
 
 
