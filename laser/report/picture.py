@@ -18,13 +18,13 @@ from laser.spectra import Spectra, Vectors
 
 PANELS = 6  # panels
 BARS = 60
-PANEL_WIDTH, PANEL_HEIGHT, MARGIN, HEAD, FOOT = 430, 215, 34, 44, 34  # of a panel, and its margins, in pixels
+PANEL_WIDTH, PANEL_HEIGHT, AXIS, HEAD, FOOT = 430, 215, 34, 44, 34  # of a panel, and its margins, in pixels
 WIDEST = 56  # characters of a name over a panel
 GREY, INK = "#b8bfc6", "#333333"
 
 
 def picture_of_cuts(spectra: Spectra, outcome: Outcome) -> bytes | None:
-    """Of each role the matrix that lost most, at most PANELS of them: what was kept, what was cut, and the law of noise.
+    """Of each role the matrix that lost most, at most PANELS of them: what was kept, what was cut, the law of noise.
 
     None where no matrix was cut to a rank, or none of them is in the spectra.
     """
@@ -59,25 +59,25 @@ def _chosen(outcome: Outcome) -> Iterator[PlanLine]:
 
 def _values(spectra: Spectra, line: PlanLine) -> Vectors:
     """The singular values by name in the metric in which a line was cut."""
-    if line.metric == "plain":
-        return spectra.values
-    return spectra.data.values if spectra.data else {}
+    by_metric: dict[str, Vectors] = {"plain": spectra.values, "data": spectra.data.values if spectra.data else {}}
+    return by_metric[line.metric]
 
 
 def _panel(spectra: Spectra, line: PlanLine) -> list[str]:
     """Bars of what is kept over what is cut, the law where the values are those of the weights, and the cut."""
     assert line.rank is not None, "as chosen"
     of_line = replace(spectra, values=_values(spectra, line))
+    has_law = of_line.values is spectra.values
     shown = histogram_of(of_line, line.name, f"rank:{line.rank - line.below}")
     top, p = top_of([shown]), len(shown.values)
     values = np.minimum(shown.values, top)
     is_kept = (np.arange(p) < line.rank - line.below) | (np.arange(p) >= p - line.below)
     kept, every = (np.histogram(each, BARS, (0.0, top))[0] for each in (values[is_kept], values))
-    law = shown.curve * top / BARS if line.metric == "plain" else np.zeros(0)
+    law = shown.curve * top / BARS if has_law else np.zeros(0)
     highest = max(1.0, float(every.max()), float(law.max(initial=0.0)))
 
     def x(value: float) -> str:
-        return f"{MARGIN + (PANEL_WIDTH - MARGIN - 12) * value / top:.1f}"
+        return f"{AXIS + (PANEL_WIDTH - AXIS - 12) * value / top:.1f}"
 
     def y(count: float) -> str:
         return f"{PANEL_HEIGHT - FOOT - (PANEL_HEIGHT - FOOT - HEAD) * count / highest:.1f}"
@@ -99,17 +99,17 @@ def _panel(spectra: Spectra, line: PlanLine) -> list[str]:
     if shown.cut is not None:
         at = {"x1": x(shown.cut), "x2": x(shown.cut)}
         parts.append(_element("line", **at, **upright, stroke="#000000", stroke_dasharray="6 4"))
-    ground = {"x1": MARGIN, "x2": PANEL_WIDTH - 12, "y1": PANEL_HEIGHT - FOOT, "y2": PANEL_HEIGHT - FOOT}
+    ground = {"x1": AXIS, "x2": PANEL_WIDTH - 12, "y1": PANEL_HEIGHT - FOOT, "y2": PANEL_HEIGHT - FOOT}
     parts.append(_element("line", **ground, stroke=INK))
     parts += [_words(f"{value:.3g}", x(value), PANEL_HEIGHT - FOOT + 14, "middle") for value in (0.0, top / 2, top)]
-    unit = "singular value" if line.metric == "plain" else "singular value by the data"
+    unit = "singular value" if has_law else "singular value by the data"
     parts += [
-        _words(unit, (MARGIN + PANEL_WIDTH) / 2, PANEL_HEIGHT - 6, "middle"),
-        _words(f"{highest:.0f}", MARGIN - 4, HEAD + 4, "end"),
+        _words(unit, (AXIS + PANEL_WIDTH) / 2, PANEL_HEIGHT - 6, "middle"),
+        _words(f"{highest:.0f}", AXIS - 4, HEAD + 4, "end"),
     ]
     beyond = f"; last bar: all beyond, to {shown.values[0]:.3g}" if shown.values[0] > top else ""
     told = f"{shown.rows} x {shown.columns}, kept {line.rank} of {p}{beyond}"
-    return [*parts, _words(_cut_to_fit(line.name), MARGIN, 18), _words(told, MARGIN, 34)]
+    return [*parts, _words(_cut_to_fit(line.name), AXIS, 18), _words(told, AXIS, 34)]
 
 
 def _cut_to_fit(name: str) -> str:
