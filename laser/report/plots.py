@@ -286,6 +286,10 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     values = np.ma.masked_invalid(grid)
     image = axes.imshow(values, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor("white")
+    roles = [column for column, _ in cells_of(summary.rows, experts=experts)[0]]
+    for at in range(1, len(roles)):
+        if roles[at] != roles[at - 1]:
+            axes.axvline(at - 0.5, color="white", linewidth=2)
     for at in np.argwhere(np.isnan(grid)):
         axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
     axes.set_xticks(

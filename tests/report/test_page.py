@@ -268,9 +268,11 @@ def test_colours_rise_evenly_and_a_scale_is_logarithmic_over_decades(text: str, 
     asked = """
     const of = values => { const s = scaleOf(values, false); return [s.log, s.zero, ...values.map(s.at)]; };
     answer([colours(VIRIDIS), colours(CHANGE), of([1, 10, 100]), of([1, 2, 3]), of([0, 1, 100]), of([-1, 1, 100]),
-      of([2, 2]), scaleOf([null], false), scaleOf([-1, 3], true).ticks, ticks(0, 7.3, 4), ticks(0.0012, 0.0031, 4)]);
+      of([2, 2]), scaleOf([null], false), scaleOf([-1, 3], true).ticks,
+      [[0.0088, 1850], [1e-9, 1e3]].map(v => scaleOf(v, false).ticks), ticks(0, 7.3, 4), ticks(0.0012, 0.0031, 4)]);
     """
-    level, change, *scales, nothing, around, wide, fine = in_node(script_of(text), asked, tmp_path)
+    level, change, *scales, nothing, around, decades, wide, fine = in_node(script_of(text), asked, tmp_path)
+    assert decades == [[0.0088, 1, 1850], [1e-9, 1e-5, 1e-2, 1e3]]  # powers of ten whose labels have room
     as_numbers = np.array([[int(x) for x in re.findall(r"\d+", colour)] for colour in level])
     lightness = np.diff(as_numbers @ [0.2126, 0.7152, 0.0722])
     assert (lightness > -1).all() and lightness.max() < 4 * lightness.mean()
@@ -443,6 +445,32 @@ def test_all_of_it_by_the_keyboard(text: str, browse: object) -> None:
         == QUANTITIES["snr"][0]
     )
     assert browser.run("shownQuantity.title") == QUANTITIES["snr"][0] and browser.errors == []
+
+
+@needs_chromium
+def test_what_is_under_the_mouse_says_its_value(pair: tuple[Spectra, Spectra], browse: object) -> None:
+    browser: Browser = browse(page_of(*pair))  # pyright: ignore[reportCallIssue]
+    tip = "[...document.querySelectorAll('#tip:not([hidden]) div')].map(line => line.textContent)"
+    for element, across, down in (("canvas", 0.5, 0.5), ("#histogram", 0.1, 0.5), ("h1", 0.9, 0.5)):
+        box = browser.run(
+            f"(() => {{ const b = document.querySelector('{element}').getBoundingClientRect();"
+            "return [b.left, b.top, b.width, b.height]; })()"
+        )
+        place = {"x": box[0] + across * box[2], "y": box[1] + down * box[3]}
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+        found = browser.run(tip)
+        if element == "canvas":
+            assert found[0].startswith("layer 1, ") and [line.partition(":")[0] for line in found[1:4]] == [
+                pair[0].source.name,
+                "<b>tuned",
+                "change",
+            ]
+            assert found[4] in pair[0].values
+        elif element == "#histogram":
+            assert " to " in found[0] and found[1].endswith("kept") and found[2].endswith(" in <b>tuned")
+        else:
+            assert found == []
+    assert browser.errors == []
 
 
 @needs_chromium

@@ -160,6 +160,14 @@ def test_heat_map_puts_each_matrix_in_its_cell(summary: Summary, quantity: str) 
     assert coarse[0, means.index("w1")] == pytest.approx(np.mean([v for v in first if v is not None]))
 
 
+def test_roles_are_apart_and_their_experts_are_not(summary: Summary) -> None:
+    labels, _, _ = plots.grid_of(summary.rows, lambda row: 1.0)
+    axes = plots.heat_map(summary).axes[0]
+    found = [float(np.atleast_1d(line.get_xdata())[0]) for line in axes.lines]
+    firsts = [at for at in range(1, len(labels)) if labels[at].partition(".")[0] != labels[at - 1].partition(".")[0]]
+    assert found == [at - 0.5 for at in firsts] and len(found) == 6
+
+
 def test_undefined_cells_are_dashes(summary: Summary) -> None:
     rows = (replace(summary.rows[0], snr=None), *summary.rows[1:])
     figure = plots.heat_map(replace(summary, rows=rows), "snr")
