@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from laser.errors import UsageError
-from laser.report.plots import CURVE, QUANTITIES, Histogram, cells_of, top_of
+from laser.report.plots import CURVE, IN_WEIGHTS, QUANTITIES, Histogram, cells_of, top_of
 from laser.summary import Summary
 
 DRAWN_BINS = 64
@@ -41,7 +41,7 @@ COLUMNS = {
     "alpha": ("alpha", "Exponent of the tail of the squared singular values; smaller is heavier."),
     "stable_rank": ("stable rank", "Squared singular values by the largest of them: ||W||_F^2 / s_1^2."),
     "effective_rank": ("effective rank", "exp of the entropy of the singular values' shares of their sum."),
-    "largest": ("s_1", "The largest singular value, in the unit of the weights."),
+    "largest": ("s_1", "The largest singular value, in the unit that stands above."),
 }
 # ... and these where the scan was given moments
 IN_DATA = {
@@ -80,12 +80,13 @@ def render_page(
     """
     columns = COLUMNS | (IN_DATA if summary.calibration is not None else {})
     laws: dict[str, int] = {}  # text of a law's curve -> its number: most matrices of one shape share it
-    rows, drawings, before = [], [], ""
+    rows, drawings, before, unit = [], [], "", IN_WEIGHTS
     second = None if other is None else _Second(summary, other, list(columns)[PLACE:])
     for row, shown, its in zip(summary.rows, histograms, others if other else [None] * len(summary.rows), strict=True):
         values = [_rounded(getattr(row, field)) for field in columns]
         values[0], before = _front(row.name, before), row.name
         rows.append(_text(values))
+        unit = shown.unit
         top = _rounded(top_of([shown, its] if its else [shown]))
         drawings.append(_text(_drawing(shown, top, laws)))
         if second:
@@ -106,6 +107,7 @@ def render_page(
         "model": summary.source.name,
         "identity": summary.source.identity,
         "rule": summary.rule,
+        "unit": unit,
         "headings": list(columns.values()),
         "data": None if summary.calibration is None else _metric(summary),
         "columns": across,

@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+IN_WEIGHTS, IN_NOISE = (
+    "unit of the weights",
+    "unit of the noise",
+)  # in which singular values are; IN_NOISE: of differences
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
     "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
     "snr": ("signal-to-noise ratio", "sum over / sum under the cut", lambda r: r.snr),
-    "sigma": ("noise level", "sigma, unit of the weights", lambda r: r.sigma),
+    "sigma": ("noise level", "sigma", lambda r: r.sigma),
     "fit": ("distance of the bulk from noise", "Kolmogorov-Smirnov", lambda r: r.fit),
     "alpha": ("exponent of the tail", "alpha", lambda r: r.alpha),
     "stable-rank": ("stable rank", "||W||_F^2 / s_1^2", lambda r: r.stable_rank),
@@ -45,7 +49,7 @@ QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
 
 @dataclass(frozen=True)
 class Histogram:
-    """A matrix's spectrum beside the law of noise that was fitted to it. Levels are in the unit of the weights."""
+    """A matrix's spectrum beside the law of noise that was fitted to it. Levels are in its `unit`."""
 
     model: str
     name: str
@@ -62,6 +66,7 @@ class Histogram:
     rule: str
     threshold: float | None
     rank: int
+    unit: str = IN_WEIGHTS
 
     @property
     def cut(self) -> float | None:
@@ -108,6 +113,7 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
         rule=rule,
         threshold=cut.threshold,
         rank=cut.rank,
+        unit=IN_WEIGHTS if spectra.delta is None else IN_NOISE,
     )
 
 
@@ -200,7 +206,7 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
         axes.axvline(shown.cut, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
     axes.set_title(_title([shown], edges), fontsize=10)
     axes.set_xlabel(
-        f"singular value, unit of the weights   (sigma {shown.sigma:.3g}, distance from the law "
+        f"singular value, {shown.unit}   (sigma {shown.sigma:.3g}, distance from the law "
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
@@ -230,7 +236,7 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
             **fill,
         )
     axes.set_title(_title(several, edges), fontsize=10)
-    axes.set_xlabel("singular value, unit of the weights")
+    axes.set_xlabel(f"singular value, {several[0].unit}")
     if any(_has_a_spike(np.histogram(np.minimum(p.values, edges[-1]), edges)[0]) for p in several):
         axes.set_yscale("log")
     _count_axis(axes, edges)

@@ -413,6 +413,7 @@ def press(browser: Browser, *keys: str) -> None:
             browser.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_all_of_it_by_the_keyboard(text: str, browse: object) -> None:
     browser: Browser = browse(text)  # pyright: ignore[reportCallIssue]
@@ -447,6 +448,7 @@ def test_all_of_it_by_the_keyboard(text: str, browse: object) -> None:
     assert browser.run("shownQuantity.title") == QUANTITIES["snr"][0] and browser.errors == []
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_what_is_under_the_mouse_says_its_value(pair: tuple[Spectra, Spectra], browse: object) -> None:
     browser: Browser = browse(page_of(*pair))  # pyright: ignore[reportCallIssue]
@@ -473,6 +475,7 @@ def test_what_is_under_the_mouse_says_its_value(pair: tuple[Spectra, Spectra], b
     assert browser.errors == []
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 800, 400])
 def test_it_fits_every_width_in_light_and_dark(pair: tuple[Spectra, Spectra], browse: object, width: int) -> None:
