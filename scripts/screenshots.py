@@ -108,7 +108,7 @@ def plots(camera: Camera, first: Path, second: Path, out: Path, into: Path) -> N
     cut = next(iter(Outcome.load(out).plan.reductions))
     kinds = {
         "plot-histogram": ("--matrix", cut),
-        "plot-histogram-none-kept": ("--matrix", cut, "--rule", "energy:0.01"),
+        "plot-histogram-none-kept": ("--matrix", cut, "--rule", "rank:0"),
         "plot-overlay-after-a-cut": ("--matrix", cut, "--with", second),
         "plot-heat": ("--heat", "kept"),
         "plot-heat-mean": ("--heat", "snr", "--mean"),

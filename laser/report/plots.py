@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-IN_WEIGHTS, IN_NOISE = (
-    "unit of the weights",
-    "unit of the noise",
-)  # in which singular values are; IN_NOISE: of differences
+IN_WEIGHTS, IN_NOISE = "unit of the weights", "unit of the noise"  # of values; IN_NOISE: of those of differences
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
@@ -210,7 +207,8 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
-    axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
+    if len(kept):  # no ticks at all would still be given room at the corner of the figure
+        axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return _figure_of(axes)
@@ -275,7 +273,10 @@ def _has_a_spike(counts: NDArray[np.int64]) -> bool:
 def _count_axis(axes: Axes, edges: list[float]) -> None:
     axes.set_ylabel("singular values per bin")
     axes.set_xlim(0, edges[-1])
-    axes.set_ylim(bottom=0.5 if axes.get_yscale() == "log" else 0)
+    if axes.get_yscale() == "log":
+        axes.set_ylim(bottom=0.5)
+    else:  # stated, for bars on top of others would take the margin away
+        axes.set_ylim(0, 1.05 * axes.dataLim.y1)
 
 
 def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, axes: Axes | None = None) -> Figure:

@@ -11,6 +11,7 @@ import pytest
 from conftest import Run
 
 import laser
+from laser.checkpoint.writer import is_kept
 from laser.escape import visible
 from laser.flow import records_of
 from laser.outcome import Outcome
@@ -111,6 +112,9 @@ def test_a_run_leaves_the_picture_that_its_card_shows(run: Run, pico: Path, tmp_
     text, drawn = (out / "README.md").read_text(), (out / CARD_PICTURE).read_bytes()
     assert f"]({CARD_PICTURE})" in text and len(panels(drawn)) == 2
     assert run("verify", pico, out)[0] == 0
+    assert is_kept(CARD_PICTURE)  # so that it is pushed, and replaced by --force
+    assert run("run", pico, "-o", out, "--no-search", "--rule", "rank:4", "--roles", "q,w1", "--force")[0] == 0
+    text = (out / "README.md").read_text()  # which names the command
     write_card(out)
     assert (out / CARD_PICTURE).read_bytes() == drawn and (out / "README.md").read_text() == text
     (out / CARD_PICTURE).write_bytes(drawn + b"\n")  # changed since

@@ -56,6 +56,9 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     figure = plots.histogram(drawn)
     cut, kept = heights(figure)
     assert (sum(cut), sum(kept)) == (32 - drawn.rank, drawn.rank)
+    stacked = [a + b for a, b in zip(cut, kept, strict=True)]  # and none of them touches the frame
+    assert max(patch.get_y() + patch.get_height() for patch in figure.axes[0].patches) == max(stacked)  # pyright: ignore
+    assert figure.axes[0].get_ylim()[1] > max(stacked)
     words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
     assert words[:3] == [f"cut: {32 - drawn.rank}", f"kept: {drawn.rank}", "law of noise, fitted"]
     assert "unit of the weights" in figure.axes[0].get_xlabel() and NAME in figure.axes[0].get_title()
@@ -97,6 +100,15 @@ def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spect
             assert axes.get_xlim()[0] <= each.cut <= axes.get_xlim()[1]
             assert np.count_nonzero(each.values > each.cut) == each.rank
     assert plots.top_of([outlier]) < outlier.values[0] / 10 or outlier.rank == 0
+
+
+def test_a_picture_of_nothing_kept_is_as_large_as_any(spectra: Spectra) -> None:
+    sizes = []
+    for rule in ("rank:4", "rank:0"):
+        figure = plots.histogram(plots.histogram_of(spectra, NAME, rule))
+        figure.draw_without_rendering()  # which lays it out
+        sizes.append(figure.axes[0].get_position().width)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
 def test_the_titles_name_the_models(spectra: Spectra, summary: Summary) -> None:
