@@ -39,6 +39,7 @@ MEASURED_FILES: dict[str, type[Perplexity] | type[Leaderboard]] = dict.fromkeys(
 )
 MEASURED_FILES |= dict.fromkeys(("leaderboard.json", "leaderboard-source.json"), Leaderboard)
 SPECTRA, PLAN, SEARCH, TRIALS, SOURCE = "spectra.safetensors", "plan.json", "search.json", "search.jsonl", "source.json"
+PICTURE = "spectrum.svg"
 
 
 def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
@@ -70,7 +71,18 @@ def damage_at_rest(out: Path, outcome: Outcome) -> list[str]:
         check(TRIALS, journal_is_whole)
     if SOURCE in there:
         check(SOURCE, lambda path: is_sealed(parse_record(read_regular(path))))
+    if PICTURE in there or _picture_sum(folder):
+        check(PICTURE, lambda path: sha256_of(path) == _picture_sum(folder))
     return problems
+
+
+def _picture_sum(folder: Path) -> str | None:
+    """The sha256 of the card's picture, as source.json has it; None where that has none, or cannot be read."""
+    try:
+        document = parse_record(read_regular(folder / SOURCE))
+    except (OSError, ValueError):
+        return None  # which is said of that file
+    return document.get("picture") if isinstance(document, dict) else None
 
 
 def _is_plan_of(path: Path, outcome: Outcome) -> bool:

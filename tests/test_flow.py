@@ -370,7 +370,12 @@ def test_run_twice_is_the_same_bytes(pico: Path, tmp_path: Path) -> None:
         run_flow(checkpoint, tmp_path / out / "reduced", Selection(), choose, crew=CREW)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     out = tmp_path / "a" / "reduced"
-    assert {p.name for p in (out / "laser").iterdir()} == {"spectra.safetensors", "plan.json", "source.json"}
+    assert {p.name for p in (out / "laser").iterdir()} == {
+        "spectra.safetensors",
+        "plan.json",
+        "source.json",
+        "spectrum.svg",
+    }
     assert "base_model" not in (out / "README.md").read_text()  # a local directory has no id to name
     again = run_flow(checkpoint, out, Selection(), choose, crew=CREW, resume=True)
     assert again.outcome == Outcome.load(tmp_path / "b" / "reduced")

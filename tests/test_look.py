@@ -85,6 +85,18 @@ def test_plot_and_report_write_files(run: Run, spectra: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_report_of_two_models(run: Run, pico: Path, spectra: Path, tmp_path: Path) -> None:
+    assert run("scan", pico, "-o", tmp_path / "q", "--layers", 1, "--roles", "q,k")[0] == 0
+    code, text, err = run("report", spectra, "--against", tmp_path / "q", "-o", tmp_path / "r.html")
+    assert (code, err) == (0, "") and "16 matrices" in text
+    assert '"missing":14' in (tmp_path / "r.html").read_text()
+    assert run("delta", pico, pico, "-o", tmp_path / "d")[0] == 0
+    code, _, err = run("report", spectra, "--against", tmp_path / "d", "-o", tmp_path / "x.html")
+    assert code == 2 and "holds spectra of weights and one of differences" in err and "try two of one kind" in err
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -173,7 +173,7 @@ def is_ours(out: Path) -> bool:
 
 # What laser keeps in OUT/laser, whole or half written.
 _KEPT = re.compile(
-    r"(journal\.jsonl(\.\d+-of-\d+)?|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|(eval|leaderboard)(-source)?\.json)"
+    r"(journal\.jsonl(\.\d+-of-\d+)?|spectra\.safetensors|plan\.json|search\.jsonl?|source\.json|spectrum\.svg|(eval|leaderboard)(-source)?\.json)"
     r"(\.partial)?"
 )
 

@@ -64,7 +64,13 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
             "laser plot spectra.safetensors -o map.svg --heat kept --mean",
         ),
     ),
-    "report": ("Write one HTML page to look at a whole model.", ("laser report spectra.safetensors -o report.html",)),
+    "report": (
+        "Write one HTML page to look at a whole model.",
+        (
+            "laser report spectra.safetensors -o report.html",
+            "laser report base.safetensors --against tuned.safetensors -o two.html",
+        ),
+    ),
     "convert": ("Translate a release or a GGUF file to the Hub's format.", ("laser convert model.gguf -o MODEL",)),
     "delta": (
         "Say what a fine-tune did to its base.",

@@ -174,6 +174,7 @@ def report_verb(
     spectra: Path,
     *,
     output: Path,
+    against: Path | None,
     rule: str | None,
     which: options.Matrices,
     file: options.Force,
@@ -183,9 +184,21 @@ def report_verb(
     chosen = which.selection()
     file.claim(output)
     record = Spectra.load(spectra)
+    other = None if against is None else Spectra.load(against)
+    if other and (record.delta is None) != (other.delta is None):
+        raise UsageError(
+            f"of {spectra} and {against} one holds spectra of weights and one of differences, whose units are not the "
+            "same; try two of one kind"
+        )
     rule = rule or record.usual_rule
     summary = summarise(record, rule, chosen)
-    text = page.render_page(summary, (plots.histogram_of(record, row.name, rule) for row in summary.rows))
+    second, drawn = None, ()
+    if other:
+        second = summarise(other, rule, chosen)
+        shared = {row.name for row in second.rows}
+        drawn = (plots.histogram_of(other, r.name, rule) if r.name in shared else None for r in summary.rows)
+    histograms = (plots.histogram_of(record, row.name, rule) for row in summary.rows)
+    text = page.render_page(summary, histograms, second, drawn)
     write_atomically(output, text.encode())
     say(f"{len(summary.rows)} matrices, {len(text) / 1e6:.1f} MB, written to {output}")
 

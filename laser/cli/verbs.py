@@ -511,14 +511,20 @@ def report(
     spectra: options.SpectraFile,
     *,
     output: options.Output,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Spectra of a second model, shown beside: a fine-tune, a result.")
+    ] = None,
     rule: options.ShownRule = None,
     which: options.Matrices,
     file: options.Force,
 ) -> None:
-    """Write one HTML page to look at the whole model: table, heat maps, histograms. It needs no network."""
+    """Write one HTML page to look at the whole model: heat maps, histograms, table. It needs no network.
+
+    With --against, two models side by side: their maps in one scale, the change, and both histograms of a matrix.
+    """
     with loading():
         from laser.cli import look
-    look.report_verb(spectra, output=output, rule=rule, which=which, file=file)
+    look.report_verb(spectra, output=output, against=against, rule=rule, which=which, file=file)
 
 
 def convert(

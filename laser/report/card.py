@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,11 +84,12 @@ def card(
     before: Leaderboard | None = None,
     after: Leaderboard | None = None,
     trials: Sequence[Trial] = (),
+    picture: str | None = None,
 ) -> str:
     """The whole card as text.
 
     losses: the same text under source and result. before, after: the leaderboard's tasks on either. trials: what a
-    search tried.
+    search tried. picture: where a picture of what was cut lies, from the card's own place.
     Raises RecordError where the metadata would not be valid.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -122,6 +124,8 @@ def card(
         before=before,
         after=after,
         trials=trials,
+        picture=picture,
+        left=_left_as_is(outcome.plan),
         most=CARD_ROWS,
         tasks=TASKS,
         **_of_source(name, source, base, own),
@@ -238,6 +242,32 @@ def _of_plan(outcome: Outcome) -> dict[str, Any]:
         # A search may have tried several rules; what is true of one is then true of part of the edits.
         "rules": list(dict.fromkeys(part.partition(":")[0] for part in plan.rule.split(","))),
     }
+
+
+# Why a tensor was left as it is, for people; what is not here speaks for itself.
+LEFT_AS_IS = {
+    Kind.NOT_A_MATRIX: "that are no matrix",
+    Kind.PROTECTED: "kept unless asked for, as embeddings, head and router",
+    Kind.NOT_SELECTED: "not selected",
+    Kind.FAILED: "that could not be measured",
+    Kind.ALL_KEPT: "of which the rule removes nothing",
+    Kind.NOT_NOISE: "whose bulk is not noise",
+    Kind.NOT_LOWEST: "not among the lowest by signal-to-noise ratio",
+    Kind.UNSEEN: "not seen enough by the calibration",
+    Kind.NO_DIFFERENCE: "without a difference from the base",
+    Kind.UNUSED: "that the model does not use",
+    Kind.REJECTED: "tried by the search and undone",
+    Kind.NOT_TRIED: "not tried by the search",
+    Kind.OTHER: "for reasons that laser.json states",
+}
+
+
+def _left_as_is(plan: Plan) -> list[tuple[str, int]]:
+    """(why, how many tensors) of what was left as it is, the most first."""
+    counts = Counter(
+        LEFT_AS_IS.get(line.why.kind, str(line.why.kind)) for line in plan.lines if line.action != "reduce"
+    )
+    return counts.most_common()
 
 
 def _role_rows(plan: Plan, reduced: Sequence[PlanLine], removed: Mapping[str, float]) -> list[dict[str, Any]]:

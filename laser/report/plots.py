@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".svg")
 BINS = 70
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+IN_WEIGHTS, IN_NOISE = "unit of the weights", "unit of the noise"  # of values; IN_NOISE: of those of differences
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
     "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
     "snr": ("signal-to-noise ratio", "sum over / sum under the cut", lambda r: r.snr),
-    "sigma": ("noise level", "sigma, unit of the weights", lambda r: r.sigma),
+    "sigma": ("noise level", "sigma", lambda r: r.sigma),
     "fit": ("distance of the bulk from noise", "Kolmogorov-Smirnov", lambda r: r.fit),
     "alpha": ("exponent of the tail", "alpha", lambda r: r.alpha),
     "stable-rank": ("stable rank", "||W||_F^2 / s_1^2", lambda r: r.stable_rank),
@@ -45,7 +46,7 @@ QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
 
 @dataclass(frozen=True)
 class Histogram:
-    """A matrix's spectrum beside the law of noise that was fitted to it. Levels are in the unit of the weights."""
+    """A matrix's spectrum beside the law of noise that was fitted to it. Levels are in its `unit`."""
 
     model: str
     name: str
@@ -62,6 +63,16 @@ class Histogram:
     rule: str
     threshold: float | None
     rank: int
+    unit: str = IN_WEIGHTS
+
+    @property
+    def cut(self) -> float | None:
+        """Where a picture draws the cut. Of a rule that fixes a rank, which has no threshold, over the largest value
+        that is cut; None where none is."""
+        if self.threshold is not None or self.rank == len(self.values):
+            return self.threshold
+        under = float(self.values[self.rank])
+        return min(1.01 * under, (under + float(self.values[self.rank - 1])) / 2) if self.rank else 1.01 * under
 
 
 def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogram:
@@ -99,6 +110,7 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
         rule=rule,
         threshold=cut.threshold,
         rank=cut.rank,
+        unit=IN_WEIGHTS if spectra.delta is None else IN_NOISE,
     )
 
 
@@ -180,28 +192,33 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
     edges = _bins([shown])
     values = np.minimum(shown.values, edges[-1])
     kept, cut = values[: shown.rank], values[shown.rank :]
-    axes.hist(cut, edges, color="0.85", edgecolor="0.6", linewidth=0.4, label=f"cut: {len(cut)}")
-    axes.hist(kept, edges, color=BLUE, edgecolor="white", hatch="////", linewidth=0.4, label=f"kept: {len(kept)}")
+    under, *_ = axes.hist(cut, edges, color="0.85", edgecolor="0.6", linewidth=0.4, label=f"cut: {len(cut)}")
+    over: dict[str, Any] = {"color": BLUE, "edgecolor": "white", "hatch": "////", "linewidth": 0.4}
+    axes.hist(kept, edges, bottom=under, label=f"kept: {len(kept)}", **over)
     width = edges[1] - edges[0]
     axes.plot(shown.curve_x, shown.curve * width, color=ORANGE, linewidth=1.8, label="law of noise, fitted")
     for x, legend in ((shown.lower_edge, "edges of the law"), (shown.upper_edge, None)):
         axes.axvline(x, color=ORANGE, linestyle=":", linewidth=1.2, label=legend)
-    if shown.threshold is not None:
-        axes.axvline(shown.threshold, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
+    if shown.cut is not None:
+        axes.axvline(shown.cut, color="black", linestyle="--", label=f"cut by {label(shown.rule)}")
     axes.set_title(_title([shown], edges), fontsize=10)
     axes.set_xlabel(
-        f"singular value, unit of the weights   (sigma {shown.sigma:.3g}, distance from the law "
+        f"singular value, {shown.unit}   (sigma {shown.sigma:.3g}, distance from the law "
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
-    axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
+    if len(kept):  # no ticks at all would still be given room at the corner of the figure
+        axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return _figure_of(axes)
 
 
 def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
-    """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune."""
+    """The same matrix in several models, as outlines of different stroke: source and result, base and fine-tune.
+
+    After a cut a bin holds all that became 0, and the counts are on a log axis.
+    """
     axes = axes or new_axes(8, 4.5)
     edges = _bins(several)
     strokes = (("0.8", "-", True), (BLUE, "-", False), (ORANGE, "--", False), (GREEN, ":", False))
@@ -217,32 +234,49 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
             **fill,
         )
     axes.set_title(_title(several, edges), fontsize=10)
-    axes.set_xlabel("singular value, unit of the weights")
+    axes.set_xlabel(f"singular value, {several[0].unit}")
+    if any(_has_a_spike(np.histogram(np.minimum(p.values, edges[-1]), edges)[0]) for p in several):
+        axes.set_yscale("log")
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
     return _figure_of(axes)
 
 
-def _bins(several: Sequence[Histogram]) -> list[float]:
-    """Equal bins from 0 to s_1, at most over the bulk and 98 % of the values: a giant outlier would press the rest
-    into one bin. What lies beyond is drawn in the last bin, and the title says so. The cut is always inside."""
+def top_of(several: Sequence[Histogram]) -> float:
+    """Where a picture ends: at s_1, at most over the bulk and 98 % of the values, for a giant outlier would press the
+    rest into one bin. The cut is always inside."""
     top = max(float(p.values[0]) for p in several)
-    span = max(max(4 * p.upper_edge, 1.2 * float(np.quantile(p.values, 0.98))) for p in several)
-    cuts = max((1.03 * p.threshold for p in several if p.threshold is not None), default=0.0)
-    return np.linspace(0.0, max(min(top * 1.02, span), cuts) or 1.0, BINS + 1).tolist()
+    most = (float(p.values[min(math.ceil(len(p.values) / 50), len(p.values) - 1)]) for p in several)
+    span = max(max(4 * p.upper_edge, 1.2 * value) for p, value in zip(several, most, strict=True))
+    cuts = max((1.03 * p.cut for p in several if p.cut is not None), default=0.0)
+    return max(min(top * 1.02, span), cuts) or 1.0
+
+
+def _bins(several: Sequence[Histogram]) -> list[float]:
+    """Equal bins from 0 to the top. What lies beyond is drawn in the last bin, and the title says so."""
+    return np.linspace(0.0, top_of(several), BINS + 1).tolist()
 
 
 def _title(several: Sequence[Histogram], edges: list[float]) -> str:
     first, top = several[0], max(float(p.values[0]) for p in several)
     beyond = f"; last bin: all beyond, to {top:.3g}" if top > edges[-1] else ""
-    model = f"{label(first.model)}\n" if len(several) == 1 else ""  # else the legend names them
-    return f"{model}{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
+    models = label(", ".join(shown.model for shown in several))
+    return f"{models}\n{label(first.name)}  ({first.rows} x {first.columns}){beyond}"
+
+
+def _has_a_spike(counts: NDArray[np.int64]) -> bool:
+    """Whether one bin of hundreds would press all others to the ground, as the zeros of a matrix that was cut."""
+    ordered = np.sort(counts)[::-1]
+    return bool(ordered[0] > 100 and ordered[0] > 5 * ordered[2])
 
 
 def _count_axis(axes: Axes, edges: list[float]) -> None:
     axes.set_ylabel("singular values per bin")
     axes.set_xlim(0, edges[-1])
-    axes.set_ylim(bottom=0)
+    if axes.get_yscale() == "log":
+        axes.set_ylim(bottom=0.5)
+    else:  # stated, for bars on top of others would take the margin away
+        axes.set_ylim(0, 1.05 * axes.dataLim.y1)
 
 
 def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, axes: Axes | None = None) -> Figure:
@@ -255,8 +289,14 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     title, unit, value = QUANTITIES[quantity]
     columns, layers, grid = grid_of(summary.rows, value, experts=experts)
     axes = axes or new_axes(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap="viridis", aspect="auto", interpolation="nearest")
+    norm, note = _norm(grid)
+    values = np.ma.masked_invalid(grid)
+    image = axes.imshow(values, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor("white")
+    roles = [column for column, _ in cells_of(summary.rows, experts=experts)[0]]
+    for at in range(1, len(roles)):
+        if roles[at] != roles[at - 1]:
+            axes.axvline(at - 0.5, color="white", linewidth=2)
     for at in np.argwhere(np.isnan(grid)):
         axes.text(at[1], at[0], "-", ha="center", va="center", fontsize=7)  # not scanned, or undefined
     axes.set_xticks(
@@ -268,28 +308,44 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     axes.set_ylabel("layer")
     axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
     figure = _figure_of(axes)
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=unit + note)
     return figure
+
+
+def _norm(grid: np.ndarray) -> tuple[Any, str]:
+    """The scale of a map's colours, and what to say of it: logarithmic where what is positive spans two decades and
+    nothing is under 0; else matplotlib's own. A 0 has then the colour of the least."""
+    from matplotlib.colors import LogNorm
+
+    positive = grid[grid > 0]
+    if not positive.size or (grid < 0).any() or positive.max() < 100 * positive.min():
+        return None, ""
+    zero = "; 0 as the least" if (grid == 0).any() else ""
+    return LogNorm(float(positive.min()), float(positive.max()), clip=True), f", log scale{zero}"
+
+
+def cells_of(
+    rows: Sequence[SummaryRow], *, experts: bool = True
+) -> tuple[list[tuple[str, int | None]], list[int | str | None]]:
+    """(columns, each a role and an expert; layers) of a heat map."""
+    roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
+    columns = sorted({(r.role, r.expert if experts else None) for r in rows}, key=lambda k: (roles[k[0]], k[1] or 0))
+    layers = sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
+    return columns, [place for _, _, place in layers]
 
 
 def grid_of(
     rows: Sequence[SummaryRow], value: Callable[[SummaryRow], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
-    roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
-    columns = {row.name: (row.role, row.expert if experts else None) for row in rows}
-    keys = sorted(set(columns.values()), key=lambda k: (roles[k[0]], k[1] or 0))
-    layers = [
-        place
-        for _, _, place in sorted({(row.stack, -1 if row.layer is None else row.layer, row.place) for row in rows})
-    ]
+    columns, layers = cells_of(rows, experts=experts)
     down = {place: number for number, place in reversed([*enumerate(layers)])}
-    across = {key: number for number, key in enumerate(keys)}
+    across = {key: number for number, key in enumerate(columns)}
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (found := value(row)) is not None:
-            cells.setdefault((down[row.place], across[columns[row.name]]), []).append(found)
-    grid = np.full((len(layers), len(keys)), np.nan)
+            cells.setdefault((down[row.place], across[row.role, row.expert if experts else None]), []).append(found)
+    grid = np.full((len(layers), len(columns)), np.nan)
     for at, values in cells.items():
         grid[at] = np.mean(values)
-    return [role if expert is None else f"{role}.{expert}" for role, expert in keys], layers, grid
+    return [role if expert is None else f"{role}.{expert}" for role, expert in columns], layers, grid

@@ -10,16 +10,18 @@ Records read, all optional but the first:
     laser/eval-source.json               `laser eval SOURCE -o OUT/laser/eval-source.json`, on the same text
     laser/leaderboard.json               `laser leaderboard OUT`
     laser/leaderboard-source.json        `laser leaderboard SOURCE -o OUT/laser/leaderboard-source.json`
+    laser/spectra.safetensors            the spectra (`laser run`), of which laser/spectrum.svg is drawn
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,18 +38,22 @@ from laser.evaluation.perplexity import Perplexity, difference
 from laser.files import claimed, disk_errors, write_atomically
 from laser.outcome import Outcome
 from laser.plan import Plan
-from laser.records import Record, agree, fingerprint_in, is_deep, under
+from laser.records import LATER, Record, agree, fingerprint_in, is_deep, under
 from laser.report.card import TAGS, CardRun, CardSource, card
 from laser.report.comparison import LossDocument, Losses, losses_of
+from laser.report.picture import picture_of_cuts
 from laser.report.source_card import licence_of
 from laser.searching.runner import Trial
 from laser.searching.search import REMOVE, Report, SearchRecord
+from laser.spectra import Spectra
 from laser.spectral.rules import RULES
 
 SOURCE_FILE = f"{RECORDS}/source.json"
 SEARCH_FILE = f"{RECORDS}/search.json"
 EVAL = f"{RECORDS}/eval.json"
 EVAL_SOURCE = f"{RECORDS}/eval-source.json"
+SPECTRA_FILE = f"{RECORDS}/spectra.safetensors"
+CARD_PICTURE = f"{RECORDS}/spectrum.svg"
 LEADERBOARD = f"{RECORDS}/leaderboard.json"
 LEADERBOARD_SOURCE = f"{RECORDS}/leaderboard-source.json"
 REMEDY = "remove it, or name the model with --source"
@@ -68,11 +74,13 @@ class _Made:
 class SourceRecord(
     CardSource, _Made, Record, kind="source", version=2, made_by="laser card OUT --source MODEL", mend=REMEDY
 ):
-    """laser/source.json."""
+    """laser/source.json. picture: the sha256 of laser/spectrum.svg."""
+
+    picture: str | None = field(default=None, metadata=LATER)
 
     @property
     def about(self) -> CardSource:
-        return CardSource(**{field.name: getattr(self, field.name) for field in fields(CardSource)})
+        return CardSource(**{each.name: getattr(self, each.name) for each in fields(CardSource)})
 
     def wrong(self) -> str | None:
         return under(self, 0, "parameters")
@@ -120,6 +128,7 @@ def write_card(
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
         commands = commands or _commands_of(out, outcome, source is not None)
+        picture = _picture_for(out, outcome)
         text = card(
             name or out.resolve().name,
             outcome,
@@ -129,15 +138,30 @@ def write_card(
             before=_record(Leaderboard, out / LEADERBOARD_SOURCE, made_of),
             after=_record(Leaderboard, out / LEADERBOARD, made),
             trials=trials,
+            picture=None if picture is None else CARD_PICTURE,
         )
         if base_model is not None and f"base_model: {base_model}\n" not in text:
             raise UsageError(f"--base-model {base_model!r} is not the id of a model; try OWNER/NAME")
         with disk_errors(out / RECORDS):
             (out / RECORDS).mkdir(exist_ok=True)
         shards, weights = outcome.shards, made_of.weights.stated()
-        SourceRecord(shards, weights, commands, **vars(about)).save(out / SOURCE_FILE)
+        if picture is not None:
+            write_atomically(out / CARD_PICTURE, picture)
+        else:  # an earlier one, of spectra that are no longer there
+            with disk_errors(out / CARD_PICTURE):
+                (out / CARD_PICTURE).unlink(missing_ok=True)
+        digest = None if picture is None else hashlib.sha256(picture).hexdigest()
+        SourceRecord(shards, weights, commands, **vars(about), picture=digest).save(out / SOURCE_FILE)
         write_atomically(target, text.encode())
         return target
+
+
+def _picture_for(out: Path, outcome: Outcome) -> bytes | None:
+    """The picture of what was cut; None where there are no spectra of this source, as behind `laser reduce`."""
+    if not (out / SPECTRA_FILE).exists():
+        return None
+    spectra = Spectra.load(out / SPECTRA_FILE)
+    return picture_of_cuts(spectra, outcome) if spectra.source == outcome.plan.source else None
 
 
 def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> CardSource:

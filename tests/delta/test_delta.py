@@ -203,9 +203,11 @@ def test_the_verbs_that_read_spectra(run: Run, spectra: Path, tuned: Path, base:
     lines = {line["name"]: line for line in json.loads(out)["lines"]}
     assert code == 0 and lines[Q0]["rank"] in (RANK, RANK + 1) and lines[Q0]["sigma"] == 1.0
     assert run("plan", spectra, "-o", tmp_path / "other.json", "--rule", "mp-edge")[0] == 0
-    for file, *verb in (("h.png", "plot", spectra, "--matrix", Q0), ("m.svg", "plot", spectra, "--heat", "kept"),
+    for file, *verb in (("h.svg", "plot", spectra, "--matrix", Q0), ("m.svg", "plot", spectra, "--heat", "kept"),
                         ("r.html", "report", spectra)):  # fmt: skip
         assert run(*verb, "-o", tmp_path / file)[0] == 0
+    assert "singular value, unit of the noise" in (tmp_path / "h.svg").read_text()  # whose sigma is 1
+    assert '"unit":"unit of the noise"' in (tmp_path / "r.html").read_text()
     code, out, _ = run("null", tuned, "--base", base, "--spectra", spectra, "--roles", "q", "--rules", "mp-edge")
     assert code == 0 and "mp-edge" in out
 

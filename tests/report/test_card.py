@@ -23,6 +23,7 @@ from laser.escape import cell, code, fence, visible
 from laser.evaluation.leaderboard import Leaderboard, TaskScore
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.verdict import UNDECIDED, Direction, Unlike, judge
+from laser.moments import Calibration
 from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
@@ -306,6 +307,44 @@ def test_what_was_done(source: CardSource) -> None:
     assert "| w1 | 1 of 2 | 3 | 48 | 10 | 25.0 to 25.0 % |" in text
     many = card("m", outcome_of(*(line(f"t{i}.weight") for i in range(41))), source)
     assert "<summary>All 41 reduced matrices</summary>" in many and many.count("`t40.weight`") == 1
+
+
+def test_what_was_left_as_it_is_is_said_with_its_reason(source: CardSource) -> None:
+    kept = [dataclasses.replace(line(f"k{i}", rank=None), why=Why(kind, "")) for i, kind in enumerate(Kind)]
+    text = card("m", outcome_of(line("a"), *kept, line("z", rank=None), line("y", rank=None)), source)
+    left = re.findall(r"^Left as they are: (.*)\.$", text, re.MULTILINE)[0].split("; ")
+    assert left[0] == "3 not among the lowest by signal-to-noise ratio" and len(left) == len(Kind)
+    assert sum(int(part.partition(" ")[0]) for part in left) == len(kept) + 2
+    every = card("m", outcome_of(line("a")), source)
+    assert "Left as they are" not in every
+
+
+def test_a_picture_is_shown_where_there_is_one(source: CardSource) -> None:
+    text = card("m", outcome_of(), source, picture="laser/spectrum.svg")
+    assert re.search(r"^!\[Singular values .*\]\(laser/spectrum\.svg\)$", text, re.MULTILINE)
+    assert text.index("By role:") < text.index("laser/spectrum.svg") < text.index("| matrix | rank before")
+    assert "spectrum.svg" not in card("m", outcome_of(), source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_card_never_says_none(known: bool, measured: bool, source: CardSource) -> None:
+    """Of what is not known, the card has a word or nothing, and not the language's name for it."""
+    bare = CardSource(name="base", identity="1" * 64)
+    by_data = dataclasses.replace(line("d"), metric="data", tokens=5, expert=None, layer=None, snr=None)
+    unseen = dataclasses.replace(line("u", rank=None), unseen="has seen 1 token", expert=None)
+    calibration = Calibration("4" * 64, "t.txt", "4" * 64, "5" * 64, 5, 2, 10, "float32", False, False)
+    outcome = outcome_of(line("a"), by_data, unseen, line("s", rank=None))
+    for plan in (outcome.plan, dataclasses.replace(outcome.plan, calibration=calibration)):
+        text = card(
+            "m",
+            dataclasses.replace(outcome, plan=plan, run={}),
+            source if known else bare,
+            losses=losses_of_change(0.1, None) if measured else None,
+            after=board_of(0.5) if measured else None,
+        )
+        assert not re.search(r"\b(None|nan|NaN|null)\b", text), re.findall(r".*\bNone\b.*", text)
 
 
 @pytest.mark.parametrize("count", [40, 41, 200, 201, 1000])

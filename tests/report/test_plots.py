@@ -56,6 +56,9 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     figure = plots.histogram(drawn)
     cut, kept = heights(figure)
     assert (sum(cut), sum(kept)) == (32 - drawn.rank, drawn.rank)
+    stacked = [a + b for a, b in zip(cut, kept, strict=True)]  # and none of them touches the frame
+    assert max(patch.get_y() + patch.get_height() for patch in figure.axes[0].patches) == max(stacked)  # pyright: ignore
+    assert figure.axes[0].get_ylim()[1] > max(stacked)
     words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
     assert words[:3] == [f"cut: {32 - drawn.rank}", f"kept: {drawn.rank}", "law of noise, fitted"]
     assert "unit of the weights" in figure.axes[0].get_xlabel() and NAME in figure.axes[0].get_title()
@@ -83,13 +86,75 @@ def test_a_picture_goes_into_axes_of_another_figure(spectra: Spectra, summary: S
     assert laser.plot_spectrum(spectra, NAME).get_figure() is not figure
 
 
-@pytest.mark.parametrize("rule", ["mp-edge", "rank:4", "fraction:0.5"])
+@pytest.mark.parametrize("rule", ["mp-edge", "rank:4", "fraction:0.5", "rank:0", "rank:32"])
 def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spectra, rule: str) -> None:
-    shown = replace(plots.histogram_of(spectra, NAME, rule))
+    """A line between what is kept and what is cut, of every rule; none where nothing is cut."""
+    shown = plots.histogram_of(spectra, NAME, rule)
+    outlier = replace(shown, values=np.concatenate([[1e3 * shown.values[0]], shown.values[1:]]))
     high = replace(shown, threshold=3 * float(shown.values[0]), rank=0)
-    for each in (shown, high):
+    for each in (shown, outlier, high):
         axes = plots.histogram(each).axes[0]
-        assert each.threshold is None or axes.get_xlim()[0] <= each.threshold <= axes.get_xlim()[1]
+        drawn = [line.get_xdata()[0] for line in axes.lines if str(line.get_label()).startswith("cut by")]  # pyright: ignore
+        assert drawn == ([] if each.cut is None else [each.cut]) and (each.cut is None) == (each.rank == 32)
+        if each.cut is not None:
+            assert axes.get_xlim()[0] <= each.cut <= axes.get_xlim()[1]
+            assert np.count_nonzero(each.values > each.cut) == each.rank
+    assert plots.top_of([outlier]) < outlier.values[0] / 10 or outlier.rank == 0
+
+
+def test_a_picture_of_nothing_kept_is_as_large_as_any(spectra: Spectra) -> None:
+    sizes = []
+    for rule in ("rank:4", "rank:0"):
+        figure = plots.histogram(plots.histogram_of(spectra, NAME, rule))
+        figure.draw_without_rendering()  # which lays it out
+        sizes.append(figure.axes[0].get_position().width)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+
+
+def test_the_titles_name_the_models(spectra: Spectra, summary: Summary) -> None:
+    shown = plots.histogram_of(spectra, NAME)
+    pair = plots.overlay([shown, replace(shown, model="tuned")])
+    for figure, named in (
+        (plots.histogram(shown), "pico\n"),
+        (pair, "pico, tuned\n"),
+        (plots.heat_map(summary), "pico: "),
+    ):
+        assert figure.axes[0].get_title().startswith(named)
+
+
+def test_an_overlay_after_a_cut_has_a_log_axis_on_which_the_rest_is_seen(spectra: Spectra) -> None:
+    shown = replace(plots.histogram_of(spectra, NAME), values=np.linspace(10, 0.1, 600))
+    cut = replace(shown, values=np.where(np.arange(600) < 200, shown.values, 1e-9), model="reduced")
+    axes = plots.overlay([shown, cut]).axes[0]
+    assert axes.get_yscale() == "log" and axes.get_ylim()[0] == 0.5  # a single value is over the ground
+    assert plots.overlay([shown, shown]).axes[0].get_yscale() == "linear"
+
+
+def test_a_heat_map_over_decades_has_a_log_scale(summary: Summary) -> None:
+    def scale(*values: float | None) -> tuple[str, str]:
+        rows = [replace(row, snr=value) for row, value in zip(summary.rows, values, strict=False)]
+        figure = plots.heat_map(replace(summary, rows=tuple(rows)), "snr")
+        return type(figure.axes[0].images[0].norm).__name__, figure.axes[1].get_ylabel()
+
+    unit = plots.QUANTITIES["snr"][1]
+    assert scale(0.01, 1.0, 0.5, None) == ("LogNorm", f"{unit}, log scale")
+    assert scale(0.0, 0.01, 1.0) == ("LogNorm", f"{unit}, log scale; 0 as the least")
+    assert scale(0.02, 1.0) == scale(-0.01, 1.0, 0.5) == scale(0.0, 0.0) == ("Normalize", unit)
+
+
+def test_every_picture_keeps_to_one_palette(spectra: Spectra) -> None:
+    """Okabe and Ito's colours, greys and viridis; nothing of matplotlib's own cycle."""
+    from matplotlib.colors import to_hex
+
+    okabe = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#ffffff"}
+    shown = plots.histogram_of(spectra, NAME)
+    for figure in (plots.histogram(shown), plots.overlay([replace(shown, model=name) for name in "abcd"])):
+        axes = figure.axes[0]
+        found = {to_hex(line.get_color()) for line in axes.lines}
+        found |= {to_hex(patch.get_facecolor()) for patch in axes.patches} | {
+            to_hex(p.get_edgecolor()) for p in axes.patches
+        }
+        assert all(colour in okabe or len({colour[1:3], colour[3:5], colour[5:]}) == 1 for colour in found), found
 
 
 @pytest.mark.slow
@@ -105,6 +170,14 @@ def test_heat_map_puts_each_matrix_in_its_cell(summary: Summary, quantity: str) 
     assert set(means) == {"w1", "w2", "w3", "q", "k", "v", "o"}
     first = [value(r) for r in summary.rows if r.role == "w1" and r.layer == 0]
     assert coarse[0, means.index("w1")] == pytest.approx(np.mean([v for v in first if v is not None]))
+
+
+def test_roles_are_apart_and_their_experts_are_not(summary: Summary) -> None:
+    labels, _, _ = plots.grid_of(summary.rows, lambda row: 1.0)
+    axes = plots.heat_map(summary).axes[0]
+    found = [float(np.atleast_1d(line.get_xdata())[0]) for line in axes.lines]
+    firsts = [at for at in range(1, len(labels)) if labels[at].partition(".")[0] != labels[at - 1].partition(".")[0]]
+    assert found == [at - 0.5 for at in firsts] and len(found) == 6
 
 
 def test_undefined_cells_are_dashes(summary: Summary) -> None:
