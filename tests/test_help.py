@@ -38,7 +38,11 @@ def test_a_page_ends_with_its_examples_and_lists_each_option_once(verb: str) -> 
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_an_example_is_a_command_line(line: str, tmp_path: Path) -> None:
+def test_an_example_is_a_command_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT" / "laser.yaml").write_text("rule: mp-edge\n")
+    # A config is read where the command line is.
+    monkeypatch.chdir(tmp_path)
     program, verb, *words = line.split()
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     assert program == "laser" and command.make_context(verb, words).params

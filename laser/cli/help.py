@@ -25,7 +25,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": ("Check a written checkpoint against its plan.", ("laser verify MODEL OUT",)),
     "run": (
         "Scan, search or plan, reduce, and write the card.",
-        ("laser run MODEL -o OUT --recipe laser-rmt", "laser run MODEL -o OUT --rule mp-edge --no-search"),
+        ("laser run MODEL -o OUT --recipe laser-rmt", "laser run MODEL -o AGAIN --config OUT/laser.yaml"),
     ),
     "devices": ("Say where it would compute here, and how fast.", ("laser devices --probe",)),
     "eval": (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.at_rest import OPTIONS_FILE
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.swap import require_place, writing
@@ -16,6 +17,7 @@ from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.progress import Checking, Progress
 from laser.cli.publish import leaderboards
+from laser.cli.recipe import resolved
 from laser.cli.search import (
     NO_DATA,
     check_objective,
@@ -36,6 +38,7 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
+from laser.files import write_atomically
 from laser.flow import require_same_run
 from laser.flow import run as run_flow
 from laser.pipeline import records_of, require_base_apart
@@ -193,6 +196,8 @@ def run_verb(
             print_search(result)
         return result.plan
 
+    found = {"search": searching, "rule": wanted, "lowest-snr": count or "all", "leaderboard": board is not None}
+    again = resolved(common.options_now(), found, checkpoint.name)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching or scale_in(wanted) is not None else estimated.visit_seconds
     if (count or known) and seconds is not None:
@@ -222,6 +227,7 @@ def run_verb(
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
             command = (_run_command(checkpoint, output, compared),)
             write_card(place, checkpoint, name=output.resolve().name, commands=command)
+        write_atomically(place / OPTIONS_FILE, again)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
 
@@ -265,6 +271,8 @@ def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None) -> str
     """
     models = {each.path: each.name for each in (checkpoint, *([base.checkpoint] if base else ()))}
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
+    if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
+        names[str(config)] = OPTIONS_FILE
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
     words = [names.get(w) or models.get(Path(w).resolve(), w) for w in given]
     return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])

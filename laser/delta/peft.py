@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint
@@ -53,7 +54,7 @@ OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "
 # Where training began from the base's own weights. PiSSA, OLoRA and others put what A and B do not hold in their place.
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # What tells of a base's own weights, and not of those that are written.
-LEFT_BEHIND = ("README.md", OUTCOME)
+LEFT_BEHIND = (CARD, OPTIONS_FILE, OUTCOME)
 
 
 @dataclass(frozen=True)
