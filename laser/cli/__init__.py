@@ -19,7 +19,16 @@ import typer
 
 from laser.cli import common, options, verbs
 from laser.cli.help import command_of
-from laser.errors import CrowdWarning, DoubtWarning, LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
+from laser.errors import (
+    CrowdWarning,
+    DoubtWarning,
+    LaserError,
+    OutOfMemory,
+    UsageError,
+    first_line,
+    out_of_memory_in,
+    remedy,
+)
 
 app = typer.Typer(
     name="laser",
@@ -68,11 +77,35 @@ def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
 @cache
 def _click_commands() -> Any:
     """click's commands, made once: typer would make them at every call, and take 0.06 s."""
+    if os.environ.get(ASKED):
+        _know_shells()
     return typer.main.get_command(app)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+SHELLS = ("bash", "zsh", "fish")
+ASKED = "_LASER_COMPLETE"  # by which a shell's script asks for completions: so typer calls it
+
+
+def _know_shells() -> None:
+    """Register typer's shells, which it does only where the command also has an option that writes to ~/.bashrc."""
+    from typer.completion import get_completion_inspect_parameters
+
+    get_completion_inspect_parameters()
+
+
+def _show_completion(ctx: typer.Context, shell: str | None) -> None:
+    if shell is None or ctx.resilient_parsing:
+        return
+    if shell not in SHELLS:
+        raise UsageError(f"no script completes for {shell!r}; try --completion {', '.join(SHELLS)}")
+    from typer.completion import shell_complete
+
+    _know_shells()
+    raise typer.Exit(shell_complete(ctx.command, {}, "laser", ASKED, f"source_{shell}"))
+
+
+def _show_version(ctx: typer.Context, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -88,11 +121,19 @@ def _options(
     quiet: bool = typer.Option(False, "-q", "--quiet", help="Only the result and errors: no progress, no notes."),
     verbose: bool = typer.Option(False, "-v", "--verbose", help="A line for each step."),
     log_file: Path | None = typer.Option(None, "--log-file", help="Add all that is said to this file, with its time."),
+    completion: str | None = typer.Option(
+        None,
+        "--completion",
+        is_eager=True,
+        callback=_show_completion,
+        metavar="|".join(SHELLS),
+        help='Print a script for tab completion: eval "$(laser --completion bash)".',
+    ),
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
     ),
 ) -> None:
-    """The options that may stand anywhere; `main` reads them, all but --version."""
+    """The options that may stand anywhere; `main` reads them, all but --completion and --version."""
 
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
