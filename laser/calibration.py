@@ -101,6 +101,7 @@ def calibrate(
     few: bool = False,
     anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
@@ -111,7 +112,7 @@ def calibrate(
     few: also for a text with fewer tokens than dimensions; whoever uses the moments has to shrink them.
     `anew` drops the partial work of another
     calibration. A calibration that was killed when all but tidying up was done is found whole.
-    `tick` is called with each layer.
+    `tick` is called with each layer, and before them `expect` with how many these will be.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
     kind.
@@ -153,6 +154,7 @@ def calibrate(
     layer = 0
     if parts.boundary and not any(left < parts.boundary for left in todo):
         layer = parts.load_states(states)
+    expect(max((left + 1 - layer for left in todo), default=0))
     while any(layer <= left for left in todo):
         if layer in todo:
             here = [m for m in chosen if layers[m.name] == layer]

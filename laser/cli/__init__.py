@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import typer
 
+from laser.checkpoint.answers import downloads_shown_by
 from laser.cli import common, options, verbs
 from laser.cli.help import command_of
 from laser.errors import (
@@ -153,6 +154,12 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 def _verb(arguments: list[str]) -> str:
     return next((a for a in arguments if not a.startswith("-")), "")
+
+
+def _download(name: str) -> type:
+    from laser.cli.progress import Download
+
+    return Download.of(name)
 
 
 def _run_verb(arguments: list[str]) -> None:
@@ -295,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     held, talk = common.Held(), common.Talk()
     arguments = _without_talk(sys.argv[1:] if arguments is None else arguments, talk)
     try:
-        with common.talking(talk):
+        with common.talking(talk), downloads_shown_by(_download):
             return _ended(arguments, held)
     except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
         return _interrupted(arguments, held)

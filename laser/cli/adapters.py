@@ -186,7 +186,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
     with Bar("rebuild", total, size=True) as bar:
         common.to_write(output)
-        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
+        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start, t.name))
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json({"output": str(output), **asdict(made), "seconds": seconds})
@@ -203,7 +203,7 @@ def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, s
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
     with Bar("merge", total, size=True) as bar:
         common.to_write(output)
-        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
+        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start, t.name))
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json(

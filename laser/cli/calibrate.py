@@ -49,6 +49,7 @@ def calibrate_verb(
             device=where,
             anew=record.force,
             tick=lambda layer: bar.update(now=f"layer {layer}"),
+            expect=bar.expect,
         )
     seconds = time.perf_counter() - start
     shapes = {m.name: m.shape for m in list_matrices(checkpoint)}

@@ -51,10 +51,11 @@ def eval_verb(
 
     def measure(checkpoint: Checkpoint, windows: Windows, placed: Placement) -> Perplexity:
         try:
-            with Bar(f"eval {checkpoint.name}", len(windows.windows) if not placed.stream else None) as bar:
+            unit = "layers" if placed.stream else "windows"
+            with Bar(f"eval {checkpoint.name}", unit=unit) as bar:
                 return evaluate(
                     checkpoint, windows, stream=placed.stream, dtype=dtype, device=where.torch_device,
-                    store=placed.store(), tick=lambda: bar.update(),
+                    store=placed.store(), tick=lambda: bar.update(), expect=bar.expect,
                 )  # fmt: skip
         except NotByLayers as error:
             if stream is None:  # it was memory that asked for it

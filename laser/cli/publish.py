@@ -13,9 +13,10 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
-from laser.cli.progress import Checking
+from laser.cli.progress import Bar, Checking
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS
 from laser.files import tidy_up, unfinished
 from laser.outcome import Outcome
 from laser.records import agree, fingerprint_in
@@ -137,10 +138,12 @@ def _measure_tasks(
     }
     for flag, value in given.items():
         words += [flag, str(value)] if value is not None else []
-    board = run_leaderboard(
-        checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
-    )  # fmt: skip
+    with Bar(f"leaderboard {checkpoint.name}", len(tasks or TASKS), unit="tasks") as bar:
+        board = run_leaderboard(
+            checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
+            command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
+            tick=lambda score: bar.update(now=f"{score.task} measured"),
+        )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
     tidy_up(unfinished(output), output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,12 @@ def run_verb(
         return
 
     def choose(spectra: Spectra) -> Plan:
+        scanned.close()
+        plan = chosen_by(spectra)
+        reduced.append(bars.enter_context(Progress("reduce", [m for m in visited if m.name in plan.reductions])))
+        return plan
+
+    def chosen_by(spectra: Spectra) -> Plan:
         if measure is None:
             return planned(spectra)
         result = search_with_bar(
@@ -203,13 +210,14 @@ def run_verb(
     if (count or known) and seconds is not None:
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
         seconds = estimated.scan_seconds + estimated.reduce_seconds * share
+    reduced: list[Progress] = []  # its bar, once it is known what is reduced
     visited = matrices if compared is None else list_matrices(checkpoint)
     with (
-        Progress("scan", visited) as scanned,
-        Progress("reduce", matrices) as reduced,
+        ExitStack() as bars,
         Checking() as check,
         writing(checkpoint, output, resume=work.resume, force=work.force) as place,
     ):
+        scanned = bars.enter_context(Progress("scan", visited))
         result = run_flow(
             checkpoint,
             place,
@@ -220,7 +228,7 @@ def run_verb(
             name=output.resolve().name,
             command=_run_command(checkpoint, output, compared),
             on_scan=scanned,
-            on_reduce=reduced,
+            on_reduce=lambda matrix, _: reduced[0](matrix) if reduced else None,
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too

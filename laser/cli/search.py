@@ -221,7 +221,7 @@ def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
         def tick(trial: Trial, to_come: int) -> None:
             kept.append(trial.accepted)
             told = f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected; {trial.label} {trial.stated()}"
-            bar.update(now=f"{told} {'kept' if trial.accepted else 'rejected'}", total=len(kept) + to_come)
+            bar.update(now=f"{told} {'kept' if trial.accepted else 'rejected'}", to_come=to_come)
 
         def told(piece: int, last: int, alive: int) -> None:
             bar.update(0, f"piece {piece} of {last}, {alive} at a time")
