@@ -121,7 +121,9 @@ def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     quiet: bool = typer.Option(False, "-q", "--quiet", help="Only the result and errors: no progress, no notes."),
     verbose: bool = typer.Option(False, "-v", "--verbose", help="A line for each step."),
-    log_file: Path | None = typer.Option(None, "--log-file", help="Add all that is said to this file, with its time."),
+    log_file: Path | None = typer.Option(
+        None, "--log-file", metavar="FILE", help="Add all that is said to this file, with its time."
+    ),
     completion: str | None = typer.Option(
         None,
         "--completion",
@@ -156,7 +158,7 @@ def _verb(arguments: list[str]) -> str:
     return next((a for a in arguments if not a.startswith("-")), "")
 
 
-def _download(name: str) -> type:
+def _bar_of_download(name: str) -> type:
     from laser.cli.progress import Download
 
     return Download.of(name)
@@ -302,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     held, talk = common.Held(), common.Talk()
     arguments = _without_talk(sys.argv[1:] if arguments is None else arguments, talk)
     try:
-        with common.talking(talk), downloads_shown_by(_download):
+        with common.talking(talk), downloads_shown_by(_bar_of_download):
             return _ended(arguments, held)
     except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
         return _interrupted(arguments, held)
