@@ -18,8 +18,9 @@ import torch
 
 from laser.calibration_parts import Parts
 from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, by_whole_shards, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.checkpoint.source import Source, require_unchanged
+from laser.delta.opened import opened_model
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
@@ -117,7 +118,7 @@ def calibrate(
     dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
     kind.
     """
-    selection, checkpoint, path = selection or Selection(), opened_checkpoint(checkpoint), Path(path)
+    selection, checkpoint, path = selection or Selection(), opened_model(checkpoint), Path(path)
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)

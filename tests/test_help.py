@@ -10,7 +10,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from laser.cli import VERBS, app
-from laser.cli.help import FORMS, VERB_HELP
+from laser.cli.help import VALUE_FORMS, VERB_HELP
 
 NAMES = [verb.__name__ for verb in VERBS]
 EXAMPLES = [line for name in NAMES for line in VERB_HELP[name][1]]
@@ -47,7 +47,7 @@ def test_every_value_is_shown_by_its_form_and_no_line_is_too_long(verb: str) -> 
 
 def test_the_forms_are_of_options_that_are_there() -> None:
     there = {word for name in NAMES for p in typer.main.get_command(app).commands[name].params for word in p.opts}  # type: ignore[attr-defined]
-    assert there >= FORMS.keys()
+    assert there >= VALUE_FORMS.keys()
 
 
 @pytest.mark.parametrize("line", EXAMPLES)

@@ -415,6 +415,23 @@ def _download(hub: Hub, name: str) -> Path:
     return path
 
 
+def fetched(model: str, names: Sequence[str]) -> Path | None:
+    """The folder in the cache with these files of a repository, all of one commit; None where `model` is no Hub id."""
+    match = ID.fullmatch(model)
+    if match is None:
+        return None
+    repo, revision = match["repo"], match["revision"]
+    if revision is not None and (not is_inside(revision) or revision.startswith("-")):
+        raise CheckpointError(f"{revision!r} is no revision of {repo}; name a branch, tag or commit, or {repo} alone")
+    folder = None
+    with hub_errors(repo, revision):
+        for name in names:
+            path = _to_cache(repo, name, folder.name if folder else revision)
+            require_inside_cache(path)
+            folder = path.parent
+    return folder
+
+
 def _to_cache(repo: str, name: str, revision: str | None) -> Path:
     """A file by the Hub's own client, which waits where it is asked to and resumes what was cut off."""
     from huggingface_hub import hf_hub_download

@@ -155,9 +155,10 @@ def require_apart(source: Checkpoint, out: Path) -> None:
 
 def require_outside(source: Checkpoint, out: Path) -> None:
     """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
-    target = real(out)
-    if target == source.path or source.path in target.parents or target in source.path.parents:
-        raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
+    target, on_top = real(out), source.on_top.stamps if source.on_top else ()
+    for place in (source.path, *{path.parent for path in on_top}):
+        if target == place or place in target.parents or target in place.parents:
+            raise OutputError(f"{out} and the source {place} lie in one another; try a directory beside the source")
 
 
 OUTCOME_MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')

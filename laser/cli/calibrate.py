@@ -8,11 +8,11 @@ from pathlib import Path
 
 from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.measure import fewer
 from laser.cli.progress import Bar
+from laser.delta.opened import open_model
 from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
 
@@ -34,7 +34,7 @@ def calibrate_verb(
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose().torch_device
     record.claim(output, "moments")
-    read, checkpoint = text.read(), open_checkpoint(model, "weights")
+    read, checkpoint = text.read(), open_model(model, "weights")
     windows = text.cut(read, checkpoint)
     start = time.perf_counter()
     with Bar("calibrate", unit="layers") as bar:

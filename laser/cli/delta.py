@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Progress
 from laser.delta.base import Base
 from laser.delta.difference import Verdict
+from laser.delta.opened import open_model
 from laser.delta.overview import QUANTISED, is_base, is_base_quantised, overview_rows
 from laser.engine.cost import Meter
 from laser.errors import UsageError
@@ -33,7 +33,7 @@ def delta_verb(
 ) -> None:
     """`laser delta`, whose arguments and help are in verbs.py."""
     selected = which.selection()
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = open_model(base), open_model(tuned)
     method = "gram" if compute.method == "auto" else compute.method
     crew = compute.crew()
     check_scan(method, null)

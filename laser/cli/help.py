@@ -68,7 +68,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert": ("Translate a release or a GGUF file to the Hub's format.", ("laser convert model.gguf -o MODEL",)),
     "delta": (
         "Say what a fine-tune did to its base.",
-        ("laser delta BASE TUNED -o delta.safetensors",),
+        ("laser delta BASE TUNED -o delta.safetensors", "laser delta BASE BASE+ADAPTER -o delta.safetensors"),
     ),
     "unmerge": ("Find the adapter that was merged into a fine-tune.", ("laser unmerge BASE TUNED -o ADAPTER",)),
     "rebuild": ("Make the fine-tune again from base and adapter.", ("laser rebuild BASE ADAPTER -o TUNED",)),
@@ -83,7 +83,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 # Option -> the form of its value, where its declaration says none and the kind of value alone would say too little.
-FORMS = {
+VALUE_FORMS = {
     **dict.fromkeys(("--base", "--source"), "MODEL"),
     **dict.fromkeys(("--data", "--disk"), "DIR"),
     **dict.fromkeys(("--dtype", "--output-dtype"), "DTYPE"),
@@ -99,7 +99,7 @@ KINDS = {"<path>": "FILE", "<int>": "N", "<float>": "X", "<str>": "NAME"}  # by 
 def _with_form(words: str, option: Any) -> str:
     """An option's names, as help lists them, with the form of its value."""
     names, _, kind = words.rpartition(" ")
-    return f"{names} {FORMS.get(option.opts[-1]) or KINDS[kind]}" if kind in KINDS else words
+    return f"{names} {VALUE_FORMS.get(option.opts[-1]) or KINDS[kind]}" if kind in KINDS else words
 
 
 class Command(TyperCommand):

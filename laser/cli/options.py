@@ -96,7 +96,9 @@ def _flag(parameter: inspect.Parameter) -> str | None:
 
 # --- arguments, and options that stand alone --------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id org/name[@revision], or BASE+ADAPTER.")
+]
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
 ]
@@ -219,10 +221,10 @@ class FromBase:
 
     def of(self, tuned: Checkpoint) -> Base | None:
         """The base that the tuned checkpoint is compared with, if one was named."""
-        from laser.checkpoint.reader import open_checkpoint
         from laser.delta.base import Base
+        from laser.delta.opened import open_model
 
-        return None if self.base is None else Base.of(open_checkpoint(self.base), tuned)
+        return None if self.base is None else Base.of(open_model(self.base), tuned)
 
 
 @dataclass(frozen=True)

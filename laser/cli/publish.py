@@ -14,6 +14,7 @@ from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
 from laser.cli.progress import Bar, Checking
+from laser.delta.opened import open_model
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
 from laser.evaluation.lm_tasks import TASKS
@@ -44,7 +45,7 @@ def leaderboard_verb(
     where = on.choose()
     if output is not None:
         work.claim(output, "leaderboard")
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -200,7 +201,7 @@ def card_verb(
         require_shards(output, check)
     written = write_card(
         output,
-        open_checkpoint(source, "files") if source is not None else None,
+        open_model(source, "files") if source is not None else None,
         name=name,
         base_model=base_model,
         hash_source=hash_source,

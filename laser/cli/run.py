@@ -12,7 +12,7 @@ from typing import Any
 
 from laser.checkpoint.at_rest import OPTIONS_FILE
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
@@ -31,6 +31,7 @@ from laser.cli.search import (
     searched_of,
 )
 from laser.delta.base import Base
+from laser.delta.opened import open_model
 from laser.engine.cost import Measuring, Meter, estimate_cost
 from laser.engine.crew import Crew
 from laser.errors import UsageError
@@ -103,7 +104,7 @@ def run_verb(
     draws = max((draws_needed(each, base.base is not None) for each in rules), default=0)
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     compared = base.of(checkpoint)
     require_base_apart(compared, output)
     begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
@@ -204,6 +205,7 @@ def run_verb(
         return result.plan
 
     found = {"search": searching, "rule": wanted, "lowest-snr": count or "all", "leaderboard": board is not None}
+    command = _run_command(model, checkpoint, output, compared)
     again = resolved(common.options_now(), found, checkpoint.name)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching or scale_in(wanted) is not None else estimated.visit_seconds
@@ -226,15 +228,14 @@ def run_verb(
             **of_run,
             resume=True,
             name=output.resolve().name,
-            command=_run_command(checkpoint, output, compared),
+            command=command,
             on_scan=scanned,
             on_reduce=lambda matrix, _: reduced[0](matrix) if reduced else None,
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            command = (_run_command(checkpoint, output, compared),)
-            write_card(place, checkpoint, name=output.resolve().name, commands=command)
+            write_card(place, checkpoint, name=output.resolve().name, commands=(command,))
         write_atomically(place / OPTIONS_FILE, again)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
@@ -271,7 +272,7 @@ def _search_measure(
     return _Measure(layered, placed, calibration, reported)
 
 
-def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
+def _run_command(model: str, checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
     """The command line that makes the output: as it was given, without folders of this machine.
 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
@@ -279,6 +280,8 @@ def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None) -> str
     """
     models = {each.path: each.name for each in (checkpoint, *([base.checkpoint] if base else ()))}
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
+    if checkpoint.on_top is not None:
+        names[model] = checkpoint.name
     if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
         names[str(config)] = OPTIONS_FILE
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.packed import require_unpacked
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.choices import OF_DIFFERENCES
 from laser.cli import common, memory, options
 from laser.cli.common import say
@@ -16,6 +16,7 @@ from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
 from laser.delta.difference import RULE
+from laser.delta.opened import open_model
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
@@ -96,7 +97,7 @@ def search_verb(
         tidy_spectra(spectra)
     texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     require_unpacked(checkpoint)
     compared = base.of(checkpoint)
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.reader import Checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import require_unchanged
+from laser.delta.opened import opened_model
 from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored
@@ -41,10 +42,10 @@ def evaluate(
     positions or a model that cannot be streamed, CheckpointError for weights that are missing, NumericalError for a
     loss that is not finite.
     """
-    checkpoint = opened_checkpoint(checkpoint)
+    checkpoint = opened_model(checkpoint)
     check_vocabulary(checkpoint, windows)
     weights = checkpoint.fingerprint.stated()
-    if stream or checkpoint.packed:
+    if stream or checkpoint.remade:
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
         expect(model.pieces)
         sums = model.losses(windows.windows, tick).sums
