@@ -29,13 +29,13 @@ class Source:
     unindexed: int = field(default=0, metadata=LATER)
     content: str | None = field(default=None, metadata=LATER)
     samples: str | None = field(default=None, metadata=LATER)
-    made_of: Mapping[str, str] = field(default_factory=dict, metadata=SPARSE)
+    made_of: Mapping[str, str] | None = field(default=None, metadata=SPARSE)
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        weights, made_of = checkpoint.fingerprint, dict[str, str]()
+        weights, made_of = checkpoint.fingerprint, None
         if checkpoint.on_top is not None and checkpoint.origin is not None:
             made_of = {checkpoint.origin.name: checkpoint.origin.identity, **checkpoint.on_top.sums}
         return Source(

@@ -47,6 +47,7 @@ from laser.delta.unmerge import (
 from laser.errors import RecordError, UsageError
 from laser.files import claimed, disk_errors, unfinished
 from laser.pipeline import scan_into
+from laser.records import plain
 from laser.selection import Selection
 
 OF_WHAT = (
@@ -121,7 +122,7 @@ def unmerge_verb(
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
     if work.as_json:
         entries = [asdict(entry) for entry in record.entries]
-        found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
+        found = {"output": str(output), "base": plain(record.base), "tuned": plain(record.tuned)}
         return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
     _print_entries(record)
     _print_resized(record, compared)

@@ -15,6 +15,7 @@ from laser.cli.progress import Bar
 from laser.delta.opened import open_model
 from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
+from laser.records import plain
 
 
 def calibrate_verb(
@@ -58,7 +59,7 @@ def calibrate_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "source": asdict(moments.source),
+                "source": plain(moments.source),
                 "calibration": asdict(moments.calibration),
                 "windows_asked": windows.asked,
                 "tokens": {name: site.tokens for name, site in moments.sites.items()},

@@ -172,12 +172,13 @@ def talking(how: Talk) -> Iterator[None]:
             how.log.close()
 
 
-def say(line: str, *, aside: bool = False, needed: bool = True, log: bool = True) -> None:
+def say(line: str, *, aside: bool = False, needed: bool = True, log: bool = True, where: TextIO | None = None) -> None:
     """One line for people; all that the verbs print for them goes through here, for names may hold anything.
 
     aside: on stderr, where there is one, at once. needed: also where the command is to be quiet. log: also in its file.
+    where: the stream that stderr was, if others may have taken its place.
     """
-    stream, how = sys.stderr if aside else sys.stdout, talk()
+    stream, how = where or (sys.stderr if aside else sys.stdout), talk()
     if stream is not None and (needed or not how.quiet):  # `print` takes stdout in the place of a stderr that is closed
         print(visible(line), file=stream, flush=aside)
     if log:

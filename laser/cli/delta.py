@@ -18,6 +18,7 @@ from laser.delta.overview import QUANTISED, is_base, is_base_quantised, overview
 from laser.engine.cost import Meter
 from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into
+from laser.records import plain
 from laser.spectra import Spectra
 
 
@@ -53,8 +54,8 @@ def delta_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "base": asdict(spectra.delta.base),
-                "tuned": asdict(spectra.delta.tuned),
+                "base": plain(spectra.delta.base),
+                "tuned": plain(spectra.delta.tuned),
                 "is_base": is_base(spectra.matrices, changes),
                 "tensors": {name: asdict(change) for name, change in changes.items()},
                 "device": spectra.device,

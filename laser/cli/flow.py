@@ -76,7 +76,7 @@ def scan_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "source": asdict(spectra.source),
+                "source": plain(spectra.source),
                 "scanned": len(spectra.values),
                 "skipped": {name: asdict(why) for name, why in spectra.skipped.items()},
                 "device": spectra.device,

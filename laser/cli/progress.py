@@ -105,7 +105,7 @@ class Bar:
         self._shown, self._each, unit = list[Any](), talk.verbose, "B" if size else unit
 
         def say(line: str) -> None:  # where others have taken the place of stderr meanwhile, it is still this one
-            print(visible(line), file=stream, flush=True)
+            common.say(line, aside=True, log=False, where=stream)
 
         if stream is not None and not talk.quiet and not talk.verbose:
             if stream.isatty():
