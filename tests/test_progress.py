@@ -124,7 +124,7 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
         ),
         (
             ("search", "{model}", "-o", "p", "--lowest-snr", "2"),
-            r"search: 2 of 2 trials, \d kept, \d rejected; model.* left",
+            r"search: 1 of 2 trials, \d kept, \d rejected; piece 3 of \d, .* left",
         ),
     ],
     ids=["eval", "eval streamed", "calibrate", "run", "search"],
@@ -159,6 +159,8 @@ def test_downloads_and_conversions_tell_how_far_they_are(
         assert all(done == total for _, done, total in found)
         shutil.rmtree(tmp_path / "cache")
         assert run("-q", *words)[2] == ""
+        shutil.rmtree(tmp_path / "cache")
+        assert "\nlaser: download config.json\n" in f"\n{run('-v', *words)[2]}"
 
 
 def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

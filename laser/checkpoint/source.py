@@ -19,8 +19,8 @@ class Source:
     """Which checkpoint a record speaks of: its name, and a hash of config, index and headers.
 
     parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
-    reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`. made_of: of
-    BASE+ADAPTER, the identity of the base and sha256 of the adapter's files, by their names.
+    reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`.
+    made_of: of BASE+ADAPTER, the identity of the base and sha256 of the adapter's files, by their names.
     """
 
     name: str

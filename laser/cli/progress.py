@@ -195,6 +195,8 @@ class Download(Bar):
 
     def __init__(self, *, total: float | None = None, initial: float = 0, **_: Any) -> None:
         super().__init__(f"download {self.name}", total, size=True, begun=initial)
+        if self._each:
+            common.say(f"laser: {self._what}", aside=True)
         self._total = total
 
     @property

@@ -278,10 +278,11 @@ def _run_command(model: str, checkpoint: Checkpoint, output: Path, base: Base | 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
     undisturbed one.
     """
-    models = {each.path: each.name for each in (checkpoint, *([base.checkpoint] if base else ()))}
+    both = (checkpoint, *([base.checkpoint] if base else ()))
+    models = {each.path: (each.origin if each.origin and each.on_top else each).name for each in both}
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
-    if checkpoint.on_top is not None:
-        names[model] = checkpoint.name
+    given_as = {model: checkpoint, str(common.options_now().get("base")): base and base.checkpoint}
+    names |= {word: each.name for word, each in given_as.items() if each and each.on_top}  # no folder is called so
     if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
         names[str(config)] = OPTIONS_FILE
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]

@@ -219,13 +219,16 @@ def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
     kept: list[bool] = []
     with Bar("search", unit="trials") as bar:
 
+        def so_far() -> str:
+            return f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected"
+
         def tick(trial: Trial, to_come: int) -> None:
             kept.append(trial.accepted)
-            told = f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected; {trial.label} {trial.stated()}"
-            bar.update(now=f"{told} {'kept' if trial.accepted else 'rejected'}", to_come=to_come)
+            decided = f"{trial.label} {trial.stated()} {'kept' if trial.accepted else 'rejected'}"
+            bar.update(now=f"{so_far()}; {decided}", to_come=to_come)
 
         def told(piece: int, last: int, alive: int) -> None:
-            bar.update(0, f"piece {piece} of {last}, {alive} at a time")
+            bar.update(0, f"{so_far()}; piece {piece} of {last}, {alive} at a time")
 
         try:
             return search_plan(*arguments, tick=tick, told=told, **how)

@@ -354,7 +354,7 @@ def require_leaderboard(
     if checkpoint.on_top is not None:
         raise UsageError(
             f"{checkpoint.name} is merged as it is read, and lm-eval has to load it; make it with laser rebuild, or "
-            "leave the leaderboard out with --no-leaderboard"
+            "leave the leaderboard out"
         )
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
     tokenizer = load_tokenizer(checkpoint.path)

@@ -106,6 +106,19 @@ def test_a_run_writes_the_shards_that_it_writes_of_the_rebuilt(run: Run, tmp_pat
     assert "base+adapter" in card and str(tmp_path) not in card
 
 
+def test_a_card_names_each_model_as_it_was_given(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    words = ["run", f"{base}+{adapter}", "-o", str(tmp_path / "out"), "--base", str(base), "--no-search"]
+    # The card quotes the command line of the process, which is pytest's here.
+    monkeypatch.setattr("sys.argv", ["laser", *words])
+    code, _, err = run(*words)
+    assert code == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "laser run base+adapter -o out --base base --no-search\n" in card and str(tmp_path) not in card
+
+
 def scaled(adapter: Path) -> None:
     """Another adapter in its place, with a file of the same size."""
     found = load_file(adapter / "adapter_model.safetensors")
