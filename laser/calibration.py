@@ -18,8 +18,9 @@ import torch
 
 from laser.calibration_parts import Parts
 from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, by_whole_shards, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.checkpoint.source import Source, require_unchanged
+from laser.differences.opened import opened_model
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
@@ -101,6 +102,7 @@ def calibrate(
     few: bool = False,
     anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
@@ -111,12 +113,12 @@ def calibrate(
     few: also for a text with fewer tokens than dimensions; whoever uses the moments has to shrink them.
     `anew` drops the partial work of another
     calibration. A calibration that was killed when all but tidying up was done is found whole.
-    `tick` is called with each layer.
+    `tick` is called with each layer, and before them `expect` with how many these will be.
     Raises UsageError for a selection that matches nothing or a text with fewer tokens than any matrix has
     dimensions, NumericalError naming the matrix whose input holds NaN or Inf, RecordError for a partial run of another
     kind.
     """
-    selection, checkpoint, path = selection or Selection(), opened_checkpoint(checkpoint), Path(path)
+    selection, checkpoint, path = selection or Selection(), opened_model(checkpoint), Path(path)
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)
@@ -153,6 +155,7 @@ def calibrate(
     layer = 0
     if parts.boundary and not any(left < parts.boundary for left in todo):
         layer = parts.load_states(states)
+    expect(max((left + 1 - layer for left in todo), default=0))
     while any(layer <= left for left in todo):
         if layer in todo:
             here = [m for m in chosen if layers[m.name] == layer]

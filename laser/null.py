@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source, require_unchanged
 from laser.differences.base import Base
+from laser.differences.opened import opened_model
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
 from laser.records import SPARSE, Record
@@ -85,7 +86,7 @@ def null_test(
     all. Raises UsageError for an unknown rule or permutation, or no draws.
     """
     check_test(rules, permutation, draws)
-    checkpoint = opened_checkpoint(checkpoint)
+    checkpoint = opened_model(checkpoint)
     base = Base.named(base, checkpoint)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)

@@ -25,7 +25,7 @@ from laser.checkpoint.fingerprint import require_stamp
 from laser.checkpoint.hub import drop
 from laser.checkpoint.matrices import DoubtWarning, Matrix, doubts, list_matrices
 from laser.checkpoint.quantised import quantise
-from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards, opened_checkpoint
+from laser.checkpoint.reader import OUTCOME, Checkpoint, by_whole_shards
 from laser.checkpoint.safetensors import TORCH, Shard
 from laser.checkpoint.shards import Job, Made, New, make_shard
 from laser.checkpoint.source import Source, require_unchanged
@@ -46,6 +46,7 @@ from laser.checkpoint.writer import (
 from laser.differences.base import Base, Delta
 from laser.differences.difference import Verdict, judge_difference
 from laser.differences.edits import OfDifference, exact_method, scaled
+from laser.differences.opened import opened_model
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -370,7 +371,7 @@ def scan(
     Warns (DoubtWarning) about names that the table of families does not know.
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
-    checkpoint = opened_checkpoint(checkpoint)
+    checkpoint = opened_model(checkpoint)
     base = Base.named(base, checkpoint)
     selection, crew = selection or Selection(), crew or Crew((device_of(device),))
     check_scan(method, null_draws)
@@ -629,7 +630,7 @@ def reduce(
     OutputError for an `out` that may not be written, NumericalError (naming the tensor) where no method meets its
     certificate.
     """
-    checkpoint, out = opened_checkpoint(checkpoint), Path(out)
+    checkpoint, out = opened_model(checkpoint), Path(out)
     base = Base.named(base, checkpoint)
     crew = crew or Crew((device_of(device),))
     require_base_apart(base, out)

@@ -18,7 +18,7 @@ from laser.moments import Calibration
 from laser.notebook import FrameRows, Shown
 from laser.plan import warn_of_crowds
 from laser.reasons import Kind
-from laser.records import to_json
+from laser.records import plain, to_json
 from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.noise import DEFAULT_ESTIMATOR, Spectrum, estimate_noise, fit_noise
@@ -123,7 +123,7 @@ class Summary(Shown):
         return [row for row in self.rows if row.tokens is not None and row.tokens < row.full_rank]
 
     def to_json(self) -> bytes:
-        return to_json({"kind": "summary", "version": 1} | asdict(self))
+        return to_json({"kind": "summary", "version": 1} | plain(self))
 
     def to_csv(self) -> str:
         """A header line and a line per matrix; an undefined number is an empty field."""

@@ -15,13 +15,14 @@ from laser.checkpoint.at_rest import damage
 from laser.checkpoint.dequantised import as_bfloat16
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.quantised import rounding
-from laser.checkpoint.reader import Checkpoint, open_checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.safetensors import Shard, TensorInfo, pieces, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import RECORDS
 from laser.differences.base import Base
 from laser.differences.edits import OfDifference, scaling_problems
+from laser.differences.opened import opened_model
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
@@ -122,7 +123,7 @@ def verify(
     headers, index, and sha256 of every shard. Raises RecordError or CheckpointError where `out`
     cannot be read at all.
     """
-    source, out = opened_checkpoint(source), Path(out)
+    source, out = opened_model(source), Path(out)
     base = Base.named(base, source)
     device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)

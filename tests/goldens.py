@@ -204,6 +204,7 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
         yield "run --search --json", document(*words)
         for out in ("recipe", "searched"):
             yield f"{out}/laser.json", record(Path(f"{out}/laser.json"))
+            yield f"{out}/laser.yaml", Path(f"{out}/laser.yaml").read_text()
             yield f"{out}/laser/plan.json", record(Path(f"{out}/laser/plan.json"))
             yield f"{out}/laser/source.json", record(Path(f"{out}/laser/source.json"))
             yield f"{out}/README.md", card(Path(f"{out}/README.md"))

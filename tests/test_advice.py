@@ -17,7 +17,7 @@ OPTIONS = {
     name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for name, command in typer.main.get_command(app).commands.items()  # pyright: ignore[reportAttributeAccessIssue]
 }
-OF_EVERY_VERB = {"--debug", "--version", "--quiet", "--verbose", "--log-file"}
+OF_EVERY_VERB = {"--debug", "--version", "--quiet", "--verbose", "--log-file", "--completion"}
 KNOWN = set().union(*OPTIONS.values(), OF_EVERY_VERB)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 # `laser VERB`, and what belongs to it: until the sentence, the code or the command ends, or another begins.

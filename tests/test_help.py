@@ -10,7 +10,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from laser.cli import VERBS, app
-from laser.cli.help import VERB_HELP
+from laser.cli.help import VALUE_FORMS, VERB_HELP
 
 NAMES = [verb.__name__ for verb in VERBS]
 EXAMPLES = [line for name in NAMES for line in VERB_HELP[name][1]]
@@ -37,8 +37,25 @@ def test_a_page_ends_with_its_examples_and_lists_each_option_once(verb: str) -> 
             assert len(re.findall(rf"^  (?:-\w, )?{parameter.opts[-1]}(?=[ \n])", text, re.M)) == 1, parameter.opts
 
 
+@pytest.mark.parametrize("verb", ["", *NAMES])
+def test_every_value_is_shown_by_its_form_and_no_line_is_too_long(verb: str) -> None:
+    lines = page(*verb.split()).splitlines()
+    assert not [line for line in lines if re.search(r"<\w+>|\bNone\b", line)]
+    # Examples are one line each, however long, so that they can be copied.
+    assert all(len(line) <= 80 for line in lines if not line.startswith("  laser ")), verb
+
+
+def test_the_forms_are_of_options_that_are_there() -> None:
+    there = {word for name in NAMES for p in typer.main.get_command(app).commands[name].params for word in p.opts}  # type: ignore[attr-defined]
+    assert there >= VALUE_FORMS.keys()
+
+
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_an_example_is_a_command_line(line: str, tmp_path: Path) -> None:
+def test_an_example_is_a_command_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT" / "laser.yaml").write_text("rule: mp-edge\n")
+    # A config is read where the command line is.
+    monkeypatch.chdir(tmp_path)
     program, verb, *words = line.split()
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     assert program == "laser" and command.make_context(verb, words).params

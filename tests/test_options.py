@@ -161,21 +161,22 @@ def test_false_in_a_recipe_is_no_and_a_yaml_file_says_the_same(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("wole = 2", "no flag is called 'wole'; try switch, either, whole, part, place, words, with"),
+        ("wole = 2", "no flag is called 'wole'; try whole"),
         ("recipe = 'x'", "no flag is called 'recipe'; try "),
-        ("no-either = true", "no flag is called 'no-either'; try "),
-        ("several = ['a']", "no flag is called 'several'; try "),  # flags are spelled as on the command line
+        ("no-either = true", "no flag is called 'no-either'; try either"),
+        # Flags are spelled as on the command line.
+        ("several = ['a']", "no flag is called 'several'; try switch, either, whole, part, place, words, with"),
         ("switch = 1", "switch is 1, expected bool; mend the line"),
         ("switch = 'yes'", "switch is 'yes', expected bool; mend the line"),
-        ("whole = '2'", "whole is '2', expected int; mend the line"),
+        ("whole = '2'", "whole is '2', expected int; try 2, without quotes"),
         ("whole = true", "whole is true, expected int; mend the line"),
         ("whole = 2.0", "whole is 2.0, expected int; mend the line"),
-        ("part = '0.5'", "part is '0.5', expected float; mend the line"),
+        ("part = '0.5'", "part is '0.5', expected float; try 0.5, without quotes"),
         ("part = nan", "part is nan, expected float; mend the line"),
         ("part = -inf", "part is -inf, expected float; mend the line"),
-        ("place = 3", "place is 3, expected str; mend the line"),
+        ("place = 3", "place is 3, expected str; try it in quotes, '3'"),
         ('place = "a\\u0000"', "; mend the line"),
-        ("words = 3", "words is 3, expected str; mend the line"),
+        ("words = 3", "words is 3, expected str; try it in quotes, '3'"),
         ("words = 2020-01-01", "expected str; mend the line"),
         ("with = 'a'", "with is 'a', expected a list of str; mend the line"),
         ("with = ['a', 3]", "with is ['a', 3], expected a list of str; mend the line"),
@@ -191,13 +192,13 @@ def test_a_recipe_is_refused_by_its_name_its_flag_and_its_value(line: str, told:
 
 
 def test_every_option_of_run_may_stand_in_a_recipe(tmp_path: Path) -> None:
-    """But the recipe itself; and with these values none is as it is without them."""
+    """But the recipe itself and a config; and with these values none is as it is without them."""
     samples: dict[Any, Any] = {bool: True, int: 3, float: 0.125, str: "x", Path: "x"}
     declared = inspect.signature(COMMANDS["run"].callback, eval_str=True).parameters
     plain = COMMANDS["run"].make_context("run", ["m", "-o", "o"]).params
     values: dict[str, Any] = {}
     for parameter in COMMANDS["run"].params:
-        if parameter.name not in ("model", "recipe"):
+        if parameter.name not in ("model", "recipe", "config"):
             kind = get_args(declared[parameter.name].annotation)[0]
             flag = parameter.opts[-1].removeprefix("--")
             values[flag] = next(value for each, value in samples.items() if each in (kind, *get_args(kind)))
@@ -205,8 +206,8 @@ def test_every_option_of_run_may_stand_in_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps(values))
     found = COMMANDS["run"].make_context("run", ["m", "--recipe", str(recipe)]).params
-    assert len(values) == len(found) - 2 > 30
-    assert {name for name in found if found[name] == plain[name]} == {"model"}
+    assert len(values) == len(found) - 3 > 30
+    assert {name for name in found if found[name] == plain[name]} == {"model", "config"}
     assert found["lowest_snr"] == "7" and Path(found["held_out"]) == Path("x") and found["require_fit"] == 0.125
 
 

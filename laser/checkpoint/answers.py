@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,27 @@ _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOENT),
 )
+
+
+# Who shows how far a download is. Not handed from call to call: a shard is fetched when some thread reads it.
+_shown_by: list[Callable[[str], type]] = []
+
+
+@contextmanager
+def downloads_shown_by(bar: Callable[[str], type]) -> Iterator[None]:
+    """Within it a download, on whatever thread, is shown by the class that `bar` gives for the file's name.
+
+    The class mimics tqdm."""
+    _shown_by.append(bar)
+    try:
+        yield
+    finally:
+        _shown_by.remove(bar)
+
+
+def shown_download(name: str) -> type | None:
+    """The class of the bar of a file's download; None for that of the Hub's own client."""
+    return _shown_by[-1](name) if _shown_by else None
 
 
 def session() -> Any:

@@ -14,7 +14,8 @@ from laser.files import read_regular
 from laser.records import decode, is_sealed, named, parse_record
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CARD = "README.md"  # ours, made again at will, and people's to edit
+# Ours, made again at will, and people's to edit: the card, and the options of the run.
+CARD, OPTIONS_FILE = "README.md", "laser.yaml"
 
 
 def wrong_names(sums: Mapping[str, str], shards: Mapping[str, str | None]) -> str | None:

@@ -14,13 +14,14 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
-from laser.checkpoint.answers import bare, hub_errors, session, transport_errors
+from laser.checkpoint.answers import bare, hub_errors, session, shown_download, transport_errors
 from laser.checkpoint.formats import what_lies_on_hub
 from laser.checkpoint.safetensors import Shard, check_length, file_pieces, parse_header, read_header, sha256_of
 from laser.checkpoint.side_files import WEIGHTS, folded, is_one_file, modules_of
@@ -368,7 +369,7 @@ def side_files(hub: Hub) -> None:
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        with hub_errors(hub.repo, hub.revision):
+        with hub_errors(hub.repo, hub.revision), _no_bars():
             weights = [f"*{suffix}{more}" for suffix in (*WEIGHTS, ".index.json") for more in ("", ".gz")]
             snapshot_download(hub.repo, revision=hub.commit, ignore_patterns=weights)
             if modules := [f"{module}/*" for module in modules_of(hub.folder)]:
@@ -377,6 +378,15 @@ def side_files(hub: Hub) -> None:
         if not _is_whole(hub.folder):
             raise
         log.warning("%s; going on with the files in the cache", error)
+
+
+def _no_bars() -> AbstractContextManager[Any]:
+    """Without the client's own bars, of many small files, where somebody else shows downloads, or is to be quiet."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    stated = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None  # in the environment, which the client lets win
+    return nullcontext() if stated or shown_download("") is None else disable_progress_bars()
 
 
 def download(hub: Hub, names: Sequence[str]) -> Hub:
@@ -405,11 +415,30 @@ def _download(hub: Hub, name: str) -> Path:
     return path
 
 
+def fetched(model: str, names: Sequence[str]) -> Path | None:
+    """The folder in the cache with these files of a repository, all of one commit; None where `model` is no Hub id."""
+    match = ID.fullmatch(model)
+    if match is None:
+        return None
+    repo, revision = match["repo"], match["revision"]
+    if revision is not None and (not is_inside(revision) or revision.startswith("-")):
+        raise CheckpointError(f"{revision!r} is no revision of {repo}; name a branch, tag or commit, or {repo} alone")
+    folder = None
+    with hub_errors(repo, revision):
+        for name in names:
+            path = _to_cache(repo, name, folder.name if folder else revision)
+            require_inside_cache(path)
+            folder = path.parent
+    return folder
+
+
 def _to_cache(repo: str, name: str, revision: str | None) -> Path:
     """A file by the Hub's own client, which waits where it is asked to and resumes what was cut off."""
     from huggingface_hub import hf_hub_download
 
-    return Path(_patiently(lambda: hf_hub_download(repo, name, revision=revision), f"{repo}/{name}"))
+    shown: Any = shown_download(name)
+    fetched = _patiently(lambda: hf_hub_download(repo, name, revision=revision, tqdm_class=shown), f"{repo}/{name}")
+    return Path(fetched)
 
 
 def _patiently(ask: Callable[[], T], what: str) -> T:

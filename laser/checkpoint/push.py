@@ -13,17 +13,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from laser.checkpoint.answers import COMMIT, hub_errors, session
-from laser.checkpoint.at_rest import CARD, damage
+from laser.checkpoint.at_rest import OPTIONS_FILE, damage
 from laser.checkpoint.hub import ID, is_inside, plain_names
-from laser.checkpoint.reader import INDEX, OUTCOME, open_checkpoint
+from laser.checkpoint.reader import OUTCOME, open_checkpoint
 from laser.checkpoint.safetensors import parse_json
 from laser.checkpoint.side_files import folded, is_desktops, is_opened, is_weights
-from laser.checkpoint.writer import JOURNAL, is_kept
+from laser.checkpoint.writer import BESIDE, JOURNAL, is_kept
 from laser.errors import CheckpointError, LaserError, OutputError, UsageError
 from laser.files import claimed, read_regular
 
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
 COMMITTED = "and committed"
+PLACE = re.compile(rb"^[^#\n]*:\s+['\"]?(?:[/~]|\w+://)", re.MULTILINE)  # an option that names a place on some machine
 NOTES = ".cache"  # of clients, on what they have transferred; in a directory that came from the Hub
 
 
@@ -57,6 +58,10 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
             for path in sorted(out.rglob("*"))
             if path.is_file() and not _is_aside(name := path.relative_to(out).as_posix())
         }
+        if OPTIONS_FILE in files and PLACE.search(
+            read_regular(files[OPTIONS_FILE])
+        ):  # of this machine, and of no use elsewhere
+            del files[OPTIONS_FILE]
         return _Push(out, repo, revision, files, outcome["shards"]).run(private)
 
 
@@ -84,7 +89,7 @@ def _finished_output(out: Path) -> Mapping[str, Any]:
 
 def _require_as_written(out: Path, outcome: Mapping[str, Any]) -> None:
     """Raises OutputError where a directory holds what laser did not write, or something else in its place."""
-    known = {*outcome.get("files", ()), *outcome.get("shards", ()), INDEX, OUTCOME, CARD}
+    known = {*outcome.get("files", ()), *outcome.get("shards", ()), *BESIDE}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if _is_aside(name) or (path.is_dir() and not path.is_symlink()):

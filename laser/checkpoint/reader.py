@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.fingerprint import fingerprint_of
+from laser.checkpoint.fingerprint import Stamp, fingerprint_of
 from laser.checkpoint.formats import what_is, what_lies_in
 from laser.checkpoint.hub import Hub, download, find, headers, listing, recognised, side_files
 from laser.checkpoint.packed import as_plain, find_packings
@@ -65,6 +65,24 @@ RELEASE = "mistral_release"  # stands for the model_type that Mistral's params.j
 
 
 @dataclass(frozen=True)
+class OnTop:
+    """An adapter whose merge a view gives in place of its origin's weights.
+
+    sums: sha256 of its files, by their names; stamps: what tells that one has changed since
+    """
+
+    name: str
+    sums: Mapping[str, str]
+    stamps: Mapping[Path, Stamp | None]
+
+    def with_it(self, origins: str) -> str:
+        """What stands for the merge, of what stands for the origin."""
+        return hashlib.sha256(
+            "\n".join([origins, *(f"{n} {self.sums[n]}" for n in sorted(self.sums))]).encode()
+        ).hexdigest()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model on disk, known by its headers. Reads weights only in `read`."""
 
@@ -79,10 +97,13 @@ class Checkpoint:
     origin: Checkpoint | None = None  # the one that this is a view of, in another dtype: its values and its identity
     remade: bool = False  # a view with values of its own, which its shards make from the origin's
     packed: str | None = None  # the format of an origin whose packed weights this view gives as plain numbers
+    on_top: OnTop | None = None  # of a view that merges an adapter into the origin's weights
     left_out: tuple[str, ...] = ()  # copies of tensors that are not loaded, and so not among its shards' tensors
 
     @property
     def name(self) -> str:
+        if self.on_top is not None and self.origin is not None:
+            return f"{self.origin.name}+{self.on_top.name}"
         return self.path.name if self.hub is None else self.hub.repo.rpartition("/")[2]
 
     @cached_property
@@ -92,7 +113,7 @@ class Checkpoint:
         A reduction has its source's headers; its laser.json, which counts too, tells the two apart.
         """
         if self.origin is not None:
-            return self.origin.identity
+            return self.origin.identity if self.on_top is None else self.on_top.with_it(self.origin.identity)
         digest = hashlib.sha256()
 
         def add(part: bytes) -> None:
@@ -112,7 +133,12 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Which weights these are, by their bytes (fingerprint.py), when it was first asked for."""
-        return fingerprint_of(self.shards, self.hub) if self.origin is None else self.origin.fingerprint
+        if self.origin is None:
+            return fingerprint_of(self.shards, self.hub)
+        known, on_top = self.origin.fingerprint, self.on_top
+        if on_top is None:
+            return known
+        return Fingerprint(*(each and on_top.with_it(each) for each in (known.samples, known.content)))
 
     def shard_of(self, name: str) -> Shard:
         """The shard that holds tensor `name`."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from laser.checkpoint.fingerprint import changed, fingerprint_of, require_stamp
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
-from laser.records import LATER, Fingerprint, agree, under
+from laser.records import LATER, SPARSE, Fingerprint, agree, under
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Source:
 
     parameters: numbers in its shards, by their headers; unindexed: how many of them no matrix speaks of: 0 since laser
     reads every tensor of a shard. content, samples: which weights they are, see `Fingerprint`.
+    made_of: of BASE+ADAPTER, the identity of the base and sha256 of the adapter's files, by their names.
     """
 
     name: str
@@ -28,13 +29,18 @@ class Source:
     unindexed: int = field(default=0, metadata=LATER)
     content: str | None = field(default=None, metadata=LATER)
     samples: str | None = field(default=None, metadata=LATER)
+    made_of: Mapping[str, str] | None = field(default=None, metadata=SPARSE)
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Source:
         stored = sum(math.prod(t.shape) for shard in checkpoint.shards for t in shard.tensors)
         named = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        weights = checkpoint.fingerprint
-        return Source(checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples)
+        weights, made_of = checkpoint.fingerprint, None
+        if checkpoint.on_top is not None and checkpoint.origin is not None:
+            made_of = {checkpoint.origin.name: checkpoint.origin.identity, **checkpoint.on_top.sums}
+        return Source(
+            checkpoint.name, checkpoint.identity, stored, stored - named, weights.content, weights.samples, made_of
+        )
 
     def wrong(self) -> str | None:
         return under(self, 0, "parameters", "unindexed")
@@ -96,6 +102,8 @@ def require_unchanged(checkpoint: Checkpoint, gone: Iterable[str] = ()) -> None:
     they come."""
     dropped = set(gone)
     while checkpoint.origin is not None:
+        for path, stamp in checkpoint.on_top.stamps.items() if checkpoint.on_top else ():
+            require_stamp(path, stamp)
         checkpoint = checkpoint.origin
     for shard in checkpoint.shards:
         if shard.stamp is not None and shard.name not in dropped:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.at_rest import CARD, check_names, damage
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE, check_names, damage
 from laser.checkpoint.hub import require_content, side_files
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, Shard
@@ -76,6 +76,12 @@ from laser.records import decode, differences, is_sealed, parse_record, save_jso
 
 RECORDS = "laser"  # directory in the output for the journal, and for `laser run`'s spectra and plan
 JOURNAL = f"{RECORDS}/journal.jsonl"
+BESIDE = {
+    INDEX,
+    OUTCOME,
+    CARD,
+    OPTIONS_FILE,
+}  # what an output has of its own beside its shards, and takes from no source
 # What the journal's lines say: a matrix is in place, a shard is whole, a shard's untouched bytes are.
 JOURNAL_SHAPES: tuple[dict[str, Any], ...] = (
     {"matrix": str, "sha256": str | None, "record": dict},
@@ -149,9 +155,10 @@ def require_apart(source: Checkpoint, out: Path) -> None:
 
 def require_outside(source: Checkpoint, out: Path) -> None:
     """Raises OutputError where an output would lie in the source, through whatever links, or the source in it."""
-    target = real(out)
-    if target == source.path or source.path in target.parents or target in source.path.parents:
-        raise OutputError(f"{out} and the source {source.path} lie in one another; try a directory beside the source")
+    target, on_top = real(out), source.on_top.stamps if source.on_top else ()
+    for place in (source.path, *{path.parent for path in on_top}):
+        if target == place or place in target.parents or target in place.parents:
+            raise OutputError(f"{out} and the source {place} lie in one another; try a directory beside the source")
 
 
 OUTCOME_MARKS = (b'"kind": "outcome"', b'"matrices": {', b'"shards": {', b'"left_out": [', b'"plan": {', b'"run": {')
@@ -200,7 +207,7 @@ def require_ours(source: Checkpoint, out: Path) -> None:
         known |= {Path(name).parts[0] for name in (*document["files"], *document["shards"])}
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass  # unfinished, or of an older laser: it does not say what it wrote
-    known |= {INDEX, OUTCOME, CARD, RECORDS, ".cache"}
+    known |= {*BESIDE, RECORDS, ".cache"}
     foreign = [p for p in out.iterdir() if p.name.removesuffix(".partial") not in known and not _is_passing(p.name)]
     if (out / RECORDS).is_dir():
         foreign += [p for p in (out / RECORDS).iterdir() if not (_KEPT.fullmatch(p.name) or _is_passing(p.name))]
@@ -700,7 +707,7 @@ def require_room(source: Checkpoint, out: Path, finished: Container[str]) -> Non
 
 def travelling(source: Checkpoint) -> tuple[dict[Path, Path], list[str]]:
     """The source's files that may travel (side_files.py), by their place in it; and what was left out on purpose."""
-    ours = {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}
+    ours = BESIDE | {s.name for s in source.shards}
     read = {s.path.name for s in source.shards if s.path.name != s.name}  # pickles, written as safetensors
     read |= {"pytorch_model.bin.index.json"} if read else set()
     modules, left_out, files = modules_of(source.path), [], {}
@@ -744,7 +751,7 @@ def _copy_side_files(source: Checkpoint, out: Path) -> tuple[dict[str, str], lis
     """Everything that may travel, byte for byte; returns their sha256 by name, and what was left out on purpose."""
     files, left_out = travelling(source)
     sums: dict[str, str] = {}
-    written = {folded(name): name for name in {INDEX, OUTCOME, "README.md"} | {s.name for s in source.shards}}
+    written = {folded(name): name for name in BESIDE | {s.name for s in source.shards}}
     for relative, own in files.items():
         twin = written.setdefault(folded(relative.as_posix()), relative.as_posix())
         if twin != relative.as_posix() and is_one_file(out / relative, out / twin):

@@ -17,9 +17,19 @@ from typing import Any, TextIO
 
 import typer
 
+from laser.checkpoint.answers import downloads_shown_by
 from laser.cli import common, options, verbs
 from laser.cli.help import command_of
-from laser.errors import CrowdWarning, DoubtWarning, LaserError, OutOfMemory, first_line, out_of_memory_in, remedy
+from laser.errors import (
+    CrowdWarning,
+    DoubtWarning,
+    LaserError,
+    OutOfMemory,
+    UsageError,
+    first_line,
+    out_of_memory_in,
+    remedy,
+)
 
 app = typer.Typer(
     name="laser",
@@ -68,11 +78,35 @@ def left_behind(verb: str, written: Mapping[Path, bool]) -> str:
 @cache
 def _click_commands() -> Any:
     """click's commands, made once: typer would make them at every call, and take 0.06 s."""
+    if os.environ.get(ASKED):
+        _know_shells()
     return typer.main.get_command(app)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+SHELLS = ("bash", "zsh", "fish")
+ASKED = "_LASER_COMPLETE"  # by which a shell's script asks for completions: so typer calls it
+
+
+def _know_shells() -> None:
+    """Register typer's shells, which it does only where the command also has an option that writes to ~/.bashrc."""
+    from typer.completion import get_completion_inspect_parameters
+
+    get_completion_inspect_parameters()
+
+
+def _show_completion(ctx: typer.Context, shell: str | None) -> None:
+    if shell is None or ctx.resilient_parsing:
+        return
+    if shell not in SHELLS:
+        raise UsageError(f"no script completes for {shell!r}; try --completion {', '.join(SHELLS)}")
+    from typer.completion import shell_complete
+
+    _know_shells()
+    raise typer.Exit(shell_complete(ctx.command, {}, "laser", ASKED, f"source_{shell}"))
+
+
+def _show_version(ctx: typer.Context, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -87,12 +121,22 @@ def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     quiet: bool = typer.Option(False, "-q", "--quiet", help="Only the result and errors: no progress, no notes."),
     verbose: bool = typer.Option(False, "-v", "--verbose", help="A line for each step."),
-    log_file: Path | None = typer.Option(None, "--log-file", help="Add all that is said to this file, with its time."),
+    log_file: Path | None = typer.Option(
+        None, "--log-file", metavar="FILE", help="Add all that is said to this file, with its time."
+    ),
+    completion: str | None = typer.Option(
+        None,
+        "--completion",
+        is_eager=True,
+        callback=_show_completion,
+        metavar="|".join(SHELLS),
+        help='Print a script for tab completion: eval "$(laser --completion bash)".',
+    ),
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
     ),
 ) -> None:
-    """The options that may stand anywhere; `main` reads them, all but --version."""
+    """The options that may stand anywhere; `main` reads them, all but --completion and --version."""
 
 
 def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -112,6 +156,12 @@ def _tell(otherwise: Callable[..., None]) -> Callable[..., None]:
 
 def _verb(arguments: list[str]) -> str:
     return next((a for a in arguments if not a.startswith("-")), "")
+
+
+def _bar_of_download(name: str) -> type:
+    from laser.cli.progress import Download
+
+    return Download.of(name)
 
 
 def _run_verb(arguments: list[str]) -> None:
@@ -254,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     held, talk = common.Held(), common.Talk()
     arguments = _without_talk(sys.argv[1:] if arguments is None else arguments, talk)
     try:
-        with common.talking(talk):
+        with common.talking(talk), downloads_shown_by(_bar_of_download):
             return _ended(arguments, held)
     except KeyboardInterrupt:  # outside of typer, which makes a SystemExit of it, or while its end is told
         return _interrupted(arguments, held)

@@ -47,6 +47,7 @@ from laser.differences.unmerge import (
 from laser.errors import RecordError, UsageError
 from laser.files import claimed, disk_errors, unfinished
 from laser.pipeline import scan_into
+from laser.records import plain
 from laser.selection import Selection
 
 OF_WHAT = (
@@ -121,7 +122,7 @@ def unmerge_verb(
     whole, seconds = sum(shard.size for shard in record.shards), time.perf_counter() - start
     if work.as_json:
         entries = [asdict(entry) for entry in record.entries]
-        found = {"output": str(output), "base": asdict(record.base), "tuned": asdict(record.tuned)}
+        found = {"output": str(output), "base": plain(record.base), "tuned": plain(record.tuned)}
         return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
     _print_entries(record)
     _print_resized(record, compared)
@@ -186,7 +187,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
     with Bar("rebuild", total, size=True) as bar:
         common.to_write(output)
-        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start))
+        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start, t.name))
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json({"output": str(output), **asdict(made), "seconds": seconds})
@@ -203,7 +204,7 @@ def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, s
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
     with Bar("merge", total, size=True) as bar:
         common.to_write(output)
-        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start))
+        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start, t.name))
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         return common.print_json(

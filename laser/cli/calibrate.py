@@ -8,13 +8,14 @@ from pathlib import Path
 
 from laser.calibration import calibrate as calibrate_checkpoint
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.measure import fewer
 from laser.cli.progress import Bar
+from laser.differences.opened import open_model
 from laser.evaluation.streaming import require_dtype
 from laser.moments import Moments
+from laser.records import plain
 
 
 def calibrate_verb(
@@ -34,7 +35,7 @@ def calibrate_verb(
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose().torch_device
     record.claim(output, "moments")
-    read, checkpoint = text.read(), open_checkpoint(model, "weights")
+    read, checkpoint = text.read(), open_model(model, "weights")
     windows = text.cut(read, checkpoint)
     start = time.perf_counter()
     with Bar("calibrate", unit="layers") as bar:
@@ -49,6 +50,7 @@ def calibrate_verb(
             device=where,
             anew=record.force,
             tick=lambda layer: bar.update(now=f"layer {layer}"),
+            expect=bar.expect,
         )
     seconds = time.perf_counter() - start
     shapes = {m.name: m.shape for m in list_matrices(checkpoint)}
@@ -57,7 +59,7 @@ def calibrate_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "source": asdict(moments.source),
+                "source": plain(moments.source),
                 "calibration": asdict(moments.calibration),
                 "windows_asked": windows.asked,
                 "tokens": {name: site.tokens for name, site in moments.sites.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -28,13 +28,15 @@ class Held:
 
     files: those that it is to write, as they were when it began
     idle: those of its options that do nothing as it was called
-    given: the words that a recipe added to its command line
+    given: the words that a recipe or config added to its command line
+    options: its options by their names, wherever their values come from
     """
 
     stack: ExitStack = field(default_factory=ExitStack)
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
     given: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def written(self) -> dict[Path, bool]:
         """Whether each file is there, whole: they appear by a rename, as another file."""
@@ -83,9 +85,21 @@ def do_nothing(*options: str) -> None:
 
 
 def give(words: Sequence[str]) -> None:
-    """A recipe gives these words of a command line: what is said of it counts them as given there."""
+    """A recipe or config gives these words of a command line: what is said of it counts them as given there."""
     if (held := _verb_now.get()) is not None:
         held.given.extend(words)
+
+
+def called_with(options: Mapping[str, Any]) -> None:
+    """This verb was called with these options, by their names."""
+    if (held := _verb_now.get()) is not None:
+        held.options = dict(options)
+
+
+def options_now() -> Mapping[str, Any]:
+    """What `called_with` got last."""
+    held = _verb_now.get()
+    return {} if held is None else held.options
 
 
 def check_file(path: Path) -> None:
@@ -158,12 +172,13 @@ def talking(how: Talk) -> Iterator[None]:
             how.log.close()
 
 
-def say(line: str, *, aside: bool = False, needed: bool = True, log: bool = True) -> None:
+def say(line: str, *, aside: bool = False, needed: bool = True, log: bool = True, where: TextIO | None = None) -> None:
     """One line for people; all that the verbs print for them goes through here, for names may hold anything.
 
     aside: on stderr, where there is one, at once. needed: also where the command is to be quiet. log: also in its file.
+    where: the stream that stderr was, if others may have taken its place.
     """
-    stream, how = sys.stderr if aside else sys.stdout, talk()
+    stream, how = where or (sys.stderr if aside else sys.stdout), talk()
     if stream is not None and (needed or not how.quiet):  # `print` takes stdout in the place of a stderr that is closed
         print(visible(line), file=stream, flush=aside)
     if log:

@@ -145,6 +145,7 @@ def compensate_verb(
                         dtype=dtype,
                         device=device,
                         tick=lambda: bar.update(),
+                        expect=bar.expect,
                     )
 
             matrices = [matrix for place in places.places for matrix in place.matrices]
@@ -189,7 +190,7 @@ def _calibrated(
     with Bar("calibrate", unit="layers") as bar:
         return calibrate(
             original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
-            few=True, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
+            few=True, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"), expect=bar.expect,
         )  # fmt: skip
 
 

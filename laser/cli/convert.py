@@ -61,7 +61,7 @@ def convert_verb(
     with Bar("convert", size, size=True) as bar:
         files = {} if isinstance(side, str) else side
         common.to_write(output)
-        write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start), check=check)
+        write_directory(seen, output, files, tick=lambda t: bar.update(t.end - t.start, t.name), check=check)
     seconds = time.perf_counter() - start
     if shown_as.as_json:
         copied = sorted(files)

@@ -7,17 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Progress
 from laser.differences.base import Base
 from laser.differences.difference import Verdict
+from laser.differences.opened import open_model
 from laser.differences.overview import QUANTISED, is_base, is_base_quantised, overview_rows
 from laser.engine.cost import Meter
 from laser.errors import UsageError
 from laser.pipeline import check_scan, scan_into
+from laser.records import plain
 from laser.spectra import Spectra
 
 
@@ -33,7 +34,7 @@ def delta_verb(
 ) -> None:
     """`laser delta`, whose arguments and help are in verbs.py."""
     selected = which.selection()
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = open_model(base), open_model(tuned)
     method = "gram" if compute.method == "auto" else compute.method
     crew = compute.crew()
     check_scan(method, null)
@@ -53,8 +54,8 @@ def delta_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "base": asdict(spectra.delta.base),
-                "tuned": asdict(spectra.delta.tuned),
+                "base": plain(spectra.delta.base),
+                "tuned": plain(spectra.delta.tuned),
                 "is_base": is_base(spectra.matrices, changes),
                 "tensors": {name: asdict(change) for name, change in changes.items()},
                 "device": spectra.device,

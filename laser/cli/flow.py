@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.checkpoint.swap import require_place
 from laser.checkpoint.writer import require_run
 from laser.cli import common, options
@@ -19,6 +18,7 @@ from laser.cli.common import say
 from laser.cli.estimates import chosen_of, print_dry_run, print_estimate, print_outcome, took
 from laser.cli.progress import Checking, Progress
 from laser.differences.difference import RULE
+from laser.differences.opened import open_model
 from laser.differences.unmerge import is_recorded
 from laser.engine.cost import Meter, estimate_cost
 from laser.errors import UsageError
@@ -47,7 +47,7 @@ def scan_verb(
 ) -> None:
     """`laser scan`, whose arguments and help are in verbs.py."""
     part = parts.chosen(work)
-    checkpoint, selected = open_checkpoint(model), which.selection()
+    checkpoint, selected = open_model(model), which.selection()
     method = "gram" if compute.method == "auto" else compute.method  # values are the Gram matrix's on every device
     crew = compute.crew()
     check_scan(method, null)
@@ -76,7 +76,7 @@ def scan_verb(
         return common.print_json(
             {
                 "output": str(output),
-                "source": asdict(spectra.source),
+                "source": plain(spectra.source),
                 "scanned": len(spectra.values),
                 "skipped": {name: asdict(why) for name, why in spectra.skipped.items()},
                 "device": spectra.device,
@@ -148,7 +148,7 @@ def reduce_verb(
         return _reduce_by_rule(model, output, base, RULE if rule is None else rule, compute, work, unused)
     if rule is not None:
         raise UsageError("--rule and --scale are for a reduction without a plan; try laser plan with the rule")
-    checkpoint, wanted = open_checkpoint(model), Plan.load(plan)
+    checkpoint, wanted = open_model(model), Plan.load(plan)
     compared = base.of(checkpoint)
     crew = compute.crew()
     touched = [m for m in list_matrices(checkpoint) if m.name in wanted.reductions]
@@ -226,7 +226,7 @@ def verify_verb(
         if base.base is not None or moments.moments is not None:
             raise UsageError(f"{model} says itself what {output} has to be; try without --base and --moments")
         return verify_rebuilt_verb(Path(model), output, shown_as)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     with Progress("verify", list_matrices(checkpoint)) as bar:
         found = verify_output(
             checkpoint, output, device=where.choose(), moments=moments.load(), base=base.of(checkpoint), tick=bar

@@ -25,7 +25,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": ("Check a written checkpoint against its plan.", ("laser verify MODEL OUT",)),
     "run": (
         "Scan, search or plan, reduce, and write the card.",
-        ("laser run MODEL -o OUT --recipe laser-rmt", "laser run MODEL -o OUT --rule mp-edge --no-search"),
+        ("laser run MODEL -o OUT --recipe laser-rmt", "laser run MODEL -o AGAIN --config OUT/laser.yaml"),
     ),
     "devices": ("Say where it would compute here, and how fast.", ("laser devices --probe",)),
     "eval": (
@@ -74,7 +74,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert": ("Translate a release or a GGUF file to the Hub's format.", ("laser convert model.gguf -o MODEL",)),
     "delta": (
         "Say what a fine-tune did to its base.",
-        ("laser delta BASE TUNED -o delta.safetensors",),
+        ("laser delta BASE TUNED -o delta.safetensors", "laser delta BASE BASE+ADAPTER -o delta.safetensors"),
     ),
     "unmerge": ("Find the adapter that was merged into a fine-tune.", ("laser unmerge BASE TUNED -o ADAPTER",)),
     "rebuild": ("Make the fine-tune again from base and adapter.", ("laser rebuild BASE ADAPTER -o TUNED",)),
@@ -88,14 +88,39 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+# Option -> the form of its value, where its declaration says none and the kind of value alone would say too little.
+VALUE_FORMS = {
+    **dict.fromkeys(("--base", "--source"), "MODEL"),
+    **dict.fromkeys(("--data", "--disk"), "DIR"),
+    **dict.fromkeys(("--dtype", "--output-dtype"), "DTYPE"),
+    **{"--recipe": "NAME|FILE", "--output": "PATH", "--rules": "NAME,NAME", "--base-model": "ORG/NAME"},
+    **{"--device": "DEVICE", "--engine": "ENGINE", "--precision": "float64|float32", "--window": "TOKENS"},
+    **{"--shrink": "LOSS", "--accept": "WHICH", "--order": "layers|snr", "--objective": "loss|accuracy"},
+    **{"--mode": "windows|rolling", "--permute": "entries|rows", "--heat": "QUANTITY", "--scale": "C"},
+    **{"--top-percent": "PERCENT", "--revision": "BRANCH", "--bits": "BITS"},
+}
+KINDS = {"<path>": "FILE", "<int>": "N", "<float>": "X", "<str>": "NAME"}  # by what typer shows
+
+
+def _with_form(words: str, option: Any) -> str:
+    """An option's names, as help lists them, with the form of its value."""
+    names, _, kind = words.rpartition(" ")
+    return f"{names} {VALUE_FORMS.get(option.opts[-1]) or KINDS[kind]}" if kind in KINDS else words
+
+
 class Command(TyperCommand):
-    """A verb whose options stand in the groups that options.py declares."""
+    """A verb whose options stand in the groups that options.py declares, each with the form of its value."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """As the documentation has them: MODEL, where typer puts braces around what is required."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 is_argument = parameter.param_type_name == "argument"
+                record = (str(parameter.metavar) if is_argument else _with_form(record[0], parameter), record[1])
                 title = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import open_checkpoint
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.progress import Progress
+from laser.differences.opened import open_model
 from laser.errors import DoubtWarning, UsageError
 from laser.files import write_atomically
 from laser.inventory import take_inventory
@@ -28,7 +28,7 @@ def info_verb(model: str, *, shown_as: options.Json) -> None:
     """`laser info`, whose arguments and help are in verbs.py."""
     with warnings.catch_warnings():  # what there is to doubt stands in the list
         warnings.simplefilter("ignore", DoubtWarning)
-        found = take_inventory(open_checkpoint(model))
+        found = take_inventory(open_model(model))
     if shown_as.as_json:
         return common.print_json(asdict(found))
     parts = [f"{n} layers" + (f" of {stack}" if stack != MAIN else "") for stack, n in found.layers.items()]
@@ -70,7 +70,7 @@ def null_verb(
     tested = [part for part in rules.split(",") if part]
     check_test(tested, permute, draws)
     chosen, where = which.selection(), on.choose()
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     with Progress("null", matrices) as bar:
         test = null_test(

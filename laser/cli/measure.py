@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.progress import Bar
+from laser.differences.opened import open_model
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.layout import NotByLayers
@@ -46,15 +47,16 @@ def eval_verb(
     def ready(name: str) -> Perplexity | tuple[Checkpoint, Windows]:
         if Path(name).suffix.lower() == ".json":
             return Perplexity.load(Path(name))
-        checkpoint = open_checkpoint(name, "weights")
+        checkpoint = open_model(name, "weights")
         return checkpoint, text.cut(read, checkpoint, bos=False if no_bos else None, mode=mode)
 
     def measure(checkpoint: Checkpoint, windows: Windows, placed: Placement) -> Perplexity:
         try:
-            with Bar(f"eval {checkpoint.name}", len(windows.windows) if not placed.stream else None) as bar:
+            unit = "layers" if placed.stream or checkpoint.remade else "windows"
+            with Bar(f"eval {checkpoint.name}", unit=unit) as bar:
                 return evaluate(
                     checkpoint, windows, stream=placed.stream, dtype=dtype, device=where.torch_device,
-                    store=placed.store(), tick=lambda: bar.update(),
+                    store=placed.store(), tick=lambda: bar.update(), expect=bar.expect,
                 )  # fmt: skip
         except NotByLayers as error:
             if stream is None:  # it was memory that asked for it

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from laser.choices import ACCEPT, DEVICES, WINDOW
 from laser.cli import common
+from laser.cli.recipe import configure
 from laser.errors import OutputError, UsageError
 from laser.evaluation.lm_tasks import TASKS
 from laser.evaluation.rows import holds_rows
@@ -57,7 +59,7 @@ def declared(group: type[Any]) -> list[inspect.Parameter]:
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb as the command line calls it: with the options of its groups, the parameters that are dataclasses.
 
-    Raises ValueError for an option that it has twice.
+    And with --config, which every verb has. Raises ValueError for an option that it has twice.
     """
     groups: dict[str, type[Any]] = {}
     options: list[inspect.Parameter] = []
@@ -68,9 +70,13 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
             options += declared(group)
         else:
             options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    options.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config))
+    flags = {parameter.name: flag for parameter in options if (flag := _flag(parameter))}
 
     @wraps(verb)
     def call(**given: Any) -> None:
+        common.called_with({flag: given[name] for name, flag in flags.items()})
+        del given["config"]
         objects = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         verb(**given, **objects)
 
@@ -78,9 +84,21 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _flag(parameter: inspect.Parameter) -> str | None:
+    """An option's name on the command line, without its dashes; None for an argument."""
+    for declared in get_args(parameter.annotation):
+        if isinstance(declared, OptionInfo):
+            given = (declared.default, *(declared.param_decls or ()))  # typer takes the first name for a default
+            words = [word.partition("/")[0] for word in given if isinstance(word, str) and word.startswith("--")]
+            return words[0].removeprefix("--") if words else parameter.name.replace("_", "-")
+    return None
+
+
 # --- arguments, and options that stand alone --------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a Hub id, org/name[@revision].")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id org/name[@revision], or BASE+ADAPTER.")
+]
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base: checkpoint directory, or a Hub id, org/name[@revision].")
 ]
@@ -93,6 +111,12 @@ Copy = Annotated[
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tune of it, likewise.")]
 SpectraFile = Annotated[Path, typer.Argument(metavar="SPECTRA", help="File written by laser scan.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by laser reduce or laser run.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", is_eager=True, callback=configure, metavar="FILE", help="Options as YAML or TOML: option: value."
+    ),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file or directory to write.")]
 SpectraOut = Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")]
 NullDraws = Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")]
@@ -197,10 +221,10 @@ class FromBase:
 
     def of(self, tuned: Checkpoint) -> Base | None:
         """The base that the tuned checkpoint is compared with, if one was named."""
-        from laser.checkpoint.reader import open_checkpoint
         from laser.differences.base import Base
+        from laser.differences.opened import open_model
 
-        return None if self.base is None else Base.of(open_checkpoint(self.base), tuned)
+        return None if self.base is None else Base.of(open_model(self.base), tuned)
 
 
 @dataclass(frozen=True)

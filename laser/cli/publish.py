@@ -13,9 +13,11 @@ from laser.checkpoint.reader import OUTCOME, Checkpoint, open_checkpoint
 from laser.cli import common, memory, options
 from laser.cli.common import say
 from laser.cli.estimates import board_measuring, measuring_line
-from laser.cli.progress import Checking
+from laser.cli.progress import Bar, Checking
+from laser.differences.opened import open_model
 from laser.errors import RecordError, UsageError
 from laser.evaluation.leaderboard import Leaderboard, require_leaderboard, require_request, run_leaderboard
+from laser.evaluation.lm_tasks import TASKS
 from laser.files import tidy_up, unfinished
 from laser.outcome import Outcome
 from laser.records import agree, fingerprint_in
@@ -43,7 +45,7 @@ def leaderboard_verb(
     where = on.choose()
     if output is not None:
         work.claim(output, "leaderboard")
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     if output is None:
         if not (checkpoint.path / OUTCOME).is_file():
             raise UsageError(
@@ -137,10 +139,12 @@ def _measure_tasks(
     }
     for flag, value in given.items():
         words += [flag, str(value)] if value is not None else []
-    board = run_leaderboard(
-        checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
-        command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
-    )  # fmt: skip
+    with Bar(f"leaderboard {checkpoint.name}", len(tasks or TASKS), unit="tasks") as bar:
+        board = run_leaderboard(
+            checkpoint, tasks=tasks, limit=limit, data=data, device=device, dtype=dtype, batch_size=batch_size,
+            command=shlex.join(words), journal=unfinished(output), anew=anew, known=_there(output) if again else None,
+            tick=lambda score: bar.update(now=f"{score.task} measured"),
+        )  # fmt: skip
     board = replace(board, model=name or board.model)
     board.save(output)
     tidy_up(unfinished(output), output)
@@ -197,7 +201,7 @@ def card_verb(
         require_shards(output, check)
     written = write_card(
         output,
-        open_checkpoint(source, "files") if source is not None else None,
+        open_model(source, "files") if source is not None else None,
         name=name,
         base_model=base_model,
         hash_source=hash_source,

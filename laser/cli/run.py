@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser.checkpoint.at_rest import OPTIONS_FILE
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
 from laser.cli.estimates import board_measuring, chosen_of, print_dry_run, print_outcome, search_measuring
 from laser.cli.progress import Checking, Progress
 from laser.cli.publish import leaderboards
+from laser.cli.recipe import resolved
 from laser.cli.search import (
     NO_DATA,
     check_objective,
@@ -28,6 +31,7 @@ from laser.cli.search import (
     searched_of,
 )
 from laser.differences.base import Base
+from laser.differences.opened import open_model
 from laser.engine.cost import Measuring, Meter, estimate_cost
 from laser.engine.crew import Crew
 from laser.errors import UsageError
@@ -36,6 +40,7 @@ from laser.evaluation.objective import Objective
 from laser.evaluation.placement import Placement
 from laser.evaluation.streaming import LayeredModel, require_dtype
 from laser.evaluation.text import Text, load_tokenizer
+from laser.files import write_atomically
 from laser.flow import require_same_run, run_flow
 from laser.pipeline import records_of, require_base_apart
 from laser.plan import Plan, Treatment, make_plan
@@ -98,7 +103,7 @@ def run_verb(
     draws = max((draws_needed(each, base.base is not None) for each in rules), default=0)
     method = compute.truncating(crew)
     texts, known = text.read(), moments.load()
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     compared = base.of(checkpoint)
     require_base_apart(compared, output)
     begun = require_place(checkpoint, output, resume=work.resume, force=work.force)
@@ -179,6 +184,12 @@ def run_verb(
         return
 
     def choose(spectra: Spectra) -> Plan:
+        scanned.close()
+        plan = chosen_by(spectra)
+        reduced.append(bars.enter_context(Progress("reduce", [m for m in visited if m.name in plan.reductions])))
+        return plan
+
+    def chosen_by(spectra: Spectra) -> Plan:
         if measure is None:
             return planned(spectra)
         result = search_with_bar(
@@ -192,18 +203,22 @@ def run_verb(
             print_search(result)
         return result.plan
 
+    found = {"search": searching, "rule": wanted, "lowest-snr": count or "all", "leaderboard": board is not None}
+    command = _run_command(model, checkpoint, output, compared)
+    again = resolved(common.options_now(), found, checkpoint.name)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching or scale_in(wanted) is not None else estimated.visit_seconds
     if (count or known) and seconds is not None:
         share = min((count or len(matrices)) / max(len(matrices), 1), 1.0)
         seconds = estimated.scan_seconds + estimated.reduce_seconds * share
+    reduced: list[Progress] = []  # its bar, once it is known what is reduced
     visited = matrices if compared is None else list_matrices(checkpoint)
     with (
-        Progress("scan", visited) as scanned,
-        Progress("reduce", matrices) as reduced,
+        ExitStack() as bars,
         Checking() as check,
         writing(checkpoint, output, resume=work.resume, force=work.force) as place,
     ):
+        scanned = bars.enter_context(Progress("scan", visited))
         result = run_flow(
             checkpoint,
             place,
@@ -212,15 +227,15 @@ def run_verb(
             **of_run,
             resume=True,
             name=output.resolve().name,
-            command=_run_command(checkpoint, output, compared),
+            command=command,
             on_scan=scanned,
-            on_reduce=reduced,
+            on_reduce=lambda matrix, _: reduced[0](matrix) if reduced else None,
             on_check=check,
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            command = (_run_command(checkpoint, output, compared),)
-            write_card(place, checkpoint, name=output.resolve().name, commands=command)
+            write_card(place, checkpoint, name=output.resolve().name, commands=(command,))
+        write_atomically(place / OPTIONS_FILE, again)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
 
@@ -256,14 +271,19 @@ def _search_measure(
     return _Measure(layered, placed, calibration, reported)
 
 
-def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
+def _run_command(model: str, checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
     """The command line that makes the output: as it was given, without folders of this machine.
 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
     undisturbed one.
     """
-    models = {each.path: each.name for each in (checkpoint, *([base.checkpoint] if base else ()))}
+    both = (checkpoint, *([base.checkpoint] if base else ()))
+    models = {each.path: (each.origin if each.origin and each.on_top else each).name for each in both}
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
+    given_as = {model: checkpoint, str(common.options_now().get("base")): base and base.checkpoint}
+    names |= {word: each.name for word, each in given_as.items() if each and each.on_top}  # no folder is called so
+    if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
+        names[str(config)] = OPTIONS_FILE
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
     words = [names.get(w) or models.get(Path(w).resolve(), w) for w in given]
     return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.packed import require_unpacked
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.choices import OF_DIFFERENCES
 from laser.cli import common, memory, options
 from laser.cli.common import say
@@ -16,6 +16,7 @@ from laser.cli.estimates import print_dry_run, search_measuring
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
 from laser.differences.difference import RULE
+from laser.differences.opened import open_model
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.evaluate import check_vocabulary
@@ -96,7 +97,7 @@ def search_verb(
         tidy_spectra(spectra)
     texts, known = text.read(dataset.dataset), moments.load()
     # Before the scan: what cannot be measured is not worth one.
-    checkpoint = open_checkpoint(model, "files" if work.dry_run else "weights")
+    checkpoint = open_model(model, "files" if work.dry_run else "weights")
     require_unpacked(checkpoint)
     compared = base.of(checkpoint)
     tokenizer, crew = load_tokenizer(checkpoint.path), Crew((where,))
@@ -218,13 +219,16 @@ def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
     kept: list[bool] = []
     with Bar("search", unit="trials") as bar:
 
+        def so_far() -> str:
+            return f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected"
+
         def tick(trial: Trial, to_come: int) -> None:
             kept.append(trial.accepted)
-            told = f"{sum(kept)} kept, {len(kept) - sum(kept)} rejected; {trial.label} {trial.stated()}"
-            bar.update(now=f"{told} {'kept' if trial.accepted else 'rejected'}", total=len(kept) + to_come)
+            decided = f"{trial.label} {trial.stated()} {'kept' if trial.accepted else 'rejected'}"
+            bar.update(now=f"{so_far()}; {decided}", to_come=to_come)
 
         def told(piece: int, last: int, alive: int) -> None:
-            bar.update(0, f"piece {piece} of {last}, {alive} at a time")
+            bar.update(0, f"{so_far()}; piece {piece} of {last}, {alive} at a time")
 
         try:
             return search_plan(*arguments, tick=tick, told=told, **how)

@@ -221,8 +221,10 @@ def devices(
 
 
 def eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, or its eval.json.")],
-    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="Compare this one with MODEL.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint directory, Hub id, BASE+ADAPTER, or its eval.json.")
+    ],
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Compare this one with MODEL.")] = None,
     *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
     text: options.WindowOptions,

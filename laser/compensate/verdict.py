@@ -52,11 +52,21 @@ def judge_correction(
     dtype: str = "float32",
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> HeldOut:
     """All three, a layer's weights in memory at a time. adapter: its safetensors file. Raises as `evaluate`."""
     models = (original, copy, with_adapter(copy, adapter, slots))
     before, worse, after = (
-        evaluate(model, windows, stream=True, dtype=dtype, device=device, tick=tick) for model in models
+        evaluate(
+            model,
+            windows,
+            stream=True,
+            dtype=dtype,
+            device=device,
+            tick=tick,
+            expect=lambda pieces: expect(pieces * len(models)),
+        )
+        for model in models
     )
     sizes = (size_of(original), size_of(copy), size_of(copy) + adapter.stat().st_size)
 

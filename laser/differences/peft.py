@@ -12,21 +12,25 @@ So is a packed base: what is merged into its plain numbers could not be stored a
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
+from laser.checkpoint.fingerprint import stamp_of
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint
-from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header
+from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, OnTop
+from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header, sha256_of
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
@@ -53,7 +57,7 @@ OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "
 # Where training began from the base's own weights. PiSSA, OLoRA and others put what A and B do not hold in their place.
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # What tells of a base's own weights, and not of those that are written.
-LEFT_BEHIND = ("README.md", OUTCOME)
+LEFT_BEHIND = (CARD, OPTIONS_FILE, OUTCOME)
 
 
 @dataclass(frozen=True)
@@ -297,6 +301,83 @@ def _as_pattern(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
+def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = None) -> tuple[Shard, ...]:
+    """The base's shards with the adapter merged, which no file holds: the same headers, and one tensor in memory.
+
+    formula: of all of it; None: those of PEFT.
+    """
+    factor = lru_cache(KEPT_FACTORS)(lambda name: adapter.tensor(name).float())
+
+    parts: dict[str, list[Matrix]] = {}
+    for m in list_matrices(base):
+        if m.name in adapter.experts:
+            parts.setdefault(m.tensor, []).append(m)
+    changed = adapter.updates.keys() | parts.keys() | adapter.saved.keys()
+
+    def merged(W: torch.Tensor, lora: Lora, rows: torch.Tensor | None = None) -> torch.Tensor:
+        how = Formula(formula or PEFT_FORMULAS[lora.place.group], lora.scale)
+        X = adapter.product(lora, factor)
+        return how.merge(W, X if rows is None else X[rows], W.dtype)
+
+    def tensor(info: TensorInfo) -> torch.Tensor:
+        if info.name in adapter.updates:
+            return merged(base.raw(info.name), adapter.updates[info.name])
+        if info.name in adapter.saved:
+            return adapter.tensor(adapter.saved[info.name]).to(TORCH[info.dtype])
+        whole = base.raw(info.name)
+        for m in parts[info.name]:
+            lora = adapter.experts[m.name]
+            W = whole if m.part is None else m.part.of(whole)
+            new = merged(W, lora, rows_in_parameter(m, lora.place))
+            if m.part is None:
+                whole = new
+            else:
+                m.part.put(whole, new)
+        return whole
+
+    def made(shard: Shard) -> Shard:
+        # Of experts in one tensor each matrix is read by itself, and the tensor made once for all of them.
+        lock, last = Lock(), dict[str, torch.Tensor]()
+
+        def once(info: TensorInfo) -> torch.Tensor:
+            if info.name not in parts or parts[info.name][0].part is None:
+                return tensor(info)
+            with lock:
+                if info.name not in last:
+                    last.clear()
+                    last[info.name] = tensor(info)
+                return last[info.name]
+
+        def data(start: int, end: int) -> Iterator[memoryview]:
+            at = start
+            for info in shard.tensors[bisect_right(shard.tensors, start, key=lambda t: t.end) :]:
+                if info.start >= end:
+                    break
+                if info.name in changed:
+                    yield from pieces(shard, at, max(at, info.start))  # what lies before it is the base's
+                    low, at = max(start, info.start), min(end, info.end)
+                    yield bytes_of(once(info))[low - info.start : at - info.start]
+            yield from pieces(shard, at, end)
+
+        return replace(shard, data=data, whole=None, stamp=None)
+
+    return tuple(map(made, base.shards))
+
+
+def with_adapter_merged(base: Checkpoint, folder: Path) -> Checkpoint:
+    """BASE+ADAPTER, as `merge_streamed` would write it, seen without writing it. Raises as `open_adapter`.
+
+    Its identity is that of both, by the sha256 of the adapter's files.
+    """
+    folder = folder.resolve()
+    files = [folder / CONFIG, folder / MODEL]
+    stamps = {file: stamp_of(file) for file in files}
+    adapter = open_adapter(folder, base)
+    on_top = OnTop(folder.name, {f"{folder.name}/{file.name}": sha256_of(file) for file in files}, stamps)
+    shards = merged_shards(base, adapter)
+    return replace(base, shards=shards, hub=None, origin=base, remade=True, on_top=on_top)
+
+
 def merge_streamed(
     base: Checkpoint,
     folder: Path,
@@ -311,45 +392,7 @@ def merge_streamed(
     as `open_adapter`, and OutputError where `out` cannot be written.
     """
     adapter = open_adapter(folder, base)
-    factor = lru_cache(KEPT_FACTORS)(lambda name: adapter.tensor(name).float())
-
-    parts: dict[str, list[Matrix]] = {}
-    for m in list_matrices(base):
-        if m.name in adapter.experts:
-            parts.setdefault(m.tensor, []).append(m)
-
-    def merged(W: torch.Tensor, lora: Lora, rows: torch.Tensor | None = None) -> torch.Tensor:
-        how = Formula(formula or PEFT_FORMULAS[lora.place.group], lora.scale)
-        X = adapter.product(lora, factor)
-        return how.merge(W, X if rows is None else X[rows], W.dtype)
-
-    def tensor(info: TensorInfo) -> Iterator[memoryview]:
-        dtype = TORCH.get(info.dtype)
-        if dtype is not None and info.name in adapter.updates:
-            yield bytes_of(merged(base.raw(info.name), adapter.updates[info.name]))
-        elif dtype is not None and info.name in parts:
-            whole = base.raw(info.name)
-            for m in parts[info.name]:
-                lora = adapter.experts[m.name]
-                W = whole if m.part is None else m.part.of(whole)
-                new = merged(W, lora, rows_in_parameter(m, lora.place))
-                if m.part is None:
-                    whole = new
-                else:
-                    m.part.put(whole, new)
-            yield bytes_of(whole)
-        elif dtype is not None and info.name in adapter.saved:
-            yield bytes_of(adapter.tensor(adapter.saved[info.name]).to(dtype))
-        else:
-            yield from pieces(base.shard_of(info.name), info.start, info.end)
-
-    def made(shard: Shard) -> Shard:
-        def data(start: int, end: int) -> Iterator[memoryview]:
-            yield from tensor(next(info for info in shard.tensors if (info.start, info.end) == (start, end)))
-
-        return replace(shard, data=data)
-
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
-    written = replace(base, shards=tuple(map(made, base.shards)))
+    written = replace(base, shards=merged_shards(base, adapter, formula))
     write_directory(written, out, files, tick=tick, check=lambda: require_unchanged(base))
     return adapter.weights

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
@@ -791,7 +792,7 @@ def _put_together(base: Base, delta: Delta, partial: Path, entries: Sequence[Mat
 def side_files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The files beside a checkpoint's weights, and in folders there, that belong to the model; and its index."""
     files = {inside.as_posix(): own for inside, own in travelling(checkpoint)[0].items()}
-    for name in ("README.md", OUTCOME):
+    for name in (CARD, OPTIONS_FILE, OUTCOME):
         if (own := own_file(checkpoint.path, checkpoint.path / name)) is not None:
             files[name] = own
     found = {name: read_regular(files[name], follow=False) for name in sorted(files)}

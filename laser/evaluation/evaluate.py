@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from laser.checkpoint.reader import Checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import require_unchanged
+from laser.differences.opened import opened_model
 from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
 from laser.evaluation.as_stored import as_stored
@@ -29,26 +30,30 @@ def evaluate(
     device: torch.device | str = "cpu",
     store: Store | None = None,
     tick: Callable[[], None] = lambda: None,
+    expect: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
     """Loss and standard error of `checkpoint` on `windows`.
 
     In memory the model is transformers' own `from_pretrained`, called window by window. With `stream` one layer's
     weights are in memory at a time and every window passes through it; the result is equal to 1e-6 in float32. Packed
     weights always go that way: laser unpacks them, whether or not transformers can. `tick` is called per window, or per
-    piece when streaming. Raises UsageError for what is no causal language model, a token
-    beyond the embedding, windows beyond learned positions or a model that cannot be streamed, CheckpointError for
-    weights that are missing, NumericalError for a loss that is not finite.
+    piece when streaming, and before that `expect` with how many these will be.
+    Raises UsageError for what is no causal language model, a token beyond the embedding, windows beyond learned
+    positions or a model that cannot be streamed, CheckpointError for weights that are missing, NumericalError for a
+    loss that is not finite.
     """
-    checkpoint = opened_checkpoint(checkpoint)
+    checkpoint = opened_model(checkpoint)
     check_vocabulary(checkpoint, windows)
     weights = checkpoint.fingerprint.stated()
-    if stream or checkpoint.packed:
+    if stream or checkpoint.remade:
         model = LayeredModel(checkpoint, dtype=dtype, device=device, store=store)
+        expect(model.pieces)
         sums = model.losses(windows.windows, tick).sums
     else:
         whole = load_whole(checkpoint, dtype).to(device)
         check_whole(checkpoint, whole, windows.windows, dtype)
         with running(checkpoint, "try another --window, or --dtype"):
+            expect(len(windows.windows))
             sums = whole_losses(whole, windows, tick)
     require_unchanged(checkpoint)
     stated = {"model": checkpoint.name, "identity": checkpoint.identity, "weights": weights}

@@ -351,6 +351,11 @@ def require_leaderboard(
     With `counted` also how much it is, from every row and the prompts of a few; else None. Raises as `run_leaderboard`
     does, for lm-eval, the model's kind, its tokenizer, and rows that are missing.
     """
+    if checkpoint.on_top is not None:
+        raise UsageError(
+            f"{checkpoint.name} is merged as it is read, and lm-eval has to load it; make it with laser rebuild, or "
+            "leave the leaderboard out"
+        )
     chosen, packaged = _asked(checkpoint, tasks, limit, data), Path(_lm_eval("tasks").__path__[0])
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = tokens = 0.0

@@ -575,6 +575,11 @@ class LayeredModel:
                 )
         check_causal(self.checkpoint, layered[1], layered[2], self.dtype)
 
+    @property
+    def pieces(self) -> int:
+        """Of a whole pass: the embedding, each layer, and the head."""
+        return self.layers + 2
+
     def losses(self, windows: Sequence[Window], tick: Callable[[], None] = lambda: None) -> Scores:
         """A whole pass. `tick` is called after each piece."""
         activations = self.embed(windows)

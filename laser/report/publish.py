@@ -170,7 +170,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
     path = checkpoint.path
     hub_id, revision = hub_origin(path)
     shards = {}
-    for shard in checkpoint.shards:
+    for shard in checkpoint.shards if checkpoint.on_top is None else ():  # then no file holds them
         blob = shard.path.resolve().name
         if re.fullmatch(r"[0-9a-f]{64}", blob):
             shards[shard.name] = blob

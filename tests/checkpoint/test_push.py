@@ -81,6 +81,15 @@ def test_an_output_is_uploaded_and_again_without_sending(hub: Hub, out: Path, ru
     assert (hub.repos[ID].commit, len(hub.put)) == (commit, sent)
 
 
+@pytest.mark.parametrize("place", ["text.txt", "/home/me/text.txt", "~/text.txt", "'/home/me/a: b'", "ray://box:10001"])
+def test_options_are_published_unless_they_name_a_place_of_this_machine(
+    hub: Hub, out: Path, run: Run, place: str
+) -> None:
+    (out / "laser.yaml").write_text(f"# laser run m -o OUT\nrule: mp-edge\ntext: {place}\nwindow: 512\n")
+    assert run("push", out, ID)[0] == 0
+    assert ("laser.yaml" in hub.repos[ID].files) == (place == "text.txt") and "laser.json" in hub.repos[ID].files
+
+
 def test_what_is_not_finished_is_not_uploaded(hub: Hub, out: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert "is not a finished output of laser" in refused(run, tmp_path / "folder", ID)

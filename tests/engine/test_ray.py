@@ -213,7 +213,7 @@ def test_from_a_machine_outside_of_the_cluster(cluster: Any, pico: Path, tmp_pat
     if done.returncode and any(failure in told for failure in ("startup failed", "Timeout waiting for channel")):
         pytest.skip(f"Ray did not start its server for a client: {done.stderr}\n{told}")
     assert done.returncode == 0, done.stderr
-    assert run_flow("scan", pico, "-o", here)[0] == 0 and there.read_bytes() == here.read_bytes()
+    assert run("scan", pico, "-o", here)[0] == 0 and there.read_bytes() == here.read_bytes()
 
 
 ABORTED = (

@@ -1,0 +1,54 @@
+"""Open a model as people name it: a checkpoint, or BASE+ADAPTER, a base with a PEFT adapter merged as it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laser.checkpoint.hub import fetched
+from laser.checkpoint.reader import Checkpoint, by_whole_shards, open_checkpoint
+from laser.differences.peft import with_adapter_merged
+from laser.differences.unmerge import CONFIG, MODEL, is_recorded
+from laser.errors import CheckpointError, UsageError
+
+
+def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
+    """As `open_checkpoint`, also of BASE+ADAPTER, each a directory or a Hub id. What is called so itself goes first.
+
+    The merge is that of `laser rebuild`, one matrix at a time. Raises UsageError for an adapter that cannot be merged.
+    """
+    whole = str(model)
+    if "+" not in whole or Path(whole).exists() or Path(whole).is_symlink():
+        return open_checkpoint(model, need)
+    base, folder = _parts_of_sum(whole)
+    if is_recorded(folder):
+        raise UsageError(
+            f"{folder} is what laser unmerge wrote, and merged alone it would leave out the remainder; make the "
+            f"fine-tune with laser rebuild {base} {folder} -o TUNED, and try that"
+        )
+    # Its other files lie in the snapshot of the base, where they are looked for.
+    opened = open_checkpoint(base, "files" if need == "ranges" else need)
+    return with_adapter_merged(by_whole_shards(opened), folder)
+
+
+def opened_model(model: Checkpoint | str | Path) -> Checkpoint:
+    """The checkpoint, opened where only its name is given."""
+    return model if isinstance(model, Checkpoint) else open_model(model)
+
+
+def _parts_of_sum(whole: str) -> tuple[str, Path]:
+    """The base's name and the adapter's folder. A name may hold a + itself: the first one behind which one lies."""
+    places = [(whole[:at], whole[at + 1 :]) for at, sign in enumerate(whole) if sign == "+"]
+    for base, adapter in places:
+        if (Path(adapter) / CONFIG).is_file():
+            return base, Path(adapter)
+    base, _, adapter = whole.partition("+")
+    if "+" in adapter:
+        raise UsageError(
+            f"{whole} names {len(places)} adapters, expected BASE+ADAPTER; merge one with laser rebuild first"
+        )
+    if not Path(adapter).exists() and (folder := fetched(adapter, (CONFIG, MODEL))) is not None:
+        return base, folder
+    raise CheckpointError(
+        f"no such model: {whole} is no directory, and {adapter or 'what follows the +'} is no PEFT adapter with "
+        f"{CONFIG}; try BASE+ADAPTER with the directory or Hub id of each"
+    )
