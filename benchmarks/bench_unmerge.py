@@ -1,14 +1,16 @@
 """How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
 
     python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
+    python benchmarks/bench_unmerge.py MODEL --named 'layers.3.*(q|gate)_proj' --ranks 64,128 --shares 2e-3,1e-2
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
 
 Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
-types. Beside the error stands that of the truncated SVD of the difference at the true rank, which is what
-mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are no adapters, and how many were called one.
---costs: seconds and peak memory of one matrix and of two at once. --end-to-end: a LoRA trained and merged by PEFT,
-taken apart, made again, and loaded by PEFT on the base (needs peft and transformers).
+types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
+difference at the true rank, which is what mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are
+no adapters, and how many were called one. --costs: seconds and peak memory of one matrix and of two at once.
+--end-to-end: a LoRA trained and merged by PEFT, taken apart, made again, and loaded by PEFT on the base (needs peft and
+transformers).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
+import re
 import resource
 import subprocess
 import sys
@@ -38,6 +42,7 @@ from laser.spectral.devices import HOST
 from laser.spectral.factorise import singular_values
 
 BF16 = torch.bfloat16
+CAVITY_ROUNDS = 26
 
 
 def low_rank(W: torch.Tensor, rank: int, share: float, seed: int, decay: float) -> torch.Tensor:
@@ -65,6 +70,44 @@ def truncation_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor) -> float
     return float(((U[:, :rank] * s[:rank]) @ Vh[:rank] - X).norm() / X.norm())
 
 
+def least_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor, rank: int, formula: Formula) -> float:
+    """The error of B A that the stored bits leave to the best guess there is, the mean of all that gives them.
+
+    Computed from the true X (m, n) by the cavity method (expectation propagation, Opper and Winther 2005): with V_ij
+    the variance of X_ij by all other entries, which the rows of B and the columns of A pass to each other, its error
+    is that of a normal law of variance V_ij cut off at the ends of the interval of X_ij. What no bit tells, the choice
+    of basis, is r^2 of the r (m + n) unknowns.
+    """
+    (m, n), (low, high) = X.shape, formula.cell(W, q)
+    X = X.double()
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    B, A = U[:, :rank] * s[:rank].sqrt(), Vh[:rank].T * s[:rank].sqrt()
+    drawn = torch.randn(m, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of_B = of_A = torch.full_like(X, float(X.square().mean()) / 2)
+    left = torch.zeros(())
+    for _ in range(CAVITY_ROUNDS):
+        V = of_B + of_A
+        left = variance_within(X - V.sqrt() * drawn, V, low, high)
+        told = 1 / left - 1 / V
+        to_B, to_A = told / (1 + told * of_A), told / (1 + told * of_B)
+        C = torch.linalg.inv((A.T * to_B[:, None]) @ A)  # of every row of B, (m, r, r)
+        E = torch.linalg.inv((B.T * to_A.T[:, None]) @ B)
+        x, y = ((A @ C) * A).sum(-1), ((B @ E) * B).sum(-1).T
+        of_B, of_A = ((old * new / (1 - (t * new).clamp(max=0.95))).sqrt()
+                      for old, new, t in ((of_B, x, to_B), (of_A, y, to_A)))  # fmt: skip
+    return float((left.sum() * (m + n - rank) / (m + n)).sqrt() / X.norm())
+
+
+def variance_within(mean: torch.Tensor, V: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Of normal laws (m, n) of these means and variances, between low and high."""
+    a, b = (low - mean) / V.sqrt(), (high - mean) / V.sqrt()
+    a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)  # so that the tail is the lower one
+    below, above = (torch.special.log_ndtr(x) for x in (a, b))
+    mass = above + torch.log1p(-torch.exp((below - above).clamp(max=-1e-12)))
+    one, other = (torch.exp(-x * x / 2 - mass) / math.sqrt(2 * math.pi) for x in (a, b))
+    return V * (1 + a * one - b * other - (one - other) ** 2).clamp(1e-12, 1 - 1e-12)
+
+
 def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> int:
     """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong."""
     heads = (
@@ -76,6 +119,7 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
         "rank exact",
         "none",
         "error",
+        "bound",
         "SVD",
         "missed",
         "rounds",
@@ -88,7 +132,7 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
         tuned = [merged(W, X, how) for W, X in zip(weights, drawn, strict=True)]
         changes = [changed(W, q) for W, q in zip(weights, tuned, strict=True)]
         voted, proven = vote(changes)
-        found, errors, others, missed, rounds, seconds = 0, [], [], [], [], 0.0
+        found, errors, bounds, others, missed, rounds, seconds = 0, [], [], [], [], [], 0.0
         for W, q, X, change in zip(weights, tuned, drawn, changes, strict=True):
             start = time.perf_counter()
             solution = recover(W, q, change, voted, proven)
@@ -98,13 +142,14 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
             found += solution.adapter.rank == rank
             off += solution.adapter.rank != rank
             errors.append(float((solution.adapter.rows(0, len(q)) - X).norm() / X.norm()))
+            bounds.append(least_error(W, q, X, rank, Formula(how)))
             others.append(truncation_error(W, q, X))
             missed.append(solution.share_wrong)
             rounds.append(solution.rounds)
         exact, none, n = sum(c.rank == rank for c in changes), len(weights) - len(errors), max(len(errors), 1)
         row = (rank, share, decay, how, f"{exact}/{len(weights)}", f"{found}/{len(errors)}", none,
-               f"{max(errors, default=0):.4f}", f"{sum(others) / n:.4f}", f"{max(missed, default=0):.1e}",
-               f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
+               f"{max(errors, default=0):.4f}", f"{max(bounds, default=0):.4f}", f"{sum(others) / n:.4f}",
+               f"{max(missed, default=0):.1e}", f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return off
 
@@ -268,6 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--matrices", type=int, default=4)
+    parser.add_argument("--named", default="", help="take the matrices in whose names this expression is found")
     parser.add_argument("--ranks", default="4,16,32")
     parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
     parser.add_argument("--refusals", type=int, default=0)
@@ -290,8 +336,10 @@ def main() -> None:
     checkpoint = open_checkpoint(asked.model)
     chosen = [m for m in list_matrices(checkpoint) if Selection().why_not(m) is None]
     step = max(len(chosen) // asked.matrices - 1, 1)  # of no whole number of layers: another role each time
-    weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen[1::step][: asked.matrices]]
-    print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen[1::step][: asked.matrices]))
+    named = [m for m in chosen if asked.named and re.search(asked.named, m.name)]
+    chosen = named or chosen[1::step][: asked.matrices]
+    weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen]
+    print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen))
     ranks, shares = [int(r) for r in asked.ranks.split(",")], [float(s) for s in asked.shares.split(",")]
     off = table(weights, ranks, shares)
     wrong = refusals(weights, asked.refusals)
