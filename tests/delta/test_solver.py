@@ -116,6 +116,20 @@ def test_zeros_subnormals_and_powers_of_two() -> None:
     assert found.share_wrong < 2e-3 and torch.isfinite(found.adapter.B).all()
 
 
+def test_an_entry_that_cancels_is_in_nobody_s_way() -> None:
+    """Where the update takes all of W away, the interval is shorter than a step of float32, in which it is met."""
+    W = weights(96, 80)
+    W[0, 0] = -(2.0**-12)
+    X = update(W, 3, 0.005, seed=0)
+    X *= -W[0, 0].float() * (1 + 2.0**-20) / X[0, 0]
+    q = merged(W, X)
+    low, high = ONCE.cell(W, q)
+    assert q[0, 0] and low.float()[0, 0] == high.float()[0, 0]
+    found = solve(W, q, 3, ONCE)
+    middle = polish(W, q, found)
+    assert middle.wrong <= found.wrong < 5 and error(middle, X) < 0.8 * error(found, X)
+
+
 def test_tiny_and_huge_matrices() -> None:
     """In the range of the format the solution goes along with a power of two."""
     W = weights(96, 80)
