@@ -5,10 +5,11 @@
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
 
-Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
-types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
+Adapters are random, flat or with directions that fall by --falls each; merged in bfloat16 by both formulas, in torch's
+own types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
 difference at the true rank, which is what mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are
-no adapters, and how many were called one. --costs: seconds and peak memory of one matrix and of two at once.
+no adapters, and how many were called one.
+--costs: seconds and peak memory of one matrix and of two at once.
 --end-to-end: a LoRA trained and merged by PEFT, taken apart, made again, and loaded by PEFT on the base (needs peft and
 transformers).
 """
@@ -42,7 +43,7 @@ from laser.spectral.devices import HOST
 from laser.spectral.factorise import singular_values
 
 BF16 = torch.bfloat16
-CAVITY_ROUNDS = 26
+CAVITY_ROUNDS = 12
 
 
 def low_rank(W: torch.Tensor, rank: int, share: float, seed: int, decay: float) -> torch.Tensor:
@@ -83,19 +84,21 @@ def least_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor, rank: int, fo
     U, s, Vh = torch.linalg.svd(X, full_matrices=False)
     B, A = U[:, :rank] * s[:rank].sqrt(), Vh[:rank].T * s[:rank].sqrt()
     drawn = torch.randn(m, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    of_B = of_A = torch.full_like(X, float(X.square().mean()) / 2)
+    of_B = of_A = torch.full_like(X, float(X.square().mean()) / 20 * rank * (m + n) / (m * n))
     left = torch.zeros(())
     for _ in range(CAVITY_ROUNDS):
         V = of_B + of_A
         left = variance_within(X - V.sqrt() * drawn, V, low, high)
         told = 1 / left - 1 / V
         to_B, to_A = told / (1 + told * of_A), told / (1 + told * of_B)
-        C = torch.linalg.inv((A.T * to_B[:, None]) @ A)  # of every row of B, (m, r, r)
-        E = torch.linalg.inv((B.T * to_A.T[:, None]) @ B)
-        x, y = ((A @ C) * A).sum(-1), ((B @ E) * B).sum(-1).T
-        of_B, of_A = ((old * new / (1 - (t * new).clamp(max=0.95))).sqrt()
-                      for old, new, t in ((of_B, x, to_B), (of_A, y, to_A)))  # fmt: skip
+        x, y = quadratic(A, to_B), quadratic(B, to_A.T).T
+        of_B, of_A = x / (1 - (to_B * x).clamp(max=0.95)), y / (1 - (to_A * y).clamp(max=0.95))
     return float((left.sum() * (m + n - rank) / (m + n)).sqrt() / X.norm())
+
+
+def quadratic(A: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """a_j^T C_i a_j (m, n) for the rows a_j of A (n, r), where C_i is the inverse of A^T diag(weights_i) A."""
+    return torch.stack([((A @ torch.linalg.inv((A.T * w) @ A)) * A).sum(1) for w in weights])
 
 
 def variance_within(mean: torch.Tensor, V: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -108,7 +111,7 @@ def variance_within(mean: torch.Tensor, V: torch.Tensor, low: torch.Tensor, high
     return V * (1 + a * one - b * other - (one - other) ** 2).clamp(1e-12, 1 - 1e-12)
 
 
-def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> int:
+def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float], falls: list[float]) -> int:
     """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong."""
     heads = (
         "rank",
@@ -127,7 +130,7 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
     )
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     off = 0
-    for rank, share, decay, how in itertools.product(ranks, shares, (1.0, 0.85), ("once", "delta-first")):
+    for rank, share, decay, how in itertools.product(ranks, shares, falls, ("once", "delta-first")):
         drawn = [low_rank(W, rank, share, seed, decay) for seed, W in enumerate(weights)]
         tuned = [merged(W, X, how) for W, X in zip(weights, drawn, strict=True)]
         changes = [changed(W, q) for W, q in zip(weights, tuned, strict=True)]
@@ -316,6 +319,7 @@ def main() -> None:
     parser.add_argument("--named", default="", help="take the matrices in whose names this expression is found")
     parser.add_argument("--ranks", default="4,16,32")
     parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
+    parser.add_argument("--falls", default="1,0.85", help="of each direction to the one before")
     parser.add_argument("--refusals", type=int, default=0)
     parser.add_argument("--costs", default="")
     parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
@@ -340,8 +344,11 @@ def main() -> None:
     chosen = named or chosen[1::step][: asked.matrices]
     weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen]
     print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen))
-    ranks, shares = [int(r) for r in asked.ranks.split(",")], [float(s) for s in asked.shares.split(",")]
-    off = table(weights, ranks, shares)
+    ranks, (shares, falls) = (
+        [int(r) for r in asked.ranks.split(",")],
+        ([float(x) for x in each.split(",")] for each in (asked.shares, asked.falls)),
+    )
+    off = table(weights, ranks, shares, falls)
     wrong = refusals(weights, asked.refusals)
     print(f"{off} of the ranks found are wrong; {wrong} of {asked.refusals} other changes were called adapters")
 

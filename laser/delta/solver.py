@@ -22,8 +22,8 @@ k t^2 / (1 + k t^2) is unknowns / entries, with k_ij the barrier's bend at X_ij.
 held, then the columns of A: each by a Newton step of r unknowns, lengthened, and shortened where it would leave an
 interval.
 
-The factors are kept on grids so coarse that the float64 product of any row and column is exact. Whatever sums in
-whatever order gives the same X then, on every device, and so does `merge`.
+Products of two numbers of float32 are exact in float64, and `rows` adds those of the r directions one after the other,
+entry by entry: the same X on every device, and so does `merge`.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ SMALLEST = 1e-6  # of the usual interval, and taken to be so long: one of a stor
 OF_STEP = 0.5  # at the most, of the way to the nearest end: of the smallest intervals the middle is needed
 POLISH_TRIES = 3  # a bit of an interval as small as the factors' last digits comes and goes from sweep to sweep
 BATCH = 1 << 22  # entries of a batch of rows, each with a copy of the held factor
-ENTRIES = 1 << 20  # that are worked on at a time, so that they stay in the cache
+ENTRIES = 1 << 20  # that are worked on at a time
+IN_CACHE = 1 << 16  # entries in float64 that stay there from direction to direction
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """X = B A: B (m, r) and A (r, n), float32 or less, on grids, on the host."""
+    """X = B A: B (m, r) and A (r, n), float32 or less, on the host."""
 
     B: torch.Tensor
     A: torch.Tensor
@@ -73,13 +74,17 @@ class Adapter:
         return len(self.A)
 
     def stored_as(self, dtype: torch.dtype) -> Adapter:
-        """In another format, whose numbers are on the same grids: to fewer digits they are rounded to multiples."""
         return Adapter(self.B.to(dtype), self.A.to(dtype))
 
-    def rows(self, start: int, stop: int, device: torch.device | None = None) -> torch.Tensor:
-        """Rows of X, (stop - start, n), float64: exact, see `on_grid`."""
-        B, A = (f.double() if device is None else f.to(device).double() for f in (self.B[start:stop], self.A))
-        return B @ A
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of X, (stop - start, n), float64, the sum in one order: bits depend on no library and no block."""
+        B, A = self.B[start:stop].double(), self.A.double()
+        X = B.new_zeros(len(B), A.shape[1])
+        size = max(1, IN_CACHE // max(A.shape[1], 1))
+        for a in range(0, len(B), size):
+            for b, direction in zip(B[a : a + size].T, A, strict=True):
+                X[a : a + size].add_(b[:, None] * direction)
+        return X
 
 
 @dataclass(frozen=True)
@@ -95,25 +100,6 @@ class Solution:
     @property
     def share_wrong(self) -> float:
         return self.wrong / self.entries
-
-
-def on_grid(B: torch.Tensor, A: torch.Tensor) -> Adapter:
-    """The factors with so few bits that every sum of products in B A is exact in float64, whatever its order.
-
-    The r factors of each side are multiples of one power of two, at most 2^b of it with 2 b + log2 r <= 53, and b no
-    more than the 24 bits of float32.
-    """
-    bits = min(24, (53 - math.ceil(math.log2(max(len(A), 1)))) // 2)
-
-    def coarse(x: torch.Tensor) -> torch.Tensor:
-        x = x.double()
-        largest = float(x.abs().max()) if x.numel() else 0.0
-        if not largest:
-            return x.float()
-        step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
-        return (torch.round(x / step) * step).float()
-
-    return Adapter(coarse(B).cpu().contiguous(), coarse(A).cpu().contiguous())
 
 
 def count_wrong(W: torch.Tensor, q: torch.Tensor, adapter: Adapter, formula: Formula) -> int:
@@ -169,7 +155,8 @@ def polish(W: torch.Tensor, q: torch.Tensor, found: Solution, device: Device = H
 
 
 def _solution(work: _State, W: torch.Tensor, q: torch.Tensor, formula: Formula, done: int) -> Solution:
-    adapter = on_grid(*work.factors())
+    B, A = (factor.float().cpu().contiguous() for factor in work.factors())
+    adapter = Adapter(B, A)
     return Solution(adapter, formula, count_wrong(W, q, adapter, formula), done, q.numel())
 
 
