@@ -1,14 +1,16 @@
 """How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
 
     python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
-    python benchmarks/bench_unmerge.py MODEL --named 'layers.3.*(q|gate)_proj' --ranks 64,128 --shares 2e-3,1e-2
+    python benchmarks/bench_unmerge.py MODEL --named '3.*(q|gate)_proj' --ranks 64,128 --shares 2e-3,1e-2
+    python benchmarks/bench_unmerge.py MODEL --named '3.*(q|gate)_proj' --ranks 8,16 --shares 2e-3,2e-2 --remainders
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
 
 Adapters are random, flat or with directions that fall by --falls each; merged in bfloat16 by both formulas, in torch's
 own types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
 difference at the true rank, which is what mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are
-no adapters, and how many were called one.
+no adapters, and how many were called one. --remainders: instead, what the remainder takes of merges in float32 and of
+two adapters merged one after the other.
 --costs: seconds and peak memory of one matrix and of two at once.
 --end-to-end: a LoRA trained and merged by PEFT, taken apart, made again, and loaded by PEFT on the base (needs peft and
 transformers).
@@ -37,7 +39,9 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
 from laser.delta.formulas import Formula
+from laser.delta.packing import pack, pack_some
 from laser.delta.recover import recover, vote
+from laser.delta.solver import wrong_bits
 from laser.selection import Selection
 from laser.spectral.devices import HOST
 from laser.spectral.factorise import singular_values
@@ -77,7 +81,8 @@ def least_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor, rank: int, fo
     Computed from the true X (m, n) by the cavity method (expectation propagation, Opper and Winther 2005): with V_ij
     the variance of X_ij by all other entries, which the rows of B and the columns of A pass to each other, its error
     is that of a normal law of variance V_ij cut off at the ends of the interval of X_ij. What no bit tells, the choice
-    of basis, is r^2 of the r (m + n) unknowns.
+    of basis, is r^2 of the r (m + n) unknowns. Exact for large matrices of low rank: at a rank of a fifth of a side it is a
+    tenth too much.
     """
     (m, n), (low, high) = X.shape, formula.cell(W, q)
     X = X.double()
@@ -111,8 +116,12 @@ def variance_within(mean: torch.Tensor, V: torch.Tensor, low: torch.Tensor, high
     return V * (1 + a * one - b * other - (one - other) ** 2).clamp(1e-12, 1 - 1e-12)
 
 
-def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float], falls: list[float]) -> int:
-    """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong."""
+def table(
+    weights: list[torch.Tensor], ranks: list[int], shares: list[float], falls: list[float], told: bool = False
+) -> int:
+    """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong.
+
+    told: the rank is that of other matrices, whose spectra prove it; else that of most of these."""
     heads = (
         "rank",
         "|BA|/|W|",
@@ -134,7 +143,7 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float], fa
         drawn = [low_rank(W, rank, share, seed, decay) for seed, W in enumerate(weights)]
         tuned = [merged(W, X, how) for W, X in zip(weights, drawn, strict=True)]
         changes = [changed(W, q) for W, q in zip(weights, tuned, strict=True)]
-        voted, proven = vote(changes)
+        voted, proven = (rank, True) if told else vote(changes)
         found, errors, bounds, others, missed, rounds, seconds = 0, [], [], [], [], [], 0.0
         for W, q, X, change in zip(weights, tuned, drawn, changes, strict=True):
             start = time.perf_counter()
@@ -155,6 +164,41 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float], fa
                f"{max(missed, default=0):.1e}", f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return off
+
+
+def remainders(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> None:
+    """Prints what the formula misses, and what that takes: in float32, and of two adapters of half the rank each.
+
+    least: the entropy of which entries are missed, and to which side, by an exact product of the very factors that were
+    merged; of two adapters by their sum, where R(W + X + e) for an e that is uniform on a step is a side of X's chance.
+    """
+    heads = ("merge", "matrix", "rank", "|BA|/|W|", "missed", "remainder", "least", "of the adapter", "of the matrix")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for kind, rank, share, W in itertools.product(("float32", "twice"), ranks, shares, weights):
+        generator = torch.Generator().manual_seed(rank)
+        if kind == "float32":  # with all of its digits
+            W = W.float() * (1 + 2**-9 * torch.randn(W.shape, generator=generator))
+            B, A = (torch.randn(shape, generator=generator) for shape in ((len(W), rank), (rank, W.shape[1])))
+            B *= share * W.norm() / (B @ A).norm()
+            q = W + B @ A
+            missed = float((Formula("once").merge(W, B.double() @ A.double(), q.dtype) != q).double().mean())
+            least = (missed - missed * math.log2(missed) - (1 - missed) * math.log2(1 - missed)) / 8
+        else:
+            one, other = (low_rank(W, rank // 2, share, seed, 1.0) for seed in (1, 2))
+            q = merged(merged(W, one, "once"), other, "once")
+            least = 1 / (2 * math.log(2)) / 8
+        found = recover(W, q, changed(W, q), rank, True)
+        row: tuple[object, ...] = (kind, f"{W.shape[0]}x{W.shape[1]}", rank, share)
+        if found is None:
+            whole = len(pack(q, W))
+            print(f"| {' | '.join(map(str, row))} | kept whole | {whole} B | | | {whole / q.nbytes:.1%} |", flush=True)
+            continue
+        at = wrong_bits(W, q, found.adapter, found.formula)
+        made = found.formula.merge(W, found.adapter.rows(0, len(W)), q.dtype).reshape(-1)
+        size = len(pack_some(at, q.reshape(-1)[at], made[at]))
+        adapter = found.adapter.A.nbytes + found.adapter.B.nbytes
+        row += (f"{len(at) / q.numel():.2%}", f"{size} B", f"{least * q.numel():.0f} B", f"{size / adapter:.1%}")
+        print(f"| {' | '.join(map(str, (*row, f'{size / q.nbytes:.1%}')))} |", flush=True)
 
 
 def no_adapters(W: torch.Tensor, number: int) -> tuple[str, torch.Tensor, torch.Tensor]:
@@ -320,6 +364,8 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,16,32")
     parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
     parser.add_argument("--falls", default="1,0.85", help="of each direction to the one before")
+    parser.add_argument("--told", action="store_true", help="the rank is known from other matrices")
+    parser.add_argument("--remainders", action="store_true")
     parser.add_argument("--refusals", type=int, default=0)
     parser.add_argument("--costs", default="")
     parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
@@ -348,7 +394,9 @@ def main() -> None:
         [int(r) for r in asked.ranks.split(",")],
         ([float(x) for x in each.split(",")] for each in (asked.shares, asked.falls)),
     )
-    off = table(weights, ranks, shares, falls)
+    if asked.remainders:
+        return remainders(weights, ranks, shares)
+    off = table(weights, ranks, shares, falls, asked.told)
     wrong = refusals(weights, asked.refusals)
     print(f"{off} of the ranks found are wrong; {wrong} of {asked.refusals} other changes were called adapters")
 
