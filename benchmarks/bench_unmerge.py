@@ -81,8 +81,8 @@ def least_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor, rank: int, fo
     Computed from the true X (m, n) by the cavity method (expectation propagation, Opper and Winther 2005): with V_ij
     the variance of X_ij by all other entries, which the rows of B and the columns of A pass to each other, its error
     is that of a normal law of variance V_ij cut off at the ends of the interval of X_ij. What no bit tells, the choice
-    of basis, is r^2 of the r (m + n) unknowns. Exact for large matrices of low rank: at a rank of a fifth of a side it is a
-    tenth too much.
+    of basis, is r^2 of the r (m + n) unknowns. Exact for large matrices of low rank; where the rank is a fifth of a
+    side it is a tenth too much.
     """
     (m, n), (low, high) = X.shape, formula.cell(W, q)
     X = X.double()
