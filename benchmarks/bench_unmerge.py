@@ -1,8 +1,8 @@
 """How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
 
     python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
-    python benchmarks/bench_unmerge.py MODEL --named '3.*(q|gate)_proj' --ranks 64,128 --shares 2e-3,1e-2
-    python benchmarks/bench_unmerge.py MODEL --named '3.*(q|gate)_proj' --ranks 8,16 --shares 2e-3,2e-2 --remainders
+    python benchmarks/bench_unmerge.py MODEL --named layers.3. --ranks 64,128 --shares 2e-3,1e-2
+    python benchmarks/bench_unmerge.py MODEL --named layers.3. --ranks 8,16 --shares 2e-3,2e-2 --remainders
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
 
