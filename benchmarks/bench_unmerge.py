@@ -5,13 +5,15 @@
     python benchmarks/bench_unmerge.py MODEL --named layers.3. --ranks 8,16 --shares 2e-3,2e-2 --remainders
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
+    python benchmarks/bench_unmerge.py MODEL --compare ADAPTER MERGED
 
 Adapters are random, flat or with directions that fall by --falls each; merged in bfloat16 by both formulas, in torch's
 own types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
 difference at the true rank, which is what mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are
 no adapters, and how many were called one. --remainders: instead, what the remainder takes of merges in float32 and of
 two adapters merged one after the other.
---costs: seconds and peak memory of one matrix and of two at once.
+--costs: seconds and peak memory of one matrix and of two at once. --compare: an adapter, of any tool, and the one that
+was merged: the errors of B A, module by module.
 --end-to-end: a LoRA trained and merged by PEFT, taken apart, made again, and loaded by PEFT on the base (needs peft and
 transformers).
 """
@@ -34,12 +36,14 @@ from typing import Any
 
 import smoke
 import torch
+from safetensors.torch import load_file
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.delta.difference import Change, Verdict, compare_tensors, judge_difference, whitened
 from laser.delta.formulas import Formula
 from laser.delta.packing import pack, pack_some
+from laser.delta.places import PEFT
 from laser.delta.recover import recover, vote
 from laser.delta.solver import wrong_bits
 from laser.selection import Selection
@@ -325,6 +329,7 @@ def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts
         start = time.perf_counter()
         subprocess.run([*laser, *map(str, words)], check=True)
         print(f"laser {words[0]}: {time.perf_counter() - start:.1f} s", flush=True)
+    compare(folder / "adapter", folder / "lora")
     again, tuned = (hashes(folder / name) for name in ("again", "tuned"))
     mine, theirs = (open_checkpoint(folder / name) for name in ("merged", "tuned"))
     off = sum(not torch.equal(mine.raw(name), theirs.raw(name)) for name in theirs.tensors)
@@ -352,6 +357,27 @@ def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts
     )
 
 
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """s B A of every module that a PEFT adapter is of."""
+    config, found = json.loads((folder / "adapter_config.json").read_text()), {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in (n for n in tensors if n.endswith(".lora_A.weight")):
+        module, A = name.removeprefix(PEFT).removesuffix(".lora_A.weight"), tensors[name].double()
+        alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
+        scale = alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+        found[module] = scale * tensors[name.replace(".lora_A.", ".lora_B.")].double() @ A
+    return found
+
+
+def compare(folder: Path, merged: Path) -> None:
+    ours, theirs = products(folder), products(merged)
+    errors = sorted(float((ours[m] - X).norm() / X.norm()) for m, X in theirs.items() if m in ours)
+    if not errors:
+        return print("no module is in both adapters")
+    told = ", ".join(f"{errors[int(at * (len(errors) - 1))]:.4f}" for at in (0.5, 0.9, 1.0))
+    print(f"error of B A in {len(errors)} of {len(theirs)} modules: median, 90 % and largest {told}")
+
+
 def hashes(folder: Path) -> set[str]:
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
@@ -370,6 +396,7 @@ def main() -> None:
     parser.add_argument("--costs", default="")
     parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
     parser.add_argument("--end-to-end", type=Path)
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("ADAPTER", "MERGED"))
     parser.add_argument("--modules", default="q_proj,k_proj,v_proj,o_proj")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--experts", type=int, default=2)
@@ -381,6 +408,8 @@ def main() -> None:
         return cost(*map(int, asked.cost.split("x")))
     if asked.costs:
         return costs(asked.costs.split(","), asked.model)
+    if asked.compare:
+        return compare(*asked.compare)
     if asked.end_to_end:
         return end_to_end(Path(asked.model), asked.end_to_end, asked.modules.split(","), asked.steps, asked.experts)
     checkpoint = open_checkpoint(asked.model)
