@@ -14,7 +14,7 @@ import torch
 from laser.checkpoint.slices import bytes_of
 from laser.errors import RecordError
 
-LEVEL, MEMORY = 6, 8  # zlib's own defaults
+LEVEL = 6  # zlib's own default
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,7 +85,7 @@ def _signed_first(z: torch.Tensor) -> torch.Tensor:
 def _deflated(bits: torch.Tensor, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> torch.Tensor:
     """Integers (count,), bytes of one significance after the others, packed. Z_FILTERED: of numbers, mostly small."""
     planes = bits.contiguous().view(torch.uint8).reshape(bits.numel(), bits.element_size()).T.contiguous()
-    deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, MEMORY, strategy)
+    deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
     data = deflater.compress(bytes_of(planes)) + deflater.flush()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 

@@ -53,9 +53,9 @@ HOPELESS = 0.03  # share of wrong bits at the first margin, over which no smalle
 POLISH_SWEEPS = 8  # of polishing, over B and A each; with 100 the error is 1 to 2 % of itself less
 LENGTHENED = 1.6  # Newton's step: B and A pull at each other, as in successive over-relaxation
 POLISHED = 2e-3  # share of wrong bits up to which there is a region to be in the middle of
-FEW = 4  # entries that the last try may lose, to the remainder
+MAY_LOSE = 4  # entries that the last try may lose, to the remainder
 NEAR_END = 1 - 1e-4  # of u: what is outside is pulled in as if it were this near to its end
-SMALLEST = 1e-6  # of the usual interval, and taken to be so long: one of a stored zero is 1e-40, which has no inverse
+SHORTEST = 1e-6  # of the usual interval, and taken to be so long: one of a stored zero is 1e-40, which has no inverse
 OF_STEP = 0.5  # at the most, of the way to the nearest end: of the smallest intervals the middle is needed
 POLISH_TRIES = 3  # a bit of an interval as small as the factors' last digits comes and goes from sweep to sweep
 BATCH = 1 << 22  # entries of a batch of rows, each with a copy of the held factor
@@ -149,7 +149,7 @@ def polish(W: torch.Tensor, q: torch.Tensor, found: Solution, device: Device = H
         device = in_float64(device)
         W_, q_ = (x.to(device.torch_device) for x in (W, q))
         work = _State(W_, q_, found.adapter.rank, found.formula, found.adapter)
-        for more in (0,) * (POLISH_TRIES - 1) + (FEW,):
+        for more in (0,) * (POLISH_TRIES - 1) + (MAY_LOSE,):
             work.to_the_middle()
             polished = _solution(work, W, q, found.formula, found.rounds)
             if polished.wrong <= found.wrong + more:
@@ -234,7 +234,7 @@ class _State:
         B, A = self.factors()
         L, R = B.to(self.low), A.T.to(self.low)
         middle, half = self.low.add(self.high).div_(2), self.high.sub_(self.low).div_(2)
-        half.clamp_(min=SMALLEST * float(half.median()))
+        half.clamp_(min=SHORTEST * float(half.median()))
         told, reach = self.unknowns / self.q.numel(), float(half.median())
         for _ in range(POLISH_SWEEPS):
             L, _ = _nearer(L, R, middle, half, reach)
