@@ -1,14 +1,21 @@
 """How exactly a merged adapter comes back: rank, error of B A, bits missed and seconds, on merges of real matrices.
 
     python benchmarks/bench_unmerge.py MODEL [--matrices 4] [--ranks 4,16,32] [--shares 1e-3,2e-3,1e-2] [--refusals 100]
+    python benchmarks/bench_unmerge.py MODEL --named layers.3. --ranks 64,128 --shares 2e-3,1e-2
+    python benchmarks/bench_unmerge.py MODEL --named layers.3. --ranks 8,16 --shares 2e-3,2e-2 --remainders
     python benchmarks/bench_unmerge.py MODEL --costs 576x576,1536x576,4096x4096
     python benchmarks/bench_unmerge.py MODEL --end-to-end FOLDER [--steps 20] [--experts 2]
+    python benchmarks/bench_unmerge.py MODEL --compare ADAPTER MERGED
 
-Adapters are random, flat or with directions that fall by 0.85 each; merged in bfloat16 by both formulas, in torch's own
-types. Beside the error stands that of the truncated SVD of the difference at the true rank, which is what
-mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are no adapters, and how many were called one.
---costs: seconds and peak memory of one matrix and of two at once. --end-to-end: a LoRA trained and merged by PEFT,
-taken apart, made again, and loaded by PEFT on the base (needs peft and transformers).
+Adapters are random, flat or with directions that fall by --falls each; merged in bfloat16 by both formulas, in torch's
+own types. Beside the error stands what the stored bits allow (`least_error`), and the error of the truncated SVD of the
+difference at the true rank, which is what mergekit-extract-lora and PEFT's conversion do. --refusals: changes that are
+no adapters, and how many were called one. --remainders: instead, what the remainder takes of merges in float32 and of
+two adapters merged one after the other.
+--costs: seconds and peak memory of one matrix and of two at once. --compare: an adapter, of any tool, and the one that
+was merged: the errors of B A, module by module.
+--end-to-end: a LoRA trained and merged by PEFT, taken apart, made again, and loaded by PEFT on the base (needs peft and
+transformers).
 """
 
 from __future__ import annotations
@@ -17,6 +24,8 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
+import re
 import resource
 import subprocess
 import sys
@@ -27,17 +36,22 @@ from typing import Any
 
 import smoke
 import torch
+from safetensors.torch import load_file
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import open_checkpoint
 from laser.differences.difference import Change, Verdict, compare_tensors, judge_difference, whitened
 from laser.differences.formulas import Formula
+from laser.differences.packing import pack, pack_some
+from laser.differences.places import PEFT
 from laser.differences.recover import recover, vote
+from laser.differences.solver import wrong_bits
 from laser.selection import Selection
 from laser.spectral.devices import HOST
 from laser.spectral.factorise import singular_values
 
 BF16 = torch.bfloat16
+CAVITY_ROUNDS = 12
 
 
 def low_rank(W: torch.Tensor, rank: int, share: float, seed: int, decay: float) -> torch.Tensor:
@@ -65,8 +79,53 @@ def truncation_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor) -> float
     return float(((U[:, :rank] * s[:rank]) @ Vh[:rank] - X).norm() / X.norm())
 
 
-def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> int:
-    """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong."""
+def least_error(W: torch.Tensor, q: torch.Tensor, X: torch.Tensor, rank: int, formula: Formula) -> float:
+    """The error of B A that the stored bits leave to the best guess there is, the mean of all that gives them.
+
+    Computed from the true X (m, n) by the cavity method (expectation propagation, Opper and Winther 2005): with V_ij
+    the variance of X_ij by all other entries, which the rows of B and the columns of A pass to each other, its error
+    is that of a normal law of variance V_ij cut off at the ends of the interval of X_ij. What no bit tells, the choice
+    of basis, is r^2 of the r (m + n) unknowns. Exact for large matrices of low rank; where the rank is a fifth of a
+    side it is a tenth too much.
+    """
+    (m, n), (low, high) = X.shape, formula.cell(W, q)
+    X = X.double()
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    B, A = U[:, :rank] * s[:rank].sqrt(), Vh[:rank].T * s[:rank].sqrt()
+    drawn = torch.randn(m, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    of_B = of_A = torch.full_like(X, float(X.square().mean()) / 20 * rank * (m + n) / (m * n))
+    left = torch.zeros(())
+    for _ in range(CAVITY_ROUNDS):
+        V = of_B + of_A
+        left = variance_within(X - V.sqrt() * drawn, V, low, high)
+        told = 1 / left - 1 / V
+        to_B, to_A = told / (1 + told * of_A), told / (1 + told * of_B)
+        x, y = quadratic(A, to_B), quadratic(B, to_A.T).T
+        of_B, of_A = x / (1 - (to_B * x).clamp(max=0.95)), y / (1 - (to_A * y).clamp(max=0.95))
+    return float((left.sum() * (m + n - rank) / (m + n)).sqrt() / X.norm())
+
+
+def quadratic(A: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """a_j^T C_i a_j (m, n) for the rows a_j of A (n, r), where C_i is the inverse of A^T diag(weights_i) A."""
+    return torch.stack([((A @ torch.linalg.inv((A.T * w) @ A)) * A).sum(1) for w in weights])
+
+
+def variance_within(mean: torch.Tensor, V: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Of normal laws (m, n) of these means and variances, between low and high."""
+    a, b = (low - mean) / V.sqrt(), (high - mean) / V.sqrt()
+    a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)  # so that the tail is the lower one
+    below, above = (torch.special.log_ndtr(x) for x in (a, b))
+    mass = above + torch.log1p(-torch.exp((below - above).clamp(max=-1e-12)))
+    one, other = (torch.exp(-x * x / 2 - mass) / math.sqrt(2 * math.pi) for x in (a, b))
+    return V * (1 + a * one - b * other - (one - other) ** 2).clamp(1e-12, 1 - 1e-12)
+
+
+def table(
+    weights: list[torch.Tensor], ranks: list[int], shares: list[float], falls: list[float], told: bool = False
+) -> int:
+    """Prints a row per rank, share, fall and formula; returns how many ranks came out wrong.
+
+    told: the rank is that of other matrices, whose spectra prove it; else that of most of these."""
     heads = (
         "rank",
         "|BA|/|W|",
@@ -76,6 +135,7 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
         "rank exact",
         "none",
         "error",
+        "bound",
         "SVD",
         "missed",
         "rounds",
@@ -83,12 +143,12 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
     )
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     off = 0
-    for rank, share, decay, how in itertools.product(ranks, shares, (1.0, 0.85), ("once", "delta-first")):
+    for rank, share, decay, how in itertools.product(ranks, shares, falls, ("once", "delta-first")):
         drawn = [low_rank(W, rank, share, seed, decay) for seed, W in enumerate(weights)]
         tuned = [merged(W, X, how) for W, X in zip(weights, drawn, strict=True)]
         changes = [changed(W, q) for W, q in zip(weights, tuned, strict=True)]
-        voted, proven = vote(changes)
-        found, errors, others, missed, rounds, seconds = 0, [], [], [], [], 0.0
+        voted, proven = (rank, True) if told else vote(changes)
+        found, errors, bounds, others, missed, rounds, seconds = 0, [], [], [], [], [], 0.0
         for W, q, X, change in zip(weights, tuned, drawn, changes, strict=True):
             start = time.perf_counter()
             solution = recover(W, q, change, voted, proven)
@@ -98,15 +158,51 @@ def table(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) ->
             found += solution.adapter.rank == rank
             off += solution.adapter.rank != rank
             errors.append(float((solution.adapter.rows(0, len(q)) - X).norm() / X.norm()))
+            bounds.append(least_error(W, q, X, rank, Formula(how)))
             others.append(truncation_error(W, q, X))
             missed.append(solution.share_wrong)
             rounds.append(solution.rounds)
         exact, none, n = sum(c.rank == rank for c in changes), len(weights) - len(errors), max(len(errors), 1)
         row = (rank, share, decay, how, f"{exact}/{len(weights)}", f"{found}/{len(errors)}", none,
-               f"{max(errors, default=0):.4f}", f"{sum(others) / n:.4f}", f"{max(missed, default=0):.1e}",
-               f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
+               f"{max(errors, default=0):.4f}", f"{max(bounds, default=0):.4f}", f"{sum(others) / n:.4f}",
+               f"{max(missed, default=0):.1e}", f"{sum(rounds) / n:.0f}", f"{seconds / len(weights):.1f}")  # fmt: skip
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return off
+
+
+def remainders(weights: list[torch.Tensor], ranks: list[int], shares: list[float]) -> None:
+    """Prints what the formula misses, and what that takes: in float32, and of two adapters of half the rank each.
+
+    least: the entropy of which entries are missed, and to which side, by an exact product of the very factors that were
+    merged; of two adapters by their sum, where R(W + X + e) for an e that is uniform on a step is a side of X's chance.
+    """
+    heads = ("merge", "matrix", "rank", "|BA|/|W|", "missed", "remainder", "least", "of the adapter", "of the matrix")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for kind, rank, share, W in itertools.product(("float32", "twice"), ranks, shares, weights):
+        generator = torch.Generator().manual_seed(rank)
+        if kind == "float32":  # with all of its digits
+            W = W.float() * (1 + 2**-9 * torch.randn(W.shape, generator=generator))
+            B, A = (torch.randn(shape, generator=generator) for shape in ((len(W), rank), (rank, W.shape[1])))
+            B *= share * W.norm() / (B @ A).norm()
+            q = W + B @ A
+            missed = float((Formula("once").merge(W, B.double() @ A.double(), q.dtype) != q).double().mean())
+            least = (missed - missed * math.log2(missed) - (1 - missed) * math.log2(1 - missed)) / 8
+        else:
+            one, other = (low_rank(W, rank // 2, share, seed, 1.0) for seed in (1, 2))
+            q = merged(merged(W, one, "once"), other, "once")
+            least = 1 / (2 * math.log(2)) / 8
+        found = recover(W, q, changed(W, q), rank, True)
+        row: tuple[object, ...] = (kind, f"{W.shape[0]}x{W.shape[1]}", rank, share)
+        if found is None:
+            whole = len(pack(q, W))
+            print(f"| {' | '.join(map(str, row))} | kept whole | {whole} B | | | {whole / q.nbytes:.1%} |", flush=True)
+            continue
+        at = wrong_bits(W, q, found.adapter, found.formula)
+        made = found.formula.merge(W, found.adapter.rows(0, len(W)), q.dtype).reshape(-1)
+        size = len(pack_some(at, q.reshape(-1)[at], made[at]))
+        adapter = found.adapter.A.nbytes + found.adapter.B.nbytes
+        row += (f"{len(at) / q.numel():.2%}", f"{size} B", f"{least * q.numel():.0f} B", f"{size / adapter:.1%}")
+        print(f"| {' | '.join(map(str, (*row, f'{size / q.nbytes:.1%}')))} |", flush=True)
 
 
 def no_adapters(W: torch.Tensor, number: int) -> tuple[str, torch.Tensor, torch.Tensor]:
@@ -233,6 +329,7 @@ def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts
         start = time.perf_counter()
         subprocess.run([*laser, *map(str, words)], check=True)
         print(f"laser {words[0]}: {time.perf_counter() - start:.1f} s", flush=True)
+    compare(folder / "adapter", folder / "lora")
     again, tuned = (hashes(folder / name) for name in ("again", "tuned"))
     mine, theirs = (open_checkpoint(folder / name) for name in ("merged", "tuned"))
     off = sum(not torch.equal(mine.raw(name), theirs.raw(name)) for name in theirs.tensors)
@@ -260,6 +357,27 @@ def end_to_end(base: Path, folder: Path, modules: list[str], steps: int, experts
     )
 
 
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """s B A of every module that a PEFT adapter is of."""
+    config, found = json.loads((folder / "adapter_config.json").read_text()), {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in (n for n in tensors if n.endswith(".lora_A.weight")):
+        module, A = name.removeprefix(PEFT).removesuffix(".lora_A.weight"), tensors[name].double()
+        alpha = (config.get("alpha_pattern") or {}).get(module, config["lora_alpha"])
+        scale = alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+        found[module] = scale * tensors[name.replace(".lora_A.", ".lora_B.")].double() @ A
+    return found
+
+
+def compare(folder: Path, merged: Path) -> None:
+    ours, theirs = products(folder), products(merged)
+    errors = sorted(float((ours[m] - X).norm() / X.norm()) for m, X in theirs.items() if m in ours)
+    if not errors:
+        return print("no module is in both adapters")
+    told = ", ".join(f"{errors[int(at * (len(errors) - 1))]:.4f}" for at in (0.5, 0.9, 1.0))
+    print(f"error of B A in {len(errors)} of {len(theirs)} modules: median, 90 % and largest {told}")
+
+
 def hashes(folder: Path) -> set[str]:
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
@@ -268,12 +386,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--matrices", type=int, default=4)
+    parser.add_argument("--named", default="", help="take the matrices in whose names this expression is found")
     parser.add_argument("--ranks", default="4,16,32")
     parser.add_argument("--shares", default="1e-3,2e-3,1e-2")
+    parser.add_argument("--falls", default="1,0.85", help="of each direction to the one before")
+    parser.add_argument("--told", action="store_true", help="the rank is known from other matrices")
+    parser.add_argument("--remainders", action="store_true")
     parser.add_argument("--refusals", type=int, default=0)
     parser.add_argument("--costs", default="")
     parser.add_argument("--cost", default="", help=argparse.SUPPRESS)
     parser.add_argument("--end-to-end", type=Path)
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("ADAPTER", "MERGED"))
     parser.add_argument("--modules", default="q_proj,k_proj,v_proj,o_proj")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--experts", type=int, default=2)
@@ -285,15 +408,24 @@ def main() -> None:
         return cost(*map(int, asked.cost.split("x")))
     if asked.costs:
         return costs(asked.costs.split(","), asked.model)
+    if asked.compare:
+        return compare(*asked.compare)
     if asked.end_to_end:
         return end_to_end(Path(asked.model), asked.end_to_end, asked.modules.split(","), asked.steps, asked.experts)
     checkpoint = open_checkpoint(asked.model)
     chosen = [m for m in list_matrices(checkpoint) if Selection().why_not(m) is None]
     step = max(len(chosen) // asked.matrices - 1, 1)  # of no whole number of layers: another role each time
-    weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen[1::step][: asked.matrices]]
-    print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen[1::step][: asked.matrices]))
-    ranks, shares = [int(r) for r in asked.ranks.split(",")], [float(s) for s in asked.shares.split(",")]
-    off = table(weights, ranks, shares)
+    named = [m for m in chosen if asked.named and re.search(asked.named, m.name)]
+    chosen = named or chosen[1::step][: asked.matrices]
+    weights = [checkpoint.read(m.tensor, m.part).to(BF16) for m in chosen]
+    print(", ".join(f"{m.name} {m.shape[0]}x{m.shape[1]}" for m in chosen))
+    ranks, (shares, falls) = (
+        [int(r) for r in asked.ranks.split(",")],
+        ([float(x) for x in each.split(",")] for each in (asked.shares, asked.falls)),
+    )
+    if asked.remainders:
+        return remainders(weights, ranks, shares)
+    off = table(weights, ranks, shares, falls, asked.told)
     wrong = refusals(weights, asked.refusals)
     print(f"{off} of the ranks found are wrong; {wrong} of {asked.refusals} other changes were called adapters")
 

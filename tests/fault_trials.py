@@ -136,6 +136,7 @@ PLAN = ("plan", "{spectra}", "-o", "p", "--rule")
 SCAN = ("scan", "{model}", "-o", "s", "--roles", "q,w2")
 HUNT = ("search", "{model}", "-o", "p", "--rules", "rank:4", "--roles", "q", "--text", "{text}", *WINDOWS, "--held-out-windows", "2")  # fmt: skip # noqa: E501
 UNMERGE = ("unmerge", "{model}", "o", "-o", "a")
+REBUILD = ("rebuild", "{model}", "a", "-o", "t")
 COMPENSATE = ("compensate", "{model}", "o", "-o", "a", "--roles", "q,w2", "--rank")
 VERBS = (
     Verb("scan", SCAN, ("s",)),
@@ -156,11 +157,12 @@ VERBS = (
     Verb("card", ("card", "o", "--source", "{model}"), ("o",), (REDUCE,)),
     Verb("delta", ("delta", "{model}", "o", "-o", "d"), ("d",), (REDUCE,)),
     Verb("unmerge", UNMERGE, ("a",), (REDUCE,)),
-    Verb("rebuild", ("rebuild", "{model}", "a", "-o", "t"), ("t",), (REDUCE, UNMERGE)),
+    Verb("rebuild", REBUILD, ("t",), (REDUCE, UNMERGE)),
     Verb("compensate", (*COMPENSATE, "2", "--plain"), ("a",), (REDUCE,)),
     Verb("compensate --text", (*COMPENSATE, "2", "--text", "{text}", *WINDOWS), ("a",), (REDUCE,), slow=True),
     _forced("compensate", (*COMPENSATE, "3", "--plain"), ("a",), REDUCE, (*COMPENSATE, "2", "--plain")),
     _forced("unmerge", UNMERGE, ("a",), REDUCE, ("unmerge", "{model}", "{model}", "-o", "a")),
+    _forced("rebuild", REBUILD, ("t",), REDUCE, UNMERGE, REBUILD),
     _forced("scan", (*SCAN, "--null", "1"), ("s",), SCAN),
     _forced("plan", (*PLAN, "rank:6"), ("p",), (*PLAN, "rank:4")),
     _forced("reduce", REDUCE, ("o",), (*ONE_PASS, "--lowest-snr", "1")),

@@ -174,22 +174,24 @@ def verify_rebuilt_verb(adapter: Path, output: Path, shown_as: options.Json) -> 
     common.tell_verified(found, f"{found.shards} shards and {found.files} other files as recorded", shown_as.as_json)
 
 
-def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, shown_as: options.Json) -> None:
+def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None, work: options.RecordOptions) -> None:
     """`laser rebuild`, whose arguments and help are in verbs.py."""
     start = time.perf_counter()
-    require_new(output)
+    if not (unfinished(output) / "old").exists():  # else an earlier output is put back first
+        require_new(output, work.force)
     checkpoint = open_checkpoint(base, "files")
     require_outside(checkpoint, output)
     if not is_recorded(adapter):
-        return _merge(checkpoint, adapter, output, formula, shown_as)
+        return _merge(checkpoint, adapter, output, formula, work)
     if formula is not None:
         raise UsageError(f"{adapter} says itself how it was merged; try without --formula {formula}")
     total = sum(shard.size for shard in Adapted(checkpoint, adapter).record.shards)
     with Bar("rebuild", total, size=True) as bar:
         common.to_write(output)
-        made = rebuild(checkpoint, adapter, output, tick=lambda t: bar.update(t.end - t.start, t.name))
+        how: dict[str, Any] = {"force": work.force, "tick": lambda t: bar.update(t.end - t.start, t.name)}
+        made = rebuild(checkpoint, adapter, output, **how)
     seconds = time.perf_counter() - start
-    if shown_as.as_json:
+    if work.as_json:
         return common.print_json({"output": str(output), **asdict(made), "seconds": seconds})
     say(
         f"{made.tensors} tensors in {made.shards} shards, {made.size / 1e6:.1f} MB, each shard's sha256 as recorded, "
@@ -197,16 +199,17 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     )
 
 
-def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, shown_as: options.Json) -> None:
+def _merge(base: Checkpoint, adapter: Path, output: Path, formula: str | None, work: options.RecordOptions) -> None:
     """An adapter without a record."""
     if formula is not None and formula not in FORMULA_NAMES:
         raise UsageError(f"no formula is called {formula!r}; try one of {', '.join(FORMULA_NAMES)}")
     start, total = time.perf_counter(), sum(shard.size for shard in base.shards)
     with Bar("merge", total, size=True) as bar:
         common.to_write(output)
-        changed = merge_streamed(base, adapter, output, formula, tick=lambda t: bar.update(t.end - t.start, t.name))
+        how: dict[str, Any] = {"force": work.force, "tick": lambda t: bar.update(t.end - t.start, t.name)}
+        changed = merge_streamed(base, adapter, output, formula, **how)
     seconds = time.perf_counter() - start
-    if shown_as.as_json:
+    if work.as_json:
         return common.print_json(
             {"output": str(output), "formula": formula or "peft", "changed": changed, "size": total, "seconds": seconds}
         )

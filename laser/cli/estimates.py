@@ -43,13 +43,15 @@ def print_dry_run(
     draws: int = 0,
     in_data: bool = False,
     measuring: Sequence[Measuring] = (),
+    scaled: bool = False,
 ) -> None:
     matrices = list_matrices(checkpoint)
     if message := doubts(checkpoint, matrices):
         warnings.warn(message, DoubtWarning, stacklevel=2)
     chosen.check(matrices)
     skipped = chosen.skipped(matrices)
-    print_estimate(checkpoint, chosen_of(matrices, chosen), crew, as_json, None, draws, in_data, skipped, measuring)
+    matrices_chosen = chosen_of(matrices, chosen)
+    print_estimate(checkpoint, matrices_chosen, crew, as_json, None, draws, in_data, skipped, measuring, scaled)
     kept = Counter(
         (m.stack if m.role not in PROTECTED else "", m.role) for m in matrices if m.is_matrix and chosen.why_not(m)
     )
@@ -68,8 +70,11 @@ def print_estimate(
     in_data: bool = False,
     skipped: Mapping[str, str] | None = None,
     measuring: Sequence[Measuring] = (),
+    scaled: bool = False,
 ) -> None:
-    """A row per kind of matrix, what scanning and reducing them would take, and what measuring the model would."""
+    """A row per kind of matrix, what scanning and reducing them would take, and what measuring the model would.
+
+    scaled: of differences that are scaled, which takes none of that."""
     estimated = estimate_cost(checkpoint, matrices, crew, ranks, draws, in_data)
     if as_json:
         return common.print_json(
@@ -93,12 +98,18 @@ def print_estimate(
         say(f"{name}: {why}")
     if skipped and len(skipped) > NAMED:
         say(f"and {len(skipped) - NAMED} more are skipped")
-    say(
-        f"{len(matrices)} matrices on {crew.label}: about {_duration(estimated.scan_seconds)} to scan, "
-        f"{_duration(estimated.reduce_seconds)} to reduce them all, {estimated.peak_bytes / 1e9:.2f} GB of memory "
-        f"at the peak besides the libraries, {estimated.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
-        f"({estimated.basis})"
-    )
+    if scaled:
+        say(
+            f"{len(matrices)} matrices on {crew.label}: a scale factorises nothing: it takes as long as to read both "
+            f"models and to write one; {estimated.disk_bytes / 1e9:.2f} GB of disk for the scaled copy"
+        )
+    else:
+        say(
+            f"{len(matrices)} matrices on {crew.label}: about {_duration(estimated.scan_seconds)} to scan, "
+            f"{_duration(estimated.reduce_seconds)} to reduce them all, {estimated.peak_bytes / 1e9:.2f} GB of memory "
+            f"at the peak besides the libraries, {estimated.disk_bytes / 1e9:.2f} GB of disk for a reduced copy "
+            f"({estimated.basis})"
+        )
     for each in measuring:
         say(measuring_line(each))
 

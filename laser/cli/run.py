@@ -178,9 +178,8 @@ def run_verb(
             )
         if board is not None and workload is not None:
             measuring.append(board_measuring(checkpoint, workload, board, here(), models=2))
-        print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring)
-        if not searching and scale_in(wanted) is not None and not work.as_json:
-            common.say("a scale factorises nothing: it takes as long as to read both models and to write one")
+        scaled = not searching and scale_in(wanted) is not None
+        print_dry_run(checkpoint, chosen, crew, work.as_json, draws, known is not None, measuring, scaled)
         return
 
     def choose(spectra: Spectra) -> Plan:

@@ -614,15 +614,16 @@ def rebuild(
             "--formula", help="Of another LoRA: once, delta-first or scaled-after; default: as PEFT merges it."
         ),
     ] = None,
-    shown_as: options.Json,
+    work: options.RecordOptions,
 ) -> None:
     """Make the fine-tune again from its base and what laser unmerge wrote: every shard byte for byte, or nothing.
 
-    A PEFT LoRA adapter without that record is merged as usual, with one matrix in memory.
+    A PEFT LoRA adapter without that record is merged as usual, with one matrix in memory. --force replaces an output
+    whose files have the same bytes, or what is left of it.
     """
     with loading():
         from laser.cli import adapters
-    adapters.rebuild_verb(base, adapter, output=output, formula=formula, shown_as=shown_as)
+    adapters.rebuild_verb(base, adapter, output=output, formula=formula, work=work)
 
 
 def compensate(

@@ -1,7 +1,8 @@
 """Bits packed without loss: what of a tensor an adapter does not give, or the whole of it.
 
-Against what is known, equal bits are zeros after an exclusive or, and of bits that are nearly equal the high bytes are.
-Bytes of one significance lie together, and zlib (RFC 1950) does the rest.
+Against what is known, bits are the difference as integers: 0 where they are equal, 1 or -1 where they are one step of
+the format apart. Of either sign a small difference is a small number: 0, -1, 1, -2 are written as 0, 1, 2, 3. Bytes of
+one significance lie together, and zlib (RFC 1950) does the rest.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from laser.checkpoint.slices import bytes_of
 from laser.errors import RecordError
 
 LEVEL = 6  # zlib's own default
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(q: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
     """The bits of q, uint8 of any length; against those of `known`, of the same dtype and shape, if that is given."""
     bits = _bits(q)
-    if known is not None:
-        bits = bits ^ _bits(known)
-    return _deflated(bits)
+    if known is None:
+        return _deflated(bits)
+    return _deflated(_signed_last(bits - _bits(known)), zlib.Z_FILTERED)
 
 
 def unpack(
@@ -34,7 +35,7 @@ def unpack(
         count *= size
     bits = _inflated(packed, count, dtype.itemsize)
     if known is not None:
-        bits = bits ^ _bits(known)
+        bits = _signed_first(bits) + _bits(known)
     return bits.view(dtype).reshape(shape)
 
 
@@ -44,7 +45,7 @@ def pack_some(positions: torch.Tensor, q: torch.Tensor, known: torch.Tensor) -> 
     The first 16 bytes hold the count and the length of the packed gaps between the positions.
     """
     gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
-    one, other = _deflated(gaps), pack(q, known)
+    one, other = _deflated(gaps, zlib.Z_FILTERED), pack(q, known)
     head = torch.tensor([len(positions), len(one)], dtype=torch.int64).view(torch.uint8)
     return torch.cat((head, one, other))
 
@@ -71,10 +72,21 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().reshape(-1).view(_INTEGERS[x.element_size()])
 
 
-def _deflated(bits: torch.Tensor) -> torch.Tensor:
-    """Integers (count,), bytes of one significance after the others, packed."""
+def _signed_last(d: torch.Tensor) -> torch.Tensor:
+    """0, -1, 1, -2 as 0, 1, 2, 3, in integers that wrap around."""
+    return (d + d) ^ (d >> 8 * d.element_size() - 1)
+
+
+def _signed_first(z: torch.Tensor) -> torch.Tensor:
+    """What `_signed_last` was given."""
+    return ((z >> 1) & torch.iinfo(z.dtype).max) ^ -(z & 1)
+
+
+def _deflated(bits: torch.Tensor, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> torch.Tensor:
+    """Integers (count,), bytes of one significance after the others, packed. Z_FILTERED: of numbers, mostly small."""
     planes = bits.contiguous().view(torch.uint8).reshape(bits.numel(), bits.element_size()).T.contiguous()
-    data = zlib.compress(bytes_of(planes), LEVEL)
+    deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+    data = deflater.compress(bytes_of(planes)) + deflater.flush()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

@@ -384,15 +384,16 @@ def merge_streamed(
     out: Path,
     formula: str | None = None,
     *,
+    force: bool = False,
     tick: Callable[[TensorInfo], object] = lambda _: None,
 ) -> int:
     """Write the new directory `out`: `base` with the adapter in `folder` merged. Returns how many matrices it is of.
 
-    formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. Raises
-    as `open_adapter`, and OutputError where `out` cannot be written.
+    formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. force:
+    see `write_directory`. Raises as `open_adapter`, and OutputError where `out` cannot be written.
     """
     adapter = open_adapter(folder, base)
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
     written = replace(base, shards=merged_shards(base, adapter, formula))
-    write_directory(written, out, files, tick=tick, check=lambda: require_unchanged(base))
+    write_directory(written, out, files, force=force, tick=tick, check=lambda: require_unchanged(base))
     return adapter.weights

@@ -197,14 +197,20 @@ class Adapted:
 
 
 def rebuild(
-    base: Checkpoint, folder: Path, out: Path, *, tick: Callable[[TensorInfo], object] = lambda _: None
+    base: Checkpoint,
+    folder: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    tick: Callable[[TensorInfo], object] = lambda _: None,
 ) -> MadeShard:
     """Write the tuned checkpoint into the new directory `out`, byte for byte.
 
-    One tensor is in memory at a time. Raises RecordError where the base is another, the adapter was changed, or a
-    shard's sha256 is not the one that was recorded; OutputError where `out` is there or cannot be written.
+    One tensor is in memory at a time. force: see `write_directory`. Raises RecordError where the base is another, the
+    adapter was changed, or a shard's sha256 is not the one that was recorded; OutputError where `out` is in the way or
+    cannot be written.
     """
-    require_new(out)
+    require_new(out, force)
     adapted = Adapted(base, folder)
     digests = {stated.name: hashlib.sha256() for stated in adapted.record.shards}
 
@@ -230,7 +236,7 @@ def rebuild(
 
     tuned = replace(adapted.tuned, shards=tuple(map(hashed, adapted.tuned.shards)))
     others = {name: data for name, data in adapted.files.items() if name not in ("config.json", INDEX)}
-    write_directory(tuned, out, others, tick=tick, check=check)
+    write_directory(tuned, out, others, force=force, tick=tick, check=check)
     return MadeShard(len(tuned.shards), len(tuned.tensors), sum(shard.size for shard in tuned.shards))
 
 

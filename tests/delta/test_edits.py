@@ -303,6 +303,7 @@ def test_no_base_no_difference(run: Run, base: Path, tuned: Path, tmp_path: Path
         assert code == 2 and "for differences of two checkpoints" in err
     code, said, _ = run("reduce", tuned, "--base", base, "--scale", "0.5", "-o", tmp_path / "out", "--dry-run")
     assert code == 0 and "a scale factorises nothing" in said and not (tmp_path / "out").exists()
+    assert "disk for the scaled copy" in said and "to reduce them all" not in said and "reduced copy" not in said
     for out in (base, base / "in"):  # the base stays what it is
         code, _, err = run("reduce", tuned, "--base", base, "--scale", "0.5", "-o", out, "--force")
         assert code == 1 and "base" in err

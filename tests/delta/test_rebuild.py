@@ -123,3 +123,55 @@ def test_the_record_counts_where_the_remainder_is_gone(run: Run, adapter: Path, 
     assert is_recorded(adapter)
     code, _, err = run("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out")
     assert code == 1 and "cannot read" in err
+
+
+# --- force ------------------------------------------------------------------------------------------------------------
+
+
+def test_force_makes_the_same_again_and_replaces_nothing_else(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """What was rebuilt is a model like any other: only the same bytes, or what is left of them, may be replaced."""
+    out, base = tmp_path / "out", tmp_path / "base"
+    words = ("rebuild", base, adapter, "-o", out)
+    assert run(*words)[0] == 0
+    code, _, err = run(*words)
+    assert code == 1 and "out exists; try another -o, or remove it yourself" in err
+    made = snapshot(out)
+    (out / "model-00002-of-00002.safetensors").unlink()
+    for _ in range(2):
+        code, _, err = run(*words, "--force")
+        assert code == 0 and snapshot(out) == made and not (tmp_path / "out.partial").exists(), err
+
+
+@pytest.mark.parametrize("spoil", ["another byte", "another file", "a link", "no folder"])
+def test_force_keeps_what_is_not_made_again(run: Run, adapter: Path, tmp_path: Path, spoil: str) -> None:
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(base, out)
+    path = out / "config.json"
+    if spoil == "another byte":
+        path.write_bytes(path.read_bytes() + b" ")
+    elif spoil == "another file":
+        path = out / "sub" / "thesis.tex"
+        path.parent.mkdir()
+        path.write_text("mine")
+    elif spoil == "a link":
+        path.unlink()
+        path.symlink_to(base / "config.json")
+    else:
+        shutil.rmtree(out)
+        path = out
+        out.write_text("mine")
+    before = snapshot(tmp_path)
+    code, _, err = run("rebuild", base, adapter, "-o", out, "--force")
+    assert code == 1 and f"{path} is not what would be written there, and --force replaces nothing else" in err
+    assert snapshot(tmp_path) == before
+
+
+def test_force_where_the_earlier_one_was_moved_aside(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """Killed between two renames, where the system exchanges no names: it is in its place again, and is replaced."""
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(base, tmp_path / "out.partial" / "old")
+    code, _, err = run("rebuild", base, adapter, "-o", out)
+    assert code == 1 and "out exists" in err and snapshot(out) == snapshot(base)
+    shutil.move(out, tmp_path / "out.partial" / "old")
+    code, _, err = run("rebuild", base, adapter, "-o", out, "--force")
+    assert code == 0 and snapshot(out) == snapshot(base) and not (tmp_path / "out.partial").exists(), err

@@ -1,7 +1,5 @@
 """The solver: merges undone to the last bit, and what is no merge left undone."""
 
-from fractions import Fraction
-
 import pytest
 import torch
 from merges import BF16, F16, F32, full, merged, update, weights
@@ -10,7 +8,7 @@ from laser.differences.difference import Verdict, compare_tensors, evidence, jud
 from laser.differences.formats import same_bits
 from laser.differences.formulas import Formula
 from laser.differences.recover import is_believed, recover, vote
-from laser.differences.solver import Solution, on_grid, polish, solve, wrong_bits
+from laser.differences.solver import Adapter, Solution, polish, solve, wrong_bits
 from laser.spectral.devices import HOST, Device
 
 ONCE, FIRST = Formula("once"), Formula("delta-first")
@@ -41,7 +39,7 @@ def test_the_middle_of_what_gives_the_bits_is_nearer(formula: Formula) -> None:
     q = merged(W, X, formula.name)
     found = solve(W, q, 4, formula)
     middle = polish(W, q, found)
-    assert middle.wrong <= found.wrong and error(middle, X) < 0.85 * error(found, X)
+    assert middle.wrong <= found.wrong and error(middle, X) < 0.8 * error(found, X)
 
 
 def test_nothing_is_polished_where_bits_are_wrong_or_all_is_zero() -> None:
@@ -116,6 +114,20 @@ def test_zeros_subnormals_and_powers_of_two() -> None:
     assert found.share_wrong < 2e-3 and torch.isfinite(found.adapter.B).all()
 
 
+def test_an_entry_that_cancels_is_in_nobody_s_way() -> None:
+    """Where the update takes all of W away, the interval is shorter than a step of float32, in which it is met."""
+    W = weights(96, 80)
+    W[0, 0] = -(2.0**-12)
+    X = update(W, 3, 0.005, seed=0)
+    X *= -W[0, 0].float() * (1 + 2.0**-20) / X[0, 0]
+    q = merged(W, X)
+    low, high = ONCE.cell(W, q)
+    assert q[0, 0] and low.float()[0, 0] == high.float()[0, 0]
+    found = solve(W, q, 3, ONCE)
+    middle = polish(W, q, found)
+    assert middle.wrong <= found.wrong < 5 and error(middle, X) < 0.8 * error(found, X)
+
+
 def test_tiny_and_huge_matrices() -> None:
     """In the range of the format the solution goes along with a power of two."""
     W = weights(96, 80)
@@ -137,21 +149,21 @@ def test_ties_are_known_to_go_to_the_even_one() -> None:
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 16, 33, 128])
-def test_products_on_the_grid_are_exact(rank: int) -> None:
-    """Whatever the order of the sum: against fractions, and with the directions reversed."""
+@pytest.mark.parametrize("rank", [1, 2, 3, 16, 33])
+def test_the_sum_has_one_order(rank: int) -> None:
+    """Against Python's own float64, one direction after the other, and whatever rows are asked for."""
     generator = torch.Generator().manual_seed(rank)
-    B, A = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, rank), (rank, 5)))
-    adapter = on_grid(3 * B, 1e-3 * A)
-    assert torch.allclose(adapter.B.double(), 3 * B, atol=3 * 5 * 2.0**-21)
-    X = adapter.rows(0, 6)
-    assert torch.equal(X, adapter.B.flip(1).double() @ adapter.A.flip(0).double())
+    B, A = (torch.randn(shape, generator=generator) for shape in ((6, rank), (rank, 5)))
+    X = Adapter(B, A).rows(0, 6)
     for i in range(6):
         for j in range(5):
-            exact = sum(
-                Fraction(float(b)) * Fraction(float(a)) for b, a in zip(adapter.B[i], adapter.A[:, j], strict=True)
-            )
-            assert Fraction(float(X[i, j])) == exact
+            expected = 0.0
+            for b, a in zip(B[i].tolist(), A[:, j].tolist(), strict=True):
+                expected += b * a
+            assert X[i, j].item() == expected
+    assert torch.equal(X[2:5], Adapter(B, A).rows(2, 5)) and Adapter(B, A).rows(3, 3).shape == (0, 5)
+    wide = Adapter(B, torch.randn(rank, 40_000, generator=generator))  # of which no two rows fit
+    assert torch.equal(wide.rows(0, 6)[4:], wide.rows(4, 6))
 
 
 def test_the_count_is_that_of_the_bits() -> None:
@@ -253,5 +265,5 @@ def test_evidence_and_vote() -> None:
     change = judge_difference(compare_tensors(W, merged(W, update(W, 3, 0.02))), torch.linalg.svdvals(
         whitened(W, merged(W, update(W, 3, 0.02)), HOST)).numpy(), (64, 48))  # fmt: skip
     assert change.kind is Verdict.LOW_RANK and vote([change]) == (change.rank, True) and vote([]) == (None, False)
-    assert is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 1, 1, 1000), BF16)
-    assert not is_believed(Solution(on_grid(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 3, 1, 1000), BF16)
+    assert is_believed(Solution(Adapter(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 1, 1, 1000), BF16)
+    assert not is_believed(Solution(Adapter(torch.ones(1, 1), torch.ones(1, 1)), ONCE, 3, 1, 1000), BF16)
