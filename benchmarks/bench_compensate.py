@@ -38,6 +38,7 @@ from laser.compensate.budget import BEYOND
 from laser.compensate.compensate import Line, Request, Solve, choose_ranks
 from laser.compensate.peft import slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices, find_places
+from laser.compensate.rescaled import Rescaled
 from laser.engine.workers import choose_crew, visit_all
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.perplexity import paired_difference
@@ -198,7 +199,14 @@ class Solved:
     ) -> Solved:
         places = find_places(original, copy, Selection())
         seen, matrices = as_matrices(original, places.places)
-        work = Solve({place.name: place for place in places.places}, original, copy, moments, rank)
+        work = Solve(
+            {place.name: place for place in places.places},
+            original,
+            copy,
+            moments,
+            rank,
+            Rescaled(original, copy, places.places),
+        )
         with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
             return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)
 

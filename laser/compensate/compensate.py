@@ -37,6 +37,7 @@ from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
+from laser.compensate.rescaled import Rescaled
 from laser.delta.difference import AGREE
 from laser.delta.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
@@ -126,6 +127,7 @@ class Solve:
     copy: Checkpoint
     moments: Moments | None
     rank: int
+    rescaled: Rescaled
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> tuple[Line, Correction | None]:
         """W (m, n) on the host. Raises NumericalError, which names the place, RecordError for other moments."""
@@ -139,7 +141,7 @@ class Solve:
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
-            found = correct(W, Q, self.rank, metric, device)
+            found = correct(W, Q, self.rank, metric, device, self.rescaled.of(place))
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")
         except NothingToCorrect as reason:
@@ -334,7 +336,9 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places))
+        rescaled = Rescaled(original, copy, places)
+        rescaled.require_made_up_for()
+        work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:
                 if correction is not None:

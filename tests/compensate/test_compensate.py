@@ -570,3 +570,59 @@ def test_on_a_model_in_four_bits_peft_gives_the_loss_that_laser_streams(run: Run
     held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(models / "llama"), length=64, limit=2)
     found = sum(whole_losses(model, held)) / held.tokens
     assert found == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-3)
+
+
+def scaled_through(tensors: dict[str, torch.Tensor], both: bool = True) -> dict[str, torch.Tensor]:
+    """The same function with powers of two moved from norms, and rows of up, into the columns behind, as AWQ does."""
+    found = {name: W.clone() for name, W in tensors.items()}
+
+    def powers(n: int, shift: int) -> torch.Tensor:
+        return torch.exp2((torch.arange(n) % (4 + shift) - shift).float())
+
+    behind = {"input_layernorm": "qkv", "post_attention_layernorm": ("gate", "up")}
+    for name in tensors:
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in behind:
+            scales = powers(len(found[name]), 1 if kind == "input_layernorm" else 2)
+            found[name] /= scales
+            for other in tensors:
+                own = other.rpartition("_proj")[0].rpartition(".")
+                if other.startswith(f"{layer}.") and own[2] and own[2] in behind[kind]:
+                    found[other] *= scales
+        if kind == "up_proj" and both:
+            rows = powers(len(found[name]), 3)
+            found[name] /= rows[:, None]
+            found[name.replace("up_proj", "down_proj")] *= rows
+    return found
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_scales_that_a_quantiser_moved_into_the_weights_change_nothing(
+    run: Run, models: Path, tmp_path: Path, both: bool
+) -> None:
+    spoiled(models / "llama-3", tmp_path / "scaled", lambda tensors: scaled_through(tensors, both))
+    words = ("--text", models / "text.txt", *WINDOWS, "--rank", 4, "--held-out", models / "held.txt")
+    found = []
+    for copy in (models / "llama-3", tmp_path / "scaled"):
+        code, out, err = run(
+            "compensate", models / "llama", copy, "-o", tmp_path / f"a-{copy.name}", *words, "--held-out-windows", 2,
+            "--json", "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(json.loads(out))
+    plain, scaled = found
+    assert scaled["held_out"]["copy"]["nll"] == pytest.approx(plain["held_out"]["copy"]["nll"], abs=1e-5)
+    assert scaled["held_out"]["adapted"]["nll"] == pytest.approx(plain["held_out"]["adapted"]["nll"], abs=2e-3)
+    for one, other in zip(plain["entries"], scaled["entries"], strict=True):
+        fitted = both and ("up_proj" in one["name"] or "down_proj" in one["name"])
+        assert other["before"] == pytest.approx(one["before"], rel=0.2 if fitted else 1e-6), one["name"]
+
+
+def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        norm = "model.layers.1.input_layernorm.weight"
+        return tensors | {norm: tensors[norm] * 3}
+
+    spoiled(models / "llama-3", tmp_path / "odd", change)
+    err = refused(run, models / "llama", tmp_path / "odd", "-o", tmp_path / "a", "--plain")
+    assert "layers.1.input_layernorm.weight is not that of llama" in err
