@@ -25,6 +25,7 @@ from laser.delta.formulas import FORMULA_NAMES
 from laser.delta.overview import QUANTISED, is_base_quantised
 from laser.delta.peft import merge_streamed
 from laser.delta.rebuild import Adapted, rebuild, verify_rebuilt
+from laser.delta.serving import in_vllm
 from laser.delta.unmerge import (
     EARLIER_ADAPTER,
     MODEL,
@@ -131,6 +132,7 @@ def unmerge_verb(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
     )
+    say(in_vllm(output))
 
 
 def _print_entries(record: AdapterRecord) -> None:

@@ -15,6 +15,7 @@ from helpers import snapshot, tensors_in
 from hub_server import Bytes, Content, Repo, connect, serving
 from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
+from vllm_rules import require_vllm_form
 
 import laser.compensate.compensate as compensation
 from laser import calibration
@@ -22,6 +23,7 @@ from laser.checkpoint import swap
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
+from laser.delta.serving import in_vllm
 from laser.evaluation.evaluate import whole_losses
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.moments import Moments
@@ -626,3 +628,14 @@ def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tm
     spoiled(models / "llama-3", tmp_path / "odd", change)
     err = refused(run, models / "llama", tmp_path / "odd", "-o", tmp_path / "a", "--plain")
     assert "layers.1.input_layernorm.weight is not that of llama" in err
+
+
+@pytest.mark.parametrize(
+    "kind, amount", [("llama", ("--rank", 4)), ("llama", ("--bits", 2)), ("mixtral", ("--rank", 2))]
+)
+def test_it_has_the_form_that_vllm_loads(
+    run: Run, models: Path, tmp_path: Path, kind: str, amount: tuple[Any, ...]
+) -> None:
+    compensated(run, models, tmp_path / "a", *amount, kind=kind)
+    require_vllm_form(tmp_path / "a")
+    assert in_vllm(tmp_path / "a").startswith("vLLM takes it by --enable-lora --max-lora-rank ")
