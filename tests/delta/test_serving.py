@@ -19,7 +19,7 @@ def written(folder: Path, modules: dict[str, int], **config: object) -> str:
     stated = {"r": most, "lora_alpha": most, "rank_pattern": {}, "modules_to_save": None}
     (folder / "adapter_config.json").write_text(json.dumps(stated | config))
     tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(rank, 4) for name, rank in modules.items()}
-    tensors |= {name.replace("_A", "_B"): A.T.clone() for name, A in tensors.items()}
+    tensors |= {name.replace("_A", "_B"): torch.zeros(4, len(A)) for name, A in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     return in_vllm(folder)
 
