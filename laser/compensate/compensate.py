@@ -252,7 +252,8 @@ def run_of_compensation(
 
 
 def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> None:
-    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original."""
+    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, or a
+    norm was changed for which no weight makes up."""
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     best = 0.0
     for place in some.values():
@@ -264,6 +265,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
+    Rescaled(original, copy, places).require_made_up_for()
 
 
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
@@ -337,7 +339,6 @@ def _solved(
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
         rescaled = Rescaled(original, copy, places)
-        rescaled.require_made_up_for()
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:

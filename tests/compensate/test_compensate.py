@@ -572,6 +572,10 @@ def test_on_a_model_in_four_bits_peft_gives_the_loss_that_laser_streams(run: Run
     held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(models / "llama"), length=64, limit=2)
     found = sum(whole_losses(model, held)) / held.tokens
     assert found == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-3)
+    # What it multiplies unpacked weights with is rounded to bfloat16; unpacked by its own function, nothing is left.
+    packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").dequantize().float()
+    exact = sum(whole_losses(peft.PeftModel.from_pretrained(packed, adapter).eval(), held)) / held.tokens
+    assert exact == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-5)
 
 
 def scaled_through(tensors: dict[str, torch.Tensor], both: bool = True) -> dict[str, torch.Tensor]:
