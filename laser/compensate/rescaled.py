@@ -77,7 +77,7 @@ class Rescaled:
             if left := sorted(norms.keys() - taken):
                 raise UsageError(
                     f"{self.copy.name}: {left[0]} is not that of {self.original.name}, and no selected weight makes up "
-                    "for it; try a copy that has the original's norms"
+                    "for it; try all --roles, or a copy that has the original's norms"
                 )
             return
 
