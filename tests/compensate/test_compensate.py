@@ -624,7 +624,7 @@ def test_scales_that_a_quantiser_moved_into_the_weights_change_nothing(
     assert scaled["held_out"]["adapted"]["nll"] == pytest.approx(plain["held_out"]["adapted"]["nll"], abs=5e-3)
     for one, other in zip(plain["entries"], scaled["entries"], strict=True):
         fitted = both and ".mlp." in one["name"]
-        assert other["before"] == pytest.approx(one["before"], rel=0.2 if fitted else 1e-6), one["name"]
+        assert other["before"] == pytest.approx(one["before"], rel=0.4 if fitted else 1e-6), one["name"]
 
 
 def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
