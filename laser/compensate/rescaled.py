@@ -1,4 +1,4 @@
-"""Scales that a quantiser moved through the model, as AWQ and SmoothQuant do, so that the function stays the same.
+"""MovedScales that a quantiser moved through the model, as AWQ and SmoothQuant do, so that the function stays the same.
 
 A norm's weight is divided by c and the columns behind it are multiplied with c, or the rows of one matrix are divided
 and the columns of the next are multiplied. Such a copy's matrix stands for diag(r) W diag(c), and its inputs are x / c.
@@ -21,9 +21,9 @@ from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace
 from laser.errors import UsageError
-from laser.spectral.correction import Scales
+from laser.spectral.correction import MovedScales
 
-MOVED = 0.02  # the median change of a norm's weight that is no rounding: bf16 changes it by 0.004 at the most
+NORM_CHANGED = 0.02  # the median change of a norm's weight that is no rounding: bf16 changes it by 0.004 at the most
 CLEARLY = 0.99  # of the distance: how much nearer it has to be for scales that are less simple
 BEHIND = {"v": ("o",), "up": ("down",), "w3": ("w2",)}  # whose columns may make up for scaled rows of whom
 
@@ -49,11 +49,11 @@ class Rescaled:
             w, v = (each.read(matrix.tensor).double() for each in (self.original, self.copy))
             if w.ndim == 1 and w.shape == v.shape:
                 shares = [torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0)]
-                if float((shares[0] - 1).abs().median()) > MOVED:
+                if float((shares[0] - 1).abs().median()) > NORM_CHANGED:
                     found.setdefault(matrix.place, {})[matrix.tensor] = shares
         return found
 
-    def of(self, place: ParameterPlace) -> Scales | None:
+    def of(self, place: ParameterPlace) -> MovedScales | None:
         """The scales of a place; None where no norm of its layer was changed."""
         if not self.norms.get(place.matrices[0].place):
             return None
@@ -65,7 +65,7 @@ class Rescaled:
         for before in self._layer(place):
             if (found := self._made_up_for(before, place)) is not None:
                 inputs = found[1]
-        return Scales(rows, inputs)
+        return MovedScales(rows, inputs)
 
     def require_made_up_for(self) -> None:
         """Raises UsageError where no weight makes up for a changed norm of the first layer that has one."""

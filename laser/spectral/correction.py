@@ -62,7 +62,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Scales:
+class MovedScales:
     """By what a copy's outputs, rows (m,) and never 0, and its inputs (n,) are multiplied, against those of W."""
 
     rows: torch.Tensor
@@ -75,7 +75,7 @@ def inputs_alike(n: int) -> ByData:
 
 
 def correct(
-    W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device: Device, scales: Scales | None = None
+    W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device: Device, scales: MovedScales | None = None
 ) -> Correction:
     """The best correction of Q (m, n) towards W (m, n) of rank up to `rank`, certified.
 
