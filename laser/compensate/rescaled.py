@@ -1,4 +1,4 @@
-"""MovedScales that a quantiser moved through the model, as AWQ and SmoothQuant do, so that the function stays the same.
+"""Scales that a quantiser moved through the model, as AWQ and SmoothQuant do, so that the function stays the same.
 
 A norm's weight is divided by c and the columns behind it are multiplied with c, or the rows of one matrix are divided
 and the columns of the next are multiplied. Such a copy's matrix stands for diag(r) W diag(c), and its inputs are x / c.
