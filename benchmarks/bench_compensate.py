@@ -1,14 +1,15 @@
 """What an adapter of `laser compensate` gives back on texts that the calibration never saw, at equal bits.
 
     python benchmarks/bench_compensate.py MODEL --calibrate FILE --texts FILE,FILE [--windows 60] [--bits 4,3]
-        [--groups 64,32] [--ranks 4,8,16] [--budgets relative,error] [--nf4]
+        [--groups 64,32] [--ranks 4,8,16] [--budgets relative,error,gradient] [--copies DIR,DIR] [--nf4]
     python benchmarks/bench_compensate.py --shapes 4096x4096,28672x4096 [--ranks 16]
 
 Copies are made by GPTQ (arXiv 2210.17323) with the moments of laser's own calibration, each group of a row between its
-extremes, and by bitsandbytes nf4. Of every copy: alone, with adapters of these ranks, with rank 8's bytes spent over
-the whole model by what they take away (relative to each output, or in absolute squares), and with the plain SVD of rank
-8. Losses are nats per token against the original's, paired over the windows. The first of the groups is corrected; the
-others, and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
+extremes, and by bitsandbytes nf4; --copies takes others. Of every copy: alone, with adapters of these ranks, with rank
+8's bytes spent over the whole model, and with the plain SVD of rank 8. What a byte buys is the squares that it takes
+away: relative to each output's own, plain (error), or times the mean square gradient at the outputs (gradient). Losses
+are nats per token against the original's, paired over the windows. The first of the groups is corrected; the others,
+and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +31,22 @@ import smoke
 import torch
 from safetensors.torch import save_file
 
-import laser.compensate.compensate as compensation
 from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.compensate.adapted import with_adapter
-from laser.compensate.compensate import Line, Request, compensate
-from laser.compensate.places import Places, find_places
-from laser.engine.workers import choose_crew
-from laser.evaluation.evaluate import evaluate
-from laser.evaluation.perplexity import Perplexity, difference
+from laser.compensate.budget import BEYOND
+from laser.compensate.compensate import Line, Request, Solve, choose_ranks
+from laser.compensate.peft import slots_of, stored_bits, write_adapter
+from laser.compensate.places import ParameterPlace, Places, as_matrices, find_places
+from laser.compensate.rescaled import Rescaled
+from laser.engine.workers import choose_crew, visit_all
+from laser.evaluation.evaluate import load_whole
+from laser.evaluation.perplexity import paired_difference
+from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_text
 from laser.moments import Moments
 from laser.selection import Selection
-from laser.spectral.correction import correct
+from laser.spectral.correction import Correction, correct
 from laser.spectral.data_metric import ByData
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.host_memory import resident_bytes
@@ -115,52 +123,119 @@ def one_shape(m: int, n: int, rank: int, device: Device) -> None:
 
 
 class Texts:
-    """The second texts, and the losses of the original on each."""
+    """The second texts, in one pass, and the losses of the original on each."""
 
-    def __init__(self, original: Checkpoint, windows: Sequence[Windows], device: str) -> None:
-        self.windows, self.device = windows, device
-        self.before = [self.loss(original, each) for each in windows]
+    def __init__(self, original: Checkpoint, texts: Sequence[Windows], dtype: str, device: str) -> None:
+        self.texts, self.dtype, self.device = texts, dtype, device
+        self.windows = [window for text in texts for window in text.windows]
+        self.before = self.losses(original)
 
-    def loss(self, model: Checkpoint, windows: Windows) -> Perplexity:
-        return evaluate(model, windows, stream=True, device=self.device)
+    def losses(self, model: Checkpoint) -> np.ndarray:
+        """(W,) nats per token of each window."""
+        sums = LayeredModel(model, dtype=self.dtype, device=self.device).losses(self.windows).sums
+        return np.array(sums) / [window.scored for window in self.windows]
 
     def lost(self, model: Checkpoint) -> list[str]:
-        found = []
-        for before, windows in zip(self.before, self.windows, strict=True):
-            change = difference(before, self.loss(model, windows))
-            found.append(f"{change.nll:+.3f} ± {change.standard_error or 0:.3f}")
+        after, found, start = self.losses(model), [], 0
+        for text in self.texts:
+            some = slice(start, start + len(text.windows))
+            counts = [window.scored for window in text.windows]
+            mean, error = paired_difference(self.before[some].tolist(), after[some].tolist(), counts)
+            found.append(f"{mean:+.3f} ± {error or 0:.3f}")
+            start = some.stop
         return found
-
-
-def absolute(line: Line) -> np.ndarray:
-    """s^2 itself: the other weight of a budget."""
-    return np.maximum(-np.diff(line["predicted"]), 0.0) * line["outputs"]
 
 
 def row(*cells: Any) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def corrected(
-    original: Checkpoint,
-    copy: Checkpoint,
-    places: Places,
-    moments: Moments | None,
-    asked: Request,
-    folder: Path,
-    texts: Texts,
-) -> tuple[float, list[str], float]:
-    """Bits per weight of the adapter, losses with it, and seconds to solve."""
-    start = time.perf_counter()
-    slots: list[Any] = []
-    crew = choose_crew(texts.device)
-    kept = folder / "adapter"
-    shutil.rmtree(kept, ignore_errors=True)
-    record = compensate(
-        original, copy, places, moments, asked, kept, crew=crew, judge=lambda _, found: slots.extend(found)
-    )
-    seconds = time.perf_counter() - start
-    return record.bits, texts.lost(with_adapter(copy, kept / "adapter_model.safetensors", slots)), seconds
+# What an output error of 1, relative to the outputs of a place, is worth in a budget.
+Value = Callable[[Line, ParameterPlace], float]
+
+
+def squares(line: Line, place: ParameterPlace) -> float:
+    """E||W x||^2: errors in absolute squares."""
+    return line["outputs"] * place.shape[0]
+
+
+def gradients_at_outputs(original: Checkpoint, windows: Windows) -> dict[str, float]:
+    """The mean square of d loss / d output over the tokens and outputs of each linear layer, from a backward pass.
+
+    The loss is summed over tokens, each output's gradient is that of one token. By the name of the layer's weight.
+    """
+    model, found = load_whole(original, "float32"), defaultdict[str, float](float)
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+
+    def listen(name: str, module: torch.nn.Module) -> None:
+        def add(_: Any, __: Any, gradients: Any) -> None:
+            found[f"{name}.weight"] += float(gradients[0].double().square().mean()) / len(windows.windows)
+
+        module.register_full_backward_hook(add)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            listen(name, module)
+    for window in windows.windows:
+        tokens = torch.as_tensor(window.tokens).long()
+        torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").backward()
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Every correction of a copy, up to the highest rank that a row of the table needs: each row cuts them."""
+
+    copy: Checkpoint
+    places: Places
+    found: Mapping[str, tuple[Line, Correction | None]]
+    folder: Path
+
+    @staticmethod
+    def of(
+        original: Checkpoint, copy: Checkpoint, moments: Moments | None, rank: int, device: str, folder: Path
+    ) -> Solved:
+        places = find_places(original, copy, Selection())
+        seen, matrices = as_matrices(original, places.places)
+        work = Solve(
+            {place.name: place for place in places.places},
+            original,
+            copy,
+            moments,
+            rank,
+            Rescaled(original, copy, places.places),
+        )
+        with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
+            return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)
+
+    def adapted(self, asked: Request, value: Value = lambda *_: 1.0) -> tuple[Checkpoint, float]:
+        """The copy with an adapter, and its bits per weight. value: of an output error of 1, for a budget."""
+        lines: dict[str, Line] = {}
+        for place in self.places.places:
+            line = self.found[place.name][0]
+            kept = line["predicted"][: asked.rank + 1] if asked.rank else line["predicted"]
+            lines[place.name] = {**line, "predicted": tuple(value(line, place) * error for error in kept)}
+        slots = slots_of(self.places.places, choose_ranks(self.places.places, lines, asked))
+
+        def factors(place: ParameterPlace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+            correction = self.found[place.name][1]
+            assert correction is not None
+            return correction.B[:, :rank], correction.A[:rank]
+
+        write_adapter(self.folder / "adapter.safetensors", slots, factors)
+        weights = sum(place.shape[0] * place.shape[1] for place in self.places.places)
+        return with_adapter(self.copy, self.folder / "adapter.safetensors", slots), stored_bits(slots) / weights
+
+
+def bits_of(copy: Checkpoint, original: Checkpoint, chosen: Collection[str]) -> float:
+    """Bits per selected weight as the copy's files have them."""
+    stored = copy
+    while stored.origin is not None:
+        stored = stored.origin
+    own = [info for info in stored.tensors.values() if info.name in chosen or info.name not in original.tensors]
+    return 8 * sum(info.end - info.start for info in own) / sum(prod(original.tensors[name].shape) for name in chosen)
 
 
 def table(arguments: argparse.Namespace, folder: Path) -> int:
@@ -172,54 +247,61 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
         text = read_text(Path(path), "question" if path.endswith(".jsonl") else None)
         return cut_windows(text, tokenizer, length=arguments.window, limit=count)
 
-    moments = calibrate(
-        original, cut(arguments.calibrate, arguments.calibration_windows), folder / "moments.safetensors",
-        device=device, wide="diagonal",
-    )  # fmt: skip
-    texts = Texts(original, [cut(path, arguments.windows) for path in arguments.texts.split(",")], device)
-    print(f"calibrated on {moments.calibration.tokens} tokens; {texts.windows[0].length} tokens a window")
-    row("copy", "bits", "with", "+ bits", *(w.text for w in texts.windows), "seconds to solve")
-    row(*["---"] * (5 + len(texts.windows)))
+    seen = cut(arguments.calibrate, arguments.calibration_windows)
+    moments = calibrate(original, seen, folder / "moments.safetensors", device=device, wide="diagonal")
+    gradients = gradients_at_outputs(original, seen) if "gradient" in arguments.budgets else {}
+    cuts = [cut(path, arguments.windows) for path in arguments.texts.split(",")]
+    texts = Texts(original, cuts, arguments.dtype, device)
+    lengths = ", ".join(str(len(text.windows)) for text in cuts)
+    print(f"calibrated on {moments.calibration.tokens} tokens; {lengths} windows of {arguments.window}")
+    row("copy", "bits", "with", "+ bits", *(text.text for text in cuts))
+    row(*["---"] * (4 + len(cuts)))
     chosen = set(moments.sites)
     groups, ranks = [int(g) for g in arguments.groups.split(",")], [int(r) for r in arguments.ranks.split(",")]
+    same = 8 if 8 in ranks else ranks[-1]  # whose bytes a budget gets
 
-    def one(name: str, bits: float, of: Callable[[str, torch.Tensor], torch.Tensor], correct: bool) -> list[float]:
-        path = folder / "copy"
-        shutil.rmtree(path, ignore_errors=True)
-        copy = write_copy(original, path, lambda n, W: of(n, W).to(W.dtype) if n in chosen else W)
-        row(name, f"{bits:.2f}", "nothing", "0", *texts.lost(copy), "-")
+    values: dict[str, Value] = {
+        "relative": lambda *_: 1.0,
+        "error": squares,
+        "gradient": lambda line, place: squares(line, place) * gradients[place.parameter],
+    }
+
+    def one(name: str, copy: Checkpoint, bits: float, correct: bool = True) -> int:
+        row(name, f"{bits:.2f}", "nothing", "0", *texts.lost(copy))
         if not correct:
-            return []
-        places, spent = find_places(original, copy, Selection()), []
+            return 0
+        solved = Solved.of(original, copy, moments, max(*ranks, BEYOND * same), device, folder)
+        budget = 0.0
         for rank in ranks:
-            extra, lost, seconds = corrected(original, copy, places, moments, Request(rank=rank), folder, texts)
-            spent.append(extra)
-            row(name, f"{bits:.2f}", f"rank {rank}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
-        rank = 8 if 8 in ranks else ranks[-1]
-        budget = spent[ranks.index(rank)]
+            adapted, extra = solved.adapted(Request(rank=rank))
+            budget = extra if rank == same else budget
+            row(name, f"{bits:.2f}", f"rank {rank}", f"{extra:.3f}", *texts.lost(adapted))
         for by in arguments.budgets.split(","):
-            usual = compensation.gains_of
-            compensation.gains_of = usual if by == "relative" else absolute
-            try:
-                extra, lost, seconds = corrected(original, copy, places, moments, Request(bits=budget), folder, texts)
-            finally:
-                compensation.gains_of = usual
-            row(name, f"{bits:.2f}", f"rank {rank}'s bits by {by}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
-        extra, lost, seconds = corrected(original, copy, places, None, Request(rank=rank), folder, texts)
-        row(name, f"{bits:.2f}", f"plain SVD, rank {rank}", f"{extra:.3f}", *lost, f"{seconds:.0f}")
-        return spent
+            adapted, extra = solved.adapted(Request(bits=budget), values[by])
+            row(name, f"{bits:.2f}", f"rank {same}'s bits by {by}", f"{extra:.3f}", *texts.lost(adapted))
+        adapted, extra = Solved.of(original, copy, None, same, device, folder).adapted(Request(rank=same))
+        row(name, f"{bits:.2f}", f"plain SVD, rank {same}", f"{extra:.3f}", *texts.lost(adapted))
+        return len(ranks)
 
-    def by_gptq(bits: int, group: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        return lambda n, W: gptq(W, moments.metric(n, W).moment, bits, group)
+    def made(of: Callable[[str, torch.Tensor], torch.Tensor]) -> Checkpoint:
+        shutil.rmtree(folder / "copy", ignore_errors=True)
+        return write_copy(original, folder / "copy", lambda n, W: of(n, W).to(W.dtype) if n in chosen else W)
 
-    rows = 0
-    for bits in (int(b) for b in arguments.bits.split(",") if b != "none"):
-        for number, group in enumerate(groups):
-            stored = bits + (16 + bits) / group  # scale and zero of a group
-            rows += len(one(f"GPTQ {bits} bits, groups of {group}", stored, by_gptq(bits, group), number == 0))
+    def by_gptq(bits: int, group: int) -> Checkpoint:
+        return made(lambda n, W: gptq(W, moments.metric(n, W).moment, bits, group))
+
+    def gptq_row(bits: int, group: int) -> int:
+        stored = bits + (16 + bits) / group  # scale and zero of a group
+        return one(f"GPTQ {bits} bits, groups of {group}", by_gptq(bits, group), stored, group == groups[0])
+
+    every_bits = [int(b) for b in arguments.bits.split(",") if b != "none"]
+    rows = sum(gptq_row(bits, groups[0]) for bits in every_bits)
+    for path in arguments.copies.split(",") if arguments.copies else ():
+        copy = open_checkpoint(path)
+        rows += one(copy.name, copy, bits_of(copy, original, chosen))
     if arguments.nf4:
-        rows += len(one("bitsandbytes nf4", 4 + 32 / 64, lambda _, W: nf4(W), True))
-    return rows
+        rows += one("bitsandbytes nf4", made(lambda _, W: nf4(W)), 4 + 32 / 64)
+    return rows + sum(gptq_row(bits, group) for bits in every_bits for group in groups[1:])
 
 
 def main() -> None:
@@ -233,7 +315,9 @@ def main() -> None:
     parser.add_argument("--bits", default="4,3", help="of GPTQ; none for no copy by it")
     parser.add_argument("--groups", default="64,32")
     parser.add_argument("--ranks", default="4,8,16")
-    parser.add_argument("--budgets", default="relative,error")
+    parser.add_argument("--budgets", default="relative,error,gradient")
+    parser.add_argument("--copies", help="directories of copies made elsewhere, with commas between")
+    parser.add_argument("--dtype", default="float32", help="that losses are computed in")
     parser.add_argument("--nf4", action="store_true", help="a copy by bitsandbytes nf4 as well")
     parser.add_argument("--shapes", help="of matrices to time instead, as 4096x4096,28672x4096")
     parser.add_argument("--device", default="auto")
@@ -265,7 +349,7 @@ def smoke_test(folder: Path) -> Sequence[object]:
     assert error(gptq(W, C, 3, 16)) < 0.7 * error(gptq(W, torch.eye(48, dtype=torch.float64), 3, 16))
     text = smoke.text(folder)
     return (
-        smoke.pico(folder), "--calibrate", text, "--calibration-windows", 6, "--texts", text, "--window", 64,
+        smoke.pico(folder, "llama"), "--calibrate", text, "--calibration-windows", 6, "--texts", text, "--window", 64,
         "--windows", 2, "--bits", 3, "--groups", 16, "--ranks", "2,4", "--device", "cpu",
     )  # fmt: skip
 

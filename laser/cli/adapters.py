@@ -25,6 +25,7 @@ from laser.differences.formulas import FORMULA_NAMES
 from laser.differences.overview import QUANTISED, is_base_quantised
 from laser.differences.peft import merge_streamed
 from laser.differences.rebuild import Adapted, rebuild, verify_rebuilt
+from laser.differences.serving import in_vllm
 from laser.differences.unmerge import (
     EARLIER_ADAPTER,
     MODEL,
@@ -132,6 +133,7 @@ def unmerge_verb(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
     )
+    say(in_vllm(output))
 
 
 def _print_entries(record: AdapterRecord) -> None:

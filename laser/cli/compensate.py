@@ -30,6 +30,7 @@ from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
 from laser.compensate.verdict import check_held_out, judge_correction, sentence, size_of
+from laser.differences.serving import in_vllm
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
 from laser.evaluation.rows import holds_rows
@@ -165,6 +166,7 @@ def compensate_verb(
         f"{len(record.entries)} matrices of {second.name} corrected in {_size(output) / 1e6:.2f} MB, "
         f"{record.bits:.3f} bits per weight; written to {output} in {seconds:.1f} s"
     )
+    say(in_vllm(output))
 
 
 def _size(output: Path) -> int:

@@ -37,6 +37,7 @@ from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
+from laser.compensate.rescaled import Rescaled
 from laser.differences.difference import AGREE
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
@@ -126,6 +127,7 @@ class Solve:
     copy: Checkpoint
     moments: Moments | None
     rank: int
+    rescaled: Rescaled
 
     def __call__(self, matrix: Matrix, W: torch.Tensor, device: Device) -> tuple[Line, Correction | None]:
         """W (m, n) on the host. Raises NumericalError, which names the place, RecordError for other moments."""
@@ -139,7 +141,7 @@ class Solve:
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
-            found = correct(W, Q, self.rank, metric, device)
+            found = correct(W, Q, self.rank, metric, device, self.rescaled.of(place))
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")
         except NothingToCorrect as reason:
@@ -250,7 +252,8 @@ def run_of_compensation(
 
 
 def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> None:
-    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original."""
+    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, or a
+    norm was changed for which no weight makes up."""
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     best = 0.0
     for place in some.values():
@@ -262,6 +265,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
+    Rescaled(original, copy, places).require_made_up_for()
 
 
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
@@ -334,7 +338,8 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places))
+        rescaled = Rescaled(original, copy, places)
+        work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:
                 if correction is not None:

@@ -61,14 +61,25 @@ class Correction:
         return self.A.shape[0]
 
 
+@dataclass(frozen=True)
+class MovedScales:
+    """By what a copy's outputs, rows (m,) and never 0, and its inputs (n,) are multiplied, against those of W."""
+
+    rows: torch.Tensor
+    inputs: torch.Tensor
+
+
 def inputs_alike(n: int) -> ByData:
     """The metric of inputs that are alike in all directions: the plain Frobenius norm."""
     return ByData("diagonal", torch.ones(n, dtype=torch.float64), n)
 
 
-def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device: Device) -> Correction:
+def correct(
+    W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device: Device, scales: MovedScales | None = None
+) -> Correction:
     """The best correction of Q (m, n) towards W (m, n) of rank up to `rank`, certified.
 
+    scales: of Q, and so of B and A; errors are those of W's own outputs.
     It is of lower rank where the difference shows fewer directions. Raises UsageError where the moments are of the
     outputs of W, which say nothing of those of a difference; NumericalError for NaN or Inf, or a missed certificate.
     """
@@ -77,7 +88,10 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
     metric.check(W)
     if metric.form == "outputs":
         raise UsageError("its moments are of its outputs, and a correction needs those of its inputs; try --text")
-    D, u = in_unit(W.double() - Q.double())
+    Q = Q.double()
+    if scales is not None:
+        Q = Q / scales.rows[:, None] * scales.inputs
+    D, u = in_unit(W.double() - Q)
     W, w = in_unit(W)
 
     def solve(at: Device) -> Correction:
@@ -113,10 +127,15 @@ def correct(W: torch.Tensor, Q: torch.Tensor, rank: int, metric: ByData, device:
                 f"allowed {tolerance:.2e}; try --device cpu",
                 residual,
             )
+        rows, inputs = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        if scales is not None:
+            rows, inputs = scales.rows[:, None], scales.inputs
+        rows, inputs = rows.to(U.device), inputs.to(U.device)
+        B, A = U * rows, torch.where(inputs == 0, 0.0, A / inputs)
         # Powers of two make the norms of a column of B and a row of A alike, so that 16 bits of any kind hold both.
-        balance = torch.exp2(torch.round(torch.log2(A.norm(dim=1).clamp_min(1e-300)) / 2))
-        B, A = (U * balance).to(FACTOR_DTYPE), (A / balance[:, None]).to(FACTOR_DTYPE)
-        measured = left(B.double(), A.double())
+        balance = torch.exp2(torch.round(torch.log2((A.norm(dim=1) / B.norm(dim=0)).clamp_min(1e-300)) / 2))
+        B, A = (B * balance).to(FACTOR_DTYPE), (A / balance[:, None]).to(FACTOR_DTYPE)
+        measured = left(B.double() / rows, A.double() * inputs)
         total = outputs * (w / u) ** 2 if outputs > 0 else 1.0  # in D's unit
         relative = [np.maximum(x, 0.0) / total for x in (predicted, measured)]
         return Correction(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from helpers import snapshot, tensors_in
 from hub_server import Bytes, Content, Repo, connect, serving
 from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
+from vllm_rules import require_vllm_form
 
 import laser.compensate.compensate as compensation
 from laser import calibration
@@ -22,6 +24,7 @@ from laser.checkpoint import swap
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
+from laser.differences.serving import in_vllm
 from laser.evaluation.evaluate import whole_losses
 from laser.evaluation.text import Text, cut_windows, load_tokenizer
 from laser.moments import Moments
@@ -570,3 +573,76 @@ def test_on_a_model_in_four_bits_peft_gives_the_loss_that_laser_streams(run: Run
     held = cut_windows(Text("held", TEXT[::-1]), load_tokenizer(models / "llama"), length=64, limit=2)
     found = sum(whole_losses(model, held)) / held.tokens
     assert found == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-3)
+    # What it multiplies unpacked weights with is rounded to bfloat16; unpacked by its own function, nothing is left.
+    packed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").dequantize().float()
+    exact = sum(whole_losses(peft.PeftModel.from_pretrained(packed, adapter).eval(), held)) / held.tokens
+    assert exact == pytest.approx(json.loads(out)["held_out"]["adapted"]["nll"], abs=1e-5)
+
+
+def scaled_through(tensors: dict[str, torch.Tensor], both: bool = True) -> dict[str, torch.Tensor]:
+    """The same function with powers of two moved from norms, and rows of up, into the columns behind, as AWQ does."""
+    found = {name: W.clone() for name, W in tensors.items()}
+
+    def powers(n: int, shift: int) -> torch.Tensor:
+        return torch.exp2((torch.arange(n) % (4 + shift) - shift).float())
+
+    behind = {
+        "input_layernorm": r"self_attn\.[qkv]_proj",
+        "post_attention_layernorm": r"mlp\.(gate|up)_proj|block_sparse_moe\.(gate|experts\.\d\.w[13])",
+    }
+    for name in tensors:
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in behind:
+            scales = powers(len(found[name]), 1 if kind == "input_layernorm" else 2)
+            found[name] /= scales
+            for other in tensors:
+                if re.fullmatch(rf"{re.escape(layer)}\.({behind[kind]})\.weight", other):
+                    found[other] *= scales
+        if kind in ("up_proj", "w3") and both:
+            rows = powers(len(found[name]), 3)
+            found[name] /= rows[:, None]
+            found[name.replace("up_proj", "down_proj").replace("w3", "w2")] *= rows
+    return found
+
+
+@pytest.mark.parametrize("kind, both", [("llama", True), ("llama", False), ("mixtral", True)])
+def test_scales_that_a_quantiser_moved_into_the_weights_change_nothing(
+    run: Run, models: Path, tmp_path: Path, kind: str, both: bool
+) -> None:
+    spoiled(models / f"{kind}-3", tmp_path / "scaled", lambda tensors: scaled_through(tensors, both))
+    words = ("--text", models / "text.txt", *WINDOWS, "--rank", 4, "--held-out", models / "held.txt")
+    found = []
+    for copy in (models / f"{kind}-3", tmp_path / "scaled"):
+        code, out, err = run(
+            "compensate", models / kind, copy, "-o", tmp_path / f"a-{copy.name}", *words, "--held-out-windows", 2,
+            "--json", "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(json.loads(out))
+    plain, scaled = found
+    assert scaled["held_out"]["copy"]["nll"] == pytest.approx(plain["held_out"]["copy"]["nll"], abs=1e-5)
+    assert scaled["held_out"]["adapted"]["nll"] == pytest.approx(plain["held_out"]["adapted"]["nll"], abs=5e-3)
+    for one, other in zip(plain["entries"], scaled["entries"], strict=True):
+        fitted = both and ".mlp." in one["name"]
+        assert other["before"] == pytest.approx(one["before"], rel=0.4 if fitted else 1e-6), one["name"]
+
+
+def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        norm = "model.layers.1.input_layernorm.weight"
+        return tensors | {norm: tensors[norm] * 3}
+
+    spoiled(models / "llama-3", tmp_path / "odd", change)
+    err = refused(run, models / "llama", tmp_path / "odd", "-o", tmp_path / "a", "--plain")
+    assert "layers.1.input_layernorm.weight is not that of llama" in err
+
+
+@pytest.mark.parametrize(
+    "kind, amount", [("llama", ("--rank", 4)), ("llama", ("--bits", 2)), ("mixtral", ("--rank", 2))]
+)
+def test_it_has_the_form_that_vllm_loads(
+    run: Run, models: Path, tmp_path: Path, kind: str, amount: tuple[Any, ...]
+) -> None:
+    compensated(run, models, tmp_path / "a", *amount, kind=kind)
+    require_vllm_form(tmp_path / "a")
+    assert in_vllm(tmp_path / "a").startswith("vLLM takes it by --enable-lora --max-lora-rank ")
