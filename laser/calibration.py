@@ -20,13 +20,14 @@ from laser.calibration_parts import Parts
 from laser.checkpoint.matrices import DoubtWarning, Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint, by_whole_shards
 from laser.checkpoint.source import Source, require_unchanged
+from laser.choices import WINDOW
 from laser.differences.opened import opened_model
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
-from laser.evaluation.text import Windows
+from laser.evaluation.text import Text, Windows, windows_named
 from laser.files import tidy_up, unfinished
 from laser.moments import Moments, MomentsHeader, Site, fingerprint, to_correlations
 from laser.selection import Selection
@@ -89,10 +90,12 @@ class Accumulator:
 
 def calibrate(
     checkpoint: Checkpoint | str | Path,
-    windows: Windows,
+    windows: Windows | Text | str | Path,
     path: str | Path,
     selection: Selection | None = None,
     *,
+    window: int = WINDOW,
+    limit: int | None = None,
     diagonal: bool = False,
     shrink: bool = False,
     dtype: str = "float32",
@@ -106,6 +109,7 @@ def calibrate(
 ) -> Moments:
     """Write to `path` the moments that the selected matrices of `checkpoint` need, over all inputs of `windows`.
 
+    windows: cut already, or a text, or its file, of which `limit` windows of `window` tokens are taken.
     diagonal: only the diagonal of C, cheap and small, as ASVD goes by.
     shrink: shrink the moments when they are used (Ledoit-Wolf), for texts with fewer tokens than dimensions.
     full_side: see FULL_SIDE.
@@ -119,6 +123,7 @@ def calibrate(
     kind.
     """
     selection, checkpoint, path = selection or Selection(), opened_model(checkpoint), Path(path)
+    windows = windows_named(windows, checkpoint.path, window, limit)
     matrices = list_matrices(checkpoint)
     selection.check(matrices)
     check_vocabulary(checkpoint, windows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import Checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.cli.options import SearchText
 from laser.cli.search import (
     default_rules,
@@ -22,6 +22,7 @@ from laser.cli.search import (
     searched_of,
 )
 from laser.differences.base import Base
+from laser.differences.opened import opened_model
 from laser.differences.solver import ROUNDS
 from laser.differences.unmerge import AdapterRecord, all_roles, unmerge_into
 from laser.engine.crew import Crew
@@ -37,16 +38,16 @@ from laser.spectra import Spectra
 from laser.spectral.devices import Device, device_of
 from laser.spectral.rules import draws_needed
 
-Model = Checkpoint | str | Path
-"""A checkpoint: opened, its directory, or its Hub id, org/name[@revision]."""
+Named = Checkpoint | str | Path
+"""A checkpoint: opened, its directory, its Hub id, org/name[@revision], or either with +ADAPTER behind it."""
 
 
-def _text(text: Text | str | Path | None) -> Text | None:
+def _read(text: Text | str | Path | None) -> Text | None:
     return text if text is None or isinstance(text, Text) else read_text(text)
 
 
 def search(
-    model: Model,
+    model: Named,
     rules: str | Sequence[str] | None = None,
     *,
     text: Text | str | Path | None = None,
@@ -61,7 +62,7 @@ def search(
     order: str = "layers",
     racing: bool = False,
     moments: Moments | None = None,
-    base: Model | None = None,
+    base: Named | None = None,
     device: Device | str | None = None,
     dtype: str = "float32",
     stream: bool | None = None,
@@ -76,7 +77,7 @@ def search(
     Raises UsageError for a request that makes no sense, OutOfMemory where the model does not fit, RecordError for
     spectra of another model.
     """
-    checkpoint, where = opened_checkpoint(model), device_of(device)
+    checkpoint, where = opened_model(model), device_of(device)
     compared = Base.named(base, checkpoint)
     if compared is not None:
         lowest_snr = None
@@ -86,9 +87,9 @@ def search(
     how: dict[str, Any] = {"lowest_snr": lowest_snr, "accept": accept, "order": order}
     check_request(wanted, **how, calibrated=moments is not None, of_difference=compared is not None)
     cut = SearchText(window=window, windows=windows, held_out_windows=held_out_windows)
-    first = _text(text) or default_text()
+    first = _read(text) or default_text()
     calibration, reported = objectives_of(
-        checkpoint, load_tokenizer(checkpoint.path), None, first, _text(held_out), cut
+        checkpoint, load_tokenizer(checkpoint.path), None, first, _read(held_out), cut
     )
     chosen.check(list_matrices(checkpoint))
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
@@ -109,7 +110,7 @@ def search(
 
 
 def run(
-    model: Model,
+    model: Named,
     output: str | Path,
     rule: str = "laser-rmt",
     *,
@@ -117,7 +118,7 @@ def run(
     lowest_snr: int | None = None,
     treatment: Mapping[str, Any] | None = None,
     moments: Moments | None = None,
-    base: Model | None = None,
+    base: Named | None = None,
     device: Device | str | None = None,
     method: str = "gram",
     resume: bool = False,
@@ -128,7 +129,7 @@ def run(
     treatment: shrink, two_sided or require_fit, as `make_plan` takes them. A search is `search(...).plan`, which
     `reduce` writes. Raises OutputError for an `output` that is there, RecordError for a run of another kind.
     """
-    checkpoint, chosen, how = opened_checkpoint(model), selection or Selection(), dict(treatment or {})
+    checkpoint, chosen, how = opened_model(model), selection or Selection(), dict(treatment or {})
     compared = Base.named(base, checkpoint)
     asked = Treatment(rule, **how)
     asked.check(moments is not None)
@@ -144,7 +145,7 @@ def run(
 
 
 def delta(
-    base: Model, tuned: Model, *, selection: Selection | None = None, device: Device | str | None = None, **how: Any
+    base: Named, tuned: Named, *, selection: Selection | None = None, device: Device | str | None = None, **how: Any
 ) -> Spectra:
     """What became of every tensor of `base` in `tuned`, with the spectra of the differences, as `laser delta` finds it.
 
@@ -154,8 +155,8 @@ def delta(
 
 
 def unmerge(
-    base: Model,
-    tuned: Model,
+    base: Named,
+    tuned: Named,
     output: str | Path,
     *,
     only_lora: bool = False,
@@ -169,7 +170,7 @@ def unmerge(
     Raises UsageError where `base` is not the base, or for `only_lora` where more than an adapter was merged;
     OutputError for an `output` that is there.
     """
-    checkpoint, crew = opened_checkpoint(tuned), Crew((device_of(device),))
+    checkpoint, crew = opened_model(tuned), Crew((device_of(device),))
     compared = Base.named(base, checkpoint)
     assert compared is not None, "a base was named"
     found = scan(checkpoint, Selection(roles=all_roles(checkpoint)), crew=crew, base=compared).delta
@@ -180,7 +181,7 @@ def unmerge(
 
 
 def leaderboard(
-    model: Model,
+    model: Named,
     tasks: Sequence[str] | None = None,
     *,
     limit: int | None = None,
@@ -191,7 +192,7 @@ def leaderboard(
 ) -> Leaderboard:
     """Scores on the six tasks of the Open LLM Leaderboard, version 1, through lm-eval; see `run_leaderboard`."""
     return run_leaderboard(
-        opened_checkpoint(model),
+        opened_model(model),
         tasks=None if tasks is None else tuple(tasks),
         limit=limit,
         data=None if data is None else Path(data),

@@ -24,7 +24,9 @@ from laser.files import claimed, read_regular
 
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
 COMMITTED = "and committed"
-PLACE = re.compile(rb"^[^#\n]*:\s+['\"]?(?:[/~]|\w+://)", re.MULTILINE)  # an option that names a place on some machine
+PATH_LINE = re.compile(
+    rb"^[^#\n]*:\s+['\"]?(?:[/~]|\w+://)", re.MULTILINE
+)  # an option that names a place on some machine
 NOTES = ".cache"  # of clients, on what they have transferred; in a directory that came from the Hub
 
 
@@ -58,7 +60,7 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
             for path in sorted(out.rglob("*"))
             if path.is_file() and not _is_aside(name := path.relative_to(out).as_posix())
         }
-        if OPTIONS_FILE in files and PLACE.search(
+        if OPTIONS_FILE in files and PATH_LINE.search(
             read_regular(files[OPTIONS_FILE])
         ):  # of this machine, and of no use elsewhere
             del files[OPTIONS_FILE]

@@ -17,7 +17,7 @@ import torch
 
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.safetensors import CHUNK, TORCH, Shard, file_pieces, pieces, read_bytes
-from laser.checkpoint.slices import Slice, fetch_from, put_into, read_slice, tensor_sha256, whole, write_slice
+from laser.checkpoint.slices import Slice, fetch_from, put_into, read_slice, tensor_sha256, whole_slice, write_slice
 from laser.errors import CheckpointError
 from laser.files import disk_errors, open_regular, replacing, unfinished
 
@@ -261,7 +261,7 @@ def digest(shard: Shard, matrix: Matrix) -> str | None:
 def _place_in_shard(shard: Shard, matrix: Matrix) -> tuple[int, Slice]:
     """First byte of the tensor that holds a matrix, and the part of it that is the matrix."""
     info = shard.by_name[matrix.tensor]
-    return info.start, matrix.part or whole(info.shape)
+    return info.start, matrix.part or whole_slice(info.shape)
 
 
 def settle(partial: Path, changed: bool) -> str | None:

@@ -59,7 +59,7 @@ class Slice:
         return (W.T if self.transposed else W).contiguous().reshape(self.extent)
 
 
-def whole(shape: tuple[int, ...]) -> Slice:
+def whole_slice(shape: tuple[int, ...]) -> Slice:
     """The slice that is the tensor itself."""
     return Slice(shape, tuple((0, size, 1) for size in shape))
 

@@ -215,7 +215,7 @@ def most_variants(
 
 
 def search_with_bar(*arguments: Any, **how: Any) -> SearchResult:
-    """`laser.search.search` of these arguments, its trials shown on a bar."""
+    """`search_plan` of these arguments, its trials shown on a bar."""
     kept: list[bool] = []
     with Bar("search", unit="trials") as bar:
 

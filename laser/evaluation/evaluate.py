@@ -10,6 +10,7 @@ import torch
 
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import require_unchanged
+from laser.choices import WINDOW
 from laser.differences.opened import opened_model
 from laser.errors import CheckpointError, UsageError, first_line, is_out_of_memory
 from laser.evaluation.activations import Store
@@ -18,13 +19,15 @@ from laser.evaluation.causal import build_causal, check_causal, check_windows, p
 from laser.evaluation.layout import no_weights_for, running
 from laser.evaluation.perplexity import Perplexity, record_of_losses
 from laser.evaluation.streaming import MODEL_DTYPES, LayeredModel, require_dtype, token_losses
-from laser.evaluation.text import Window, Windows
+from laser.evaluation.text import Text, Window, Windows, windows_named
 
 
 def evaluate(
     checkpoint: Checkpoint | str | Path,
-    windows: Windows,
+    windows: Windows | Text | str | Path,
     *,
+    window: int = WINDOW,
+    limit: int | None = None,
     stream: bool = False,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
@@ -32,7 +35,9 @@ def evaluate(
     tick: Callable[[], None] = lambda: None,
     expect: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
-    """Loss and standard error of `checkpoint` on `windows`.
+    """Loss and standard error of `checkpoint` on `windows`: cut already, or a text, or its file.
+
+    window, limit: tokens of each, and how many from the front, where they are not cut yet.
 
     In memory the model is transformers' own `from_pretrained`, called window by window. With `stream` one layer's
     weights are in memory at a time and every window passes through it; the result is equal to 1e-6 in float32. Packed
@@ -43,6 +48,7 @@ def evaluate(
     loss that is not finite.
     """
     checkpoint = opened_model(checkpoint)
+    windows = windows_named(windows, checkpoint.path, window, limit)
     check_vocabulary(checkpoint, windows)
     weights = checkpoint.fingerprint.stated()
     if stream or checkpoint.remade:

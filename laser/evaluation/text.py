@@ -234,6 +234,16 @@ def cut_windows(
     return Windows(tuple(windows), text.name, text.sha256, length, mode, has_bos, counted, limit)
 
 
+def windows_named(
+    text: Windows | Text | str | Path, model: str | Path, length: int = WINDOW, limit: int | None = None
+) -> Windows:
+    """The windows that were cut already, or those of a text or of its file, by the tokenizer of `model`."""
+    if isinstance(text, Windows):
+        return text
+    text = text if isinstance(text, Text) else read_text(text)
+    return cut_windows(text, load_tokenizer(model), length=length, limit=limit)
+
+
 def _disjoint(total: int, length: int, prefixed: bool) -> list[tuple[int, int, int]]:
     """(start, end, scored) in the text's tokens; a prefix takes one place of each window and lets all be scored."""
     body = length - 1 if prefixed else length

@@ -74,7 +74,7 @@ class CardRun:
     commands: tuple[str, ...] = ()  # exact; empty: spelled out from the plan
 
 
-def card(
+def card_text(
     name: str,
     outcome: Outcome,
     source: CardSource,

@@ -39,7 +39,7 @@ from laser.files import claimed, disk_errors, write_atomically
 from laser.outcome import Outcome
 from laser.plan import Plan
 from laser.records import LATER, Record, agree, fingerprint_in, is_deep, under
-from laser.report.card import TAGS, CardRun, CardSource, card
+from laser.report.card import TAGS, CardRun, CardSource, card_text
 from laser.report.comparison import LossDocument, Losses, losses_of
 from laser.report.picture import picture_of_cuts
 from laser.report.source_card import licence_of
@@ -129,7 +129,7 @@ def write_card(
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
         commands = commands or _commands_of(out, outcome, source is not None)
         picture = _picture_for(out, outcome)
-        text = card(
+        text = card_text(
             name or out.resolve().name,
             outcome,
             about,

@@ -148,7 +148,7 @@ def _parallel(null: Spectrum, shape: Shape, alpha: float) -> Cut:
 
 
 def _at_rounding_edge(s: Spectrum, shape: Shape, sigma: float) -> Cut:
-    """The edge of noise whose `sigma` is known and not estimated: of rounding to a storage format (laser/delta)."""
+    """The edge of noise whose `sigma` is known, not estimated: of rounding to a stored format (laser/differences)."""
     return _above(s, mp.edges(sigma, shape)[1], "above the edge of the storage format's rounding", Noise(sigma))
 
 

@@ -1,4 +1,4 @@
-"""Merges as the tests of laser/delta make them: weights, adapters, and what stands for a full fine-tune."""
+"""Merges as the tests of laser/differences make them: weights, adapters, and what stands for a full fine-tune."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.report import chat, rendering
-from laser.report.card import CardRun, CardSource, base_model, card, check_metadata
+from laser.report.card import CardRun, CardSource, base_model, card_text, check_metadata
 from laser.report.comparison import LossDocument, Losses, compare, losses_of
 from laser.report.source_card import licence_of, read_source_card
 from laser.searching.runner import Trial
@@ -111,7 +111,7 @@ def first_table(text: str) -> str:
 
 @pytest.mark.slow
 def test_metadata_is_inherited_and_valid(source: CardSource) -> None:
-    text = card("small-laser", outcome_of(), source, after=board_of(0.5))
+    text = card_text("small-laser", outcome_of(), source, after=board_of(0.5))
     found = metadata(text)
     assert found["base_model"] == "mistralai/Mixtral-8x7B-Instruct-v0.1"
     assert found["license"] == "apache-2.0" and found["language"] == ["fr", "it", "no"]
@@ -125,7 +125,7 @@ def test_metadata_is_inherited_and_valid(source: CardSource) -> None:
 @pytest.mark.slow
 def test_model_index_has_an_entry_per_task_as_in_the_published_cards(source: CardSource) -> None:
     name, results = model_index_to_eval_results(
-        metadata(card("m", outcome_of(), source, after=board_of(0.5)))["model-index"]
+        metadata(card_text("m", outcome_of(), source, after=board_of(0.5)))["model-index"]
     )
     assert name == "m"
     assert [(r.dataset_name, r.dataset_type, r.dataset_config, r.dataset_split, r.metric_type) for r in results] == [
@@ -138,19 +138,19 @@ def test_model_index_has_an_entry_per_task_as_in_the_published_cards(source: Car
     ]
     assert all(r.task_type == "text-generation" and r.metric_value == 50.0 for r in results)
     assert [r.dataset_args for r in results] == [{"num_few_shot": t.shots} for t in TASKS.values()]
-    cut = metadata(card("m", outcome_of(), source, after=board_of(0.5, limit=4)))["model-index"][0]["results"]
+    cut = metadata(card_text("m", outcome_of(), source, after=board_of(0.5, limit=4)))["model-index"][0]["results"]
     assert all(r["dataset"]["args"]["rows_scored"] == 4 for r in cut)
 
 
 @pytest.mark.slow
 def test_without_measurement_nothing_is_claimed(source: CardSource) -> None:
-    text = card("m", outcome_of(), source)
+    text = card_text("m", outcome_of(), source)
     assert "model-index" not in metadata(text)
     assert "**Nothing was measured.**" in text and "No effect on quality was measured." in text
 
 
 def test_a_worse_model_says_so_above_and_in_the_first_table(source: CardSource) -> None:
-    text = card(
+    text = card_text(
         "m", outcome_of(), source, losses=losses_of_change(0.2), before=board_of(0.5), after=board_of(0.25, rows=4)
     )
     table = first_table(text)
@@ -159,14 +159,14 @@ def test_a_worse_model_says_so_above_and_in_the_first_table(source: CardSource) 
     assert text.index("Worse than the source") < text.index(table) < text.index("## What was done")
     # One row of four lost is one standard error: not called worse. Lost in all six tasks, their average is.
     assert table.count("**worse**") == 3 and table.count(UNDECIDED) == 6
-    steady = card("m", outcome_of(), source, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
+    steady = card_text("m", outcome_of(), source, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
     assert first_table(steady).count("**worse**") == 7  # six tasks and their average
 
 
 def test_a_better_model_is_called_better_and_an_equal_one_is_not(source: CardSource) -> None:
-    better = card("m", outcome_of(), source, losses=losses_of_change(-0.2))
+    better = card_text("m", outcome_of(), source, losses=losses_of_change(-0.2))
     assert "worse" not in first_table(better) and "| better |" in first_table(better)
-    same = card("m", outcome_of(), source, losses=losses_of_change(0.005))
+    same = card_text("m", outcome_of(), source, losses=losses_of_change(0.005))
     assert UNDECIDED in first_table(same) and "no gain was measured" in same
 
 
@@ -200,7 +200,7 @@ def test_losses_come_from_the_records_of_an_evaluation() -> None:
 def test_boards_of_other_rows_are_not_subtracted(source: CardSource) -> None:
     rows = compare(None, board_of(0.5), board_of(0.5, limit=4))
     assert {r.verdict for r in rows} == {"not measured on the same rows"} and not any(r.change for r in rows)
-    alone = card("m", outcome_of(), source, after=board_of(0.5))
+    alone = card_text("m", outcome_of(), source, after=board_of(0.5))
     assert "**Nothing was measured on both models**" in alone
     partly = compare(None, board_of(0.5), board_of(0.5, names=("mmlu",)))
     assert len(partly) == 6 and sum(r.after == "not measured" for r in partly) == 5  # and no average of unlike sets
@@ -263,7 +263,7 @@ def test_boards_that_were_measured_otherwise_are_not_judged(
     rows = compare(None, before, after)
     assert len(rows) == 7 and {r.direction for r in rows} == {Direction.NOT_COMPARED}
     assert all(r.verdict.startswith("not like with like: ") and all(t in r.verdict for t in told) for r in rows)
-    text = card("m", outcome_of(), source, before=before, after=after)
+    text = card_text("m", outcome_of(), source, before=before, after=after)
     assert "**Not like with like**: source and this model were measured with" in text
     assert "Worse than the source" not in text and "no gain was measured" not in text
     assert "Nothing was measured on both models" not in text
@@ -272,58 +272,60 @@ def test_boards_that_were_measured_otherwise_are_not_judged(
 def test_losses_that_were_measured_otherwise_are_not_judged(source: CardSource) -> None:
     losses = losses_of_change(-0.2)
     losses["unlike"] = (Unlike("dtype", "float32", "bfloat16|<b>"),)
-    text = card("m", outcome_of(), source, losses=losses)
+    text = card_text("m", outcome_of(), source, losses=losses)
     table = first_table(text)
     assert table.count("not like with like: dtype float32 against bfloat16\\|&lt;b>") == 2
     assert "better |" not in table and "**Not like with like**" in text
     # Beside lines that are comparable, those are still judged.
-    both = card("m", outcome_of(), source, losses=losses, before=board_of(1, rows=16), after=board_of(0.5, rows=16))
+    both = card_text(
+        "m", outcome_of(), source, losses=losses, before=board_of(1, rows=16), after=board_of(0.5, rows=16)
+    )
     assert "**Worse than the source** on: AI2" in both and "**Not like with like**" in both
 
 
 def test_rows_that_count_0_are_said(source: CardSource) -> None:
     board = board_of(0, names=("truthfulqa_mc2",))
     broken = dataclasses.replace(board, scores=(dataclasses.replace(board.scores[0], undefined=3),))
-    text = card("m", outcome_of(), source, before=board, after=broken)
+    text = card_text("m", outcome_of(), source, before=board, after=broken)
     assert "3 of 4 rows of TruthfulQA (0-shot) count 0 for this model: no answer has any probability (0/0)." in text
     assert "for source" not in text
 
 
 def test_a_cut_run_on_local_rows_is_called_a_smoke_test(source: CardSource) -> None:
     board = dataclasses.replace(board_of(0.5, limit=2), data={"arc_challenge.jsonl": "4" * 64})
-    text = card("m", outcome_of(), source, before=board, after=board)
+    text = card_text("m", outcome_of(), source, before=board, after=board)
     assert "first 2 rows" in text and "not a leaderboard result" in text
     held_out = "examples of AI2 Reasoning Challenge, HellaSwag, MMLU, Winogrande are the first rows"
     assert held_out in text and "4" * 64 in text
     shotless = dataclasses.replace(board_of(0.5, names=("truthfulqa_mc2",)), data={"a.jsonl": "4" * 64})
-    assert "few-shot examples" not in card("m", outcome_of(), source, after=shotless)
+    assert "few-shot examples" not in card_text("m", outcome_of(), source, after=shotless)
 
 
 def test_what_was_done(source: CardSource) -> None:
-    text = card("m", outcome_of(lowest_snr=15), source, run=CardRun(rule_source="somewhere (2024)"))
+    text = card_text("m", outcome_of(lowest_snr=15), source, run=CardRun(rule_source="somewhere (2024)"))
     assert "Rule `laser-rmt` (somewhere (2024)); selection: the 15 matrices of lowest signal-to-noise ratio." in text
     assert "Of 3 tensors, 3 are matrices; 2 were reduced, 1 were copied byte for byte." in text
     assert "| `a.weight` | 48 | 10 | 25.00 % | 0.7 |" in text
     assert "| w1 | 1 of 2 | 3 | 48 | 10 | 25.0 to 25.0 % |" in text
-    many = card("m", outcome_of(*(line(f"t{i}.weight") for i in range(41))), source)
+    many = card_text("m", outcome_of(*(line(f"t{i}.weight") for i in range(41))), source)
     assert "<summary>All 41 reduced matrices</summary>" in many and many.count("`t40.weight`") == 1
 
 
 def test_what_was_left_as_it_is_is_said_with_its_reason(source: CardSource) -> None:
     kept = [dataclasses.replace(line(f"k{i}", rank=None), why=Why(kind, "")) for i, kind in enumerate(Kind)]
-    text = card("m", outcome_of(line("a"), *kept, line("z", rank=None), line("y", rank=None)), source)
+    text = card_text("m", outcome_of(line("a"), *kept, line("z", rank=None), line("y", rank=None)), source)
     left = re.findall(r"^Left as they are: (.*)\.$", text, re.MULTILINE)[0].split("; ")
     assert left[0] == "3 not among the lowest by signal-to-noise ratio" and len(left) == len(Kind)
     assert sum(int(part.partition(" ")[0]) for part in left) == len(kept) + 2
-    every = card("m", outcome_of(line("a")), source)
+    every = card_text("m", outcome_of(line("a")), source)
     assert "Left as they are" not in every
 
 
 def test_a_picture_is_shown_where_there_is_one(source: CardSource) -> None:
-    text = card("m", outcome_of(), source, picture="laser/spectrum.svg")
+    text = card_text("m", outcome_of(), source, picture="laser/spectrum.svg")
     assert re.search(r"^!\[Singular values .*\]\(laser/spectrum\.svg\)$", text, re.MULTILINE)
     assert text.index("By role:") < text.index("laser/spectrum.svg") < text.index("| matrix | rank before")
-    assert "spectrum.svg" not in card("m", outcome_of(), source)
+    assert "spectrum.svg" not in card_text("m", outcome_of(), source)
 
 
 @pytest.mark.slow
@@ -337,7 +339,7 @@ def test_a_card_never_says_none(known: bool, measured: bool, source: CardSource)
     calibration = Calibration("4" * 64, "t.txt", "4" * 64, "5" * 64, 5, 2, 10, "float32", False, False)
     outcome = outcome_of(line("a"), by_data, unseen, line("s", rank=None))
     for plan in (outcome.plan, dataclasses.replace(outcome.plan, calibration=calibration)):
-        text = card(
+        text = card_text(
             "m",
             dataclasses.replace(outcome, plan=plan, run={}),
             source if known else bare,
@@ -350,7 +352,7 @@ def test_a_card_never_says_none(known: bool, measured: bool, source: CardSource)
 @pytest.mark.parametrize("count", [40, 41, 200, 201, 1000])
 def test_a_long_table_is_folded_and_ends_after_200_rows_with_a_count(count: int, source: CardSource) -> None:
     """Of 45,000 matrices the card was 4 MB."""
-    text = card("out", outcome_of(*(line(f"layers.{number}.w1") for number in range(count))), source)
+    text = card_text("out", outcome_of(*(line(f"layers.{number}.w1") for number in range(count))), source)
     rows = [row for row in text.splitlines() if row.startswith("| `layers.")]
     assert len(rows) == min(count, 200) and f"{count} were reduced" in text
     assert (f"All {count} reduced matrices" in text) == (40 < count <= 200)
@@ -360,7 +362,7 @@ def test_a_long_table_is_folded_and_ends_after_200_rows_with_a_count(count: int,
 
 
 def test_an_empty_plan_says_that_nothing_was_reduced(source: CardSource) -> None:
-    text = card("m", outcome_of(line("a.weight", rank=None), rule="none"), source)
+    text = card_text("m", outcome_of(line("a.weight", rank=None), rule="none"), source)
     assert "**No matrix was reduced: the weights are the source's, byte for byte.**" in text
 
 
@@ -375,7 +377,7 @@ def test_an_empty_plan_says_that_nothing_was_reduced(source: CardSource) -> None
     ],
 )
 def test_limits_of_the_rule(rule: str, words: str, source: CardSource) -> None:
-    text = card("m", outcome_of(rule=rule), source)
+    text = card_text("m", outcome_of(rule=rule), source)
     assert words in text[text.index("## Limits") :]
 
 
@@ -384,7 +386,7 @@ def test_search_trials_are_listed(source: CardSource) -> None:
         return Trial(label, "mp-edge", {"a": 10, "b": 12}, False, d, se, accepted, None, 0, 0.0)
 
     trials = [trial("3.w1", -0.0012, 0.0005, True), trial("2|q", 0.01, None, False), trial("1.v", None, None, False)]
-    text = card("m", outcome_of(), source, trials=trials)
+    text = card_text("m", outcome_of(), source, trials=trials)
     assert "3 edits were tried and 1 kept" in text
     assert "| 3.w1 | `mp-edge` | 10 to 12 | -0.00120 ± 0.00050 | kept |" in text
     assert "| 2\\|q | `mp-edge` | 10 to 12 | +0.01000 | undone |" in text
@@ -392,7 +394,7 @@ def test_search_trials_are_listed(source: CardSource) -> None:
 
 
 def test_the_loading_code_compiles_and_names_the_model(source: CardSource) -> None:
-    text = card('odd "name"', outcome_of(), source)
+    text = card_text('odd "name"', outcome_of(), source)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 6
     for block in blocks:
@@ -401,26 +403,26 @@ def test_the_loading_code_compiles_and_names_the_model(source: CardSource) -> No
     assert "load_in_8bit" in text and "load_in_4bit" in text and "flash_attention_2" in text
     assert "vllm serve 'odd \"name\"' --dtype bfloat16" in text
     assert "4 GB" in text and "0.5 GB" in text
-    half = card("m", outcome_of(), dataclasses.replace(source, config={"torch_dtype": "float16"}))
+    half = card_text("m", outcome_of(), dataclasses.replace(source, config={"torch_dtype": "float16"}))
     assert "torch.float16" in half and "torch.bfloat16" not in half
 
 
 @pytest.mark.slow
 def test_the_chat_format_is_the_template_rendered(source: CardSource) -> None:
-    text = card("m", outcome_of(), source)
+    text = card_text("m", outcome_of(), source)
     rendered = "<s>[user] {first question}</s>[assistant] {first answer}</s>[user] {second question}</s>"
     assert f"```text\n{rendered}\n```" in text and "apply_chat_template(" in text
-    file = card("m", outcome_of(), dataclasses.replace(source, chat_template="file: {{ messages[0].content }}"))
+    file = card_text("m", outcome_of(), dataclasses.replace(source, chat_template="file: {{ messages[0].content }}"))
     assert "```text\nfile: {first question}\n```" in file  # the file wins, as it does in transformers
     listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    several = card("m", outcome_of(), dataclasses.replace(source, tokenizer_config={"chat_template": listed}))
+    several = card_text("m", outcome_of(), dataclasses.replace(source, tokenizer_config={"chat_template": listed}))
     assert "```text\nplain\n```" in several
 
 
 @pytest.mark.slow
 def test_a_template_that_fails_does_not_stop_the_card(source: CardSource) -> None:
     template = "{{ raise_exception('only with a system') }}"
-    text = card("m", outcome_of(), dataclasses.replace(source, chat_template=template))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, chat_template=template))
     assert "has a chat template that could not be rendered" in text
 
 
@@ -467,13 +469,13 @@ def test_a_template_has_limits_of_time_and_memory(
 
 
 def test_no_template(source: CardSource) -> None:
-    text = card("m", outcome_of(), dataclasses.replace(source, tokenizer_config=None))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, tokenizer_config=None))
     assert "The source has no chat template" in text and "apply_chat_template(" not in text
 
 
 @pytest.mark.slow
 def test_a_template_cannot_close_its_fence(source: CardSource) -> None:
-    text = card("m", outcome_of(), dataclasses.replace(source, chat_template="```\n# Not a heading"))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, chat_template="```\n# Not a heading"))
     assert "````text\n```\n# Not a heading\n````" in text
 
 
@@ -501,7 +503,7 @@ def test_base_model_is_a_hub_id_or_nothing(
 ) -> None:
     about = dataclasses.replace(source, **changes)
     assert base_model(about, read_source_card(about.readme).entries) == (expected, origin)
-    assert metadata(card("m", outcome_of(), about)).get("base_model") == expected
+    assert metadata(card_text("m", outcome_of(), about)).get("base_model") == expected
 
 
 @pytest.mark.parametrize(
@@ -509,7 +511,7 @@ def test_base_model_is_a_hub_id_or_nothing(
     [None, "", "# no metadata", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: 3\nlanguage: {a: b}\n---\n"],
 )
 def test_a_source_without_usable_metadata_still_gets_a_card(readme: str | None, source: CardSource) -> None:
-    text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, readme=readme))
     assert not {"license", "language"} & metadata(text).keys()
     assert "names no licence; see `LICENSE`" in text
 
@@ -543,7 +545,7 @@ READ = {"license": "mit", "language": ["en", "no"]}
 def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource) -> None:
     about = dataclasses.replace(source, readme=readme, hub_id=None)
     assert read_source_card(readme).entries.items() >= READ.items()
-    text = card("m", outcome_of(), about)
+    text = card_text("m", outcome_of(), about)
     found = metadata(text)
     assert {key: found.get(key) for key in READ} == READ and "base_model" not in found
     assert "The source's README.md" not in text and "The licence is the source's." in text
@@ -568,7 +570,7 @@ def test_odd_metadata_that_can_be_read_are_read(readme: str, source: CardSource)
     ],
 )
 def test_metadata_that_cannot_be_trusted_are_complained_of(readme: str, why: str, source: CardSource) -> None:
-    text = card("m", outcome_of(), dataclasses.replace(source, readme=readme))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, readme=readme))
     assert f"The source's README.md {why}" in re.sub(r"has metadata (that )?", "", text)
     if readme.startswith("\ufeff"):
         assert metadata(text).items() >= READ.items()
@@ -596,7 +598,7 @@ def test_metadata_that_cannot_be_trusted_are_complained_of(readme: str, why: str
 def test_languages_are_the_words_that_were_written(
     written: str, languages: list[str] | None, source: CardSource
 ) -> None:
-    text = card("m", outcome_of(), dataclasses.replace(source, readme=f"---\nlanguage: {written}\n---\n"))
+    text = card_text("m", outcome_of(), dataclasses.replace(source, readme=f"---\nlanguage: {written}\n---\n"))
     assert metadata(text).get("language") == languages
     assert not re.search(r"\b(None|null)\b", text)
 
@@ -636,19 +638,19 @@ def test_a_licence_is_told_by_its_whole_text_only(text: str, licence: str | None
 
 def test_the_licence_is_looked_for_in_the_files_where_the_card_names_none(source: CardSource) -> None:
     silent = dataclasses.replace(source, readme=None, licences={"LICENSE": "apache-2.0"})
-    text = card("m", outcome_of(), silent)
+    text = card_text("m", outcome_of(), silent)
     assert metadata(text)["license"] == "apache-2.0"
     assert "names no licence; the one above is that whose text it carries: `LICENSE` (apache-2.0)." in text
-    named = card("m", outcome_of(), dataclasses.replace(silent, readme="---\nlicense: cc-by-nc-4.0\n---\n"))
+    named = card_text("m", outcome_of(), dataclasses.replace(silent, readme="---\nlicense: cc-by-nc-4.0\n---\n"))
     assert metadata(named)["license"] == "cc-by-nc-4.0" and "The licence is the source's." in named
     both = dataclasses.replace(silent, licence_files=("A", "B"), licences={"A": "mit", "B": "apache-2.0"})
-    text = card("m", outcome_of(), both)
+    text = card_text("m", outcome_of(), both)
     assert "license" not in metadata(text) and "see `A` (mit), `B` (apache-2.0). Ask its authors" in text
 
 
 def test_a_licence_of_its_own_keeps_its_name_and_link(source: CardSource) -> None:
     own = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://example.com/l\nlanguage: en\n---\n"
-    found = metadata(card("m", outcome_of(), dataclasses.replace(source, readme=own)))
+    found = metadata(card_text("m", outcome_of(), dataclasses.replace(source, readme=own)))
     assert (found["license"], found["license_name"], found["license_link"]) == (
         "other",
         "mine",
@@ -659,7 +661,9 @@ def test_a_licence_of_its_own_keeps_its_name_and_link(source: CardSource) -> Non
 
 def test_reproduction(source: CardSource) -> None:
     chosen = {"lowest_snr": 15, "layers": [1, 2], "roles": ["w1", "q"], "include": "layers.[0-9]+"}
-    text = card("my out", outcome_of(**chosen), source, run=CardRun(versions={"torch": "2.13"}), after=board_of(0.5))
+    text = card_text(
+        "my out", outcome_of(**chosen), source, run=CardRun(versions={"torch": "2.13"}), after=board_of(0.5)
+    )
     command = (
         "laser run mistralai/Mixtral-8x7B-Instruct-v0.1 -o 'my out' --rule laser-rmt --lowest-snr 15 "
         "--include 'layers.[0-9]+' --layers 1,2 --roles w1,q --device cpu --precision float64 --method gram"
@@ -669,33 +673,33 @@ def test_reproduction(source: CardSource) -> None:
         assert fact in text
     routed = outcome_of()
     routed.run["device"] = "cpu float32 values:0=mkl vectors:0=numpy"  # pyright: ignore[reportIndexIssue]
-    assert "--device cpu --precision float32 --method gram" in card("m", routed, source)
-    told = card("m", outcome_of(), source, run=CardRun(commands=("laser reduce base plan.json -o m",)))
+    assert "--device cpu --precision float32 --method gram" in card_text("m", routed, source)
+    told = card_text("m", outcome_of(), source, run=CardRun(commands=("laser reduce base plan.json -o m",)))
     assert "```sh\nlaser reduce base plan.json -o m\nlaser verify" in told
 
 
 def test_treatments_are_reproduced_too(source: CardSource) -> None:
-    text = card("m", outcome_of(shrink="frobenius", two_sided=True, require_fit=0.05), source)
+    text = card_text("m", outcome_of(shrink="frobenius", two_sided=True, require_fit=0.05), source)
     assert "--shrink frobenius --require-fit 0.05 --two-sided --device cpu" in text
 
 
 def test_an_edited_plan_is_not_said_to_come_from_a_rule(source: CardSource) -> None:
     outcome = outcome_of()
-    text = card("m", dataclasses.replace(outcome, plan=dataclasses.replace(outcome.plan, edited=True)), source)
+    text = card_text("m", dataclasses.replace(outcome, plan=dataclasses.replace(outcome.plan, edited=True)), source)
     assert "laser reduce mistralai/Mixtral-8x7B-Instruct-v0.1 plan.json -o m  # plan.json: the entry `plan`" in text
     assert "laser run" not in text and "The plan was edited after the rule had made it" in text
-    assert "was edited" not in card("m", outcome, source)
+    assert "was edited" not in card_text("m", outcome, source)
 
 
 def test_a_searched_plan_is_not_said_to_come_from_a_rule(source: CardSource) -> None:
-    text = card("m", outcome_of(rule="laser-rmt,mp-edge", accept="better"), source)
+    text = card_text("m", outcome_of(rule="laser-rmt,mp-edge", accept="better"), source)
     assert "laser reduce mistralai/Mixtral-8x7B-Instruct-v0.1 plan.json -o m  # plan.json: the entry `plan`" in text
     assert "laser run" not in text and "the edits that a search kept (criterion `better`)" in text
 
 
 def test_it_is_pure(source: CardSource) -> None:
     arguments: dict[str, Any] = {"losses": losses_of_change(0.1), "before": board_of(0.5), "after": board_of(0.75)}
-    assert card("m", outcome_of(), source, **arguments) == card("m", outcome_of(), source, **arguments)
+    assert card_text("m", outcome_of(), source, **arguments) == card_text("m", outcome_of(), source, **arguments)
 
 
 STRANGE = (
@@ -721,7 +725,7 @@ STRANGE = (
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_hostile_names_stay_in_their_cells(name: str, source: CardSource) -> None:
-    text = card("m", outcome_of(line(name), line("plain.weight")), source)
+    text = card_text("m", outcome_of(line(name), line("plain.weight")), source)
     tables = [part for part in text.split("\n\n") if part.startswith("| matrix")]
     assert len(tables) == 1
     for row in tables[0].splitlines():
@@ -751,7 +755,7 @@ def test_a_name_is_read_in_a_heading_a_cell_and_a_program(name: str, source: Car
         assert shown(f"x {code(name)}") == "x " + visible(name).strip().replace("`", "'")
     rows = parser.parse(f"| a | b |\n| --- | --- |\n| {cell(name)} | {code(name)} |")
     assert sum(token.type == "td_open" for token in rows) == 2
-    text = card(name, outcome_of(), source, after=board_of(0.5))
+    text = card_text(name, outcome_of(), source, after=board_of(0.5))
     (block, *_) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert next(
         ast.literal_eval(node.value) for node in ast.parse(block).body if isinstance(node, ast.Assign)
@@ -782,7 +786,7 @@ def test_markdown_pieces() -> None:
     ],
 )
 def test_invalid_metadata_is_refused(damage: Callable[[str], str], source: CardSource) -> None:
-    text = card("m", outcome_of(), source, after=board_of(0.5))
+    text = card_text("m", outcome_of(), source, after=board_of(0.5))
     expected = metadata(text)
     check_metadata(text, expected)
     assert damage(text) != text
@@ -795,9 +799,9 @@ def test_no_figure_is_nan(source: CardSource) -> None:
     huge["result"]["nll"] = 5000.0  # its exponential is no float
     single = losses_of_change(0.1, se=None)
     for losses in (huge, single):
-        text = card("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
+        text = card_text("m", outcome_of(), source, losses=losses, before=board_of(0.5), after=board_of(0.5))
         assert not re.search(r"\b(nan|inf|None)\b", text)
-    assert "above 5e21" in card("m", outcome_of(), source, losses=huge)
+    assert "above 5e21" in card_text("m", outcome_of(), source, losses=huge)
 
 
 def test_only_fences_hold_what_is_not_escaped() -> None:
@@ -807,7 +811,7 @@ def test_only_fences_hold_what_is_not_escaped() -> None:
 
 
 def test_every_section_is_there_in_order(source: CardSource) -> None:
-    found = re.findall(r"^## (.*)$", card("m", outcome_of(), source, trials=[]), re.MULTILINE)
+    found = re.findall(r"^## (.*)$", card_text("m", outcome_of(), source, trials=[]), re.MULTILINE)
     assert found == [
         "Measured before and after",
         "What was done",
@@ -819,4 +823,4 @@ def test_every_section_is_there_in_order(source: CardSource) -> None:
 
 
 def test_report_holds_no_path_of_this_machine(source: CardSource) -> None:
-    assert str(Path.cwd()) not in card("m", outcome_of(), source)
+    assert str(Path.cwd()) not in card_text("m", outcome_of(), source)
