@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pico_language import make_model
 
 nbformat = pytest.importorskip("nbformat", reason="running notebooks needs nbformat, nbclient and ipykernel")
 nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbformat, nbclient and ipykernel")
@@ -16,11 +17,9 @@ pytest.importorskip("ipykernel", reason="running notebooks needs nbformat, nbcli
 pytest.importorskip("matplotlib", reason='the pictures need the extra: pip install "laser-rmt[plot]"')
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
-from pico_language import make_model  # noqa: E402
 
-from notebooks import executed  # noqa: E402
 
+executed = runpy.run_path(str(ROOT / "scripts" / "run_notebooks.py"))["executed"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

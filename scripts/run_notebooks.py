@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the notebooks from top to bottom and store what they show in them.
 
-    python scripts/notebooks.py [NOTEBOOK ...]
+    python scripts/run_notebooks.py [NOTEBOOK ...]
 
 They read the demo's model (scripts/demo.sh makes it), or the checkpoint that LASER_MODEL names. Without arguments all
 of notebooks/ are run. What changes from run to run, such as times of execution, is not stored.
