@@ -108,8 +108,8 @@ def test_a_verb_s_own_messages_name_its_own_options() -> None:
 SHARED_BY = {
     "evaluation/leaderboard.py": ("leaderboard", "run"),
     "evaluation/lm_tasks.py": ("leaderboard", "run"),
-    "search/search.py": ("search", "run"),
-    "search/candidates.py": ("search", "run"),
+    "searching/search.py": ("search", "run"),
+    "searching/candidates.py": ("search", "run"),
     "spectral/rules.py": ("plan", "run", "search", "null"),
 }
 

@@ -30,6 +30,6 @@ def in_vllm(adapter: Path) -> str:
     elif half := sorted(each for each in fused if not {each, f"{each}.base_layer"} <= modules):
         why = f"of {half[0]} only one of gate_up_proj and down_proj has an adapter"
     else:
-        experts = " --enable-mixed-moe-lora-format" if fused else ""
-        return f"vLLM takes it by --enable-lora --max-lora-rank {most}{experts}"
+        experts = " with `--enable-mixed-moe-lora-format`" if fused else ""
+        return f"vLLM takes it by `vllm serve --enable-lora --max-lora-rank {most}`{experts}"
     return f"vLLM does not take it: {why}"

@@ -52,7 +52,9 @@ def numbers(m: int, n: int, groups: int, bits: int, seed: int = 0) -> tuple[torc
 def by_hand(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group: list[int]) -> torch.Tensor:
     """W (m, n), number by number, in the arithmetic of 16 bits."""
     n, m = q.shape
-    rows = [[scales[group[i], j] * (int(q[i, j]) - int(zeros[group[i], j])) for i in range(n)] for j in range(m)]
+    rows = [
+        [(scales[group[i], j] * (int(q[i, j]) - int(zeros[group[i], j]))).item() for i in range(n)] for j in range(m)
+    ]
     return torch.tensor(rows, dtype=torch.float16)
 
 

@@ -645,4 +645,4 @@ def test_it_has_the_form_that_vllm_loads(
 ) -> None:
     compensated(run, models, tmp_path / "a", *amount, kind=kind)
     require_vllm_form(tmp_path / "a")
-    assert in_vllm(tmp_path / "a").startswith("vLLM takes it by --enable-lora --max-lora-rank ")
+    assert in_vllm(tmp_path / "a").startswith("vLLM takes it by `vllm serve --enable-lora --max-lora-rank ")
