@@ -26,15 +26,15 @@ def written(folder: Path, modules: dict[str, int], **config: object) -> str:
 
 def test_the_rank_that_it_has_to_be_told(tmp_path: Path) -> None:
     for rank, most in ((1, 1), (2, 8), (8, 8), (9, 16), (100, 128)):
-        assert written(tmp_path, {"model.layers.0.mlp.up_proj": rank}).endswith(f"--max-lora-rank {most}")
+        assert written(tmp_path, {"model.layers.0.mlp.up_proj": rank}).endswith(f"--max-lora-rank {most}`")
     other = written(tmp_path, {"a": 4, "b": 20}, r=4, rank_pattern={"b": 20})
-    assert other.endswith("--max-lora-rank 32"), "r is the usual rank, and others are in the pattern"
+    assert other.endswith("--max-lora-rank 32`"), "r is the usual rank, and others are in the pattern"
     assert "is 513" in written(tmp_path, {"a": 513}) and MAX_LORA_RANKS[-1] == 512
 
 
 def test_experts_come_as_a_pair(tmp_path: Path) -> None:
     both = written(tmp_path, {FUSED: 4, f"{FUSED}.base_layer": 4})
-    assert both.endswith("--max-lora-rank 8 --enable-mixed-moe-lora-format")
+    assert both.endswith("--max-lora-rank 8` with `--enable-mixed-moe-lora-format`")
     for half in (FUSED, f"{FUSED}.base_layer"):
         assert f"does not take it: of base_model.model.{FUSED}" in written(tmp_path, {half: 4})
 
