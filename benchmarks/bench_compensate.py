@@ -205,7 +205,7 @@ class Solved:
             copy,
             moments,
             rank,
-            Rescaled(original, copy, places.places),
+            Rescaled(original, copy),
         )
         with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
             return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)

@@ -48,8 +48,9 @@ class ArrayRecord(Record):
         return document
 
     @classmethod
-    def load(cls, path: Path, *, as_written: bool = True) -> Self:
+    def load(cls, path: str | Path, *, as_written: bool = True) -> Self:
         """The record without its arrays. Raises RecordError as Record.load."""
+        path = Path(path)
         with cls.opened(path, "numpy") as file:
             document = cls.document_in(file, path)
         return cls.from_document(document, path, as_written=as_written)

@@ -166,8 +166,9 @@ class Moments:
         return None if differences(there.run, run) else there
 
     @staticmethod
-    def load(path: Path) -> Moments:
+    def load(path: str | Path) -> Moments:
         """Headers only. Raises RecordError for a file that is missing, damaged or of another version."""
+        path = Path(path)
         header = MomentsHeader.load(path)
         sites = {name: site for site in header.sites for name in site.matrices}
         return Moments(path, header.source, header.calibration, sites, header.hashes, header.run)

@@ -15,7 +15,7 @@ from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source, require_unchanged
 from laser.differences.base import Base
-from laser.differences.opened import opened_model
+from laser.differences.opened import base_named, opened_model
 from laser.errors import NumericalError, UsageError
 from laser.pipeline import describe_failure
 from laser.records import SPARSE, Record
@@ -87,7 +87,7 @@ def null_test(
     """
     check_test(rules, permutation, draws)
     checkpoint = opened_model(checkpoint)
-    base = Base.named(base, checkpoint)
+    base = base_named(base, checkpoint)
     parsed = {spec: parse_rule(spec) for spec in rules}
     needed = max((draws_needed(spec) for spec in rules), default=0)
     selection, device = selection or Selection(), device_of(device)

@@ -82,12 +82,12 @@ class Outcome(
         return rows, [entry["energy_kept"] for entry in self.matrices.values()]
 
     @classmethod
-    def load(cls, path: Path, *, as_written: bool = True) -> Outcome:
+    def load(cls, path: str | Path, *, as_written: bool = True) -> Outcome:
         """The outcome in the directory `path`, which `reduce` wrote. Raises RecordError as Record.load.
 
         as_written: whether its checksum has to be right; `verify` tells of that beside all else that it finds.
         """
-        return super().load(path / OUTCOME, as_written=as_written)
+        return super().load(Path(path) / OUTCOME, as_written=as_written)
 
     @classmethod
     def current(cls, document: dict[str, Any]) -> Outcome:

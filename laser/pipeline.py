@@ -46,7 +46,7 @@ from laser.checkpoint.writer import (
 from laser.differences.base import Base, Delta
 from laser.differences.difference import Verdict, judge_difference
 from laser.differences.edits import OfDifference, exact_method, scaled
-from laser.differences.opened import opened_model
+from laser.differences.opened import base_named, opened_model
 from laser.engine.crew import Crew, Work, most_expensive_first
 from laser.engine.workers import visit_all
 from laser.errors import LaserError, NumericalError, OutputError, RecordError, UsageError
@@ -372,7 +372,7 @@ def scan(
     Raises UsageError for a selection that matches nothing, or a negative number of draws.
     """
     checkpoint = opened_model(checkpoint)
-    base = Base.named(base, checkpoint)
+    base = base_named(base, checkpoint)
     selection, crew = selection or Selection(), crew or Crew((device_of(device),))
     check_scan(method, null_draws)
     if moments is not None:
@@ -631,7 +631,7 @@ def reduce(
     certificate.
     """
     checkpoint, out = opened_model(checkpoint), Path(out)
-    base = Base.named(base, checkpoint)
+    base = base_named(base, checkpoint)
     crew = crew or Crew((device_of(device),))
     require_base_apart(base, out)
     writer = _Reducer(checkpoint, plan, crew, method, evict, dtype, moments, fresh, base, tick)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,11 +21,11 @@ from laser.cli.search import (
     objectives_of,
     searched_of,
 )
-from laser.differences.base import Base
-from laser.differences.opened import opened_model
+from laser.differences.opened import base_named, opened_model
 from laser.differences.solver import ROUNDS
 from laser.differences.unmerge import AdapterRecord, all_roles, unmerge_into
 from laser.engine.crew import Crew
+from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
 from laser.evaluation.text import Text, default_text, load_tokenizer, read_text
 from laser.flow import Result, run_flow
@@ -57,7 +57,7 @@ def search(
     held_out_windows: int = 16,
     spectra: Spectra | None = None,
     selection: Selection | None = None,
-    lowest_snr: int | None = 15,
+    lowest_snr: int | Literal["default"] | None = "default",
     accept: str = "better",
     order: str = "layers",
     racing: bool = False,
@@ -72,16 +72,17 @@ def search(
 
     rules: one or more, by default laser-rmt; with `base` rounding and three scales, and a candidate is a role.
     text, held_out: Text, or a file; by default Python's pydoc topics, and what follows the calibration. window: tokens.
-    spectra: of `scan`; measured here if not given. lowest_snr: only so many candidates; None: all.
+    spectra: of `scan`; measured here if not given. lowest_snr: only so many candidates, by default 15,
+    or all roles with a `base`; None: all.
     stream: None loads as many layers as fit. journal: a file that keeps every trial, so that none is run twice.
     Raises UsageError for a request that makes no sense, OutOfMemory where the model does not fit, RecordError for
     spectra of another model.
     """
     checkpoint, where = opened_model(model), device_of(device)
-    compared = Base.named(base, checkpoint)
-    if compared is not None:
-        lowest_snr = None
-    named = rules or default_rules(compared is not None, searching=True)
+    compared = base_named(base, checkpoint)
+    if lowest_snr == "default":
+        lowest_snr = 15 if compared is None else None
+    named = default_rules(compared is not None, searching=True) if rules is None else rules
     wanted = [rule for rule in (named.split(",") if isinstance(named, str) else named) if rule]
     chosen, crew = selection or Selection(), Crew((where,))
     how: dict[str, Any] = {"lowest_snr": lowest_snr, "accept": accept, "order": order}
@@ -112,7 +113,7 @@ def search(
 def run(
     model: Named,
     output: str | Path,
-    rule: str = "laser-rmt",
+    rule: str | None = None,
     *,
     selection: Selection | None = None,
     lowest_snr: int | None = None,
@@ -126,11 +127,13 @@ def run(
 ) -> Result:
     """Scan, plan under one rule, reduce and write the card, as `laser run --no-search` does.
 
+    rule: by default laser-rmt, or rounding for differences from a `base`.
     treatment: shrink, two_sided or require_fit, as `make_plan` takes them. A search is `search(...).plan`, which
     `reduce` writes. Raises OutputError for an `output` that is there, RecordError for a run of another kind.
     """
     checkpoint, chosen, how = opened_model(model), selection or Selection(), dict(treatment or {})
-    compared = Base.named(base, checkpoint)
+    compared = base_named(base, checkpoint)
+    rule = default_rules(compared is not None, searching=False) if rule is None else rule
     asked = Treatment(rule, **how)
     asked.check(moments is not None)
 
@@ -171,7 +174,10 @@ def unmerge(
     OutputError for an `output` that is there.
     """
     checkpoint, crew = opened_model(tuned), Crew((device_of(device),))
-    compared = Base.named(base, checkpoint)
+    for each in (checkpoint, opened_model(base)):
+        if each.on_top is not None:
+            raise UsageError(f"{each.name} is in no files; make it with laser rebuild, and try its directory")
+    compared = base_named(base, checkpoint)
     assert compared is not None, "a base was named"
     found = scan(checkpoint, Selection(roles=all_roles(checkpoint)), crew=crew, base=compared).delta
     assert found is not None, "a scan with a base measures differences"

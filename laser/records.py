@@ -546,11 +546,12 @@ class Record:
         save_json(path, self._sealed())
 
     @classmethod
-    def load(cls, path: Path, *, as_written: bool = True) -> Self:
+    def load(cls, path: str | Path, *, as_written: bool = True) -> Self:
         """The record at `path`. Raises RecordError for one that is missing, damaged, or of another kind or version.
 
         as_written: whether its checksum has to be right.
         """
+        path = Path(path)
         with cls.reading(path):
             document = parse_record(read_regular(path))
         return cls.from_document(document, path, as_written=as_written)

@@ -379,8 +379,9 @@ class Spectra(Shown):
         )  # fmt: skip
 
     @staticmethod
-    def load(path: Path) -> Spectra:
+    def load(path: str | Path) -> Spectra:
         """Raises RecordError for a file that is missing, damaged or of another version."""
+        path = Path(path)
         with SpectraHeader.opened(path, "numpy") as file:
             document = SpectraHeader.document_in(file, path)
             vectors = {name: file.get_tensor(name) for name in file.keys()}

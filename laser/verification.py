@@ -22,7 +22,7 @@ from laser.checkpoint.source import require_unchanged
 from laser.checkpoint.writer import RECORDS
 from laser.differences.base import Base
 from laser.differences.edits import OfDifference, scaling_problems
-from laser.differences.opened import opened_model
+from laser.differences.opened import base_named, opened_model
 from laser.errors import RecordError
 from laser.evaluation.leaderboard import Leaderboard
 from laser.evaluation.perplexity import Perplexity
@@ -124,7 +124,7 @@ def verify(
     cannot be read at all.
     """
     source, out = opened_model(source), Path(out)
-    base = Base.named(base, source)
+    base = base_named(base, source)
     device = in_float64(device_of(device))  # in float32 the values of a cut matrix end at 1e-4, not at 0
     outcome, result = Outcome.load(out, as_written=False), open_checkpoint(out)
     outcome.plan.require_source(source, base, "output")

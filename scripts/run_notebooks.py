@@ -4,7 +4,7 @@
     python scripts/run_notebooks.py [NOTEBOOK ...]
 
 They read the demo's model (scripts/demo.sh makes it), or the checkpoint that LASER_MODEL names. Without arguments all
-of notebooks/ are run. What changes from run to run, such as times of execution, is not stored.
+of notebooks/ are run. The order and time of execution are not stored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def executed(path: Path, model: str) -> Any:
 
 
 def main() -> None:
-    model = os.environ.get("LASER_MODEL", str(ROOT / ".demo" / "mixtral"))
+    model = str(Path(os.environ.get("LASER_MODEL", ROOT / ".demo" / "mixtral")).resolve())
     chosen = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in chosen:
         path.write_text(nbformat.writes(executed(path, model)) + "\n")

@@ -466,3 +466,10 @@ def drop(hub: Hub, name: str) -> None:
     files = (file for repo in found.repos for revision in repo.revisions for file in revision.files)
     found.delete_files(*(file for file in files if file.file_path == place)).execute()
     place.unlink(missing_ok=True)  # in a folder that the client takes for damaged
+
+
+def hub_origin(path: Path) -> tuple[str | None, str | None]:
+    """(id, revision) of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/REVISION; else (None, None)."""
+    if path.parent.name != "snapshots" or not path.parent.parent.name.startswith("models--"):
+        return None, None
+    return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name

@@ -25,7 +25,7 @@ from laser.files import claimed, read_regular
 AT_A_TIME = 5  # shards that are sent side by side: as many threads as the Hub's client has for that
 COMMITTED = "and committed"
 PATH_LINE = re.compile(
-    rb"^[^#\n]*:\s+['\"]?(?:[/~]|\w+://)", re.MULTILINE
+    rb"^[^#\n]*:\s+['\"]?(?:[^\n]*\+)?(?:[/~\\]|\.\.?/|\w:\\|\w+://)", re.MULTILINE
 )  # an option that names a place on some machine
 NOTES = ".cache"  # of clients, on what they have transferred; in a directory that came from the Hub
 

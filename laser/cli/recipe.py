@@ -10,6 +10,7 @@ import difflib
 import inspect
 import math
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -22,6 +23,7 @@ from typer.models import OptionInfo
 
 from laser.cli import common
 from laser.errors import RecordError, UsageError, first_line
+from laser.escape import visible
 from laser.files import read_regular
 from laser.records import named
 
@@ -51,7 +53,10 @@ def configure(ctx: typer.Context, config: Path | None) -> Path | None:
     if config is not None:
         where = f"config {config}"
         values = _defaults_of(
-            ctx, _options_in(_text_of_options(config, where), config.suffix != ".toml", where), where, ("config",)
+            ctx,
+            _options_in(_text_of_options(config, where), config.suffix.lower() != ".toml", where),
+            where,
+            ("config",),
         )
         ctx.default_map = dict(ctx.default_map or {}) | values
     return config
@@ -71,7 +76,8 @@ def resolved(options: Mapping[str, Any], found: Mapping[str, Any], model: str) -
         for name, value in kept.items()
         if name not in PASSING_OPTIONS
     }
-    heading = f"# The options that made this model, defaults too: laser run {model} -o OUT --config laser.yaml\n"
+    heading = "# The options that made this model, defaults too: "
+    heading += f"laser run {visible(shlex.quote(model))} -o OUT --config laser.yaml\n"
     return (heading + yaml.safe_dump(plain, sort_keys=False)).encode()
 
 
@@ -144,6 +150,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_is(each, get_args(kind)[0]) for each in value)
     if kind is Path:
         return isinstance(value, str)
+    if kind is float and type(value) is int:
+        return True
     return type(value) is kind and not (kind is float and not math.isfinite(value))  # True is an int to isinstance
 
 
@@ -167,7 +175,7 @@ def load_recipe(name_or_file: str) -> list[tuple[Any, Any]]:
     if not path.exists() and not path.is_symlink():
         raise UsageError(f"no recipe {name_or_file!r}; try one of {', '.join(packaged())}, or a TOML or YAML file")
     where = f"recipe {name_or_file}"
-    return _options_in(_text_of_options(path, where), path.suffix in (".yaml", ".yml"), where)
+    return _options_in(_text_of_options(path, where), path.suffix.lower() in (".yaml", ".yml"), where)
 
 
 def _text_of_options(path: Path, where: str) -> str:

@@ -284,5 +284,13 @@ def _run_command(model: str, checkpoint: Checkpoint, output: Path, base: Base | 
     if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
         names[str(config)] = OPTIONS_FILE
     given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
-    words = [names.get(w) or models.get(Path(w).resolve(), w) for w in given]
-    return shlex.join(["laser", *(Path(w).name if w.startswith("/") else w for w in words)])
+
+    def shown(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        value = names.get(value) or models.get(Path(value).resolve(), value)
+        return option + equals + (Path(value).name if value.startswith("/") else value)
+
+    words = [shown(w) if not w.startswith("--") or "=" in w else w for w in given]
+    if not any(w == "-o" or w.startswith(("-o", "--output")) for w in given):  # a config gave it
+        words += ["-o", output.resolve().name]
+    return shlex.join(["laser", *words])

@@ -37,7 +37,7 @@ from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled
+from laser.compensate.rescaled import Rescaled, is_scaled_beyond
 from laser.differences.difference import AGREE
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
@@ -141,7 +141,13 @@ class Solve:
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
-            found = correct(W, Q, self.rank, metric, device, self.rescaled.of(place))
+            scales = self.rescaled.of(place)
+            if is_scaled_beyond(W, Q, scales):
+                raise UsageError(
+                    f"{place.name}: the copy's rows or columns have scales of their own that laser cannot take back, "
+                    "expected the original's; try a copy whose scales stay where the original has them"
+                )
+            found = correct(W, Q, self.rank, metric, device, scales)
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")
         except NothingToCorrect as reason:
@@ -246,6 +252,7 @@ def run_of_compensation(
         "copy": [other.identity, other.weights.short],
         "windows": None if told is None else list(told),
         "asked": asked.stated(),
+        "scales": "of norms and rows",  # how they are taken back: a solution of an earlier build is none of this one
         "places": hashlib.sha256(" ".join(place.name for place in places.places).encode()).hexdigest(),
         "device": crew.label,
     }
@@ -265,7 +272,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
-    Rescaled(original, copy, places).require_made_up_for()
+    Rescaled(original, copy).require_made_up_for()
 
 
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
@@ -338,7 +345,7 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        rescaled = Rescaled(original, copy, places)
+        rescaled = Rescaled(original, copy)
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:

@@ -19,12 +19,14 @@ import torch
 
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
-from laser.compensate.places import ParameterPlace
+from laser.compensate.places import ParameterPlace, find_places
 from laser.errors import UsageError
+from laser.selection import Selection
 from laser.spectral.correction import MovedScales
 
-NORM_CHANGED = 0.02  # the median change of a norm's weight that is no rounding: bf16 changes it by 0.004 at the most
+NORM_CHANGED = 0.02  # of a norm's weight, the change that is no rounding: bf16 changes it by 0.004 at the most
 CLEARLY = 0.99  # of the distance: how much nearer it has to be for scales that are less simple
+EXPLAINED = 0.5  # of the distance: what is left of it where scales of rows or columns are most of the difference
 BEHIND = {"v": ("o",), "up": ("down",), "w3": ("w2",)}  # whose columns may make up for scaled rows of whom
 
 
@@ -34,7 +36,11 @@ class Rescaled:
 
     original: Checkpoint
     copy: Checkpoint
-    places: Sequence[ParameterPlace]
+
+    @cached_property
+    def places(self) -> Sequence[ParameterPlace]:
+        """Every place that could be corrected, selected or not: one makes up for another."""
+        return find_places(self.original, self.copy, Selection()).places
 
     @cached_property
     def norms(self) -> Mapping[object, Mapping[str, list[torch.Tensor]]]:
@@ -44,19 +50,17 @@ class Rescaled:
         """
         found: dict[object, dict[str, list[torch.Tensor]]] = {}
         for matrix in list_matrices(self.original):
-            if matrix.role != "norm" or matrix.layer is None or matrix.tensor not in self.copy.tensors:
+            if matrix.role != "norm" or matrix.tensor not in self.copy.tensors or matrix.tensor.endswith("bias"):
                 continue
             w, v = (each.read(matrix.tensor).double() for each in (self.original, self.copy))
             if w.ndim == 1 and w.shape == v.shape:
                 shares = [torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0)]
-                if float((shares[0] - 1).abs().median()) > NORM_CHANGED:
+                if float((v - w).norm()) > NORM_CHANGED * float(w.norm()):
                     found.setdefault(matrix.place, {})[matrix.tensor] = shares
         return found
 
     def of(self, place: ParameterPlace) -> MovedScales | None:
-        """The scales of a place; None where no norm of its layer was changed."""
-        if not self.norms.get(place.matrices[0].place):
-            return None
+        """The scales of a place; None where it has the original's."""
         rows = torch.ones(place.shape[0], dtype=torch.float64)
         for behind in self._layer(place):
             if (found := self._made_up_for(place, behind)) is not None:
@@ -65,21 +69,17 @@ class Rescaled:
         for before in self._layer(place):
             if (found := self._made_up_for(before, place)) is not None:
                 inputs = found[1]
-        return MovedScales(rows, inputs)
+        return None if bool((rows == 1).all() and (inputs == 1).all()) else MovedScales(rows, inputs)
 
     def require_made_up_for(self) -> None:
-        """Raises UsageError where no weight makes up for a changed norm of the first layer that has one."""
+        """Raises UsageError where no weight makes up for a changed norm."""
         for layer, norms in self.norms.items():
-            some = [place for place in self.places if place.matrices[0].place == layer]
-            if not some:
-                continue
-            taken = {self._behind_norm(place)[0] for place in some}
+            taken = {self._behind_norm(place)[0] for place in self.places if place.matrices[0].place == layer}
             if left := sorted(norms.keys() - taken):
                 raise UsageError(
-                    f"{self.copy.name}: {left[0]} is not that of {self.original.name}, and no selected weight makes up "
-                    "for it; try all --roles, or a copy that has the original's norms"
+                    f"{self.copy.name}: {left[0]} is not that of {self.original.name}, and no weight makes up for it; "
+                    "try a copy that has the original's norms"
                 )
-            return
 
     def _layer(self, place: ParameterPlace) -> list[ParameterPlace]:
         at, expert = place.matrices[0].place, place.expert
@@ -100,7 +100,7 @@ class Rescaled:
 
         alike = torch.ones(place.shape[1], dtype=torch.float64)
         best, name, found = distance(alike), None, alike
-        for tensor, shares in self.norms[place.matrices[0].place].items():
+        for tensor, shares in self.norms.get(place.matrices[0].place, {}).items():
             for share in shares:
                 if len(share) == len(alike) and (far := distance(share)) < CLEARLY * best:
                     best, name, found = far, tensor, share
@@ -110,14 +110,25 @@ class Rescaled:
         """Which rows of `before` were scaled, and by what (n,), so that `behind` of n columns was scaled to match."""
         for rows, role in _scaled_parts(before):
             fits = rows.stop - rows.start == behind.shape[1]
-            if not fits or behind.matrices[0].role not in BEHIND[role] or before is behind:
+            if not fits or behind.matrices[0].role not in BEHIND[role] or before.name == behind.name:
                 continue
             W, Q = self._both(before)
             fitted = _fitted(_columns_scaled(W, self._behind_norm(before)[1])[rows], Q[rows])
             W, Q = self._both(behind)
-            if (Q - _columns_scaled(W, fitted)).norm() < (Q - W).norm():
+            if (Q - _columns_scaled(W, fitted)).norm() < CLEARLY * (Q - W).norm():
                 return rows, fitted
         return None
+
+
+def is_scaled_beyond(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> bool:
+    """Whether most of what a copy Q (m, n) differs from W by is more scales of its rows or columns than those that are
+    known. Rounding, pruning and cutting look like no such scales; an adapter would take them for losses."""
+    W, Q = W.double(), Q.double()
+    if scales is not None:
+        W = scales.rows[:, None] * _columns_scaled(W, scales.inputs)
+    far = float((Q - W).norm())
+    rows, columns = _fitted(W, Q)[:, None], _fitted(W.T, Q.T)
+    return min(float((Q - rows * W).norm()), float((Q - columns * W).norm())) < EXPLAINED * far
 
 
 def _scaled_parts(place: ParameterPlace) -> list[tuple[slice, str]]:

@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from laser.checkpoint.matrices import ALIASES, Matrix, list_matrices
-from laser.checkpoint.reader import Checkpoint, opened_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes
 from laser.checkpoint.source import Source, require_unchanged
 from laser.differences.difference import Change, Verdict, as_merged, compare_tensors, whitened
@@ -101,11 +100,6 @@ class Base:
     tuned: Checkpoint
     places: Mapping[str, Matrix]
     missing: tuple[str, ...] = ()
-
-    @staticmethod
-    def named(base: Base | Checkpoint | str | Path | None, tuned: Checkpoint) -> Base | None:
-        """The base of a fine-tune, opened where only its directory or Hub id is given; None stays None."""
-        return base if base is None or isinstance(base, Base) else Base.of(opened_checkpoint(base), tuned)
 
     @staticmethod
     def of(base: Checkpoint, tuned: Checkpoint) -> Base:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from laser.checkpoint.hub import fetched
 from laser.checkpoint.reader import Checkpoint, by_whole_shards, open_checkpoint
+from laser.differences.base import Base
 from laser.differences.peft import with_adapter_merged
 from laser.differences.unmerge import CONFIG, MODEL, is_recorded
 from laser.errors import CheckpointError, UsageError
@@ -52,3 +53,8 @@ def _parts_of_sum(whole: str) -> tuple[str, Path]:
         f"no such model: {whole} is no directory, and {adapter or 'what follows the +'} is no PEFT adapter with "
         f"{CONFIG}; try BASE+ADAPTER with the directory or Hub id of each"
     )
+
+
+def base_named(base: Base | Checkpoint | str | Path | None, tuned: Checkpoint) -> Base | None:
+    """The base of a fine-tune, opened where only its name is given; None stays None."""
+    return base if base is None or isinstance(base, Base) else Base.of(opened_model(base), tuned)

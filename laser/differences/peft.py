@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
-from laser.checkpoint.fingerprint import stamp_of
+from laser.checkpoint.fingerprint import require_stamp, stamp_of
+from laser.checkpoint.hub import hub_origin
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, OnTop
 from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header, sha256_of
@@ -369,11 +370,13 @@ def with_adapter_merged(base: Checkpoint, folder: Path) -> Checkpoint:
 
     Its identity is that of both, by the sha256 of the adapter's files.
     """
+    hub_id, _ = hub_origin(folder)  # there its folder has a commit's name
     folder = folder.resolve()
     files = [folder / CONFIG, folder / MODEL]
     stamps = {file: stamp_of(file) for file in files}
     adapter = open_adapter(folder, base)
-    on_top = OnTop(folder.name, {f"{folder.name}/{file.name}": sha256_of(file) for file in files}, stamps)
+    name = hub_id.rpartition("/")[2] if hub_id else folder.name
+    on_top = OnTop(name, {file.name: sha256_of(file) for file in files}, stamps)
     shards = merged_shards(base, adapter)
     return replace(base, shards=shards, hub=None, origin=base, remade=True, on_top=on_top)
 
@@ -392,8 +395,15 @@ def merge_streamed(
     formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. force:
     see `write_directory`. Raises as `open_adapter`, and OutputError where `out` cannot be written.
     """
+    stamps = {file: stamp_of(file) for file in (folder / CONFIG, folder / MODEL)}
     adapter = open_adapter(folder, base)
+
+    def check() -> None:
+        require_unchanged(base)
+        for file, stamp in stamps.items():
+            require_stamp(file, stamp)
+
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
     written = replace(base, shards=merged_shards(base, adapter, formula))
-    write_directory(written, out, files, force=force, tick=tick, check=lambda: require_unchanged(base))
+    write_directory(written, out, files, force=force, tick=tick, check=check)
     return adapter.weights

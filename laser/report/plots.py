@@ -87,7 +87,7 @@ def histogram_of(spectra: Spectra, name: str, rule: str = "mp-edge") -> Histogra
     s, shape = spectra.values[name], (matrix.shape[0], matrix.shape[1])
     estimator = parse_rule(rule)[0].estimator or DEFAULT_ESTIMATOR
     cut = apply_rule(rule, s, shape, spectra.nulls.get(name), spectra.sigma)
-    noise = Noise(spectra.sigma) if spectra.sigma is not None else estimate_noise(s, shape, estimator)
+    noise = cut.noise or (Noise(spectra.sigma) if spectra.sigma is not None else estimate_noise(s, shape, estimator))
     fit = fit_noise(s, shape, estimator, noise)
     lower, upper = noise.lower_edge(shape), noise.upper_edge(shape)
     # Angles, not equal steps: the law rises like a square root at both edges, and at 0 it need not vanish.

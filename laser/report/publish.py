@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from laser.checkpoint.at_rest import CARD
+from laser.checkpoint.hub import hub_origin
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.checkpoint.safetensors import DEEPEST_CONFIG, sha256_of
 from laser.checkpoint.side_files import read_own
@@ -168,7 +169,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
     """What a card says of a checkpoint, read from its small files. In the Hub's cache, the path holds the id and
     the revision, and the names of the blobs are the sha256 of the weights."""
     path = checkpoint.path
-    hub_id, revision = hub_origin(path)
+    hub_id, revision = (None, None) if checkpoint.on_top else hub_origin(path)  # no address has the merge
     shards = {}
     for shard in checkpoint.shards if checkpoint.on_top is None else ():  # then no file holds them
         blob = shard.path.resolve().name
@@ -193,13 +194,6 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         licence_files=files,
         licences=licences,
     )
-
-
-def hub_origin(path: Path) -> tuple[str | None, str | None]:
-    """(id, revision) of a snapshot in the Hub's cache, models--OWNER--NAME/snapshots/REVISION; else (None, None)."""
-    if path.parent.name != "snapshots" or not path.parent.parent.name.startswith("models--"):
-        return None, None
-    return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
 
 
 def versions() -> dict[str, str]:

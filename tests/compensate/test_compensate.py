@@ -627,14 +627,65 @@ def test_scales_that_a_quantiser_moved_into_the_weights_change_nothing(
         assert other["before"] == pytest.approx(one["before"], rel=0.4 if fitted else 1e-6), one["name"]
 
 
-def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        norm = "model.layers.1.input_layernorm.weight"
-        return tensors | {norm: tensors[norm] * 3}
+def scaled_rows(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows of up in the columns of down, and every norm as it was."""
+    found = {name: W.clone() for name, W in tensors.items()}
+    for name in (name for name in tensors if ".up_proj." in name):
+        rows = torch.exp2((torch.arange(len(found[name])) % 7 - 3).float())
+        found[name] /= rows[:, None]
+        found[name.replace("up_proj", "down_proj")] *= rows
+    return found
 
-    spoiled(models / "llama-3", tmp_path / "odd", change)
+
+def few_channels(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two of five channels of one norm, as those do who smooth outliers alone."""
+    found = {name: W.clone() for name, W in tensors.items()}
+    norm = "model.layers.0.input_layernorm.weight"
+    scales = torch.where(torch.arange(len(found[norm])) % 5 < 2, 8.0, 1.0)
+    found[norm] /= scales
+    for role in "qkv":
+        found[f"model.layers.0.self_attn.{role}_proj.weight"] *= scales
+    return found
+
+
+@pytest.mark.parametrize("change", [scaled_rows, few_channels, scaled_through])
+@pytest.mark.parametrize("which", [(), ("--roles", "q,k,v,o,gate,up")])
+def test_scales_are_seen_wherever_they_went(
+    run: Run, models: Path, tmp_path: Path, change: Any, which: tuple[str, ...]
+) -> None:
+    """Without a changed norm, in a few channels, and where the weight that makes up for them is not selected."""
+    spoiled(models / "llama-3", tmp_path / "scaled", change)
+    worst = []
+    for copy in (models / "llama-3", tmp_path / "scaled"):
+        words = ("compensate", models / "llama", copy, "-o", tmp_path / f"a-{copy.name}", "--text", models / "text.txt")
+        code, out, err = run(*words, *WINDOWS, "--rank", 4, "--json", "--device", "cpu", *which)
+        assert code == 0, err
+        worst.append(max(entry["before"] for entry in json.loads(out)["entries"]))
+    assert worst[1] < 1.5 * worst[0]
+
+
+def times(*norms: str) -> Any:
+    """A change: these norms multiplied, and nothing behind them."""
+    return lambda tensors: tensors | {norm: tensors[norm] * 3 for norm in norms}
+
+
+@pytest.mark.parametrize("norm", ["model.layers.1.input_layernorm.weight", "model.norm.weight"])
+def test_a_norm_that_nothing_makes_up_for_is_one_line(run: Run, models: Path, tmp_path: Path, norm: str) -> None:
+    spoiled(models / "llama-3", tmp_path / "odd", times(norm))
     err = refused(run, models / "llama", tmp_path / "odd", "-o", tmp_path / "a", "--plain")
-    assert "layers.1.input_layernorm.weight is not that of llama" in err
+    assert f"{norm.removeprefix('model.')} is not that of llama" in err
+
+
+def test_scales_that_cannot_be_taken_back_are_refused(run: Run, models: Path, tmp_path: Path) -> None:
+    """Scales between v and o per head are not taken back here: they are no loss, and no adapter gives them back."""
+
+    def heads(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = "model.layers.0.self_attn.v_proj.weight"
+        return tensors | {name: tensors[name] * torch.exp2((torch.arange(len(tensors[name])) % 5).float())[:, None]}
+
+    spoiled(models / "llama-3", tmp_path / "odd", heads)
+    err = refused(run, models / "llama", tmp_path / "odd", "-o", tmp_path / "a", "--plain")
+    assert "layers.0.self_attn.v_proj" in err and "scales of their own" in err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from test_peft import Q0, write_adapter
 
 import laser
 from laser.checkpoint.safetensors import read_bytes, sha256_of
+from laser.differences import peft
 from laser.differences.opened import open_model
 from laser.errors import LaserError
 from laser.spectra import Spectra
@@ -100,7 +101,7 @@ def test_a_run_writes_the_shards_that_it_writes_of_the_rebuilt(run: Run, tmp_pat
     assert source["name"] == "base+adapter"
     assert source["made_of"] == {
         "base": laser.open_checkpoint(base).identity,
-        **{f"adapter/{f}": sha256_of(adapter / f) for f in ("adapter_config.json", "adapter_model.safetensors")},
+        **{f: sha256_of(adapter / f) for f in ("adapter_config.json", "adapter_model.safetensors")},
     }
     card = two["README.md"].decode()
     assert "base+adapter" in card and str(tmp_path) not in card
@@ -285,3 +286,40 @@ def test_an_output_does_not_lie_in_the_adapter(run: Run, base: Path, tmp_path: P
     how = ("--rule", "rank:5", "--no-search")
     code, _, err = run("run", f"{base}+{adapter}", "-o", adapter / "out", *how)
     assert code == 1 and "lie in one another" in err and not (adapter / "out").exists()
+
+
+def test_a_folder_that_was_copied_is_the_same_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    shutil.copytree(adapter, tmp_path / "moved" / "elsewhere")
+    one, other = (open_model(f"{base}+{folder}") for folder in (adapter, tmp_path / "moved" / "elsewhere"))
+    assert one.identity == other.identity and (one.name, other.name) == ("base+adapter", "base+elsewhere")
+
+
+def test_a_merge_of_an_adapter_that_changes_meanwhile_is_refused(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, other = write_adapter(tmp_path / "adapter"), write_adapter(tmp_path / "other")
+    read, reads = peft.tensor_of, list[str]()
+
+    def changing(path: Path, name: str) -> torch.Tensor:
+        reads.append(name)
+        if len(reads) == 3:
+            (other / "adapter_model.safetensors").replace(adapter / "adapter_model.safetensors")
+        return read(path, name)
+
+    monkeypatch.setattr(peft, "tensor_of", changing)  # between two reads of one merge nothing else can come
+    code, _, err = run("rebuild", base, adapter, "-o", tmp_path / "made")
+    assert code != 0 and "changed while it was read" in err and not (tmp_path / "made").exists()
+    assert len(reads) > 3
+
+
+def test_from_python_a_sum_is_a_base_too_and_no_fine_tune_to_unmerge(base: Path, tmp_path: Path) -> None:
+    summed, made = f"{base}+{write_adapter(tmp_path / 'adapter')}", tmp_path / "out"
+    assert laser.delta(base, summed, device="cpu").delta is not None
+    assert laser.delta(summed, base, device="cpu").delta is not None
+    assert laser.run(summed, made, base=base, device="cpu").plan.rule == "rounding"
+    for pair in ((base, summed), (summed, base)):
+        with pytest.raises(laser.UsageError, match="make it with laser rebuild"):
+            laser.unmerge(*pair, tmp_path / "adapter-2", device="cpu")
+    with pytest.raises(laser.UsageError, match="lowest-snr"):
+        laser.search(summed, "rounding", base=base, lowest_snr=3)
