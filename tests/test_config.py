@@ -54,6 +54,7 @@ def test_every_verb_takes_a_config(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("wndow: 3", "no flag is called 'wndow'; try window"),
+        ("no-json: true", "no flag is called 'no-json'; try json: false"),
         ("model: m", "no flag is called 'model'; try "),
         ("config: c.yaml", "no flag is called 'config'; try "),
         ("window: 3\nwindow: 4", "window is given twice; leave one of the lines"),

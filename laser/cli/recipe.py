@@ -97,6 +97,8 @@ def _defaults_of(
     for key, value in document:
         flag = key.replace("_", "-") if isinstance(key, str) else key
         if not isinstance(flag, str) or flag not in options:
+            if isinstance(flag, str) and flag.startswith("no-") and (on := flag.removeprefix("no-")) in options:
+                raise UsageError(f"{where}: no flag is called {named(key)}; try {on}: false")
             near = difflib.get_close_matches(str(flag)[:99], options, 1) or list(options)
             raise UsageError(f"{where}: no flag is called {named(key)}; try {', '.join(near)}")
         option = options[flag]

@@ -42,7 +42,8 @@ def _parts_of_sum(whole: str) -> tuple[str, Path]:
     for base, adapter in places:
         if (Path(adapter) / CONFIG).is_file():
             return base, Path(adapter)
-    base, _, adapter = whole.partition("+")
+    there = [pair for pair in places if Path(pair[0]).is_dir()]  # a directory's own + is no sign of a sum
+    base, adapter = there[-1] if there else (whole.partition("+")[0], whole.partition("+")[2])
     if "+" in adapter:
         raise UsageError(
             f"{whole} names {len(places)} adapters, expected BASE+ADAPTER; merge one with laser rebuild first"

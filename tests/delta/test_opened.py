@@ -266,11 +266,13 @@ def test_a_target_that_the_base_has_not_is_refused(run: Run, base: Path, tmp_pat
         ("{base}+", "what follows the + is no PEFT adapter"),
         ("{base}+{tmp}/x+{tmp}/y", "names 2 adapters, expected BASE+ADAPTER; merge one with laser rebuild first"),
         ("{tmp}/none+{adapter}", "no such model: "),
+        ("{tmp}/pl+us+none", "pl+us+none is no directory, and none is no PEFT adapter"),
         ("{base}+{base}", "is no PEFT adapter with adapter_config.json"),
     ],
 )
 def test_what_is_no_sum_is_refused(model: str, told: str, run: Run, base: Path, tmp_path: Path) -> None:
     names = {"base": base, "tmp": tmp_path, "adapter": write_adapter(tmp_path / "adapter")}
+    (tmp_path / "pl+us").mkdir()
     code, _, err = run("scan", model.format(**names), "-o", tmp_path / "s")
     assert code in (1, 2) and told in err and err.count("\n") == 1, err
 
