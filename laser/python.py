@@ -27,7 +27,7 @@ from laser.differences.unmerge import AdapterRecord, all_roles, unmerge_into
 from laser.engine.crew import Crew
 from laser.errors import UsageError
 from laser.evaluation.leaderboard import Leaderboard, run_leaderboard
-from laser.evaluation.text import Text, default_text, load_tokenizer, read_text
+from laser.evaluation.text import Text, default_text, load_tokenizer, text_named
 from laser.flow import Result, run_flow
 from laser.moments import Moments
 from laser.pipeline import scan
@@ -40,10 +40,6 @@ from laser.spectral.rules import draws_needed
 
 Named = Checkpoint | str | Path
 """A checkpoint: opened, its directory, its Hub id, org/name[@revision], or either with +ADAPTER behind it."""
-
-
-def _read(text: Text | str | Path | None) -> Text | None:
-    return text if text is None or isinstance(text, Text) else read_text(text)
 
 
 def search(
@@ -88,10 +84,9 @@ def search(
     how: dict[str, Any] = {"lowest_snr": lowest_snr, "accept": accept, "order": order}
     check_request(wanted, **how, calibrated=moments is not None, of_difference=compared is not None)
     cut = SearchText(window=window, windows=windows, held_out_windows=held_out_windows)
-    first = _read(text) or default_text()
-    calibration, reported = objectives_of(
-        checkpoint, load_tokenizer(checkpoint.path), None, first, _read(held_out), cut
-    )
+    first = default_text() if text is None else text_named(text)
+    other = None if held_out is None else text_named(held_out)
+    calibration, reported = objectives_of(checkpoint, load_tokenizer(checkpoint.path), None, first, other, cut)
     chosen.check(list_matrices(checkpoint))
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     searched = searched_of(checkpoint, chosen, compared is not None)

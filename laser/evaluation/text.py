@@ -234,14 +234,18 @@ def cut_windows(
     return Windows(tuple(windows), text.name, text.sha256, length, mode, has_bos, counted, limit)
 
 
+def text_named(text: Text | str | Path) -> Text:
+    """The text, read where only its file is given."""
+    return text if isinstance(text, Text) else read_text(text)
+
+
 def windows_named(
     text: Windows | Text | str | Path, model: str | Path, length: int = WINDOW, limit: int | None = None
 ) -> Windows:
     """The windows that were cut already, or those of a text or of its file, by the tokenizer of `model`."""
     if isinstance(text, Windows):
         return text
-    text = text if isinstance(text, Text) else read_text(text)
-    return cut_windows(text, load_tokenizer(model), length=length, limit=limit)
+    return cut_windows(text_named(text), load_tokenizer(model), length=length, limit=limit)
 
 
 def _disjoint(total: int, length: int, prefixed: bool) -> list[tuple[int, int, int]]:
