@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from laser.checkpoint import swap
 from laser.spectral.devices import Device, Here
 
 
@@ -78,3 +80,20 @@ def names_of(there: Mapping[str, Here]) -> list[str]:
 def digits(device: Device, double: float, single: float) -> float:
     """A tolerance: `double` where the device computes in float64, `single` where in float32."""
     return double if device.dtype == torch.float64 else single
+
+
+@contextmanager
+def killed_before_the_new_one(new: Path) -> Iterator[None]:
+    """On a system that cannot exchange two names: a kill when the earlier output is away and `new` has not its name."""
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self == new:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A system that cannot exchange two names.
+        patch.setattr(swap, "exchange", lambda *_: False)
+        patch.setattr(Path, "rename", killed)
+        yield

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Run
 from copies import rounded, write_copy
-from helpers import snapshot, tensors_in
+from helpers import killed_before_the_new_one, snapshot, tensors_in
 from hub_server import Bytes, Content, Repo, connect, serving
 from pico_language import TEXT, make_model, write_tokenizer
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,6 @@ from vllm_rules import require_vllm_form
 
 import laser.compensate.compensate as compensation
 from laser import calibration
-from laser.checkpoint import swap
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.budget import Offer, spend
@@ -196,24 +195,13 @@ def test_a_run_goes_on_where_it_was_and_force_replaces(
 
 
 @pytest.mark.slow
-def test_a_kill_between_two_renames_loses_no_earlier_output(
-    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_two_renames_loses_no_earlier_output(run: Run, models: Path, tmp_path: Path) -> None:
     """Where the system cannot exchange; the same command puts the earlier one back before it does anything."""
-    out, rename = tmp_path / "a", Path.rename
+    out = tmp_path / "a"
     compensated(run, models, out, "--plain", "--rank", 1)
     first = snapshot(out)
     words = ("compensate", models / "llama", models / "llama-3", "-o", out, "--plain", "--rank", 2, "--device", "cpu")
-
-    def killed(self: Path, target: Path) -> Path:
-        if self == tmp_path / "a.partial" / "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        # A system that cannot exchange two names.
-        patch.setattr(swap, "exchange", lambda *_: False)
-        patch.setattr(Path, "rename", killed)
+    with killed_before_the_new_one(tmp_path / "a.partial" / "new"):
         assert run(*words, "--force")[0] == 130 and not out.exists()
     assert "a exists; try another -o, or --force to replace it" in refused(run, *words[1:-2])
     assert snapshot(out) == first

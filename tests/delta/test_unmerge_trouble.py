@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, mixtral_config, write_checkpoint_directory
-from helpers import snapshot
+from helpers import killed_before_the_new_one, snapshot
 from hub_server import connect, serving
 from huggingface_hub import close_session
 from merges import BF16, F32, full, merged, update
 from models import HIDDEN, INNER, LAYERS, WORDS, mixtral, write_model
 
 import laser.differences.unmerge as module
-from laser.checkpoint import swap
 from laser.checkpoint.reader import open_checkpoint
 
 Q0, W1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.block_sparse_moe.experts.0.w1.weight"
@@ -174,17 +173,7 @@ def test_a_kill_between_two_renames_loses_no_earlier_adapter(
     out = tmp_path / "a"
     assert run("unmerge", base, base, "-o", out, *CPU)[0] == 0
     first, words = snapshot(out), ("unmerge", base, tuned, "-o", out, *CPU, "--force")
-    rename = Path.rename
-
-    def killed(self: Path, target: Path) -> Path:
-        if self == tmp_path / "a.partial" / "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        # A system that cannot exchange two names.
-        patch.setattr(swap, "exchange", lambda *_: False)
-        patch.setattr(Path, "rename", killed)
+    with killed_before_the_new_one(tmp_path / "a.partial" / "new"):
         assert run(*words)[0] == 130 and not out.exists()
     with monkeypatch.context() as patch:
         # A kill before anything is measured.
