@@ -112,25 +112,44 @@ def loading() -> Iterator[None]:
         on_interrupt(_at_work[0])
 
 
-def interrupted(_number: int = 0, _frame: FrameType | None = None) -> None:
+def interrupted(_number: int = 0, frame: FrameType | None = None) -> None:
     """Let the verb end and say what it kept: what is computed at the moment is waited for. Once more, and it is not."""
+    if is_locking(frame):
+        return come_again()
     on_interrupt(again)
     raise KeyboardInterrupt
+
+
+def is_locking(frame: FrameType | None) -> bool:
+    """Whether Python's own threading is about to take or give back a lock, by the frame that a signal falls into.
+
+    An exception there leaves the lock taken for good, and the threads of a pool that is waited for wait for it. A wait
+    that has begun is no such place, for it undoes itself: `gotit` is the name that Condition.wait gives to it."""
+    if frame is None or frame.f_code.co_filename != threading.__file__:
+        return False
+    waits = "gotit" in frame.f_locals or frame.f_code.co_name in ("join", "_wait_for_tstate_lock")
+    return not waits
+
+
+def come_again() -> None:
+    """Send this process an interrupt a moment from now."""
+
+    def once_more() -> None:
+        time.sleep(0.01)  # what must not be interrupted is behind then
+        os.kill(os.getpid(), signal.SIGINT)
+
+    _thread.start_new_thread(once_more, ())  # not threading's, whose locks may be held
 
 
 def raised_again(handler: Callable[[int, FrameType | None], Any]) -> None:
     """An interrupt that falls into a destructor or a callback, where Python drops what is raised, comes once more."""
     tell = sys.unraisablehook
 
-    def once_more() -> None:
-        time.sleep(0.01)  # the destructor is behind then
-        os.kill(os.getpid(), signal.SIGINT)
-
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             return tell(unraisable)
         on_interrupt(handler)
-        _thread.start_new_thread(once_more, ())  # not threading's, whose locks the destructor may hold
+        come_again()
 
     sys.unraisablehook = dropped
 

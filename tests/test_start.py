@@ -215,6 +215,66 @@ def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
 
 
+LOCKING = """
+import signal, threading, time
+from functools import partial
+from types import SimpleNamespace
+from laser import __main__ as command
+from laser.start import loading
+
+def verb():
+    with loading():
+        pass
+    lock = SimpleNamespace(acquire=print, release=print, __exit__=lambda *_: print("given back", flush=True))
+    lock.__enter__ = partial(signal.raise_signal, signal.SIGTERM)  # in C: the signal falls into threading's own line
+    with threading.Condition(lock):
+        print("taken", flush=True)
+        time.sleep(30)
+    return 0
+
+command._main = verb
+command.main()
+"""
+
+
+def test_an_interrupt_leaves_no_lock_taken() -> None:
+    """Raised between taking a lock and the block under it, it would let a pool of threads wait for ever."""
+    done = subprocess.run([sys.executable, "-c", LOCKING], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
+    assert done.stdout.split("\n") == ["taken", "given back", ""]
+
+
+WAITING_FOR_A_POOL = """
+import signal, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from laser import __main__ as command
+from laser.start import come_again, loading
+
+def verb():
+    with loading():
+        pass
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        over = threading.Event()
+        try:
+            come_again()
+            pool.submit(over.wait, 30).result()
+        finally:
+            print(time.monotonic() - started < 10)
+            over.set()
+    return 0
+
+command._main = verb
+command.main()
+"""
+
+
+def test_an_interrupt_ends_a_wait_for_a_pool() -> None:
+    done = subprocess.run([sys.executable, "-c", WAITING_FOR_A_POOL], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_closed_terminal_ends_as_an_interrupt(pico: Path, tmp_path: Path, closed: bool) -> None:
