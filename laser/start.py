@@ -93,12 +93,14 @@ def too_early(number: int = 0, _frame: FrameType | None = None) -> None:
 
 
 _at_work: list[Callable[[int, FrameType | None], Any]] = []  # what an interrupt calls while a verb works
+_raised: list[bool] = []  # whether one was raised since
 
 
 def at_work(handler: Callable[[int, FrameType | None], Any]) -> None:
     """What an interrupt is to do as soon as a verb has its libraries. Until then it is `too_early`, which raises
     nothing: while a command line is evaluated, Python would end by the signal whoever caught the exception."""
     _at_work[:] = [handler]
+    _raised.clear()
 
 
 @contextmanager
@@ -117,7 +119,13 @@ def interrupted(_number: int = 0, frame: FrameType | None = None) -> None:
     if is_locking(frame):
         return come_again()
     on_interrupt(again)
+    _raised.append(True)
     raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether an interrupt was raised since the verb is at work."""
+    return bool(_raised)
 
 
 def is_locking(frame: FrameType | None) -> bool:

@@ -244,6 +244,52 @@ def test_an_interrupt_leaves_no_lock_taken() -> None:
     assert done.stdout.split("\n") == ["taken", "given back", ""]
 
 
+REPLACED = """
+import contextlib, signal, sys
+from laser import cli
+from laser.__main__ import main
+from laser.errors import CheckpointError, OutputError
+from laser.start import loading
+
+def verb(_):
+    with loading():
+        pass
+    if {cleaning}:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise {error}
+    with contextlib.suppress(BaseException):  # as C and Rust do it, without a trace
+        signal.raise_signal(signal.SIGTERM)
+    raise {error}
+
+cli._run_verb = verb
+sys.argv[1:] = ["convert"]
+main()
+"""
+INTERRUPTED = "laser: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "cleaning", "told"),
+    [
+        ("ValueError('could not determine the shape')", False, INTERRUPTED),
+        ("CheckpointError('it is damaged; download it again')", False, INTERRUPTED),
+        ("MemoryError()", False, INTERRUPTED),
+        ("ValueError('could not determine the shape')", True, INTERRUPTED),
+        (
+            "OutputError('x cannot be removed; remove it yourself')",
+            True,
+            "laser: x cannot be removed; remove it yourself\n",
+        ),
+    ],
+)
+def test_an_interrupt_is_told_where_a_library_puts_an_error_in_its_place(error: str, cleaning: bool, told: str) -> None:
+    code = REPLACED.format(error=error, cleaning=cleaning)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, told)
+
+
 WAITING_FOR_A_POOL = """
 import signal, threading, time
 from concurrent.futures import ThreadPoolExecutor

@@ -30,6 +30,7 @@ from laser.errors import (
     out_of_memory_in,
     remedy,
 )
+from laser.start import was_interrupted
 
 app = typer.Typer(
     name="laser",
@@ -172,6 +173,16 @@ def _run_verb(arguments: list[str]) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         raise
+
+
+def _hides_interrupt(error: Exception) -> bool:
+    """Whether an interrupt is behind an error: libraries in C or Rust may put an error of their own in its place.
+
+    Not so where an interrupted verb could not clean up, which is worth its own message."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return was_interrupted() and not (cause is not None and isinstance(error, LaserError | OSError))
 
 
 def _interrupted(arguments: list[str], held: common.Held) -> int:
@@ -343,6 +354,8 @@ def _ended(arguments: list[str], held: common.Held) -> int:
     except Exception as error:
         if debug:
             raise
+        if _hides_interrupt(error):
+            return _interrupted(arguments, held)
         full = out_of_memory_in(error)
         if full is not None and not isinstance(full, OutOfMemory):  # also where it was taken for a damaged file
             return _say(f"laser: {out_of_memory(full, [*arguments, *held.given], held.idle)}", 1)
