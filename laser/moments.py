@@ -68,6 +68,11 @@ class Site:
     matrices: tuple[str, ...]
     weights: tuple[str, ...]
 
+    @property
+    def arrays(self) -> tuple[str, str]:
+        """Names of its correlations, which only a whole moment has, and of its diagonal."""
+        return f"{self.key}.correlations", f"{self.key}.diagonal"
+
     def wrong(self) -> str | None:
         count = len(self.matrices)
         if self.form not in FORMS or not len(set(self.matrices)) == count == len(self.weights) or not count:
@@ -125,14 +130,13 @@ class Moments:
             )
         m, n = W.shape
         k = m if site.form == "outputs" else n
-        diagonal = self._tensor(f"{site.key}.diagonal", (k,))
+        diagonal = self._tensor(site.arrays[1], (k,))
         if site.form == "diagonal":
             return ByData("diagonal", diagonal, site.tokens)
-        names = [f"{site.key}.{part}" for part in ("correlations", "diagonal")]
-        key = " ".join(self.hashes.get(name, "") for name in names)
+        key = " ".join(self.hashes.get(name, "") for name in site.arrays)
 
         def whole() -> torch.Tensor:
-            return from_correlations(self._tensor(names[0], (k, k)), diagonal)
+            return from_correlations(self._tensor(site.arrays[0], (k, k)), diagonal)
 
         moment = WHOLE.get((self.path, key), whole)  # the matrices of a site follow one another
         return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, key)
