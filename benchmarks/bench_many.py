@@ -179,7 +179,7 @@ def write_tuned(model: Path, folder: Path, everywhere: bool) -> None:
         data = bytearray(file.read_bytes())
         begin = 8 + int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:begin]).items():
-            if len(entry["shape"]) == 2 and ("self_attn" in name or everywhere and "_proj" in name):
+            if len(entry["shape"]) == 2 and ("self_attn" in name or (everywhere and "_proj" in name)):
                 start, end = (begin + at for at in entry["data_offsets"])
                 data[start:end] = merged(bytes(data[start:end]), tuple(entry["shape"]), rng)
         file.write_bytes(data)
@@ -239,10 +239,12 @@ def write_all(work: Path, count: int) -> int:
         released, params = mistral(layers, experts)
         write_model(work / "release", released, ["consolidated.safetensors"], 1)
         (work / "release" / "params.json").write_text(json.dumps(params))
-        row: dict[str, object] = {"id": "1", "question": "2 and 2 is", "answerKey": "B"}
-        row["choices"] = {"text": ["3", "4", "5", "6"], "label": ["A", "B", "C", "D"]}
         (work / "rows").mkdir()
-        (work / "rows" / "arc_challenge.jsonl").write_text((json.dumps(row) + "\n") * 30)
+        with (work / "rows" / "arc_challenge.jsonl").open("w") as questions:
+            for number in range(30):  # 25 of them are examples
+                row: dict[str, object] = {"id": f"{number}", "question": f"2 and {number} is", "answerKey": "B"}
+                row["choices"] = {"text": [f"{number + x}" for x in (1, 2, 3, 4)], "label": ["A", "B", "C", "D"]}
+                questions.write(json.dumps(row) + "\n")
         (work / "text.txt").write_text(" ".join(f"{number} squared is {number * number}," for number in range(99)))
     return sum("mlp.experts" in name or "shared" in name or "self_attn" in name for name in tensors)
 
@@ -253,6 +255,9 @@ def write_all(work: Path, count: int) -> int:
 def measured(words: tuple[str, ...], work: Path, laser: Path, most: float) -> Taken | None:
     """One verb on what lies in `work`; None where it took longer than `most` seconds."""
     places = {f"@{name}": str(work / file) for name, file in FILES.items()}
+    found = [word for word, before in zip(words[1:], words, strict=False) if word.startswith("@") and before != "-o"]
+    if missing := [word for word in found if not Path(places.get(word, work / word[1:])).exists()]:
+        raise SystemExit(f"{words[0]} needs {missing[0]} in {work}; try the verbs before it in the list as well")
     command = [places.get(word, str(work / word[1:]) if word.startswith("@") else word) for word in words]
     for word, path in zip(words, command, strict=True):  # what an earlier run of this verb made
         if words[words.index(word) - 1] == "-o" and word.startswith("@") and "--resume" not in words:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laser.arrays import ArrayRecord
+from laser.checkpoint.safetensors import Shard, read_header, tensor_in
 from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError
+from laser.errors import CheckpointError, RecordError, UsageError
 from laser.records import differences, named, under
 from laser.spectral.data_metric import SITES_KEPT, ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
@@ -152,11 +154,16 @@ class Moments:
 
     def _read(self, name: str) -> torch.Tensor:
         """Raises RecordError for one whose bytes are not those that were written."""
-        with MomentsHeader.opened(self.path, "pt") as file:
-            tensor = file.get_tensor(name)
+        with MomentsHeader.reading(self.path, CheckpointError):
+            tensor = tensor_in(self._held, name)
         if self.hashes.get(name) != tensor_sha256(tensor):
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
         return tensor
+
+    @cached_property
+    def _held(self) -> Shard:
+        """The file by its header, which tells of every site: it is read once, and not for each of them."""
+        return read_header(self.path)
 
     @staticmethod
     def found_again(run: Mapping[str, Any], path: Path) -> Moments | None:
