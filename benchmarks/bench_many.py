@@ -80,6 +80,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "search --dry-run": (*("search", "@model", "-o", "@searched", "--text", "@text", "--dry-run"), *SEARCHED),
     "search": (*("search", "@model", "-o", "@searched", "--spectra", "@spectra", "--text", "@text"), *SEARCHED),
     "calibrate": (*("calibrate", "@model", "-o", "@moments", "--text", "@text"), *CALIBRATED),
+    "scan --moments": ("scan", "@model", "-o", "@spectra-data", "--moments", "@moments"),
     "delta": ("delta", "@model", "@out", "-o", "@delta.safetensors"),
     "leaderboard": (*("leaderboard", "@model", "-o", "@scores.json", "--tasks", "arc_challenge"), "--data", "@rows"),
     "eval": ("eval", "@model", "--text", "@text", "--window", "16", "--windows", "2", "--stream"),
