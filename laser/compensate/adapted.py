@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes, virtual_shard
 from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, StoredPiece
+from laser.differences.peft import tensor_of
 
 
 def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Checkpoint:
@@ -52,8 +52,7 @@ def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Chec
 
 def factors_in(adapter: Path, slot: Slot, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
     """B (m, r) and A (r, n) of a place, float32, as PEFT takes them from the file."""
-    with safe_open(adapter, "pt") as file:
-        A, B = (file.get_tensor(name).float() for name, _, _ in slot.entries)
+    A, B = (tensor_of(adapter, name).float() for name, _, _ in slot.entries)
     if place.expert is None:
         return B, A
     rank, experts = slot.rank, place.experts

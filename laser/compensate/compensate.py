@@ -351,7 +351,7 @@ def _solved(
             for matrix, (line, correction), seconds in visits:
                 if correction is not None:
                     path = partial / f"{numbers[matrix.name]:06d}.safetensors"
-                    write_atomically(path, save({"A": correction.A, "B": correction.B.contiguous()}))
+                    write_atomically(path, save({"A": correction.A, "B": correction.B.contiguous()}), sweeping=False)
                     line["file"] = f"{path.name} {sha256_of(path)}"
                 log.append(dict(line))
                 found[matrix.name] = line

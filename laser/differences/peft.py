@@ -12,7 +12,6 @@ So is a packed base: what is merged into its plain numbers could not be stored a
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,24 @@ from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
-from laser.checkpoint.fingerprint import require_stamp, stamp_of
+from laser.checkpoint.fingerprint import Stamp, require_stamp, stamp_of
 from laser.checkpoint.hub import hub_origin
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, OnTop
-from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header, sha256_of
+from laser.checkpoint.safetensors import (
+    TORCH,
+    Shard,
+    TensorInfo,
+    parse_json,
+    pieces,
+    read_header,
+    sha256_of,
+    tensor_in,
+    within,
+)
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
@@ -97,10 +105,15 @@ class PeftAdapter:
 
 def tensor_of(path: Path, name: str) -> torch.Tensor:
     try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+        return tensor_in(_held(path, stamp_of(path)), name)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {name}: {first_line(error)}; download it again") from error
+
+
+@lru_cache(1)
+def _held(path: Path, stamp: Stamp | None) -> Shard:
+    """An adapter's file by its header, which is read again only where the file is another."""
+    return read_header(path)
 
 
 def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
@@ -351,9 +364,7 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
 
         def data(start: int, end: int) -> Iterator[memoryview]:
             at = start
-            for info in shard.tensors[bisect_right(shard.tensors, start, key=lambda t: t.end) :]:
-                if info.start >= end:
-                    break
+            for info in within(shard, start, end):
                 if info.name in changed:
                     yield from pieces(shard, at, max(at, info.start))  # what lies before it is the base's
                     low, at = max(start, info.start), min(end, info.end)

@@ -14,12 +14,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, Checkpoint
-from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
+from laser.checkpoint.safetensors import (
+    TORCH,
+    Shard,
+    TensorInfo,
+    parse_header,
+    parse_json,
+    read_bytes,
+    read_header,
+    sha256_of,
+    tensor_in,
+    within,
+)
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.differences.formats import STORED_FLOATS
@@ -39,7 +49,7 @@ from laser.differences.unmerge import (
     simple,
     unpacked_header,
 )
-from laser.errors import RecordError, first_line
+from laser.errors import CheckpointError, RecordError, first_line
 from laser.files import read_regular, require_regular
 
 AGAIN = "make it again: `laser unmerge BASE TUNED -o ADAPTER`"
@@ -60,6 +70,7 @@ class Adapted:
 
     def __init__(self, base: Checkpoint, folder: Path) -> None:
         self.base, self.folder = base, folder
+        self.held: dict[str, Shard] = {}  # the adapter's own files
         self.record = load_record(folder / RECORD)
         self.record.base.require(base, "adapter")
         for name, expected in self.record.parts.items():
@@ -120,10 +131,9 @@ class Adapted:
             shard = next(s for s in self.tuned.shards if s.name == name)
             if start < len(shard.header):
                 yield memoryview(shard.header)[start:end]
-            for info in shard.tensors:
+            for info in within(shard, start, end):
                 low, high = max(start, info.start), min(end, info.end)
-                if low < high:
-                    yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
+                yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
 
         return data
 
@@ -189,10 +199,10 @@ class Adapted:
     def _tensor(self, file: str, name: str) -> torch.Tensor:
         path = self.folder / file
         try:
-            require_regular(path)
-            with safe_open(path, "pt") as opened:
-                return opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            if file not in self.held:
+                self.held[file] = read_header(path)
+            return tensor_in(self.held[file], name)
+        except (OSError, CheckpointError) as error:
             raise RecordError(f"{path}: {name}: {first_line(error)}; {AGAIN}") from error
 
 

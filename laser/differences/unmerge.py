@@ -675,7 +675,7 @@ def _visited(
             for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder), ("expert", piece.expert)):
                 if tensors:
                     path = partial / f"{numbers[matrix.name]:06d}.{what}.safetensors"
-                    write_atomically(path, save(dict(tensors)))
+                    write_atomically(path, save(dict(tensors)), sweeping=False)
                     files[path.name] = sha256_of(path)
             log.append({"entries": [plain(entry) for entry in piece.entries], "files": files})
             found.update({entry.name: entry for entry in piece.entries})
@@ -846,7 +846,7 @@ def _experts_together(base: Base, partial: Path, entries: Sequence[MatrixEntry])
         names = names_at(stem_of[weight], by_name[weight])
         first = next(iter(files.values()))
         path = first.with_name(first.name.replace(".expert.", ".adapter."))
-        write_atomically(path, save(dict(zip(names, (A, B), strict=True))))
+        write_atomically(path, save(dict(zip(names, (A, B), strict=True))), sweeping=False)
 
 
 def ranks_in(file: Path, entries: Sequence[MatrixEntry]) -> dict[str, int]:
