@@ -120,7 +120,7 @@ def compensate_verb(
     crew = compute.crew()
     if work.dry_run:
         return _print_plan(first, second, places, asked, crew, work.as_json)
-    require_copy(first, second, places.places)
+    rescaled = require_copy(first, second, places.places)
     with claimed(output):
         common.to_write(output)
         record = None
@@ -152,8 +152,9 @@ def compensate_verb(
             matrices = [matrix for place in places.places for matrix in place.matrices]
             with Progress("compensate", matrices) as bar:
                 record = compensate(
-                    first, second, places, known, asked, output, crew=crew, judge=judged, force=work.force, tick=bar
-                )
+                    first, second, places, known, asked, output,
+                    rescaled=rescaled, crew=crew, judge=judged, force=work.force, tick=bar,
+                )  # fmt: skip
     seconds = time.perf_counter() - start
     if work.as_json:
         sizes = {"original": size_of(first), "copy": size_of(second), "adapter": _size(output)}

@@ -37,7 +37,7 @@ from laser.compensate.card import card_of
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled, is_scaled_beyond
+from laser.compensate.rescaled import Rescaled, is_scaled_beyond, likeness
 from laser.differences.difference import AGREE
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
@@ -203,6 +203,7 @@ def compensate(
     asked: Request,
     out: Path,
     *,
+    rescaled: Rescaled,
     crew: Crew,
     judge: Judge = lambda *_: None,
     force: bool = False,
@@ -210,13 +211,12 @@ def compensate(
 ) -> CompensationRecord:
     """Write the new directory `out`: the adapter of `copy` that brings it nearest to `original` on the moments' text.
 
-    judge: measures the adapter on another text, before it has its name. force: an earlier output of laser may be
-    replaced, and stands until the new one is whole. Raises UsageError for a copy of another model or one that lost
-    nothing, RecordError for moments of another model, OutputError for an `out` that is in the way.
+    rescaled: what `require_copy` found. judge: measures the adapter on another text, before it has its name. force: an
+    earlier output of laser may be replaced, and stands until the new one is whole. Raises UsageError for a copy that
+    lost nothing, RecordError for moments of another model, OutputError for an `out` that is in the way.
     """
     if moments is not None:
         moments.source.require(original, "moments file")
-    require_copy(original, copy, places.places)
     if moments is not None and not moments.calibration.shrink:
         met = [moments.tokens(place.matrices[0].name) for place in places.places]
         require_enough(moments.calibration.text, met, places.places)
@@ -230,7 +230,7 @@ def compensate(
             return there
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
-        lines = _solved(original, copy, places.places, moments, asked, partial, run, crew, force, tick)
+        lines = _solved(rescaled, places.places, moments, asked, partial, run, crew, force, tick)
         record = _assemble_output(original, copy, places, moments, asked, partial, run, lines, judge)
         for checkpoint in (original, copy):
             require_unchanged(checkpoint)
@@ -258,21 +258,26 @@ def run_of_compensation(
     }
 
 
-def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> None:
-    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, or a
-    norm was changed for which no weight makes up."""
+def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> Rescaled:
+    """The scales that were moved in a copy. Raises UsageError for a copy that is none: of the first, middle and last
+    place nothing is like the original, all places are the original's, or no weight makes up for a changed norm."""
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
-    best = 0.0
-    for place in some.values():
-        W, Q = (place.read(checkpoint, copied).double() for checkpoint, copied in ((original, False), (copy, True)))
-        size = float(W.norm() * Q.norm())
-        best = max(best, float((W * Q).sum()) / size if size else 0.0)
+    rescaled = Rescaled(original, copy)
+    best = max(likeness(*rescaled.both(place)) for place in some.values())
+    if best < AGREE:
+        best = max(likeness(*rescaled.both(place), rescaled.of(place)) for place in some.values())
     if best < AGREE:
         raise UsageError(
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
-    Rescaled(original, copy).require_made_up_for()
+    if all(torch.equal(*rescaled.both(place)) for place in places):
+        raise UsageError(
+            f"{copy.name} lost nothing: all of the {len(places)} weights to correct are those of {original.name}; "
+            "try the smaller copy, or other --roles"
+        )
+    rescaled.require_made_up_for()
+    return rescaled
 
 
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
@@ -326,10 +331,11 @@ def compensation_found_again(out: Path, run: Mapping[str, Any]) -> CompensationR
 
 
 def _solved(
-    original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace], moments: Moments | None, asked: Request,
-    partial: Path, run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
+    rescaled: Rescaled, places: Sequence[ParameterPlace], moments: Moments | None, asked: Request, partial: Path,
+    run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
 ) -> dict[str, Line]:  # fmt: skip
     """Every place solved: its line in the journal, its factors in a file."""
+    original, copy = rescaled.original, rescaled.copy
     seen, matrices = as_matrices(original, places)
     numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
     found: dict[str, Line] = {}
@@ -345,7 +351,6 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        rescaled = Rescaled(original, copy)
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:

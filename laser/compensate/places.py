@@ -18,7 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import TORCH, virtual_shard
 from laser.checkpoint.slices import Slice
 from laser.differences.base import matched
-from laser.differences.places import module_places, rows_in_parameter
+from laser.differences.places import ModulePlace, module_places, rows_in_parameter
 from laser.errors import UsageError
 from laser.evaluation.causal import build_causal
 from laser.evaluation.layout import Part, fill, owner_of
@@ -79,6 +79,14 @@ class ParameterPlace:
         parts = [checkpoint.read(each.tensor, each.part) for each in stored]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.T.contiguous() if self.transposed else whole
+
+    def rows_of(self, matrix: Matrix) -> torch.Tensor:
+        """Which rows of the place are those of one of its matrices, int64."""
+        for piece in self.pieces:
+            if piece.original.name == matrix.name:
+                return torch.arange(*piece.rows)
+        start, stop = next(piece.rows for piece in self.pieces if piece.original.tensor == matrix.tensor)
+        return start + rows_in_parameter(matrix, ModulePlace(self.parameter, stop - start))
 
 
 @dataclass(frozen=True)

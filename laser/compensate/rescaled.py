@@ -5,19 +5,23 @@ and the columns of the next are multiplied. Such a copy's matrix stands for diag
 What it differs from W by says nothing until both are taken back.
 
 Of a norm, c is known. The r of rows is fitted; whatever it is, the function is the same, since what comes behind is
-scaled by the same numbers. Which of a layer's norms stands before a matrix is told by which scales bring it nearest to
-the copy.
+scaled by the same numbers: a channel of a value in as many columns as heads share it. Which of a layer's norms stands
+before matrices that share their inputs is told by which scales bring these nearest to the copy.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from laser.checkpoint.matrices import list_matrices
+from laser.checkpoint.families import LAYER_NUMBER
+from laser.checkpoint.fused import number_or_none
+from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace, find_places
 from laser.errors import UsageError
@@ -27,7 +31,11 @@ from laser.spectral.correction import MovedScales
 NORM_CHANGED = 0.02  # of a norm's weight, the change that is no rounding: bf16 changes it by 0.004 at the most
 CLEARLY = 0.99  # of the distance: how much nearer it has to be for scales that are less simple
 EXPLAINED = 0.5  # of the distance: what is left of it where scales of rows or columns are most of the difference
-BEHIND = {"v": ("o",), "up": ("down",), "w3": ("w2",)}  # whose columns may make up for scaled rows of whom
+BEHIND = {"v": "o", "up": "down", "w3": "w2"}  # whose columns may make up for scaled rows of whom
+# role -> the first of those that are multiplied with the same inputs
+SHARED = {"k": "q", "v": "q", "z": "q", "up": "gate", "w1": "gate", "w3": "gate"}
+# A norm, None for none that was changed, and what the copy has of its outputs, (n,)
+Before = tuple[str | None, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,18 +44,23 @@ class Rescaled:
 
     original: Checkpoint
     copy: Checkpoint
+    _known: dict[object, dict[tuple[str, int], Before]] = field(default_factory=dict)  # by layer, see _before
 
     @cached_property
-    def places(self) -> Sequence[ParameterPlace]:
+    def _by_layer(self) -> Mapping[object, list[ParameterPlace]]:
         """Every place that could be corrected, selected or not: one makes up for another."""
-        return find_places(self.original, self.copy, Selection()).places
+        found: dict[object, list[ParameterPlace]] = {}
+        for place in find_places(self.original, self.copy, Selection()).places:
+            found.setdefault(place.matrices[0].place, []).append(place)
+        return found
 
     @cached_property
-    def _by_layer(self) -> Mapping[tuple[object, int | None], list[ParameterPlace]]:
+    def _by_expert(self) -> Mapping[tuple[object, int | None], list[ParameterPlace]]:
         """The same by layer and expert: of 45,000 places each is asked for its neighbours."""
         found: dict[tuple[object, int | None], list[ParameterPlace]] = {}
-        for place in self.places:
-            found.setdefault((place.matrices[0].place, place.expert), []).append(place)
+        for layer, places in self._by_layer.items():
+            for place in places:
+                found.setdefault((layer, place.expert), []).append(place)
         return found
 
     @cached_property
@@ -57,92 +70,181 @@ class Rescaled:
         There are two answers: some families store what is added to 1.
         """
         found: dict[object, dict[str, list[torch.Tensor]]] = {}
-        for matrix in list_matrices(self.original):
-            if matrix.role != "norm" or matrix.tensor not in self.copy.tensors or matrix.tensor.endswith("bias"):
-                continue
-            w, v = (each.read(matrix.tensor).double() for each in (self.original, self.copy))
+        for norm, there in self._norms_of_both():
+            w, v = self.original.read(norm.tensor).double(), self.copy.read(there).double()
             if w.ndim == 1 and w.shape == v.shape:
-                shares = [torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0)]
-                if float((v - w).norm()) > NORM_CHANGED * float(w.norm()):
-                    found.setdefault(matrix.place, {})[matrix.tensor] = shares
+                usual = w.abs().clamp_min(float(w.square().mean().sqrt()))
+                if bool(((v - w).abs() > NORM_CHANGED * usual).any()):
+                    shares = [torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0)]
+                    found.setdefault(norm.place, {})[norm.tensor] = shares
         return found
+
+    def both(self, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
+        """A place (m, n) of the original and of the copy, float64."""
+        return place.read(self.original).double(), place.read(self.copy, copied=True).double()
 
     def of(self, place: ParameterPlace) -> MovedScales | None:
         """The scales of a place; None where it has the original's."""
         rows = torch.ones(place.shape[0], dtype=torch.float64)
-        for behind in self._layer(place):
+        for behind in self._neighbours(place):
             if (found := self._made_up_for(place, behind)) is not None:
                 rows[found[0]] = found[1]
-        inputs = self._behind_norm(place)[1]
-        for before in self._layer(place):
+        inputs = self._behind_norm(place)
+        for before in self._neighbours(place):
             if (found := self._made_up_for(before, place)) is not None:
-                inputs = found[1]
+                inputs = found[2]
         return None if bool((rows == 1).all() and (inputs == 1).all()) else MovedScales(rows, inputs)
 
     def require_made_up_for(self) -> None:
         """Raises UsageError where no weight makes up for a changed norm."""
         for layer, norms in self.norms.items():
-            taken = {self._behind_norm(place)[0] for place in self.places if place.matrices[0].place == layer}
-            if left := sorted(norms.keys() - taken):
-                raise UsageError(
-                    f"{self.copy.name}: {left[0]} is not that of {self.original.name}, and no weight makes up for it; "
-                    "try a copy that has the original's norms"
-                )
+            taken = {norm for norm, _ in self._before(layer).values()}
+            for norm, (first, _) in norms.items():
+                if norm not in taken and float((first - 1).norm()) > NORM_CHANGED * len(first) ** 0.5:
+                    raise UsageError(
+                        f"{self.copy.name}: {norm} is not that of {self.original.name}, and no weight makes up for "
+                        "it; try a copy that has the original's norms"
+                    )
 
-    def _layer(self, place: ParameterPlace) -> list[ParameterPlace]:
-        return self._by_layer.get((place.matrices[0].place, place.expert), [])
+    def _norms_of_both(self) -> list[tuple[Matrix, str]]:
+        """The original's norms with what they are called in the copy, which may lack a prefix."""
 
-    def _both(self, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
-        return place.read(self.original).double(), place.read(self.copy, copied=True).double()
+        def of(checkpoint: Checkpoint) -> list[Matrix]:
+            return [m for m in list_matrices(checkpoint) if m.role == "norm" and not m.tensor.endswith("bias")]
 
-    def _behind_norm(self, place: ParameterPlace) -> tuple[str | None, torch.Tensor]:
-        """The changed norm whose outputs are the place's inputs, if there is one, and what the copy has of them."""
-        W, Q = self._both(place)
+        theirs = of(self.copy)
+        known = {norm.tensor: norm.tensor for norm in theirs}
+        counts = Counter(map(_bare, theirs))
+        alone = {_bare(norm): norm.tensor for norm in theirs if counts[_bare(norm)] == 1}
+        both = [(norm, known.get(norm.tensor) or alone.get(_bare(norm))) for norm in of(self.original)]
+        return [(norm, there) for norm, there in both if there is not None]
 
-        def distance(inputs: torch.Tensor) -> float:
-            target = _columns_scaled(W, inputs)
-            for rows, _ in _scaled_parts(place):
-                target[rows] *= _fitted(target[rows], Q[rows])[:, None]
-            return float((Q - target).norm())
+    def _neighbours(self, place: ParameterPlace) -> list[ParameterPlace]:
+        return self._by_expert.get((place.matrices[0].place, place.expert), [])
 
-        alike = torch.ones(place.shape[1], dtype=torch.float64)
-        best, name, found = distance(alike), None, alike
-        for tensor, shares in self.norms.get(place.matrices[0].place, {}).items():
-            for share in shares:
-                if len(share) == len(alike) and (far := distance(share)) < CLEARLY * best:
-                    best, name, found = far, tensor, share
-        return name, found
+    def _behind_norm(self, place: ParameterPlace) -> torch.Tensor:
+        """What the copy has of the place's inputs, as a norm gives them, (n,)."""
+        known = self._before(place.matrices[0].place)
+        return known[_inputs(place)][1] if _inputs(place) in known else torch.ones(place.shape[1], dtype=torch.float64)
 
-    def _made_up_for(self, before: ParameterPlace, behind: ParameterPlace) -> tuple[slice, torch.Tensor] | None:
-        """Which rows of `before` were scaled, and by what (n,), so that `behind` of n columns was scaled to match."""
+    def _before(self, layer: object) -> Mapping[tuple[str, int], Before]:
+        """The changed norms of a layer that weights make up for, by the inputs that these share."""
+        if layer not in self._known:
+            together: dict[tuple[str, int], list[ParameterPlace]] = {}
+            for place in self._by_layer.get(layer, ()) if layer in self.norms else ():
+                together.setdefault(_inputs(place), []).append(place)
+            self._known[layer] = self._told_apart(
+                {shared: found for shared, places in together.items() if (found := self._distances(layer, places))}
+            )
+        return self._known[layer]
+
+    def _distances(
+        self, layer: object, places: Sequence[ParameterPlace]
+    ) -> dict[str | None, tuple[float, torch.Tensor]]:
+        """How far the copy is from places that share their inputs, and what these are then, behind each norm or none.
+
+        It is measured in the columns that any of the norms would change.
+        """
+        n = places[0].shape[1]
+        options: list[Before] = [(None, torch.ones(n, dtype=torch.float64))]
+        for norm, shares in self.norms[layer].items():
+            options += [(norm, share) for share in shares if len(share) == n]
+        columns = torch.stack([(share - 1).abs() > NORM_CHANGED for _, share in options]).any(0)
+        squares = [0.0] * len(options)
+        for place in places if len(options) > 1 else ():
+            W, Q = self.both(place)
+            for number, (_, share) in enumerate(options):
+                target = _columns_scaled(W, share)
+                for rows, _ in _scaled_parts(place):
+                    target[rows] *= _fitted(target[rows], Q[rows])[:, None]
+                squares[number] += float((Q - target)[:, columns].square().sum())
+        found: dict[str | None, tuple[float, torch.Tensor]] = {}
+        for (norm, share), square in zip(options, squares, strict=True):
+            if norm not in found or square**0.5 < found[norm][0]:
+                found[norm] = square**0.5, share
+        return found
+
+    @staticmethod
+    def _told_apart(
+        found: Mapping[tuple[str, int], Mapping[str | None, tuple[float, torch.Tensor]]],
+    ) -> dict[tuple[str, int], Before]:
+        """The nearest norm of each; one that is left over takes the place of another where both are as near."""
+        nearest: dict[tuple[str, int], str | None] = {}
+        for shared, norms in found.items():
+            best = min(norms, key=lambda norm: norms[norm][0])
+            nearest[shared] = best if norms[best][0] < CLEARLY * norms[None][0] else None
+        for shared, norms in found.items():
+            taken = nearest[shared]
+            for norm in norms.keys() - nearest.values():
+                spare = taken is not None and list(nearest.values()).count(taken) > 1
+                if norm is not None and spare and CLEARLY * norms[norm][0] <= norms[taken][0]:
+                    nearest[shared] = norm
+                    break
+        return {shared: (norm, found[shared][norm][1]) for shared, norm in nearest.items() if norm is not None}
+
+    def _made_up_for(
+        self, before: ParameterPlace, behind: ParameterPlace
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Which rows of `before` were scaled, by what, and by what the inputs (n,) of `behind` so were."""
         for rows, role in _scaled_parts(before):
-            fits = rows.stop - rows.start == behind.shape[1]
-            if not fits or behind.matrices[0].role not in BEHIND[role] or before.name == behind.name:
+            if behind.matrices[0].role != BEHIND[role] or before.name == behind.name:
                 continue
-            W, Q = self._both(before)
-            fitted = _fitted(_columns_scaled(W, self._behind_norm(before)[1])[rows], Q[rows])
-            W, Q = self._both(behind)
-            if (Q - _columns_scaled(W, fitted)).norm() < CLEARLY * (Q - W).norm():
-                return rows, fitted
+            channels = self._channels(role, len(rows), behind.shape[1])
+            if channels is None:
+                continue
+            W, Q = self.both(before)
+            fitted = _fitted(_columns_scaled(W, self._behind_norm(before))[rows], Q[rows])
+            W, Q = self.both(behind)
+            if (Q - _columns_scaled(W, fitted[channels])).norm() < CLEARLY * (Q - W).norm():
+                return rows, fitted, fitted[channels]
         return None
+
+    def _channels(self, role: str, rows: int, columns: int) -> torch.Tensor | None:
+        """Which of the rows each column behind them takes, (columns,); None where that is not known."""
+        if rows == columns:
+            return torch.arange(rows)
+        heads = number_or_none(self.original.config, "head") if role == "v" else None
+        if heads is None or columns % heads or rows % (width := columns // heads) or heads % (rows // width):
+            return None
+        of_values = torch.arange(rows).reshape(-1, width)  # heads that share a value follow each other
+        return of_values.repeat_interleave(heads // len(of_values), 0).reshape(-1)
 
 
 def is_scaled_beyond(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> bool:
     """Whether most of what a copy Q (m, n) differs from W by is more scales of its rows or columns than those that are
     known. Rounding, pruning and cutting look like no such scales; an adapter would take them for losses."""
-    W, Q = W.double(), Q.double()
-    if scales is not None:
-        W = scales.rows[:, None] * _columns_scaled(W, scales.inputs)
+    W, Q = _as_in_copy(W, scales), Q.double()
     far = float((Q - W).norm())
     rows, columns = _fitted(W, Q)[:, None], _fitted(W.T, Q.T)
     return min(float((Q - rows * W).norm()), float((Q - columns * W).norm())) < EXPLAINED * far
 
 
-def _scaled_parts(place: ParameterPlace) -> list[tuple[slice, str]]:
+def likeness(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None = None) -> float:
+    """The cosine between a copy Q (m, n) and W in its scales; 0 where one of them is nothing."""
+    W, Q = _as_in_copy(W, scales), Q.double()
+    size = float(W.norm() * Q.norm())
+    return float((W * Q).sum()) / size if size else 0.0
+
+
+def _as_in_copy(W: torch.Tensor, scales: MovedScales | None) -> torch.Tensor:
+    return W.double() if scales is None else scales.rows[:, None] * _columns_scaled(W, scales.inputs)
+
+
+def _scaled_parts(place: ParameterPlace) -> list[tuple[torch.Tensor, str]]:
     """The rows of a place that the columns of another can make up for, with the role of those rows."""
-    roles = {matrix.name: matrix.role for matrix in place.matrices}
-    some = [(slice(*piece.rows), roles.get(piece.original.name, "")) for piece in place.pieces]
-    return [(rows, role) for rows, role in some if role in BEHIND]
+    return [(place.rows_of(matrix), matrix.role) for matrix in place.matrices if matrix.role in BEHIND]
+
+
+def _inputs(place: ParameterPlace) -> tuple[str, int]:
+    """What places of a layer have in common that are multiplied with the same inputs."""
+    role = place.matrices[0].role
+    return SHARED.get(role, role), place.shape[1]
+
+
+def _bare(norm: Matrix) -> tuple[str, str]:
+    """What a norm is called without what stands before its layer, or before its own name."""
+    found = re.search(LAYER_NUMBER, norm.tensor)
+    return norm.stack, norm.tensor[found.start(1) :] if found else ".".join(norm.tensor.split(".")[-2:])
 
 
 def _columns_scaled(W: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
