@@ -69,11 +69,13 @@ class OnTop:
     """An adapter whose merge a view gives in place of its origin's weights.
 
     sums: sha256 of its files, by their names; stamps: what tells that one has changed since
+    weights: how many of the origin's matrices it changes
     """
 
     name: str
     sums: Mapping[str, str]
     stamps: Mapping[Path, Stamp | None]
+    weights: int
 
     def with_it(self, origins: str) -> str:
         """What stands for the merge, of what stands for the origin."""

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from laser.checkpoint.at_rest import CARD
+from laser.checkpoint.at_rest import CARD, wrong_sums
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
@@ -321,10 +321,7 @@ def compensation_found_again(out: Path, run: Mapping[str, Any]) -> CompensationR
     if not (out.exists() and unfinished(out).exists()):
         return None
     there = CompensationRecord.load(out / RECORD)
-    whole = dict(there.run) == dict(run) and all(
-        (out / name).is_file() and sha256_of(out / name) == digest for name, digest in there.parts.items()
-    )
-    if not whole:
+    if dict(there.run) != dict(run) or wrong_sums(out, there.parts):
         return None
     tidy_up(unfinished(out), out)
     return there
@@ -440,9 +437,9 @@ def _assemble_output(
         file = lines[place.name]["file"]
         if file is None:
             m, n = place.shape
-            return torch.zeros(m, rank, dtype=FACTOR_DTYPE), torch.zeros(rank, n, dtype=FACTOR_DTYPE)
+            return torch.zeros(rank, n, dtype=FACTOR_DTYPE), torch.zeros(m, rank, dtype=FACTOR_DTYPE)
         with safe_open(partial / file.partition(" ")[0], "pt") as opened:
-            return opened.get_tensor("B")[:, :rank], opened.get_tensor("A")[:rank]
+            return opened.get_tensor("A")[:rank], opened.get_tensor("B")[:, :rank]
 
     write_adapter(new / MODEL, slots, factors)
     config = config_of(copy.hub.repo if copy.hub else copy.name, slots, places.modules)

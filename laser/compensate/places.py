@@ -73,6 +73,13 @@ class ParameterPlace:
     def name(self) -> str:
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
 
+    @cached_property
+    def in_peft(self) -> ModulePlace:
+        """Where PEFT has its factors."""
+        module, _, name = self.parameter.rpartition(".")
+        one_of = {} if self.expert is None else {"parameter": name, "expert": self.expert, "experts": self.experts}
+        return ModulePlace(module, self.shape[0], 0, **one_of)
+
     def read(self, checkpoint: Checkpoint, copied: bool = False) -> torch.Tensor:
         """The matrix (m, n), of the original or of the copy."""
         stored = [piece.copied if copied else piece.original for piece in self.pieces]
