@@ -22,10 +22,10 @@ from laser.compensate.compensate import (
     compensation_found_again,
     opened_journal,
     require_compensation_place,
-    require_copy,
     require_enough,
     run_of_compensation,
 )
+from laser.compensate.copies import require_copy, require_directions
 from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
@@ -94,6 +94,7 @@ def compensate_verb(
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
+    require_directions(rank, places.places)
 
     def cut(path: Path, most: int, length: int = window) -> Windows:
         check_cut(length, most or None, 0, "windows")

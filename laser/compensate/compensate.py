@@ -34,11 +34,11 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
 from laser.compensate.budget import BEYOND, BITS_STORED, Offer, even_rank, spend
 from laser.compensate.card import card_of
+from laser.compensate.copies import require_alike
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled, is_scaled_beyond, likeness
-from laser.differences.difference import AGREE
+from laser.compensate.rescaled import Rescaled, in_scales, is_scaled_beyond, require_finite
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -141,7 +141,10 @@ class Solve:
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
+            for checkpoint, weights in ((self.original, W), (self.copy, Q)):
+                require_finite(checkpoint, place, weights)
             scales = self.rescaled.of(place)
+            require_alike(place, in_scales(W, scales), Q)
             if is_scaled_beyond(W, Q, scales):
                 raise UsageError(
                     f"{place.name}: the copy's rows or columns have scales of their own that laser cannot take back, "
@@ -153,7 +156,8 @@ class Solve:
         except NothingToCorrect as reason:
             return _line(place, str(reason), tokens), None
         except NumericalError as error:
-            raise NumericalError(f"{place.name}: {error}", error.residual) from error
+            named = str(error) if place.name in str(error) else f"{place.name}: {error}"
+            raise NumericalError(named, error.residual) from error
         line = _line(place, None, tokens)
         line["shrunk"], line["outputs"] = shrunk, found.outputs
         line["predicted"], line["measured"] = tuple(found.predicted.tolist()), tuple(found.measured.tolist())
@@ -217,6 +221,13 @@ def compensate(
     """
     if moments is not None:
         moments.source.require(original, "moments file")
+    if moments is not None:
+        names = [matrix.name for place in places.places for matrix in place.matrices]
+        if not any(name in moments.sites for name in names):
+            raise UsageError(
+                f"the moments file has no inputs of {names[0]}, nor of the other {len(names) - 1} to correct; "
+                "try --moments of a calibration with these, or other --roles"
+            )
     if moments is not None and not moments.calibration.shrink:
         met = [moments.tokens(place.matrices[0].name) for place in places.places]
         require_enough(moments.calibration.text, met, places.places)
@@ -258,28 +269,6 @@ def run_of_compensation(
     }
 
 
-def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> Rescaled:
-    """The scales that were moved in a copy. Raises UsageError for a copy that is none: of the first, middle and last
-    place nothing is like the original, all places are the original's, or no weight makes up for a changed norm."""
-    some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
-    rescaled = Rescaled(original, copy)
-    best = max(likeness(*rescaled.both(place)) for place in some.values())
-    if best < AGREE:
-        best = max(likeness(*rescaled.both(place), rescaled.of(place)) for place in some.values())
-    if best < AGREE:
-        raise UsageError(
-            f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
-            f"expected over {AGREE}; try the copy of this model"
-        )
-    if all(torch.equal(*rescaled.both(place)) for place in places):
-        raise UsageError(
-            f"{copy.name} lost nothing: all of the {len(places)} weights to correct are those of {original.name}; "
-            "try the smaller copy, or other --roles"
-        )
-    rescaled.require_made_up_for()
-    return rescaled
-
-
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
     """Raises UsageError where no place meets as many inputs as it has dimensions. met: how many each place meets."""
     known = list(zip(met, places, strict=True))
@@ -297,13 +286,13 @@ def require_compensation_place(out: Path, force: bool) -> None:
     require_led(out)
     partial = unfinished(out)
     if out.exists():
+        if not is_compensation(out):
+            raise OutputError(
+                f"{out} exists and was not made by laser compensate, and --force replaces nothing else; try another -o"
+            )
         if not force:
             raise OutputError(f"{out} exists; try another -o, or --force to replace it")
         require_no_mount(out)
-        if not is_compensation(out):
-            raise OutputError(
-                f"{out} was not made by laser compensate, and --force replaces nothing else; try another -o"
-            )
     require_only(partial, _PARTIAL_NAMES)
 
 

@@ -122,6 +122,7 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
     others = list_matrices(copy)
     by_name = {m.name: m for m in others}
     theirs = {matrix.name: Stored.of(by_name[name]) for name, matrix in matched(matrices, others).items()}
+    unread = {m.name: why for m in others if (why := m.no_spectrum) is not None}
     state, seen = model.state_dict(keep_vars=True), set[str]()
     found: list[ParameterPlace] = []
     mixed: set[str] = set()  # matrices in parameters that are not understood
@@ -138,7 +139,9 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
             mixed |= {m.name for m in held}
         for place in places:
             if all(m.name in chosen for m in place.matrices):
-                pieces = tuple(replace(p, copied=_in_copy(p.original, original, copy, theirs)) for p in place.pieces)
+                pieces = tuple(
+                    replace(p, copied=_in_copy(p.original, original, copy, theirs, unread)) for p in place.pieces
+                )
                 found.append(replace(place, pieces=pieces))
     placed = {m.name for place in found for m in place.matrices}
     left = {name: NO_ORDER if name in mixed else NO_MODULE for name in chosen if name not in placed}
@@ -146,7 +149,7 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
         if those := mixed & chosen.keys():
             raise UsageError(f"{original.name}: {min(those)} cannot be corrected: {NO_ORDER}; try other --roles")
         raise UsageError(
-            f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try others"
+            f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try other --roles"
         )
     return Places(tuple(found), left, modules)
 
@@ -221,13 +224,20 @@ def _layer_span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
     return first.indices(rows)[:2] if isinstance(first, slice) else (-1, -1)
 
 
-def _in_copy(stored: Stored, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, Stored]) -> Stored:
-    """What the copy has in its place. Raises UsageError where that is nothing, or of another shape."""
+def _in_copy(
+    stored: Stored, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, Stored], unread: Mapping[str, str]
+) -> Stored:
+    """What the copy has in its place. Raises UsageError where that is nothing, of another shape, or no numbers.
+
+    unread: name -> why the copy's matrix cannot be read
+    """
     there = stored if stored.name in copy.tensors else theirs.get(stored.name)
     if there is None:
         raise UsageError(
             f"{copy.name} has no {stored.name}, so it is no copy of {original.name}; try the copy of this model"
         )
+    if there.name in unread:
+        raise UsageError(f"{copy.name}: {there.name} is {unread[there.name]}; try the copy with its scales")
     found, expected = there.shape(copy), stored.shape(original)
     if found != expected:
         raise UsageError(

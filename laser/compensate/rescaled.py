@@ -24,7 +24,7 @@ from laser.checkpoint.fused import number_or_none
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace, find_places
-from laser.errors import UsageError
+from laser.errors import NumericalError, UsageError
 from laser.selection import Selection
 from laser.spectral.correction import MovedScales
 
@@ -80,8 +80,11 @@ class Rescaled:
         return found
 
     def both(self, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
-        """A place (m, n) of the original and of the copy, float64."""
-        return place.read(self.original).double(), place.read(self.copy, copied=True).double()
+        """A place (m, n) of the original and of the copy, float64. Raises NumericalError for NaN or Inf."""
+        W, Q = place.read(self.original), place.read(self.copy, copied=True)
+        for checkpoint, weights in ((self.original, W), (self.copy, Q)):
+            require_finite(checkpoint, place, weights)
+        return W.double(), Q.double()
 
     def of(self, place: ParameterPlace) -> MovedScales | None:
         """The scales of a place; None where it has the original's."""
@@ -114,9 +117,9 @@ class Rescaled:
 
         theirs = of(self.copy)
         known = {norm.tensor: norm.tensor for norm in theirs}
-        counts = Counter(map(_bare, theirs))
-        alone = {_bare(norm): norm.tensor for norm in theirs if counts[_bare(norm)] == 1}
-        both = [(norm, known.get(norm.tensor) or alone.get(_bare(norm))) for norm in of(self.original)]
+        counts = Counter(map(bare_name, theirs))
+        alone = {bare_name(norm): norm.tensor for norm in theirs if counts[bare_name(norm)] == 1}
+        both = [(norm, known.get(norm.tensor) or alone.get(bare_name(norm))) for norm in of(self.original)]
         return [(norm, there) for norm, there in both if there is not None]
 
     def _neighbours(self, place: ParameterPlace) -> list[ParameterPlace]:
@@ -213,20 +216,30 @@ class Rescaled:
 def is_scaled_beyond(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> bool:
     """Whether most of what a copy Q (m, n) differs from W by is more scales of its rows or columns than those that are
     known. Rounding, pruning and cutting look like no such scales; an adapter would take them for losses."""
-    W, Q = _as_in_copy(W, scales), Q.double()
+    W, Q = in_scales(W, scales), Q.double()
     far = float((Q - W).norm())
     rows, columns = _fitted(W, Q)[:, None], _fitted(W.T, Q.T)
     return min(float((Q - rows * W).norm()), float((Q - columns * W).norm())) < EXPLAINED * far
 
 
+def require_finite(checkpoint: Checkpoint, place: ParameterPlace, weights: torch.Tensor) -> None:
+    """Raises NumericalError for NaN or Inf."""
+    if not weights.isfinite().all():
+        raise NumericalError(
+            f"{checkpoint.name}: {place.name} holds NaN or Inf, expected numbers; try laser scan to find all of them, "
+            "and make it again"
+        )
+
+
 def likeness(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None = None) -> float:
     """The cosine between a copy Q (m, n) and W in its scales; 0 where one of them is nothing."""
-    W, Q = _as_in_copy(W, scales), Q.double()
+    W, Q = in_scales(W, scales), Q.double()
     size = float(W.norm() * Q.norm())
     return float((W * Q).sum()) / size if size else 0.0
 
 
-def _as_in_copy(W: torch.Tensor, scales: MovedScales | None) -> torch.Tensor:
+def in_scales(W: torch.Tensor, scales: MovedScales | None) -> torch.Tensor:
+    """W (m, n) as a copy with these scales has it, float64."""
     return W.double() if scales is None else scales.rows[:, None] * _columns_scaled(W, scales.inputs)
 
 
@@ -241,7 +254,7 @@ def _inputs(place: ParameterPlace) -> tuple[str, int]:
     return SHARED.get(role, role), place.shape[1]
 
 
-def _bare(norm: Matrix) -> tuple[str, str]:
+def bare_name(norm: Matrix) -> tuple[str, str]:
     """What a norm is called without what stands before its layer, or before its own name."""
     found = re.search(LAYER_NUMBER, norm.tensor)
     return norm.stack, norm.tensor[found.start(1) :] if found else ".".join(norm.tensor.split(".")[-2:])

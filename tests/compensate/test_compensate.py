@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from copies import rounded, write_copy
+from copies import refused, rounded, spoiled, write_copy
 from helpers import killed_before_the_new_one, snapshot, tensors_in
 from hub_server import Bytes, Content, Repo, connect, serving
 from pico_language import TEXT, make_model, write_tokenizer
-from safetensors.torch import load_file, save_file
 from vllm_rules import require_vllm_form
 
 import laser.compensate.compensate as compensation
@@ -91,23 +90,6 @@ def test_peft_loads_it_on_the_copy_and_the_loss_is_what_laser_says(
     assert all(
         e["after"] < e["before"] and e["after"] == pytest.approx(e["predicted"], rel=0.05) for e in found["entries"]
     )
-
-
-def refused(run: Run, *words: Any) -> str:
-    code, _, err = run("compensate", *words, "--device", "cpu")
-    assert code in (1, 2) and err.count("\n") == 1 and err.startswith("laser: ") and "; " in err, err
-    return err
-
-
-def spoiled(model: Path, path: Path, change: Any) -> Path:
-    """The model with what `change` makes of all of its tensors."""
-    shutil.copytree(model, path)
-    (path / "model.safetensors.index.json").unlink(missing_ok=True)
-    tensors = change({name: W for file in sorted(path.glob("*.safetensors")) for name, W in load_file(file).items()})
-    for file in path.glob("*.safetensors"):
-        file.unlink()
-    save_file({n: W.contiguous() for n, W in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 @pytest.mark.slow
