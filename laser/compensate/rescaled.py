@@ -39,6 +39,17 @@ Before = tuple[str | None, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class ChangedNorm:
+    """A norm whose weight was changed. shares: what the copy has of the original's outputs, (n,).
+
+    There are two answers: some families store what is added to 1. much: whether it is so as a whole.
+    """
+
+    shares: tuple[torch.Tensor, torch.Tensor]
+    much: bool
+
+
+@dataclass(frozen=True)
 class Rescaled:
     """The norms of a copy that are not the original's, and the scales of places that follow from them."""
 
@@ -64,19 +75,17 @@ class Rescaled:
         return found
 
     @cached_property
-    def norms(self) -> Mapping[object, Mapping[str, list[torch.Tensor]]]:
-        """By layer and name, the norms whose weight was changed: what the copy has of the original's outputs, (n,).
-
-        There are two answers: some families store what is added to 1.
-        """
-        found: dict[object, dict[str, list[torch.Tensor]]] = {}
+    def norms(self) -> Mapping[object, Mapping[str, ChangedNorm]]:
+        """By layer and name."""
+        found: dict[object, dict[str, ChangedNorm]] = {}
         for norm, there in self._norms_of_both():
             w, v = self.original.read(norm.tensor).double(), self.copy.read(there).double()
             if w.ndim == 1 and w.shape == v.shape:
                 usual = w.abs().clamp_min(float(w.square().mean().sqrt()))
                 if bool(((v - w).abs() > NORM_CHANGED * usual).any()):
-                    shares = [torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0)]
-                    found.setdefault(norm.place, {})[norm.tensor] = shares
+                    first, second = (torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0))
+                    much = float((v - w).norm()) > NORM_CHANGED * float(w.norm())
+                    found.setdefault(norm.place, {})[norm.tensor] = ChangedNorm((first, second), much)
         return found
 
     def both(self, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +111,8 @@ class Rescaled:
         """Raises UsageError where no weight makes up for a changed norm."""
         for layer, norms in self.norms.items():
             taken = {norm for norm, _ in self._before(layer).values()}
-            for norm, (first, _) in norms.items():
-                if norm not in taken and float((first - 1).norm()) > NORM_CHANGED * len(first) ** 0.5:
+            for norm, changed in norms.items():
+                if changed.much and norm not in taken:
                     raise UsageError(
                         f"{self.copy.name}: {norm} is not that of {self.original.name}, and no weight makes up for "
                         "it; try a copy that has the original's norms"
@@ -150,8 +159,8 @@ class Rescaled:
         """
         n = places[0].shape[1]
         options: list[Before] = [(None, torch.ones(n, dtype=torch.float64))]
-        for norm, shares in self.norms[layer].items():
-            options += [(norm, share) for share in shares if len(share) == n]
+        for norm, changed in self.norms[layer].items():
+            options += [(norm, share) for share in changed.shares if len(share) == n]
         columns = torch.stack([(share - 1).abs() > NORM_CHANGED for _, share in options]).any(0)
         squares = [0.0] * len(options)
         for place in places if len(options) > 1 else ():
