@@ -25,7 +25,7 @@ from laser.compensate.compensate import (
     require_enough,
     run_of_compensation,
 )
-from laser.compensate.copies import require_copy, require_directions
+from laser.compensate.copies import require_copy, require_directions, require_same_model
 from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
@@ -95,6 +95,7 @@ def compensate_verb(
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
     require_directions(rank, places.places)
+    require_same_model(first, second)
 
     def cut(path: Path, most: int, length: int = window) -> Windows:
         check_cut(length, most or None, 0, "windows")

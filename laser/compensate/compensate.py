@@ -38,7 +38,7 @@ from laser.compensate.copies import require_alike
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled, in_scales, is_scaled_beyond, require_finite
+from laser.compensate.rescaled import Rescaled, require_finite
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -142,14 +142,9 @@ class Solve:
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
             for checkpoint, weights in ((self.original, W), (self.copy, Q)):
-                require_finite(checkpoint, place, weights)
+                require_finite(checkpoint, place.name, weights)
             scales = self.rescaled.of(place)
-            require_alike(place, in_scales(W, scales), Q)
-            if is_scaled_beyond(W, Q, scales):
-                raise UsageError(
-                    f"{place.name}: the copy's rows or columns have scales of their own that laser cannot take back, "
-                    "expected the original's; try a copy whose scales stay where the original has them"
-                )
+            require_alike(place, W, Q, scales)
             found = correct(W, Q, self.rank, metric, device, scales)
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")

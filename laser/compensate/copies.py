@@ -11,11 +11,12 @@ from laser.checkpoint.fused import config_entry, number_or_none
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace
-from laser.compensate.rescaled import Rescaled, bare_name, likeness
+from laser.compensate.rescaled import Rescaled, bare_name, is_scaled_beyond, likeness
 from laser.compensate.verdict import size_of
 from laser.differences.base import matched
 from laser.differences.difference import AGREE
 from laser.errors import DoubtWarning, UsageError
+from laser.spectral.correction import MovedScales
 
 NOTHING_LIKE = 0.2  # cosine of a weight with its copy, as that of one cut to 4 % of its squares; of others it is near 0
 # What config.json says of a model's function that no weight shows, as this module asks for it
@@ -25,16 +26,23 @@ BESIDE = ("norm", "bias", "router", "sinks")  # roles of what a copy needs besid
 LOOSE = ("scale", "buffer", "head", "embedding", "position")  # and of what one may have and another not
 
 
-def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> Rescaled:
-    """The scales that were moved in a copy. Warns of tensors that the original has not.
+def require_same_model(original: Checkpoint, copy: Checkpoint) -> None:
+    """What config.json and headers say against a copy. Warns of tensors that the original has not.
 
-    Raises UsageError for two that are swapped, or a copy that is none: config.json says of another function, a norm or
-    bias is missing, of the first, middle and last place nothing is like the original, all places are the original's,
-    or no weight makes up for a changed norm. NumericalError for NaN or Inf in these places.
+    Raises UsageError for two that are swapped, another function, or a norm, bias, embedding or head that is missing.
     """
     _require_not_swapped(original, copy)
     _require_same_config(original, copy)
     _require_all_beside(original, copy)
+
+
+def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> Rescaled:
+    """The scales that were moved in a copy.
+
+    Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, all
+    places are the original's, no weight makes up for a changed norm, or as `require_alike` of a place in each layer.
+    NumericalError for NaN or Inf in these places.
+    """
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     rescaled = Rescaled(original, copy)
     best = max(likeness(*rescaled.both(place)) for place in some.values())
@@ -51,16 +59,28 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             "try the smaller copy, or other --roles"
         )
     rescaled.require_made_up_for()
+    layers: dict[object, list[ParameterPlace]] = {}
+    for place in places:
+        layers.setdefault(place.matrices[0].place, []).append(place)
+    for number, layer in enumerate(layers.values()):  # a place of each, another one each time; all are seen when solved
+        place = layer[number % len(layer)]
+        require_alike(place, *rescaled.both(place), rescaled.of(place))
     return rescaled
 
 
-def require_alike(place: ParameterPlace, W: torch.Tensor, Q: torch.Tensor) -> None:
-    """Raises UsageError where a copy Q (m, n), in the scales of W, is another matrix, though not nothing at all."""
-    found = likeness(W, Q)
+def require_alike(place: ParameterPlace, W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> None:
+    """Raises UsageError where a copy Q (m, n) of W with these scales is another matrix, though not nothing at all, or
+    most of what it lost are other scales."""
+    found = likeness(W, Q, scales)
     if found < NOTHING_LIKE and bool(Q.any()):
         raise UsageError(
             f"{place.name}: the copy's is another matrix, with a cosine of {found:.2f}, expected over {NOTHING_LIKE}; "
             "try the copy of this model"
+        )
+    if is_scaled_beyond(W, Q, scales):
+        raise UsageError(
+            f"{place.name}: the copy's rows or columns have scales of their own that laser cannot take back, "
+            "expected the original's; try a copy whose scales stay where the original has them"
         )
 
 

@@ -76,11 +76,18 @@ class Rescaled:
 
     @cached_property
     def norms(self) -> Mapping[object, Mapping[str, ChangedNorm]]:
-        """By layer and name."""
+        """By layer and name. Raises UsageError for one of another shape, NumericalError for NaN or Inf."""
         found: dict[object, dict[str, ChangedNorm]] = {}
         for norm, there in self._norms_of_both():
             w, v = self.original.read(norm.tensor).double(), self.copy.read(there).double()
-            if w.ndim == 1 and w.shape == v.shape:
+            if v.shape != w.shape:
+                raise UsageError(
+                    f"{self.copy.name}: {there} has shape {list(v.shape)}, expected {list(w.shape)} as in "
+                    f"{self.original.name}; try the copy of this model"
+                )
+            require_finite(self.original, norm.tensor, w)
+            require_finite(self.copy, there, v)
+            if w.ndim == 1:
                 usual = w.abs().clamp_min(float(w.square().mean().sqrt()))
                 if bool(((v - w).abs() > NORM_CHANGED * usual).any()):
                     first, second = (torch.where(w + one == 0, 1.0, (v + one) / (w + one)) for one in (0.0, 1.0))
@@ -92,7 +99,7 @@ class Rescaled:
         """A place (m, n) of the original and of the copy, float64. Raises NumericalError for NaN or Inf."""
         W, Q = place.read(self.original), place.read(self.copy, copied=True)
         for checkpoint, weights in ((self.original, W), (self.copy, Q)):
-            require_finite(checkpoint, place, weights)
+            require_finite(checkpoint, place.name, weights)
         return W.double(), Q.double()
 
     def of(self, place: ParameterPlace) -> MovedScales | None:
@@ -225,30 +232,29 @@ class Rescaled:
 def is_scaled_beyond(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> bool:
     """Whether most of what a copy Q (m, n) differs from W by is more scales of its rows or columns than those that are
     known. Rounding, pruning and cutting look like no such scales; an adapter would take them for losses."""
-    W, Q = in_scales(W, scales), Q.double()
+    W, Q = _in_scales(W, scales), Q.double()
     far = float((Q - W).norm())
     rows, columns = _fitted(W, Q)[:, None], _fitted(W.T, Q.T)
     return min(float((Q - rows * W).norm()), float((Q - columns * W).norm())) < EXPLAINED * far
 
 
-def require_finite(checkpoint: Checkpoint, place: ParameterPlace, weights: torch.Tensor) -> None:
+def require_finite(checkpoint: Checkpoint, name: str, weights: torch.Tensor) -> None:
     """Raises NumericalError for NaN or Inf."""
     if not weights.isfinite().all():
         raise NumericalError(
-            f"{checkpoint.name}: {place.name} holds NaN or Inf, expected numbers; try laser scan to find all of them, "
+            f"{checkpoint.name}: {name} holds NaN or Inf, expected numbers; try laser scan to find all of them, "
             "and make it again"
         )
 
 
 def likeness(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None = None) -> float:
     """The cosine between a copy Q (m, n) and W in its scales; 0 where one of them is nothing."""
-    W, Q = in_scales(W, scales), Q.double()
+    W, Q = _in_scales(W, scales), Q.double()
     size = float(W.norm() * Q.norm())
     return float((W * Q).sum()) / size if size else 0.0
 
 
-def in_scales(W: torch.Tensor, scales: MovedScales | None) -> torch.Tensor:
-    """W (m, n) as a copy with these scales has it, float64."""
+def _in_scales(W: torch.Tensor, scales: MovedScales | None) -> torch.Tensor:
     return W.double() if scales is None else scales.rows[:, None] * _columns_scaled(W, scales.inputs)
 
 

@@ -59,6 +59,8 @@ SPOILED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a norm less": (without(NORM), f"copy has no {NORM}, which llama has"),
     "no embedding": (without(EMBEDDING), f"copy has no {EMBEDDING}, which llama has"),
     "no head": (without(HEAD), f"copy has no {HEAD}, which llama has"),
+    "NaN in a norm": (changed(NORM, lambda W: W * float("nan")), f"copy: {NORM} holds NaN or Inf"),
+    "another norm": (changed(NORM, lambda W: W[:8]), f"copy: {NORM} has shape [8], expected [32] as in llama"),
     "NaN first": (changed(Q0, with_one(float("nan"))), f"copy: {Q0} holds NaN or Inf"),
     "Inf elsewhere": (changed(UP1, with_one(float("inf"))), f"copy: {UP1} holds NaN or Inf"),
     "overflowed": (changed(Q0, lambda W: (W.float() * 1e9).half()), f"copy: {Q0} holds NaN or Inf"),
@@ -95,7 +97,8 @@ def test_a_copy_of_another_function_is_one_line(
 ) -> None:
     copy = spoiled(models / "llama-3", tmp_path / "copy", lambda tensors: tensors)
     (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
-    assert expected in refused(run, models / "llama", copy, "-o", tmp_path / "a", "--plain")
+    for words in ((), ("--dry-run",)):
+        assert expected in refused(run, models / "llama", copy, "-o", tmp_path / "a", "--plain", *words)
     assert not list(tmp_path.glob("a*"))
 
 
