@@ -34,7 +34,7 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
 from laser.compensate.budget import BEYOND, BITS_STORED, Offer, even_rank, spend
 from laser.compensate.card import card_of
-from laser.compensate.copies import require_alike
+from laser.compensate.copies import require_same_matrix
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
@@ -144,7 +144,7 @@ class Solve:
             for checkpoint, weights in ((self.original, W), (self.copy, Q)):
                 require_finite(checkpoint, place.name, weights)
             scales = self.rescaled.of(place)
-            require_alike(place, W, Q, scales)
+            require_same_matrix(place, W, Q, scales)
             found = correct(W, Q, self.rank, metric, device, scales)
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")

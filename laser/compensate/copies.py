@@ -11,9 +11,8 @@ from laser.checkpoint.fused import config_entry, number_or_none
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace
-from laser.compensate.rescaled import Rescaled, bare_name, is_scaled_beyond, likeness
+from laser.compensate.rescaled import FOLLOWING, Rescaled, is_scaled_beyond, likeness, pairs
 from laser.compensate.verdict import size_of
-from laser.differences.base import matched
 from laser.differences.difference import AGREE
 from laser.errors import DoubtWarning, UsageError
 from laser.spectral.correction import MovedScales
@@ -22,8 +21,7 @@ NOTHING_LIKE = 0.2  # cosine of a weight with its copy, as that of one cut to 4 
 # What config.json says of a model's function that no weight shows, as this module asks for it
 NUMBERS_ASKED = ("depth", "head", "key_value", "width", "num_experts_per_tok")
 ROPE = ("rope_theta", "rope_parameters.rope_theta")
-BESIDE = ("norm", "bias", "router", "sinks")  # roles of what a copy needs beside its matrices
-LOOSE = ("scale", "buffer", "head", "embedding", "position")  # and of what one may have and another not
+LOOSE = ("scale", "buffer", "head", "embedding", "position")  # roles of what one may have and another not
 
 
 def require_same_model(original: Checkpoint, copy: Checkpoint) -> None:
@@ -40,7 +38,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
     """The scales that were moved in a copy.
 
     Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, all
-    places are the original's, no weight makes up for a changed norm, or as `require_alike` of a place in each layer.
+    places are the original's, no weight makes up for a changed norm, or as `require_same_matrix` of a place in each layer.
     NumericalError for NaN or Inf in these places.
     """
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
@@ -64,11 +62,11 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
         layers.setdefault(place.matrices[0].place, []).append(place)
     for number, layer in enumerate(layers.values()):  # a place of each, another one each time; all are seen when solved
         place = layer[number % len(layer)]
-        require_alike(place, *rescaled.both(place), rescaled.of(place))
+        require_same_matrix(place, *rescaled.both(place), rescaled.of(place))
     return rescaled
 
 
-def require_alike(place: ParameterPlace, W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> None:
+def require_same_matrix(place: ParameterPlace, W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | None) -> None:
     """Raises UsageError where a copy Q (m, n) of W with these scales is another matrix, though not nothing at all, or
     most of what it lost are other scales."""
     found = likeness(W, Q, scales)
@@ -124,8 +122,8 @@ def _require_all_beside(original: Checkpoint, copy: Checkpoint) -> None:
 
     def only_of(some: Sequence[Matrix], checkpoint: Checkpoint, others: Sequence[Matrix]) -> list[Matrix]:
         """What is not zero, as the biases are that some tools add."""
-        known, alike = {bare_name(m) for m in others}, matched(others, some)
-        apart = [m for m in some if m.name not in alike and bare_name(m) not in known and not m.stack]
+        known = {m.name for m, _ in pairs(some, others)}
+        apart = [m for m in some if m.name not in known and not m.stack]
         return [m for m in apart if bool(checkpoint.read(m.tensor, m.part).any())]
 
     there = {m.role for m in theirs if not m.stack}
@@ -133,7 +131,7 @@ def _require_all_beside(original: Checkpoint, copy: Checkpoint) -> None:
     if not any(m.role == "head" for m in looked_up) and "head" in there:
         looked_up = []  # of two that are tied one is stored, under either name
     missing = [m.tensor for m in looked_up if m.role not in there]
-    if missing := [*missing, *(m.tensor for m in only_of(ours, original, theirs) if m.role in BESIDE)]:
+    if missing := [*missing, *(m.tensor for m in only_of(ours, original, theirs) if m.role in (*FOLLOWING, "sinks"))]:
         raise UsageError(
             f"{copy.name} has no {missing[0]}, which {original.name} has; try the whole copy of this model"
         )

@@ -19,11 +19,12 @@ from functools import cached_property
 
 import torch
 
-from laser.checkpoint.families import LAYER_NUMBER
-from laser.checkpoint.fused import number_or_none
-from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.families import FAMILIES, LAYER_NUMBER
+from laser.checkpoint.fused import config_entry, number_or_none
+from laser.checkpoint.matrices import Matrix, family_of, list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.compensate.places import ParameterPlace, find_places
+from laser.differences.base import matched
 from laser.errors import NumericalError, UsageError
 from laser.selection import Selection
 from laser.spectral.correction import MovedScales
@@ -34,6 +35,10 @@ EXPLAINED = 0.5  # of the distance: what is left of it where scales of rows or c
 BEHIND = {"v": "o", "up": "down", "w3": "w2"}  # whose columns may make up for scaled rows of whom
 # role -> the first of those that are multiplied with the same inputs
 SHARED = {"k": "q", "v": "q", "z": "q", "up": "gate", "w1": "gate", "w3": "gate"}
+FOLLOWING = ("norm", "bias", "router")  # roles of what has to follow where weights were scaled
+# Values that are normalised, or go through an activation; elsewhere config.json says that they are clipped.
+BENT_VALUES = {"gemma3n", "gemma3n_text", "minimax", "minimax_m1", "minimax_text_01"}
+CLIPPED = ("clip_qkv", "attn_config.clip_qkv")
 # A norm, None for none that was changed, and what the copy has of its outputs, (n,)
 Before = tuple[str | None, torch.Tensor]
 
@@ -78,7 +83,9 @@ class Rescaled:
     def norms(self) -> Mapping[object, Mapping[str, ChangedNorm]]:
         """By layer and name. Raises UsageError for one of another shape, NumericalError for NaN or Inf."""
         found: dict[object, dict[str, ChangedNorm]] = {}
-        for norm, there in self._norms_of_both():
+        for norm, there in self._beside.values():
+            if norm.role != "norm" or norm.tensor.endswith("bias"):
+                continue
             w, v = self.original.read(norm.tensor).double(), self.copy.read(there).double()
             if v.shape != w.shape:
                 raise UsageError(
@@ -115,28 +122,39 @@ class Rescaled:
         return None if bool((rows == 1).all() and (inputs == 1).all()) else MovedScales(rows, inputs)
 
     def require_made_up_for(self) -> None:
-        """Raises UsageError where no weight makes up for a changed norm."""
+        """Raises UsageError where no weight makes up for a changed norm, or its bias or the router behind it do not."""
         for layer, norms in self.norms.items():
-            taken = {norm for norm, _ in self._before(layer).values()}
-            for norm, changed in norms.items():
-                if changed.much and norm not in taken:
-                    raise UsageError(
-                        f"{self.copy.name}: {norm} is not that of {self.original.name}, and no weight makes up for "
-                        "it; try a copy that has the original's norms"
-                    )
+            before = self._before(layer)
+            taken = {norm for norm, _ in before.values()}
+            odd = [norm for norm, changed in norms.items() if changed.much and norm not in taken]
+            for (shared, n), (norm, share) in before.items():
+                if norm is not None and not self._follows(_bias_of(norm), share):
+                    odd.append(_bias_of(norm))
+                routers = [m for m, _ in self._beside.values() if m.role == "router" and m.place == layer]
+                for router in routers if shared == "gate" else ():
+                    if router.shape[1:] == (n,) and not self._follows(
+                        router.tensor, torch.where(share == 0, 0.0, 1 / share)
+                    ):
+                        odd.append(router.tensor)
+            if odd:
+                raise UsageError(
+                    f"{self.copy.name}: {odd[0]} is not that of {self.original.name}, and no weight makes up for it; "
+                    "try a copy that has the original's norms"
+                )
 
-    def _norms_of_both(self) -> list[tuple[Matrix, str]]:
-        """The original's norms with what they are called in the copy, which may lack a prefix."""
+    @cached_property
+    def _beside(self) -> Mapping[str, tuple[Matrix, str]]:
+        """Norms, biases and routers of the original, with what they are called in the copy, which may lack a prefix."""
+        ours, theirs = list_matrices(self.original), list_matrices(self.copy)
+        names = {m.name: there.tensor for m, there in pairs(ours, theirs)}
+        return {m.tensor: (m, names[m.name]) for m in ours if m.role in FOLLOWING and m.name in names}
 
-        def of(checkpoint: Checkpoint) -> list[Matrix]:
-            return [m for m in list_matrices(checkpoint) if m.role == "norm" and not m.tensor.endswith("bias")]
-
-        theirs = of(self.copy)
-        known = {norm.tensor: norm.tensor for norm in theirs}
-        counts = Counter(map(bare_name, theirs))
-        alone = {bare_name(norm): norm.tensor for norm in theirs if counts[bare_name(norm)] == 1}
-        both = [(norm, known.get(norm.tensor) or alone.get(bare_name(norm))) for norm in of(self.original)]
-        return [(norm, there) for norm, there in both if there is not None]
+    def _follows(self, tensor: str, scales: torch.Tensor) -> bool:
+        """Whether the copy's is the original's times these scales, rather than the original's, or there is none."""
+        if tensor not in self._beside:
+            return True
+        w, v = self.original.read(tensor).double(), self.copy.read(self._beside[tensor][1]).double()
+        return float((v - w * scales).norm()) <= float((v - w).norm())
 
     def _neighbours(self, place: ParameterPlace) -> list[ParameterPlace]:
         return self._by_expert.get((place.matrices[0].place, place.expert), [])
@@ -209,14 +227,29 @@ class Rescaled:
             if behind.matrices[0].role != BEHIND[role] or before.name == behind.name:
                 continue
             channels = self._channels(role, len(rows), behind.shape[1])
-            if channels is None:
+            if channels is None or not self._is_linear(role, before):
                 continue
             W, Q = self.both(before)
             fitted = _fitted(_columns_scaled(W, self._behind_norm(before))[rows], Q[rows])
             W, Q = self.both(behind)
             if (Q - _columns_scaled(W, fitted[channels])).norm() < CLEARLY * (Q - W).norm():
-                return rows, fitted, fitted[channels]
+                every = torch.ones(before.shape[0], dtype=torch.float64)
+                every[rows] = fitted
+                if all(self._follows(_bias_of(p.original.tensor), every[slice(*p.rows)]) for p in before.pieces):
+                    return rows, fitted, fitted[channels]
         return None
+
+    def _is_linear(self, role: str, place: ParameterPlace) -> bool:
+        """Whether what a layer makes of these rows is scaled as they are, before the next columns are multiplied.
+
+        Values are weighted and summed, in the families of which a test says so. The rest is gated, or a ReLU.
+        """
+        config = self.original.config
+        if role == "v":
+            clipped = any(config_entry(config, key) is not None for key in CLIPPED)
+            return family_of(self.original) in FAMILIES.keys() - BENT_VALUES and not clipped
+        gates = {m.role for each in self._neighbours(place) for m in each.matrices} & {"gate", "w1"}
+        return bool(gates) or "relu" in (config_entry(config, key) for key in ("hidden_act", "activation_function"))
 
     def _channels(self, role: str, rows: int, columns: int) -> torch.Tensor | None:
         """Which of the rows each column behind them takes, (columns,); None where that is not known."""
@@ -269,7 +302,19 @@ def _inputs(place: ParameterPlace) -> tuple[str, int]:
     return SHARED.get(role, role), place.shape[1]
 
 
-def bare_name(norm: Matrix) -> tuple[str, str]:
+def _bias_of(tensor: str) -> str:
+    return tensor.removesuffix("weight") + "bias"
+
+
+def pairs(ours: Sequence[Matrix], theirs: Sequence[Matrix]) -> list[tuple[Matrix, Matrix]]:
+    """Those of each that stand for each other: by name, as `matched`, or by what is not a prefix."""
+    counts = Counter(map(_bare_name, theirs))
+    alone = {_bare_name(m): m for m in theirs if counts[_bare_name(m)] == 1}
+    known = {**{m.name: alone[_bare_name(m)] for m in ours if _bare_name(m) in alone}, **matched(theirs, ours)}
+    return [(m, known[m.name]) for m in ours if m.name in known]
+
+
+def _bare_name(norm: Matrix) -> tuple[str, str]:
     """What a norm is called without what stands before its layer, or before its own name."""
     found = re.search(LAYER_NUMBER, norm.tensor)
     return norm.stack, norm.tensor[found.start(1) :] if found else ".".join(norm.tensor.split(".")[-2:])
