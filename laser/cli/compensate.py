@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laser.calibration import calibrate
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import require_outside
 from laser.choices import WINDOW
 from laser.cli import common, options
@@ -30,6 +30,7 @@ from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
 from laser.compensate.verdict import check_held_out, judge_correction, sentence, size_of
+from laser.differences.opened import open_model
 from laser.differences.serving import in_vllm
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
@@ -89,8 +90,13 @@ def compensate_verb(
     require_compensation_place(output, work.force)
     known = moments.load()
     runs = "files" if work.dry_run else "weights"
-    first = open_checkpoint(original, runs if text or held_out else "ranges")
-    second = open_checkpoint(copy, runs if held_out else "ranges")
+    first = open_model(original, runs if text or held_out else "ranges")
+    second = open_model(copy, runs if held_out else "ranges")
+    if second.on_top is not None:
+        raise UsageError(
+            f"{copy} is a sum, and an adapter is loaded on a model that is stored; try laser rebuild "
+            f"{copy.replace('+', ' ', 1)} -o MERGED, and MERGED for it"
+        )
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)

@@ -38,7 +38,7 @@ from laser.compensate.copies import require_same_matrix
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled, require_finite
+from laser.compensate.rescaled import NotFiniteError, Rescaled, require_finite
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -151,8 +151,8 @@ class Solve:
         except NothingToCorrect as reason:
             return _line(place, str(reason), tokens), None
         except NumericalError as error:
-            named = str(error) if place.name in str(error) else f"{place.name}: {error}"
-            raise NumericalError(named, error.residual) from error
+            named = "" if isinstance(error, NotFiniteError) else f"{place.name}: "
+            raise NumericalError(f"{named}{error}", error.residual) from error
         line = _line(place, None, tokens)
         line["shrunk"], line["outputs"] = shrunk, found.outputs
         line["predicted"], line["measured"] = tuple(found.predicted.tolist()), tuple(found.measured.tolist())

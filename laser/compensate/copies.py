@@ -38,8 +38,8 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
     """The scales that were moved in a copy.
 
     Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, all
-    places are the original's, no weight makes up for a changed norm, or as `require_same_matrix` of a place in each layer.
-    NumericalError for NaN or Inf in these places.
+    places are the original's, or no weight makes up for a changed norm. Also as `require_same_matrix` of a place in
+    each layer, and NumericalError for NaN or Inf in these places.
     """
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     rescaled = Rescaled(original, copy)

@@ -43,6 +43,10 @@ CLIPPED = ("clip_qkv", "attn_config.clip_qkv")
 Before = tuple[str | None, torch.Tensor]
 
 
+class NotFiniteError(NumericalError):
+    """NaN or Inf, with the checkpoint and the tensor that hold it."""
+
+
 @dataclass(frozen=True)
 class ChangedNorm:
     """A norm whose weight was changed. shares: what the copy has of the original's outputs, (n,).
@@ -274,7 +278,7 @@ def is_scaled_beyond(W: torch.Tensor, Q: torch.Tensor, scales: MovedScales | Non
 def require_finite(checkpoint: Checkpoint, name: str, weights: torch.Tensor) -> None:
     """Raises NumericalError for NaN or Inf."""
     if not weights.isfinite().all():
-        raise NumericalError(
+        raise NotFiniteError(
             f"{checkpoint.name}: {name} holds NaN or Inf, expected numbers; try laser scan to find all of them, "
             "and make it again"
         )

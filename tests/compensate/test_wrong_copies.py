@@ -134,6 +134,19 @@ def test_moments_of_other_matrices_are_one_line(run: Run, models: Path, tmp_path
     assert not list(tmp_path.glob("a*"))
 
 
+def test_a_sum_is_an_original_and_no_copy(run: Run, models: Path, tmp_path: Path) -> None:
+    """A copy of a fine-tune that only its adapter holds; an adapter of a copy needs one that is stored."""
+    tuned, words = tmp_path / "tuned", ("--plain", "--device", "cpu", "--rank", 2)
+    assert run("compensate", models / "llama", models / "llama-3", "-o", tuned, *words)[0] == 0
+    whole = f"{models / 'llama-3'}+{tuned}"
+    error = refused(run, models / "llama", whole, "-o", tmp_path / "a", "--plain")
+    assert f"try laser rebuild {models / 'llama-3'} {tuned} -o MERGED" in error
+    code, _, err = run("compensate", whole, models / "llama-3", "-o", tmp_path / "b", *words)
+    assert code == 0, err
+    merged = json.loads((tmp_path / "b" / "laser.json").read_text())["entries"]
+    assert all(entry["after"] < 1e-2 * entry["before"] for entry in merged)  # of rank 2 is what it lacks
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes and transformers
 def test_an_original_and_a_copy_that_are_swapped(run: Run, tmp_path: Path, capsys: Any) -> None:
