@@ -69,11 +69,14 @@ class OnTop:
     """An adapter whose merge a view gives in place of its origin's weights.
 
     sums: sha256 of its files, by their names; stamps: what tells that one has changed since
+    given: base and adapter as they were named, BASE+ADAPTER; elsewhere: the same without folders of this machine
     """
 
     name: str
     sums: Mapping[str, str]
     stamps: Mapping[Path, Stamp | None]
+    given: str = ""
+    elsewhere: str = ""
 
     def with_it(self, origins: str) -> str:
         """What stands for the merge, of what stands for the origin."""

@@ -193,6 +193,7 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         shards=shards,
         licence_files=files,
         licences=licences,
+        added=checkpoint.on_top.elsewhere if checkpoint.on_top else None,
     )
 
 
