@@ -26,7 +26,7 @@ from laser.evaluation.verdict import Direction
 from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind
-from laser.records import LATER
+from laser.records import LATER, SPARSE
 from laser.report import chat
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, SourceCard, read_source_card
@@ -64,7 +64,7 @@ class CardSource:
     # Licence file -> the Hub's name of the licence whose text it is.
     licences: Mapping[str, str] | None = field(default=None, metadata=LATER)
     # BASE+ADAPTER as a command line elsewhere has it: no address has the merge, and the name has no owners.
-    added: str | None = field(default=None, metadata=LATER)
+    added: str | None = field(default=None, metadata=SPARSE)
 
     @property
     def word(self) -> str:
