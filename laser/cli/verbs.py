@@ -424,6 +424,9 @@ def card(
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
+    spectra: Annotated[
+        Path | None, typer.Option("--spectra", help="File of laser scan, for the picture: laser reduce keeps none.")
+    ] = None,
     file: options.RecordOptions,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT.
@@ -433,7 +436,9 @@ def card(
     """
     with loading():
         from laser.cli import publish
-    publish.card_verb(output, source=source, name=name, base_model=base_model, hash_source=hash_source, file=file)
+    publish.card_verb(
+        output, source=source, name=name, base_model=base_model, hash_source=hash_source, spectra=spectra, file=file
+    )
 
 
 def push(
