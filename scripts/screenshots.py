@@ -84,6 +84,8 @@ def shown(output: Any) -> str:
     data = output.get("data", {})
     if "text/html" in data or "image/svg+xml" in data:
         return f"<div>{data.get('text/html') or data['image/svg+xml']}</div>"
+    if "text/markdown" in data:
+        return markdown(data["text/markdown"])
     if "image/png" in data:
         return f'<img src="data:image/png;base64,{data["image/png"]}">'
     text = data.get("text/plain") or output.get("text") or "\n".join(output.get("traceback", ()))
@@ -141,7 +143,7 @@ def main() -> None:
         laser("scan", asked.out, "-o", after)
         reports(camera, spectra, after, work)
         plots(camera, spectra, after, asked.out, asked.into)
-        camera.take_html(card_of(asked.out), "card", 4000, asked.out)
+        camera.take_html(card_of(asked.out), "card", 5200, asked.out)
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             camera.take_html(notebook_of(path), f"notebook-{path.stem}", 4000)
 

@@ -38,6 +38,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 IN_WEIGHTS, IN_NOISE = "unit of the weights", "unit of the noise"  # of values; IN_NOISE: of those of differences
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
+MOST_TICKS = 80  # values kept that are marked one by one
 MOST_NAMED = 60  # trials of a search whose names have room
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
@@ -318,7 +319,7 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
-    if len(kept):  # no ticks at all would still be given room at the corner of the figure
+    if 0 < len(kept) <= MOST_TICKS:  # of none there would still be room at the corner, and hundreds hide the axis
         axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
@@ -354,13 +355,13 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
 
 
 def top_of(several: Sequence[Histogram]) -> float:
-    """Where a picture ends: at s_1, at most over the bulk and 98 % of the values, for a giant outlier would press the
-    rest into one bin. The cut is always inside."""
+    """Where a picture ends: at s_1, at most over the bulk and 95 % of the values, for a giant outlier would press the
+    rest into one bin. A quarter more is taken where that is all of them. The cut is always inside."""
     top = max(float(p.values[0]) for p in several)
-    most = (float(p.values[min(math.ceil(len(p.values) / 50), len(p.values) - 1)]) for p in several)
+    most = (float(p.values[min(math.ceil(len(p.values) / 20), len(p.values) - 1)]) for p in several)
     span = max(max(4 * p.upper_edge, 1.2 * value) for p, value in zip(several, most, strict=True))
     cuts = max((1.03 * p.cut for p in several if p.cut is not None), default=0.0)
-    return max(min(top * 1.02, span), cuts) or 1.0
+    return max(span if top * 1.02 > 1.25 * span else top * 1.02, cuts) or 1.0
 
 
 def _bins(several: Sequence[Histogram]) -> list[float]:

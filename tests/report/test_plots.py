@@ -75,6 +75,10 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
     assert words[:3] == [f"cut: {32 - drawn.rank}", f"kept: {drawn.rank}", "law of noise, fitted"]
     assert "unit of the weights" in figure.axes[0].get_xlabel() and NAME in figure.axes[0].get_title()
+    ticks = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
+    assert [len(np.atleast_1d(line.get_xdata())) for line in ticks] == [drawn.rank]
+    many = replace(drawn, values=np.linspace(9, 1, 200), rank=150)  # they would hide the axis
+    assert not [line for line in plots.histogram(many).axes[0].lines if line.get_marker() == "|"]
     levels = [line.get_xdata()[0] for line in figure.axes[0].lines if len(set(np.atleast_1d(line.get_xdata()))) == 1]  # pyright: ignore
     assert {drawn.lower_edge, drawn.upper_edge, drawn.threshold} <= set(levels)
 
@@ -182,6 +186,13 @@ def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spect
             assert axes.get_xlim()[0] <= each.cut <= axes.get_xlim()[1]
             assert np.count_nonzero(each.values > each.cut) == each.rank
     assert plots.top_of([outlier]) < outlier.values[0] / 10 or outlier.rank == 0
+
+
+def test_a_small_adapter_does_not_press_the_noise_into_one_bin(spectra: Spectra) -> None:
+    """Rank 8 of 192, a thousand times over the rounding: the bulk is what is looked at, the rest is in the last bin."""
+    shown = plots.histogram_of(spectra, NAME)
+    values = np.concatenate([np.linspace(23_000, 1_200, 8), np.linspace(27, 1, 184)])
+    assert plots.top_of([replace(shown, values=values, upper_edge=28.0, threshold=28.0, rank=8)]) < 5 * 28
 
 
 def test_a_picture_of_nothing_kept_is_as_large_as_any(spectra: Spectra) -> None:
