@@ -105,9 +105,12 @@ def reports(camera: Camera, first: Path, second: Path, work: Path) -> None:
 
 def plots(camera: Camera, first: Path, second: Path, out: Path, into: Path) -> None:
     """One of each kind, as PNG; the first also as the SVG that a browser draws."""
+    from matplotlib import pyplot
+
     from laser.outcome import Outcome
 
-    cut = next(iter(Outcome.load(out).plan.reductions))
+    outcome = Outcome.load(out)
+    cut = next(iter(outcome.plan.reductions))
     kinds = {
         "plot-histogram": ("--matrix", cut),
         "plot-histogram-none-kept": ("--matrix", cut, "--rule", "rank:0"),
@@ -117,6 +120,10 @@ def plots(camera: Camera, first: Path, second: Path, out: Path, into: Path) -> N
     }
     for name, words in kinds.items():
         laser("plot", first, "-o", into / f"{name}.png", *words, "--force")
+        print(into / f"{name}.png")
+    for name, record in (("plot-plan", outcome.plan), ("plot-outcome", outcome)):  # a search's is in notebook 5
+        record.plot()
+        pyplot.savefig(into / f"{name}.png")
         print(into / f"{name}.png")
     laser("plot", first, "-o", into / "plot-histogram.svg", *kinds["plot-histogram"], "--force")
     camera.take(into / "plot-histogram.svg", "plot-histogram-svg", 980, 560)

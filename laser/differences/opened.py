@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laser.checkpoint.hub import fetched
+from laser.checkpoint.hub import ID, fetched
 from laser.checkpoint.reader import Checkpoint, by_whole_shards, open_checkpoint
 from laser.differences.base import Base
 from laser.differences.peft import with_adapter_merged
@@ -44,6 +44,11 @@ def _parts_of_sum(whole: str) -> tuple[str, str, Path]:
             return base, adapter, Path(adapter)
     there = [pair for pair in places if Path(pair[0]).is_dir()]  # a directory's own + is no sign of a sum
     base, adapter = there[-1] if there else (whole.partition("+")[0], whole.partition("+")[2])
+    if "+" in adapter and not there and ID.fullmatch(base) is None:
+        raise CheckpointError(
+            f"no such model: {whole} is no directory, and none is called {' or '.join(pair[0] for pair in places)}; "
+            "try BASE+ADAPTER with the directory or Hub id of each"
+        )
     if "+" in adapter:
         raise UsageError(
             f"{whole} names {len(places)} adapters, expected BASE+ADAPTER; merge one with laser rebuild first"

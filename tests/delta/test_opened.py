@@ -324,6 +324,11 @@ def test_a_target_that_the_base_has_not_is_refused(run: Run, base: Path, tmp_pat
         ("{base}+{tmp}/x+{tmp}/y", "names 2 adapters, expected BASE+ADAPTER; merge one with laser rebuild first"),
         ("{tmp}/none+{adapter}", "no such model: "),
         ("{tmp}/pl+us+none", "pl+us+none is no directory, and none is no PEFT adapter"),
+        (
+            "{tmp}/no+thing+none",
+            "/no+thing+none is no directory, and none is called {tmp}/no or {tmp}/no+thing; try BASE",
+        ),
+        ("maker/a+maker/b+maker/c", "names 2 adapters, expected BASE+ADAPTER"),
         ("{base}+{base}", "is no PEFT adapter with adapter_config.json"),
     ],
 )
@@ -331,7 +336,7 @@ def test_what_is_no_sum_is_refused(model: str, told: str, run: Run, base: Path, 
     names = {"base": base, "tmp": tmp_path, "adapter": write_adapter(tmp_path / "adapter")}
     (tmp_path / "pl+us").mkdir()
     code, _, err = run("scan", model.format(**names), "-o", tmp_path / "s")
-    assert code in (1, 2) and told in err and err.count("\n") == 1, err
+    assert code in (1, 2) and told.format(**names) in err and err.count("\n") == 1, err
 
 
 def test_what_unmerge_wrote_is_rebuilt_first(run: Run, base: Path, tmp_path: Path) -> None:
