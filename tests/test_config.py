@@ -15,7 +15,7 @@ from conftest import Run
 from pico_language import TEXT, make_model
 from test_options import COMMANDS
 
-from laser.checkpoint.push import stays_behind
+from laser.checkpoint.push import names_a_place
 
 SEARCH = ("--lowest-snr", "3", "--window", "16", "--windows", "2", "--held-out-windows", "2", "--no-leaderboard")
 
@@ -151,7 +151,7 @@ def test_a_card_names_the_config_only_where_push_sends_it(
         monkeypatch.setattr("sys.argv", ["laser", *words])
         assert run(*words)[0] == 0
         card = (tmp_path / "o" / "README.md").read_text()
-        pushed = not stays_behind((tmp_path / "o" / "laser.yaml").read_bytes())
+        pushed = not names_a_place((tmp_path / "o" / "laser.yaml").read_bytes())
         assert pushed == (text == "text.txt") == ("laser run m -o o --rule rank:3 --config laser.yaml\n" in card)
         spelled = "laser run --rule rank:4 --no-search --roles q --text text.txt m -o o --rule rank:3\n"
         assert pushed != (spelled in card) and str(tmp_path) not in card

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-Values = Mapping[str, str] | Iterable[str]
+Vocabulary = Mapping[str, str] | Iterable[str]
 Completer = Callable[[str], list[tuple[str, str]]]
 
 
-def one_of(values: Values) -> Completer:
+def one_of(values: Vocabulary) -> Completer:
     """Completes one of these. values: with what zsh and fish say beside each, where they are a mapping."""
     told = dict(values) if isinstance(values, Mapping) else dict.fromkeys(values, "")
 
@@ -22,7 +22,7 @@ def one_of(values: Values) -> Completer:
     return complete
 
 
-def several_of(values: Values) -> Completer:
+def several_of(values: Vocabulary) -> Completer:
     """Completes the last of several with commas between; what is named already is not named again."""
     one = one_of(values)
 

@@ -120,6 +120,9 @@ Config = Annotated[
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file or directory to write.")]
 SpectraOut = Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")]
+Scanned = Annotated[
+    Path | None, typer.Option("--spectra", help="File of laser scan: show the model's own spectra, too.")
+]
 NullDraws = Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")]
 SOURCES = {name: rule.source for name, rule in RULES.items()}
 a_rule = one_of(SOURCES)

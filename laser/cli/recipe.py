@@ -114,11 +114,11 @@ def _defaults_of(
             message = first_line(error)
             raise UsageError(f"{where}: {flag} is {named(value)} ({message}); mend the line") from error
         found[option.name] = value
-        common.give(_words(option, flag, value), config="recipe" not in without)
+        common.give(_command_words(option, flag, value), config="recipe" not in without)
     return found
 
 
-def _words(option: Any, flag: str, value: Any) -> list[str]:
+def _command_words(option: Any, flag: str, value: Any) -> list[str]:
     """An option and its value as a command line has them; a flag that is off and has no word for it is none."""
     if isinstance(value, bool):
         return [f"--{flag}"] if value else list(option.secondary_opts)

@@ -12,7 +12,7 @@ from typing import Any
 
 from laser.checkpoint.at_rest import OPTIONS_FILE
 from laser.checkpoint.matrices import Matrix, list_matrices
-from laser.checkpoint.push import stays_behind
+from laser.checkpoint.push import names_a_place
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
@@ -282,7 +282,7 @@ def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None, option
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
     names |= {each.on_top.given: each.on_top.elsewhere for each in both if each.on_top}  # no folder is called so
     words, config = sys.argv[1:], common.options_now().get("config")
-    if config is not None and stays_behind(options):
+    if config is not None and names_a_place(options):
         words = _with_options_of_config(words)
     elif config is not None:  # what it says lies in the output
         names[str(config)] = OPTIONS_FILE

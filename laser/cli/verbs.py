@@ -424,9 +424,7 @@ def card(
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
-    spectra: Annotated[
-        Path | None, typer.Option("--spectra", help="File of laser scan, for the picture: laser reduce keeps none.")
-    ] = None,
+    spectra: options.Scanned = None,
     file: options.RecordOptions,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT.
@@ -476,7 +474,7 @@ def null(
         ),
     ] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
-    spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    spectra: options.Scanned = None,
     base: options.FromBase,
     which: options.Matrices,
     on: options.Precise,

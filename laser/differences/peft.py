@@ -59,7 +59,7 @@ OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # What tells of a base's own weights, and not of those that are written.
 LEFT_BEHIND = (CARD, OPTIONS_FILE, OUTCOME)
-AT_A_TIME = 1 << 22  # numbers that are looked at together, in a copy of eight bytes each
+NUMBERS_AT_ONCE = 1 << 22  # numbers that are looked at together, in a copy of eight bytes each
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class _Reading:
 
     def require_numbers(self, name: str, dtype: str = "F32") -> None:
         """Raises CheckpointError for a tensor that holds what is no number, or is none any more in the base's dtype."""
-        for part in tensor_of(self.path, name).flatten().split(AT_A_TIME):
+        for part in tensor_of(self.path, name).flatten().split(NUMBERS_AT_ONCE):
             if not part.double().isfinite().all():
                 raise CheckpointError(f"{self.path}: {name} holds NaN or Inf, expected numbers; download it again")
             if not part.to(TORCH[dtype]).double().isfinite().all():
