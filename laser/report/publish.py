@@ -136,7 +136,7 @@ def write_card(
             name or out.resolve().name,
             outcome,
             about,
-            run=CardRun("; ".join(rules) or None, versions(), commands),
+            run=CardRun("; ".join(dict.fromkeys(rules)) or None, versions(), commands),
             losses=losses,
             before=_record(Leaderboard, out / LEADERBOARD_SOURCE, made_of),
             after=_record(Leaderboard, out / LEADERBOARD, made),

@@ -109,7 +109,10 @@ DOCUMENT = """
 class Element {
   constructor(id) { Object.assign(this, { id, children: [], dataset: {}, style: {}, marks: {}, on: {}, value: "" }); }
   append(...inside) { this.children.push(...inside); }
-  replaceChildren(...inside) { this.children = inside; }
+  replaceChildren(...inside) {
+    this.children = inside;
+    this.textContent = inside.filter(each => typeof each === "string").join("");
+  }
   addEventListener(kind, heard) { this.on[kind] = heard; }
   setAttribute(name, value) { this.marks[name] = value; }
   removeAttribute(name) { delete this.marks[name]; }

@@ -172,3 +172,11 @@ def test_by_the_data_the_values_are_those_of_the_outputs(spectra: Spectra) -> No
     (panel,) = panels(picture_of_cuts(replace(spectra, data=data), outcome_of(replace(plan, lines=lines))))
     assert not panel.findall(f"{SVG}polyline") and "singular value by the data" in texts(panel)
     assert float(texts(panel)[2]) > 1.1 * spectra[name][0]  # the axis ends where those values do
+
+
+def test_a_card_of_one_rule_with_several_arguments_names_its_source_once(
+    pico: Path, spectra: Spectra, tmp_path: Path
+) -> None:
+    plan = replace(make_plan(spectra, "rank:4", laser.Selection(roles=("q",))), rule="rank:4,rank:8")
+    laser.reduce(pico, plan, tmp_path / "out", device="cpu")
+    assert "Rule `rank:4,rank:8` (a fixed rank); selection" in write_card(tmp_path / "out").read_text()
