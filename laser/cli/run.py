@@ -234,7 +234,8 @@ def run_verb(
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            write_card(place, checkpoint, name=output.resolve().name, commands=(command,))
+            of = compared.checkpoint if compared else None
+            write_card(place, checkpoint, name=output.resolve().name, base=of, commands=(command,))
         write_atomically(place / OPTIONS_FILE, again)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 

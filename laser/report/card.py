@@ -65,6 +65,7 @@ class CardSource:
     licences: Mapping[str, str] | None = field(default=None, metadata=LATER)
     # BASE+ADAPTER as a command line elsewhere has it: no address has the merge, and the name has no owners.
     added: str | None = field(default=None, metadata=SPARSE)
+    base: str | None = field(default=None, metadata=SPARSE)  # of a fine-tune, likewise
 
     @property
     def word(self) -> str:
@@ -306,15 +307,19 @@ def _command_block(
 ) -> list[str]:
     """The commands that make the output again, check it, and measure it."""
     commands = list(run.commands) or [_spelled_out(name, outcome, source)]
-    base = [] if outcome.plan.pair is None else ["--base", outcome.plan.pair.base.name]
+    base = _base_words(outcome.plan, source)
     commands += [shlex.join(["laser", "verify", source.word, name, *base])]
     return commands + [board.command for board in (before, after) if board and board.command]
+
+
+def _base_words(plan: Plan, source: CardSource) -> list[str]:
+    return [] if plan.pair is None else ["--base", source.base or plan.pair.base.name]
 
 
 def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
     """The command that makes this output, by its plan; a rule makes none again that a search or a hand made."""
     plan, dtype = outcome.plan, outcome.run.get("dtype")
-    base = [] if plan.pair is None else ["--base", plan.pair.base.name]
+    base = _base_words(plan, source)
     if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
         words = ["laser", "reduce", source.word, "plan.json", *base, "-o", name]
         words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]

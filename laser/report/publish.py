@@ -95,6 +95,7 @@ def write_card(
     base_model: str | None = None,
     hash_source: bool = False,
     spectra: str | Path | None = None,
+    base: Checkpoint | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
 ) -> Path:
@@ -104,6 +105,7 @@ def write_card(
     Failing that, only what was copied from it is, and licence and language are not known. hash_source: read the
     source's shards for their sha256, which takes the time of reading them. Records of evaluations and leaderboards
     are those in OUT/laser. spectra: the scan that the plan rests on, for the picture, where it does not lie there.
+    base: of a fine-tune, for the commands in the card.
     Raises RecordError for records of other weights, UsageError for spectra of nothing that was cut, and OutputError
     where OUT/README.md is not a card of laser, or somebody is at work on OUT.
     """
@@ -116,7 +118,9 @@ def write_card(
         target = out / CARD
         if target.exists() and not force and not _is_ours(target):
             raise OutputError(f"{target} was not written by laser; try --force to replace it")
+        earlier = _earlier(out, outcome, source is not None)
         about = _about(out, outcome, source, hash_source)
+        about = replace(about, base=word_of(base) if base else earlier.base if earlier else None)
         if base_model is not None:
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.model, Source.of(open_checkpoint(out))
@@ -129,7 +133,6 @@ def write_card(
             change = difference(a, b)
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
-        earlier = _earlier(out, outcome, source is not None)
         commands = commands or (earlier.commands if earlier else ())
         picture = _picture_for(out, outcome, None if spectra is None else Path(spectra), earlier)
         text = card_text(
@@ -212,6 +215,11 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         licences=licences,
         added=checkpoint.on_top.elsewhere if checkpoint.on_top else None,
     )
+
+
+def word_of(checkpoint: Checkpoint) -> str:
+    """What names a checkpoint on a command line elsewhere."""
+    return checkpoint.on_top.elsewhere if checkpoint.on_top else hub_origin(checkpoint.path)[0] or checkpoint.name
 
 
 def versions() -> dict[str, str]:

@@ -148,6 +148,27 @@ def test_a_card_of_a_sum_on_the_hub_has_commands_that_run(
             assert tensors_in(tmp_path / "again" / name).keys() == tensors_in(base).keys()
 
 
+def test_a_card_of_a_fine_tune_on_the_hub_names_the_owner_of_its_base(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, made = write_adapter(tmp_path / "adapter"), tmp_path / "made"
+    assert run("rebuild", base, adapter, "-o", made)[0] == 0
+    with serving() as hub:
+        hub.add("maker/base", base)
+        hub.add("tuner/tuned", made)
+        connect(hub, tmp_path / "cache", monkeypatch)
+        laser.run("tuner/tuned", tmp_path / "out", "scale:0.5", base="maker/base", device="cpu")
+        for again in (False, True):
+            if again:
+                assert run("card", tmp_path / "out")[0] == 0
+            card = (tmp_path / "out" / "README.md").read_text()
+            made_by, checked = (shlex.split(line)[1:] for line in re.findall("^laser .*", card, re.MULTILINE))
+            assert made_by[:4] == ["run", "tuner/tuned", "--base", "maker/base"]
+            assert checked == ["verify", "tuner/tuned", "out", "--base", "maker/base"]
+        monkeypatch.chdir(tmp_path)
+        assert run(*checked)[0] == 0
+
+
 def scaled(adapter: Path) -> None:
     """Another adapter in its place, with a file of the same size."""
     found = load_file(adapter / "adapter_model.safetensors")
