@@ -415,6 +415,9 @@ def make_plan(
     spectra = in_metric_of(rule, spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
+    if (entry := selection.never_scanned(spectra.matrices, spectra.skipped)) is not None:
+        what = "role" if entry in selection.roles else "layer"
+        raise UsageError(f"{what} {entry} was not in the scan of these spectra; scan again with it, or leave it out")
     scale = scale_in(rule)
     if scale is not None and lowest_snr is not None:
         raise UsageError("a scale cuts nothing, so no matrix has an SNR; try it without --lowest-snr")

@@ -502,9 +502,9 @@ def _plan(
             continue
         if name in stated:
             why = Why(Kind.REJECTED, f"rejected, {objective.unit} " + "; ".join(stated[name]))
-            line = replace(line, action="keep", why=why)
+            line = replace(line, action="keep", scale=None, why=why)
         elif line.action == "reduce":
-            line = replace(line, action="keep", why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))
+            line = replace(line, action="keep", scale=None, why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))
         if name in unseen and not line.unseen:
             line = replace(line, why=line.why.also(unseen[name].why.text), unseen=unseen[name].unseen)
         lines.append(line)
