@@ -16,14 +16,13 @@ from test_stream_families import STREAMED
 from test_stream_families import WINDOWS as FAMILY_WINDOWS
 
 import laser
-from laser.calibration import calibrate
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.evaluation.evaluate import load_whole
 from laser.evaluation.gradients import gradients_at_outputs
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
-from laser.evaluation.text import Window, Windows
+from laser.evaluation.text import Window
 from laser.selection import Selection
 
 
