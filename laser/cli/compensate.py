@@ -16,6 +16,7 @@ from laser.cli.common import say
 from laser.cli.measure import digits, fewer
 from laser.cli.progress import Bar, Progress
 from laser.compensate.budget import BITS_STORED, even_rank
+from laser.compensate.card import spent
 from laser.compensate.compensate import (
     Request,
     compensate,
@@ -125,11 +126,12 @@ def compensate_verb(
         common.to_write(output)
         record = None
         if own is not None:
-            run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew)
+            gradients = asked.bits is not None
+            run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew, gradients)
             record = compensation_found_again(output, run)
             if record is None:  # whose work lies there is known before its moments are made anew
                 opened_journal(unfinished(output), run, work.force).close()
-                known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
+                known = _calibrated(first, own, unfinished(output), selection, crew, dtype, gradients)
         if record is None:
 
             def judged(adapter: Path, slots: Sequence[Slot]) -> HeldOut | None:
@@ -164,7 +166,7 @@ def compensate_verb(
             say(short)
     say(
         f"{len(record.entries)} matrices of {second.name} corrected in {_size(output) / 1e6:.2f} MB, "
-        f"{record.bits:.3f} bits per weight; written to {output} in {seconds:.1f} s"
+        f"{record.bits:.3f} bits per weight{spent(record)}; written to {output} in {seconds:.1f} s"
     )
     say(in_vllm(output))
 
@@ -174,7 +176,13 @@ def _size(output: Path) -> int:
 
 
 def _calibrated(
-    original: Checkpoint, windows: Windows, partial: Path, selection: Selection, crew: Crew, dtype: str
+    original: Checkpoint,
+    windows: Windows,
+    partial: Path,
+    selection: Selection,
+    crew: Crew,
+    dtype: str,
+    gradients: bool,
 ) -> Moments:
     """The moments of the original, kept beside what is solved until all is done."""
     path = partial / "moments.safetensors"
@@ -184,15 +192,17 @@ def _calibrated(
         try:
             there = Moments.load(path)
             there.source.require(original, "moments file")
-            known = (there.calibration.windows_sha256, there.calibration.dtype, there.run.get("selection"))
-            if known == (windows.sha256, dtype, selection.describe()):
+            calibrated = there.calibration
+            known = (calibrated.windows_sha256, calibrated.dtype, there.run.get("selection"), there.has_gradients)
+            if known == (windows.sha256, dtype, selection.describe(), gradients):
                 return there
         except RecordError:
             pass  # of another run: made anew
     with Bar("calibrate", unit="layers") as bar:
         return calibrate(
             original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
-            few=True, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"), expect=bar.expect,
+            few=True, gradients=gradients, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
+            expect=bar.expect,
         )  # fmt: skip
 
 
