@@ -7,9 +7,9 @@
 Copies are made by GPTQ (arXiv 2210.17323) with the moments of laser's own calibration, each group of a row between its
 extremes, and by bitsandbytes nf4; --copies takes others. Of every copy: alone, with adapters of these ranks, with rank
 8's bytes spent over the whole model, and with the plain SVD of rank 8. What a byte buys is the squares that it takes
-away: relative to each output's own, plain (error), or by the gradients at the outputs (gradient), as --bits does. Losses
-are nats per token against the original's, paired over the windows. The first of the groups is corrected; the others,
-and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
+away: relative to each output's own, plain (error), or by the gradients at the outputs (gradient), as --bits does.
+Losses are nats per token against the original's, paired over the windows. The first of the groups is corrected; the
+others, and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
 """
 
 from __future__ import annotations
