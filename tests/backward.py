@@ -14,7 +14,7 @@ from laser.evaluation.text import Window
 
 
 def squares_by_hand(checkpoint: Checkpoint, windows: Sequence[Window]) -> dict[str, float]:
-    """The mean square gradient at the outputs of every linear layer and expert. By transformers' whole model, one backward of the mean loss, and a gradient kept at every output.
+    """The mean square gradient at the outputs of every linear layer and expert: one backward, every output kept.
 
     An expert's products are written out here, since no module makes them.
     """
