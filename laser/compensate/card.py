@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from laser.compensate.record import CompensationRecord, ErrorsMeasured
 
+# What a budget goes by: by_gradients of the record.
+SPENT_BY = {True: "the loss's gradients at the outputs", False: "the share of each output's own size"}
+
 
 def card_of(record: CompensationRecord) -> str:
     """Markdown, with the front matter that the Hub reads."""
@@ -61,8 +64,7 @@ def spent(record: CompensationRecord) -> str:
     """What a budget went by; nothing where there is none."""
     if "bits" not in record.asked:
         return ""
-    by = "the loss's gradients at the outputs" if record.by_gradients else "the share of each output's own size"
-    return f", spent by {by}"
+    return f", spent by {SPENT_BY[record.by_gradients]}"
 
 
 def _mean(record: CompensationRecord, what: str) -> float:
