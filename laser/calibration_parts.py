@@ -86,8 +86,8 @@ class Parts:
         self.boundary: int = own.pop(partial / STATES, {"boundary": 0})["boundary"]
         # By matrix, the gradients at the outputs of all layers from `walked_back` on; None before any was.
         back = own.pop(partial / GRADIENTS, None)
-        self.walked_back: int | None = back and back["boundary"]
-        self.squares: dict[str, float] = back["squares"] if back else {}
+        self.walked_back: int | None = None if back is None else back["boundary"]
+        self.squares: dict[str, float] = {} if back is None else back["squares"]
         self.layers = self._whole_layers(own)
 
     def drop(self) -> None:

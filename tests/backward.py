@@ -22,7 +22,7 @@ def squares_by_hand(checkpoint: Checkpoint, windows: Sequence[Window]) -> dict[s
     whole.config._experts_implementation = "eager"
     outputs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def keep(name: str, y: torch.Tensor) -> torch.Tensor:
+    def keep(name: str, y: Any) -> Any:
         y.retain_grad()
         outputs[name].append(y)
         return y
