@@ -39,7 +39,7 @@ def gradients_at_outputs(
     tick: called with each layer that was walked, forwards and backwards.
     Raises NumericalError for a gradient that is not finite, UsageError for a model that does not run backwards.
     """
-    first, end = min(matrices), model.layers if begun is None else begun
+    first, end = min(matrices), model.layers if begun is None else min(begun, model.layers)
     if end <= first:
         return
     kept: dict[int, Activations] = {}
