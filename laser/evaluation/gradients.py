@@ -51,7 +51,9 @@ def gradients_at_outputs(
         if layer < end - 1 or begun is None:
             model.run_layer(layer, states)
         tick(layer)
-    with running(model.checkpoint, "try without --gradients, or --rank", " backwards"):
+    with running(
+        model.checkpoint, "try laser calibrate without --gradients, or laser compensate with --rank", " backwards"
+    ):
         if begun is None:
             model.run_back(model.layers + 1, windows, states, upstream)
         model.store.free(states)

@@ -106,6 +106,12 @@ def test_moments_with_gradients_are_gone_by_and_others_are_not(run: Run, models:
     by_text = made(run, models, "llama", tmp_path / "t", *text, "--bits", 3)
     by_felt = made(run, models, "llama", tmp_path / "f", "--moments", felt, *words)
     by_plain = made(run, models, "llama", tmp_path / "p", "--moments", plain, *words)
+    for words_, by in (((*text, "--bits", 3), "loss's gradients"), (("--moments", plain, *words), "share of each")):
+        code, told, err = run(
+            "compensate", models / "llama", models / "llama-3", "-o", tmp_path / "d", *words_, "--dry-run"
+        )
+        assert code == 0 and f"the budget would be spent by the {by}" in told + err
+        assert ("for the gradients the text runs back: 0.0" in told + err) is (words_[0] == "--text")
     adapters = [tensors_in(tmp_path / name) for name in "tfp"]
     assert all(torch.equal(adapters[0][n], W) for n, W in adapters[1].items())
     assert by_text["entries"] == by_felt["entries"] != by_plain["entries"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from backward import squares_by_hand
-from conftest import sampled
+from conftest import sampled, write_checkpoint_directory
 from families import build
-from pico_language import make_model
+from pico_language import dense_tensors, make_model, write_tokenizer
 from test_stream_families import STREAMED
 from test_stream_families import WINDOWS as FAMILY_WINDOWS
 
 import laser
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
+from laser.errors import NumericalError
+from laser.evaluation.activations import Store
 from laser.evaluation.gradients import gradients_at_outputs
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
@@ -43,8 +46,10 @@ def by_layer(checkpoint: Checkpoint, selection: Selection | None = None) -> dict
     return found
 
 
-def streamed(checkpoint: Checkpoint, windows: list[Window], selection: Selection | None = None) -> dict[str, float]:
-    model = LayeredModel(checkpoint)
+def streamed(
+    checkpoint: Checkpoint, windows: list[Window], selection: Selection | None = None, store: Store | None = None
+) -> dict[str, float]:
+    model = LayeredModel(checkpoint, store=store)
     run_one_expert_at_a_time(model)
     upstream = model.room_for(windows)
     walk = gradients_at_outputs(model, windows, by_layer(checkpoint, selection), upstream)
@@ -59,6 +64,7 @@ def test_they_are_those_of_one_backward_through_the_whole_model(kind: str, tmp_p
     assert found.keys() == (chosen & expected.keys()) and len(found) >= 21
     for name, square in found.items():
         assert square == pytest.approx(expected[name], rel=1e-4), name
+    assert streamed(checkpoint, SEVERAL, store=Store(limit=0)) == found  # all states in files
     assert len({round(np.log10(square), 3) for square in found.values()}) > len(found) / 2  # no two are alike
 
 
@@ -83,6 +89,17 @@ def test_a_walk_that_goes_on_gives_the_same(tmp_path: Path) -> None:
     assert list(gradients_at_outputs(model, SEVERAL, matrices, upstream, begun=2)) == [(1, before)]
     assert list(gradients_at_outputs(model, SEVERAL, matrices, upstream, begun=1)) == []
     assert model.store.used == upstream.hidden.nbytes  # nothing else is kept
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    tensors = dense_tensors()
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    make_model(tmp_path / "m", "llama")
+    path = write_tokenizer(
+        write_checkpoint_directory(tmp_path / "n", tensors, json.loads((tmp_path / "m" / "config.json").read_text()))
+    )
+    with pytest.raises(NumericalError, match=r"the gradient at the outputs of model\.layers\.\d.* is not finite.*scan"):
+        streamed(laser.open_checkpoint(path), SEVERAL)
 
 
 @pytest.mark.parametrize("family", sampled(STREAMED, 9))
