@@ -34,7 +34,7 @@ from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.compensate.adapted import with_adapter
 from laser.compensate.budget import BEYOND
-from laser.compensate.compensate import Line, Request, Solve, choose_ranks, worth_by_gradients
+from laser.compensate.compensate import Line, Request, Solve, Worth, choose_ranks, worth_by_gradients
 from laser.compensate.peft import slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices, find_places
 from laser.compensate.rescaled import Rescaled
@@ -174,20 +174,20 @@ class Solved:
         with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
             return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)
 
-    def worth(self, by: str, moments: Moments) -> Callable[[ParameterPlace], float]:
-        """To a budget, of an error of a place as large as its outputs."""
+    def worth(self, by: str, moments: Moments) -> Worth | None:
+        """What a budget goes by."""
         lines = {name: line for name, (line, _) in self.found.items()}
         if by == "gradient":
             return worth_by_gradients(lines, moments)
-        return lambda place: lines[place.name]["outputs"] * place.shape[0] if by == "error" else 1.0
+        return (lambda place: lines[place.name]["outputs"] * place.shape[0]) if by == "error" else None
 
-    def adapted(self, asked: Request, **worth: Callable[[ParameterPlace], float]) -> tuple[Checkpoint, float]:
+    def adapted(self, asked: Request, worth: Worth | None = None) -> tuple[Checkpoint, float]:
         """The copy with an adapter, and its bits per weight. worth: as `choose_ranks` has it."""
         lines: dict[str, Line] = {}
         for name, (line, _) in self.found.items():
             kept = line["predicted"][: asked.rank + 1] if asked.rank else line["predicted"]
             lines[name] = {**line, "predicted": kept}
-        slots = slots_of(self.places.places, choose_ranks(self.places.places, lines, asked, **worth))
+        slots = slots_of(self.places.places, choose_ranks(self.places.places, lines, asked, worth))
 
         def factors(place: ParameterPlace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
             correction = self.found[place.name][1]
@@ -241,7 +241,7 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
             budget = extra if rank == same else budget
             row(name, f"{bits:.2f}", f"rank {rank}", f"{extra:.3f}", *texts.lost(adapted))
         for by in arguments.budgets.split(","):
-            adapted, extra = solved.adapted(Request(bits=budget), worth=solved.worth(by, moments))
+            adapted, extra = solved.adapted(Request(bits=budget), solved.worth(by, moments))
             row(name, f"{bits:.2f}", f"rank {same}'s bits by {by}", f"{extra:.3f}", *texts.lost(adapted))
         adapted, extra = Solved.of(original, copy, None, same, device, folder).adapted(Request(rank=same))
         row(name, f"{bits:.2f}", f"plain SVD, rank {same}", f"{extra:.3f}", *texts.lost(adapted))

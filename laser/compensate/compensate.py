@@ -65,6 +65,8 @@ _PARTIAL_NAMES = re.compile(
 )
 # What the adapter in a directory is worth, asked before it gets its name.
 Judge = Callable[[Path, Sequence[Slot]], HeldOut | None]
+# What an error of a place as large as its outputs counts in a budget.
+Worth = Callable[[ParameterPlace], float]
 
 
 @dataclass(frozen=True)
@@ -400,12 +402,11 @@ def choose_ranks(
     places: Sequence[ParameterPlace],
     lines: Mapping[str, Line],
     asked: Request,
-    worth: Callable[[ParameterPlace], float] = lambda _: 1.0,
+    worth: Worth | None = None,
 ) -> dict[str, int]:
     """The rank of each parameter. Experts share one: PEFT stores theirs in one tensor.
 
-    worth: to a budget, of an error of a place as large as its outputs. By default layers count alike, since their
-    outputs differ in scale.
+    worth: what a budget goes by; None: all places alike, whatever the scale of their outputs.
     """
     groups: dict[str, list[ParameterPlace]] = {}
     for place in places:
@@ -417,7 +418,7 @@ def choose_ranks(
         gains = np.zeros(max(_solved_rank(lines[place.name]) for place in group))
         for place in group:
             if len(found := gains_of(lines[place.name])):
-                gains[: len(found)] += worth(place) * found
+                gains[: len(found)] += found * (1.0 if worth is None else worth(place))
         (m, n), experts = group[0].shape, group[0].experts
         offers[name] = Offer(gains, BITS_STORED * (m + n) * experts)
     return spend(offers, (asked.bits or 0.0) * sum(place.shape[0] * place.shape[1] for place in places))
@@ -428,8 +429,8 @@ def gains_of(line: Line) -> np.ndarray:
     return np.maximum(-np.diff(line["predicted"]), 0.0)
 
 
-def worth_by_gradients(lines: Mapping[str, Line], moments: Moments) -> Callable[[ParameterPlace], float]:
-    """To the loss, of an error of a place as large as its outputs.
+def worth_by_gradients(lines: Mapping[str, Line], moments: Moments) -> Worth:
+    """By what it does to the loss.
 
     An error e of the m outputs for one token changes the loss by g^T e. Its square is ||g||^2 ||e||^2 / m on the mean
     over directions of e. Over all tokens, those an expert did not meet being 0, that is share * mean(g^2) * E||e||^2.
@@ -454,8 +455,8 @@ def _assemble_output(
 ) -> CompensationRecord:  # fmt: skip
     """OUT in partial/new: adapter, config, record and card."""
     by_gradients = asked.by_gradients(moments)
-    worth = {"worth": worth_by_gradients(lines, moments)} if moments is not None and by_gradients else {}
-    ranks = choose_ranks(places.places, lines, asked, **worth)
+    worth = worth_by_gradients(lines, moments) if moments is not None and by_gradients else None
+    ranks = choose_ranks(places.places, lines, asked, worth)
     slots = slots_of(places.places, ranks)
     if not slots:
         why = next((line["left"] for line in lines.values() if line["left"]), "the budget buys no rank of any")
