@@ -674,8 +674,8 @@ def compensate(
     """Give back what a smaller copy of a model lost: a LoRA adapter of it, not trained but solved.
 
     Every matrix gets the best correction of low rank for the inputs that it meets in a text. With --text the original
-    is calibrated first. A budget (--bits) goes by the loss's gradients at the outputs: with --text these are made, with
-    --moments they are those of laser calibrate --gradients. With --held-out the verdict on a second text is part of the
+    is calibrated first. A budget (--bits) goes by the loss's gradients at the outputs: they are made with --text, and
+    taken from moments of laser calibrate --gradients. With --held-out the verdict on a second text is part of the
     output. PEFT loads the adapter on COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes
     on from there.
     """
