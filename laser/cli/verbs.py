@@ -281,14 +281,18 @@ def calibrate(
     which: options.Matrices,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
     ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also the gradients at outputs, for laser compensate --bits.")
+    ] = False,
     dtype: options.Dtype = "float32",
     on: options.OneDevice,
     record: options.RecordOptions,
 ) -> None:
     """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
 
-    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
-    from there.
+    One layer's weights are in memory. With --gradients the text is also run back, for which what enters each layer is
+    kept, in files beyond 2 GiB. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on from
+    there.
     """
     with loading():
         from laser.cli import calibrate
@@ -299,6 +303,7 @@ def calibrate(
         which=which,
         diagonal=diagonal,
         ledoit_wolf=ledoit_wolf,
+        gradients=gradients,
         dtype=dtype,
         on=on,
         record=record,
@@ -730,8 +735,10 @@ def compensate(
     """Give back what a smaller copy of a model lost: a LoRA adapter of it, not trained but solved.
 
     Every matrix gets the best correction of low rank for the inputs that it meets in a text. With --text the original
-    is calibrated first. With --held-out the verdict on a second text is part of the output. PEFT loads the adapter on
-    COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    is calibrated first. A budget (--bits) goes by the loss's gradients at the outputs: they are made with --text, and
+    taken from moments of laser calibrate --gradients. With --held-out the verdict on a second text is part of the
+    output. PEFT loads the adapter on COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes
+    on from there.
     """
     with loading():
         from laser.cli import compensate
