@@ -338,6 +338,6 @@ STATED = {"loss": "loss", "accuracy": "wrong answers"}
 def _report_line(report: Report) -> str:
     before, after, d = (digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
     return (
-        f"{STATED[report.objective]} on {report.text}, {report.units} units: "
-        f"{before} ± {digits(report.before_se)} before, {after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
+        f"{STATED[report.objective]} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} "
+        f"before, {after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
     )
