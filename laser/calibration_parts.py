@@ -170,8 +170,8 @@ class Parts:
             for site in found:
                 its = sorted((name, here[name]) for name in here.keys() & set(site.arrays))
                 digest.update(json.dumps([asdict(site), its]).encode())
+                hashes |= its
             sites += found
-            hashes |= here
         digest.update(json.dumps([source.identity, source.weights.stated(), whole]).encode())
         header = MomentsHeader(
             source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes
