@@ -305,7 +305,9 @@ def write_atomically(path: Path, data: bytes, sweeping: bool = True) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where what is done of `path` is kept until all of it is."""
+    """Where what is done of `path` is kept until all of it is. Raises OutputError for what has no name of its own."""
+    if not path.name:
+        raise OutputError(f"{path} is no name for an output, expected one in a folder; try -o {path / 'NAME'}")
     return path.with_name(path.name + ".partial")
 
 

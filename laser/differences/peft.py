@@ -25,7 +25,7 @@ import torch
 
 from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
-from laser.checkpoint.fingerprint import Stamp, require_stamp, stamp_of
+from laser.checkpoint.fingerprint import Stamp, stamp_of
 from laser.checkpoint.hub import hub_origin
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, OnTop
@@ -376,10 +376,10 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
     return tuple(map(made, base.shards))
 
 
-def with_adapter_merged(base: Checkpoint, folder: Path) -> Checkpoint:
+def with_adapter_merged(base: Checkpoint, folder: Path, formula: str | None = None) -> Checkpoint:
     """BASE+ADAPTER, as `merge_streamed` would write it, seen without writing it. Raises as `open_adapter`.
 
-    Its identity is that of both, by the sha256 of the adapter's files.
+    Its identity is that of both, by the sha256 of the adapter's files. formula: of all of it; None: those of PEFT.
     """
     hub_id, _ = hub_origin(folder)  # there its folder has a commit's name
     folder = folder.resolve()
@@ -387,8 +387,8 @@ def with_adapter_merged(base: Checkpoint, folder: Path) -> Checkpoint:
     stamps = {file: stamp_of(file) for file in files}
     adapter = open_adapter(folder, base)
     name = hub_id.rpartition("/")[2] if hub_id else folder.name
-    on_top = OnTop(name, {file.name: sha256_of(file) for file in files}, stamps)
-    shards = merged_shards(base, adapter)
+    on_top = OnTop(name, {file.name: sha256_of(file) for file in files}, stamps, adapter.weights)
+    shards = merged_shards(base, adapter, formula)
     return replace(base, shards=shards, hub=None, origin=base, remade=True, on_top=on_top)
 
 
@@ -406,15 +406,9 @@ def merge_streamed(
     formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. force:
     see `write_directory`. Raises as `open_adapter`, and OutputError where `out` cannot be written.
     """
-    stamps = {file: stamp_of(file) for file in (folder / CONFIG, folder / MODEL)}
-    adapter = open_adapter(folder, base)
-
-    def check() -> None:
-        require_unchanged(base)
-        for file, stamp in stamps.items():
-            require_stamp(file, stamp)
-
+    merged = with_adapter_merged(base, folder, formula)
+    assert merged.on_top is not None
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
-    written = replace(base, shards=merged_shards(base, adapter, formula))
-    write_directory(written, out, files, force=force, tick=tick, check=check)
-    return adapter.weights
+    written = replace(base, shards=merged.shards)
+    write_directory(written, out, files, force=force, tick=tick, check=lambda: require_unchanged(merged))
+    return merged.on_top.weights

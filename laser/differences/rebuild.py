@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from laser.checkpoint.at_rest import wrong_sums
 from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, Checkpoint
@@ -26,7 +27,6 @@ from laser.checkpoint.safetensors import (
     parse_json,
     read_bytes,
     read_header,
-    sha256_of,
     tensor_in,
     within,
 )
@@ -50,7 +50,7 @@ from laser.differences.unmerge import (
     unpacked_header,
 )
 from laser.errors import CheckpointError, RecordError, first_line
-from laser.files import read_regular, require_regular
+from laser.files import read_regular
 
 AGAIN = "make it again: `laser unmerge BASE TUNED -o ADAPTER`"
 
@@ -73,17 +73,10 @@ class Adapted:
         self.held: dict[str, Shard] = {}  # the adapter's own files
         self.record = load_record(folder / RECORD)
         self.record.base.require(base, "adapter")
-        for name, expected in self.record.parts.items():
-            if name not in (MODEL, REMAINDER):
-                raise RecordError(f"{folder / RECORD} names a part {name!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
-            try:
-                found = sha256_of(folder / name)
-            except OSError as error:
-                raise RecordError(f"cannot read {folder / name}: {error.strerror}; {AGAIN}") from error
-            if found != expected:
-                raise RecordError(
-                    f"{folder / name} was changed: found sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}"
-                )
+        if odd := sorted(self.record.parts.keys() - {MODEL, REMAINDER}):
+            raise RecordError(f"{folder / RECORD} names a part {odd[0]!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
+        if wrong := wrong_sums(folder, self.record.parts):
+            raise RecordError(f"{folder / wrong[0]}; {AGAIN}")
         self.entries = {entry.name: entry for entry in self.record.entries}
         self.stems = stems(e.place for e in self.record.entries if e.how is How.ADAPTER and e.place)
         self.theirs = {m.name: m for m in list_matrices(base)}
@@ -292,17 +285,10 @@ def verify_rebuilt(folder: Path, out: Path) -> RebuiltVerification:
 
     Neither the base nor the adapter's own files are read. Raises RecordError where the record cannot be.
     """
-    record, problems = load_record(folder / RECORD), []
+    record = load_record(folder / RECORD)
     shards = {shard.name: shard.sha256 for shard in record.shards}
-    for name, expected in {**shards, **record.files}.items():
-        try:
-            require_regular(out / name)
-            found = sha256_of(out / name)
-        except OSError as error:
-            problems.append(f"{out / name}: {error.strerror}; make it again with laser rebuild")
-            continue
-        if found != expected:
-            problems.append(f"{out / name}: found sha256 {found[:12]}, expected {expected[:12]}; make it again")
+    wrong = wrong_sums(out, {**shards, **record.files})
+    problems = [f"{out / each}; make it again with laser rebuild" for each in wrong]
     there = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 
-from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE, wrong_sums
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
@@ -554,10 +554,9 @@ def adapter_found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> A
         if not stated or sha256_of(out / RECORD) != stated[-1]:
             return None
         record = AdapterRecord.load(out / RECORD)
-        whole = all(sha256_of(out / name) == digest for name, digest in record.parts.items())
     except (OSError, OutputError, RecordError):
         return None
-    if not whole:
+    if wrong_sums(out, record.parts):
         return None
     if only_lora:
         for entry in record.entries:
