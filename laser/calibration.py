@@ -37,7 +37,7 @@ from laser.spectral.devices import full_precision
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
 # by the moment of their outputs.
 FULL_SIDE = 4096
-TOGETHER = 4 << 20  # numbers of moments that one file takes: 16 to 32 MiB of a layer that is not finished
+NUMBERS_IN_A_FILE = 4 << 20  # numbers of moments that one file takes: 16 to 32 MiB of a layer that is not finished
 GATHERED_ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
@@ -188,7 +188,7 @@ def calibrate(
             require_unchanged(checkpoint, stamps_only=True)
             batches = _batches(sites)
             for number, batch in enumerate(batches):
-                parts.save_sites(layer, *_finished(batch, layer, checkpoint, named), number, len(batches))
+                parts.save_sites(layer, *_finished_sites(batch, layer, checkpoint, named), number, len(batches))
         else:
             model.run_layer(layer, states)
         tick_of, layer = layer, layer + 1
@@ -219,18 +219,18 @@ def calibrate(
 
 def _batches(sites: list[Accumulator]) -> list[list[Accumulator]]:
     """What goes to one file of `sites`, which is emptied: one that is large, or hundreds of a layer's small experts."""
-    batches, size = list[list[Accumulator]](), TOGETHER
+    batches, size = list[list[Accumulator]](), NUMBERS_IN_A_FILE
     while sites:
         site = sites.pop(0)
         size += site.size
-        if size > TOGETHER:
+        if size > NUMBERS_IN_A_FILE:
             batches.append([])
             size = site.size
         batches[-1].append(site)
     return batches
 
 
-def _finished(
+def _finished_sites(
     batch: list[Accumulator], layer: int, checkpoint: Checkpoint, named: Mapping[str, Matrix]
 ) -> tuple[list[Site], dict[str, torch.Tensor]]:
     """The sites of a batch and their tensors; `batch` is emptied, so that a layer's moments are in memory once."""

@@ -198,8 +198,8 @@ class Parts:
                     site = replace(site, gradients=tuple(self.squares.get(name, 0.0) for name in site.matrices))
                 its = sorted((name, here[name]) for name in here.keys() & set(site.arrays))
                 digest.update(json.dumps([plain(site), its]).encode())
+                hashes |= its
                 sites.append(site)
-            hashes |= here
         digest.update(json.dumps([source.identity, source.weights.stated(), whole]).encode())
         header = MomentsHeader(
             source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes

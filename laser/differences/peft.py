@@ -106,13 +106,13 @@ class PeftAdapter:
 
 def tensor_of(path: Path, name: str) -> torch.Tensor:
     try:
-        return tensor_in(_held(path, stamp_of(path)), name)
+        return tensor_in(_adapter_header(path, stamp_of(path)), name)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {name}: {first_line(error)}; download it again") from error
 
 
 @lru_cache(1)
-def _held(path: Path, stamp: Stamp | None) -> Shard:
+def _adapter_header(path: Path, stamp: Stamp | None) -> Shard:
     """An adapter's file by its header, which is read again only where the file is another."""
     return read_header(path)
 
