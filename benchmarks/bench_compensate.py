@@ -222,7 +222,7 @@ class Solved:
         def factors(place: ParameterPlace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
             correction = self.found[place.name][1]
             assert correction is not None
-            return correction.B[:, :rank], correction.A[:rank]
+            return correction.A[:rank], correction.B[:, :rank]
 
         write_adapter(self.folder / "adapter.safetensors", slots, factors)
         weights = sum(place.shape[0] * place.shape[1] for place in self.places.places)

@@ -5,6 +5,8 @@
                                     [--work DIR] [--keep] [--smoke]
 
 The models have DeepSeek-V3's names, N bf16 matrices of 64 x 64 in four shards, noise with three planted spikes each.
+Their fine-tunes are adapters of rank 4, merged into attention alone, and into every matrix. push goes to a Hub on the
+loopback, in this process.
 Every verb is a process of its own, measured as the system accounts for it when it has ended: CPU seconds, wall time,
 and the peak of its resident memory. Start-up is what the same verb takes of a model of some two dozen matrices. Printed
 for each verb and count:
@@ -28,13 +30,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import smoke
 
+sys.path.insert(0, str(smoke.TESTS))
+
+from hub_server import TOKEN, serving
+
 SIDE, SHARDS, FEWEST = 64, 4, 24
+RANK, SHARE = 4, 0.1  # of the adapters, and how much of a matrix's norm they have
 GOAL_MS, GOAL_KB = 3.0, 10.0
 SEARCHED = (
     "--rules",
@@ -72,10 +80,18 @@ VERBS: dict[str, tuple[str, ...]] = {
     "search --dry-run": (*("search", "@model", "-o", "@searched", "--text", "@text", "--dry-run"), *SEARCHED),
     "search": (*("search", "@model", "-o", "@searched", "--spectra", "@spectra", "--text", "@text"), *SEARCHED),
     "calibrate": (*("calibrate", "@model", "-o", "@moments", "--text", "@text"), *CALIBRATED),
+    "scan --moments": ("scan", "@model", "-o", "@spectra-data", "--moments", "@moments"),
     "delta": ("delta", "@model", "@out", "-o", "@delta.safetensors"),
     "leaderboard": (*("leaderboard", "@model", "-o", "@scores.json", "--tasks", "arc_challenge"), "--data", "@rows"),
     "eval": ("eval", "@model", "--text", "@text", "--window", "16", "--windows", "2", "--stream"),
     "convert": ("convert", "@release", "-o", "@converted"),
+    "push": ("push", "@out", "maker/made"),
+    "unmerge": ("unmerge", "@model", "@tuned", "-o", "@adapter"),
+    "rebuild": ("rebuild", "@model", "@adapter", "-o", "@rebuilt"),
+    "unmerge all": ("unmerge", "@model", "@tuned-all", "-o", "@adapter-all"),
+    "rebuild all": ("rebuild", "@model", "@adapter-all", "-o", "@rebuilt-all"),
+    "unmerge none": ("unmerge", "@model", "@out", "-o", "@remainder"),
+    "rebuild none": ("rebuild", "@model", "@remainder", "-o", "@rebuilt-none"),
 }
 FILES = {"spectra": "spectra.safetensors", "plan": "plan.json", "text": "text.txt", "searched": "searched.json"}
 FILES |= {"moments": "moments.safetensors"}
@@ -148,6 +164,28 @@ def bfloat16(shape: tuple[int, ...], rng: np.random.Generator) -> bytes:
     return (W.reshape(-1).view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
+def merged(data: bytes, shape: tuple[int, ...], rng: np.random.Generator) -> bytes:
+    """Of a bf16 matrix W (m, n) what a merge makes: W + B A, rounded to the nearest."""
+    W = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    X = rng.standard_normal((shape[0], RANK), np.float32) @ rng.standard_normal((RANK, shape[1]), np.float32)
+    bits = (W + X * (SHARE * np.linalg.norm(W) / np.linalg.norm(X))).reshape(-1).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+def write_tuned(model: Path, folder: Path, everywhere: bool) -> None:
+    """A fine-tune of `model`: an adapter merged into what attention multiplies with, or into the experts as well."""
+    shutil.copytree(model, folder)
+    rng = np.random.default_rng(1)
+    for file in sorted(folder.glob("*.safetensors")):
+        data = bytearray(file.read_bytes())
+        begin = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:begin]).items():
+            if len(entry["shape"]) == 2 and ("self_attn" in name or (everywhere and "_proj" in name)):
+                start, end = (begin + at for at in entry["data_offsets"])
+                data[start:end] = merged(bytes(data[start:end]), tuple(entry["shape"]), rng)
+        file.write_bytes(data)
+
+
 def write_model(folder: Path, tensors: dict[str, tuple[int, ...]], names: list[str], shards: int) -> dict[str, str]:
     """The files of these names; returns in which of them each tensor is."""
     folder.mkdir(parents=True)
@@ -197,13 +235,17 @@ def write_all(work: Path, count: int) -> int:
         (work / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
         write_tokenizer(work / "model")
         (work / "model" / "config.json").write_text(json.dumps(config))
+        for name in ("tuned", "tuned-all"):
+            write_tuned(work / "model", work / name, everywhere=name == "tuned-all")
         released, params = mistral(layers, experts)
         write_model(work / "release", released, ["consolidated.safetensors"], 1)
         (work / "release" / "params.json").write_text(json.dumps(params))
-        row: dict[str, object] = {"id": "1", "question": "2 and 2 is", "answerKey": "B"}
-        row["choices"] = {"text": ["3", "4", "5", "6"], "label": ["A", "B", "C", "D"]}
         (work / "rows").mkdir()
-        (work / "rows" / "arc_challenge.jsonl").write_text((json.dumps(row) + "\n") * 30)
+        with (work / "rows" / "arc_challenge.jsonl").open("w") as questions:
+            for number in range(30):  # 25 of them are examples
+                row: dict[str, object] = {"id": f"{number}", "question": f"2 and {number} is", "answerKey": "B"}
+                row["choices"] = {"text": [f"{number + x}" for x in (1, 2, 3, 4)], "label": ["A", "B", "C", "D"]}
+                questions.write(json.dumps(row) + "\n")
         (work / "text.txt").write_text(" ".join(f"{number} squared is {number * number}," for number in range(99)))
     return sum("mlp.experts" in name or "shared" in name or "self_attn" in name for name in tensors)
 
@@ -214,13 +256,16 @@ def write_all(work: Path, count: int) -> int:
 def measured(words: tuple[str, ...], work: Path, laser: Path, most: float) -> Taken | None:
     """One verb on what lies in `work`; None where it took longer than `most` seconds."""
     places = {f"@{name}": str(work / file) for name, file in FILES.items()}
+    found = [word for word, before in zip(words[1:], words, strict=False) if word.startswith("@") and before != "-o"]
+    if missing := [word for word in found if not Path(places.get(word, work / word[1:])).exists()]:
+        raise SystemExit(f"{words[0]} needs {missing[0]} in {work}; try the verbs before it in the list as well")
     command = [places.get(word, str(work / word[1:]) if word.startswith("@") else word) for word in words]
     for word, path in zip(words, command, strict=True):  # what an earlier run of this verb made
         if words[words.index(word) - 1] == "-o" and word.startswith("@") and "--resume" not in words:
             shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(laser), "HF_HUB_OFFLINE": "1"}
     before, start = size_of(work), time.perf_counter()
-    with (work / "output.txt").open("wb") as output:
+    with (work / "output.txt").open("wb") as output, hub_of(words[0]) as variables:
+        environment = os.environ | {"PYTHONPATH": str(laser), "HF_HUB_OFFLINE": "1"} | variables
         child = subprocess.Popen(
             [sys.executable, "-m", "laser", *command], stdout=output, stderr=subprocess.STDOUT, env=environment
         )
@@ -240,6 +285,16 @@ def measured(words: tuple[str, ...], work: Path, laser: Path, most: float) -> Ta
         raise SystemExit(f"laser {' '.join(command)} failed:\n{(work / 'output.txt').read_text()[-3000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Taken(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * unit, size_of(work) - before)
+
+
+@contextmanager
+def hub_of(verb: str) -> Iterator[dict[str, str]]:
+    """An empty Hub for a verb that sends there: variables that tell its process where it is."""
+    if verb != "push":
+        yield {}
+        return
+    with serving() as hub:
+        yield {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
 def size_of(work: Path) -> int:
@@ -278,7 +333,8 @@ def main() -> None:
     arguments = smoke.parse(
         parser,
         lambda folder: [
-            *("--counts", 60, "--verbs", "scan,report,plan,reduce,verify,convert", "--work", folder / "work"),
+            *("--counts", 60, "--work", folder / "work"),
+            *("--verbs", "scan,report,plan,reduce,verify,convert,push,unmerge,rebuild"),
         ],
     )
     counts, verbs = [int(count) for count in arguments.counts.split(",")], arguments.verbs.split(",")

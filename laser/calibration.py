@@ -36,6 +36,7 @@ from laser.spectral.devices import full_precision
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
 # by the moment of their outputs.
 FULL_SIDE = 4096
+TOGETHER = 4 << 20  # numbers of moments that one file takes: 16 to 32 MiB of a layer that is not finished
 GATHERED_ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
@@ -44,7 +45,7 @@ class Accumulator:
 
     def __init__(self, shared_input: SharedInput, form: str) -> None:
         self.input, self.form, self.names = shared_input, form, shared_input.names
-        self.tokens, self.fourth_ = 0, 0.0
+        self.tokens, self.side, self.fourth_ = 0, 0, 0.0
         self.total_: torch.Tensor | None = None  # (k, k) or (k,), float64
         self._waiting: list[torch.Tensor] = []
 
@@ -53,9 +54,15 @@ class Accumulator:
         self.tokens += len(x)
         if self.form == "outputs":
             x = y[:, self.input.rows[0]]
+        self.side = x.shape[1]
         self._waiting.append(x.detach().clone())
         if sum(map(len, self._waiting)) >= GATHERED_ROWS:
             self.flush()
+
+    @property
+    def size(self) -> int:
+        """Numbers that it has once it is finished."""
+        return self.side if self.form == "diagonal" else self.side**2
 
     def flush(self) -> None:
         if not self._waiting:
@@ -77,15 +84,14 @@ class Accumulator:
     def finish(self, layer: int, weights: tuple[str, ...]) -> tuple[Site, dict[str, torch.Tensor]]:
         """The site and its tensors, means over the tokens; no tensors where there were none."""
         self.flush()
-        key, tensors = self.input.names[0], {}
-        if self.total_ is not None:
-            mean = self.total_ / self.tokens
-            if self.form == "diagonal":
-                tensors[f"{key}.diagonal"] = mean
-            else:
-                tensors[f"{key}.correlations"], tensors[f"{key}.diagonal"] = to_correlations(mean)
         fourth = self.fourth_ / max(self.tokens, 1)
-        return Site(key, layer, self.form, self.tokens, fourth, self.names, weights), tensors
+        site = Site(self.input.names[0], layer, self.form, self.tokens, fourth, self.names, weights)
+        if self.total_ is None:
+            return site, {}
+        mean = self.total_ / self.tokens
+        if self.form == "diagonal":
+            return site, {site.arrays[1]: mean}
+        return site, dict(zip(site.arrays, to_correlations(mean), strict=True))
 
 
 def calibrate(
@@ -167,12 +173,12 @@ def calibrate(
             sites = _run_layer(model, layer, here, states, diagonal, full_side, wide)
             if layer == first and not lenient:
                 _check_experts(sites, named, windows)
-            require_unchanged(checkpoint)  # before anything is kept that was made of it
-            count = len(sites)
-            for number in range(count):  # each is written and forgotten: the layer's moments once in memory
-                site = sites.pop(0)
-                weights = tuple(fingerprint(checkpoint.read(named[n].tensor, named[n].part)) for n in site.names)
-                parts.save_site(*site.finish(layer, weights), number, count)
+            # Before anything is kept that was made of it. Bytes are looked at in the end: at each layer all 45,000
+            # matrices of 61 layers would take longer than to run them.
+            require_unchanged(checkpoint, stamps_only=True)
+            batches = _batches(sites)
+            for number, batch in enumerate(batches):
+                parts.save_sites(layer, *_finished(batch, layer, checkpoint, named), number, len(batches))
         else:
             model.run_layer(layer, states)
         tick_of, layer = layer, layer + 1
@@ -192,6 +198,33 @@ def calibrate(
     parts.join(path, source, whole)
     tidy_up(partial, path)
     return Moments.load(path)
+
+
+def _batches(sites: list[Accumulator]) -> list[list[Accumulator]]:
+    """What goes to one file of `sites`, which is emptied: one that is large, or hundreds of a layer's small experts."""
+    batches, size = list[list[Accumulator]](), TOGETHER
+    while sites:
+        site = sites.pop(0)
+        size += site.size
+        if size > TOGETHER:
+            batches.append([])
+            size = site.size
+        batches[-1].append(site)
+    return batches
+
+
+def _finished(
+    batch: list[Accumulator], layer: int, checkpoint: Checkpoint, named: Mapping[str, Matrix]
+) -> tuple[list[Site], dict[str, torch.Tensor]]:
+    """The sites of a batch and their tensors; `batch` is emptied, so that a layer's moments are in memory once."""
+    sites, tensors = list[Site](), dict[str, torch.Tensor]()
+    while batch:
+        accumulator = batch.pop(0)
+        weights = (checkpoint.read(named[n].tensor, named[n].part) for n in accumulator.names)
+        site, its = accumulator.finish(layer, tuple(map(fingerprint, weights)))
+        sites.append(site)
+        tensors |= its
+    return sites, tensors
 
 
 def _check_length(chosen: Sequence[Matrix], tokens: int, windows: Windows, lenient: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an unfinished calibration keeps in OUTPUT.partial/: a file per site, and the states before the next layer.
+"""What an unfinished calibration keeps in OUTPUT.partial/: files of sites, and the states before the next layer.
 
 Every file carries a checksum of all that is in it, and says which calibration it belongs to. One that is not as it was
 written, or belongs to another, is as good as missing: its layer is run again, and no other.
@@ -30,6 +30,7 @@ from laser.moments import Calibration, MomentsHeader, Site
 from laser.records import decode, differences, fingerprint_in, has_shape, parse_record
 
 STATES = "states.safetensors"
+OF_SITES = {"sites": tuple[Site, ...], "layer": int, "number": int, "of": int}  # beside the run
 
 _OWN = re.compile(r"(layer-\d{5}-\d{5}|states)\.safetensors")  # what lies in a partial directory
 
@@ -44,7 +45,7 @@ def _is_foreign(path: Path) -> bool:
         header = json.loads(read_header(path).header[8:])
     except CheckpointError:
         return False  # damaged: whose it was is not to be seen
-    return not {"run", "check", "site", "number", "of", "boundary"} & header.get("__metadata__", {}).keys()
+    return not {"run", "check", "sites", "number", "of", "boundary"} & header.get("__metadata__", {}).keys()
 
 
 class Parts:
@@ -113,11 +114,11 @@ class Parts:
                 if check != _part_sum(stated, {name: file.get_tensor(name) for name in file.keys()}):
                     return None
             known = {key: parse_record(stated[key]) for key in stated}
-            of_site = path.name != STATES
-            shape = {"run": dict} | ({"site": Site, "number": int, "of": int} if of_site else {"boundary": int})
+            of_sites = path.name != STATES
+            shape = {"run": dict} | (OF_SITES if of_sites else {"boundary": int})
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
                 return None
-            return known | ({"layer": known["site"]["layer"]} if of_site else {})
+            return known
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):  # which says nothing of the file
                 raise
@@ -127,10 +128,13 @@ class Parts:
         stated = stated | {"run": json.dumps(self.run)}
         write_atomically(path, save(tensors, metadata=stated | {"check": _part_sum(stated, tensors)}))
 
-    def save_site(self, site: Site, tensors: dict[str, torch.Tensor], number: int, of: int) -> None:
-        """Site `number` of the `of` that its layer has."""
-        stated = {"site": json.dumps(asdict(site)), "number": str(number), "of": str(of)}
-        self._write(self._file(site.layer, number), stated, tensors)
+    def save_sites(
+        self, layer: int, sites: Sequence[Site], tensors: dict[str, torch.Tensor], number: int, of: int
+    ) -> None:
+        """These sites of a layer, as file `number` of its `of`."""
+        stated = {"sites": json.dumps([asdict(site) for site in sites])}
+        stated |= {"layer": str(layer), "number": str(number), "of": str(of)}
+        self._write(self._file(layer, number), stated, tensors)
 
     def save_states(self, boundary: int, states: Activations) -> None:
         """What enters the layer `boundary`."""
@@ -160,12 +164,13 @@ class Parts:
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
             with safe_open(file, framework="pt") as opened:
-                site = decode(
-                    Site, parse_record((opened.metadata() or {})["site"]), str(file), "start afresh with --force"
-                )
+                stated = parse_record((opened.metadata() or {})["sites"])
+                found = decode(OF_SITES["sites"], stated, str(file), "start afresh with --force")
                 here = {name: tensor_sha256(opened.get_tensor(name)) for name in opened.keys()}
-            digest.update(json.dumps([asdict(site), sorted(here.items())]).encode())
-            sites.append(site)
+            for site in found:
+                its = sorted((name, here[name]) for name in here.keys() & set(site.arrays))
+                digest.update(json.dumps([asdict(site), its]).encode())
+            sites += found
             hashes |= here
         digest.update(json.dumps([source.identity, source.weights.stated(), whole]).encode())
         header = MomentsHeader(

@@ -246,12 +246,14 @@ def _command() -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, sweeping: bool = True) -> Iterator[BinaryIO]:
     """A file to be written, which takes the place of `path` when all of it is on the disk, and not if that fails.
 
     Its temporary name beside `path` is its own. What a killed process left there is removed; nobody's who is at work.
+    That lists the directory: without `sweeping` for one of thousands that are removed together in the end.
     """
-    sweep(path)
+    if sweeping:
+        sweep(path)
     while True:
         temporary = path.with_name(f".{short(path.name)}.{secrets.token_hex(4)}.tmp")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -296,14 +298,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy(error)}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename."""
-    with disk_errors(path), replacing(path) as file:
+def write_atomically(path: Path, data: bytes, sweeping: bool = True) -> None:
+    """`data` at `path`, or the old file untouched: a temporary file beside it, fsync, rename. sweeping: see above."""
+    with disk_errors(path), replacing(path, sweeping) as file:
         file.write(data)
 
 
 def unfinished(path: Path) -> Path:
-    """Where what is done of `path` is kept until all of it is."""
+    """Where what is done of `path` is kept until all of it is. Raises OutputError for what has no name of its own."""
+    if not path.name:
+        raise OutputError(f"{path} is no name for an output, expected one in a folder; try -o {path / 'NAME'}")
     return path.with_name(path.name + ".partial")
 
 

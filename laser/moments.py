@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laser.arrays import ArrayRecord
+from laser.checkpoint.safetensors import Shard, read_header, tensor_in
 from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
-from laser.errors import RecordError, UsageError
+from laser.errors import CheckpointError, RecordError, UsageError
 from laser.records import differences, named, under
 from laser.spectral.data_metric import SITES_KEPT, ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
@@ -67,6 +69,11 @@ class Site:
     fourth: float
     matrices: tuple[str, ...]
     weights: tuple[str, ...]
+
+    @property
+    def arrays(self) -> tuple[str, str]:
+        """Names of its correlations, which only a whole moment has, and of its diagonal."""
+        return f"{self.key}.correlations", f"{self.key}.diagonal"
 
     def wrong(self) -> str | None:
         count = len(self.matrices)
@@ -125,14 +132,13 @@ class Moments:
             )
         m, n = W.shape
         k = m if site.form == "outputs" else n
-        diagonal = self._tensor(f"{site.key}.diagonal", (k,))
+        diagonal = self._tensor(site.arrays[1], (k,))
         if site.form == "diagonal":
             return ByData("diagonal", diagonal, site.tokens)
-        names = [f"{site.key}.{part}" for part in ("correlations", "diagonal")]
-        key = " ".join(self.hashes.get(name, "") for name in names)
+        key = " ".join(self.hashes.get(name, "") for name in site.arrays)
 
         def whole() -> torch.Tensor:
-            return from_correlations(self._tensor(names[0], (k, k)), diagonal)
+            return from_correlations(self._tensor(site.arrays[0], (k, k)), diagonal)
 
         moment = WHOLE.get((self.path, key), whole)  # the matrices of a site follow one another
         return ByData(site.form, moment, site.tokens, site.fourth, self.calibration.shrink, key)
@@ -148,11 +154,16 @@ class Moments:
 
     def _read(self, name: str) -> torch.Tensor:
         """Raises RecordError for one whose bytes are not those that were written."""
-        with MomentsHeader.opened(self.path, "pt") as file:
-            tensor = file.get_tensor(name)
+        with MomentsHeader.reading(self.path, CheckpointError):
+            tensor = tensor_in(self._held, name)
         if self.hashes.get(name) != tensor_sha256(tensor):
             raise RecordError(f"{self.path}: {name} was changed or damaged since it was written; calibrate again")
         return tensor
+
+    @cached_property
+    def _held(self) -> Shard:
+        """The file by its header, which tells of every site: it is read once, and not for each of them."""
+        return read_header(self.path)
 
     @staticmethod
     def found_again(run: Mapping[str, Any], path: Path) -> Moments | None:

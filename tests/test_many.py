@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Run, mixtral_config, write_checkpoint_directory
 from mistral_release import write_release
+from pico_language import TEXT, VOCABULARY, write_tokenizer
 
 import laser
 from laser.cli import common, look
@@ -31,18 +32,19 @@ ROOM = str(Path(laser.__file__).parent)
 
 
 def model_of(path: Path, experts: int) -> Path:
-    """A Mixtral of one layer, in two shards, whose matrices are 8 x 8."""
+    """A Mixtral of one layer, in two shards, whose matrices are 8 x 8, with the tokenizer of the pico models."""
     torch.manual_seed(0)
     base, layer = torch.bfloat16, "model.layers.0"
     names = [f"{layer}.self_attn.{x}_proj.weight" for x in "qkvo"]
     names += [f"{layer}.block_sparse_moe.experts.{e}.{x}.weight" for e in range(experts) for x in ("w1", "w2", "w3")]
-    tensors = {name: torch.randn(8, 8, dtype=base) for name in ("model.embed_tokens.weight", *names, "lm_head.weight")}
+    tensors = {name: torch.randn(8, 8, dtype=base) for name in names}
+    tensors |= {f"{x}.weight": torch.randn(VOCABULARY, 8, dtype=base) for x in ("model.embed_tokens", "lm_head")}
     tensors[f"{layer}.block_sparse_moe.gate.weight"] = torch.randn(experts, 8, dtype=base)
     norms = ("model.norm", f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm")
     tensors |= {f"{norm}.weight": torch.ones(8, dtype=base) for norm in norms}
-    config = mixtral_config() | {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    config = mixtral_config() | {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config |= {"num_local_experts": experts, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return write_checkpoint_directory(path, tensors, config, shards=2)
+    return write_tokenizer(write_checkpoint_directory(path, tensors, config, shards=2))
 
 
 @contextmanager
@@ -69,6 +71,7 @@ def counted_lines() -> Iterator[list[int]]:
 @pytest.mark.slow
 def test_every_verb_is_linear_in_the_number_of_matrices(run: Run, tmp_path: Path) -> None:
     """Five times the matrices, at most about five times the lines: what walked all of them for each made it 25."""
+    windows = ("--window", "32", "--windows", "4")
     verbs: dict[str, tuple[str, ...]] = {
         "scan": ("scan", "model", "-o", "spectra"),
         "plan": ("plan", "spectra", "--rule", "fraction:0.4", "-o", "plan"),
@@ -79,11 +82,18 @@ def test_every_verb_is_linear_in_the_number_of_matrices(run: Run, tmp_path: Path
         "card": ("card", "out", "--source", "model", "--force"),
         "run": ("run", "model", "-o", "ran", "--rule", "fraction:0.4", "--no-search"),
         "convert": ("convert", "release", "-o", "converted"),
+        "calibrate": ("calibrate", "model", "-o", "moments", "--text", "text", "--ledoit-wolf", *windows),
+        "scan, by the data": ("scan", "model", "-o", "bydata", "--moments", "moments"),
+        "eval": ("eval", "model", "--text", "text", *windows, "--stream"),
+        "delta": ("delta", "model", "out", "-o", "differences"),
+        "unmerge": ("unmerge", "model", "out", "-o", "adapter", "--rounds", "1"),
+        "rebuild": ("rebuild", "model", "adapter", "-o", "rebuilt"),
     }
     lines: dict[str, list[int]] = {verb: [] for verb in verbs}
     for experts in (3, FEW, MANY):  # the first fills the caches of laws
         folder = tmp_path / str(experts)
         write_release(model_of(folder / "model", experts), folder / "release")
+        (folder / "text").write_text(TEXT)
         for verb, words in verbs.items():
             with counted_lines() as count:
                 code, _, err = run(

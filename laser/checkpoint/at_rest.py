@@ -10,7 +10,7 @@ from typing import Any
 from laser.checkpoint.reader import OUTCOME
 from laser.checkpoint.safetensors import sha256_of
 from laser.errors import RecordError
-from laser.files import read_regular
+from laser.files import read_regular, require_regular
 from laser.records import decode, is_sealed, named, parse_record
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,13 +54,18 @@ def damage(out: Path, document: Mapping[str, Any] | None = None) -> list[str]:
     if not isinstance(document, dict) or not is_sealed(document):
         return [f"{OUTCOME} was changed or damaged since it was written"]
     check_names(document, OUTCOME, "make the output again with --force")
+    return wrong_sums(out, document.get("files", {}))
+
+
+def wrong_sums(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """Which files of a folder do not have the sha256 that is stated; each entry begins with the file's name."""
     problems = []
-    for name, expected in document.get("files", {}).items():
+    for name, expected in sums.items():
         try:
-            found = sha256_of(out / name)
+            require_regular(folder / name)
+            found = "" if (digest := sha256_of(folder / name)) == expected else f"found sha256 {digest[:12]}"
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}; expected the source's file")
-            continue
-        if found != expected:
-            problems.append(f"{name}: found sha256 {found[:12]}, expected {expected[:12]}")
+            found = str(error.strerror)
+        if found:
+            problems.append(f"{name}: {found}, expected {expected[:12]}")
     return problems

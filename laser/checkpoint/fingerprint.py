@@ -53,12 +53,20 @@ def samples_of(shards: Sequence[Shard]) -> str:
 
 
 def _of_file(shard: Shard, whole: bool) -> list[bytes]:
+    digests = [b""] * len(shard.tensors)
     try:
         with raw_regular(shard.path) as file, ThreadPoolExecutor(READERS) as pool:
             handle = file.fileno()
-            return list(pool.map(lambda t: _of_tensor(shard, t, handle, whole), shard.tensors))
+
+            def read(first: int) -> list[bytes]:
+                return [_of_tensor(shard, t, handle, whole) for t in shard.tensors[first::READERS]]
+
+            # A task for each reader: one for each tensor takes longer than the tensor, where there are thousands.
+            for first, found in enumerate(pool.map(read, range(READERS))):
+                digests[first::READERS] = found
     except OSError as error:
         raise CheckpointError(f"cannot read {shard.path}: {error.strerror}; download it again") from error
+    return digests
 
 
 def places_of(tensor: TensorInfo, whole: bool) -> list[tuple[int, int]]:

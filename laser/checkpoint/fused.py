@@ -120,7 +120,7 @@ def number_or_none(config: Mapping[str, Any], what: str) -> int | None:
     for alternative in _config_keys(config, what):
         flag, _, expression = alternative.rpartition("?")
         wanted = not flag.startswith("!")
-        if flag and _entry(config, flag.removeprefix("!")) is not wanted:
+        if flag and config_entry(config, flag.removeprefix("!")) is not wanted:
             continue
         if (found := _product_of(config, expression)) is not None:
             return found
@@ -145,13 +145,13 @@ def _product_of(config: Mapping[str, Any], expression: str) -> int | None:
 
 
 def _positive(config: Mapping[str, Any], key: str) -> int | None:
-    value = int(key) if key.isdigit() else _entry(config, key)
+    value = int(key) if key.isdigit() else config_entry(config, key)
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and value > 0 else None
 
 
-def _entry(config: Mapping[str, Any], key: str) -> Any:
+def config_entry(config: Mapping[str, Any], key: str) -> Any:
     """An entry of config.json, of the language model's part before the whole's; `a.b` is entry b of entry a."""
     for place in (*text_configs(config), config):
         found: Any = place

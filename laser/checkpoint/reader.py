@@ -69,12 +69,14 @@ class OnTop:
     """An adapter whose merge a view gives in place of its origin's weights.
 
     sums: sha256 of its files, by their names; stamps: what tells that one has changed since
+    weights: how many of the origin's matrices it changes
     given: base and adapter as they were named, BASE+ADAPTER; elsewhere: the same without folders of this machine
     """
 
     name: str
     sums: Mapping[str, str]
     stamps: Mapping[Path, Stamp | None]
+    weights: int
     given: str = ""
     elsewhere: str = ""
 
@@ -216,7 +218,7 @@ def open_checkpoint(model: str | Path, need: str = "ranges") -> Checkpoint:
     config_bytes = _bytes(about, "a checkpoint directory needs its config.json")
     config = parse_json(config_bytes, about)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object")
+        raise CheckpointError(f"{about}: found {type(config).__name__}, expected a JSON object; download it again")
     if is_deep(config, DEEPEST_CONFIG):
         raise CheckpointError(
             f"{about} is nested more than {DEEPEST_CONFIG} deep, which no config is; download it again"

@@ -48,6 +48,7 @@ TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DTYPES = {dtype: name for name, dtype in TORCH.items()}
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 DTYPES |= {torch.bool: "BOOL", torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64"}
+_EVERY_DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,16 @@ def read_bytes(shard: Shard, start: int, end: int) -> torch.Tensor:
     if at != end - start:
         raise CheckpointError(f"{shard.name} ends at byte {start + at}, expected {end}: it changed; run again")
     return raw
+
+
+def tensor_in(shard: Shard, name: str) -> torch.Tensor:
+    """A tensor of a shard whose header was read before: to read that for each of thousands takes longer than they do.
+
+    Raises CheckpointError for one that is not there, or is of a dtype that torch does not know."""
+    info = shard.by_name.get(name)
+    if info is None or info.dtype not in _EVERY_DTYPE:
+        raise CheckpointError(f"{shard.name} holds {'no' if info is None else info.dtype} {name}; download it again")
+    return read_bytes(shard, info.start, info.end).view(_EVERY_DTYPE[info.dtype]).reshape(info.shape)
 
 
 def file_pieces(path: Path, start: int, end: int) -> Iterator[memoryview]:
@@ -307,20 +318,25 @@ def virtual_shard(
     text = make_header(entries)
     size = 8 + len(text) + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in entries)
     shard = parse_header(name, path, size, text)
-    ends = [info.end for info in shard.tensors]
 
     def data(start: int, end: int) -> Iterator[memoryview]:
         if start < len(shard.header):
             yield memoryview(shard.header)[start:end]
-        for number in range(bisect_right(ends, start), len(ends)):  # the first that ends behind `start`, and on
-            info = shard.tensors[number]
-            if info.start >= end:
-                break
+        for info in within(shard, start, end):
             low, high = max(start, info.start), min(end, info.end)
-            if low < high:
-                yield bytes_of(tensor(info.name))[low - info.start : high - info.start]
+            yield bytes_of(tensor(info.name))[low - info.start : high - info.start]
 
     return replace(shard, data=data)
+
+
+def within(shard: Shard, start: int, end: int) -> Iterator[TensorInfo]:
+    """The tensors that have bytes in the range [start, end) of a shard, found without looking at the others."""
+    for number in range(bisect_right(shard.tensors, start, key=lambda info: info.end), len(shard.tensors)):
+        info = shard.tensors[number]
+        if info.start >= end:
+            break
+        if max(start, info.start) < min(end, info.end):
+            yield info
 
 
 def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:

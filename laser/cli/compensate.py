@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laser.calibration import calibrate
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.writer import require_outside
 from laser.choices import WINDOW
 from laser.cli import common, options
@@ -22,14 +22,15 @@ from laser.compensate.compensate import (
     compensation_found_again,
     opened_journal,
     require_compensation_place,
-    require_copy,
     require_enough,
     run_of_compensation,
 )
+from laser.compensate.copies import require_copy, require_directions, require_same_model
 from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
 from laser.compensate.verdict import check_held_out, judge_correction, sentence, size_of
+from laser.differences.opened import open_model
 from laser.differences.serving import in_vllm
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
@@ -89,11 +90,18 @@ def compensate_verb(
     require_compensation_place(output, work.force)
     known = moments.load()
     runs = "files" if work.dry_run else "weights"
-    first = open_checkpoint(original, runs if text or held_out else "ranges")
-    second = open_checkpoint(copy, runs if held_out else "ranges")
+    first = open_model(original, runs if text or held_out else "ranges")
+    second = open_model(copy, runs if held_out else "ranges")
+    if second.on_top is not None:
+        raise UsageError(
+            f"{copy} is a sum, and an adapter is loaded on a model that is stored; try laser rebuild "
+            f"{copy.replace('+', ' ', 1)} -o MERGED, and MERGED for it"
+        )
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
+    require_directions(rank, places.places)
+    require_same_model(first, second)
 
     def cut(path: Path, most: int, length: int = window) -> Windows:
         check_cut(length, most or None, 0, "windows")
@@ -120,7 +128,7 @@ def compensate_verb(
     crew = compute.crew()
     if work.dry_run:
         return _print_plan(first, second, places, asked, crew, work.as_json)
-    require_copy(first, second, places.places)
+    rescaled = require_copy(first, second, places.places)
     with claimed(output):
         common.to_write(output)
         record = None
@@ -152,8 +160,9 @@ def compensate_verb(
             matrices = [matrix for place in places.places for matrix in place.matrices]
             with Progress("compensate", matrices) as bar:
                 record = compensate(
-                    first, second, places, known, asked, output, crew=crew, judge=judged, force=work.force, tick=bar
-                )
+                    first, second, places, known, asked, output,
+                    rescaled=rescaled, crew=crew, judge=judged, force=work.force, tick=bar,
+                )  # fmt: skip
     seconds = time.perf_counter() - start
     if work.as_json:
         sizes = {"original": size_of(first), "copy": size_of(second), "adapter": _size(output)}

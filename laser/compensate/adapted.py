@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import read_bytes, virtual_shard
 from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, StoredPiece
+from laser.differences.peft import tensor_of
+from laser.differences.places import of_expert
 
 
 def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Checkpoint:
@@ -38,7 +39,7 @@ def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Chec
         if name not in where:
             return Q
         for slot, place, piece in where[name]:
-            B, A = factors_in(adapter, slot, place)
+            A, B = factors_in(adapter, slot, place)
             update = B[slice(*piece.rows)] @ A
             if (part := piece.copied.part) is None:
                 return Q + (update.T if place.transposed else update)
@@ -51,10 +52,6 @@ def with_adapter(copy: Checkpoint, adapter: Path, slots: Sequence[Slot]) -> Chec
 
 
 def factors_in(adapter: Path, slot: Slot, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (m, r) and A (r, n) of a place, float32, as PEFT takes them from the file."""
-    with safe_open(adapter, "pt") as file:
-        A, B = (file.get_tensor(name).float() for name, _, _ in slot.entries)
-    if place.expert is None:
-        return B, A
-    rank, experts = slot.rank, place.experts
-    return B.reshape(len(B), rank, experts)[:, :, place.expert], A.reshape(experts, rank, -1)[place.expert]
+    """A (r, n) and B (m, r) of a place, float32, as PEFT takes them from the file."""
+    A, B = (tensor_of(adapter, name).float() for name, _, _ in slot.entries)
+    return of_expert(A, B, place.in_peft)

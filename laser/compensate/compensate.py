@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from laser.checkpoint.at_rest import CARD
+from laser.checkpoint.at_rest import CARD, wrong_sums
 from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import sha256_of
@@ -34,11 +34,11 @@ from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
 from laser.compensate.budget import BEYOND, BITS_STORED, Offer, even_rank, spend
 from laser.compensate.card import card_of
+from laser.compensate.copies import require_same_matrix
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import Rescaled, is_scaled_beyond
-from laser.differences.difference import AGREE
+from laser.compensate.rescaled import NotFiniteError, Rescaled, require_finite
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -141,19 +141,18 @@ class Solve:
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
             Q = place.read(self.copy, copied=True)
+            for checkpoint, weights in ((self.original, W), (self.copy, Q)):
+                require_finite(checkpoint, place.name, weights)
             scales = self.rescaled.of(place)
-            if is_scaled_beyond(W, Q, scales):
-                raise UsageError(
-                    f"{place.name}: the copy's rows or columns have scales of their own that laser cannot take back, "
-                    "expected the original's; try a copy whose scales stay where the original has them"
-                )
+            require_same_matrix(place, W, Q, scales)
             found = correct(W, Q, self.rank, metric, device, scales)
             if not found.rank:
                 raise NothingToCorrect("the copy's outputs are the original's")
         except NothingToCorrect as reason:
             return _line(place, str(reason), tokens), None
         except NumericalError as error:
-            raise NumericalError(f"{place.name}: {error}", error.residual) from error
+            named = "" if isinstance(error, NotFiniteError) else f"{place.name}: "
+            raise NumericalError(f"{named}{error}", error.residual) from error
         line = _line(place, None, tokens)
         line["shrunk"], line["outputs"] = shrunk, found.outputs
         line["predicted"], line["measured"] = tuple(found.predicted.tolist()), tuple(found.measured.tolist())
@@ -203,6 +202,7 @@ def compensate(
     asked: Request,
     out: Path,
     *,
+    rescaled: Rescaled,
     crew: Crew,
     judge: Judge = lambda *_: None,
     force: bool = False,
@@ -210,13 +210,19 @@ def compensate(
 ) -> CompensationRecord:
     """Write the new directory `out`: the adapter of `copy` that brings it nearest to `original` on the moments' text.
 
-    judge: measures the adapter on another text, before it has its name. force: an earlier output of laser may be
-    replaced, and stands until the new one is whole. Raises UsageError for a copy of another model or one that lost
-    nothing, RecordError for moments of another model, OutputError for an `out` that is in the way.
+    rescaled: what `require_copy` found. judge: measures the adapter on another text, before it has its name. force: an
+    earlier output of laser may be replaced, and stands until the new one is whole. Raises UsageError for a copy that
+    lost nothing, RecordError for moments of another model, OutputError for an `out` that is in the way.
     """
     if moments is not None:
         moments.source.require(original, "moments file")
-    require_copy(original, copy, places.places)
+    if moments is not None:
+        names = [matrix.name for place in places.places for matrix in place.matrices]
+        if not any(name in moments.sites for name in names):
+            raise UsageError(
+                f"the moments file has no inputs of {names[0]}, nor of the other {len(names) - 1} to correct; "
+                "try --moments of a calibration with these, or other --roles"
+            )
     if moments is not None and not moments.calibration.shrink:
         met = [moments.tokens(place.matrices[0].name) for place in places.places]
         require_enough(moments.calibration.text, met, places.places)
@@ -230,7 +236,7 @@ def compensate(
             return there
         with disk_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
-        lines = _solved(original, copy, places.places, moments, asked, partial, run, crew, force, tick)
+        lines = _solved(rescaled, places.places, moments, asked, partial, run, crew, force, tick)
         record = _assemble_output(original, copy, places, moments, asked, partial, run, lines, judge)
         for checkpoint in (original, copy):
             require_unchanged(checkpoint)
@@ -258,23 +264,6 @@ def run_of_compensation(
     }
 
 
-def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace]) -> None:
-    """Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, or a
-    norm was changed for which no weight makes up."""
-    some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
-    best = 0.0
-    for place in some.values():
-        W, Q = (place.read(checkpoint, copied).double() for checkpoint, copied in ((original, False), (copy, True)))
-        size = float(W.norm() * Q.norm())
-        best = max(best, float((W * Q).sum()) / size if size else 0.0)
-    if best < AGREE:
-        raise UsageError(
-            f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
-            f"expected over {AGREE}; try the copy of this model"
-        )
-    Rescaled(original, copy).require_made_up_for()
-
-
 def require_enough(text: str, met: Sequence[int], places: Sequence[ParameterPlace]) -> None:
     """Raises UsageError where no place meets as many inputs as it has dimensions. met: how many each place meets."""
     known = list(zip(met, places, strict=True))
@@ -292,13 +281,13 @@ def require_compensation_place(out: Path, force: bool) -> None:
     require_led(out)
     partial = unfinished(out)
     if out.exists():
+        if not is_compensation(out):
+            raise OutputError(
+                f"{out} exists and was not made by laser compensate, and --force replaces nothing else; try another -o"
+            )
         if not force:
             raise OutputError(f"{out} exists; try another -o, or --force to replace it")
         require_no_mount(out)
-        if not is_compensation(out):
-            raise OutputError(
-                f"{out} was not made by laser compensate, and --force replaces nothing else; try another -o"
-            )
     require_only(partial, _PARTIAL_NAMES)
 
 
@@ -316,20 +305,18 @@ def compensation_found_again(out: Path, run: Mapping[str, Any]) -> CompensationR
     if not (out.exists() and unfinished(out).exists()):
         return None
     there = CompensationRecord.load(out / RECORD)
-    whole = dict(there.run) == dict(run) and all(
-        (out / name).is_file() and sha256_of(out / name) == digest for name, digest in there.parts.items()
-    )
-    if not whole:
+    if dict(there.run) != dict(run) or wrong_sums(out, there.parts):
         return None
     tidy_up(unfinished(out), out)
     return there
 
 
 def _solved(
-    original: Checkpoint, copy: Checkpoint, places: Sequence[ParameterPlace], moments: Moments | None, asked: Request,
-    partial: Path, run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
+    rescaled: Rescaled, places: Sequence[ParameterPlace], moments: Moments | None, asked: Request, partial: Path,
+    run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
 ) -> dict[str, Line]:  # fmt: skip
     """Every place solved: its line in the journal, its factors in a file."""
+    original, copy = rescaled.original, rescaled.copy
     seen, matrices = as_matrices(original, places)
     numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
     found: dict[str, Line] = {}
@@ -345,13 +332,12 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        rescaled = Rescaled(original, copy)
         work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:
                 if correction is not None:
                     path = partial / f"{numbers[matrix.name]:06d}.safetensors"
-                    write_atomically(path, save({"A": correction.A, "B": correction.B.contiguous()}))
+                    write_atomically(path, save({"A": correction.A, "B": correction.B.contiguous()}), sweeping=False)
                     line["file"] = f"{path.name} {sha256_of(path)}"
                 log.append(dict(line))
                 found[matrix.name] = line
@@ -435,9 +421,9 @@ def _assemble_output(
         file = lines[place.name]["file"]
         if file is None:
             m, n = place.shape
-            return torch.zeros(m, rank, dtype=FACTOR_DTYPE), torch.zeros(rank, n, dtype=FACTOR_DTYPE)
+            return torch.zeros(rank, n, dtype=FACTOR_DTYPE), torch.zeros(m, rank, dtype=FACTOR_DTYPE)
         with safe_open(partial / file.partition(" ")[0], "pt") as opened:
-            return opened.get_tensor("B")[:, :rank], opened.get_tensor("A")[:rank]
+            return opened.get_tensor("A")[:rank], opened.get_tensor("B")[:, :rank]
 
     write_adapter(new / MODEL, slots, factors)
     config = config_of(copy.hub.repo if copy.hub else copy.name, slots, places.modules)

@@ -1,9 +1,7 @@
-"""The adapter as PEFT has it: what its tensors are called, how those of experts lie in one another, and its config.
+"""The adapter as PEFT has it: its file, one tensor in memory at a time, and its config.
 
-A module's adapter is lora_A (r, n) and lora_B (m, r). That of a parameter with E experts (target_parameters) is
-lora_A (E r, n), experts first, and lora_B (m, r E), experts last. Parameters of one module are wrapped one around the
-other, in the module's order, and the inner one is called base_layer. Tried with peft 0.21, which warns that it ignores
-the rank_pattern of parameters, and goes by it.
+What its tensors are called, and how those of experts lie in one another, is in differences/places.py. Tried with peft
+0.21, which warns that it ignores the rank_pattern of parameters, and goes by it.
 """
 
 from __future__ import annotations
@@ -17,12 +15,13 @@ import torch
 
 from laser.checkpoint.safetensors import BITS, TORCH, HeaderEntry, pieces, virtual_shard
 from laser.compensate.places import ParameterPlace
-from laser.differences.unmerge import PEFT, targets
+from laser.differences.places import names_at, of_experts, stems
+from laser.differences.unmerge import targets
 from laser.files import disk_errors, replacing
 from laser.spectral.correction import FACTOR_DTYPE
 
 FACTOR_DTYPE_NAME = next(name for name, dtype in TORCH.items() if dtype is FACTOR_DTYPE)
-# A place and a rank -> B (m, r) and A (r, n)
+# A place and a rank -> A (r, n) and B (m, r), of lower rank where it shows fewer directions
 LoraFactors = Callable[[ParameterPlace, int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -37,28 +36,18 @@ class Slot:
 
     @property
     def entries(self) -> list[HeaderEntry]:
-        m, n = self.places[0].shape
-        wide = self.rank * self.places[0].experts
-        return [
-            (f"{self.stem}.lora_A.weight", FACTOR_DTYPE_NAME, (wide, n)),
-            (f"{self.stem}.lora_B.weight", FACTOR_DTYPE_NAME, (m, wide)),
-        ]
+        """A and B."""
+        (m, n), wide = self.places[0].shape, self.rank * self.places[0].experts
+        shapes = ((wide, n), (m, wide))
+        names = names_at(self.stem, self.places[0].in_peft)
+        return [(name, FACTOR_DTYPE_NAME, shape) for name, shape in zip(names, shapes, strict=True)]
 
     def tensor(self, name: str, factors: LoraFactors) -> torch.Tensor:
         """A or B, of all experts."""
-        which = 1 if name.endswith(".lora_A.weight") else 0
-        if self.places[0].expert is None:
-            return factors(self.places[0], self.rank)[which].contiguous()
-        (m, n), experts = self.places[0].shape, self.places[0].experts
-        shape = (experts, self.rank, n) if which else (m, self.rank, experts)
-        whole = torch.zeros(shape, dtype=FACTOR_DTYPE)
-        for place in self.places:
-            found = factors(place, self.rank)[which]  # of lower rank where an expert shows fewer directions
-            if which:
-                whole[place.expert, : len(found)] = found
-            else:
-                whole[:, : found.shape[1], place.expert] = found
-        return whole.reshape(self.rank * experts, n) if which else whole.reshape(m, self.rank * experts)
+        first = self.places[0]
+        found = {place.expert or 0: factors(place, self.rank) for place in self.places}
+        both = found[0] if first.expert is None else of_experts(found, first.in_peft)
+        return both[name == self.entries[1][0]].contiguous()
 
 
 def slots_of(places: Sequence[ParameterPlace], ranks: Mapping[str, int]) -> list[Slot]:
@@ -67,17 +56,8 @@ def slots_of(places: Sequence[ParameterPlace], ranks: Mapping[str, int]) -> list
     for place in places:
         if ranks[place.parameter]:
             groups.setdefault(place.parameter, []).append(place)
-    wrapped: dict[str, list[str]] = {}
-    for parameter, group in groups.items():
-        if group[0].expert is not None:
-            wrapped.setdefault(parameter.rpartition(".")[0], []).append(parameter)
-    found = []
-    for parameter, group in groups.items():
-        module = parameter.rpartition(".")[0]
-        around = wrapped.get(module, [])
-        inner = ".base_layer" * (len(around) - 1 - around.index(parameter)) if parameter in around else ""
-        found.append(Slot(parameter, ranks[parameter], tuple(group), PEFT + module + inner))
-    return found
+    stem_of = stems(place.in_peft for group in groups.values() for place in group)
+    return [Slot(of, ranks[of], tuple(group), stem_of[group[0].in_peft.weight]) for of, group in groups.items()]
 
 
 def write_adapter(path: Path, slots: Sequence[Slot], factors: LoraFactors) -> None:
@@ -98,9 +78,9 @@ def stored_bits(slots: Sequence[Slot]) -> int:
 def config_of(base: str, slots: Sequence[Slot], modules: Sequence[str]) -> dict[str, Any]:
     """adapter_config.json: every adapter scaled by 1. modules: every linear layer of the model."""
     largest = max(slot.rank for slot in slots)
-    of_modules = {s.parameter.rpartition(".")[0]: s.rank for s in slots if s.places[0].expert is None}
-    parameters = {slot.parameter: slot.rank for slot in slots if slot.places[0].expert is not None}
-    others = {name: rank for name, rank in {**of_modules, **parameters}.items() if rank != largest}
+    weights = {slot.places[0].in_peft.weight: slot for slot in slots}
+    parameters = sorted(name for name, slot in weights.items() if slot.places[0].expert is not None)
+    others = {name: slot.rank for name, slot in weights.items() if slot.rank != largest}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -113,8 +93,8 @@ def config_of(base: str, slots: Sequence[Slot], modules: Sequence[str]) -> dict[
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": targets(of_modules, modules),
-        "target_parameters": sorted(parameters) or None,
+        "target_modules": targets(weights.keys() - set(parameters), modules),
+        "target_parameters": parameters or None,
         "rank_pattern": others,
         "alpha_pattern": others,
         "modules_to_save": None,

@@ -18,7 +18,7 @@ from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.safetensors import TORCH, virtual_shard
 from laser.checkpoint.slices import Slice
 from laser.differences.base import matched
-from laser.differences.places import module_places, rows_in_parameter
+from laser.differences.places import ModulePlace, module_places, rows_in_parameter
 from laser.errors import UsageError
 from laser.evaluation.causal import build_causal
 from laser.evaluation.layout import Part, fill, owner_of
@@ -73,12 +73,27 @@ class ParameterPlace:
     def name(self) -> str:
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
 
+    @cached_property
+    def in_peft(self) -> ModulePlace:
+        """Where PEFT has its factors."""
+        module, _, name = self.parameter.rpartition(".")
+        one_of = {} if self.expert is None else {"parameter": name, "expert": self.expert, "experts": self.experts}
+        return ModulePlace(module, self.shape[0], 0, **one_of)
+
     def read(self, checkpoint: Checkpoint, copied: bool = False) -> torch.Tensor:
         """The matrix (m, n), of the original or of the copy."""
         stored = [piece.copied if copied else piece.original for piece in self.pieces]
         parts = [checkpoint.read(each.tensor, each.part) for each in stored]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.T.contiguous() if self.transposed else whole
+
+    def rows_of(self, matrix: Matrix) -> torch.Tensor:
+        """Which rows of the place are those of one of its matrices, int64."""
+        for piece in self.pieces:
+            if piece.original.name == matrix.name:
+                return torch.arange(*piece.rows)
+        start, stop = next(piece.rows for piece in self.pieces if piece.original.tensor == matrix.tensor)
+        return start + rows_in_parameter(matrix, ModulePlace(self.parameter, stop - start))
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,7 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
     others = list_matrices(copy)
     by_name = {m.name: m for m in others}
     theirs = {matrix.name: Stored.of(by_name[name]) for name, matrix in matched(matrices, others).items()}
+    unread = {m.name: why for m in others if (why := m.no_spectrum) is not None}
     state, seen = model.state_dict(keep_vars=True), set[str]()
     found: list[ParameterPlace] = []
     mixed: set[str] = set()  # matrices in parameters that are not understood
@@ -123,7 +139,9 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
             mixed |= {m.name for m in held}
         for place in places:
             if all(m.name in chosen for m in place.matrices):
-                pieces = tuple(replace(p, copied=_in_copy(p.original, original, copy, theirs)) for p in place.pieces)
+                pieces = tuple(
+                    replace(p, copied=_in_copy(p.original, original, copy, theirs, unread)) for p in place.pieces
+                )
                 found.append(replace(place, pieces=pieces))
     placed = {m.name for place in found for m in place.matrices}
     left = {name: NO_ORDER if name in mixed else NO_MODULE for name in chosen if name not in placed}
@@ -131,7 +149,7 @@ def find_places(original: Checkpoint, copy: Checkpoint, selection: Selection) ->
         if those := mixed & chosen.keys():
             raise UsageError(f"{original.name}: {min(those)} cannot be corrected: {NO_ORDER}; try other --roles")
         raise UsageError(
-            f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try others"
+            f"none of the {len(chosen)} selected matrices is a linear layer of {original.name}; try other --roles"
         )
     return Places(tuple(found), left, modules)
 
@@ -206,13 +224,20 @@ def _layer_span(where: tuple[int | slice, ...], rows: int) -> tuple[int, int]:
     return first.indices(rows)[:2] if isinstance(first, slice) else (-1, -1)
 
 
-def _in_copy(stored: Stored, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, Stored]) -> Stored:
-    """What the copy has in its place. Raises UsageError where that is nothing, or of another shape."""
+def _in_copy(
+    stored: Stored, original: Checkpoint, copy: Checkpoint, theirs: Mapping[str, Stored], unread: Mapping[str, str]
+) -> Stored:
+    """What the copy has in its place. Raises UsageError where that is nothing, of another shape, or no numbers.
+
+    unread: name -> why the copy's matrix cannot be read
+    """
     there = stored if stored.name in copy.tensors else theirs.get(stored.name)
     if there is None:
         raise UsageError(
             f"{copy.name} has no {stored.name}, so it is no copy of {original.name}; try the copy of this model"
         )
+    if there.name in unread:
+        raise UsageError(f"{copy.name}: {there.name} is {unread[there.name]}; try the copy with its scales")
     found, expected = there.shape(copy), stored.shape(original)
     if found != expected:
         raise UsageError(

@@ -12,7 +12,6 @@ So is a packed base: what is merged into its plain numbers could not be stored a
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,15 +22,24 @@ from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
 from laser.checkpoint.convert import write_directory
-from laser.checkpoint.fingerprint import require_stamp, stamp_of
+from laser.checkpoint.fingerprint import Stamp, stamp_of
 from laser.checkpoint.hub import hub_origin
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, OUTCOME, Checkpoint, OnTop
-from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_json, pieces, read_header, sha256_of
+from laser.checkpoint.safetensors import (
+    TORCH,
+    Shard,
+    TensorInfo,
+    parse_json,
+    pieces,
+    read_header,
+    sha256_of,
+    tensor_in,
+    within,
+)
 from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
@@ -98,10 +106,15 @@ class PeftAdapter:
 
 def tensor_of(path: Path, name: str) -> torch.Tensor:
     try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+        return tensor_in(_held(path, stamp_of(path)), name)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {name}: {first_line(error)}; download it again") from error
+
+
+@lru_cache(1)
+def _held(path: Path, stamp: Stamp | None) -> Shard:
+    """An adapter's file by its header, which is read again only where the file is another."""
+    return read_header(path)
 
 
 def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
@@ -360,9 +373,7 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
 
         def data(start: int, end: int) -> Iterator[memoryview]:
             at = start
-            for info in shard.tensors[bisect_right(shard.tensors, start, key=lambda t: t.end) :]:
-                if info.start >= end:
-                    break
+            for info in within(shard, start, end):
                 if info.name in changed:
                     yield from pieces(shard, at, max(at, info.start))  # what lies before it is the base's
                     low, at = max(start, info.start), min(end, info.end)
@@ -374,10 +385,13 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
     return tuple(map(made, base.shards))
 
 
-def with_adapter_merged(base: Checkpoint, folder: Path, given: tuple[str, str]) -> Checkpoint:
+def with_adapter_merged(
+    base: Checkpoint, folder: Path, formula: str | None = None, *, given: tuple[str, ...] = ()
+) -> Checkpoint:
     """BASE+ADAPTER, as `merge_streamed` would write it, seen without writing it. Raises as `open_adapter`.
 
-    Its identity is that of both, by the sha256 of the adapter's files. given: how the two were named.
+    Its identity is that of both, by the sha256 of the adapter's files. formula: of all of it; None: those of PEFT.
+    given: how the two were named.
     """
     hub_id, _ = hub_origin(folder)  # there its folder has a commit's name
     folder = folder.resolve()
@@ -387,8 +401,8 @@ def with_adapter_merged(base: Checkpoint, folder: Path, given: tuple[str, str]) 
     name = hub_id.rpartition("/")[2] if hub_id else folder.name
     elsewhere = "+".join(Path(word).resolve().name if Path(word).exists() else word for word in given)
     sums = {file.name: sha256_of(file) for file in files}
-    on_top = OnTop(name, sums, stamps, "+".join(given), elsewhere)
-    shards = merged_shards(base, adapter)
+    on_top = OnTop(name, sums, stamps, adapter.weights, "+".join(given), elsewhere)
+    shards = merged_shards(base, adapter, formula)
     return replace(base, shards=shards, hub=None, origin=base, remade=True, on_top=on_top)
 
 
@@ -406,15 +420,9 @@ def merge_streamed(
     formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. force:
     see `write_directory`. Raises as `open_adapter`, and OutputError where `out` cannot be written.
     """
-    stamps = {file: stamp_of(file) for file in (folder / CONFIG, folder / MODEL)}
-    adapter = open_adapter(folder, base)
-
-    def check() -> None:
-        require_unchanged(base)
-        for file, stamp in stamps.items():
-            require_stamp(file, stamp)
-
+    merged = with_adapter_merged(base, folder, formula)
+    assert merged.on_top is not None
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
-    written = replace(base, shards=merged_shards(base, adapter, formula))
-    write_directory(written, out, files, force=force, tick=tick, check=check)
-    return adapter.weights
+    written = replace(base, shards=merged.shards)
+    write_directory(written, out, files, force=force, tick=tick, check=lambda: require_unchanged(merged))
+    return merged.on_top.weights

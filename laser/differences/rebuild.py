@@ -14,12 +14,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from laser.checkpoint.at_rest import wrong_sums
 from laser.checkpoint.convert import require_new, write_directory
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import INDEX, Checkpoint
-from laser.checkpoint.safetensors import TORCH, Shard, TensorInfo, parse_header, parse_json, read_bytes, sha256_of
+from laser.checkpoint.safetensors import (
+    TORCH,
+    Shard,
+    TensorInfo,
+    parse_header,
+    parse_json,
+    read_bytes,
+    read_header,
+    tensor_in,
+    within,
+)
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.differences.formats import STORED_FLOATS
@@ -39,8 +49,8 @@ from laser.differences.unmerge import (
     simple,
     unpacked_header,
 )
-from laser.errors import RecordError, first_line
-from laser.files import read_regular, require_regular
+from laser.errors import CheckpointError, RecordError, first_line
+from laser.files import read_regular
 
 AGAIN = "make it again: `laser unmerge BASE TUNED -o ADAPTER`"
 
@@ -60,19 +70,13 @@ class Adapted:
 
     def __init__(self, base: Checkpoint, folder: Path) -> None:
         self.base, self.folder = base, folder
+        self.held: dict[str, Shard] = {}  # the adapter's own files
         self.record = load_record(folder / RECORD)
         self.record.base.require(base, "adapter")
-        for name, expected in self.record.parts.items():
-            if name not in (MODEL, REMAINDER):
-                raise RecordError(f"{folder / RECORD} names a part {name!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
-            try:
-                found = sha256_of(folder / name)
-            except OSError as error:
-                raise RecordError(f"cannot read {folder / name}: {error.strerror}; {AGAIN}") from error
-            if found != expected:
-                raise RecordError(
-                    f"{folder / name} was changed: found sha256 {found[:12]}, expected {expected[:12]}; {AGAIN}"
-                )
+        if odd := sorted(self.record.parts.keys() - {MODEL, REMAINDER}):
+            raise RecordError(f"{folder / RECORD} names a part {odd[0]!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
+        if wrong := wrong_sums(folder, self.record.parts):
+            raise RecordError(f"{folder / wrong[0]}; {AGAIN}")
         self.entries = {entry.name: entry for entry in self.record.entries}
         self.stems = stems(e.place for e in self.record.entries if e.how is How.ADAPTER and e.place)
         self.theirs = {m.name: m for m in list_matrices(base)}
@@ -120,10 +124,9 @@ class Adapted:
             shard = next(s for s in self.tuned.shards if s.name == name)
             if start < len(shard.header):
                 yield memoryview(shard.header)[start:end]
-            for info in shard.tensors:
+            for info in within(shard, start, end):
                 low, high = max(start, info.start), min(end, info.end)
-                if low < high:
-                    yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
+                yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
 
         return data
 
@@ -189,10 +192,10 @@ class Adapted:
     def _tensor(self, file: str, name: str) -> torch.Tensor:
         path = self.folder / file
         try:
-            require_regular(path)
-            with safe_open(path, "pt") as opened:
-                return opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            if file not in self.held:
+                self.held[file] = read_header(path)
+            return tensor_in(self.held[file], name)
+        except (OSError, CheckpointError) as error:
             raise RecordError(f"{path}: {name}: {first_line(error)}; {AGAIN}") from error
 
 
@@ -282,17 +285,10 @@ def verify_rebuilt(folder: Path, out: Path) -> RebuiltVerification:
 
     Neither the base nor the adapter's own files are read. Raises RecordError where the record cannot be.
     """
-    record, problems = load_record(folder / RECORD), []
+    record = load_record(folder / RECORD)
     shards = {shard.name: shard.sha256 for shard in record.shards}
-    for name, expected in {**shards, **record.files}.items():
-        try:
-            require_regular(out / name)
-            found = sha256_of(out / name)
-        except OSError as error:
-            problems.append(f"{out / name}: {error.strerror}; make it again with laser rebuild")
-            continue
-        if found != expected:
-            problems.append(f"{out / name}: found sha256 {found[:12]}, expected {expected[:12]}; make it again")
+    wrong = wrong_sums(out, {**shards, **record.files})
+    problems = [f"{out / each}; make it again with laser rebuild" for each in wrong]
     there = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 
-from laser.checkpoint.at_rest import CARD, OPTIONS_FILE
+from laser.checkpoint.at_rest import CARD, OPTIONS_FILE, wrong_sums
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
@@ -554,10 +554,9 @@ def adapter_found_again(out: Path, run: Mapping[str, Any], only_lora: bool) -> A
         if not stated or sha256_of(out / RECORD) != stated[-1]:
             return None
         record = AdapterRecord.load(out / RECORD)
-        whole = all(sha256_of(out / name) == digest for name, digest in record.parts.items())
     except (OSError, OutputError, RecordError):
         return None
-    if not whole:
+    if wrong_sums(out, record.parts):
         return None
     if only_lora:
         for entry in record.entries:
@@ -675,7 +674,7 @@ def _visited(
             for what, tensors in (("adapter", piece.adapter), ("remainder", piece.remainder), ("expert", piece.expert)):
                 if tensors:
                     path = partial / f"{numbers[matrix.name]:06d}.{what}.safetensors"
-                    write_atomically(path, save(dict(tensors)))
+                    write_atomically(path, save(dict(tensors)), sweeping=False)
                     files[path.name] = sha256_of(path)
             log.append({"entries": [plain(entry) for entry in piece.entries], "files": files})
             found.update({entry.name: entry for entry in piece.entries})
@@ -846,7 +845,7 @@ def _experts_together(base: Base, partial: Path, entries: Sequence[MatrixEntry])
         names = names_at(stem_of[weight], by_name[weight])
         first = next(iter(files.values()))
         path = first.with_name(first.name.replace(".expert.", ".adapter."))
-        write_atomically(path, save(dict(zip(names, (A, B), strict=True))))
+        write_atomically(path, save(dict(zip(names, (A, B), strict=True))), sweeping=False)
 
 
 def ranks_in(file: Path, entries: Sequence[MatrixEntry]) -> dict[str, int]:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from laser.spectral.devices import sent, staged
+
 Tensors = dict[str, torch.Tensor]
 
 
 def copy_in(place: torch.Tensor, W: torch.Tensor) -> None:
     """W into `place`, converted there: the narrower dtype is what travels to a device."""
-    if place.device.type == "cuda":
-        W = W.pin_memory().to(place.device, non_blocking=True)
-    elif place.device != W.device and W.dtype.itemsize < place.dtype.itemsize:
-        W = W.to(place.device)
+    if place.device != W.device and (place.is_cuda or W.dtype.itemsize < place.dtype.itemsize):
+        W = sent(staged(W, place.device), place.device)
     place.copy_(W)
 
 

@@ -7,8 +7,10 @@ themselves the tokens that were routed to it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,7 +58,9 @@ class Tap(TorchFunctionMode):
         self.listen, self.block = listen, model.blocks[layer]
         self.parts, self.prefix = model.parts(layer), f"{model.stack}.{layer}."
         self.matrices = matrices
-        self._places: list[Place] | None = None
+        # Found at the layer's first product, for it is loaded by then. By address, each with its place in their order.
+        self._places: list[tuple[int, Place]] = []
+        self._storages: set[int] = set()
         self._known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], SharedInput] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,9 +80,11 @@ class Tap(TorchFunctionMode):
 
     def _hear(self, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, routed: Any = ...) -> None:
         """y = weight x, `weight` (m, n) however it is strided."""
-        mine = {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
-        if weight.untyped_storage().data_ptr() not in mine:  # two activations, as in attention
+        storages = self._storages or {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
+        if weight.untyped_storage().data_ptr() not in storages:  # two activations, as in attention
             return
+        if not self._storages:
+            self._storages, self._places = storages, sorted(enumerate(self._find()), key=_address)
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
         if key not in self._known:
             self._known[key] = self._inside(weight)
@@ -89,12 +95,13 @@ class Tap(TorchFunctionMode):
 
     def _inside(self, weight: torch.Tensor) -> SharedInput:
         """The matrices that are rows of `weight` (m, n), all or some, by where they lie in memory."""
-        if self._places is None:  # the layer is loaded when its first product is made
-            self._places = self._find()
-        names, rows = [], []
         stride, across = weight.stride()
-        for matrix, start, offsets, between in self._places:
-            at = offsets + (start - weight.data_ptr()) // weight.element_size()
+        begin, end = weight.data_ptr(), weight.data_ptr() + len(weight) * stride * weight.element_size()
+        # Of a layer's hundreds of experts only those that begin in `weight` are looked at.
+        near = (bisect_left(self._places, at, key=_address) for at in (begin, end))
+        names, rows = [], []
+        for _, (matrix, start, offsets, between) in sorted(self._places[slice(*near)], key=itemgetter(0)):
+            at = offsets + (start - begin) // weight.element_size()
             first, last = divmod(int(at[0]), stride), divmod(int(at[-1]), stride)
             inside = not first[1] and not last[1] and 0 <= first[0] <= last[0] < len(weight)
             if inside and matrix.shape[1] == weight.shape[1] and between in (across, None) and not (at % stride).any():
@@ -119,6 +126,10 @@ class Tap(TorchFunctionMode):
 # A matrix (m, n), the address of its first element, where its rows begin behind that (m,), and between two columns;
 # both in elements, None for a single column.
 Place = tuple[Matrix, int, torch.Tensor, int | None]
+
+
+def _address(numbered: tuple[int, Place]) -> int:
+    return numbered[1][1]
 
 
 def _place(matrix: Matrix, stored: torch.Tensor) -> Place | None:

@@ -179,7 +179,7 @@ def check_cut(length: int, limit: int | None = None, skip: int = 0, mode: str = 
     if mode not in MODES or length < 2 or skip < 0 or (limit is not None and limit < 1):
         raise UsageError(
             f"mode {mode!r}, window {length}, skip {skip}, limit {limit}: expected {' or '.join(MODES)}, a window of "
-            "2 or more tokens, skip of 0 or more and a limit of 1 or more"
+            "2 or more tokens, skip of 0 or more and a limit of 1 or more; try --window 512"
         )
 
 

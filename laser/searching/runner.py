@@ -147,7 +147,7 @@ def from_numbers(values: Sequence[float | None], objective: Objective, raced: in
 
 # What has been kept, in order: a candidate's label and its option. Every state of a search has a name of this kind.
 State = tuple[tuple[str, int], ...]
-FIRST_AHEAD = 15  # candidates that the first walk takes: as many as LaserRMT tries
+FIRST_AHEAD = 15  # edits that the first walk tries: as many as LaserRMT does
 QUARTER, LOST = 4, 2.5  # a race: after this share of the units, who is worse by so many standard errors is out
 
 
@@ -369,7 +369,8 @@ class Runner:
             return 0
         if self.bench.model.in_memory(max(candidates[at].piece, 1)):  # and so are all above it
             return 1
-        return best_together(self._right + self._wrong, self._wrong, self.bench.reading_to_running)
+        options = len(candidates[at].options)
+        return best_together(self._right + self._wrong, self._wrong, self.bench.reading_to_running, options)
 
     def _guess(self, candidate: Candidate) -> int | None:
         """The option that will be kept, None for none: what its latest results say, measured on another state. Without
@@ -404,8 +405,8 @@ def name_of(candidate: Candidate) -> str:
     return f"{candidate.label} {candidate.options[0][0]}"
 
 
-def best_together(decided: int, wrong: int, reading_to_running: Callable[[], float]) -> int:
-    """How many candidates a walk should take, of which so many were decided, and so many against the guess.
+def best_together(decided: int, wrong: int, reading_to_running: Callable[[], float], options: int = 1) -> int:
+    """How many candidates of so many options a walk should take; `decided` were, of these `wrong` against the guess.
 
     While every guess was right, as many as were decided so far: the number doubles, and what one wrong guess makes vain
     stays below what counts. Then let reading a layer take c times as long as running a variant through it, and R
@@ -414,5 +415,5 @@ def best_together(decided: int, wrong: int, reading_to_running: Callable[[], flo
     W = sqrt(2 c R).
     """
     if not wrong:
-        return max(FIRST_AHEAD, decided)
-    return max(1, round(math.sqrt(2 * reading_to_running() * decided / wrong)))
+        return max(FIRST_AHEAD // options, decided, 1)
+    return max(1, round(math.sqrt(2 * reading_to_running() / options * decided / wrong)))

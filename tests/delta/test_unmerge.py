@@ -467,9 +467,9 @@ def test_rebuild_refuses_a_changed_part(run: Run, base: Path, adapter: Path, fil
     data = bytearray((adapter / file).read_bytes())
     data[-3] ^= 1
     (adapter / file).write_bytes(data)
-    refused(run, base, adapter, f"{file} was changed")
+    refused(run, base, adapter, f"{file}: found sha256")
     (adapter / file).unlink()
-    refused(run, base, adapter, "cannot read")
+    refused(run, base, adapter, f"{file}: No such file")
 
 
 def test_rebuild_refuses_a_changed_record(run: Run, base: Path, adapter: Path) -> None:

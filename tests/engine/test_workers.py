@@ -199,15 +199,15 @@ def test_what_is_read_ahead_for_cuda_is_page_locked(monkeypatch: pytest.MonkeyPa
     card = Device("cuda", torch.float64, False, "pretends")
     # Page-locked memory needs a driver.
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: locked)
-    assert devices.staged(W, CPU) is devices.staged(W, card) is W  # there is no CUDA
+    assert devices.staged(W, CPU.torch_device) is devices.staged(W, card.torch_device) is W  # there is no CUDA
     machine(cuda=1)
-    assert devices.staged(W, CPU) is W and devices.staged(W, card) is locked
+    assert devices.staged(W, CPU.torch_device) is W and devices.staged(W, card.torch_device) is locked
 
     def full(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", full)
-    assert devices.staged(W, card) is W  # it is only slower
+    assert devices.staged(W, card.torch_device) is W  # it is only slower
 
 
 def test_only_a_contiguous_page_locked_tensor_is_sent_to_cuda_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from laser.moments import Moments
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
 from laser.searching.candidates import candidates_of, cut_of
+from laser.searching.runner import best_together
 from laser.searching.search import SearchResult, search_plan
 from laser.searching.trials import Bench, Variant, accepted
 from laser.selection import Selection
@@ -175,13 +176,19 @@ def test_what_is_measured_in_vain_is_weighed_against_reading(model_path: Path) -
     asked = Asked(model_path, include="proj|w[123]")
     _, one, _ = asked.search(resident=None)
     forwards, walks = list[int](), list[int]()
-    for asked.reading in (0.01, 1.0, 1000.0):
+    for asked.reading in (0.01, 30.0, 1000.0):
         result, model, count = asked.search(resident=0)
         forwards.append(model.layer_forwards)
         walks.append(count)
     assert sum(t.accepted for t in result.trials) > len(result.trials) / 5
     assert forwards[0] < 1.5 * one.layer_forwards < forwards[2]
     assert forwards == sorted(forwards) and walks == sorted(walks, reverse=True)
+
+
+def test_a_candidate_of_several_options_is_measured_in_vain_several_times() -> None:
+    together = [best_together(60, 12, lambda: 10.0, options) for options in (1, 4, 100)]
+    assert together == [10, 5, 1]  # the square root of 2 * 10 * 5, of a fourth of it, and one at the least
+    assert [best_together(0, 0, lambda: 10.0, options) for options in (1, 3, 100)] == [15, 5, 1]
 
 
 @pytest.mark.slow
