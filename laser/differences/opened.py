@@ -28,7 +28,7 @@ def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
         )
     # Its other files lie in the snapshot of the base, where they are looked for.
     opened = open_checkpoint(base, "files" if need == "ranges" else need)
-    return with_adapter_merged(by_whole_shards(opened), folder, (base, adapter))
+    return with_adapter_merged(by_whole_shards(opened), folder, given=(base, adapter))
 
 
 def opened_model(model: Checkpoint | str | Path) -> Checkpoint:

@@ -386,12 +386,12 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
 
 
 def with_adapter_merged(
-    base: Checkpoint, folder: Path, given: tuple[str, ...] = (), formula: str | None = None
+    base: Checkpoint, folder: Path, formula: str | None = None, *, given: tuple[str, ...] = ()
 ) -> Checkpoint:
     """BASE+ADAPTER, as `merge_streamed` would write it, seen without writing it. Raises as `open_adapter`.
 
-    Its identity is that of both, by the sha256 of the adapter's files. given: how the two were named. formula: of all
-    of it; None: those of PEFT.
+    Its identity is that of both, by the sha256 of the adapter's files. formula: of all of it; None: those of PEFT.
+    given: how the two were named.
     """
     hub_id, _ = hub_origin(folder)  # there its folder has a commit's name
     folder = folder.resolve()
