@@ -135,6 +135,9 @@ class Adapted:
         parts = self.parts[info.name]
         if parts[0].part is None:
             entry = self.entries[parts[0].name]
+            if info.dtype not in TORCH and entry.how is How.WHOLE:
+                packed = self._tensor(REMAINDER, f"whole/{entry.name}")
+                return unpack(packed, (info.end - info.start,), torch.uint8)
             if info.dtype not in TORCH:
                 there = self.base.tensors[self._of(entry).tensor]
                 return read_bytes(self.base.shard_of(there.name), there.start, there.end)
