@@ -12,7 +12,7 @@ import torch
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import restore_earlier
 from laser.checkpoint.writer import require_outside
 from laser.choices import ROUNDS
@@ -22,6 +22,7 @@ from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Bar, Progress
 from laser.differences.base import Base, Delta
 from laser.differences.formulas import FORMULA_NAMES
+from laser.differences.opened import open_stored
 from laser.differences.overview import QUANTISED, is_base_quantised
 from laser.differences.peft import merge_streamed
 from laser.differences.rebuild import Adapted, rebuild, verify_rebuilt
@@ -76,7 +77,7 @@ def unmerge_verb(
         raise UsageError(f"no adapter is stored as {dtype}; try one of {', '.join(ADAPTER_DTYPES)}")
     if not (unfinished(output) / "old").exists():  # else an earlier adapter is put back first
         require_adapter_place(output, work.force)
-    first, second = (open_checkpoint(model, "files") for model in (base, tuned))
+    first, second = map(open_stored, (base, tuned))
     require_files(second)
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
@@ -181,7 +182,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     start = time.perf_counter()
     if not (unfinished(output) / "old").exists():  # else an earlier output is put back first
         require_new(output, work.force)
-    checkpoint = open_checkpoint(base, "files")
+    checkpoint = open_stored(base)
     require_outside(checkpoint, output)
     if not is_recorded(adapter):
         return _merge(checkpoint, adapter, output, formula, work)

@@ -127,6 +127,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             "and quantise the result again"
         )
     place, path = folder / CONFIG, folder / MODEL
+    if place.exists() and not path.exists():
+        _require_no_other_form(folder)
     try:
         config = parse_json(read_regular(place), place)
         require_regular(path)
@@ -153,6 +155,19 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             "then keeps as it was; try PEFT's own merge"
         )
     return adapter
+
+
+def _require_no_other_form(folder: Path) -> None:
+    """Raises UsageError for an adapter whose factors lie in a pickle, or in several files, with how to convert it."""
+    pickle, shards = folder / "adapter_model.bin", sorted(folder.glob("adapter_model-*.safetensors"))
+    if pickle.exists():
+        way = f"PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(NEW) writes it"
+        raise UsageError(f"{pickle} is a pickle, expected {MODEL}; try it by PEFT: {way}")
+    if shards:
+        raise UsageError(
+            f"{folder} holds {len(shards)} shards as {shards[0].name}, expected one {MODEL}; try to join them: "
+            "safetensors.torch.load_file reads each, save_file writes all their tensors"
+        )
 
 
 def _require_known(config: Mapping[str, Any], place: Path) -> None:

@@ -629,11 +629,6 @@ def require_files(tuned: Checkpoint) -> None:
         )
     if tuned.hub is None and any(shard.data is not None for shard in tuned.shards):
         raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
-    if odd := [m for m in list_matrices(tuned) if m.part is not None and m.dtype not in TORCH]:
-        raise UsageError(
-            f"{odd[0].name} is a part of a tensor stored as {odd[0].dtype}, expected one of {', '.join(TORCH)}; try "
-            "the fine-tune in bfloat16"
-        )
     require_side_files(tuned)
     side_files_of(tuned)
     if tuned.left_out:

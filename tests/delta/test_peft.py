@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,25 @@ def test_a_weight_in_eight_bits_is_refused(run: Run, tmp_path: Path, whole: bool
     code, _, err = run("rebuild", base, adapter, "-o", tmp_path / "out")
     assert code == 2 and f"{name} is stored as F8_E4M3" in err and "try the unquantised model" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form, advice", [
+    (["adapter_model.bin"], "adapter_model.bin is a pickle, expected adapter_model.safetensors; try it by PEFT"),
+    (
+        [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)],
+        "holds 2 shards as adapter_model-00001-of-00002.safetensors, expected one adapter_model.safetensors; try to",
+    ),
+])  # fmt: skip
+def test_factors_in_another_form_are_named(run: Run, base: Path, tmp_path: Path, form: list[str], advice: str) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    for name in form:
+        shutil.copy(adapter / "adapter_model.safetensors", adapter / name)
+    (adapter / "adapter_model.safetensors").unlink()
+    for words in (("rebuild", base, adapter), ("scan", f"{base}+{adapter}")):
+        code, _, err = run(*words, "-o", tmp_path / "out")
+        assert (
+            code == 2 and advice in " ".join(err.split()) and err.count("\n") == 1 and not (tmp_path / "out").exists()
+        )
 
 
 def test_records_of_the_base_are_not_those_of_the_merge(run: Run, base: Path, tmp_path: Path) -> None:
