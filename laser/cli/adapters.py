@@ -14,7 +14,7 @@ from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import restore_earlier
-from laser.checkpoint.writer import require_outside
+from laser.checkpoint.writer import require_outside, travelling
 from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
@@ -125,7 +125,8 @@ def unmerge_verb(
     if work.as_json:
         entries = [asdict(entry) for entry in record.entries]
         found = {"output": str(output), "base": plain(record.base), "tuned": plain(record.tuned)}
-        return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
+        found |= {"entries": entries, "bytes": size | {"tuned": whole}, "left_out": travelling(second)[1]}
+        return common.print_json(found | {"seconds": seconds})
     _print_entries(record)
     _print_resized(record, compared)
     if delta is not None and is_base_quantised(delta.changes):
@@ -134,6 +135,9 @@ def unmerge_verb(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
     )
+    if left_out := travelling(second)[1]:
+        some = f"{', '.join(left_out[:4])}{f' and {len(left_out) - 4} more' if len(left_out) > 4 else ''}"
+        say(f"laser rebuild makes no {some}: links, states of a trainer and weights in further files are left out")
     say(in_vllm(output))
 
 
