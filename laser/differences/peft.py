@@ -198,17 +198,18 @@ def _require_known(config: Mapping[str, Any], place: Path) -> None:
                     f"{place}: {patterns} has {value!r} for {pattern!r}, expected {expected}; check the adapter"
                 )
             _require_pattern(pattern, f"{place}: {patterns}")
-    for key, one, expected in (
-        *((key, None, "a list of names") for key in ("target_parameters", "modules_to_save")),
-        *((key, str, "names or a pattern") for key in ("target_modules", "exclude_modules", "layers_pattern")),
-        ("layers_to_transform", int, "numbers of layers"),
+    for key, single, one, expected in (
+        *((key, False, str, "a list of names") for key in ("target_parameters", "modules_to_save")),
+        *((key, True, str, "names or a pattern") for key in ("target_modules", "exclude_modules", "layers_pattern")),
+        ("layers_to_transform", True, int, "numbers of layers"),
     ):
-        value = config.get(key)
-        each = value if isinstance(value, list) else [] if value is None or type(value) is one else [None]
-        if any(type(x) is not (one or str) for x in each):
+        value: Any = config.get(key)
+        alone = single and type(value) is one
+        if not (value is None or alone or (isinstance(value, list) and all(type(each) is one for each in value))):
             raise UsageError(f"{place}: {key} is {value!r}, expected {expected}; check the adapter")
-        listed = key in ("modules_to_save", "layers_pattern")  # their items are patterns, and the other keys' are names
-        for pattern in each if listed and isinstance(value, list) else [value] if isinstance(value, str) else ():
+        # PEFT reads the items of these two as patterns, and those of the others as names.
+        listed: list[Any] = value if isinstance(value, list) and key in ("modules_to_save", "layers_pattern") else []
+        for pattern in [value] if alone and one is str else listed:
             _require_pattern(pattern, f"{place}: {key}")
 
 
