@@ -223,8 +223,8 @@ def test_search_with_a_grid_a_task_and_a_shortlist(
     (tmp_path / "a").mkdir()
     assert run("search", model, "-o", tmp_path / "a" / "plan.json", *text, *grid, *task) == 0
     told = capsys.readouterr().out
-    assert "layer 2 w2  fraction:0.2" in told and "calibration: accuracy on task.jsonl, 4 units" in told
-    assert "held out: accuracy on task.jsonl, 3 units" in told and "held out: loss on other.txt" in told
+    assert "layer 2 w2  fraction:0.2" in told and "calibration: wrong answers on task.jsonl, 4 units" in told
+    assert "held out: wrong answers on task.jsonl, 3 units" in told and "held out: loss on other.txt" in told
     (tmp_path / "b").mkdir()
     short = ["--shortlist", "gradient:4", "--roles", "k,v,o", "--rules", "fraction:0.9"]
     assert run("search", model, "-o", tmp_path / "b" / "plan.json", *text, *short) == 0
