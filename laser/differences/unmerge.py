@@ -39,7 +39,7 @@ from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
 from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_bytes, read_header, sha256_of
-from laser.checkpoint.side_files import own_file
+from laser.checkpoint.side_files import foreign_links, own_file, stays_behind
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
@@ -629,6 +629,11 @@ def require_files(tuned: Checkpoint) -> None:
         )
     if tuned.hub is None and any(shard.data is not None for shard in tuned.shards):
         raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
+    for link in foreign_links(tuned.path):
+        if not stays_behind(tuned.path, link.relative_to(tuned.path), ()):  # else nobody misses it in what is rebuilt
+            raise CheckpointError(
+                f"{link} is a link to {link.readlink()}, and what a link leads to is not kept; put a copy in its place"
+            )
     require_side_files(tuned)
     side_files_of(tuned)
     if tuned.left_out:
@@ -800,9 +805,10 @@ def side_files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     if checkpoint.index_bytes is not None:
         found["model.safetensors.index.json"] = checkpoint.index_bytes
     if "config.json" not in found:
-        path = checkpoint.path / "config.json"
-        what = "is a link to another place" if path.is_symlink() else "is missing"
-        raise CheckpointError(f"{path} {what}, expected a file of the model's own; copy it there, and try again")
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json of its own, expected a file there and no link; try a checkpoint in "
+            "the Hub's format"
+        )
     return found
 
 

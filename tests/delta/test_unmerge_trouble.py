@@ -150,17 +150,28 @@ def test_a_fused_matrix_in_float64(run: Run, tmp_path: Path, factor: float) -> N
     assert found == {"same" if factor == 1.0 else "whole"}
 
 
-def test_a_linked_config_is_named_before_the_scan(
-    run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_link_that_transformers_opens_is_named_before_the_scan(
+    run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    shutil.move(tuned / "config.json", tmp_path / "there.json")
-    (tuned / "config.json").symlink_to(tmp_path / "there.json")
-    # Nothing may be measured first.
-    monkeypatch.setattr("laser.cli.adapters.scan_into", stopped)
-    for more in ((), ("--dry-run",)):
-        code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU, *more)
-        assert code == 1 and f"{tuned / 'config.json'} is a link to another place, expected a file" in err
-        assert not list(tmp_path.glob("a*"))
+    """What is rebuilt without it would not load. A link to the index or to an adapter's config is of no account."""
+    for each in (name, "adapter_config.json", "model.safetensors.index.json"):
+        (tuned / each).touch()
+        shutil.move(tuned / each, tmp_path / f"there {each}")
+        (tuned / each).symlink_to(tmp_path / f"there {each}")
+    with monkeypatch.context() as patch:
+        # Nothing may be measured first.
+        patch.setattr("laser.cli.adapters.scan_into", stopped)
+        for more in ((), ("--dry-run",)):
+            code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU, *more)
+            assert code == 1 and f"{tuned / name} is a link to {tmp_path}/there {name}, and what a link" in err
+            assert not list(tmp_path.glob("a*"))
+    shutil.copy(tmp_path / f"there {name}", tuned / f"{name}.new")
+    (tuned / f"{name}.new").replace(tuned / name)
+    code, out, err = run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU)
+    assert code == 0 and "laser rebuild makes no adapter_config.json (a link)" in " ".join(out.split()), err
+    assert run("rebuild", base, tmp_path / "a", "-o", tmp_path / "again")[0] == 0
+    assert snapshot(tmp_path / "again").items() <= snapshot(tuned).items()
 
 
 def test_force_says_what_unmerge_did_not_write(run: Run, base: Path, tmp_path: Path) -> None:
