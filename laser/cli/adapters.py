@@ -12,9 +12,9 @@ import torch
 
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import list_matrices
-from laser.checkpoint.reader import Checkpoint, open_checkpoint
+from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import restore_earlier
-from laser.checkpoint.writer import require_outside
+from laser.checkpoint.writer import require_outside, travelling
 from laser.choices import ROUNDS
 from laser.cli import common, options
 from laser.cli.common import say
@@ -22,6 +22,7 @@ from laser.cli.estimates import print_dry_run
 from laser.cli.progress import Bar, Progress
 from laser.differences.base import Base, Delta
 from laser.differences.formulas import FORMULA_NAMES
+from laser.differences.opened import open_stored
 from laser.differences.overview import QUANTISED, is_base_quantised
 from laser.differences.peft import merge_streamed
 from laser.differences.rebuild import Adapted, rebuild, verify_rebuilt
@@ -76,7 +77,7 @@ def unmerge_verb(
         raise UsageError(f"no adapter is stored as {dtype}; try one of {', '.join(ADAPTER_DTYPES)}")
     if not (unfinished(output) / "old").exists():  # else an earlier adapter is put back first
         require_adapter_place(output, work.force)
-    first, second = (open_checkpoint(model, "files") for model in (base, tuned))
+    first, second = map(open_stored, (base, tuned))
     require_files(second)
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
@@ -124,7 +125,8 @@ def unmerge_verb(
     if work.as_json:
         entries = [asdict(entry) for entry in record.entries]
         found = {"output": str(output), "base": plain(record.base), "tuned": plain(record.tuned)}
-        return common.print_json(found | {"entries": entries, "bytes": size | {"tuned": whole}, "seconds": seconds})
+        found |= {"entries": entries, "bytes": size | {"tuned": whole}, "left_out": travelling(second)[1]}
+        return common.print_json(found | {"seconds": seconds})
     _print_entries(record)
     _print_resized(record, compared)
     if delta is not None and is_base_quantised(delta.changes):
@@ -133,6 +135,9 @@ def unmerge_verb(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
     )
+    if left_out := travelling(second)[1]:
+        some = f"{', '.join(left_out[:4])}{f' and {len(left_out) - 4} more' if len(left_out) > 4 else ''}"
+        say(f"laser rebuild makes no {some}: links, states of a trainer and weights in further files are left out")
     say(in_vllm(output))
 
 
@@ -181,7 +186,7 @@ def rebuild_verb(base: str, adapter: Path, *, output: Path, formula: str | None,
     start = time.perf_counter()
     if not (unfinished(output) / "old").exists():  # else an earlier output is put back first
         require_new(output, work.force)
-    checkpoint = open_checkpoint(base, "files")
+    checkpoint = open_stored(base)
     require_outside(checkpoint, output)
     if not is_recorded(adapter):
         return _merge(checkpoint, adapter, output, formula, work)

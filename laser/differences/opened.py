@@ -17,10 +17,9 @@ def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
 
     The merge is that of `laser rebuild`, one matrix at a time. Raises UsageError for an adapter that cannot be merged.
     """
-    whole = str(model)
-    if "+" not in whole or Path(whole).exists() or Path(whole).is_symlink():
+    if not is_sum(model):
         return open_checkpoint(model, need)
-    base, adapter, folder = _parts_of_sum(whole)
+    base, adapter, folder = _parts_of_sum(str(model))
     if is_recorded(folder):
         raise UsageError(
             f"{folder} is what laser unmerge wrote, and merged alone it would leave out the remainder; make the "
@@ -29,6 +28,25 @@ def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
     # Its other files lie in the snapshot of the base, where they are looked for.
     opened = open_checkpoint(base, "files" if need == "ranges" else need)
     return with_adapter_merged(by_whole_shards(opened), folder, given=(base, adapter))
+
+
+def is_sum(model: str | Path) -> bool:
+    """Whether it is called BASE+ADAPTER, and nothing lies there that is called so itself."""
+    return "+" in str(model) and not (Path(model).exists() or Path(model).is_symlink())
+
+
+def open_stored(model: str) -> Checkpoint:
+    """A checkpoint whose own files are needed. Raises UsageError for BASE+ADAPTER, which is in none."""
+    try:
+        return open_checkpoint(model, "files")
+    except CheckpointError as error:
+        if not is_sum(model):
+            raise
+        base, _, folder = _parts_of_sum(model)
+        raise UsageError(
+            f"{model} is in no files, and their bytes are needed here; make them with "
+            f"`laser rebuild {base} {folder} -o OUT`, and try OUT"
+        ) from error
 
 
 def opened_model(model: Checkpoint | str | Path) -> Checkpoint:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -63,6 +63,8 @@ from laser.records import LARGEST_FLOAT
 OTHERWISE = ("use_dora", "fan_in_fan_out", "trainable_token_indices", "layer_replication")
 OTHERWISE += ("lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config")
 OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "monteclora_config", "use_bdlora")
+# What tells PEFT which layers an adapter is of.
+NARROWING = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 # Where training began from the base's own weights. PiSSA, OLoRA and others put what A and B do not hold in their place.
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # What tells of a base's own weights, and not of those that are written.
@@ -126,6 +128,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             "and quantise the result again"
         )
     place, path = folder / CONFIG, folder / MODEL
+    if place.exists() and not path.exists():
+        _require_no_other_form(folder)
     try:
         config = parse_json(read_regular(place), place)
         require_regular(path)
@@ -152,6 +156,19 @@ def open_adapter(folder: Path, base: Checkpoint) -> PeftAdapter:
             "then keeps as it was; try PEFT's own merge"
         )
     return adapter
+
+
+def _require_no_other_form(folder: Path) -> None:
+    """Raises UsageError for an adapter whose factors lie in a pickle, or in several files, with how to convert it."""
+    pickle, shards = folder / "adapter_model.bin", sorted(folder.glob("adapter_model-*.safetensors"))
+    if pickle.exists():
+        way = f"PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(NEW) writes it"
+        raise UsageError(f"{pickle} is a pickle, expected {MODEL}; try it by PEFT: {way}")
+    if shards:
+        raise UsageError(
+            f"{folder} holds {len(shards)} shards as {shards[0].name}, expected one {MODEL}; try to join them: "
+            "safetensors.torch.load_file reads each, save_file writes all their tensors"
+        )
 
 
 def _require_known(config: Mapping[str, Any], place: Path) -> None:
@@ -181,15 +198,27 @@ def _require_known(config: Mapping[str, Any], place: Path) -> None:
                 raise UsageError(
                     f"{place}: {patterns} has {value!r} for {pattern!r}, expected {expected}; check the adapter"
                 )
-            try:
-                re.compile(_as_pattern(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise UsageError(
-                    f"{place}: {patterns} has {pattern!r}, which is no pattern ({error}); check the adapter"
-                ) from error
-    named = config.get("target_parameters")
-    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
-        raise UsageError(f"{place}: target_parameters is {named!r}, expected a list of names; check the adapter")
+            _require_pattern(pattern, f"{place}: {patterns}")
+    for key, single, one, expected in (
+        *((key, False, str, "a list of names") for key in ("target_parameters", "modules_to_save")),
+        *((key, True, str, "names or a pattern") for key in ("target_modules", "exclude_modules", "layers_pattern")),
+        ("layers_to_transform", True, int, "numbers of layers"),
+    ):
+        value: Any = config.get(key)
+        alone = single and type(value) is one
+        if not (value is None or alone or (isinstance(value, list) and all(type(each) is one for each in value))):
+            raise UsageError(f"{place}: {key} is {value!r}, expected {expected}; check the adapter")
+        # PEFT reads the items of these two as patterns, and those of the others as names.
+        listed: list[Any] = value if isinstance(value, list) and key in ("modules_to_save", "layers_pattern") else []
+        for pattern in [value] if alone and one is str else listed:
+            _require_pattern(str(pattern), f"{place}: {key}")
+
+
+def _require_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(_as_pattern(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{where} has {pattern!r}, which is no pattern ({error}); check the adapter") from error
 
 
 def _is_rank(value: Any) -> bool:
@@ -237,8 +266,29 @@ class _Reading:
             self.whole(name, bare)
         elif what in ("A.weight", "embedding_A"):
             self.factors(name, f"{stem}.lora_{what.replace('A', 'B')}", stem, what)
+            self.require_adapted(name, stem)
         elif f"{stem}.lora_{what.replace('B', 'A')}" not in self.tensors:
             raise CheckpointError(f"{self.path}: {name} has no lora_A; download it again")
+
+    def require_adapted(self, name: str, stem: str) -> None:
+        """Raises UsageError for factors that PEFT passes over without a word, as its config names no such layer."""
+        module, config = stem.removeprefix(PEFT), self.config
+        if stem in self.stems or self.targeted(f"{module}.weight"):
+            return
+        if str(config.get("target_modules")).lower() == "all-linear":
+            config = {**config, "target_modules": self.linear}
+        if not is_adapted(config, module):
+            raise UsageError(
+                f"{self.path}: {name} is of a layer that {CONFIG} leaves out, and PEFT does so; correct its "
+                f"{', '.join(NARROWING)}, or try PEFT's own merge"
+            )
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """The layers that all-linear stands for: PEFT takes no embedding among them, and no head."""
+        kept = [m for m in self.matrices if m.is_matrix and m.role not in ("embedding", "head")]
+        places = module_places(kept)
+        return [m.tensor.removesuffix(".weight") for m in kept] + [place.weight for place in places.values()]
 
     def whole(self, name: str, bare: str) -> None:
         """A tensor that takes the base's place; or the base's own, which PEFT saves below an adapted head."""
@@ -300,6 +350,33 @@ class _Reading:
         """A module by the name that its tensor has: transformers 4 held experts one by one, and the gate as a layer."""
         of = [m for m in self.matrices if m.tensor == f"{weight}.weight" and m.part is None and m.is_matrix]
         return [(m, ModulePlace(weight, m.shape[0], 0)) for m in of]
+
+
+def is_adapted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT puts factors into a module, by the keys of NARROWING: layers_to_transform narrows listed names."""
+    saved = config.get("modules_to_save") or ()
+    if _is_named(config.get("exclude_modules"), module):
+        return False
+    if any(re.match(rf"(?:.*\.)?{each}(?:\.|$)", module) for each in saved):
+        return False
+    named, layers = config.get("target_modules") or [], config.get("layers_to_transform")
+    if isinstance(named, str) or module in named or layers is None or layers == []:
+        return _is_named(named, module)
+    patterns = config.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    before = [rf"(?:.*?\.)??{each}" for each in patterns] or [
+        r".*?\.[^.]*"
+    ]  # of several numbers the first is the layer's
+    found = next(filter(None, (re.match(rf"{each}\.(?P<layer>\d+)\.", module) for each in before)), None)
+    wanted = layers if isinstance(layers, list) else [layers]
+    return _is_named(named, module) and found is not None and int(found["layer"]) in wanted
+
+
+def _is_named(named: str | Sequence[str] | None, module: str) -> bool:
+    """As PEFT matches a module with a pattern for all of its name, or a list of what names end in."""
+    if isinstance(named, str):
+        return bool(named) and re.fullmatch(named, module) is not None
+    return any(module == each or module.endswith(f".{each}") for each in named or ())
 
 
 def scale_of(config: Mapping[str, Any], weight: str, rank: int, place: Path) -> float:

@@ -32,6 +32,7 @@ from laser.checkpoint.safetensors import (
 )
 from laser.checkpoint.side_files import is_weights
 from laser.checkpoint.slices import bytes_of, tensor_sha256
+from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
 from laser.differences.packing import unpack, unpack_some
 from laser.differences.places import KEPT_FACTORS, PEFT, names_at, of_expert, rows_in_parameter, stems
@@ -66,13 +67,13 @@ class MadeShard:
 
 class Adapted:
     """An adapter's folder, as `laser unmerge` writes it, and its base. Raises RecordError where it is not whole, or of
-    another base."""
+    another base. One whose shards are laid out otherwise, or that lies in pickles, is as good: matrices tell."""
 
     def __init__(self, base: Checkpoint, folder: Path) -> None:
         self.base, self.folder = base, folder
         self.held: dict[str, Shard] = {}  # the adapter's own files
         self.record = load_record(folder / RECORD)
-        self.record.base.require(base, "adapter")
+        other = self._unlike()
         if odd := sorted(self.record.parts.keys() - {MODEL, REMAINDER}):
             raise RecordError(f"{folder / RECORD} names a part {odd[0]!r}, expected {MODEL} and {REMAINDER}; {AGAIN}")
         if wrong := wrong_sums(folder, self.record.parts):
@@ -88,6 +89,38 @@ class Adapted:
             if m.name not in self.entries:
                 raise RecordError(f"{folder / RECORD}: nothing says how {m.name} is made; {AGAIN}")
             self.parts.setdefault(m.tensor, []).append(m)
+        if other is not None and not self._fits():
+            raise other
+
+    def _unlike(self) -> RecordError | None:
+        """What tells the base from the one recorded, where its matrices may be those all the same. Else it is raised:
+        with the same names and shapes in the same places it is only the weights that can be others."""
+        try:
+            self.record.base.require(self.base, "adapter")
+        except RecordError as error:
+            names = {m.name for m in list_matrices(self.base)}
+            if self.base.identity == self.record.base.identity or any(
+                entry.of is not None and entry.of not in names for entry in self.record.entries
+            ):
+                raise
+            return error
+        return None
+
+    def _fits(self) -> bool:
+        """Whether matrices can be made of the base by their sha256: an adapted one, the first and the last.
+
+        The others are proven as they are made, and every shard in the end."""
+        made = {m: self.entries[m.name] for parts in self.parts.values() for m in parts}
+        of = {m: e for m, e in made.items() if e.of is not None and e.how is not How.SAVED and m.dtype in TORCH}
+        if not of or any(self._of(entry).shape != m.shape for m, entry in of.items()):
+            return False
+        changed = [m for m, entry in of.items() if entry.how is not How.SAME]
+        try:
+            for m in (*changed[:1], *list(of)[:1], *list(of)[-1:]):
+                self.matrix(m)
+        except RecordError:
+            return False
+        return True
 
     def _files(self) -> dict[str, bytes]:
         """What lies beside the tuned weights: from the adapter's folder, or the base's where that is the same."""
@@ -135,6 +168,9 @@ class Adapted:
         parts = self.parts[info.name]
         if parts[0].part is None:
             entry = self.entries[parts[0].name]
+            if info.dtype not in TORCH and entry.how is How.WHOLE:
+                packed = self._tensor(REMAINDER, f"whole/{entry.name}")
+                return unpack(packed, (info.end - info.start,), torch.uint8)
             if info.dtype not in TORCH:
                 there = self.base.tensors[self._of(entry).tensor]
                 return read_bytes(self.base.shard_of(there.name), there.start, there.end)
@@ -235,7 +271,7 @@ def rebuild(
                 raise RecordError(
                     f"{stated.name}: rebuilt with sha256 {found[:12]}, expected {stated.sha256[:12]}; {AGAIN}"
                 )
-        adapted.record.base.require(base, "adapter")
+        require_unchanged(base)
 
     tuned = replace(adapted.tuned, shards=tuple(map(hashed, adapted.tuned.shards)))
     others = {name: data for name, data in adapted.files.items() if name not in ("config.json", INDEX)}

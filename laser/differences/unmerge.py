@@ -38,12 +38,12 @@ from laser.checkpoint.at_rest import CARD, OPTIONS_FILE, wrong_sums
 from laser.checkpoint.convert import require_new
 from laser.checkpoint.matrices import Matrix, list_matrices
 from laser.checkpoint.reader import OUTCOME, Checkpoint
-from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_header, sha256_of
-from laser.checkpoint.side_files import own_file
+from laser.checkpoint.safetensors import MAX_HEADER, TORCH, join, pieces, read_bytes, read_header, sha256_of
+from laser.checkpoint.side_files import foreign_links, own_file, stays_behind
 from laser.checkpoint.slices import bytes_of, tensor_sha256
 from laser.checkpoint.source import Source, require_unchanged
 from laser.checkpoint.swap import restore_earlier, take_place
-from laser.checkpoint.writer import travelling
+from laser.checkpoint.writer import require_side_files, travelling
 from laser.choices import ROUNDS
 from laser.differences.base import Base, Delta, Pair
 from laser.differences.difference import AGREE, Change, Verdict, looks_quantised
@@ -577,8 +577,12 @@ def require_adapter_place(out: Path, force: bool) -> None:
         return require_new(out)
     require_no_mount(out)
     if other:
-        what = f"holds {foreign[0]}" if foreign and out.is_dir() else "is no adapter"
-        raise OutputError(f"{out} {what} that laser unmerge wrote: --force replaces nothing else; try another -o")
+        inside = foreign and out.is_dir()
+        what = f"holds {foreign[0]}, which laser unmerge did not write" if inside else "is no adapter of laser unmerge"
+        raise OutputError(
+            f"{out} {what}, and --force replaces nothing else; "
+            f"try another -o{', or move that file elsewhere' if inside else ''}"
+        )
 
 
 def is_recorded(folder: Path) -> bool:
@@ -616,7 +620,8 @@ def _is_alike(base: Base, m: Matrix) -> bool:
 
 
 def require_files(tuned: Checkpoint) -> None:
-    """Raises UsageError for a checkpoint whose files are no safetensors, or hold other than what is read of them."""
+    """Raises UsageError for a checkpoint whose files are no safetensors, or hold other than what is read of them, and
+    CheckpointError where its config.json or another file beside them is not its own, or cannot be read."""
     if tuned.packed:
         raise UsageError(
             f"{tuned.name} holds {tuned.packed} weights, whose packed bytes no adapter makes again; try the fine-tune "
@@ -624,6 +629,13 @@ def require_files(tuned: Checkpoint) -> None:
         )
     if tuned.hub is None and any(shard.data is not None for shard in tuned.shards):
         raise UsageError(f"{tuned.name} is not stored as safetensors, and its files cannot be made again; convert it")
+    for link in foreign_links(tuned.path):
+        if not stays_behind(tuned.path, link.relative_to(tuned.path), ()):  # else nobody misses it in what is rebuilt
+            raise CheckpointError(
+                f"{link} is a link to {link.readlink()}, and what a link leads to is not kept; put a copy in its place"
+            )
+    require_side_files(tuned)
+    side_files_of(tuned)
     if tuned.left_out:
         raise UsageError(
             f"{tuned.name} holds tensors twice, as {tuned.left_out[0]}, of which one is loaded; write it anew first"
@@ -734,20 +746,15 @@ def _entries_in(line: Mapping[str, Any], partial: Path) -> list[MatrixEntry]:
 
 
 def _by_bytes(base: Base, matrix: Matrix) -> Piece:
-    """A tensor of a dtype whose rounding is not known, by its bytes alone."""
-    if matrix.part is not None or matrix.dtype not in TORCH:
-        change = base.by_bytes(matrix) if matrix.part is None else None
-        if change is None or change.kind is not Verdict.SAME:
-            raise UsageError(
-                f"{matrix.name} is stored as {matrix.dtype}, expected one of {', '.join(STORED_FLOATS)}; try "
-                "checkpoints converted to bfloat16"
-            )
-        there = base.places[matrix.name].name
-        return Piece((MatrixEntry(matrix.name, How.SAME, Verdict.SAME, "", matrix.parameters, there),))
-    q, change = base.tuned.raw(matrix.tensor), base.by_bytes(matrix)
-    entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel())
-    if change.kind is Verdict.SAME:
-        return Piece((replace(entry, how=How.SAME, of=base.places[matrix.name].name),))
+    """A tensor of a dtype whose rounding is not known, by its bytes alone; of those that torch lacks they are all."""
+    info, there, known = base.tuned.tensors[matrix.tensor], base.places.get(matrix.name), matrix.dtype in TORCH
+    shard = base.tuned.shard_of(info.name)
+    q = base.tuned.raw(info.name, matrix.part) if known else read_bytes(shard, info.start, info.end)
+    change = base.by_bytes(matrix)
+    digest = tensor_sha256(q) if known or change.kind is not Verdict.SAME else ""
+    entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, digest, matrix.parameters)
+    if there is not None and change.kind is Verdict.SAME:
+        return Piece((replace(entry, how=How.SAME, of=there.name),))
     return Piece((entry,), {}, {f"whole/{matrix.name}": pack(q)})
 
 
@@ -798,7 +805,10 @@ def side_files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     if checkpoint.index_bytes is not None:
         found["model.safetensors.index.json"] = checkpoint.index_bytes
     if "config.json" not in found:
-        raise CheckpointError(f"{checkpoint.path} has no config.json of its own; try a checkpoint in the Hub's format")
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json of its own, expected a file there and no link; try a checkpoint in "
+            "the Hub's format"
+        )
     return found
 
 

@@ -408,3 +408,15 @@ def test_from_python_a_sum_is_a_base_too_and_no_fine_tune_to_unmerge(base: Path,
             laser.unmerge(*pair, tmp_path / "adapter-2", device="cpu")
     with pytest.raises(laser.UsageError, match="lowest-snr"):
         laser.search(summed, "rounding", base=base, lowest_snr=3)
+
+
+def test_verbs_that_need_files_say_how_to_make_them(run: Run, base: Path, tmp_path: Path) -> None:
+    both, out = f"{base}+{write_adapter(tmp_path / 'adapter')}", tmp_path / "out"
+    for words in (("unmerge", base, both), ("unmerge", both, base), ("rebuild", both, tmp_path / "adapter")):
+        code, _, err = run(*words, "-o", out)
+        advice = f"make them with `laser rebuild {base} {tmp_path / 'adapter'} -o OUT`, and try OUT"
+        assert code == 2 and f"{both} is in no files" in err and advice in err and not list(tmp_path.glob("out*"))
+    code, _, err = run("unmerge", base, f"{base}+nowhere", "-o", out)
+    assert code == 1 and "nowhere is no PEFT adapter" in err
+    shutil.copytree(base, tmp_path / "a+b")  # a folder's own + is no sign of a sum
+    assert run("rebuild", tmp_path / "a+b", tmp_path / "adapter", "-o", out)[0] == 0

@@ -1,7 +1,9 @@
 """laser rebuild of a PEFT adapter without a record: the ordinary merge, one matrix in memory, or a refusal by name."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from models import EXPERTS, HIDDEN, INNER, llama_config, tensors, write_mixtral,
 from safetensors.torch import save_file
 
 from laser.checkpoint.quantised import quantise
-from laser.differences.peft import OTHERWISE, tensor_of
+from laser.differences.peft import NARROWING, OTHERWISE, is_adapted, tensor_of
 
 RANK, Q0 = 4, "base_model.model.model.layers.0.self_attn.q_proj"
 MODULES = {
@@ -26,7 +28,7 @@ MODULES = {
 
 def write_adapter(path: Path, config: dict[str, Any] | None = None, **more: torch.Tensor) -> Path:
     path.mkdir()
-    stated = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj", "v_proj"]}
+    stated = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "bias": "none", "target_modules": ".*"}
     (path / "adapter_config.json").write_text(json.dumps(stated | (config or {})))
     found, ranks = {}, (config or {}).get("rank_pattern", {})
     for seed, (module, rows) in enumerate(MODULES.items()):
@@ -102,6 +104,11 @@ def test_a_rank_of_its_own_and_a_module_trained_whole(run: Run, base: Path, tmp_
     ({"rank_pattern": {"q_proj": 0}}, {}, "rank_pattern has 0 for 'q_proj', expected a positive whole number"),
     ({"alpha_pattern": {"q_proj": None}}, {}, "alpha_pattern has None for 'q_proj', expected a positive number"),
     ({"target_parameters": 5}, {}, "target_parameters is 5, expected a list of names"),
+    ({"modules_to_save": "norm"}, {}, "modules_to_save is 'norm', expected a list of names"),
+    ({"modules_to_save": ["*"]}, {}, "modules_to_save has '*', which is no pattern"),
+    ({"target_modules": "*"}, {}, "target_modules has '*', which is no pattern"),
+    ({"target_modules": [3]}, {}, "target_modules is [3], expected names or a pattern; check the adapter"),
+    ({"layers_to_transform": ["0"]}, {}, "layers_to_transform is ['0'], expected numbers of layers"),
     ({}, {f"{Q0}.lora_A.weight": torch.full((4, HIDDEN), torch.nan)}, f"{Q0}.lora_A.weight holds NaN or Inf"),
     ({}, {f"{Q0}.lora_B.weight": torch.full((HIDDEN, 4), torch.inf)}, f"{Q0}.lora_B.weight holds NaN or Inf"),
     ({}, {f"{Q0}.weight": torch.ones(HIDDEN, HIDDEN)}, "self_attn.q_proj.weight in two ways"),
@@ -120,6 +127,83 @@ def test_what_is_no_plain_lora_is_refused(
     assert code in (1, 2) and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+LISTED = {"target_modules": ["q_proj", "v_proj"]}
+NARROWED: list[tuple[dict[str, Any], str | None]] = [  # and a module of the file that is left out
+    (LISTED, None),
+    ({"target_modules": "all-linear"}, None),
+    ({"target_modules": r".*\.(q|v)_proj"}, None),
+    (LISTED | {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, None),
+    (LISTED | {"layers_to_transform": []}, None),
+    (LISTED | {"exclude_modules": ["k_proj"], "modules_to_save": ["norm", "proj"]}, None),
+    (LISTED | {"layers_to_transform": [0]}, "layers.1.self_attn.q_proj"),
+    (LISTED | {"layers_to_transform": 1, "layers_pattern": ["h", "layers"]}, "layers.0.self_attn.q_proj"),
+    (LISTED | {"layers_to_transform": [0, 1], "layers_pattern": "h"}, "layers.0.self_attn.q_proj"),
+    (LISTED | {"exclude_modules": ["v_proj"]}, "layers.0.self_attn.v_proj"),
+    (LISTED | {"exclude_modules": r".*\.1\..*"}, "layers.1.self_attn.q_proj"),
+    (LISTED | {"modules_to_save": ["self_attn"]}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": ["q_proj"]}, "layers.0.self_attn.v_proj"),
+    ({"target_modules": ["proj"]}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": r"layers\.\d\.self_attn\.q_proj"}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": None}, "layers.0.self_attn.q_proj"),
+]
+
+
+@pytest.mark.parametrize("config, left_out", NARROWED)
+def test_what_the_config_leaves_out_is_not_merged(
+    run: Run, base: Path, tmp_path: Path, config: dict[str, Any], left_out: str | None
+) -> None:
+    """PEFT passes over such factors without a word, so the merge would be another than its."""
+    adapter = write_adapter(tmp_path / "adapter", config)
+    code, _, err = run("rebuild", base, adapter, "-o", tmp_path / "out", "--formula", "once")
+    assert (tmp_path / "out").exists() == (left_out is None)
+    if left_out:
+        assert code == 2 and f"{left_out}.lora_A.weight is of a layer that adapter_config.json leaves out" in err
+        assert "layers_to_transform, layers_pattern, or try PEFT's own merge" in err
+    else:
+        assert code == 0, err
+
+
+def test_all_linear_is_neither_of_embedding_nor_of_head(run: Run, base: Path, tmp_path: Path) -> None:
+    stem, words = "base_model.model.lm_head.lora_", tensors()["lm_head.weight"].shape[0]
+    more = {f"{stem}A.weight": weights(RANK, HIDDEN, 1, F32), f"{stem}B.weight": weights(words, RANK, 2, F32)}
+    for number, (named, code) in enumerate((("all-linear", 2), ("lm_head|.*proj", 0))):
+        adapter = write_adapter(tmp_path / f"adapter{number}", {"target_modules": named}, **more)
+        found, _, err = run("rebuild", base, adapter, "-o", tmp_path / f"out{number}")
+        assert found == code and ("lm_head.lora_A.weight is of a layer" in err) == (code == 2), err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_is_adapted_where_peft_adapts_it() -> None:
+    """Its own function over many configs: nested numbers, names that are the whole of one, models without a prefix."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    at = [
+        f"{top}.{i}.{leaf}"
+        for top in ("h", "model.layers", "model.h")
+        for i in (0, 1, 11)
+        for leaf in ("q_proj", "a.q")
+    ]
+    at += ["q_proj", "model.layers.0.experts.1.q_proj", "layers.1.layers.0.q_proj", "model.norm", "xq_proj", "h.q_proj"]
+    named = (["q_proj"], ["h.1.q_proj", "a.q"], ["model.layers.1.a.q"], [], r".*\.q_proj", "h.*")
+    narrow = ({}, {"exclude_modules": ["a.q"]}, {"exclude_modules": "h.*"}, {"modules_to_save": ["layers.1", "norm"]})
+    layers = (
+        {},
+        *({"layers_to_transform": n, "layers_pattern": p} for n in ([0], 1, []) for p in (None, "h", ["layers"])),
+    )
+    told = set()
+    for modules, some, these in itertools.product(named, narrow, layers):
+        if isinstance(modules, str) and these:
+            continue
+        config = {"target_modules": modules, **some, **these}
+        theirs = peft.LoraConfig(**config)
+        for module in at:
+            found = check_target_module_exists(theirs, module)
+            assert is_adapted(config, module) == bool(found), (config, module)
+            told.add(bool(found))
+    assert told == {True, False}
+
+
 @pytest.mark.parametrize("initial", ["gaussian", "Gaussian", "eva", "orthogonal", True, False, None])
 def test_where_training_began_is_of_no_account_if_the_base_stayed(
     run: Run, base: Path, tmp_path: Path, initial: object
@@ -132,11 +216,10 @@ def test_every_field_of_peft_s_own_config_is_known() -> None:
     """What a new one means has to be known before an adapter that sets it is merged."""
     peft = pytest.importorskip("peft")
     read = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
-    read |= {"target_parameters", "ensure_weight_tying"}
-    said_by_the_file = {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
+    read |= {"target_parameters", "ensure_weight_tying", *NARROWING}
     of_training = {"lora_dropout", "eva_config", "inference_mode", "runtime_config", "task_type", "qalora_group_size"}
     of_loading = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_config"}
-    known = read | said_by_the_file | of_training | of_loading | {"megatron_core"} | set(OTHERWISE)
+    known = read | of_training | of_loading | {"megatron_core"} | set(OTHERWISE)
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
@@ -177,6 +260,25 @@ def test_a_weight_in_eight_bits_is_refused(run: Run, tmp_path: Path, whole: bool
     code, _, err = run("rebuild", base, adapter, "-o", tmp_path / "out")
     assert code == 2 and f"{name} is stored as F8_E4M3" in err and "try the unquantised model" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form, advice", [
+    (["adapter_model.bin"], "adapter_model.bin is a pickle, expected adapter_model.safetensors; try it by PEFT"),
+    (
+        [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)],
+        "holds 2 shards as adapter_model-00001-of-00002.safetensors, expected one adapter_model.safetensors; try to",
+    ),
+])  # fmt: skip
+def test_factors_in_another_form_are_named(run: Run, base: Path, tmp_path: Path, form: list[str], advice: str) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    for name in form:
+        shutil.copy(adapter / "adapter_model.safetensors", adapter / name)
+    (adapter / "adapter_model.safetensors").unlink()
+    for words in (("rebuild", base, adapter), ("scan", f"{base}+{adapter}")):
+        code, _, err = run(*words, "-o", tmp_path / "out")
+        assert (
+            code == 2 and advice in " ".join(err.split()) and err.count("\n") == 1 and not (tmp_path / "out").exists()
+        )
 
 
 def test_records_of_the_base_are_not_those_of_the_merge(run: Run, base: Path, tmp_path: Path) -> None:

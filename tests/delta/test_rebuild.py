@@ -5,15 +5,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run, write_checkpoint_directory
 from helpers import snapshot, tensors_in
-from merges import BF16, F32
+from merges import BF16, F32, merged, update
 from models import llama_config, tensors, write_model
 from safetensors.torch import load_file, save_file
 
+import laser.differences.rebuild as rebuild
 from laser.checkpoint.quantised import dequantise, quantise
 from laser.checkpoint.safetensors import sha256_of
 from laser.differences.unmerge import REMAINDER, AdapterRecord, is_recorded
@@ -123,6 +125,64 @@ def test_the_record_counts_where_the_remainder_is_gone(run: Run, adapter: Path, 
     assert is_recorded(adapter)
     code, _, err = run("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out")
     assert code == 1 and f"{REMAINDER}: No such file" in err
+
+
+# --- the base laid out otherwise --------------------------------------------------------------------------------------
+
+
+def laid_out_otherwise(base: Path, kind: str) -> Path:
+    """The same weights elsewhere."""
+    found, out = tensors_in(base), base.with_name(f"base {kind}")
+    if kind == "pickle":
+        out.mkdir()
+        shutil.copy(base / "config.json", out)
+        torch.save(found, out / "pytorch_model.bin")
+        return out
+    config = json.loads((base / "config.json").read_text())
+    more = {"transformers_version": "9"} if kind == "config" else {}
+    return write_checkpoint_directory(out, found, config | more, 2 if kind == "config" else 3)
+
+
+def test_a_base_laid_out_otherwise_serves(run: Run, tmp_path: Path) -> None:
+    """Of whoever has the adapter and no fine-tune: nothing else could be followed."""
+
+    def change(name: str, W: torch.Tensor) -> torch.Tensor:
+        return merged(W, update(W, 3, 0.02)) if "q_proj" in name else W * 1.5 if "norm" in name else W
+
+    base, tuned = write_model(tmp_path / "base"), write_model(tmp_path / "tuned", change)
+    assert run("unmerge", base, tuned, "-o", tmp_path / "adapter", "--device", "cpu")[0] == 0
+    for kind in ("shards", "pickle", "config"):
+        out = tmp_path / f"out {kind}"
+        code, _, err = run("rebuild", laid_out_otherwise(base, kind), tmp_path / "adapter", "-o", out)
+        assert code == 0 and snapshot(out) == snapshot(tuned), err
+    # Other weights there are another base, whether all of them or the ones that the adapter changes.
+    some = write_model(tmp_path / "some", lambda name, W: W + 1 if "q_proj" in name else W, shards=3)
+    for other in (write_model(tmp_path / "other", shards=3, seed=9), some):
+        code, _, err = run("rebuild", other, tmp_path / "adapter", "-o", tmp_path / "no")
+        assert code == 1 and "the adapter was made from base" in err and not list(tmp_path.glob("no*"))
+
+
+def test_one_matrix_of_another_base_is_found_as_it_is_made(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """Not one of those that are tried first."""
+    other = write_model(tmp_path / "other", lambda name, W: W + 1 if "layers.1.mlp.up" in name else W, shards=3)
+    code, _, err = run("rebuild", other, adapter, "-o", tmp_path / "out")
+    assert code == 1 and "mlp.up_proj.weight cannot be rebuilt to the bit from other" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changes_meanwhile_is_refused(
+    run: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, write = tmp_path / "base" / "model-00001-of-00002.safetensors", rebuild.write_directory
+
+    def meanwhile(*given: Any, **how: Any) -> None:
+        shard.write_bytes(shard.read_bytes())
+        write(*given, **how)
+
+    # Between the check of the base and the first byte that is read of it.
+    monkeypatch.setattr(rebuild, "write_directory", meanwhile)
+    code, _, err = run("rebuild", tmp_path / "base", adapter, "-o", tmp_path / "out")
+    assert code == 1 and "changed" in err and not (tmp_path / "out").exists(), err
 
 
 # --- force ------------------------------------------------------------------------------------------------------------

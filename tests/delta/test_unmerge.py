@@ -213,6 +213,26 @@ def test_side_files_in_folders(run: Run, base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_rebuild_does_not_make_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+    tuned, words = write_model(tmp_path / "tuned"), ("unmerge", base, tmp_path / "tuned", "--device", "cpu", "-o")
+    code, out, _ = run(*words, tmp_path / "first")
+    assert code == 0 and "laser rebuild makes no" not in out
+    left = ["adapter_config.json", "adapter_model.safetensors", "checkpoint-5/optimizer.pt", "training_args.bin"]
+    for name in left:
+        (tuned / name).parent.mkdir(exist_ok=True)
+        (tuned / name).write_text("{}")
+    (tuned / "notes.txt").symlink_to(base / "config.json")
+    code, out, err = run(*words, tmp_path / "second")
+    assert (
+        code == 0 and f"laser rebuild makes no {left[0]}, {left[1]}, {left[2]}, notes.txt (a link) and 1 more:" in out
+    )
+    code, out, err = run(*words, tmp_path / "third", "--json")
+    assert sorted(json.loads(out)["left_out"]) == [*left[:3], "notes.txt (a link)", left[3]], err
+    assert run("rebuild", base, tmp_path / "second", "-o", tmp_path / "again")[0] == 0
+    gone = {*left, "notes.txt"}
+    assert snapshot(tmp_path / "again") == {n: data for n, data in snapshot(tuned).items() if n not in gone}
+
+
 def test_ids_of_the_hub_and_other_shards(run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the base, of the tuned one, or of both; each in shards of its own."""
     tuned = write_model(tmp_path / "tuned", lora(("q_proj",)), shards=5)

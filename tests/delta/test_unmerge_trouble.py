@@ -12,7 +12,7 @@ from helpers import killed_before_the_new_one, snapshot
 from hub_server import connect, serving
 from huggingface_hub import close_session
 from merges import BF16, F32, full, merged, update
-from models import HIDDEN, INNER, LAYERS, WORDS, mixtral, write_model
+from models import HIDDEN, INNER, LAYERS, WORDS, llama_config, mixtral, phi, tensors, write_model
 
 import laser.differences.unmerge as module
 from laser.checkpoint.reader import open_checkpoint
@@ -92,8 +92,8 @@ def test_experts_in_eight_bits(run: Run, tmp_path: Path) -> None:
 def test_experts_of_which_one_half_is_in_eight_bits(run: Run, tmp_path: Path) -> None:
     base, tuned = dict(mixtral()), dict(mixtral())
     third = W1.replace("w1", "w3")
-    for tensors in (base, tuned):
-        tensors[third] = tensors[third].to(torch.float8_e4m3fn)
+    for each in (base, tuned):
+        each[third] = each[third].to(torch.float8_e4m3fn)
     tuned[W1] = merged(tuned[W1], update(tuned[W1], 3, 0.02))
     found = undone(
         run,
@@ -113,6 +113,77 @@ def test_a_base_in_eight_bits_as_its_values(run: Run, tmp_path: Path, dtype: tor
         run, tmp_path / "base", write_checkpoint_directory(tmp_path / "tuned", plain, mixtral_config() | SIZES, 2)
     )
     assert {found[name] for name in plain if ".experts." in name} == {how}
+
+
+# --- other dtypes, and files beside the weights -----------------------------------------------------------------------
+
+ODD = {
+    "model.ids": torch.arange(5),
+    "model.mask": torch.tensor([True, False, True]),
+    "model.turn": torch.tensor([1 + 2j], dtype=torch.complex64),
+    "model.words": torch.tensor([1, 2**16 - 1], dtype=torch.uint16),
+    "model.none": torch.zeros(0, 3, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    "before", [{}, ODD, {name: torch.zeros_like(x) for name, x in ODD.items()}], ids=["new", "same", "moved"]
+)
+def test_numbers_that_are_no_weights(run: Run, tmp_path: Path, before: dict[str, torch.Tensor]) -> None:
+    """Integers, flags, complex ones: by their bytes, whether the base has them or not."""
+    base = write_checkpoint_directory(tmp_path / "base", tensors() | before, llama_config(), 2)
+    more = {name: adapted(name, W) for name, W in tensors().items()} | ODD
+    found = undone(run, base, write_checkpoint_directory(tmp_path / "tuned", more, llama_config(), 2))
+    same = {name for name in ODD if name in before and torch.equal(before[name], ODD[name])}
+    assert {name for name in ODD if found[name] == "same"} == same and found[Q0] == "adapter"
+    assert {found[name] for name in ODD.keys() - same} <= {"whole"}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_fused_matrix_in_float64(run: Run, tmp_path: Path, factor: float) -> None:
+    """What is cut into q, k and v, and of no format whose rounding is known."""
+    name, config = "model.layers.0.self_attn.qkv_proj.weight", llama_config(model_type="phi3")
+    W = phi()[name].double()
+    base = write_checkpoint_directory(tmp_path / "base", phi() | {name: W}, config, 2)
+    tuned = write_checkpoint_directory(tmp_path / "tuned", phi() | {name: W * factor}, config, 2)
+    found = {how for matrix, how in undone(run, base, tuned).items() if matrix.startswith(name.removesuffix(".weight"))}
+    assert found == {"same" if factor == 1.0 else "whole"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_link_that_transformers_opens_is_named_before_the_scan(
+    run: Run, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What is rebuilt without it would not load. A link to the index or to an adapter's config is of no account."""
+    for each in (name, "adapter_config.json", "model.safetensors.index.json"):
+        (tuned / each).touch()
+        shutil.move(tuned / each, tmp_path / f"there {each}")
+        (tuned / each).symlink_to(tmp_path / f"there {each}")
+    with monkeypatch.context() as patch:
+        # Nothing may be measured first.
+        patch.setattr("laser.cli.adapters.scan_into", stopped)
+        for more in ((), ("--dry-run",)):
+            code, _, err = run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU, *more)
+            assert code == 1 and f"{tuned / name} is a link to {tmp_path}/there {name}, and what a link" in err
+            assert not list(tmp_path.glob("a*"))
+    shutil.copy(tmp_path / f"there {name}", tuned / f"{name}.new")
+    (tuned / f"{name}.new").replace(tuned / name)
+    code, out, err = run("unmerge", base, tuned, "-o", tmp_path / "a", *CPU)
+    assert code == 0 and "laser rebuild makes no adapter_config.json (a link)" in " ".join(out.split()), err
+    assert run("rebuild", base, tmp_path / "a", "-o", tmp_path / "again")[0] == 0
+    assert snapshot(tmp_path / "again").items() <= snapshot(tuned).items()
+
+
+def test_force_says_what_unmerge_did_not_write(run: Run, base: Path, tmp_path: Path) -> None:
+    words = ("unmerge", base, base, "-o", tmp_path / "a", *CPU, "--force")
+    assert run(*words)[0] == 0
+    (tmp_path / "a" / "README.md").write_text("mine")
+    code, _, err = run(*words)
+    assert code == 1 and "a holds README.md, which laser unmerge did not write, and --force replaces nothing" in err
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    code, _, err = run(*words)
+    assert code == 1 and "a is no adapter of laser unmerge, and --force replaces nothing else; try another -o" in err
 
 
 # --- interrupted and forced -------------------------------------------------------------------------------------------
