@@ -37,6 +37,7 @@ from laser.differences.unmerge import (
     delta_in,
     is_recorded,
     is_resized,
+    memory_of_base,
     of_another_unmerge,
     require_adapter_place,
     require_base,
@@ -133,7 +134,10 @@ def unmerge_verb(
         f"{whole / 1e6:.1f} MB of {second.name} are {first.name} and {size[MODEL] / 1e6:.2f} MB of adapter, "
         f"{size[REMAINDER] / 1e6:.2f} MB of remainder; written to {output} in {seconds:.1f} s"
     )
-    say(in_vllm(output))
+    if memory_of_base(compared) is None:
+        say(f"whether PEFT finds the modules was not checked: transformers builds no model of {first.name}/config.json")
+    if told := in_vllm(output):
+        say(told)
 
 
 def _print_entries(record: AdapterRecord) -> None:

@@ -275,22 +275,28 @@ class _Reading:
         Raises UsageError for another one: PEFT then unties the two, and the base has one tensor for both.
         """
         twins = self.memory.tied.get(target, ()) if self.memory else ()
-        for twin in twins:
-            saved = PEFT + twin
-            if self.config.get("ensure_weight_tying") and saved in self.tensors:
-                return torch.equal(tensor_of(self.path, saved), tensor_of(self.path, name)) or self.untied(name, twin)
-        return bool(twins) and self.untied(name, twins[0])
+        saved = [PEFT + twin for twin in twins if PEFT + twin in self.tensors]
+        if saved and self.config.get("ensure_weight_tying"):
+            of_both = (tensor_of(self.path, each) for each in (saved[0], name))
+            return torch.equal(*of_both) or self.require_apart(target, name)
+        return self.require_apart(target, name)
 
-    def untied(self, name: str, twin: str) -> bool:
+    def require_apart(self, target: str, name: str) -> bool:
+        """Raises UsageError for a weight that the base has only as another's."""
+        twins = self.memory.tied.get(target, ()) if self.memory else ()
+        if not twins:
+            return False
+        twin = twins[0]
         raise UsageError(
-            f"{self.path}: {name} is of what {self.base.name} ties to {twin}, and stores once; try PEFT's own merge"
+            f"{self.path}: {name} changes a weight that {self.base.name} ties to {twin} and stores once; try PEFT's "
+            "own merge"
         )
 
     def factors(self, name: str, other: str, stem: str, what: str) -> None:
         weight = self.stems.get(stem) or stem.removeprefix(PEFT)
         found = self.adapted.get(weight) or self.of_its_own(weight)
-        if not found and self.memory and (twins := self.memory.tied.get(f"{weight}.weight")):
-            self.untied(name, twins[0])
+        if not found:
+            self.require_apart(f"{weight}.weight", name)
         group = found[0][1].group if found else ""
         if not found or (what == "embedding_A") != (group == "embedding"):
             raise CheckpointError(
