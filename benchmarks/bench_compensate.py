@@ -7,9 +7,9 @@
 Copies are made by GPTQ (arXiv 2210.17323) with the moments of laser's own calibration, each group of a row between its
 extremes, and by bitsandbytes nf4; --copies takes others. Of every copy: alone, with adapters of these ranks, with rank
 8's bytes spent over the whole model, and with the plain SVD of rank 8. What a byte buys is the squares that it takes
-away: relative to each output's own, plain (error), or times the mean square gradient at the outputs (gradient). Losses
-are nats per token against the original's, paired over the windows. The first of the groups is corrected; the others,
-and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
+away: relative to each output's own, plain (error), or by the gradients at the outputs (gradient), as --bits does.
+Losses are nats per token against the original's, paired over the windows. The first of the groups is corrected; the
+others, and one bit more, are what the bytes could buy instead. --shapes: seconds and memory of a single matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,12 +34,11 @@ from laser.calibration import calibrate
 from laser.checkpoint.reader import Checkpoint, open_checkpoint
 from laser.compensate.adapted import with_adapter
 from laser.compensate.budget import BEYOND
-from laser.compensate.compensate import Line, Request, Solve, choose_ranks
+from laser.compensate.compensate import Line, Request, Solve, Worth, choose_ranks, worth_by_gradients
 from laser.compensate.peft import slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices, find_places
 from laser.compensate.rescaled import Rescaled
 from laser.engine.workers import choose_crew, visit_all
-from laser.evaluation.evaluate import load_whole
 from laser.evaluation.perplexity import paired_difference
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.text import Windows, cut_windows, load_tokenizer, read_text
@@ -150,40 +148,6 @@ def row(*cells: Any) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-# What an output error of 1, relative to the outputs of a place, is worth in a budget.
-Value = Callable[[Line, ParameterPlace], float]
-
-
-def squares(line: Line, place: ParameterPlace) -> float:
-    """E||W x||^2: errors in absolute squares."""
-    return line["outputs"] * place.shape[0]
-
-
-def gradients_at_outputs(original: Checkpoint, windows: Windows) -> dict[str, float]:
-    """The mean square of d loss / d output over the tokens and outputs of each linear layer, from a backward pass.
-
-    The loss is summed over tokens, each output's gradient is that of one token. By the name of the layer's weight.
-    """
-    model, found = load_whole(original, "float32"), defaultdict[str, float](float)
-    model.requires_grad_(False)
-    model.get_input_embeddings().requires_grad_(True)
-
-    def listen(name: str, module: torch.nn.Module) -> None:
-        def add(_: Any, __: Any, gradients: Any) -> None:
-            found[f"{name}.weight"] += float(gradients[0].double().square().mean()) / len(windows.windows)
-
-        module.register_full_backward_hook(add)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            listen(name, module)
-    for window in windows.windows:
-        tokens = torch.as_tensor(window.tokens).long()
-        torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").backward()
-        model.zero_grad(set_to_none=True)
-    return found
-
-
 @dataclass(frozen=True)
 class Solved:
     """Every correction of a copy, up to the highest rank that a row of the table needs: each row cuts them."""
@@ -210,14 +174,20 @@ class Solved:
         with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
             return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)
 
-    def adapted(self, asked: Request, value: Value = lambda *_: 1.0) -> tuple[Checkpoint, float]:
-        """The copy with an adapter, and its bits per weight. value: of an output error of 1, for a budget."""
+    def worth(self, by: str, moments: Moments) -> Worth | None:
+        """What a budget goes by."""
+        lines = {name: line for name, (line, _) in self.found.items()}
+        if by == "gradient":
+            return worth_by_gradients(lines, moments)
+        return (lambda place: lines[place.name]["outputs"] * place.shape[0]) if by == "error" else None
+
+    def adapted(self, asked: Request, worth: Worth | None = None) -> tuple[Checkpoint, float]:
+        """The copy with an adapter, and its bits per weight. worth: as `choose_ranks` has it."""
         lines: dict[str, Line] = {}
-        for place in self.places.places:
-            line = self.found[place.name][0]
+        for name, (line, _) in self.found.items():
             kept = line["predicted"][: asked.rank + 1] if asked.rank else line["predicted"]
-            lines[place.name] = {**line, "predicted": tuple(value(line, place) * error for error in kept)}
-        slots = slots_of(self.places.places, choose_ranks(self.places.places, lines, asked))
+            lines[name] = {**line, "predicted": kept}
+        slots = slots_of(self.places.places, choose_ranks(self.places.places, lines, asked, worth))
 
         def factors(place: ParameterPlace, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
             correction = self.found[place.name][1]
@@ -248,8 +218,8 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
         return cut_windows(text, tokenizer, length=arguments.window, limit=count)
 
     seen = cut(arguments.calibrate, arguments.calibration_windows)
-    moments = calibrate(original, seen, folder / "moments.safetensors", device=device, wide="diagonal")
-    gradients = gradients_at_outputs(original, seen) if "gradient" in arguments.budgets else {}
+    felt = "gradient" in arguments.budgets
+    moments = calibrate(original, seen, folder / "moments", device=device, wide="diagonal", gradients=felt)
     cuts = [cut(path, arguments.windows) for path in arguments.texts.split(",")]
     texts = Texts(original, cuts, arguments.dtype, device)
     lengths = ", ".join(str(len(text.windows)) for text in cuts)
@@ -259,12 +229,6 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
     chosen = set(moments.sites)
     groups, ranks = [int(g) for g in arguments.groups.split(",")], [int(r) for r in arguments.ranks.split(",")]
     same = 8 if 8 in ranks else ranks[-1]  # whose bytes a budget gets
-
-    values: dict[str, Value] = {
-        "relative": lambda *_: 1.0,
-        "error": squares,
-        "gradient": lambda line, place: squares(line, place) * gradients[place.parameter],
-    }
 
     def one(name: str, copy: Checkpoint, bits: float, correct: bool = True) -> int:
         row(name, f"{bits:.2f}", "nothing", "0", *texts.lost(copy))
@@ -277,7 +241,7 @@ def table(arguments: argparse.Namespace, folder: Path) -> int:
             budget = extra if rank == same else budget
             row(name, f"{bits:.2f}", f"rank {rank}", f"{extra:.3f}", *texts.lost(adapted))
         for by in arguments.budgets.split(","):
-            adapted, extra = solved.adapted(Request(bits=budget), values[by])
+            adapted, extra = solved.adapted(Request(bits=budget), solved.worth(by, moments))
             row(name, f"{bits:.2f}", f"rank {same}'s bits by {by}", f"{extra:.3f}", *texts.lost(adapted))
         adapted, extra = Solved.of(original, copy, None, same, device, folder).adapted(Request(rank=same))
         row(name, f"{bits:.2f}", f"plain SVD, rank {same}", f"{extra:.3f}", *texts.lost(adapted))

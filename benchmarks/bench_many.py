@@ -6,7 +6,7 @@
 
 The models have DeepSeek-V3's names, N bf16 matrices of 64 x 64 in four shards, noise with three planted spikes each.
 Their fine-tunes are adapters of rank 4, merged into attention alone, and into every matrix. push goes to a Hub on the
-loopback, in this process.
+loopback.
 Every verb is a process of its own, measured as the system accounts for it when it has ended: CPU seconds, wall time,
 and the peak of its resident memory. Start-up is what the same verb takes of a model of some two dozen matrices. Printed
 for each verb and count:
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import struct
@@ -32,6 +33,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -293,8 +295,23 @@ def hub_of(verb: str) -> Iterator[dict[str, str]]:
     if verb != "push":
         yield {}
         return
+    # In a process of its own: what it is sent stays in memory, and a child's peak begins with its parent's size.
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve_hub, args=(there,))
+    server.start()
+    try:
+        yield {"HF_ENDPOINT": here.recv(), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    finally:
+        here.send("that is all")
+        server.join()
+
+
+def serve_hub(other_end: Connection) -> None:
+    """Until something is sent, a Hub whose address is told first."""
     with serving() as hub:
-        yield {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        other_end.send(hub.url)
+        other_end.recv()
 
 
 def size_of(work: Path) -> int:

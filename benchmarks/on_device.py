@@ -182,7 +182,7 @@ def facts(name: str, tiny: bool) -> None:
             print(f"p = {p}, {workers} workers: {_together(squares, workers, double):.2f} ms a matrix")
     m, n = (96, 64) if tiny else (14336, 4096)
     W = drawn(m, n)
-    locked = staged(W, device)
+    locked = staged(W, where)
     for label, x in (("pageable", W), ("page-locked" if locked is not W else "not locked", locked)):
         taken = milliseconds(lambda x=x: sent(x, where), device)
         print(f"copied from {label} memory: {W.nbytes / taken / 1e6:.1f} GB/s")

@@ -25,6 +25,7 @@ from laser.differences.opened import opened_model
 from laser.errors import CheckpointError, NumericalError, UsageError, not_finite
 from laser.evaluation.activations import Activations
 from laser.evaluation.evaluate import check_vocabulary
+from laser.evaluation.gradients import gradients_at_outputs
 from laser.evaluation.streaming import LayeredModel
 from laser.evaluation.taps import SharedInput, Tap, run_one_expert_at_a_time
 from laser.evaluation.text import Text, Windows, windows_named
@@ -36,7 +37,7 @@ from laser.spectral.devices import full_precision
 # Inputs of at most this width get their whole moment: 128 MiB in float64. Wider ones (w2 of Mixtral: 14336) are known
 # by the moment of their outputs.
 FULL_SIDE = 4096
-TOGETHER = 4 << 20  # numbers of moments that one file takes: 16 to 32 MiB of a layer that is not finished
+NUMBERS_IN_A_FILE = 4 << 20  # numbers of moments that one file takes: 16 to 32 MiB of a layer that is not finished
 GATHERED_ROWS = 1024  # inputs that are gathered before they are multiplied: thin products would wait for memory
 
 
@@ -109,6 +110,7 @@ def calibrate(
     full_side: int = FULL_SIDE,
     wide: str = "outputs",
     few: bool = False,
+    gradients: bool = False,
     anew: bool = False,
     tick: Callable[[int], None] = lambda _: None,
     expect: Callable[[int], None] = lambda _: None,
@@ -121,6 +123,7 @@ def calibrate(
     full_side: see FULL_SIDE.
     wide: what is kept of inputs wider than that. It is the moment of their "outputs", or their "diagonal".
     few: also for a text with fewer tokens than dimensions; whoever uses the moments has to shrink them.
+    gradients: keep also the mean square gradient at each matrix's outputs, by one pass back over the text.
     `anew` drops the partial work of another
     calibration. A calibration that was killed when all but tidying up was done is found whole.
     `tick` is called with each layer, and before them `expect` with how many these will be.
@@ -145,13 +148,20 @@ def calibrate(
     lenient = shrink or diagonal or few
     _check_length(chosen, tokens, windows, lenient)
     named = {m.name: m for m in chosen}
-    first = min(layers[m.name] or 0 for m in chosen)
+    by_layer: dict[int, list[Matrix]] = {}
+    for matrix in chosen:
+        by_layer.setdefault(layers[matrix.name] or 0, []).append(matrix)
+    first = min(by_layer)
     source = Source.of(checkpoint)
     run = {
         **source.stated(),
         "windows": windows.sha256,
         "selection": selection.describe(),
-        "options": [diagonal, shrink, dtype, full_side, *([wide] if wide != "outputs" else [])],
+        "options": [
+            *(diagonal, shrink, dtype, full_side),
+            *([wide] if wide != "outputs" else []),
+            *(["gradients"] if gradients else []),
+        ],
         "version": MomentsHeader.version,  # of what lies there
     }
     partial = unfinished(path)
@@ -162,15 +172,15 @@ def calibrate(
         return made
     run_one_expert_at_a_time(model)
     states = model.embed(windows.windows)
-    todo = {layers[m.name] or 0 for m in chosen} - parts.layers
+    todo = by_layer.keys() - parts.layers
     layer = 0
     if parts.boundary and not any(left < parts.boundary for left in todo):
         layer = parts.load_states(states)
-    expect(max((left + 1 - layer for left in todo), default=0))
+    end = model.layers if parts.walked_back is None else parts.walked_back  # of what gradients are still asked for
+    expect(max((left + 1 - layer for left in todo), default=0) + gradients * (2 * end - first) * (end > first))
     while any(layer <= left for left in todo):
         if layer in todo:
-            here = [m for m in chosen if layers[m.name] == layer]
-            sites = _run_layer(model, layer, here, states, diagonal, full_side, wide)
+            sites = _run_layer(model, layer, by_layer[layer], states, diagonal, full_side, wide)
             if layer == first and not lenient:
                 _check_experts(sites, named, windows)
             # Before anything is kept that was made of it. Bytes are looked at in the end: at each layer all 45,000
@@ -178,7 +188,7 @@ def calibrate(
             require_unchanged(checkpoint, stamps_only=True)
             batches = _batches(sites)
             for number, batch in enumerate(batches):
-                parts.save_sites(layer, *_finished(batch, layer, checkpoint, named), number, len(batches))
+                parts.save_sites(layer, *_finished_sites(batch, layer, checkpoint, named), number, len(batches))
         else:
             model.run_layer(layer, states)
         tick_of, layer = layer, layer + 1
@@ -187,6 +197,13 @@ def calibrate(
         elif not any(layer <= left < parts.boundary for left in todo):  # what was lost is there again
             layer = parts.load_states(states)
         tick(tick_of)
+    model.store.free(states)
+    if gradients:
+        upstream = model.room_for(windows.windows)
+        begun = parts.load_gradients(upstream)
+        for layer, squares in gradients_at_outputs(model, windows.windows, by_layer, upstream, begun, tick):
+            require_unchanged(checkpoint)
+            parts.save_gradients(layer, upstream, squares)
     try:
         require_unchanged(checkpoint)
     except CheckpointError:
@@ -202,18 +219,18 @@ def calibrate(
 
 def _batches(sites: list[Accumulator]) -> list[list[Accumulator]]:
     """What goes to one file of `sites`, which is emptied: one that is large, or hundreds of a layer's small experts."""
-    batches, size = list[list[Accumulator]](), TOGETHER
+    batches, size = list[list[Accumulator]](), NUMBERS_IN_A_FILE
     while sites:
         site = sites.pop(0)
         size += site.size
-        if size > TOGETHER:
+        if size > NUMBERS_IN_A_FILE:
             batches.append([])
             size = site.size
         batches[-1].append(site)
     return batches
 
 
-def _finished(
+def _finished_sites(
     batch: list[Accumulator], layer: int, checkpoint: Checkpoint, named: Mapping[str, Matrix]
 ) -> tuple[list[Site], dict[str, torch.Tensor]]:
     """The sites of a batch and their tensors; `batch` is emptied, so that a layer's moments are in memory once."""

@@ -1,5 +1,8 @@
 """What an unfinished calibration keeps in OUTPUT.partial/: files of sites, and the states before the next layer.
 
+Where gradients are asked for, also those at the outputs of the layers that were walked back, and at the states that
+enter the last of these.
+
 Every file carries a checksum of all that is in it, and says which calibration it belongs to. One that is not as it was
 written, or belongs to another, is as good as missing: its layer is run again, and no other.
 """
@@ -12,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,12 @@ from laser.errors import CheckpointError, DoubtWarning, OutputError, RecordError
 from laser.evaluation.activations import Activations
 from laser.files import PASSING, disk_errors, require_regular, write_atomically
 from laser.moments import Calibration, MomentsHeader, Site
-from laser.records import decode, differences, fingerprint_in, has_shape, parse_record
+from laser.records import decode, differences, fingerprint_in, has_shape, parse_record, plain
 
-STATES = "states.safetensors"
+STATES, GRADIENTS = "states.safetensors", "gradients.safetensors"
 OF_SITES = {"sites": tuple[Site, ...], "layer": int, "number": int, "of": int}  # beside the run
 
-_OWN = re.compile(r"(layer-\d{5}-\d{5}|states)\.safetensors")  # what lies in a partial directory
+_OWN = re.compile(r"(layer-\d{5}-\d{5}|states|gradients)\.safetensors")  # what lies in a partial directory
 
 
 def _is_foreign(path: Path) -> bool:
@@ -45,7 +48,8 @@ def _is_foreign(path: Path) -> bool:
         header = json.loads(read_header(path).header[8:])
     except CheckpointError:
         return False  # damaged: whose it was is not to be seen
-    return not {"run", "check", "sites", "number", "of", "boundary"} & header.get("__metadata__", {}).keys()
+    known = {"run", "check", "sites", "number", "of", "boundary", "squares"}
+    return not known & header.get("__metadata__", {}).keys()
 
 
 class Parts:
@@ -63,7 +67,11 @@ class Parts:
             partial.mkdir(parents=True, exist_ok=True)
             if foreign := sorted(p.name for p in partial.iterdir() if _is_foreign(p)):
                 raise OutputError(f"{partial} holds {foreign[0]}, which laser did not write; move it away")
-        stated = {file: found for file in (partial / STATES, *self._files()) if (found := self._header_of(file))}
+        stated = {
+            file: found
+            for file in (partial / STATES, partial / GRADIENTS, *self._files())
+            if (found := self._header_of(file))
+        }
         others = [found for found in stated.values() if differences(found["run"], run)]
         own = {file: found for file, found in stated.items() if found not in others}
         if others and not anew:
@@ -72,12 +80,16 @@ class Parts:
                 f"{partial} belongs to another calibration, begun with {models[0]}, found {models[1]}: "
                 f"{', '.join(differences(others[0]['run'], run))} differ"
             )
-            if "boundary" in others[0] or len({found["layer"] for found in others}) > 1:
+            if any("boundary" in found for found in others) or len({found["layer"] for found in others}) > 1:
                 raise RecordError(f"{why}; repeat its command, or try --force")
             warnings.warn(f"{why}; it got no further than its first layer, and begins anew", DoubtWarning, stacklevel=3)
         self.others = bool(others)  # whether it held work of another calibration
         # The layer that the states there enter.
         self.boundary: int = own.pop(partial / STATES, {"boundary": 0})["boundary"]
+        # By matrix, the gradients at the outputs of all layers from `walked_back` on; None before any was.
+        back = own.pop(partial / GRADIENTS, None)
+        self.walked_back: int | None = None if back is None else back["boundary"]
+        self.squares: dict[str, float] = {} if back is None else back["squares"]
         self.layers = self._whole_layers(own)
 
     def drop(self) -> None:
@@ -114,8 +126,9 @@ class Parts:
                 if check != _part_sum(stated, {name: file.get_tensor(name) for name in file.keys()}):
                     return None
             known = {key: parse_record(stated[key]) for key in stated}
-            of_sites = path.name != STATES
+            of_sites = path.name not in (STATES, GRADIENTS)
             shape = {"run": dict} | (OF_SITES if of_sites else {"boundary": int})
+            shape |= {"squares": dict[str, float]} if path.name == GRADIENTS else {}
             if not has_shape(known, shape) or known.get("boundary", 0) < 0:
                 return None
             return known
@@ -132,7 +145,7 @@ class Parts:
         self, layer: int, sites: Sequence[Site], tensors: dict[str, torch.Tensor], number: int, of: int
     ) -> None:
         """These sites of a layer, as file `number` of its `of`."""
-        stated = {"sites": json.dumps([asdict(site) for site in sites])}
+        stated = {"sites": json.dumps([plain(site) for site in sites])}
         stated |= {"layer": str(layer), "number": str(number), "of": str(of)}
         self._write(self._file(layer, number), stated, tensors)
 
@@ -143,24 +156,37 @@ class Parts:
 
     def load_states(self, states: Activations) -> int:
         """Fills `states` with what enters the layer that it returns."""
+        self._load(STATES, states)
+        return self.boundary
+
+    def save_gradients(self, layer: int, upstream: Activations, squares: Mapping[str, float]) -> None:
+        """Of a layer that was walked back: at the states that enter it, and at its matrices' outputs."""
+        self.walked_back, self.squares = layer, {**self.squares, **squares}
+        stated = {"boundary": str(layer), "squares": json.dumps(self.squares)}
+        self._write(self.partial / GRADIENTS, stated, {"states": upstream.hidden})
+
+    def load_gradients(self, upstream: Activations) -> int | None:
+        """Fills `upstream` with what is at the states that enter the layer that it returns; None before any."""
+        if self.walked_back is not None:
+            self._load(GRADIENTS, upstream)
+        return self.walked_back
+
+    def _load(self, name: str, states: Activations) -> None:
         try:
-            with safe_open(self.partial / STATES, framework="pt") as file:
+            with safe_open(self.partial / name, framework="pt") as file:
                 there = file.get_tensor("states")
         except (SafetensorError, OSError) as error:
             message = first_line(error)
-            raise RecordError(
-                f"{self.partial / STATES} cannot be read ({message}); start afresh with --force"
-            ) from error
+            raise RecordError(f"{self.partial / name} cannot be read ({message}); start afresh with --force") from error
         if there.shape != states.hidden.shape or there.dtype != states.hidden.dtype:
             raise RecordError(
-                f"{self.partial / STATES} holds {there.dtype} of shape {list(there.shape)}, expected "
+                f"{self.partial / name} holds {there.dtype} of shape {list(there.shape)}, expected "
                 f"{states.hidden.dtype} of {list(states.hidden.shape)}; start afresh with --force"
             )
         states.hidden.copy_(there)
-        return self.boundary
 
     def join(self, path: Path, source: Source, whole: dict[str, Any]) -> None:
-        """The sites' files as one at `path`, with the record that tells of them."""
+        """The sites' files as one at `path`, with the record that tells of them, and of gradients if there are any."""
         digest, sites, hashes = hashlib.sha256(), list[Site](), dict[str, str]()
         for file in self._files():
             with safe_open(file, framework="pt") as opened:
@@ -168,10 +194,12 @@ class Parts:
                 found = decode(OF_SITES["sites"], stated, str(file), "start afresh with --force")
                 here = {name: tensor_sha256(opened.get_tensor(name)) for name in opened.keys()}
             for site in found:
+                if self.walked_back is not None:  # what met no token has none
+                    site = replace(site, gradients=tuple(self.squares.get(name, 0.0) for name in site.matrices))
                 its = sorted((name, here[name]) for name in here.keys() & set(site.arrays))
-                digest.update(json.dumps([asdict(site), its]).encode())
-            sites += found
-            hashes |= here
+                digest.update(json.dumps([plain(site), its]).encode())
+                hashes |= its
+                sites.append(site)
         digest.update(json.dumps([source.identity, source.weights.stated(), whole]).encode())
         header = MomentsHeader(
             source, Calibration(identity=digest.hexdigest(), **whole), self.run, tuple(sites), hashes

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+# Of the matrices that are measured, in any family, and of three that are kept unless asked for.
+ROLES = ("q", "k", "v", "o", "w1", "w2", "w3", "gate", "down", "up", "q_a", "q_b", "kv_a", "kv_b")
+ROLES += ("x", "z", "out", "b", "c", "linear", "router", "embedding", "head")
 ROUNDS = 300  # steps of the solver behind `laser unmerge`, per matrix and rank, at the most
 # What a search tries of the differences from a base, mildest first.
 OF_DIFFERENCES = ("rounding", "scale:0.75", "scale:0.5", "scale:0.25")

@@ -84,7 +84,8 @@ def run_flow(
             place, checkpoint, selection, choose, crew, method, null_draws, moments, base, treatment, rules, on_scan,
             on_reduce, on_check,
         )  # fmt: skip
-        write_card(place, checkpoint, name=name, commands=(command,) if command else ())
+        compared = None if base is None else base.checkpoint
+        write_card(place, checkpoint, name=name, base=compared, commands=(command,) if command else ())
     return made
 
 

@@ -21,7 +21,7 @@ from laser.checkpoint.safetensors import Shard, read_header, tensor_in
 from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, RecordError, UsageError
-from laser.records import differences, named, under
+from laser.records import SPARSE, differences, named, under
 from laser.spectral.data_metric import SITES_KEPT, ByData
 from laser.spectral.metric import PLAIN, UNKNOWN_DATA, Metric
 from laser.spectral.recent import Recent
@@ -60,6 +60,7 @@ class Site:
 
     matrices: the tensors that are multiplied with them
     weights: fingerprints of those
+    gradients: the mean square gradient at the outputs of each, see `gradients_at_outputs`; () where none were asked for
     """
 
     key: str
@@ -69,6 +70,7 @@ class Site:
     fourth: float
     matrices: tuple[str, ...]
     weights: tuple[str, ...]
+    gradients: tuple[float, ...] = field(default=(), metadata=SPARSE)
 
     @property
     def arrays(self) -> tuple[str, str]:
@@ -80,6 +82,8 @@ class Site:
         if self.form not in FORMS or not len(set(self.matrices)) == count == len(self.weights) or not count:
             message = f"form {named(self.form)}, {count} matrices and {len(self.weights)} fingerprints"
             return f"found {message}, expected one of {', '.join(FORMS)}, and one each"
+        if self.gradients and (len(self.gradients) != count or min(self.gradients) < 0):
+            return f"gradients {list(self.gradients)}, expected {count} of 0 or more, or none"
         return under(self, 0, "layer", "tokens", "fourth")
 
 
@@ -96,7 +100,11 @@ class MomentsHeader(ArrayRecord, kind="moments", version=5, made_by="laser calib
     def wrong(self) -> str | None:
         seen: set[str] = set()
         twice = next((n for site in self.sites for n in site.matrices if n in seen or seen.add(n)), None)
-        return None if twice is None else f"{twice} is of two sites"
+        if twice is not None:
+            return f"{twice} is of two sites"
+        if len({bool(site.gradients) for site in self.sites}) > 1:
+            return "some sites have gradients and some have none"
+        return None
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,16 @@ class Moments:
     def tokens(self, name: str) -> int:
         """How many inputs the matrix has seen; 0 for one that was not calibrated."""
         return self.sites[name].tokens if name in self.sites else 0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the calibration kept the gradients at outputs as well."""
+        return any(site.gradients for site in self.sites.values())
+
+    def gradient(self, name: str) -> float:
+        """The mean square gradient at the outputs of a matrix that was calibrated with gradients."""
+        site = self.sites[name]
+        return site.gradients[site.matrices.index(name)]
 
     def metric(self, name: str, W: torch.Tensor) -> ByData:
         """The metric of the matrix W (m, n). Raises UsageError for one that was not calibrated or saw no token,

@@ -1,8 +1,9 @@
-"""A record as a notebook shows it: one line, a small table with a sparkline, a DataFrame."""
+"""A record as a notebook shows it: one line, a small table with a sparkline, a DataFrame, a picture."""
 
 from __future__ import annotations
 
 import html
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from laser.errors import UsageError
 from laser.escape import shown_value, visible
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 GLANCE_ROWS = 12  # of the small table
@@ -48,6 +50,12 @@ class Shown:
         except ImportError as error:
             raise UsageError("a DataFrame needs pandas; try pip install pandas") from error
         return DataFrame([dict(row) for row in self.frame_rows()])
+
+
+def drawn(function: str, *given: Any, **options: Any) -> Axes:
+    """What a function of `laser.report.plots` draws of a record. It is found by its name when a picture is asked for:
+    that room stands above every record and imports them all."""
+    return getattr(importlib.import_module("laser.report.plots"), function)(*given, **options)
 
 
 def _html_text(value: object) -> str:

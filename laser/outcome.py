@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from laser.checkpoint.at_rest import wrong_names
 from laser.checkpoint.reader import OUTCOME
 from laser.errors import RecordError
-from laser.notebook import FrameRows, Shown
+from laser.notebook import FrameRows, Shown, drawn
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind, Why
 from laser.records import Misfit, Record, decode, fields_of, under
 from laser.spectral.certificate import Truncation
 from laser.spectral.rules import signal_to_noise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CLOSE = 1e-4  # of a planned figure: a scan in float32 is nearer, and one rank of 4096 is further
 NOT_NEGATIVE = ("rank", "full_rank", "snr", "over_threshold", "energy_kept", "residual", "tolerance", "orthogonality")
@@ -80,6 +83,10 @@ class Outcome(
         keys = ("rank", "full_rank", "energy_kept", "residual")
         rows = [{"matrix": name} | {key: entry[key] for key in keys} for name, entry in self.matrices.items()]
         return rows, [entry["energy_kept"] for entry in self.matrices.values()]
+
+    def plot(self, *, experts: bool = True, ax: Axes | None = None) -> Axes:
+        """Draw how much of the energy of each matrix is left, as measured, layer by role; on `ax` if there is one."""
+        return drawn("plot_outcome", self, experts=experts, ax=ax)
 
     @classmethod
     def load(cls, path: str | Path, *, as_written: bool = True) -> Outcome:

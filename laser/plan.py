@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.matrices import Matrix, list_matrices, place_of
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.source import Source
 from laser.differences.base import Base, Pair
@@ -25,7 +25,7 @@ from laser.differences.formats import STORED_FLOATS
 from laser.differences.overview import is_base
 from laser.errors import CrowdWarning, RecordError, UsageError
 from laser.moments import NO_MOMENTS, Calibration, Moments
-from laser.notebook import FrameRows, Shown
+from laser.notebook import FrameRows, Shown, drawn
 from laser.reasons import Kind, Why, earlier_reason, earlier_unseen
 from laser.records import LATER, SPARSE, Misfit, Record, has_shape, plain, shown, under, words
 from laser.selection import Selection
@@ -44,6 +44,9 @@ from laser.spectral.rules import (
 )
 from laser.spectral.shrinkage import SHRINKERS, Gains, check_shrinker
 from laser.spectral.spectrum import HEAVY, at_threshold, edge_shift, precision_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Of these there is no difference, or none that could be scaled.
 UNSCALED = (Verdict.SAME, Verdict.CAST, Verdict.NOT_FINITE, Verdict.SHAPE, Verdict.MISSING, Verdict.ADDED)
@@ -136,6 +139,10 @@ class PlanLine:
         return None
 
     @property
+    def place(self) -> int | str | None:
+        return place_of(self.layer, self.stack)
+
+    @property
     def gains(self) -> Gains:
         """What reduce does to each singular value."""
         return Gains((self.rank or 0) - self.below, self.below, self.shrink, self.noise)
@@ -219,6 +226,10 @@ class Plan(
             for x in self.reductions.values()
         ]
         return rows, [(x.rank or 0) / (x.full_rank or 1) for x in self.reductions.values()]
+
+    def plot(self, *, experts: bool = True, ax: Axes | None = None) -> Axes:
+        """Draw which share of its singular values each matrix keeps, layer by role, on `ax` if there is one."""
+        return drawn("plot_plan", self, experts=experts, ax=ax)
 
     def stated(self) -> dict[str, Any]:
         return super().stated() | {"coverage": self.coverage, "digest": self.digest}
@@ -404,6 +415,9 @@ def make_plan(
     spectra = in_metric_of(rule, spectra, fewest_tokens)
     selection = selection or Selection()
     selection.check(spectra.matrices)
+    if (entry := selection.never_scanned(spectra.matrices, spectra.skipped)) is not None:
+        what = "role" if entry in selection.roles else "layer"
+        raise UsageError(f"{what} {entry} was not in the scan of these spectra; scan again with it, or leave it out")
     scale = scale_in(rule)
     if scale is not None and lowest_snr is not None:
         raise UsageError("a scale cuts nothing, so no matrix has an SNR; try it without --lowest-snr")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from laser.checkpoint.matrices import ALIASES, KEPT_STACKS, PROTECTED, Matrix
 from laser.errors import UsageError
@@ -74,6 +74,20 @@ class Selection:
             return Why(Kind.NOT_SELECTED, "not included by the expression")
         if self.exclude is not None and re.search(self.exclude, matrix.name):
             return Why(Kind.NOT_SELECTED, "excluded by the expression")
+        return None
+
+    def left_out(self, matrices: Sequence[Matrix], skipped: Mapping[str, Why]) -> list[str]:
+        """The matrices that are selected here and were not in the scan, by the reasons that it gave."""
+        asked = [m.name for m in matrices if self.why_not(m) is None and m.name in skipped]
+        return [name for name in asked if skipped[name].kind is Kind.NOT_SELECTED]
+
+    def never_scanned(self, matrices: Sequence[Matrix], skipped: Mapping[str, Why]) -> int | str | None:
+        """A role or layer that is named here, of which the scan had nothing; None where there is none."""
+        for entry in (*self.roles, *self.layers):
+            alone = replace(self, **({"roles": (entry,)} if entry in self.roles else {"layers": (entry,)}))
+            asked = [m for m in matrices if alone.why_not(m) is None]
+            if asked and len(alone.left_out(asked, skipped)) == len(asked):
+                return entry
         return None
 
     def check(self, matrices: Sequence[Matrix]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,15 @@ from laser.differences.base import Delta
 from laser.differences.difference import RULE, SIGMA, Change
 from laser.errors import RecordError, UsageError
 from laser.moments import Calibration, Moments
-from laser.notebook import FrameRows, Shown
+from laser.notebook import FrameRows, Shown, drawn
 from laser.reasons import Kind, Why, earlier_reason
 from laser.records import ASIDE, LATER, SPARSE, has_shape, plain, reader, shown, under
 from laser.selection import Selection, parse_layers, parse_roles
 from laser.spectral.permutation import NULL_ORDER
 from laser.spectral.rules import by_data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # A line of a journal, by its keys and their types; vectors are base64 of their bytes.
 ENTRY: dict[str, Any] = {"name": str, "skipped": str | None, "kurtosis": float | None, "note": str, "step": str}
@@ -342,6 +345,14 @@ class Spectra(Shown):
                 }
             )  # fmt: skip
         return rows
+
+    def plot(self, name: str | None = None, rule: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draw the spectrum of the matrix `name` with the law of noise and the cut, on `ax` if there is one.
+
+        Without a name, which share of its values the rule keeps of every matrix, layer by role. rule: default mp-edge,
+        of differences `rounding`. Raises UsageError for a matrix that was not scanned.
+        """
+        return drawn("plot_spectra", self, name, rule, ax=ax)
 
     def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """A row for each role, and the largest singular values over the matrices in file order."""

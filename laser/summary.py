@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laser.checkpoint.matrices import MEMORY_NAMES, ONE_EXPERT, place_of
 from laser.checkpoint.source import Source
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.moments import Calibration
-from laser.notebook import FrameRows, Shown
+from laser.notebook import FrameRows, Shown, drawn
 from laser.plan import warn_of_crowds
 from laser.reasons import Kind
 from laser.records import plain, to_json
@@ -24,6 +24,9 @@ from laser.spectra import Spectra
 from laser.spectral.noise import DEFAULT_ESTIMATOR, Spectrum, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule, signal_to_noise
 from laser.spectral.spectrum import ENERGIES, Description, describe_spectrum, edge_shift, log_alpha_norm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What a matrix of a fused tensor is called behind the tensor's name: trainers know the tensor only.
 CUT = r"\[[\w,]+\]$"
@@ -116,6 +119,10 @@ class Summary(Shown):
         """A row for each matrix, and the shares of their ranks that the rule keeps."""
         keys = ("name", "role", "largest", "stable_rank", "alpha", "fit", "rank", "full_rank", "snr")
         return [{key: getattr(r, key) for key in keys} for r in self.rows], [r.rank / r.full_rank for r in self.rows]
+
+    def plot(self, quantity: str = "kept", *, experts: bool = True, ax: Axes | None = None) -> Axes:
+        """Draw a quantity of every matrix, layer by role, on `ax` if there is one. Raises as `plot_heat_map`."""
+        return drawn("plot_heat_map", self, quantity, experts=experts, ax=ax)
 
     @property
     def under_seen(self) -> list[SummaryRow]:

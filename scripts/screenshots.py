@@ -84,6 +84,8 @@ def shown(output: Any) -> str:
     data = output.get("data", {})
     if "text/html" in data or "image/svg+xml" in data:
         return f"<div>{data.get('text/html') or data['image/svg+xml']}</div>"
+    if "text/markdown" in data:
+        return markdown(data["text/markdown"])
     if "image/png" in data:
         return f'<img src="data:image/png;base64,{data["image/png"]}">'
     text = data.get("text/plain") or output.get("text") or "\n".join(output.get("traceback", ()))
@@ -103,9 +105,12 @@ def reports(camera: Camera, first: Path, second: Path, work: Path) -> None:
 
 def plots(camera: Camera, first: Path, second: Path, out: Path, into: Path) -> None:
     """One of each kind, as PNG; the first also as the SVG that a browser draws."""
+    from matplotlib import pyplot
+
     from laser.outcome import Outcome
 
-    cut = next(iter(Outcome.load(out).plan.reductions))
+    outcome = Outcome.load(out)
+    cut = next(iter(outcome.plan.reductions))
     kinds = {
         "plot-histogram": ("--matrix", cut),
         "plot-histogram-none-kept": ("--matrix", cut, "--rule", "rank:0"),
@@ -115,6 +120,10 @@ def plots(camera: Camera, first: Path, second: Path, out: Path, into: Path) -> N
     }
     for name, words in kinds.items():
         laser("plot", first, "-o", into / f"{name}.png", *words, "--force")
+        print(into / f"{name}.png")
+    for name, record in (("plot-plan", outcome.plan), ("plot-outcome", outcome)):  # a search's is in notebook 5
+        record.plot()
+        pyplot.savefig(into / f"{name}.png")
         print(into / f"{name}.png")
     laser("plot", first, "-o", into / "plot-histogram.svg", *kinds["plot-histogram"], "--force")
     camera.take(into / "plot-histogram.svg", "plot-histogram-svg", 980, 560)
@@ -141,7 +150,7 @@ def main() -> None:
         laser("scan", asked.out, "-o", after)
         reports(camera, spectra, after, work)
         plots(camera, spectra, after, asked.out, asked.into)
-        camera.take_html(card_of(asked.out), "card", 4000, asked.out)
+        camera.take_html(card_of(asked.out), "card", 5200, asked.out)
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             camera.take_html(notebook_of(path), f"notebook-{path.stem}", 4000)
 

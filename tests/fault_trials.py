@@ -138,6 +138,7 @@ HUNT = ("search", "{model}", "-o", "p", "--rules", "rank:4", "--roles", "q", "--
 UNMERGE = ("unmerge", "{model}", "o", "-o", "a")
 REBUILD = ("rebuild", "{model}", "a", "-o", "t")
 COMPENSATE = ("compensate", "{model}", "o", "-o", "a", "--roles", "q,w2", "--rank")
+BUDGET = (*COMPENSATE[:-1], "--bits", "1", "--text", "{text}", *WINDOWS)
 VERBS = (
     Verb("scan", SCAN, ("s",)),
     Verb("plan", (*PLAN, "rank:4"), ("p",)),
@@ -148,6 +149,7 @@ VERBS = (
     Verb("run --search", SEARCH, ("o",), slow=True),
     Verb("search", HUNT, ("p", "search.jsonl", "spectra.safetensors"), slow=True),
     Verb("calibrate", CALIBRATE, ("mo",), slow=True),
+    Verb("calibrate --gradients", (*CALIBRATE, "--gradients"), ("mo",), slow=True),
     Verb("eval", EVAL, ("e.json",)),
     Verb("leaderboard", BOARD, ("b.json",), slow=True),
     Verb("report", ("report", "{spectra}", "-o", "r.html"), ("r.html",)),
@@ -160,6 +162,7 @@ VERBS = (
     Verb("rebuild", REBUILD, ("t",), (REDUCE, UNMERGE)),
     Verb("compensate", (*COMPENSATE, "2", "--plain"), ("a",), (REDUCE,)),
     Verb("compensate --text", (*COMPENSATE, "2", "--text", "{text}", *WINDOWS), ("a",), (REDUCE,), slow=True),
+    Verb("compensate --bits", BUDGET, ("a",), (REDUCE,), slow=True),
     _forced("compensate", (*COMPENSATE, "3", "--plain"), ("a",), REDUCE, (*COMPENSATE, "2", "--plain")),
     _forced("unmerge", UNMERGE, ("a",), REDUCE, ("unmerge", "{model}", "{model}", "-o", "a")),
     _forced("rebuild", REBUILD, ("t",), REDUCE, UNMERGE, REBUILD),
@@ -183,7 +186,7 @@ def watch(board: Board) -> None:
     from laser.calibration_parts import Parts
     from laser.journal import Journal
 
-    append, save = Journal.append, Parts.save_states
+    append, save, save_back = Journal.append, Parts.save_states, Parts.save_gradients
 
     def counted(self: Journal, entry: dict[str, Any]) -> None:
         append(self, entry)
@@ -194,7 +197,12 @@ def watch(board: Board) -> None:
         save(self, *arguments)
         board.put(2, board.get(2) + 1)
 
+    def saved_back(self: Parts, *arguments: Any) -> None:
+        save_back(self, *arguments)
+        board.put(2, board.get(2) + 1)
+
     Journal.append, Parts.save_states = counted, saved  # pyright: ignore[reportAttributeAccessIssue]
+    Parts.save_gradients = saved_back  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def listening(board: Board) -> None:

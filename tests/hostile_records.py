@@ -162,6 +162,7 @@ class Kind:
 
 ON_TEXT = ("--text", "t.txt", "--window", "32", "--windows", "4")
 CALIBRATE = ("calibrate", "m", "-o", "c", "--ledoit-wolf", *ON_TEXT)
+BACK = ("calibrate", "m", "-o", "g", "--ledoit-wolf", "--gradients", *ON_TEXT)
 SEARCH = ("search", "m", "-o", "new", "--spectra", "s", "--lowest-snr", "2", "--held-out-windows", "2")
 SEARCH = (*SEARCH, "--accept", "any-drop", *ON_TEXT)
 RUN = ("run", "m", "-o", "run", "--rule", "rank:4", "--no-search")
@@ -180,6 +181,7 @@ KINDS = (
     Kind("moments", "moments", (("scan", "m", "-o", "new", "--moments", "moments"),), "arrays"),
     Kind("part of a calibration", "c.partial/layer-00000-00000.safetensors", (CALIBRATE,), "parts"),
     Kind("states of a calibration", "c.partial/states.safetensors", (CALIBRATE,), "parts"),
+    Kind("gradients of a calibration", "g.partial/gradients.safetensors", (BACK,), "parts"),
     Kind("outcome", "out/laser.json", (VERIFY, CARD, (*REDUCE, "out", "--resume")), sealed=False),
     Kind("eval", "out/laser/eval.json", (("eval", "out/laser/eval.json", "e2.json"), CARD, VERIFY)),
     Kind("leaderboard", "out/laser/leaderboard.json", (CARD, VERIFY)),
@@ -421,7 +423,11 @@ def _calibrate(folder: Path) -> bool:
     """Half of a calibration, in a process of its own: what other verbs did to torch before shows in the last digits."""
     # As above.
     with contextlib.chdir(folder), mock.patch("laser.cli.progress.Bar.update", stop_after(2)):
-        return main(list(CALIBRATE)) == 130
+        if main(list(CALIBRATE)) != 130:
+            return False
+    # As above, behind the first of three layers on the way back.
+    with contextlib.chdir(folder), mock.patch("laser.cli.progress.Bar.update", stop_after(7)):
+        return main(list(BACK)) == 130
 
 
 def board(checkpoint: laser.Checkpoint) -> Leaderboard:

@@ -3,21 +3,26 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibrated import LAYER, windows_of
+from calibrated import CONTENT, LAYER, windows_of
 from conftest import Run
 from safetensors.torch import load_file, save_file
 
 import laser
 from laser import calibration
 from laser.calibration import calibrate
+from laser.checkpoint.matrices import Matrix
 from laser.checkpoint.source import Source
 from laser.errors import CheckpointError, DoubtWarning, NumericalError, OutputError, RecordError, UsageError
 from laser.evaluation.evaluate import load_whole
+from laser.evaluation.gradients import gradients_at_outputs
+from laser.evaluation.streaming import LayeredModel
+from laser.evaluation.taps import run_one_expert_at_a_time
 from laser.evaluation.text import Windows
 from laser.moments import Calibration, Moments, MomentsHeader, Site
 from laser.selection import Selection
@@ -130,7 +135,7 @@ def test_what_another_command_left_of_its_first_layer_is_not_joined(
     with monkeypatch.context() as killed, pytest.raises(Killed):  # all sites of layer 0 written, and not that they are
         killed.setattr(calibration.Parts, "save_states", stop)
         # A pico model's layer would be one file.
-        killed.setattr(calibration, "TOGETHER", 0)
+        killed.setattr(calibration, "NUMBERS_IN_A_FILE", 0)
         calibrate(checkpoint, windows_of(speaker), path)
     assert len(list(path.with_name(path.name + ".partial").glob("layer-*"))) > 2
     with pytest.warns(DoubtWarning, match="another calibration.*selection differ; it got no further"):
@@ -351,3 +356,68 @@ def test_moments_of_another_version_are_refused_with_a_sentence(
     save_file({"layer.0.diagonal": torch.ones(4)}, tmp_path / "moments", {"laser": json.dumps(header)})
     with pytest.raises(RecordError, match=message):
         Moments.load(tmp_path / "moments")
+
+
+def test_gradients_stand_beside_moments_that_stay_as_they_were(speaker: Path, tmp_path: Path, run: Run) -> None:
+    checkpoint, windows = laser.open_checkpoint(speaker), windows_of(speaker)
+    plain = calibrate(checkpoint, windows, tmp_path / "plain", shrink=True)
+    felt = calibrate(checkpoint, windows, tmp_path / "felt", shrink=True, gradients=True)
+    assert felt.has_gradients and not plain.has_gradients and felt.calibration.identity != plain.calibration.identity
+    assert felt.hashes == plain.hashes and b'"gradients"' not in (tmp_path / "plain").read_bytes()
+    assert {name: replace(site, gradients=()) for name, site in felt.sites.items()} == plain.sites
+    by_layer: dict[int, list[Matrix]] = {}
+    for matrix in laser.list_matrices(checkpoint):
+        if matrix.name in felt.sites:
+            by_layer.setdefault(matrix.layer or 0, []).append(matrix)
+    model = LayeredModel(checkpoint)
+    run_one_expert_at_a_time(model)
+    walk = gradients_at_outputs(model, windows.windows, by_layer, model.room_for(windows.windows))
+    expected = {name: square for _, found in walk for name, square in found.items()}
+    assert {name: felt.gradient(name) for name in felt.sites if felt.tokens(name)} == expected
+    assert all(felt.gradient(name) == 0 for name in felt.sites if not felt.tokens(name))
+    (tmp_path / "text.txt").write_text(CONTENT)
+    words = ("--text", tmp_path / "text.txt", "--window", 64, "--windows", 6, "--ledoit-wolf", "--gradients")
+    code, out, err = run("calibrate", speaker, "-o", tmp_path / "by verb", *words, "--json", "--device", "cpu")
+    assert code == 0, err
+    assert json.loads(out)["gradients"] == {name: felt.gradient(name) for name in felt.sites}
+    header = MomentsHeader.load(tmp_path / "felt")
+    some = replace(header, sites=(replace(header.sites[0], gradients=()), *header.sites[1:]))
+    some.save(tmp_path / "some")
+    with pytest.raises(RecordError, match="some sites have gradients and some have none"):
+        Moments.load(tmp_path / "some")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_on_the_way_back_it_goes_on_and_gives_the_same_bytes(
+    speaker: Path, tmp_path: Path, damaged: bool
+) -> None:
+    """Where what it kept of the way back is damaged, it walks back anew, and makes no moments again."""
+    checkpoint, windows, path = laser.open_checkpoint(speaker), windows_of(speaker), tmp_path / "m"
+    calibrate(checkpoint, windows, tmp_path / "straight", QO, gradients=True)
+
+    class Killed(BaseException):
+        pass
+
+    ran: list[int] = []
+    for after in (8, 0):  # forwards 0 1 2 twice, then back; of a walk that goes on, at its first layer forwards
+
+        def stop(layer: int, ran: list[int] = ran, after: int = after) -> None:
+            ran.append(layer)
+            if len(ran) >= after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            calibrate(checkpoint, windows, path, QO, gradients=True, tick=stop)
+    assert ran == [0, 1, 2, 0, 1, 2, 2, 1, 0] and not path.exists()
+    with pytest.raises(RecordError, match=r"belongs to another calibration.*options differ"):
+        calibrate(checkpoint, windows, path, QO)
+    if damaged:
+        kept = tmp_path / "m.partial" / "gradients.safetensors"
+        data = bytearray(kept.read_bytes())
+        data[-1] ^= 1
+        kept.write_bytes(data)
+    ran.clear()
+    expected: list[int] = []
+    calibrate(checkpoint, windows, path, QO, gradients=True, tick=ran.append, expect=expected.append)
+    assert ran == ([0, 1, 2, 2, 1, 0] if damaged else [0, 0]) and expected == [len(ran)]
+    assert path.read_bytes() == (tmp_path / "straight").read_bytes()

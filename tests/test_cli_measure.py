@@ -145,6 +145,32 @@ def test_0_windows_are_all_of_them_everywhere(model: str, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_spectra_of_an_earlier_search_hold_what_is_selected(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--text", tmp_path / "text.txt", "--window", 24, "--windows", 4, "--rules", "fraction:0.5", "--force"]
+    words += ["-o", tmp_path / "p.json", "--held-out-windows", 2]
+    assert run("search", model, *words, "--layers", "2", "--roles", "q,k") == 0
+    assert run("search", model, *words, "--layers", "2", "--roles", "q") == 0  # fewer are in it
+    told = "spectra.safetensors has no values of model.layers."
+    for wider in (["--layers", "1,2", "--roles", "q"], ["--layers", "2", "--roles", "q,v"], []):
+        capsys.readouterr()
+        assert run("search", model, *words, *wider) == 2
+        assert told in capsys.readouterr().err
+    named = [*words, "--spectra", tmp_path / "spectra.safetensors"]
+    assert run("search", model, *named) == 0  # these and no others were asked for
+    assert run("search", model, *named, "--roles", "q,v") == 2
+    assert "role v was not in the scan of these spectra" in capsys.readouterr().err
+    assert (
+        run("plan", tmp_path / "spectra.safetensors", "-o", tmp_path / "q.json", "--rule", "rank:2", "--layers", "1-2")
+        == 2
+    )
+    assert "layer 1 was not in the scan" in capsys.readouterr().err
+    assert run("search", model, *words, "--grid", "fraction:0.5") == 2
+    assert "--grid names its own rules; leave out --rules" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_texts_as_they_come(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in capitals, a rolling score without BOS, what was read otherwise, and rows beside a plain text."""
     rows = [{"text": TEXT[:200]}, {"text": TEXT[200:400]}]
@@ -223,8 +249,8 @@ def test_search_with_a_grid_a_task_and_a_shortlist(
     (tmp_path / "a").mkdir()
     assert run("search", model, "-o", tmp_path / "a" / "plan.json", *text, *grid, *task) == 0
     told = capsys.readouterr().out
-    assert "layer 2 w2  fraction:0.2" in told and "calibration: accuracy on task.jsonl, 4 units" in told
-    assert "held out: accuracy on task.jsonl, 3 units" in told and "held out: loss on other.txt" in told
+    assert "layer 2 w2  fraction:0.2" in told and "calibration: wrong answers on task.jsonl, 4 units" in told
+    assert "held out: wrong answers on task.jsonl, 3 units" in told and "held out: loss on other.txt" in told
     (tmp_path / "b").mkdir()
     short = ["--shortlist", "gradient:4", "--roles", "k,v,o", "--rules", "fraction:0.9"]
     assert run("search", model, "-o", tmp_path / "b" / "plan.json", *text, *short) == 0

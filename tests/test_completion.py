@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from test_options import COMMANDS
 from test_start import HEAVY
 
+from laser.checkpoint.families import FAMILIES
+from laser.choices import ACCEPT, ROLES
 from laser.cli import SHELLS, VERBS
+from laser.cli.recipe import packaged
+from laser.differences.formulas import FORMULA_NAMES
+from laser.evaluation.lm_tasks import TASKS
+from laser.evaluation.text import MODES
+from laser.report.plots import QUANTITIES
+from laser.searching.candidates import ORDERS
+from laser.spectral.devices import PRECISIONS
+from laser.spectral.factorise import METHODS
+from laser.spectral.permutation import PERMUTATIONS
+from laser.spectral.rules import RULES
+from laser.spectral.shrinkage import SHRINKERS
 
 CODE = "from laser.__main__ import main; main()"
 
@@ -36,6 +52,59 @@ def test_verbs_and_options_are_completed_without_a_library(shell: str) -> None:
     verbs, options = "\n".join(answered(shell, "laser ")), "\n".join(answered(shell, "laser scan --l"))
     assert all(verb.__name__ in verbs for verb in VERBS)
     assert "--layers" in options and "--roles" not in options
+
+
+LINES = {
+    "laser run --rule mp": ["mp-edge", "mp-median", "mp-iqr"],
+    "laser spectra --rule gav": ["gavish-donoho"],
+    "laser null --rules laser-rmt,be": ["laser-rmt,bema"],
+    "laser scan --roles q,w": ["q,w1", "q,w2", "q,w3"],
+    "laser eval --dtype ": ["float32", "bfloat16"],
+    "laser scan --device c": ["cuda", "cpu"],
+    "laser reduce --engine ": ["threads", "ray"],
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=[pytest.mark.slow] * (n > 0)) for n, line in enumerate(LINES)]
+)
+def test_values_are_completed_without_a_library(shell: str, line: str) -> None:
+    """Every one, and no other; zsh and fish get some words beside them."""
+    told = "\n".join(answered(shell, line)).removeprefix("_arguments '*: :((")
+    first = r'^"([^"]+)"' if shell == "zsh" else r"^(\S+)"
+    assert re.findall(first, told, re.MULTILINE) == LINES[line]
+
+
+# Option -> what it takes, by the tables of those who read it, which completion does not import.
+TAKES: dict[str, Iterable[str]] = {
+    **{"rule": RULES, "rules": RULES, "shrink": SHRINKERS, "accept": ACCEPT, "order": ORDERS, "mode": MODES},
+    **{"precision": PRECISIONS, "method": ("auto", *METHODS), "permute": PERMUTATIONS, "formula": FORMULA_NAMES},
+    **{"heat": QUANTITIES, "tasks": TASKS, "recipe": packaged(), "roles": ROLES, "lowest_snr": ("all",)},
+    **{"engine": ("threads", "ray"), "objective": ("loss", "accuracy")},
+}
+IN_HELP = ("device", "dtype")  # what each verb says that it takes
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_values_are_those_that_the_verb_takes(verb: str) -> None:
+    context = COMMANDS[verb].make_context(verb, [], resilient_parsing=True)
+    for option in COMMANDS[verb].params:
+        found = option.shell_complete(context, "")
+        names = [item.value for item in found if item.type == "plain"]
+        assert all(isinstance(item.help or "", str) for item in found)
+        if option.name in TAKES:
+            assert names == list(TAKES[option.name]), option.name
+        elif option.name in IN_HELP:
+            assert names and all(name in option.help for name in names), option.name
+        else:
+            assert not names, option.name
+
+
+def test_roles_are_those_of_the_families() -> None:
+    rows = [row for rows in FAMILIES.values() for row in rows]
+    found = {row.role for row in rows} | {part.partition("=")[0] for row in rows for part in row.parts}
+    assert set(ROLES) >= found - {"ssm"} and len(set(ROLES)) == len(ROLES)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import yaml
 from conftest import Run
 from pico_language import TEXT, make_model
 from test_options import COMMANDS
+
+from laser.checkpoint.push import names_a_place
 
 SEARCH = ("--lowest-snr", "3", "--window", "16", "--windows", "2", "--held-out-windows", "2", "--no-leaderboard")
 
@@ -123,7 +127,34 @@ def test_a_run_leaves_its_options_and_takes_them_back(
     assert said["window"] == (16 if said["search"] else 512) and said["text"] == str(model.parent / "text.txt")
     assert not {"recipe", "config", "output", "resume", "force", "dry-run", "json"} & said.keys()
     assert run("verify", model, two)[0] == 0
-    assert "laser run m -o two --config laser.yaml\n" in (two / "README.md").read_text()
+    made = re.search("^laser run .*", (two / "README.md").read_text(), re.MULTILINE)
+    assert made is not None  # laser.yaml names a place on this machine, so push leaves it behind, and the card it out
+    assert "laser.yaml" not in made[0] and str(tmp_path) not in made[0] and " --text text.txt " in made[0]
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("m", "text.txt"):
+        (tmp_path / "elsewhere" / name).symlink_to(model.parent / name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(*shlex.split(made[0])[1:])[0] == 0
+    assert shards_of(tmp_path / "elsewhere" / "two") == shards_of(one)
+
+
+def test_a_card_names_the_config_only_where_push_sends_it(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And else its options, which the command line still wins over."""
+    config = tmp_path / "mine.yaml"
+    for text, at in (("text.txt", model.parent), (str(model.parent / "text.txt"), tmp_path)):
+        monkeypatch.chdir(at)
+        config.write_text(f"rule: rank:4\nsearch: false\nroles: q\ntext: {text}\nforce: true\n")
+        words = ["run", str(model), "-o", str(tmp_path / "o"), "--rule", "rank:3", "--config", str(config)]
+        # The card quotes the command line of the process, which is pytest's here.
+        monkeypatch.setattr("sys.argv", ["laser", *words])
+        assert run(*words)[0] == 0
+        card = (tmp_path / "o" / "README.md").read_text()
+        pushed = not names_a_place((tmp_path / "o" / "laser.yaml").read_bytes())
+        assert pushed == (text == "text.txt") == ("laser run m -o o --rule rank:3 --config laser.yaml\n" in card)
+        spelled = "laser run --rule rank:4 --no-search --roles q --text text.txt m -o o --rule rank:3\n"
+        assert pushed != (spelled in card) and str(tmp_path) not in card
 
 
 def test_a_resumed_run_and_a_forced_one_leave_the_same_file(run: Run, model: Path, tmp_path: Path) -> None:

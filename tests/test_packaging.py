@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -124,3 +126,20 @@ def test_the_wheel_works_where_nothing_else_of_laser_is(built: tuple[Path, Path]
     assert "<title>laser report" in (here / "page.html").read_text()
     run("run", "m", "-o", "out", "--recipe", "laser-rmt", "--device", "cpu")
     assert (here / "out" / "README.md").is_file()
+
+
+def test_every_dependency_has_a_lower_bound_that_the_job_tries() -> None:
+    """And what is pinned for development is not under it."""
+    job = runpy.run_path(str(ROOT / "scripts" / "lower_bounds.py"))
+    bounds = {name.lower(): version for name, version in job["declared"]().items()}
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = {re.split(r"[\[<>=;]", each)[0] for each in (*PROJECT["dependencies"], *(e for es in extras for e in es))}
+    assert bounds.keys() == {name.lower() for name in wanted} - {"laser-rmt"}
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    for name in bounds.keys() & pins.keys():
+        assert as_numbers(pins[name]) >= as_numbers(bounds[name]), name
+    assert bounds.keys() <= pins.keys()
+
+
+def as_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]

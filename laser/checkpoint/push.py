@@ -60,11 +60,14 @@ def push(out: Path, repo: str, *, private: bool = False, revision: str | None = 
             for path in sorted(out.rglob("*"))
             if path.is_file() and not _is_aside(name := path.relative_to(out).as_posix())
         }
-        if OPTIONS_FILE in files and PATH_LINE.search(
-            read_regular(files[OPTIONS_FILE])
-        ):  # of this machine, and of no use elsewhere
+        if OPTIONS_FILE in files and names_a_place(read_regular(files[OPTIONS_FILE])):
             del files[OPTIONS_FILE]
         return _Push(out, repo, revision, files, outcome["shards"]).run(private)
+
+
+def names_a_place(options: bytes) -> bool:
+    """Whether a run's file of options is not published with its output: it names a place on a machine."""
+    return PATH_LINE.search(options) is not None
 
 
 def _is_aside(name: str) -> bool:

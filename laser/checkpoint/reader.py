@@ -70,12 +70,15 @@ class OnTop:
 
     sums: sha256 of its files, by their names; stamps: what tells that one has changed since
     weights: how many of the origin's matrices it changes
+    given: base and adapter as they were named, BASE+ADAPTER; elsewhere: the same without folders of this machine
     """
 
     name: str
     sums: Mapping[str, str]
     stamps: Mapping[Path, Stamp | None]
     weights: int
+    given: str = ""
+    elsewhere: str = ""
 
     def with_it(self, origins: str) -> str:
         """What stands for the merge, of what stands for the origin."""

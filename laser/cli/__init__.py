@@ -19,6 +19,7 @@ import typer
 
 from laser.checkpoint.answers import downloads_shown_by
 from laser.cli import common, options, verbs
+from laser.cli.complete import one_of
 from laser.cli.help import command_of
 from laser.errors import (
     CrowdWarning,
@@ -131,6 +132,7 @@ def _options(
         is_eager=True,
         callback=_show_completion,
         metavar="|".join(SHELLS),
+        autocompletion=one_of(SHELLS),
         help='Print a script for tab completion: eval "$(laser --completion bash)".',
     ),
     version: bool = typer.Option(

@@ -26,6 +26,7 @@ def calibrate_verb(
     which: options.Matrices,
     diagonal: bool,
     ledoit_wolf: bool,
+    gradients: bool,
     dtype: str,
     on: options.OneDevice,
     record: options.RecordOptions,
@@ -46,6 +47,7 @@ def calibrate_verb(
             chosen,
             diagonal=diagonal,
             shrink=ledoit_wolf,
+            gradients=gradients,
             dtype=dtype,
             device=where,
             anew=record.force,
@@ -66,6 +68,7 @@ def calibrate_verb(
                 "unseen": unseen,
                 "seconds": seconds,
             }
+            | ({"gradients": {name: moments.gradient(name) for name in moments.sites}} if gradients else {})
         )
     _print_moments(moments, {m.name: (m.role, m.shape) for m in list_matrices(checkpoint)})
     for name, tokens in list(unseen.items())[:20]:
@@ -91,5 +94,7 @@ def _print_moments(moments: Moments, matrices: dict[str, tuple[str, tuple[int, .
         shape = matrices[names[0]][1]
         few = sum(t < min(matrices[n][1]) for n, t in zip(names, seen, strict=True))
         form = ",".join(sorted({moments.sites[name].form for name in names}))
-        rows.append((role, len(names), "x".join(map(str, shape)), form, min(seen), max(seen), few))
-    common.print_table(("role", "matrices", "shape", "moment", "fewest tokens", "most", "under-seen"), rows)
+        felt = (f"{sum(map(moments.gradient, names)) / len(names):.2e}",) if moments.has_gradients else ()
+        rows.append((role, len(names), "x".join(map(str, shape)), form, min(seen), max(seen), few, *felt))
+    head = ("role", "matrices", "shape", "moment", "fewest tokens", "most", "under-seen")
+    common.print_table((*head, "gradient²") if moments.has_gradients else head, rows)

@@ -29,6 +29,7 @@ class Held:
     files: those that it is to write, as they were when it began
     idle: those of its options that do nothing as it was called
     given: the words that a recipe or config added to its command line
+    configured: those of them that were a config's
     options: its options by their names, wherever their values come from
     """
 
@@ -36,6 +37,7 @@ class Held:
     files: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
     idle: set[str] = field(default_factory=set)
     given: list[str] = field(default_factory=list)
+    configured: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     def written(self) -> dict[Path, bool]:
@@ -84,10 +86,17 @@ def do_nothing(*options: str) -> None:
         held.idle.update(options)
 
 
-def give(words: Sequence[str]) -> None:
+def give(words: Sequence[str], *, config: bool = False) -> None:
     """A recipe or config gives these words of a command line: what is said of it counts them as given there."""
     if (held := _verb_now.get()) is not None:
         held.given.extend(words)
+        held.configured.extend(words if config else ())
+
+
+def configured_now() -> Sequence[str]:
+    """The words of a command line that a config gave."""
+    held = _verb_now.get()
+    return () if held is None else held.configured
 
 
 def called_with(options: Mapping[str, Any]) -> None:

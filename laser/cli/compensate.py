@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from laser.calibration import calibrate
@@ -14,8 +15,10 @@ from laser.choices import WINDOW
 from laser.cli import common, options
 from laser.cli.common import say
 from laser.cli.measure import digits, fewer
+from laser.cli.memory import for_gradients
 from laser.cli.progress import Bar, Progress
 from laser.compensate.budget import BITS_STORED, even_rank
+from laser.compensate.card import SPENT_BY, spent
 from laser.compensate.compensate import (
     Request,
     compensate,
@@ -34,6 +37,8 @@ from laser.differences.opened import open_model
 from laser.differences.serving import in_vllm
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
+from laser.evaluation.activations import MEMORY_LIMIT
+from laser.evaluation.footprint import Needs
 from laser.evaluation.rows import holds_rows
 from laser.evaluation.streaming import require_dtype
 from laser.evaluation.text import Windows, check_cut, cut_windows, load_tokenizer
@@ -127,17 +132,21 @@ def compensate_verb(
         check_held_out(first, second, second_text, own)
     crew = compute.crew()
     if work.dry_run:
-        return _print_plan(first, second, places, asked, crew, work.as_json)
+        gradients = None
+        if asked.bits is not None and own is not None:
+            gradients = for_gradients(first, own.windows, crew.devices[0], dtype)
+        return _print_plan(first, second, places, asked, crew, known, gradients, work.as_json)
     rescaled = require_copy(first, second, places.places)
     with claimed(output):
         common.to_write(output)
         record = None
         if own is not None:
-            run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew)
+            gradients = asked.bits is not None
+            run = run_of_compensation(first, second, (own.sha256, dtype), asked, places, crew, gradients)
             record = compensation_found_again(output, run)
             if record is None:  # whose work lies there is known before its moments are made anew
                 opened_journal(unfinished(output), run, work.force).close()
-                known = _calibrated(first, own, unfinished(output), selection, crew, dtype)
+                known = _calibrated(first, own, unfinished(output), selection, crew, dtype, gradients)
         if record is None:
 
             def judged(adapter: Path, slots: Sequence[Slot]) -> HeldOut | None:
@@ -173,7 +182,7 @@ def compensate_verb(
             say(short)
     say(
         f"{len(record.entries)} matrices of {second.name} corrected in {_size(output) / 1e6:.2f} MB, "
-        f"{record.bits:.3f} bits per weight; written to {output} in {seconds:.1f} s"
+        f"{record.bits:.3f} bits per weight{spent(record)}; written to {output} in {seconds:.1f} s"
     )
     say(in_vllm(output))
 
@@ -183,7 +192,13 @@ def _size(output: Path) -> int:
 
 
 def _calibrated(
-    original: Checkpoint, windows: Windows, partial: Path, selection: Selection, crew: Crew, dtype: str
+    original: Checkpoint,
+    windows: Windows,
+    partial: Path,
+    selection: Selection,
+    crew: Crew,
+    dtype: str,
+    gradients: bool,
 ) -> Moments:
     """The moments of the original, kept beside what is solved until all is done."""
     path = partial / "moments.safetensors"
@@ -193,22 +208,31 @@ def _calibrated(
         try:
             there = Moments.load(path)
             there.source.require(original, "moments file")
-            known = (there.calibration.windows_sha256, there.calibration.dtype, there.run.get("selection"))
-            if known == (windows.sha256, dtype, selection.describe()):
+            calibrated = there.calibration
+            known = (calibrated.windows_sha256, calibrated.dtype, there.run.get("selection"), there.has_gradients)
+            if known == (windows.sha256, dtype, selection.describe(), gradients):
                 return there
         except RecordError:
             pass  # of another run: made anew
     with Bar("calibrate", unit="layers") as bar:
         return calibrate(
             original, windows, path, selection, dtype=dtype, device=crew.devices[0].torch_device, wide="diagonal",
-            few=True, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"), expect=bar.expect,
+            few=True, gradients=gradients, anew=True, tick=lambda layer: bar.update(now=f"layer {layer}"),
+            expect=bar.expect,
         )  # fmt: skip
 
 
 def _print_plan(
-    original: Checkpoint, copy: Checkpoint, places: Places, asked: Request, crew: Crew, as_json: bool
+    original: Checkpoint,
+    copy: Checkpoint,
+    places: Places,
+    asked: Request,
+    crew: Crew,
+    known: Moments | None,
+    gradients: tuple[Needs, int] | None,
+    as_json: bool,
 ) -> None:
-    """What would be corrected, and what that takes on the disk."""
+    """What would be corrected, and what that takes on the disk. gradients: what it takes to make them."""
     shapes = {place.name: place.shape for place in places.places}
     rank = float(asked.rank) if asked.rank is not None else even_rank(shapes, asked.bits or 0.0)
     stored = sum(rank * (m + n) * BITS_STORED / 8 for m, n in shapes.values())
@@ -218,6 +242,7 @@ def _print_plan(
             {
                 "original": original.name, "copy": copy.name, "places": len(shapes), "left": dict(places.left),
                 "rank": rank, "bits": 8 * stored / weights, "bytes": stored, "device": crew.label,
+                **({} if gradients is None else {"gradients": asdict(gradients[0]) | {"states": gradients[1]}}),
             }
         )  # fmt: skip
     kinds: Counter[tuple[str, str]] = Counter()
@@ -232,6 +257,15 @@ def _print_plan(
         f"{len(shapes)} places of {copy.name} to correct towards {original.name} at a mean rank of {rank:.1f}: "
         f"{stored / 1e6:.2f} MB, {8 * stored / weights:.3f} bits per weight, on {crew.label}"
     )
+    if asked.bits is not None:
+        by = gradients is not None or asked.by_gradients(known)
+        say(f"the budget would be spent by {SPENT_BY[by]}")
+    if gradients is not None:
+        needs, states = gradients
+        say(
+            f"for the gradients the text runs back: {max(needs.device, needs.host) / 1e9:.2f} GB of memory at the peak "
+            f"besides the libraries, and {states / 1e9:.2f} GB of states, in files beyond {MEMORY_LIMIT >> 30} GiB"
+        )
 
 
 def _roles_of_places(place: ParameterPlace) -> list[str]:

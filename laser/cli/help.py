@@ -82,7 +82,7 @@ VERB_HELP: dict[str, tuple[str, tuple[str, ...]]] = {
         "Give back what a smaller copy of a model lost.",
         (
             "laser compensate ORIGINAL COPY --text train.txt --held-out test.txt --rank 8 -o ADAPTER",
-            "laser compensate ORIGINAL COPY --moments moments.safetensors --bits 0.2 -o ADAPTER",
+            "laser compensate ORIGINAL COPY --text train.txt --bits 0.2 -o ADAPTER",
         ),
     ),
 }

@@ -100,6 +100,14 @@ def for_search(
     return place(checkpoint.name, asked, needs_of, free, _ways(asked), alive)
 
 
+def for_gradients(checkpoint: Checkpoint, windows: Sequence[Window], device: Device, dtype: str) -> tuple[Needs, int]:
+    """What it takes to run a text back for the gradients at outputs, and bytes of the states that are kept for that."""
+    model = _built(checkpoint, dtype)
+    needs = layered_needs(model, device.torch_device, longest(windows), 0, backward=True, of_weights=False)
+    # What enters each layer, what is where the walk is, and the gradient there.
+    return needs, states_bytes(model, windows) * (model.layers + 2)
+
+
 PROMPT = 3072  # tokens: the longest of the six tasks' prompts, MMLU's and ARC's, in vocabularies of 32,000 and more
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import typer
 from typer.models import OptionInfo
 
-from laser.choices import ACCEPT, DEVICES, WINDOW
+from laser.choices import ACCEPT, DEVICES, ROLES, WINDOW
 from laser.cli import common
+from laser.cli.complete import one_of, several_of
 from laser.cli.recipe import configure
 from laser.errors import OutputError, UsageError
 from laser.evaluation.lm_tasks import TASKS
@@ -119,14 +120,29 @@ Config = Annotated[
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file or directory to write.")]
 SpectraOut = Annotated[Path | None, typer.Option("-o", "--output", help="The spectra file to write.")]
+Scanned = Annotated[
+    Path | None, typer.Option("--spectra", help="File of laser scan: show the model's own spectra, too.")
+]
 NullDraws = Annotated[int, typer.Option("--null", help="Permutations to measure, for the rule parallel.")]
+SOURCES = {name: rule.source for name, rule in RULES.items()}
+a_rule = one_of(SOURCES)
 ShownRule = Annotated[
-    str | None, typer.Option("--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.")
+    str | None,
+    typer.Option(
+        "--rule", help="Whose cut is shown; default: mp-edge, of differences rounding.", autocompletion=a_rule
+    ),
 ]
 DEVICE_NAMES = f"{', '.join(DEVICES[:-1])} or {DEVICES[-1]}"
 _LAYER_BY_LAYER = "One layer's weights in memory at a time; default: as many as fit."
 Stream = Annotated[bool | None, typer.Option("--stream/--no-stream", help=_LAYER_BY_LAYER)]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for weights and activations.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="float32 or bfloat16, for weights and activations.",
+        autocompletion=one_of(("float32", "bfloat16")),
+    ),
+]
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -138,7 +154,9 @@ class Matrices:
 
     title: ClassVar = "Which matrices"
     layers: str | None = option(None, "Only these layers; of another stack: mtp:0, encoder:all.", metavar="0,4,20-31")
-    roles: str | None = option(None, "Only these roles; gate, down, up are w1, w2, w3.", metavar="w1,w2,q")
+    roles: str | None = option(
+        None, "Only these roles; gate, down, up are w1, w2, w3.", metavar="w1,w2,q", autocompletion=several_of(ROLES)
+    )
     include: str | None = option(None, "Only tensors whose name matches this expression.", metavar="REGEX")
     exclude: str | None = option(None, "No tensor whose name matches this expression.", metavar="REGEX")
 
@@ -153,7 +171,7 @@ class OneDevice:
     """Where a verb computes that takes one device."""
 
     title: ClassVar = "Where and how it computes"
-    device: str = option("auto", f"{DEVICE_NAMES}.")
+    device: str = option("auto", f"{DEVICE_NAMES}.", autocompletion=one_of(DEVICES))
 
     def choose(self) -> Device:
         from laser.spectral.devices import choose_device
@@ -165,7 +183,7 @@ class OneDevice:
 class Precise(OneDevice):
     """And in which precision."""
 
-    precision: str = option("auto", "auto, float64 or float32.")
+    precision: str = option("auto", "auto, float64 or float32.", autocompletion=one_of(("auto", "float64", "float32")))
 
     def choose(self) -> Device:
         from laser.spectral.devices import choose_device
@@ -179,10 +197,22 @@ class Precise(OneDevice):
 class ComputeOptions(Precise):
     """Where and how a verb computes that visits matrix after matrix, on all the devices that it is given."""
 
-    device: str = option("auto", f"{DEVICE_NAMES}; several: cuda:0,cuda:1, or all, two workers each.")
+    device: str = option(
+        "auto",
+        f"{DEVICE_NAMES}; several: cuda:0,cuda:1, or all, two workers each.",
+        autocompletion=one_of((*DEVICES, "all")),
+    )
     workers: int | None = option(None, "On the cpu, one thread each; default: as cores and memory allow.")
-    engine: str = option("threads", "threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').")
-    method: str = option("auto", "auto, gram (fast), projector (products alone) or svd (reference).")
+    engine: str = option(
+        "threads",
+        "threads (here), ray, or ray://HOST:PORT (pip install 'laser-rmt[ray]').",
+        autocompletion=one_of(("threads", "ray")),
+    )
+    method: str = option(
+        "auto",
+        "auto, gram (fast), projector (products alone) or svd (reference).",
+        autocompletion=one_of(("auto", "gram", "projector", "svd")),
+    )
 
     def crew(self) -> Crew:
         from laser.engine.workers import choose_crew
@@ -233,9 +263,14 @@ class RuleOptions:
 
     title: ClassVar = "By which rule"
     rule: str | None = option(
-        None, f"One of {', '.join(RULES)}; data:NAME: by what the outputs lose.", metavar="NAME[:ARGUMENT]"
+        None,
+        f"One of {', '.join(RULES)}; data:NAME: by what the outputs lose.",
+        metavar="NAME[:ARGUMENT]",
+        autocompletion=a_rule,
     )
-    shrink: str | None = option(None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.")
+    shrink: str | None = option(
+        None, f"Shrink what is kept: {', '.join(SHRINKERS)} loss.", autocompletion=one_of(SHRINKERS.keys())
+    )
     two_sided: bool = option(False, "Keep what lies under the noise's lower edge as well.", "--two-sided")
     require_fit: float | None = option(
         None,
@@ -258,6 +293,7 @@ class Lowest:
         "Only the K matrices of lowest SNR, or all. Default of a search: 15, as LaserRMT does.",
         metavar="K",
         recipe=int | Literal["all"],
+        autocompletion=one_of(("all",)),
     )
 
     def count(self, otherwise: int | None = None) -> int | None:
@@ -272,8 +308,14 @@ class Trials:
     """How a search decides."""
 
     title: ClassVar = "How a search decides"
-    accept: str = option("better", f"Which edits a search keeps: {', '.join(ACCEPT)}.")
-    order: str = option("layers", "Of a search: layers (last first, fast) or snr (as published).")
+    accept: str = option(
+        "better", f"Which edits a search keeps: {', '.join(ACCEPT)}.", autocompletion=one_of(ACCEPT.keys())
+    )
+    order: str = option(
+        "layers",
+        "Of a search: layers (last first, fast) or snr (as published).",
+        autocompletion=one_of(("layers", "snr")),
+    )
     racing: bool = option(False, "End a trial that a quarter of the windows shows to be worse.", "--racing")
 
 
@@ -338,7 +380,9 @@ class Rows:
     """On which rows of which tasks a leaderboard rests."""
 
     title: ClassVar = "On which tasks"
-    tasks: str | None = option(None, f"Only these, of {', '.join(TASKS)}.", metavar="TASK,TASK")
+    tasks: str | None = option(
+        None, f"Only these, of {', '.join(TASKS)}.", metavar="TASK,TASK", autocompletion=several_of(TASKS.keys())
+    )
     limit: int | None = option(None, "Only the first N rows of each task or subject.")
     data: Path | None = option(None, "Folder of rows in JSON lines, for machines without the Hub.")
 

@@ -192,6 +192,7 @@ def card_verb(
     name: str | None,
     base_model: str | None,
     hash_source: bool,
+    spectra: Path | None,
     file: options.RecordOptions,
 ) -> None:
     """`laser card`, whose arguments and help are in verbs.py."""
@@ -205,6 +206,7 @@ def card_verb(
         name=name,
         base_model=base_model,
         hash_source=hash_source,
+        spectra=spectra,
         force=file.force,
     )
     if file.as_json:

@@ -110,12 +110,19 @@ def _defaults_of(
             raise UsageError(f"{where}: {flag} is {named(value)}, expected {expected}; {_how_to_write(value, kinds)}")
         try:
             option.process_value(ctx, value)  # as click does it with what a default map holds
-        except typer.BadParameter as error:
+        except (typer.BadParameter, ValueError) as error:  # ValueError: of a path with a NUL, by typer 0.19
             message = first_line(error)
             raise UsageError(f"{where}: {flag} is {named(value)} ({message}); mend the line") from error
         found[option.name] = value
-        common.give(option.secondary_opts if value is False else [f"--{flag}", str(value)])
+        common.give(_command_words(option, flag, value), config="recipe" not in without)
     return found
+
+
+def _command_words(option: Any, flag: str, value: Any) -> list[str]:
+    """An option and its value as a command line has them; a flag that is off and has no word for it is none."""
+    if isinstance(value, bool):
+        return [f"--{flag}"] if value else list(option.secondary_opts)
+    return [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{flag}", str(each))]
 
 
 def _how_to_write(value: Any, kinds: Sequence[Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from laser.checkpoint.at_rest import OPTIONS_FILE
 from laser.checkpoint.matrices import Matrix, list_matrices
+from laser.checkpoint.push import names_a_place
 from laser.checkpoint.reader import Checkpoint
 from laser.checkpoint.swap import require_place, writing
 from laser.cli import common, memory, options
@@ -203,8 +204,8 @@ def run_verb(
         return result.plan
 
     found = {"search": searching, "rule": wanted, "lowest-snr": count or "all", "leaderboard": board is not None}
-    command = _run_command(model, checkpoint, output, compared)
     again = resolved(common.options_now(), found, checkpoint.name)
+    command = _run_command(checkpoint, output, compared, again)
     estimated, meter = estimate_cost(checkpoint, matrices, crew, draws=draws, in_data=known is not None), Meter()
     seconds = None if searching or scale_in(wanted) is not None else estimated.visit_seconds
     if (count or known) and seconds is not None:
@@ -233,7 +234,8 @@ def run_verb(
         )
         if board is not None:  # in `place`: an earlier output stands until this one is measured, too
             leaderboards(checkpoint, place, output.resolve().name, here().name, rows.request())
-            write_card(place, checkpoint, name=output.resolve().name, commands=(command,))
+            of = compared.checkpoint if compared else None
+            write_card(place, checkpoint, name=output.resolve().name, base=of, commands=(command,))
         write_atomically(place / OPTIONS_FILE, again)
     print_outcome(result.outcome, output, meter, seconds if board is None else None, estimated, work.as_json)
 
@@ -270,27 +272,41 @@ def _search_measure(
     return _Measure(layered, placed, calibration, reported)
 
 
-def _run_command(model: str, checkpoint: Checkpoint, output: Path, base: Base | None) -> str:
+def _run_command(checkpoint: Checkpoint, output: Path, base: Base | None, options: bytes) -> str:
     """The command line that makes the output: as it was given, without folders of this machine.
 
     What only says how to get there is left out, so that the card of a run that was killed and resumed is that of an
-    undisturbed one.
+    undisturbed one. options: what the output's own file of options says.
     """
     both = (checkpoint, *([base.checkpoint] if base else ()))
     models = {each.path: (each.origin if each.origin and each.on_top else each).name for each in both}
     names = {str(path): name for path, name in models.items()} | {str(output): output.resolve().name}
-    given_as = {model: checkpoint, str(common.options_now().get("base")): base and base.checkpoint}
-    names |= {word: each.name for word, each in given_as.items() if each and each.on_top}  # no folder is called so
-    if (config := common.options_now().get("config")) is not None:  # what it says lies in the output
+    names |= {each.on_top.given: each.on_top.elsewhere for each in both if each.on_top}  # no folder is called so
+    words, config = sys.argv[1:], common.options_now().get("config")
+    if config is not None and names_a_place(options):
+        words = _with_options_of_config(words)
+    elif config is not None:  # what it says lies in the output
         names[str(config)] = OPTIONS_FILE
-    given = [w for w in sys.argv[1:] if w not in ("--resume", "--force")]
+    given = [w for w in words if w not in ("--resume", "--force")]
 
     def shown(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         value = names.get(value) or models.get(Path(value).resolve(), value)
-        return option + equals + (Path(value).name if value.startswith("/") else value)
+        return option + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
     words = [shown(w) if not w.startswith("--") or "=" in w else w for w in given]
     if not any(w == "-o" or w.startswith(("-o", "--output")) for w in given):  # a config gave it
         words += ["-o", output.resolve().name]
     return shlex.join(["laser", *words])
+
+
+def _with_options_of_config(words: Sequence[str]) -> list[str]:
+    """A command line with what its config says in the config's place: before all others, which win over it."""
+    left, rest = list[str](), iter(words)
+    for word in rest:
+        if word == "--config":
+            next(rest, None)
+        elif not word.startswith("--config="):
+            left.append(word)
+    verb = left.index("run") + 1 if "run" in left else 0
+    return [*left[:verb], *common.configured_now(), *left[verb:]]

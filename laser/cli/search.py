@@ -70,6 +70,8 @@ def search_verb(
     """`laser search`, whose arguments and help are in verbs.py."""
     # Before the model, which may have to be downloaded: what is asked for.
     of_difference = base.base is not None
+    if grid is not None and rules is not None:
+        raise UsageError("--grid names its own rules; leave out --rules, or name them as --grid RULE,RULE")
     rules = rules if rules is not None else default_rules(of_difference, searching=True)
     wanted = _grid(grid) if grid else [rule for rule in rules.split(",") if rule]
     if of_difference and moments.moments is not None:
@@ -87,7 +89,8 @@ def search_verb(
     require_dtype(dtype)
     chosen, where = which.selection(), on.choose()
     work.claim(output, "plan")
-    journal, spectra = journal or output.with_name("search.jsonl"), spectra or output.with_name("spectra.safetensors")
+    journal, beside = journal or output.with_name("search.jsonl"), spectra is None
+    spectra = spectra or output.with_name("spectra.safetensors")
     measured = Spectra.load(spectra) if spectra.exists() else None
     if len({real(path) for path in (output, journal, spectra)}) < 3:
         raise UsageError(f"the plan, its journal and the spectra are three files, found {output}, {journal}, {spectra}")
@@ -109,6 +112,11 @@ def search_verb(
         compared.require(measured.source, "spectra")
     else:
         measured.source.require(checkpoint, "spectra")
+    if measured is not None and beside and (lacking := chosen.left_out(measured.matrices, measured.skipped)):
+        raise UsageError(
+            f"{spectra} has no values of {lacking[0]}, which its scan left out; try --spectra with another file, or "
+            "select what was scanned"
+        )
     matrices = [m for m in list_matrices(checkpoint) if chosen.why_not(m) is None]
     searched = searched_of(checkpoint, chosen, of_difference)
     layered, placed = layered_model(
@@ -323,9 +331,13 @@ def print_search(result: SearchResult) -> None:
         say("nothing was kept: no reduction that was tried makes this model better")
 
 
+# Objective -> what its numbers are.
+STATED = {"loss": "loss", "accuracy": "wrong answers"}
+
+
 def _report_line(report: Report) -> str:
     before, after, d = (digits(x) if x is not None else "not finite" for x in (report.before, report.after, report.d))
     return (
-        f"{report.objective} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} before, "
-        f"{after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
+        f"{STATED[report.objective]} on {report.text}, {report.units} units: {before} ± {digits(report.before_se)} "
+        f"before, {after} ± {digits(report.after_se)} after, change {d} ± {digits(report.se)} {report.unit}"
     )

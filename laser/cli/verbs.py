@@ -12,6 +12,7 @@ import typer
 
 from laser.choices import OF_DIFFERENCES, ROUNDS, WINDOW
 from laser.cli import options
+from laser.cli.complete import one_of, several_of
 from laser.cli.recipe import follow, packaged
 from laser.report.plots import QUANTITIES
 from laser.spectral.rules import RULES, TESTED
@@ -80,7 +81,12 @@ def reduce(
     output: options.Output,
     base: options.FromBase,
     rule: Annotated[
-        str | None, typer.Option("--rule", help="With --base and no PLAN: by which rule; default: rounding.")
+        str | None,
+        typer.Option(
+            "--rule",
+            help="With --base and no PLAN: by which rule; default: rounding.",
+            autocompletion=options.a_rule,
+        ),
     ] = None,
     scale: Annotated[
         float | None, typer.Option("--scale", help="The same as --rule scale:C: this much of the difference.")
@@ -95,7 +101,11 @@ def reduce(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option("--output-dtype", help="bfloat16: an FP8 source without FP8; default: FP8, new scales."),
+        typer.Option(
+            "--output-dtype",
+            help="bfloat16: an FP8 source without FP8; default: FP8, new scales.",
+            autocompletion=one_of(("bfloat16",)),
+        ),
     ] = None,
     parts: options.PartOption,
     work: options.Directory,
@@ -149,7 +159,11 @@ def run(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", is_eager=True, callback=follow, help=f"{', '.join(packaged())}, or a TOML or YAML file."
+            "--recipe",
+            is_eager=True,
+            callback=follow,
+            help=f"{', '.join(packaged())}, or a TOML or YAML file.",
+            autocompletion=one_of(packaged()),
         ),
     ] = None,
     base: options.FromBase,
@@ -228,7 +242,12 @@ def eval(
     *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The record to write, eval.json.")] = None,
     text: options.WindowOptions,
-    mode: Annotated[str, typer.Option("--mode", help="windows, or rolling as lm-eval does.")] = "windows",
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode", help="windows, or rolling as lm-eval does.", autocompletion=one_of(("windows", "rolling"))
+        ),
+    ] = "windows",
     no_bos: Annotated[
         bool, typer.Option("--no-bos", help="No BOS before a window, nor before a rolling text.")
     ] = False,
@@ -262,14 +281,18 @@ def calibrate(
     which: options.Matrices,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Only each input's mean square: cheap, small.")] = False,
     ledoit_wolf: Annotated[bool, typer.Option("--ledoit-wolf", help="Shrink moments of few tokens.")] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also the gradients at outputs, for laser compensate --bits.")
+    ] = False,
     dtype: options.Dtype = "float32",
     on: options.OneDevice,
     record: options.RecordOptions,
 ) -> None:
     """Run a text through the model layer by layer and keep the second moments of each matrix's inputs.
 
-    One layer's weights are in memory. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on
-    from there.
+    One layer's weights are in memory. With --gradients the text is also run back, for which what enters each layer is
+    kept, in files beyond 2 GiB. Interrupted, it keeps finished layers in OUTPUT.partial; the same command goes on from
+    there.
     """
     with loading():
         from laser.cli import calibrate
@@ -280,6 +303,7 @@ def calibrate(
         which=which,
         diagonal=diagonal,
         ledoit_wolf=ledoit_wolf,
+        gradients=gradients,
         dtype=dtype,
         on=on,
         record=record,
@@ -303,6 +327,7 @@ def search(
             "--rules",
             help=f"One or more, with commas: {', '.join(RULES)}; data:NAME: by --moments. "
             f"Default: laser-rmt; with --base {', '.join(OF_DIFFERENCES)}.",
+            autocompletion=several_of(options.SOURCES),
         ),
     ] = None,
     moments: options.Inputs,
@@ -315,7 +340,10 @@ def search(
         typer.Option("--grid", metavar="RULE:A,B,..", help="LASER's grid: each of these per layer and role."),
     ] = None,
     trials: options.Trials,
-    objective: Annotated[str, typer.Option("--objective", help="loss, or accuracy on --task.")] = "loss",
+    objective: Annotated[
+        str,
+        typer.Option("--objective", help="loss, or accuracy on --task.", autocompletion=one_of(("loss", "accuracy"))),
+    ] = "loss",
     task: Annotated[
         Path | None, typer.Option("--task", help=".jsonl or .json: question, answer[, alternatives].")
     ] = None,
@@ -372,7 +400,14 @@ def leaderboard(
     ] = None,
     rows: options.Rows,
     on: options.OneDevice,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="auto (as stored), float32, bfloat16 or float16.",
+            autocompletion=one_of(("auto", "float32", "bfloat16", "float16")),
+        ),
+    ] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
     work: options.WorkOptions,
 ) -> None:
@@ -394,6 +429,7 @@ def card(
     name: Annotated[str | None, typer.Option("--name", help="What the card calls the model; OUT's own name.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", help="The source's id on the Hub.")] = None,
     hash_source: Annotated[bool, typer.Option("--hash-source", help="Read the source's shards for sha256.")] = False,
+    spectra: options.Scanned = None,
     file: options.RecordOptions,
 ) -> None:
     """Write OUT/README.md, the model card, from the records in OUT.
@@ -403,7 +439,9 @@ def card(
     """
     with loading():
         from laser.cli import publish
-    publish.card_verb(output, source=source, name=name, base_model=base_model, hash_source=hash_source, file=file)
+    publish.card_verb(
+        output, source=source, name=name, base_model=base_model, hash_source=hash_source, spectra=spectra, file=file
+    )
 
 
 def push(
@@ -428,10 +466,20 @@ def push(
 def null(
     model: options.Model,
     *,
-    rules: Annotated[str, typer.Option("--rules", help="Rules to test, with commas between.")] = ",".join(TESTED),
-    permute: Annotated[str, typer.Option("--permute", help="entries, or rows (keeps their variances).")] = "entries",
+    rules: Annotated[
+        str,
+        typer.Option("--rules", help="Rules to test, with commas between.", autocompletion=several_of(options.SOURCES)),
+    ] = ",".join(TESTED),
+    permute: Annotated[
+        str,
+        typer.Option(
+            "--permute",
+            help="entries, or rows (keeps their variances).",
+            autocompletion=one_of(("entries", "rows")),
+        ),
+    ] = "entries",
     draws: Annotated[int, typer.Option("--draws", help="Permutations of each matrix.")] = 1,
-    spectra: Annotated[Path | None, typer.Option("--spectra", help="Show beside it what the model itself has.")] = None,
+    spectra: options.Scanned = None,
     base: options.FromBase,
     which: options.Matrices,
     on: options.Precise,
@@ -458,7 +506,11 @@ def spectra(
     *,
     rule: Annotated[
         str | None,
-        typer.Option("--rule", help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read."),
+        typer.Option(
+            "--rule",
+            help="Whose cut is shown. Default: mp-edge, and laser-rmt in what others read.",
+            autocompletion=options.a_rule,
+        ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
     snr_json: Annotated[Path | None, typer.Option("--snr-json", help="Write Spectrum's file of scores.")] = None,
@@ -495,7 +547,10 @@ def plot(
         str | None, typer.Option("--matrix", help="Histogram of this tensor: a part of its name.")
     ] = None,
     other: Annotated[list[Path] | None, typer.Option("--with", help="Spectra of another model, laid over it.")] = None,
-    heat: Annotated[str | None, typer.Option("--heat", help=f"Heat map of {', '.join(QUANTITIES)}.")] = None,
+    heat: Annotated[
+        str | None,
+        typer.Option("--heat", help=f"Heat map of {', '.join(QUANTITIES)}.", autocompletion=one_of(QUANTITIES.keys())),
+    ] = None,
     mean: Annotated[bool, typer.Option("--mean", help="Heat map: a column per role, the mean of experts.")] = False,
     rule: options.ShownRule = None,
     which: options.Matrices,
@@ -537,7 +592,11 @@ def convert(
     output: options.Output,
     dtype: Annotated[
         str | None,
-        typer.Option("--output-dtype", help="Of a GGUF file's result: float32, float16, bfloat16; default: its own."),
+        typer.Option(
+            "--output-dtype",
+            help="Of a GGUF file's result: float32, float16, bfloat16; default: its own.",
+            autocompletion=one_of(("float32", "float16", "bfloat16")),
+        ),
     ] = None,
     shown_as: options.Json,
 ) -> None:
@@ -585,7 +644,12 @@ def unmerge(
         int, typer.Option("--rounds", help="Steps of the solver per matrix and rank, at the most.")
     ] = ROUNDS,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the adapter: float32, float16 or bfloat16, and more in the remainder.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="Of the adapter: float32, float16 or bfloat16, and more in the remainder.",
+            autocompletion=one_of(("float32", "float16", "bfloat16")),
+        ),
     ] = "float32",
     work: options.WorkOptions,
 ) -> None:
@@ -611,7 +675,9 @@ def rebuild(
     formula: Annotated[
         str | None,
         typer.Option(
-            "--formula", help="Of another LoRA: once, delta-first or scaled-after; default: as PEFT merges it."
+            "--formula",
+            help="Of another LoRA: once, delta-first or scaled-after; default: as PEFT merges it.",
+            autocompletion=one_of(("once", "delta-first", "scaled-after")),
         ),
     ] = None,
     work: options.RecordOptions,
@@ -669,8 +735,10 @@ def compensate(
     """Give back what a smaller copy of a model lost: a LoRA adapter of it, not trained but solved.
 
     Every matrix gets the best correction of low rank for the inputs that it meets in a text. With --text the original
-    is calibrated first. With --held-out the verdict on a second text is part of the output. PEFT loads the adapter on
-    COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes on from there.
+    is calibrated first. A budget (--bits) goes by the loss's gradients at the outputs: they are made with --text, and
+    taken from moments of laser calibrate --gradients. With --held-out the verdict on a second text is part of the
+    output. PEFT loads the adapter on COPY. Interrupted, it keeps what it has in OUTPUT.partial; the same command goes
+    on from there.
     """
     with loading():
         from laser.cli import compensate

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from laser.compensate.record import CompensationRecord, ErrorsMeasured
 
+# What a budget goes by: by_gradients of the record.
+SPENT_BY = {True: "the loss's gradients at the outputs", False: "the share of each output's own size"}
+
 
 def card_of(record: CompensationRecord) -> str:
     """Markdown, with the front matter that the Hub reads."""
     text = record.calibration
     by = "the plain norm" if text is None else f"{text.tokens} tokens of {text.text}"
-    asked = ", ".join(f"{name} {value:g}" for name, value in record.asked.items())
+    asked = ", ".join(f"{name} {value:g}" for name, value in record.asked.items()) + spent(record)
     lines = [
         "---",
         "library_name: peft",
@@ -55,6 +58,13 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{copy}")
 model = PeftModel.from_pretrained(model, "THIS_DIRECTORY")"""
+
+
+def spent(record: CompensationRecord) -> str:
+    """What a budget went by; nothing where there is none."""
+    if "bits" not in record.asked:
+        return ""
+    return f", spent by {SPENT_BY[record.by_gradients]}"
 
 
 def _mean(record: CompensationRecord, what: str) -> float:

@@ -65,6 +65,8 @@ _PARTIAL_NAMES = re.compile(
 )
 # What the adapter in a directory is worth, asked before it gets its name.
 Judge = Callable[[Path, Sequence[Slot]], HeldOut | None]
+# What an error of a place as large as its outputs counts in a budget.
+Worth = Callable[[ParameterPlace], float]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ class Request:
         if self.rank is not None:
             return self.rank
         return max(1, round(BEYOND * even_rank({p.name: p.shape for p in places}, self.bits or 0.0)))
+
+    def by_gradients(self, moments: Moments | None) -> bool:
+        """Whether the budget goes by them."""
+        return self.bits is not None and moments is not None and moments.has_gradients
 
     def stated(self) -> dict[str, float]:
         return {"rank": self.rank} if self.rank is not None else {"bits": float(self.bits or 0.0)}
@@ -231,7 +237,7 @@ def compensate(
         restore_earlier(out, partial / "old")
         require_compensation_place(out, force)
         told = None if moments is None else (moments.calibration.windows_sha256, moments.calibration.dtype)
-        run = run_of_compensation(original, copy, told, asked, places, crew)
+        run = run_of_compensation(original, copy, told, asked, places, crew, asked.by_gradients(moments))
         if (there := compensation_found_again(out, run)) is not None:
             return there
         with disk_errors(out):
@@ -247,7 +253,13 @@ def compensate(
 
 
 def run_of_compensation(
-    original: Checkpoint, copy: Checkpoint, told: tuple[str, str] | None, asked: Request, places: Places, crew: Crew
+    original: Checkpoint,
+    copy: Checkpoint,
+    told: tuple[str, str] | None,
+    asked: Request,
+    places: Places,
+    crew: Crew,
+    by_gradients: bool,
 ) -> dict[str, Any]:
     """What a run is told from others by. told: of which windows, in which dtype, its moments are; None: of none."""
     other = Source.of(copy)
@@ -258,6 +270,7 @@ def run_of_compensation(
         "copy": [other.identity, other.weights.short],
         "windows": None if told is None else list(told),
         "asked": asked.stated(),
+        **({"by": "gradients"} if by_gradients else {}),
         "scales": "of norms and rows",  # how they are taken back: a solution of an earlier build is none of this one
         "places": hashlib.sha256(" ".join(place.name for place in places.places).encode()).hexdigest(),
         "device": crew.label,
@@ -371,8 +384,16 @@ def _is_written(line: Mapping[str, Any], partial: Path) -> bool:
         return False
 
 
-def choose_ranks(places: Sequence[ParameterPlace], lines: Mapping[str, Line], asked: Request) -> dict[str, int]:
-    """The rank of each parameter. Experts share one: PEFT stores theirs in one tensor."""
+def choose_ranks(
+    places: Sequence[ParameterPlace],
+    lines: Mapping[str, Line],
+    asked: Request,
+    worth: Worth | None = None,
+) -> dict[str, int]:
+    """The rank of each parameter. Experts share one: PEFT stores theirs in one tensor.
+
+    worth: what a budget goes by; None: all places alike, whatever the scale of their outputs.
+    """
     groups: dict[str, list[ParameterPlace]] = {}
     for place in places:
         groups.setdefault(place.parameter, []).append(place)
@@ -382,19 +403,32 @@ def choose_ranks(places: Sequence[ParameterPlace], lines: Mapping[str, Line], as
     for name, group in groups.items():
         gains = np.zeros(max(_solved_rank(lines[place.name]) for place in group))
         for place in group:
-            found = gains_of(lines[place.name])
-            gains[: len(found)] += found
+            if len(found := gains_of(lines[place.name])):
+                gains[: len(found)] += found * (1.0 if worth is None else worth(place))
         (m, n), experts = group[0].shape, group[0].experts
         offers[name] = Offer(gains, BITS_STORED * (m + n) * experts)
     return spend(offers, (asked.bits or 0.0) * sum(place.shape[0] * place.shape[1] for place in places))
 
 
 def gains_of(line: Line) -> np.ndarray:
-    """(k,) what each further rank takes away: squared singular values of (W - Q) C^(1/2), over E||W x||^2.
-
-    Layers' outputs differ in scale, and a share of each output's own is what counts (docs/log has the other weights).
-    """
+    """(k,) what each further rank takes away: squared singular values of (W - Q) C^(1/2), over E||W x||^2."""
     return np.maximum(-np.diff(line["predicted"]), 0.0)
+
+
+def worth_by_gradients(lines: Mapping[str, Line], moments: Moments) -> Worth:
+    """By what it does to the loss.
+
+    An error e of the m outputs for one token changes the loss by g^T e. Its square is ||g||^2 ||e||^2 / m on the mean
+    over directions of e. Over all tokens, those an expert did not meet being 0, that is share * mean(g^2) * E||e||^2.
+    """
+
+    def worth(place: ParameterPlace) -> float:
+        line, rows = lines[place.name], [matrix.shape[0] for matrix in place.matrices]
+        squares = [moments.gradient(matrix.name) for matrix in place.matrices]
+        gradient = sum(m * square for m, square in zip(rows, squares, strict=True)) / sum(rows)
+        return line["tokens"] / moments.calibration.tokens * gradient * line["outputs"] * place.shape[0]
+
+    return worth
 
 
 def _solved_rank(line: Line) -> int:
@@ -406,7 +440,9 @@ def _assemble_output(
     run: Mapping[str, Any], lines: Mapping[str, Line], judge: Judge,
 ) -> CompensationRecord:  # fmt: skip
     """OUT in partial/new: adapter, config, record and card."""
-    ranks = choose_ranks(places.places, lines, asked)
+    by_gradients = asked.by_gradients(moments)
+    worth = worth_by_gradients(lines, moments) if moments is not None and by_gradients else None
+    ranks = choose_ranks(places.places, lines, asked, worth)
     slots = slots_of(places.places, ranks)
     if not slots:
         why = next((line["left"] for line in lines.values() if line["left"]), "the budget buys no rank of any")
@@ -433,7 +469,7 @@ def _assemble_output(
     record = CompensationRecord(
         Source.of(original), Source.of(copy), None if moments is None else moments.calibration, asked.stated(),
         stored_bits(slots) / weights, entries, left, judge(new / MODEL, slots), dict(run),
-        {name: sha256_of(new / name) for name in (CONFIG, MODEL)},
+        {name: sha256_of(new / name) for name in (CONFIG, MODEL)}, by_gradients,
     )  # fmt: skip
     write_atomically(new / CARD, card_of(record).encode())
     record.save(new / RECORD)

@@ -88,6 +88,7 @@ class CompensationRecord(
     entries: the corrected places; left: matrix -> why it got no correction
     bits: what the adapter stores per weight of the corrected places. run: what a run is told from others by
     parts: files of the adapter, by sha256
+    by_gradients: whether the budget went by the gradients at outputs, not by each output's own size
     """
 
     original: Source
@@ -100,6 +101,7 @@ class CompensationRecord(
     held_out: HeldOut | None
     run: Mapping[str, Any]
     parts: Mapping[str, str]
+    by_gradients: bool = field(default=False, metadata=SPARSE)
 
     def wrong(self) -> str | None:
         names = [entry.name for entry in self.entries]

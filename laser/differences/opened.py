@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laser.checkpoint.hub import fetched
+from laser.checkpoint.hub import ID, fetched
 from laser.checkpoint.reader import Checkpoint, by_whole_shards, open_checkpoint
 from laser.differences.base import Base
 from laser.differences.peft import with_adapter_merged
@@ -20,7 +20,7 @@ def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
     whole = str(model)
     if "+" not in whole or Path(whole).exists() or Path(whole).is_symlink():
         return open_checkpoint(model, need)
-    base, folder = _parts_of_sum(whole)
+    base, adapter, folder = _parts_of_sum(whole)
     if is_recorded(folder):
         raise UsageError(
             f"{folder} is what laser unmerge wrote, and merged alone it would leave out the remainder; make the "
@@ -28,7 +28,7 @@ def open_model(model: str | Path, need: str = "ranges") -> Checkpoint:
         )
     # Its other files lie in the snapshot of the base, where they are looked for.
     opened = open_checkpoint(base, "files" if need == "ranges" else need)
-    return with_adapter_merged(by_whole_shards(opened), folder)
+    return with_adapter_merged(by_whole_shards(opened), folder, given=(base, adapter))
 
 
 def opened_model(model: Checkpoint | str | Path) -> Checkpoint:
@@ -36,20 +36,25 @@ def opened_model(model: Checkpoint | str | Path) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_model(model)
 
 
-def _parts_of_sum(whole: str) -> tuple[str, Path]:
-    """The base's name and the adapter's folder. A name may hold a + itself: the first one behind which one lies."""
+def _parts_of_sum(whole: str) -> tuple[str, str, Path]:
+    """The base's name, the adapter's, and its folder. A name may hold a + itself: the first behind which one lies."""
     places = [(whole[:at], whole[at + 1 :]) for at, sign in enumerate(whole) if sign == "+"]
     for base, adapter in places:
         if (Path(adapter) / CONFIG).is_file():
-            return base, Path(adapter)
+            return base, adapter, Path(adapter)
     there = [pair for pair in places if Path(pair[0]).is_dir()]  # a directory's own + is no sign of a sum
     base, adapter = there[-1] if there else (whole.partition("+")[0], whole.partition("+")[2])
+    if "+" in adapter and not there and ID.fullmatch(base) is None:
+        raise CheckpointError(
+            f"no such model: {whole} is no directory, and none is called {' or '.join(pair[0] for pair in places)}; "
+            "try BASE+ADAPTER with the directory or Hub id of each"
+        )
     if "+" in adapter:
         raise UsageError(
             f"{whole} names {len(places)} adapters, expected BASE+ADAPTER; merge one with laser rebuild first"
         )
     if not Path(adapter).exists() and (folder := fetched(adapter, (CONFIG, MODEL))) is not None:
-        return base, folder
+        return base, adapter, folder
     raise CheckpointError(
         f"no such model: {whole} is no directory, and {adapter or 'what follows the +'} is no PEFT adapter with "
         f"{CONFIG}; try BASE+ADAPTER with the directory or Hub id of each"

@@ -68,6 +68,7 @@ OTHERWISE += ("corda_config", "lora_ga_config", "loftq_config", "kasa_config", "
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # What tells of a base's own weights, and not of those that are written.
 LEFT_BEHIND = (CARD, OPTIONS_FILE, OUTCOME)
+NUMBERS_AT_ONCE = 1 << 22  # numbers that are looked at together, in a copy of eight bytes each
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,13 @@ class PeftAdapter:
 
 def tensor_of(path: Path, name: str) -> torch.Tensor:
     try:
-        return tensor_in(_held(path, stamp_of(path)), name)
+        return tensor_in(_adapter_header(path, stamp_of(path)), name)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {name}: {first_line(error)}; download it again") from error
 
 
 @lru_cache(1)
-def _held(path: Path, stamp: Stamp | None) -> Shard:
+def _adapter_header(path: Path, stamp: Stamp | None) -> Shard:
     """An adapter's file by its header, which is read again only where the file is another."""
     return read_header(path)
 
@@ -261,6 +262,7 @@ class _Reading:
                 f"{target} is stored as {expected.dtype}, and was trained whole; try the unquantised model"
             )
         if own:
+            self.require_numbers(name, expected.dtype)
             self.saved[target] = name
         elif not torch.equal(tensor_of(self.path, name), self.base.raw(target)):
             raise UsageError(f"{self.path}: {name} is not the base's own, as it was; try PEFT's own merge")
@@ -309,8 +311,7 @@ class _Reading:
             shape = [place.rows, matrix.shape[1]]
             raise CheckpointError(f"{self.path}: {name} and its lora_B do not fit {weight} {shape}")
         for each in (name, other):
-            if not tensor_of(self.path, each).float().isfinite().all():
-                raise CheckpointError(f"{self.path}: {each} holds NaN or Inf, expected numbers; download it again")
+            self.require_numbers(each)
         for m, own in found:
             if m.dtype not in STORED_FLOATS:
                 raise UsageError(
@@ -322,6 +323,14 @@ class _Reading:
                 self.experts[m.name] = lora
             else:
                 self.updates[m.tensor] = lora
+
+    def require_numbers(self, name: str, dtype: str = "F32") -> None:
+        """Raises CheckpointError for a tensor that holds what is no number, or is none any more in the base's dtype."""
+        for part in tensor_of(self.path, name).flatten().split(NUMBERS_AT_ONCE):
+            if not part.double().isfinite().all():
+                raise CheckpointError(f"{self.path}: {name} holds NaN or Inf, expected numbers; download it again")
+            if not part.to(TORCH[dtype]).double().isfinite().all():
+                raise UsageError(f"{self.path}: {name} holds numbers too large for {dtype}; try a base in float32")
 
     def of_its_own(self, weight: str) -> list[tuple[Matrix, ModulePlace]]:
         """A module by the name that its tensor has: transformers 4 held experts one by one, and the gate as a layer.
@@ -417,10 +426,13 @@ def merged_shards(base: Checkpoint, adapter: PeftAdapter, formula: str | None = 
     return tuple(map(made, base.shards))
 
 
-def with_adapter_merged(base: Checkpoint, folder: Path, formula: str | None = None) -> Checkpoint:
+def with_adapter_merged(
+    base: Checkpoint, folder: Path, formula: str | None = None, *, given: tuple[str, ...] = ()
+) -> Checkpoint:
     """BASE+ADAPTER, as `merge_streamed` would write it, seen without writing it. Raises as `open_adapter`.
 
     Its identity is that of both, by the sha256 of the adapter's files. formula: of all of it; None: those of PEFT.
+    given: how the two were named.
     """
     hub_id, _ = hub_origin(folder)  # there its folder has a commit's name
     folder = folder.resolve()
@@ -428,7 +440,9 @@ def with_adapter_merged(base: Checkpoint, folder: Path, formula: str | None = No
     stamps = {file: stamp_of(file) for file in files}
     adapter = open_adapter(folder, base)
     name = hub_id.rpartition("/")[2] if hub_id else folder.name
-    on_top = OnTop(name, {file.name: sha256_of(file) for file in files}, stamps, adapter.weights)
+    elsewhere = "+".join(Path(word).resolve().name if Path(word).exists() else word for word in given)
+    sums = {file.name: sha256_of(file) for file in files}
+    on_top = OnTop(name, sums, stamps, adapter.weights, "+".join(given), elsewhere)
     shards = merged_shards(base, adapter, formula)
     return replace(base, shards=shards, hub=None, origin=base, remade=True, on_top=on_top)
 
@@ -447,7 +461,7 @@ def merge_streamed(
     formula: of all of it; None: those of PEFT. In memory is one tensor. Shards, names and dtypes are the base's. force:
     see `write_directory`. Raises as `open_adapter`, and OutputError where `out` cannot be written.
     """
-    merged = with_adapter_merged(base, folder, formula)
+    merged = with_adapter_merged(base, folder, formula=formula)
     assert merged.on_top is not None
     files = {n: data for n, data in side_files_of(base).items() if n not in ("config.json", INDEX, *LEFT_BEHIND)}
     written = replace(base, shards=merged.shards)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -140,7 +140,8 @@ def _results(ray: Any, submitted: Iterator[Any], most: int) -> Generator[Any, No
                 yield results.pop(0)
     finally:
         for reference in pending:
-            ray.cancel(reference)
+            with suppress(TypeError):  # Ray up to 2.46 has no owner for the object of a node that is gone
+                ray.cancel(reference)
 
 
 def choose_in_cluster(engine: str, kind: str, precision: str) -> Device:

@@ -89,14 +89,19 @@ def whole_needs(
 
 
 def layered_needs(
-    model: LayeredModel, device: torch.device, tokens: int, resident: int | None, backward: bool = False
+    model: LayeredModel,
+    device: torch.device,
+    tokens: int,
+    resident: int | None,
+    backward: bool = False,
+    of_weights: bool = True,
 ) -> Needs:
     """What a pass in pieces needs, for windows of up to `tokens` inputs. More with each piece that stays.
 
     The states between the pieces are not counted: see `states_bytes`.
 
     resident: how many of the last pieces stay, None: all of them; where any does, the others are read one ahead
-    backward: also of a pass back through each layer, with gradients of its weights
+    backward: also of a pass back through each layer; of_weights: with gradients of its weights
     """
     sizes = [_tensor_bytes(kinds) for kinds in model.kinds()]
     *pieces, rest = sizes
@@ -108,7 +113,7 @@ def layered_needs(
     else:  # those that stay, and of the others the one that runs and the next, which is read meanwhile
         stay = 0 if resident is None else max(len(pieces) - resident, 0)
         weights = sum(pieces[stay:]) + max((sum(pieces[i : min(i + 2, stay)]) for i in range(stay)), default=0)
-    there = rest + weights + passing + layers * backward
+    there = rest + weights + passing + layers * (backward and of_weights)
     reading = _reading_bytes(model.checkpoint)
     if device.type == "cpu":
         return _needs(0, there + reading)

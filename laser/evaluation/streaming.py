@@ -362,7 +362,7 @@ class LayeredModel:
         Before the first: raises UsageError for a model that is not its layers one after the other, see `prove`.
         """
         self.prove(windows)
-        activations = self.store.allocate([len(w.tokens) - 1 for w in windows], self.width, self.dtype)
+        activations = self.room_for(windows)
         self._load(0)
         self._load(self._rest)
         with by_layers(self.checkpoint):
@@ -605,45 +605,55 @@ class LayeredModel:
         wanted = {name: self._places_of(name)[0] for name in tensors}
         if shared := [name for name in tensors if len(self._places_of(name)) > 1 or self.first_piece(name) == 0]:
             raise UsageError(f"{shared[0]} is used outside of the layers or in several; leave its role out")
-        total = sum(w.scored for w in windows)
         first = min(piece for piece, _, _ in wanted.values())
-        lengths = [len(w.tokens) - 1 for w in windows]
-        upstream = self.store.allocate(lengths, self.width, self.dtype)
+        upstream = self.room_for(windows)
         for piece in range(self.layers + 1, first - 1, -1):
             names = [name for name, place in wanted.items() if place[0] == piece]
-            self._load(piece)
-            if piece > self.layers:
-                self._load(self._rest)
-            parameters = {wanted[name][1]: self._value(wanted[name][1]) for name in names}
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+            with self.held(*self.together(piece)):
+                parameters = {wanted[name][1]: self._value(wanted[name][1]) for name in names}
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                self.run_back(piece, windows, boundaries[piece], upstream)
+                for name in names:
+                    _, parameter, part = wanted[name]
+                    gradient = parameters[parameter].grad
+                    if gradient is None:
+                        gradient = torch.zeros_like(parameters[parameter])
+                    own_part, whole = self._matrices[name].part, gradient[part.where].detach()
+                    yield name, (own_part.of(whole) if own_part else whole).clone()
+                for parameter in parameters.values():
+                    parameter.grad = None
+                    parameter.requires_grad_(False)
+        self.store.free(upstream)
+
+    def room_for(self, windows: Sequence[Window]) -> Activations:
+        """Room for the states of every input of `windows`, or for the gradients at them."""
+        return self.store.allocate([len(w.tokens) - 1 for w in windows], self.width, self.dtype)
+
+    def run_back(self, piece: int, windows: Sequence[Window], boundary: Activations, upstream: Activations) -> None:
+        """Through one piece, a layer or the head, which runs again from the states that enter it.
+
+        `upstream`, in place: the gradient of the mean loss over all scored tokens, nats per token, at the states that
+        leave the layer becomes that at those that enter it. What the head finds there does not count.
+        """
+        total = sum(w.scored for w in windows)
+        with self.held(*self.together(piece)):
             for number, window in enumerate(windows):
-                entering = boundaries[piece].window(number).to(self.device, copy=True).requires_grad_(True)
+                entering = boundary.window(number).to(self.device, copy=True).requires_grad_(True)
                 with torch.enable_grad():
                     self._backward(piece, entering, window, upstream.window(number), total)
                 assert entering.grad is not None
                 upstream.window(number).copy_(entering.grad)
-            for name in names:
-                _, parameter, part = wanted[name]
-                gradient = parameters[parameter].grad
-                if gradient is None:
-                    gradient = torch.zeros_like(parameters[parameter])
-                own_part, whole = self._matrices[name].part, gradient[part.where].detach()
-                yield name, (own_part.of(whole) if own_part else whole).clone()
-            for parameter in parameters.values():
-                parameter.grad = None
-                parameter.requires_grad_(False)
-            self._free(piece)
-            self._free(self._rest)
-        self.store.free(upstream)
 
     def _backward(self, piece: int, entering: torch.Tensor, window: Window, upstream: torch.Tensor, total: int) -> None:
         if piece <= self.layers:
             self._layer(piece - 1, entering).backward(upstream.to(self.device))
             return
         targets = torch.from_numpy(window.tokens[-window.scored :])
-        losses, _ = token_losses(self._logits(entering[-window.scored :]), targets)
-        (losses.sum() / total).backward()
+        for start in range(0, window.scored, HEAD_ROWS):
+            rows = entering[-window.scored :][start : start + HEAD_ROWS]
+            losses, _ = token_losses(self._logits(rows), targets[start : start + HEAD_ROWS])
+            (losses.sum() / total).backward()
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

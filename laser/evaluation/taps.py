@@ -51,11 +51,21 @@ def run_one_expert_at_a_time(model: LayeredModel) -> None:
 
 
 class Tap(TorchFunctionMode):
-    """Inside, `listen` is called with every product of decoder layer `layer` with one of the `matrices`."""
+    """Inside, `listen` is called with every product of decoder layer `layer` with one of the `matrices`.
 
-    def __init__(self, model: LayeredModel, layer: int, matrices: Sequence[Matrix], listen: Listener) -> None:
+    back: called likewise in a pass back, with the gradient at the outputs in the place of the outputs.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        layer: int,
+        matrices: Sequence[Matrix],
+        listen: Listener,
+        back: Listener | None = None,
+    ) -> None:
         super().__init__()
-        self.listen, self.block = listen, model.blocks[layer]
+        self.listen, self.back, self.block = listen, back, model.blocks[layer]
         self.parts, self.prefix = model.parts(layer), f"{model.stack}.{layer}."
         self.matrices = matrices
         # Found at the layer's first product, for it is loaded by then. By address, each with its place in their order.
@@ -68,18 +78,25 @@ class Tap(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             weight, bias = given["weight"], given.get("bias")
-            self._hear(weight, given["input"], out if bias is None else out - bias)
+            self._hear(weight, given["input"], out, bias)
         elif func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2 stores its weights transposed
-            self._hear(args[2].T, args[1], out - args[0])
+            self._hear(args[2].T, args[1], out, args[0])
         elif func in MATMULS and len(args) == 2 and args[1].ndim == 2:
             self._hear(args[1].T, args[0], out)
         elif func in MATMULS and len(args) == 2 and args[0].ndim == args[1].ndim == 3:
-            for x, weight, y in zip(*args, out, strict=False):  # inputs of 0 are tokens of other experts
-                self._hear(weight.T, x, y, routed=x.any(dim=-1))
+            for number, (x, weight) in enumerate(zip(*args, strict=False)):
+                self._hear(weight.T, x, out, number=number)
         return out
 
-    def _hear(self, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, routed: Any = ...) -> None:
-        """y = weight x, `weight` (m, n) however it is strided."""
+    def _hear(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        number: int | None = None,
+    ) -> None:
+        """out = weight x + bias, `weight` (m, n) however it is strided; number: of a product among several in `out`."""
         storages = self._storages or {parameter.untyped_storage().data_ptr() for parameter in self.block.parameters()}
         if weight.untyped_storage().data_ptr() not in storages:  # two activations, as in attention
             return
@@ -88,10 +105,21 @@ class Tap(TorchFunctionMode):
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
         if key not in self._known:
             self._known[key] = self._inside(weight)
-        m, n = weight.shape
-        x, y = x.reshape(-1, n)[routed], y.reshape(-1, m)[routed]
-        if self._known[key].names and len(x):
-            self.listen(self._known[key], x, y)
+        (m, n), what = weight.shape, self._known[key]
+        # Where several experts are multiplied at once, inputs of 0 are tokens of others.
+        routed = ... if number is None else x.any(dim=-1)
+        x = x.reshape(-1, n)[routed]
+        if not what.names or not len(x):
+            return
+
+        def rows(of_out: torch.Tensor) -> torch.Tensor:
+            return (of_out if number is None else of_out[number]).reshape(-1, m)[routed]
+
+        self.listen(what, x, rows(out if bias is None else out - bias))
+        if (back := self.back) is not None:
+            if not out.requires_grad:  # of inputs that no state of the model reaches
+                out.requires_grad_(True)
+            out.register_hook(lambda gradient: back(what, x, rows(gradient)))
 
     def _inside(self, weight: torch.Tensor) -> SharedInput:
         """The matrices that are rows of `weight` (m, n), all or some, by where they lie in memory."""

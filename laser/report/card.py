@@ -26,7 +26,7 @@ from laser.evaluation.verdict import Direction
 from laser.outcome import Outcome
 from laser.plan import Plan, PlanLine
 from laser.reasons import Kind
-from laser.records import LATER
+from laser.records import LATER, SPARSE
 from laser.report import chat
 from laser.report.comparison import Losses, compare
 from laser.report.source_card import LICENCE, SourceCard, read_source_card
@@ -63,6 +63,14 @@ class CardSource:
     licence_files: tuple[str, ...] = ()
     # Licence file -> the Hub's name of the licence whose text it is.
     licences: Mapping[str, str] | None = field(default=None, metadata=LATER)
+    # BASE+ADAPTER as a command line elsewhere has it: no address has the merge, and the name has no owners.
+    added: str | None = field(default=None, metadata=SPARSE)
+    base: str | None = field(default=None, metadata=SPARSE)  # of a fine-tune, likewise
+
+    @property
+    def word(self) -> str:
+        """What names it on a command line."""
+        return self.added or self.hub_id or self.name
 
 
 @dataclass(frozen=True)
@@ -299,22 +307,25 @@ def _command_block(
 ) -> list[str]:
     """The commands that make the output again, check it, and measure it."""
     commands = list(run.commands) or [_spelled_out(name, outcome, source)]
-    base = [] if outcome.plan.pair is None else ["--base", outcome.plan.pair.base.name]
-    commands += [shlex.join(["laser", "verify", source.hub_id or source.name, name, *base])]
+    base = _base_words(outcome.plan, source)
+    commands += [shlex.join(["laser", "verify", source.word, name, *base])]
     return commands + [board.command for board in (before, after) if board and board.command]
+
+
+def _base_words(plan: Plan, source: CardSource) -> list[str]:
+    return [] if plan.pair is None else ["--base", source.base or plan.pair.base.name]
 
 
 def _spelled_out(name: str, outcome: Outcome, source: CardSource) -> str:
     """The command that makes this output, by its plan; a rule makes none again that a search or a hand made."""
     plan, dtype = outcome.plan, outcome.run.get("dtype")
-    base = [] if plan.pair is None else ["--base", plan.pair.base.name]
+    base = _base_words(plan, source)
     if plan.edited or "accept" in plan.selection or plan.calibration is not None or dtype:
-        words = ["laser", "reduce", source.hub_id or source.name, "plan.json", *base, "-o", name]
+        words = ["laser", "reduce", source.word, "plan.json", *base, "-o", name]
         words += [] if plan.calibration is None else ["--moments", "moments.safetensors"]
         words += ["--output-dtype", str(dtype)] if dtype else []
         return f"{shlex.join(words)}  # plan.json: the entry `plan` of laser.json"
-    words = ["laser", "run", source.hub_id or source.name, *base, "-o", name, "--rule", plan.rule]
-    words += ["--no-search"] if base else []
+    words = ["laser", "run", source.word, *base, "-o", name, "--rule", plan.rule, "--no-search"]
     for key in ("lowest_snr", "include", "exclude", "shrink", "require_fit"):
         if plan.selection.get(key) is not None:
             words += [f"--{key.replace('_', '-')}", str(plan.selection[key])]

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laser.errors import UsageError
 from laser.escape import visible
+from laser.reasons import Kind
 from laser.spectral.noise import DEFAULT_ESTIMATOR, Noise, estimate_noise, fit_noise
 from laser.spectral.rules import apply_rule, parse_rule
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from laser.outcome import Outcome
+    from laser.plan import Plan, PlanLine
+    from laser.searching.runner import Trial
+    from laser.searching.search import SearchResult
     from laser.spectra import Spectra
     from laser.summary import Summary, SummaryRow
 
@@ -33,6 +38,8 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 IN_WEIGHTS, IN_NOISE = "unit of the weights", "unit of the noise"  # of values; IN_NOISE: of those of differences
 CURVE = 60  # points of the fitted law's curve
 WIDEST_TITLE = 80  # characters of a name that fit over a picture
+MOST_TICKS = 80  # values kept that are marked one by one
+MOST_NAMED = 60  # trials of a search whose names have room
 # quantity -> (title, unit, value of a row)
 QUANTITIES: dict[str, tuple[str, str, Callable[[SummaryRow], float | None]]] = {
     "kept": ("singular values kept", "share of all", lambda r: r.rank / r.full_rank),
@@ -166,20 +173,125 @@ def plot_spectrum(spectra: Spectra, name: str, rule: str | None = None, ax: Axes
 
     rule: whose cut; default: mp-edge, of differences `rounding`. Raises UsageError for a matrix that was not scanned.
     """
-    axes = ax or new_axes(8, 4.5)
+    axes = ax or _shown_axes(8, 4.5)
     histogram(histogram_of(spectra, name, rule or spectra.usual_rule), axes)
     return axes
 
 
+def plot_spectra(spectra: Spectra, name: str | None = None, rule: str | None = None, ax: Axes | None = None) -> Axes:
+    """`plot_spectrum` of the matrix `name`; without one, a map of what the rule keeps of every matrix."""
+    if name is None:
+        from laser.summary import summarise  # it brings torch, and the help page has this file's tables
+
+        return plot_heat_map(summarise(spectra, rule or spectra.usual_rule), ax=ax)
+    return plot_spectrum(spectra, name, rule, ax)
+
+
 def plot_heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, ax: Axes | None = None) -> Axes:
     """A quantity of every matrix, layer by role, on `ax` or a figure of its own. Raises as `heat_map`."""
-    figure = heat_map(summary, quantity, experts=experts, axes=ax)
-    return ax or figure.axes[0]
+    axes = ax or _shown_axes(*_size_of_map(summary.rows, experts))
+    heat_map(summary, quantity, experts=experts, axes=axes)
+    return axes
+
+
+def plot_plan(plan: Plan, *, experts: bool = True, ax: Axes | None = None) -> Axes:
+    """The share of its singular values that each matrix keeps, or by which it is scaled; what is left alone keeps
+    all."""
+
+    def share(line: PlanLine) -> float | None:
+        if line.action != "reduce":
+            return 1.0
+        return line.scale if line.scale is not None else (line.rank or 0) / (line.full_rank or 1)
+
+    title = f"{label(plan.source.name)}: singular values kept by the plan, rule {label(plan.rule)}"
+    return _map_of_lines(plan, share, title, "share of all", experts, ax)
+
+
+def plot_outcome(outcome: Outcome, *, experts: bool = True, ax: Axes | None = None) -> Axes:
+    """The share of its squared singular values that each matrix has kept, as measured; of one that was cut by the data,
+    of its outputs' mean square. What was left alone has kept all."""
+
+    def left(line: PlanLine) -> float | None:
+        return outcome.matrices[line.name]["energy_kept"] if line.action == "reduce" else 1.0
+
+    title = f"{label(outcome.plan.source.name)}: energy kept, as measured, rule {label(outcome.plan.rule)}"
+    return _map_of_lines(outcome.plan, left, title, "share of all", experts, ax)
+
+
+def _map_of_lines(
+    plan: Plan,
+    value: Callable[[PlanLine], float | None],
+    title: str,
+    unit: str,
+    experts: bool,
+    ax: Axes | None,
+) -> Axes:
+    """A map of what is reduced, and of the layers' other matrices: embeddings and norms are left out."""
+
+    def is_drawn(line: PlanLine) -> bool:
+        beside = line.layer is not None and line.why.kind is not Kind.NOT_A_MATRIX
+        return line.action == "reduce" or (line.action == "keep" and beside)
+
+    lines = [line for line in plan.lines if is_drawn(line)]
+    axes = ax or _shown_axes(*_size_of_map(lines, experts))
+    _draw_map(lines, value, title, unit, experts, axes)
+    return axes
+
+
+def plot_search(result: SearchResult, ax: Axes | None = None) -> Axes:
+    """The change that each trial measured with its standard error, the first trial on top.
+
+    Filled: accepted. A cross: a race that ended before all was measured.
+    """
+    trials = result.trials
+    axes = ax or _shown_axes(8, min(max(2.5, 0.24 * len(trials) + 1.5), 12))
+    looks: dict[str, dict[str, Any]] = {
+        "accepted": {"fmt": "o", "color": BLUE},
+        "rejected": {"fmt": "o", "color": ORANGE, "markerfacecolor": "white"},
+        "rejected early": {"fmt": "x", "color": "0.5"},
+    }
+    for kind, look in looks.items():
+        these = [n for n, trial in enumerate(trials) if trial.d is not None and _fate(trial) == kind]
+        changes, errors = [trials[n].d or 0.0 for n in these], [trials[n].se or 0.0 for n in these]
+        named = {"label": f"{kind}: {len(these)}", "markersize": 5, "capsize": 2, "linewidth": 1}
+        if these:
+            axes.errorbar(changes, these, xerr=errors, **named, **look)
+    for n, trial in enumerate(trials):
+        if trial.d is None:
+            axes.text(0, n, " not finite", fontsize=7, va="center")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylim(max(len(trials), 1) - 0.5, -0.5)
+    if len(trials) <= MOST_NAMED:
+        several = len({trial.rule for trial in trials}) > 1
+        names = [f"{trial.label}  {trial.rule}" if several else trial.label for trial in trials]
+        axes.set_yticks(range(len(trials)), [label(name) for name in names], fontsize=7)
+    else:
+        axes.set_ylabel("trial")
+    verdicts = [f"held-out text: {label(each.verdict)}" for each in result.held_out if each.verdict is not None]
+    axes.set_title("\n".join([f"{label(result.plan.source.name)}: trials of the search", *verdicts]), fontsize=10)
+    axes.set_xlabel(f"change, {label(result.calibration.unit)}")
+    if trials:
+        axes.legend(frameon=False, fontsize=9)
+    return axes
+
+
+def _fate(trial: Trial) -> str:
+    if trial.accepted:
+        return "accepted"
+    return "rejected" if trial.raced is None else "rejected early"
 
 
 def new_axes(width: float, height: float) -> Axes:
     """Axes on a figure of so many inches."""
     return _figure(width, height).subplots()
+
+
+def _shown_axes(width: float, height: float) -> Axes:
+    """Axes on a figure that a notebook shows below its cell, and `plt.show()` in a window. Raises as `_figure`."""
+    _figure(width, height)
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), dpi=120, layout="constrained")[1]
 
 
 def _figure_of(axes: Axes) -> Figure:
@@ -207,7 +319,7 @@ def histogram(shown: Histogram, axes: Axes | None = None) -> Figure:
         f"{shown.distance:.2g}, level {shown.level:.2g})"
     )
     # Outliers are bars of height one beside a bulk of hundreds: a tick at the foot makes each kept value visible.
-    if len(kept):  # no ticks at all would still be given room at the corner of the figure
+    if 0 < len(kept) <= MOST_TICKS:  # of none there would still be room at the corner, and hundreds hide the axis
         axes.plot(kept, np.zeros(len(kept)), "|", color=BLUE, markersize=9, clip_on=False)
     _count_axis(axes, edges)
     axes.legend(frameon=False, fontsize=9)
@@ -243,13 +355,13 @@ def overlay(several: Sequence[Histogram], axes: Axes | None = None) -> Figure:
 
 
 def top_of(several: Sequence[Histogram]) -> float:
-    """Where a picture ends: at s_1, at most over the bulk and 98 % of the values, for a giant outlier would press the
-    rest into one bin. The cut is always inside."""
+    """Where a picture ends: at s_1, at most over the bulk and 95 % of the values, for a giant outlier would press the
+    rest into one bin. A quarter more is taken where that is all of them. The cut is always inside."""
     top = max(float(p.values[0]) for p in several)
-    most = (float(p.values[min(math.ceil(len(p.values) / 50), len(p.values) - 1)]) for p in several)
+    most = (float(p.values[min(math.ceil(len(p.values) / 20), len(p.values) - 1)]) for p in several)
     span = max(max(4 * p.upper_edge, 1.2 * value) for p, value in zip(several, most, strict=True))
     cuts = max((1.03 * p.cut for p in several if p.cut is not None), default=0.0)
-    return max(min(top * 1.02, span), cuts) or 1.0
+    return max(span if top * 1.02 > 1.25 * span else top * 1.02, cuts) or 1.0
 
 
 def _bins(several: Sequence[Histogram]) -> list[float]:
@@ -287,13 +399,52 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     if quantity not in QUANTITIES:
         raise UsageError(f"no heat map shows {quantity!r}; try one of {', '.join(QUANTITIES)}")
     title, unit, value = QUANTITIES[quantity]
-    columns, layers, grid = grid_of(summary.rows, value, experts=experts)
-    axes = axes or new_axes(max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8))
+    axes = axes or new_axes(*_size_of_map(summary.rows, experts))
+    told = f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}"
+    return _draw_map(summary.rows, value, told, unit, experts, axes)
+
+
+class Placed(Protocol):
+    """What has a place in a map."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def expert(self) -> int | None: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def place(self) -> int | str | None: ...
+
+
+PlacedRow = TypeVar("PlacedRow", bound=Placed)
+
+
+def _size_of_map(rows: Sequence[Placed], experts: bool) -> tuple[float, float]:
+    """Inches that a map of these needs."""
+    columns, layers = cells_of(rows, experts=experts)
+    return max(5.0, 0.32 * len(columns) + 2.5), max(3.0, 0.2 * len(layers) + 1.8)
+
+
+def _draw_map(
+    rows: Sequence[PlacedRow],
+    value: Callable[[PlacedRow], float | None],
+    title: str,
+    unit: str,
+    experts: bool,
+    axes: Axes,
+) -> Figure:
+    """A value of each of the rows, layer by role."""
+    if not rows:
+        raise UsageError("there is no matrix to draw; try a scan or a plan of more layers or roles")
+    columns, layers, grid = grid_of(rows, value, experts=experts)
     norm, note = _norm(grid)
     values = np.ma.masked_invalid(grid)
     image = axes.imshow(values, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor("white")
-    roles = [column for column, _ in cells_of(summary.rows, experts=experts)[0]]
+    roles = [column for column, _ in cells_of(rows, experts=experts)[0]]
     for at in range(1, len(roles)):
         if roles[at] != roles[at - 1]:
             axes.axvline(at - 0.5, color="white", linewidth=2)
@@ -306,7 +457,7 @@ def heat_map(summary: Summary, quantity: str = "kept", *, experts: bool = True, 
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
     axes.set_xlabel("role, and expert where there are several" if experts else "role, mean over experts")
     axes.set_ylabel("layer")
-    axes.set_title(f"{label(summary.source.name)}: {title}, rule {label(summary.rule)}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure = _figure_of(axes)
     figure.colorbar(image, ax=axes, label=unit + note)
     return figure
@@ -325,7 +476,7 @@ def _norm(grid: np.ndarray) -> tuple[Any, str]:
 
 
 def cells_of(
-    rows: Sequence[SummaryRow], *, experts: bool = True
+    rows: Sequence[Placed], *, experts: bool = True
 ) -> tuple[list[tuple[str, int | None]], list[int | str | None]]:
     """(columns, each a role and an expert; layers) of a heat map."""
     roles = {role: number for number, role in enumerate(dict.fromkeys(row.role for row in rows))}
@@ -335,7 +486,7 @@ def cells_of(
 
 
 def grid_of(
-    rows: Sequence[SummaryRow], value: Callable[[SummaryRow], float | None], *, experts: bool = True
+    rows: Sequence[PlacedRow], value: Callable[[PlacedRow], float | None], *, experts: bool = True
 ) -> tuple[list[str], list[int | str | None], np.ndarray]:
     """Column labels, layers and the (layers, columns) values: means over what shares a cell, NaN where nothing is."""
     columns, layers = cells_of(rows, experts=experts)

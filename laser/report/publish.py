@@ -94,6 +94,8 @@ def write_card(
     name: str | None = None,
     base_model: str | None = None,
     hash_source: bool = False,
+    spectra: str | Path | None = None,
+    base: Checkpoint | None = None,
     commands: tuple[str, ...] = (),
     force: bool = False,
 ) -> Path:
@@ -102,9 +104,10 @@ def write_card(
     source: the checkpoint that was reduced. Without it, what an earlier card kept of it in laser/source.json is used.
     Failing that, only what was copied from it is, and licence and language are not known. hash_source: read the
     source's shards for their sha256, which takes the time of reading them. Records of evaluations and leaderboards
-    are those in OUT/laser.
-    Raises RecordError for records of other weights, OutputError where OUT/README.md is not a card of laser, or somebody
-    is at work on OUT.
+    are those in OUT/laser. spectra: the scan that the plan rests on, for the picture, where it does not lie there.
+    base: of a fine-tune, for the commands in the card.
+    Raises RecordError for records of other weights, UsageError for spectra of nothing that was cut, and OutputError
+    where OUT/README.md is not a card of laser, or somebody is at work on OUT.
     """
     if not out.is_dir():
         raise OutputError(f"there is no directory {out}; try the one that laser reduce or laser run wrote")
@@ -115,7 +118,9 @@ def write_card(
         target = out / CARD
         if target.exists() and not force and not _is_ours(target):
             raise OutputError(f"{target} was not written by laser; try --force to replace it")
+        earlier = _earlier(out, outcome, source is not None)
         about = _about(out, outcome, source, hash_source)
+        about = replace(about, base=word_of(base) if base else earlier.base if earlier else None)
         if base_model is not None:
             about = replace(about, hub_id=base_model)
         made_of, made = outcome.plan.model, Source.of(open_checkpoint(out))
@@ -128,13 +133,13 @@ def write_card(
             change = difference(a, b)
             losses = losses_of(a, b, change, a.text, change.unlike)
         rules = [RULES[n].source for part in outcome.plan.rule.split(",") if (n := part.partition(":")[0]) in RULES]
-        commands = commands or _commands_of(out, outcome, source is not None)
-        picture = _picture_for(out, outcome)
+        commands = commands or (earlier.commands if earlier else ())
+        picture = _picture_for(out, outcome, None if spectra is None else Path(spectra), earlier)
         text = card_text(
             name or out.resolve().name,
             outcome,
             about,
-            run=CardRun("; ".join(rules) or None, versions(), commands),
+            run=CardRun("; ".join(dict.fromkeys(rules)) or None, versions(), commands),
             losses=losses,
             before=_record(Leaderboard, out / LEADERBOARD_SOURCE, made_of),
             after=_record(Leaderboard, out / LEADERBOARD, made),
@@ -148,7 +153,7 @@ def write_card(
         shards, weights = outcome.shards, made_of.weights.stated()
         if picture is not None:
             write_atomically(out / CARD_PICTURE, picture)
-        else:  # an earlier one, of spectra that are no longer there
+        else:  # an earlier one, of another output
             with disk_errors(out / CARD_PICTURE):
                 (out / CARD_PICTURE).unlink(missing_ok=True)
         digest = None if picture is None else hashlib.sha256(picture).hexdigest()
@@ -157,12 +162,27 @@ def write_card(
         return target
 
 
-def _picture_for(out: Path, outcome: Outcome) -> bytes | None:
-    """The picture of what was cut; None where there are no spectra of this source, as behind `laser reduce`."""
-    if not (out / SPECTRA_FILE).exists():
-        return None
-    spectra = Spectra.load(out / SPECTRA_FILE)
-    return picture_of_cuts(spectra, outcome) if spectra.source == outcome.plan.source else None
+def _picture_for(out: Path, outcome: Outcome, path: Path | None, earlier: SourceRecord | None) -> bytes | None:
+    """The picture of what was cut, by the spectra in the file or among the records; else that of the earlier card.
+
+    None where there is neither: `laser reduce` keeps no spectra. Raises as `write_card`.
+    """
+    found = path or out / SPECTRA_FILE
+    if path is None and not found.exists():
+        drawn = read_own(out, CARD_PICTURE)
+        if drawn is None or earlier is None:
+            return None
+        return drawn if hashlib.sha256(drawn).hexdigest() == earlier.picture else None
+    spectra, source = Spectra.load(found), outcome.plan.source
+    picture = picture_of_cuts(spectra, outcome) if spectra.source == source else None
+    if path is not None and spectra.source != source:
+        raise RecordError(
+            f"{path} is of {spectra.source.name} ({spectra.source.identity[:12]}), expected {source.name} "
+            f"({source.identity[:12]}), which {out} was made from; try the file that the plan was made from"
+        )
+    if path is not None and picture is None:
+        raise UsageError(f"{path} measures no matrix that was cut in {out}; leave --spectra out")
+    return picture
 
 
 def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> CardSource:
@@ -193,7 +213,13 @@ def describe_source(checkpoint: Checkpoint, *, hash_source: bool = False) -> Car
         shards=shards,
         licence_files=files,
         licences=licences,
+        added=checkpoint.on_top.elsewhere if checkpoint.on_top else None,
     )
+
+
+def word_of(checkpoint: Checkpoint) -> str:
+    """What names a checkpoint on a command line elsewhere."""
+    return checkpoint.on_top.elsewhere if checkpoint.on_top else hub_origin(checkpoint.path)[0] or checkpoint.name
 
 
 def versions() -> dict[str, str]:
@@ -235,18 +261,18 @@ def _licences(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(files), {name: licence for name, licence in texts.items() if licence is not None}
 
 
-def _commands_of(out: Path, outcome: Outcome, source: bool) -> tuple[str, ...]:
-    """The commands that an earlier card of this very outcome was given; () where there are none, or where the record
-    is damaged and, with the `source` at hand, is made again."""
+def _earlier(out: Path, outcome: Outcome, source: bool) -> SourceRecord | None:
+    """What an earlier card of this very outcome left; None where there is none, or where the record is damaged and,
+    with the `source` at hand, is made again."""
     if not (out / SOURCE_FILE).exists():
-        return ()
+        return None
     try:
         record = SourceRecord.load(out / SOURCE_FILE)
     except RecordError:
         if source:
-            return ()
+            return None
         raise
-    return record.commands if record.outcome == outcome.shards else ()
+    return record if record.outcome == outcome.shards else None
 
 
 def _record(kind: type[MeasuredRecord], path: Path, of: Source) -> MeasuredRecord | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy import stats
@@ -31,7 +31,7 @@ from laser.evaluation.text import Window
 from laser.evaluation.verdict import LIBRARIES, judge
 from laser.journal import Journal, spoiling
 from laser.moments import Moments
-from laser.notebook import FrameRows, Shown
+from laser.notebook import FrameRows, Shown, drawn
 from laser.plan import Plan, Treatment, check_lowest_snr
 from laser.reasons import Kind, Why
 from laser.records import Record, under
@@ -42,6 +42,9 @@ from laser.selection import Selection
 from laser.spectra import Spectra
 from laser.spectral.devices import Device, choose_device
 from laser.spectral.rules import draws_needed, metric_in
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REMOVE = "remove it, or search again"
 
@@ -101,6 +104,10 @@ class SearchResult(Shown):
     def glance(self) -> tuple[FrameRows, Sequence[float]]:
         """The trials that were accepted, and every trial's change in order."""
         return [r for r in self.frame_rows() if r["accepted"]], [t.d for t in self.trials if t.d is not None]
+
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """Draw the change that each trial measured with its standard error, in their order; on `ax` if there is one."""
+        return drawn("plot_search", self, ax=ax)
 
     def families(self) -> dict[str, dict[str, int]]:
         """Counts per metric, plain and data: which of them wins.
@@ -495,9 +502,9 @@ def _plan(
             continue
         if name in stated:
             why = Why(Kind.REJECTED, f"rejected, {objective.unit} " + "; ".join(stated[name]))
-            line = replace(line, action="keep", why=why)
+            line = replace(line, action="keep", scale=None, why=why)
         elif line.action == "reduce":
-            line = replace(line, action="keep", why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))
+            line = replace(line, action="keep", scale=None, why=Why(Kind.NOT_TRIED, "not tried: not on the shortlist"))
         if name in unseen and not line.unseen:
             line = replace(line, why=line.why.also(unseen[name].why.text), unseen=unseen[name].unseen)
         lines.append(line)

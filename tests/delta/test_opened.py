@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +120,53 @@ def test_a_card_names_each_model_as_it_was_given(
     assert code == 0, err
     card = (tmp_path / "out" / "README.md").read_text()
     assert "laser run base+adapter -o out --base base --no-search\n" in card and str(tmp_path) not in card
+
+
+def test_a_card_of_a_sum_on_the_hub_has_commands_that_run(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Owners and all, for by the names alone nobody finds the two; also where no command line was given."""
+    adapter, both = write_adapter(tmp_path / "adapter"), "maker/base+maker/adapter"
+    with serving() as hub:
+        hub.add("maker/base", base)
+        hub.add("maker/adapter", adapter)
+        connect(hub, tmp_path / "cache", monkeypatch)
+        words = ["run", both, "-o", str(tmp_path / "one"), "--rule", "rank:5", "--no-search", "--device", "cpu"]
+        # The card quotes the command line of the process, which is pytest's here.
+        monkeypatch.setattr("sys.argv", ["laser", *words])
+        assert run(*words)[0] == 0
+        laser.run(both, tmp_path / "two", "rank:5", device="cpu")
+        (tmp_path / "again").mkdir()
+        monkeypatch.chdir(tmp_path / "again")
+        for name in ("one", "two"):
+            card = (tmp_path / name / "README.md").read_text()
+            made, checked = (shlex.split(line)[1:] for line in re.findall("^laser .*", card, re.MULTILINE))
+            assert made[:4] == ["run", both, "-o", name] and checked == ["verify", both, name]
+            for words in (made, checked):
+                code, _, err = run(*words)
+                assert code == 0, (words, err)
+            assert tensors_in(tmp_path / "again" / name).keys() == tensors_in(base).keys()
+
+
+def test_a_card_of_a_fine_tune_on_the_hub_names_the_owner_of_its_base(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, made = write_adapter(tmp_path / "adapter"), tmp_path / "made"
+    assert run("rebuild", base, adapter, "-o", made)[0] == 0
+    with serving() as hub:
+        hub.add("maker/base", base)
+        hub.add("tuner/tuned", made)
+        connect(hub, tmp_path / "cache", monkeypatch)
+        laser.run("tuner/tuned", tmp_path / "out", "scale:0.5", base="maker/base", device="cpu")
+        for again in (False, True):
+            if again:
+                assert run("card", tmp_path / "out")[0] == 0
+            card = (tmp_path / "out" / "README.md").read_text()
+            made_by, checked = (shlex.split(line)[1:] for line in re.findall("^laser .*", card, re.MULTILINE))
+            assert made_by[:4] == ["run", "tuner/tuned", "--base", "maker/base"]
+            assert checked == ["verify", "tuner/tuned", "out", "--base", "maker/base"]
+        monkeypatch.chdir(tmp_path)
+        assert run(*checked)[0] == 0
 
 
 def scaled(adapter: Path) -> None:
@@ -251,6 +300,35 @@ def test_what_cannot_be_merged_is_refused(
     assert code == 2 and told in err and out == "" and err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
+HEAD = "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (float("nan"), f"{HEAD} holds NaN or Inf, expected numbers; download it again"),
+        (float("-inf"), f"{HEAD} holds NaN or Inf, expected numbers; download it again"),
+        (1e39, f"{HEAD} holds numbers too large for BF16; try a base in float32"),
+    ],
+)
+def test_numbers_that_are_none_in_a_layer_trained_whole_are_refused(
+    number: float, told: str, run: Run, base: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    head = laser.open_checkpoint(base).read("lm_head.weight").double()
+    save_file(load_file(file) | {HEAD: head}, file)
+    assert open_model(f"{base}+{adapter}").read("lm_head.weight").isfinite().all()
+    head[-1, 3] = number
+    save_file(load_file(file) | {HEAD: head}, file)
+    for words in (
+        ("scan", f"{base}+{adapter}", "-o", tmp_path / "o"),
+        ("rebuild", base, adapter, "-o", tmp_path / "o"),
+    ):
+        code, out, err = run(*words)
+        assert code in (1, 2) and told in err and out == "" and err.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
 def test_a_target_that_the_base_has_not_is_refused(run: Run, base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     other = {f"{Q0.replace('q_proj', 'z_proj')}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
@@ -267,6 +345,11 @@ def test_a_target_that_the_base_has_not_is_refused(run: Run, base: Path, tmp_pat
         ("{base}+{tmp}/x+{tmp}/y", "names 2 adapters, expected BASE+ADAPTER; merge one with laser rebuild first"),
         ("{tmp}/none+{adapter}", "no such model: "),
         ("{tmp}/pl+us+none", "pl+us+none is no directory, and none is no PEFT adapter"),
+        (
+            "{tmp}/no+thing+none",
+            "/no+thing+none is no directory, and none is called {tmp}/no or {tmp}/no+thing; try BASE",
+        ),
+        ("maker/a+maker/b+maker/c", "names 2 adapters, expected BASE+ADAPTER"),
         ("{base}+{base}", "is no PEFT adapter with adapter_config.json"),
     ],
 )
@@ -274,7 +357,7 @@ def test_what_is_no_sum_is_refused(model: str, told: str, run: Run, base: Path, 
     names = {"base": base, "tmp": tmp_path, "adapter": write_adapter(tmp_path / "adapter")}
     (tmp_path / "pl+us").mkdir()
     code, _, err = run("scan", model.format(**names), "-o", tmp_path / "s")
-    assert code in (1, 2) and told in err and err.count("\n") == 1, err
+    assert code in (1, 2) and told.format(**names) in err and err.count("\n") == 1, err
 
 
 def test_what_unmerge_wrote_is_rebuilt_first(run: Run, base: Path, tmp_path: Path) -> None:

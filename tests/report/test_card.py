@@ -665,7 +665,7 @@ def test_reproduction(source: CardSource) -> None:
         "my out", outcome_of(**chosen), source, run=CardRun(versions={"torch": "2.13"}), after=board_of(0.5)
     )
     command = (
-        "laser run mistralai/Mixtral-8x7B-Instruct-v0.1 -o 'my out' --rule laser-rmt --lowest-snr 15 "
+        "laser run mistralai/Mixtral-8x7B-Instruct-v0.1 -o 'my out' --rule laser-rmt --no-search --lowest-snr 15 "
         "--include 'layers.[0-9]+' --layers 1,2 --roles w1,q --device cpu --precision float64 --method gram"
     )
     assert f"```sh\n{command}\nlaser verify " in text and "laser leaderboard base" in text

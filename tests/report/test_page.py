@@ -109,7 +109,10 @@ DOCUMENT = """
 class Element {
   constructor(id) { Object.assign(this, { id, children: [], dataset: {}, style: {}, marks: {}, on: {}, value: "" }); }
   append(...inside) { this.children.push(...inside); }
-  replaceChildren(...inside) { this.children = inside; }
+  replaceChildren(...inside) {
+    this.children = inside;
+    this.textContent = inside.filter(each => typeof each === "string").join("");
+  }
   addEventListener(kind, heard) { this.on[kind] = heard; }
   setAttribute(name, value) { this.marks[name] = value; }
   removeAttribute(name) { delete this.marks[name]; }
@@ -486,6 +489,9 @@ def test_it_fits_every_width_in_light_and_dark(pair: tuple[Spectra, Spectra], br
     assert browser.run("document.documentElement.scrollWidth") <= width
     for part in ("#maps", "#picture", "#matrices", "#histogram", "#panels"):
         assert browser.run(f"document.querySelector('{part}').getBoundingClientRect().right") <= width, part
+    rank = "[...document.querySelectorAll('th')].find(th => th.textContent.startsWith('rank kept'))"
+    assert browser.run(f"{rank}.getBoundingClientRect().right") <= width  # the first number is seen unasked
+    assert browser.run("document.querySelector('td').textContent") == next(iter(pair[0].values))
     backs = []
     for scheme in ("light", "dark"):
         browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])

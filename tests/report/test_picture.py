@@ -130,6 +130,32 @@ def test_a_run_leaves_the_picture_that_its_card_shows(run: Run, pico: Path, tmp_
 
 
 @pytest.mark.slow
+def test_a_card_of_reduce_has_the_picture_where_its_spectra_are_named(run: Run, pico: Path, tmp_path: Path) -> None:
+    out, spectra, words = tmp_path / "out", tmp_path / "s", ("--rule", "rank:4", "--roles", "q,w1")
+    assert run("scan", pico, "-o", spectra, "--device", "cpu")[0] == 0
+    assert run("plan", spectra, "-o", tmp_path / "p", *words)[0] == 0
+    assert run("reduce", pico, tmp_path / "p", "-o", out, "--device", "cpu")[0] == run("card", out)[0] == 0
+    assert CARD_PICTURE not in (out / "README.md").read_text()
+    assert run("card", out, "--spectra", spectra)[0] == 0
+    drawn = (out / CARD_PICTURE).read_bytes()
+    assert f"]({CARD_PICTURE})" in (out / "README.md").read_text() and len(panels(drawn)) == 2
+    assert run("verify", pico, out)[0] == 0
+    assert run("card", out)[0] == 0 and (out / CARD_PICTURE).read_bytes() == drawn  # a card written again has it, too
+    assert f"]({CARD_PICTURE})" in (out / "README.md").read_text()
+    assert run("run", pico, "-o", tmp_path / "run", "--no-search", *words, "--device", "cpu")[0] == 0
+    assert (tmp_path / "run" / CARD_PICTURE).read_bytes() == drawn
+    before = (out / "README.md").read_bytes()
+    assert run("scan", pico, "-o", tmp_path / "k", "--roles", "k")[0] == run("scan", out, "-o", tmp_path / "o")[0] == 0
+    for file, code, told in (("k", 2, "measures no matrix that was cut"), ("o", 1, "made from; try the file that the")):
+        found, _, err = run("card", out, "--spectra", tmp_path / file)
+        assert found == code and told in err and err.count("\n") == 1
+    assert (out / "README.md").read_bytes() == before and (out / CARD_PICTURE).read_bytes() == drawn
+    (out / CARD_PICTURE).write_bytes(drawn + b"\n")  # changed since: not ours any more
+    assert run("card", out)[0] == 0 and not (out / CARD_PICTURE).exists()
+    assert CARD_PICTURE not in (out / "README.md").read_text() and run("verify", pico, out)[0] == 0
+
+
+@pytest.mark.slow
 def test_by_the_data_the_values_are_those_of_the_outputs(spectra: Spectra) -> None:
     """No law is drawn over values for which there is none."""
     from laser.moments import Calibration
@@ -146,3 +172,11 @@ def test_by_the_data_the_values_are_those_of_the_outputs(spectra: Spectra) -> No
     (panel,) = panels(picture_of_cuts(replace(spectra, data=data), outcome_of(replace(plan, lines=lines))))
     assert not panel.findall(f"{SVG}polyline") and "singular value by the data" in texts(panel)
     assert float(texts(panel)[2]) > 1.1 * spectra[name][0]  # the axis ends where those values do
+
+
+def test_a_card_of_one_rule_with_several_arguments_names_its_source_once(
+    pico: Path, spectra: Spectra, tmp_path: Path
+) -> None:
+    plan = replace(make_plan(spectra, "rank:4", laser.Selection(roles=("q",))), rule="rank:4,rank:8")
+    laser.reduce(pico, plan, tmp_path / "out", device="cpu")
+    assert "Rule `rank:4,rank:8` (a fixed rank); selection" in write_card(tmp_path / "out").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,16 +15,28 @@ import laser
 from laser.errors import UsageError
 from laser.escape import visible
 from laser.pipeline import scan
+from laser.searching.runner import Trial
+from laser.searching.search import Report, SearchResult
 from laser.spectra import Spectra
 from laser.summary import Summary, summarise
 
 pytest.importorskip("matplotlib", reason='pictures need the extra: pip install "laser-rmt[plot]"')
 
+from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from laser.report import plots
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left() -> Iterator[None]:
+    """pyplot keeps every figure that was shown, and warns of the twentieth; and here it opens no window."""
+    pyplot.switch_backend("agg")
+    yield
+    pyplot.close("all")
 
 
 @pytest.fixture
@@ -62,6 +75,10 @@ def test_histogram_shows_every_value_as_cut_or_kept(spectra: Spectra) -> None:
     words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
     assert words[:3] == [f"cut: {32 - drawn.rank}", f"kept: {drawn.rank}", "law of noise, fitted"]
     assert "unit of the weights" in figure.axes[0].get_xlabel() and NAME in figure.axes[0].get_title()
+    ticks = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
+    assert [len(np.atleast_1d(line.get_xdata())) for line in ticks] == [drawn.rank]
+    many = replace(drawn, values=np.linspace(9, 1, 200), rank=150)  # they would hide the axis
+    assert not [line for line in plots.histogram(many).axes[0].lines if line.get_marker() == "|"]
     levels = [line.get_xdata()[0] for line in figure.axes[0].lines if len(set(np.atleast_1d(line.get_xdata()))) == 1]  # pyright: ignore
     assert {drawn.lower_edge, drawn.upper_edge, drawn.threshold} <= set(levels)
 
@@ -86,6 +103,75 @@ def test_a_picture_goes_into_axes_of_another_figure(spectra: Spectra, summary: S
     assert laser.plot_spectrum(spectra, NAME).get_figure() is not figure
 
 
+def cells(axes: Axes) -> dict[tuple[str, str], float]:
+    """Layer and column of each cell of a map -> its value; empty cells are left out."""
+    columns, layers = ([text.get_text() for text in axis.get_ticklabels()] for axis in (axes.xaxis, axes.yaxis))
+    grid = np.ma.getdata(axes.images[0].get_array())  # pyright: ignore[reportCallIssue, reportArgumentType]
+    found = {(layer, column): grid[n, m] for n, layer in enumerate(layers) for m, column in enumerate(columns)}
+    return {key: float(value) for key, value in found.items() if not np.isnan(value)}
+
+
+def test_spectra_and_summary_draw_themselves(spectra: Spectra, summary: Summary) -> None:
+    drawn = spectra.plot(NAME, "rank:5")
+    assert [text.get_text() for text in drawn.get_legend().get_texts()][1] == "kept: 5"  # pyright: ignore
+    assert spectra.plot(NAME).get_title() == laser.plot_spectrum(spectra, NAME).get_title()
+    assert cells(spectra.plot(rule="rank:8"))["2", "q"] == 0.25
+    wanted = next(row.stable_rank for row in summary.rows if row.name == NAME)
+    assert cells(summary.plot("stable-rank"))["0", "q"] == wanted
+    with pytest.raises(UsageError, match="was not scanned"):
+        spectra.plot("model.norm.weight")
+
+
+def test_plan_and_outcome_draw_what_is_kept(pico: Path, spectra: Spectra, tmp_path: Path) -> None:
+    """Where it cuts and how deep, and what was then measured; what is left alone keeps all, and a norm has no cell."""
+    plan = laser.make_plan(spectra, "rank:4", laser.Selection(layers=(1,), roles=("q", "w1")))
+    assert len(plan.reductions) == 5  # four experts
+    found, outcome = cells(plan.plot()), laser.reduce(pico, plan, tmp_path / "out", device="cpu")
+    measured = cells(outcome.plot())
+    cut = {("1", "q"), *(("1", f"w1.{expert}") for expert in range(4))}
+    assert found.keys() == measured.keys() and {layer for layer, _ in found} == {"0", "1", "2"}
+    assert {key for key, value in found.items() if value != 1} == cut == {k for k, v in measured.items() if v != 1}
+    assert all(found[key] == 4 / 32 for key in cut)
+    q = "model.layers.1.self_attn.q_proj.weight"
+    assert measured["1", "q"] == outcome.matrices[q]["energy_kept"] < 1
+    of_experts = [outcome.matrices[n]["energy_kept"] for n in plan.reductions if n != q]
+    assert cells(outcome.plot(experts=False))["1", "w1"] == pytest.approx(np.mean(of_experts))
+    assert "as measured" in outcome.plot().get_title() and "by the plan" in plan.plot().get_title()
+    with pytest.raises(UsageError, match="no matrix to draw"):
+        replace(plan, lines=plan.lines[:1]).plot()
+
+
+def test_a_search_draws_its_trials_in_order_with_their_errors(spectra: Spectra) -> None:
+    report = Report("loss", "nats per token", "x", 6, 600, 3.0, 0.1, 2.9, 0.1, -0.1, 0.05)
+    one = Trial("q", "rank:4", {}, False, -0.2, 0.05, True, None, 3, 1.0)
+    rest = (replace(one, d=0.3, accepted=False), replace(one, d=None, accepted=False))
+    trials = (one, *rest, replace(one, d=0.1, accepted=False, raced=2))
+    result = SearchResult(laser.make_plan(spectra, "rank:4"), trials, report, (report,), None)
+    axes = result.plot()
+    words = [text.get_text() for text in axes.get_legend().get_texts()]  # pyright: ignore[reportOptionalMemberAccess]
+    assert words == ["accepted: 1", "rejected: 1", "rejected early: 1"]
+    marks = [bar.lines[0].get_xydata().tolist() for bar in axes.containers]  # pyright: ignore
+    assert marks == [[[-0.2, 0.0]], [[0.3, 1.0]], [[0.1, 3.0]]] and axes.yaxis_inverted()
+    (ends,) = axes.containers[0].lines[2][0].get_segments()  # pyright: ignore
+    assert ends[:, 0].tolist() == pytest.approx([-0.25, -0.15])
+    assert [text.get_text().strip() for text in axes.texts] == ["not finite"] and axes.texts[0].get_position()[1] == 2
+    assert axes.get_title() == "pico: trials of the search\nheld-out text: better" and "nats" in axes.get_xlabel()
+    many = replace(result, trials=(one,) * 400)
+    assert many.plot().get_ylabel() == "trial" and not replace(result, trials=()).plot().containers
+
+
+def test_every_record_draws_into_axes_that_are_there(pico: Path, spectra: Spectra, tmp_path: Path) -> None:
+    plan = laser.make_plan(spectra, "rank:4", laser.Selection(layers=(1,), roles=("q",)))
+    report = Report("loss", "nats per token", "x", 6, 600, 3.0, 0.1, 2.9, 0.1, -0.1, 0.05)
+    found = SearchResult(plan, (), report, (), None)
+    several = (spectra, summarise(spectra), plan, laser.reduce(pico, plan, tmp_path / "out", device="cpu"), found)
+    for record, ax in zip(several, Figure().subplots(5), strict=True):
+        assert record.plot(ax=ax) is ax and ax.get_title().startswith("pico: ")
+        assert record.plot() is not ax  # and else on a figure of pyplot's, which a notebook shows
+        assert pyplot.get_fignums() == [1]
+        pyplot.close("all")
+
+
 @pytest.mark.parametrize("rule", ["mp-edge", "rank:4", "fraction:0.5", "rank:0", "rank:32"])
 def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spectra, rule: str) -> None:
     """A line between what is kept and what is cut, of every rule; none where nothing is cut."""
@@ -100,6 +186,13 @@ def test_the_cut_is_inside_the_picture_also_where_nothing_is_kept(spectra: Spect
             assert axes.get_xlim()[0] <= each.cut <= axes.get_xlim()[1]
             assert np.count_nonzero(each.values > each.cut) == each.rank
     assert plots.top_of([outlier]) < outlier.values[0] / 10 or outlier.rank == 0
+
+
+def test_a_small_adapter_does_not_press_the_noise_into_one_bin(spectra: Spectra) -> None:
+    """Rank 8 of 192, a thousand times over the rounding: the bulk is what is looked at, the rest is in the last bin."""
+    shown = plots.histogram_of(spectra, NAME)
+    values = np.concatenate([np.linspace(23_000, 1_200, 8), np.linspace(27, 1, 184)])
+    assert plots.top_of([replace(shown, values=values, upper_edge=28.0, threshold=28.0, rank=8)]) < 5 * 28
 
 
 def test_a_picture_of_nothing_kept_is_as_large_as_any(spectra: Spectra) -> None:

@@ -21,6 +21,7 @@ from laser.evaluation.streaming import LayeredModel
 from laser.outcome import Outcome
 from laser.pipeline import reduce, scan
 from laser.plan import Plan
+from laser.reasons import Kind
 from laser.report.publish import write_card
 from laser.searching.candidates import candidates_of, cut_of
 from laser.searching.search import SearchRecord, search_plan
@@ -120,6 +121,20 @@ def test_the_verbs(run: Run, base_path: Path, tuned_path: Path, tmp_path: Path) 
     other = make_model(tmp_path / "other", "tied")
     code, _, err = run("search", tuned_path, "--base", other, "-o", plan, *words, "--force")
     assert code == 1 and "the spectra was made from tuned - base" in err
+
+
+@pytest.mark.slow
+def test_a_plan_of_rejected_scales_is_read_again(run: Run, base_path: Path, tuned_path: Path, tmp_path: Path) -> None:
+    """Lines that the first rule would scale and that were rejected keep neither the action nor the scale."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ("--text", tmp_path / "text.txt", "--window", "24", "--windows", "6", "--held-out-windows", "2")
+    words += ("--base", base_path, "-o", tmp_path / "plan.json", "--roles", "q,k,o", "--accept", "better")
+    for rules in (("--rules", "scale:0"), ("--grid", "scale:0", "--force")):  # far worse, so rejected
+        code, _, err = run("search", tuned_path, *words, *rules)
+        assert code == 0, err
+        plan = Plan.load(tmp_path / "plan.json")
+        kept = [line for line in plan.lines if line.why.kind is Kind.REJECTED]
+        assert kept and all((line.action, line.scale) == ("keep", None) for line in kept)
 
 
 def test_what_a_search_of_differences_refuses(run: Run, base_path: Path, tuned_path: Path, tmp_path: Path) -> None:
