@@ -7,6 +7,7 @@ name in memory is asked of transformers' own loader. What transformers does not 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,8 @@ TAKEN_FOR_EXPERTS = {
 }
 # PEFT refuses adapters of these modules in these models, whose kernels read the weights past the module.
 PAST_THE_MODULE = frozenset({"out_proj", "conv1d"})
+MOST_LAYERS, MOST_EXPERTS_BUILT = 1 << 10, 1 << 16
+MANY = re.compile("layers|n_layer|depth|blocks")
 MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
@@ -94,15 +97,25 @@ def _built(config: dict[str, Any], tensors: int) -> Any:
     of_class = getattr(transformers, name, None) if isinstance(name, str) else None
     kind: Any = CONFIG_MAPPING[config["model_type"]]
     made: Any = kind.from_dict(kind._decode_special_floats(config))
-    layers = getattr(made.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:
-        return None  # making modules for them would take for ever
+    if not _is_possible(config, max(tensors, MOST_LAYERS)):
+        return None
     with torch.device("meta"):
         if isinstance(of_class, type) and issubclass(of_class, transformers.PreTrainedModel):
             return of_class._from_config(made)
         if named:
             return None
         return transformers.AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+
+
+def _is_possible(config: Any, layers: int) -> bool:
+    """Whether config.json counts no more layers and experts than a model may have: modules for them take for ever."""
+    if not isinstance(config, dict):
+        return True
+    for key, value in config.items():
+        most = MOST_EXPERTS_BUILT if "expert" in key else layers if MANY.search(key) else None
+        if most is not None and isinstance(value, int) and value > most:
+            return False
+    return all(_is_possible(value, layers) for value in config.values())
 
 
 def _seen(model: Any, tensors: tuple[str, ...]) -> Memory:
