@@ -27,7 +27,7 @@ TAKEN_FOR_EXPERTS = {
 }
 # PEFT refuses adapters of these modules in these models, whose kernels read the weights past the module.
 PAST_THE_MODULE = frozenset({"out_proj", "conv1d"})
-MOST_LAYERS, MOST_EXPERTS_BUILT = 1 << 10, 1 << 16
+LAYERS_BUILT, EXPERTS_BUILT = 1 << 10, 1 << 16
 MANY = re.compile("layers|n_layer|depth|blocks")
 MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
@@ -77,7 +77,7 @@ def _memory(config: str, tensors: tuple[str, ...]) -> Memory | None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model = _built(json.loads(config), len(tensors))
+        model = _skeleton_of(json.loads(config), len(tensors))
         return None if model is None else _seen(model, tensors)
     except Exception as error:  # the code of some hundred models: whatever it raises, its names are not known
         if is_out_of_memory(error):
@@ -87,7 +87,7 @@ def _memory(config: str, tensors: tuple[str, ...]) -> Memory | None:
         logging.set_verbosity(verbosity)
 
 
-def _built(config: dict[str, Any], tensors: int) -> Any:
+def _skeleton_of(config: dict[str, Any], tensors: int) -> Any:
     """The model on the meta device: no memory, no weights, and no code but transformers' own."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -97,7 +97,7 @@ def _built(config: dict[str, Any], tensors: int) -> Any:
     of_class = getattr(transformers, name, None) if isinstance(name, str) else None
     kind: Any = CONFIG_MAPPING[config["model_type"]]
     made: Any = kind.from_dict(kind._decode_special_floats(config))
-    if not _is_possible(config, max(tensors, MOST_LAYERS)):
+    if not _is_possible(config, max(tensors, LAYERS_BUILT)):
         return None
     with torch.device("meta"):
         if isinstance(of_class, type) and issubclass(of_class, transformers.PreTrainedModel):
@@ -112,7 +112,7 @@ def _is_possible(config: Any, layers: int) -> bool:
     if not isinstance(config, dict):
         return True
     for key, value in config.items():
-        most = MOST_EXPERTS_BUILT if "expert" in key else layers if MANY.search(key) else None
+        most = EXPERTS_BUILT if "expert" in key else layers if MANY.search(key) else None
         if most is not None and isinstance(value, int) and value > most:
             return False
     return all(_is_possible(value, layers) for value in config.values())

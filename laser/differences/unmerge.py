@@ -475,7 +475,7 @@ def peft_places(base: Base) -> dict[str, ModulePlace]:
     return {name: p for name, p in places.items() if name in known and is_there(name, p)}
 
 
-def modules_of(saved: Mapping[str, SavedPlace]) -> dict[str, str]:
+def modules_kept(saved: Mapping[str, SavedPlace]) -> dict[str, str]:
     """The module of each tensor that is one of several of a module."""
     several = Counter(place.module for place in saved.values())
     return {name: place.module for name, place in saved.items() if several[place.module] > 1}
@@ -733,7 +733,7 @@ def _visited(
     """Every matrix written down: its entry in the journal, its tensors in files of its own."""
     matrices, places, saved = list_matrices(base.tuned), peft_places(base), saved_places(base, memory_of_base(base))
     numbers = {m.name: number for number, m in enumerate(matrices)}
-    by_first = {unit[0].name: unit for unit in units(matrices, places, modules_of(saved))}
+    by_first = {unit[0].name: unit for unit in units(matrices, places, modules_kept(saved))}
     found: dict[str, MatrixEntry] = {}
     files: set[str] = set()
     with _journal(partial, run, anew=force) as log:
