@@ -21,9 +21,9 @@ NOTHING_LIKE = 0.2  # cosine of a weight with its copy, as that of one cut to 4 
 ROWS_SEEN = 1024  # rows of an embedding that tell it from another, at the least
 # What config.json says of a model's function that no weight shows, as this module asks for it
 NUMBERS_ASKED = ("depth", "head", "key_value", "width", "num_experts_per_tok")
-WORDS = ("hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "sliding_window")
+ENTRIES_ASKED = ("hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "sliding_window")
 ROPE = ("rope_theta", "rope_parameters.rope_theta")
-KEPT = ("embedding", "head", "router")  # roles of matrices that are as they are, corrected or not
+AS_THEY_ARE = ("embedding", "head", "router")  # roles of matrices that are as they are, corrected or not
 LOOSE = ("scale", "buffer", "head", "embedding", "position")  # roles of what one may have and another not
 
 
@@ -54,7 +54,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
-    _require_alike(original, copy)
+    _require_rest_alike(original, copy)
     if all(torch.equal(*rescaled.both(place)) for place in places):
         raise UsageError(
             f"{copy.name} lost nothing: all of the {len(places)} weights to correct are those of {original.name}; "
@@ -108,7 +108,7 @@ def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
     def said(checkpoint: Checkpoint) -> dict[str, object]:
         numbers: dict[str, object] = {what: number_or_none(checkpoint.config, what) for what in NUMBERS_ASKED}
         theta = next((found for key in ROPE if (found := config_entry(checkpoint.config, key)) is not None), None)
-        words: dict[str, object] = {what: config_entry(checkpoint.config, what) for what in WORDS}
+        words: dict[str, object] = {what: config_entry(checkpoint.config, what) for what in ENTRIES_ASKED}
         return numbers | words | {"rope_theta": theta}
 
     shown = {"depth": "layers", "head": "heads", "key_value": "heads of keys", "width": "numbers a head"}
@@ -121,10 +121,10 @@ def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
             )
 
 
-def _require_alike(original: Checkpoint, copy: Checkpoint) -> None:
+def _require_rest_alike(original: Checkpoint, copy: Checkpoint) -> None:
     """Raises UsageError where an embedding, head or router, which is not corrected, is another matrix."""
     ours, theirs = list_matrices(original), list_matrices(copy)
-    both = [(m, other) for m, other in pairs(ours, theirs) if m.role in KEPT and m.is_matrix]
+    both = [(m, other) for m, other in pairs(ours, theirs) if m.role in AS_THEY_ARE and m.is_matrix]
     heads = [m for m in theirs if m.role == "head" and m.is_matrix and not m.stack]
     if not any(m.role == "head" for m in ours):  # it is tied: what the copy has for it is the embedding once more
         both += [(m, head) for m in ours if m.role == "embedding" and not m.stack for head in heads]
