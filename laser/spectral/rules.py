@@ -277,6 +277,8 @@ def rule_in(asked: str) -> str:
 def parse_rule(spec: str) -> tuple[Rule, float]:
     """`NAME` or `NAME:ARGUMENT` to a row of RULES and its argument. Raises UsageError with the whole list."""
     name, _, text = spec.partition(":")
+    if spec.startswith(BY_DATA):
+        raise UsageError(f"{spec!r} is of values by the data, and those of the weights are shown here; try {text}")
     if name not in RULES:
         known = ", ".join(n + (f":{r.argument}" if r.argument else "") for n, r in RULES.items())
         raise UsageError(f"no rule is called {name!r}; try one of {known}")

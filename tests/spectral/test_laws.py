@@ -171,6 +171,7 @@ def test_signal_to_noise_is_undefined_and_not_infinite() -> None:
     "spec, message",
     [
         ("mp", "no rule is called 'mp'"),
+        ("data:energy:0.9", "is of values by the data, and those of the weights are shown here; try energy:0.9"),
         ("mp-edge:3", "takes no argument"),
         ("energy", "needs a number in"),
         ("energy:1.5", r"needs a number in \(0, 1\], found '1.5'"),
