@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -102,6 +102,14 @@ def _require_not_swapped(original: Checkpoint, copy: Checkpoint) -> None:
         )
 
 
+def _rope_factor(checkpoint: Checkpoint) -> float:
+    """By how much positions are stretched. Where that stands, also per kind of layer, depends on what wrote the file."""
+    found = config_entry(checkpoint.config, "rope_parameters") or config_entry(checkpoint.config, "rope_scaling")
+    each = [found, *found.values()] if isinstance(found, Mapping) else []
+    factors = [entry.get("factor") for entry in each if isinstance(entry, Mapping)]
+    return max((float(factor) for factor in factors if isinstance(factor, int | float)), default=1.0)
+
+
 def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
     """Raises UsageError where both say what decides the function, and it is not the same."""
 
@@ -109,7 +117,7 @@ def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
         numbers: dict[str, object] = {what: number_or_none(checkpoint.config, what) for what in NUMBERS_ASKED}
         theta = next((found for key in ROPE if (found := config_entry(checkpoint.config, key)) is not None), None)
         words: dict[str, object] = {what: config_entry(checkpoint.config, what) for what in ENTRIES_ASKED}
-        return numbers | words | {"rope_theta": theta}
+        return numbers | words | {"rope_theta": theta, "a rope factor": _rope_factor(checkpoint)}
 
     shown = {"depth": "layers", "head": "heads", "key_value": "heads of keys", "width": "numbers a head"}
     theirs = said(copy)

@@ -97,6 +97,9 @@ def test_a_spoiled_copy_is_one_line(run: Run, models: Path, tmp_path: Path, what
         ({"num_hidden_layers": 4}, "config.json has layers: 4, expected 3 as in llama"),
         ({"num_attention_heads": 8, "head_dim": 4}, "config.json has heads: 8, expected 4 as in llama"),
         ({"rope_theta": 5.0}, "config.json has rope_theta: 5.0, expected 10000.0 as in llama"),
+        ({"rope_scaling": {"type": "linear", "factor": 8}}, "config.json has a rope factor: 8.0, expected 1.0 as in"),
+        ({"rope_parameters": {"full_attention": {"factor": 2.0}}}, "config.json has a rope factor: 2.0, expected 1.0"),
+        ({"rms_norm_eps": 0.5}, "config.json has rms_norm_eps: 0.5, expected "),
     ],
 )
 def test_a_copy_of_another_function_is_one_line(
