@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from laser.checkpoint.matrices import ALIASES, KEPT_STACKS, PROTECTED, Matrix
 from laser.errors import UsageError
@@ -84,7 +84,7 @@ class Selection:
     def never_scanned(self, matrices: Sequence[Matrix], skipped: Mapping[str, Why]) -> int | str | None:
         """A role or layer that is named here, of which the scan had nothing; None where there is none."""
         for entry in (*self.roles, *self.layers):
-            alone = replace(self, **({"roles": (entry,)} if entry in self.roles else {"layers": (entry,)}))
+            alone = Selection(roles=(entry,)) if entry in self.roles else Selection(layers=(entry,))
             asked = [m for m in matrices if alone.why_not(m) is None]
             if asked and len(alone.left_out(asked, skipped)) == len(asked):
                 return entry

@@ -38,6 +38,7 @@ from laser.differences.unmerge import (
     delta_in,
     is_recorded,
     is_resized,
+    memory_of_base,
     of_another_unmerge,
     require_adapter_place,
     require_base,
@@ -138,7 +139,10 @@ def unmerge_verb(
     if left_out := travelling(second)[1]:
         some = f"{', '.join(left_out[:4])}{f' and {len(left_out) - 4} more' if len(left_out) > 4 else ''}"
         say(f"laser rebuild makes no {some}: links, states of a trainer and weights in further files are left out")
-    say(in_vllm(output))
+    if memory_of_base(compared) is None:
+        say(f"whether PEFT finds the modules was not checked: transformers builds no model of {first.name}/config.json")
+    if told := in_vllm(output):
+        say(told)
 
 
 def _print_entries(record: AdapterRecord) -> None:

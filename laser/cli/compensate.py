@@ -33,7 +33,7 @@ from laser.compensate.peft import Slot
 from laser.compensate.places import ParameterPlace, Places, find_places
 from laser.compensate.record import CompensationRecord, HeldOut
 from laser.compensate.verdict import check_held_out, judge_correction, sentence, size_of
-from laser.differences.opened import open_model
+from laser.differences.opened import in_no_files, open_model
 from laser.differences.serving import in_vllm
 from laser.engine.crew import Crew
 from laser.errors import RecordError, UsageError
@@ -97,11 +97,8 @@ def compensate_verb(
     runs = "files" if work.dry_run else "weights"
     first = open_model(original, runs if text or held_out else "ranges")
     second = open_model(copy, runs if held_out else "ranges")
-    if second.on_top is not None:
-        raise UsageError(
-            f"{copy} is a sum, and an adapter is loaded on a model that is stored; try laser rebuild "
-            f"{copy.replace('+', ' ', 1)} -o MERGED, and MERGED for it"
-        )
+    if second.on_top is not None:  # an adapter is loaded on a model that is stored
+        raise in_no_files(copy)
     for checkpoint in (first, second):
         require_outside(checkpoint, output)
     places = find_places(first, second, selection)
@@ -242,6 +239,7 @@ def _print_plan(
             {
                 "original": original.name, "copy": copy.name, "places": len(shapes), "left": dict(places.left),
                 "rank": rank, "bits": 8 * stored / weights, "bytes": stored, "device": crew.label,
+                **({} if asked.bits is None else {"by_gradients": gradients is not None or asked.by_gradients(known)}),
                 **({} if gradients is None else {"gradients": asdict(gradients[0]) | {"states": gradients[1]}}),
             }
         )  # fmt: skip

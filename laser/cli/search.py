@@ -112,7 +112,10 @@ def search_verb(
         compared.require(measured.source, "spectra")
     else:
         measured.source.require(checkpoint, "spectra")
-    if measured is not None and beside and (lacking := chosen.left_out(measured.matrices, measured.skipped)):
+    lacking = chosen.left_out(measured.matrices, measured.skipped) if measured is not None else []
+    if lacking and not beside and not work.as_json:
+        say(f"{len(lacking)} selected matrices have no values in {spectra}, such as {lacking[0]}; they are not tried")
+    if lacking and beside:
         raise UsageError(
             f"{spectra} has no values of {lacking[0]}, which its scan left out; try --spectra with another file, or "
             "select what was scanned"

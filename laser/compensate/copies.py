@@ -18,9 +18,12 @@ from laser.errors import DoubtWarning, UsageError
 from laser.spectral.correction import MovedScales
 
 NOTHING_LIKE = 0.2  # cosine of a weight with its copy, as that of one cut to 4 % of its squares; of others it is near 0
+ROWS_SEEN = 1024  # rows of an embedding that tell it from another, at the least
 # What config.json says of a model's function that no weight shows, as this module asks for it
 NUMBERS_ASKED = ("depth", "head", "key_value", "width", "num_experts_per_tok")
+ENTRIES_ASKED = ("hidden_act", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "sliding_window")
 ROPE = ("rope_theta", "rope_parameters.rope_theta")
+AS_THEY_ARE = ("embedding", "head", "router")  # roles of matrices that are as they are, corrected or not
 LOOSE = ("scale", "buffer", "head", "embedding", "position")  # roles of what one may have and another not
 
 
@@ -38,8 +41,8 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
     """The scales that were moved in a copy.
 
     Raises UsageError for a copy that is none: of the first, middle and last place nothing is like the original, all
-    places are the original's, or no weight makes up for a changed norm. Also as `require_same_matrix` of a place in
-    each layer, and NumericalError for NaN or Inf in these places.
+    places are the original's, an embedding, head or router is another, or no weight makes up for a changed norm. Also
+    as `require_same_matrix` of a place in each layer, and NumericalError for NaN or Inf in these places.
     """
     some = {place.name: place for place in (places[0], places[len(places) // 2], places[-1])}
     rescaled = Rescaled(original, copy)
@@ -51,6 +54,7 @@ def require_copy(original: Checkpoint, copy: Checkpoint, places: Sequence[Parame
             f"{copy.name} is no copy of {original.name}: the cosine of their weights is {best:.2f} at the most, "
             f"expected over {AGREE}; try the copy of this model"
         )
+    _require_rest_alike(original, copy)
     if all(torch.equal(*rescaled.both(place)) for place in places):
         raise UsageError(
             f"{copy.name} lost nothing: all of the {len(places)} weights to correct are those of {original.name}; "
@@ -104,7 +108,8 @@ def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
     def said(checkpoint: Checkpoint) -> dict[str, object]:
         numbers: dict[str, object] = {what: number_or_none(checkpoint.config, what) for what in NUMBERS_ASKED}
         theta = next((found for key in ROPE if (found := config_entry(checkpoint.config, key)) is not None), None)
-        return numbers | {"rope_theta": theta}
+        words: dict[str, object] = {what: config_entry(checkpoint.config, what) for what in ENTRIES_ASKED}
+        return numbers | words | {"rope_theta": theta}
 
     shown = {"depth": "layers", "head": "heads", "key_value": "heads of keys", "width": "numbers a head"}
     theirs = said(copy)
@@ -113,6 +118,25 @@ def _require_same_config(original: Checkpoint, copy: Checkpoint) -> None:
             raise UsageError(
                 f"{copy.name}: config.json has {shown.get(what, what)}: {theirs[what]}, expected {expected} as in "
                 f"{original.name}; try the copy of this model"
+            )
+
+
+def _require_rest_alike(original: Checkpoint, copy: Checkpoint) -> None:
+    """Raises UsageError where an embedding, head or router, which is not corrected, is another matrix."""
+    ours, theirs = list_matrices(original), list_matrices(copy)
+    both = [(m, other) for m, other in pairs(ours, theirs) if m.role in AS_THEY_ARE and m.is_matrix]
+    heads = [m for m in theirs if m.role == "head" and m.is_matrix and not m.stack]
+    if not any(m.role == "head" for m in ours):  # it is tied: what the copy has for it is the embedding once more
+        both += [(m, head) for m in ours if m.role == "embedding" and not m.stack for head in heads]
+    for mine, other in both:
+        if mine.shape != other.shape or mine.no_spectrum or other.no_spectrum:
+            continue
+        some = slice(None, None, max(mine.shape[0] // ROWS_SEEN, 1))
+        found = likeness(original.read(mine.tensor, mine.part)[some], copy.read(other.tensor, other.part)[some])
+        if found < NOTHING_LIKE:
+            raise UsageError(
+                f"{copy.name}: {other.name} is another matrix than {mine.name} of {original.name}, with a cosine of "
+                f"{found:.2f}, expected over {NOTHING_LIKE}; try the copy of this model"
             )
 
 

@@ -142,7 +142,8 @@ class Rescaled:
                         odd.append(router.tensor)
             if odd:
                 raise UsageError(
-                    f"{self.copy.name}: {odd[0]} is not that of {self.original.name}, and no weight makes up for it; "
+                    f"{self.copy.name}: {odd[0]} is not that of {self.original.name}, "
+                    "and no weight makes up for it in its layer; "
                     "try a copy that has the original's norms"
                 )
 

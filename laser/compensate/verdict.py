@@ -13,7 +13,7 @@ from laser.errors import UsageError
 from laser.evaluation.evaluate import check_evaluation, evaluate
 from laser.evaluation.perplexity import Perplexity, difference
 from laser.evaluation.text import Windows
-from laser.evaluation.verdict import direction
+from laser.evaluation.verdict import Direction, direction
 
 
 def size_of(checkpoint: Checkpoint) -> int:
@@ -88,9 +88,8 @@ def sentence(found: HeldOut) -> str:
     """The verdict, for people."""
     gain = f"{found.gain:+.5f} ± {'-' if found.gain_error is None else f'{found.gain_error:.5f}'} nats per token"
     if not found.survives:
-        return (
-            f"THE CORRECTION DOES NOT SURVIVE {found.text}: {gain} against the copy alone, which is {found.direction}"
-        )
+        stated = "no difference beyond one standard error" if found.direction is Direction.SAME else found.direction
+        return f"THE CORRECTION DOES NOT SURVIVE {found.text}: {gain} against the copy alone, which is {stated}"
     share = 1 - found.adapted.lost / found.copy.lost if found.copy.lost > 0 else 0.0
     back = f", {100 * share:.0f} % of what the copy lost" if found.copy.lost > 0 else ""
     return f"the correction survives {found.text}: {gain} against the copy alone{back}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from laser.checkpoint.hub import ID, fetched
@@ -42,11 +43,16 @@ def open_stored(model: str) -> Checkpoint:
     except CheckpointError as error:
         if not is_sum(model):
             raise
-        base, _, folder = _parts_of_sum(model)
-        raise UsageError(
-            f"{model} is in no files, and their bytes are needed here; make them with "
-            f"`laser rebuild {base} {folder} -o OUT`, and try OUT"
-        ) from error
+        raise in_no_files(model) from error
+
+
+def in_no_files(whole: str) -> UsageError:
+    """What to say of BASE+ADAPTER where the bytes of files are needed."""
+    base, _, folder = _parts_of_sum(whole)
+    return UsageError(
+        f"{whole} is in no files, and their bytes are needed here; make them with "
+        f"`laser rebuild {shlex.join((base, str(folder)))} -o OUT`, and try OUT"
+    )
 
 
 def opened_model(model: Checkpoint | str | Path) -> Checkpoint:

@@ -44,6 +44,7 @@ from laser.checkpoint.slices import bytes_of
 from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
 from laser.differences.formulas import Formula
+from laser.differences.in_memory import memory_of
 from laser.differences.places import (
     KEPT_FACTORS,
     PEFT,
@@ -243,11 +244,14 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.matrices = list_matrices(self.base)
-        places = module_places(self.matrices)
+        self.memory = memory_of(self.base)
         self.adapted: dict[str, list[tuple[Matrix, ModulePlace]]] = {}
-        for m in self.matrices:
-            if m.name in places:
-                self.adapted.setdefault(places[m.name].weight, []).append((m, places[m.name]))
+        # Adapters of transformers 4 have the names of the checkpoint, which PEFT takes as well: those of memory first.
+        for places in (module_places(self.matrices, self.memory), module_places(self.matrices)):
+            known = set(self.adapted)
+            for m in self.matrices:
+                if m.name in places and places[m.name].weight not in known:
+                    self.adapted.setdefault(places[m.name].weight, []).append((m, places[m.name]))
         self.parameters = sorted(w for w, found in self.adapted.items() if found[0][1].parameter and self.targeted(w))
         of = stems(self.adapted[w][0][1] for w in self.parameters)
         self.stems = {stem: weight for weight, stem in of.items()}
@@ -292,29 +296,61 @@ class _Reading:
 
     def whole(self, name: str, bare: str) -> None:
         """A tensor that takes the base's place; or the base's own, which PEFT saves below an adapted head."""
-        target = bare.replace(".base_layer.", ".")
+        target = self.stored(bare.replace(".base_layer.", "."))
         if target not in self.base.tensors:
+            if self.is_copy(name, target):
+                return
             raise CheckpointError(
                 f"{self.path}: {name} is of {target}, which {self.base.name} has not; is that its base?"
             )
         info, expected = self.tensors[name], self.base.tensors[target]
         if info.shape != expected.shape:
             raise CheckpointError(f"{self.path}: {name} has shape {list(info.shape)}, expected {list(expected.shape)}")
-        if target == bare and expected.dtype not in (*STORED_FLOATS, "F64"):
+        own = ".base_layer." not in bare
+        if own and expected.dtype not in (*STORED_FLOATS, "F64"):
             raise UsageError(
                 f"{target} is stored as {expected.dtype}, and was trained whole; try the unquantised model"
             )
-        if target == bare:
+        if own:
             self.require_numbers(name, expected.dtype)
             self.saved[target] = name
         elif not torch.equal(tensor_of(self.path, name), self.base.raw(target)):
             raise UsageError(f"{self.path}: {name} is not the base's own, as it was; try PEFT's own merge")
 
+    def stored(self, parameter: str) -> str:
+        """The tensor of the base that makes a parameter."""
+        return self.memory.whole.get(parameter, parameter) if self.memory else parameter
+
+    def is_copy(self, name: str, target: str) -> bool:
+        """Whether it is of a head that is the embedding, and the same as what was saved of that.
+
+        Raises UsageError for another one: PEFT then unties the two, and the base has one tensor for both.
+        """
+        twins = self.memory.tied.get(target, ()) if self.memory else ()
+        saved = [PEFT + twin for twin in twins if PEFT + twin in self.tensors]
+        if saved and self.config.get("ensure_weight_tying"):
+            of_both = (tensor_of(self.path, each) for each in (saved[0], name))
+            return torch.equal(*of_both) or self.require_apart(target, name)
+        return self.require_apart(target, name)
+
+    def require_apart(self, target: str, name: str) -> bool:
+        """Raises UsageError for a weight that the base has only as another's."""
+        twins = self.memory.tied.get(target, ()) if self.memory else ()
+        if not twins:
+            return False
+        twin = twins[0]
+        raise UsageError(
+            f"{self.path}: {name} changes a weight that {self.base.name} ties to {twin} and stores once; try PEFT's "
+            "own merge"
+        )
+
     def factors(self, name: str, other: str, stem: str, what: str) -> None:
         weight = self.stems.get(stem) or stem.removeprefix(PEFT)
         found = self.adapted.get(weight) or self.of_its_own(weight)
-        group = "embedding" if what == "embedding_A" else "parameter" if stem in self.stems else "module"
-        if not found or found[0][1].group != group:
+        if not found:
+            self.require_apart(f"{weight}.weight", name)
+        group = found[0][1].group if found else ""
+        if not found or (what == "embedding_A") != (group == "embedding"):
             raise CheckpointError(
                 f"{self.path}: {name} is of {weight}, which {self.base.name} has not; is that its base?"
             )
@@ -332,7 +368,7 @@ class _Reading:
                     f"{m.tensor} is stored as {m.dtype}, expected one of {', '.join(STORED_FLOATS)}; try the "
                     "unquantised model"
                 )
-            lora = Lora(name, other, scale_of(self.config, weight, a[0] // E, self.path.with_name(CONFIG)), own)
+            lora = Lora(name, other, scale_of(self.config, own.weight, a[0] // E, self.path.with_name(CONFIG)), own)
             if group == "parameter":
                 self.experts[m.name] = lora
             else:
@@ -347,9 +383,14 @@ class _Reading:
                 raise UsageError(f"{self.path}: {name} holds numbers too large for {dtype}; try a base in float32")
 
     def of_its_own(self, weight: str) -> list[tuple[Matrix, ModulePlace]]:
-        """A module by the name that its tensor has: transformers 4 held experts one by one, and the gate as a layer."""
-        of = [m for m in self.matrices if m.tensor == f"{weight}.weight" and m.part is None and m.is_matrix]
-        return [(m, ModulePlace(weight, m.shape[0], 0)) for m in of]
+        """A module by the name that its tensor has: transformers 4 held experts one by one, and the gate as a layer.
+
+        In memory a gate is no layer, and PEFT adapts its weight as a parameter.
+        """
+        tensor = self.stored(f"{weight}.weight")
+        layer = self.memory is None or self.memory.kinds.get(weight) != ""
+        of = [m for m in self.matrices if m.tensor == tensor and m.part is None and m.is_matrix]
+        return [(m, ModulePlace(weight, m.shape[0], 0, None if layer else "weight")) for m in of]
 
 
 def is_adapted(config: Mapping[str, Any], module: str) -> bool:

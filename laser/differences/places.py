@@ -8,6 +8,7 @@ down_proj, however they are stored. PEFT has one A and one B for such a paramete
 
 Both parameters are of one module, and wrapped one after the other: that of down_proj outside, where both are adapted.
 An embedding is looked up, not multiplied: PEFT calls its factors lora_embedding_A and _B, and its update is (B A)^T.
+Which module is what, and what it is called, is seen in memory where transformers builds the model (in_memory.py).
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 
 from laser.checkpoint.matrices import EXPERTS_IN_MEMORY, MEMORY_NAMES, ONE_EXPERT, Matrix
+from laser.differences.in_memory import WEIGHT, Memory
 from laser.records import SPARSE
 
 PEFT = "base_model.model."  # before every name in a PEFT adapter
-WEIGHT = ".weight"
 KEPT_FACTORS = 4  # A and B of both parameters of a layer: every expert in turn is a part of them
 PEFT_FORMULAS = {"module": "once", "embedding": "delta-first", "parameter": "delta-first"}  # by the group of a place
 
@@ -36,7 +37,7 @@ Key = tuple[object, ...]
 class ModulePlace:
     """Of one matrix in the weight that PEFT adapts.
 
-    module: in memory; parameter: of it, where it holds experts
+    module: in memory; parameter: of it, where PEFT adapts that by its name, as those that hold experts
     rows: of the whole weight; start: the first of them that are the matrix's, if they are neighbours
     """
 
@@ -59,8 +60,8 @@ class ModulePlace:
         return "parameter" if self.parameter else "embedding" if self.embedding else "module"
 
 
-def module_places(matrices: Sequence[Matrix]) -> dict[str, ModulePlace]:
-    """The matrices of a checkpoint that PEFT can adapt, by name."""
+def module_places(matrices: Sequence[Matrix], memory: Memory | None = None) -> dict[str, ModulePlace]:
+    """The matrices of a checkpoint that PEFT can adapt, by name; without `memory` as their tensors' names have it."""
     gates: dict[Key, int] = {}
     experts: dict[Key, set[int]] = {}
     for m in matrices:
@@ -73,6 +74,8 @@ def module_places(matrices: Sequence[Matrix]) -> dict[str, ModulePlace]:
         if m.is_matrix and m.role not in ("router", "position"):
             apart = m.part is None and ONE_EXPERT.fullmatch(m.name)
             place = _one_of(m, apart, gates, experts) if apart else _in_one(m)
+            if place is not None and memory is not None:
+                place = _seen_in(memory, m, place)
             if place is not None:
                 found[m.name] = place
     return found
@@ -109,6 +112,23 @@ def _in_one(m: Matrix) -> ModulePlace | None:
     return ModulePlace(m.tensor.removesuffix(WEIGHT), rows, None if m.part else 0, embedding=m.role == "embedding")
 
 
+def _seen_in(memory: Memory, m: Matrix, place: ModulePlace) -> ModulePlace | None:
+    """The place by its names in memory; None where PEFT adapts no such module, or would turn its factors round."""
+    name = memory.names.get(m.tensor, "")
+    if place.parameter is None:
+        module = name.removesuffix(WEIGHT)
+        kind = memory.adapted_as(module) if name.endswith(WEIGHT) else None
+        if kind is None:
+            return None
+        how = {"embedding": kind == "embedding", "parameter": WEIGHT[1:] if kind == "parameter" else None}
+        return replace(place, module=module, **how)
+    module, _, parameter = name.rpartition(".")
+    if parameter != place.parameter:
+        return None
+    turned = m.part is not None and m.part.transposed and m.part.view == memory.shapes[name]
+    return None if turned != (module in memory.transposed) else replace(place, module=module)
+
+
 def rows_in_parameter(m: Matrix, place: ModulePlace) -> torch.Tensor:
     """Which rows of the adapted weight are the matrix's, (rows of m,), int64."""
     if place.start is not None or m.part is None:
@@ -122,12 +142,18 @@ def rows_in_parameter(m: Matrix, place: ModulePlace) -> torch.Tensor:
     return view[tuple(slice(*axis) for axis in index[first:-1])].reshape(-1)
 
 
-def units(matrices: Iterable[Matrix], places: Mapping[str, ModulePlace]) -> list[tuple[Matrix, ...]]:
-    """The matrices that PEFT adapts together, as gate and up of an expert: their updates share their rows' space."""
+def units(
+    matrices: Iterable[Matrix], places: Mapping[str, ModulePlace], modules: Mapping[str, str] | None = None
+) -> list[tuple[Matrix, ...]]:
+    """The matrices that PEFT adapts together, as gate and up of an expert: their updates share their rows' space.
+
+    modules: of tensors that PEFT keeps whole together, as weight and bias of a norm, by name
+    """
     found: dict[object, list[Matrix]] = {}
     for m in matrices:
-        place = places.get(m.name)
-        found.setdefault((place.weight, place.expert) if place else m.name, []).append(m)
+        place, module = places.get(m.name), (modules or {}).get(m.name)
+        key = ("whole", module) if module else (place.weight, place.expert) if place else m.name
+        found.setdefault(key, []).append(m)
     return [tuple(each) for each in found.values()]
 
 

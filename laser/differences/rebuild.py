@@ -198,7 +198,7 @@ class Adapted:
 
     def _made(self, entry: MatrixEntry, m: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
         if entry.how is How.SAVED:
-            return self._tensor(MODEL, PEFT + m.tensor)
+            return self._tensor(MODEL, PEFT + (entry.saved_as or m.tensor))
         there = None if entry.of is None else self._of(entry)
         if entry.how is How.SAME and there is not None:
             # As unmerge compared them: values of formats whose rounding is known, and bytes of all others.

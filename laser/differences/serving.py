@@ -17,8 +17,10 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank 
 
 
 def in_vllm(adapter: Path) -> str:
-    """A sentence for people, of the directory that `compensate` or `unmerge` wrote."""
+    """A sentence for people, of the directory that `compensate` or `unmerge` wrote; "" for what continues no text."""
     config = json.loads((adapter / CONFIG).read_text())
+    if config.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        return ""
     modules = {info.name.partition(".lora_")[0] for info in read_header(adapter / MODEL).tensors}
     rank = max(config["r"], *(config["rank_pattern"] or {0: 0}).values())
     most = next((each for each in MAX_LORA_RANKS if each >= rank), None)

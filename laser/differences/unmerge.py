@@ -49,6 +49,7 @@ from laser.differences.base import Base, Delta, Pair
 from laser.differences.difference import AGREE, Change, Verdict, looks_quantised
 from laser.differences.formats import STORED_FLOATS, format_of, same_bits
 from laser.differences.formulas import Formula
+from laser.differences.in_memory import WEIGHT, Memory, memory_of
 from laser.differences.overview import is_base
 from laser.differences.packing import pack, pack_some, unpack, unpack_some
 from laser.differences.places import (
@@ -123,6 +124,7 @@ class MatrixEntry:
     rank, formula, rounds, missed: of an adapter: how many of its `entries` the formula misses
     scale: of How.SCALED, or the formula's; cast: whether the base was cast before it
     place: of its adapter in adapter_model.safetensors, or None: it is in the remainder
+    saved_as: of How.SAVED, its parameter in memory, where that has another name
     """
 
     name: str
@@ -138,6 +140,7 @@ class MatrixEntry:
     missed: int | None = field(default=None, metadata=SPARSE)
     cast: bool = field(default=False, metadata=SPARSE)
     place: ModulePlace | None = field(default=None, metadata=SPARSE)
+    saved_as: str | None = field(default=None, metadata=SPARSE)
 
     @property
     def merged_by(self) -> Formula:
@@ -215,6 +218,7 @@ class Unmerge:
     """A visit that writes a matrix down, and those that were adapted together with it.
 
     units: by the name of their first matrix; places: where PEFT has what of them is adapted, see `peft_places`
+    saved: what PEFT may keep whole, see `saved_places`
     voted: the rank of most, perhaps `proven` by spectra; formulas: to try first, by the group of a place
     dtype: of the adapter
     """
@@ -223,6 +227,7 @@ class Unmerge:
     changes: Mapping[str, Change]
     units: Mapping[str, tuple[Matrix, ...]]
     places: Mapping[str, ModulePlace]
+    saved: Mapping[str, SavedPlace]
     voted: int | None = None
     proven: bool = False
     formulas: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict)
@@ -239,7 +244,22 @@ class Unmerge:
                 todo.append(found)
             else:
                 done += found
-        return done + self.by_adapter(todo, device) if todo else done
+        return self.as_modules(done + self.by_adapter(todo, device) if todo else done)
+
+    def as_modules(self, piece: Piece) -> Piece:
+        """PEFT loads all that a module has where one of it was trained whole: its bias too, be it the base's."""
+        if not any(entry.how is How.SAVED for entry in piece.entries):
+            return piece
+        done = Piece(())
+        for entry in piece.entries:
+            done += self.saved_whole(entry, self.base.tuned.read(entry.name))
+        return done
+
+    def saved_whole(self, entry: MatrixEntry, q: torch.Tensor) -> Piece:
+        place = self.saved[entry.name]
+        entry = replace(entry, how=How.SAVED, saved_as=place.parameter if place.parameter != entry.name else None)
+        names = (place.parameter, *place.tied)
+        return Piece((entry,), {PEFT + name: q.contiguous().clone() for name in names})
 
     def without_solving(self, matrix: Matrix, q: torch.Tensor) -> Piece | AdapterPart:
         """The matrix written down, or what has to be solved first."""
@@ -247,7 +267,8 @@ class Unmerge:
         there = self.base.places.get(matrix.name)
         entry = MatrixEntry(matrix.name, How.WHOLE, change.kind, tensor_sha256(q), q.numel(), there and there.name)
         if W is not None and W.shape == q.shape:
-            for how in (How.SAME, How.CAST, *(() if _is_saved(matrix) else (How.SCALED,))):  # PEFT scales no module
+            # PEFT scales no module.
+            for how in (How.SAME, How.CAST, *(() if self.is_saved(matrix) else (How.SCALED,))):
                 made = simple(how, W, q.dtype, change.scale)
                 if made is not None and same_bits(made, q).all():
                     return Piece((replace(entry, how=how, scale=change.scale if how is How.SCALED else None),))
@@ -256,11 +277,14 @@ class Unmerge:
         return self.whole(matrix, entry, W, q)
 
     def whole(self, matrix: Matrix, entry: MatrixEntry, W: torch.Tensor | None, q: torch.Tensor) -> Piece:
-        if W is not None and _is_saved(matrix) and (W.shape == q.shape or is_resized(matrix, tuple(W.shape))):
-            return Piece((replace(entry, how=How.SAVED),), {PEFT + matrix.tensor: q.contiguous()})
+        if W is not None and self.is_saved(matrix) and (W.shape == q.shape or is_resized(matrix, tuple(W.shape))):
+            return self.saved_whole(entry, q)
         known = W if W is not None and (W.shape, W.dtype) == (q.shape, q.dtype) else None
         entry = replace(entry, of=entry.of if known is not None else None)
         return Piece((entry,), {}, {f"whole/{matrix.name}": pack(q, known)})
+
+    def is_saved(self, matrix: Matrix) -> bool:
+        return matrix.name in self.saved and not self.saved[matrix.name].only_beside
 
     def by_adapter(self, parts: Sequence[AdapterPart], device: Device) -> Piece:
         """Matrices as base and adapter, together where one adapter of their stacked rows explains them, else each by
@@ -377,8 +401,43 @@ class Unmerge:
 NOWHERE = ModulePlace("", 0)  # of an adapter that PEFT has no place for: its names are as of a module
 
 
-def _is_saved(matrix: Matrix) -> bool:
-    return matrix.role in SAVED_WHOLE and matrix.part is None and matrix.tensor.endswith(".weight")
+@dataclass(frozen=True)
+class SavedPlace:
+    """Of a tensor that PEFT keeps whole with its module, by modules_to_save.
+
+    parameter: in memory; tied: those that are the same there; only_beside: kept only where the module's weight is, as
+    the bias of a head: alone it would take the whole head with it
+    """
+
+    module: str
+    parameter: str
+    tied: tuple[str, ...] = ()
+    only_beside: bool = False
+
+
+def saved_places(base: Base, memory: Memory | None) -> dict[str, SavedPlace]:
+    """The tensors of norms, embeddings and heads that PEFT can keep whole: of modules that have nothing else."""
+    ours = {m.tensor: m for m in list_matrices(base.tuned) if m.part is None and m.dtype in STORED_FLOATS}
+    names = {t: t for t in ours} if memory is None else {t: p for t, p in memory.names.items() if t in ours}
+    by_module: dict[str, dict[str, str]] = {}
+    for tensor, parameter in names.items():
+        by_module.setdefault(parameter.rpartition(".")[0], {})[tensor] = parameter
+    found, names_taken = {}, set(names.values())
+    for tensor, m in ours.items():
+        if m.role not in SAVED_WHOLE or not names.get(tensor, "").endswith(WEIGHT):
+            continue
+        module = names[tensor].removesuffix(WEIGHT)
+        members, tied = by_module[module], () if memory is None else memory.tied[names[tensor]]
+        if memory is None:
+            tied = ("lm_head.weight",) if m.role == "embedding" and is_tied(base.tuned) else ()
+        elif not _is_all_of(memory, module, members.values(), tied):
+            continue
+        if len(tied) > 1 or not names_taken.isdisjoint(tied):
+            continue  # of several that are tied PEFT keeps one as it was
+        for each, parameter in members.items():
+            beside = each != tensor and m.role != "norm"
+            found[each] = SavedPlace(module, parameter, tied if each == tensor else (), beside)
+    return found
 
 
 def is_resized(matrix: Matrix, base: tuple[int, ...]) -> bool:
@@ -387,17 +446,39 @@ def is_resized(matrix: Matrix, base: tuple[int, ...]) -> bool:
     return rows and base[1] == matrix.shape[1] and base[0] != matrix.shape[0]
 
 
+def _is_all_of(memory: Memory, module: str, parameters: Iterable[str], tied: Sequence[str]) -> bool:
+    """Whether these are all that a module holds, and what it is tied to is all that there is of that module."""
+    held = {name: memory.tensors_of(name) for name in (module, *(t.removesuffix(WEIGHT) for t in tied))}
+    others = {other for name in held[module] for other in memory.tied[name]}
+    return sorted(parameters) == sorted(held.pop(module)) and others == set(tied) == {
+        n for o in held.values() for n in o
+    }
+
+
+def memory_of_base(base: Base) -> Memory | None:
+    """The base in memory, on which PEFT loads the adapter, as the tuned checkpoint's tensors fill it."""
+    return memory_of(base.checkpoint, base.tuned.tensors)
+
+
 def peft_places(base: Base) -> dict[str, ModulePlace]:
     """Where PEFT has adapters of the tuned checkpoint's matrices: only where the base has the same weight in memory,
     and of dtypes whose rounding is known; others are none's, each by itself."""
-    theirs, ours = module_places(list_matrices(base.checkpoint)), list_matrices(base.tuned)
+    ours = list_matrices(base.tuned)
+    theirs = module_places(list_matrices(base.checkpoint), memory_of(base.checkpoint))
     known = {m.name for m in ours if m.dtype in STORED_FLOATS}
 
     def is_there(name: str, place: ModulePlace) -> bool:
         there = base.places.get(name)
         return there is not None and there.name in theirs and theirs[there.name].weight == place.weight
 
-    return {name: p for name, p in module_places(ours).items() if name in known and is_there(name, p)}
+    places = module_places(ours, memory_of_base(base))
+    return {name: p for name, p in places.items() if name in known and is_there(name, p)}
+
+
+def modules_kept(saved: Mapping[str, SavedPlace]) -> dict[str, str]:
+    """The module of each tensor that is one of several of a module."""
+    several = Counter(place.module for place in saved.values())
+    return {name: place.module for name, place in saved.items() if several[place.module] > 1}
 
 
 def group_of(matrix: Matrix, places: Mapping[str, ModulePlace]) -> str:
@@ -662,9 +743,9 @@ def _visited(
     dtype: torch.dtype, force: bool, tick: Callable[[Matrix, float], None],
 ) -> list[MatrixEntry]:  # fmt: skip
     """Every matrix written down: its entry in the journal, its tensors in files of its own."""
-    matrices, places = list_matrices(base.tuned), peft_places(base)
+    matrices, places, saved = list_matrices(base.tuned), peft_places(base), saved_places(base, memory_of_base(base))
     numbers = {m.name: number for number, m in enumerate(matrices)}
-    by_first = {unit[0].name: unit for unit in units(matrices, places)}
+    by_first = {unit[0].name: unit for unit in units(matrices, places, modules_kept(saved))}
     found: dict[str, MatrixEntry] = {}
     files: set[str] = set()
     with _journal(partial, run, anew=force) as log:
@@ -698,7 +779,7 @@ def _visited(
         todo = [m for m in todo if m.dtype in STORED_FLOATS]
         formulas = choose_formulas(base, delta, places, crew.devices[0], rounds) if todo else {}
         voted, proven = vote(delta.changes.values())
-        work = Unmerge(base, delta.changes, by_first, places, voted, proven, formulas, rounds, dtype)
+        work = Unmerge(base, delta.changes, by_first, places, saved, voted, proven, formulas, rounds, dtype)
         with closing(visit_all(base.tuned, most_expensive_first(todo), work, crew)) as visits:
             for matrix, piece, seconds in visits:
                 keep(matrix, piece, seconds)
@@ -841,7 +922,7 @@ def _experts_together(base: Base, partial: Path, entries: Sequence[MatrixEntry])
     matrices = list_matrices(base.tuned)
     numbers, places = {m.name: number for number, m in enumerate(matrices)}, peft_places(base)
     firsts = {m.name: unit[0] for unit in units(matrices, places) for m in unit}
-    adapted = [e for e in entries if e.how is How.ADAPTER and e.place is not None and e.place.parameter]
+    adapted = [e for e in entries if e.how is How.ADAPTER and e.place is not None and e.place.expert is not None]
     by_weight: dict[str, dict[int, Path]] = {}
     for entry in adapted:
         assert entry.place is not None and entry.place.expert is not None, "those were chosen"
@@ -871,16 +952,21 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
     """adapter_config.json: every adapter scaled by 1, other ranks in rank_pattern, what was trained whole by name."""
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     others = {weight: rank for weight, rank in ranks.items() if rank != usual}
-    saved = [e.name.removesuffix(".weight") for e in entries if e.how is How.SAVED]
+    memory = memory_of_base(base)
+    whole = [e.name for e in entries if e.how is How.SAVED]
+    saved = sorted({saved_places(base, memory)[name].module for name in whole})
     embeddings = {m.name for m in list_matrices(base.tuned) if m.role == "embedding"}
     hub = base.checkpoint.hub
-    theirs = module_places(list_matrices(base.checkpoint)).values()
     parameters = {e.place.weight for e in entries if e.place and e.place.parameter}
-    modules, every = ({p.weight for p in theirs if bool(p.parameter) is kind} for kind in (False, True))
+    if memory is not None:
+        modules, every = set(memory.kinds), set(memory.shapes)
+    else:
+        theirs = module_places(list_matrices(base.checkpoint)).values()
+        modules, every = ({p.weight for p in theirs if bool(p.parameter) is kind} for kind in (False, True))
     adapted = targets(ranks.keys() - parameters, modules)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if memory is None else memory.task,
         "base_model_name_or_path": hub.repo if hub else base.checkpoint.name,
         "r": usual,
         "lora_alpha": usual,
@@ -891,11 +977,11 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
         "use_rslora": False,
         "use_dora": False,
         "target_modules": adapted if adapted or parameters else DUMMY_TARGET,
-        "target_parameters": targets(parameters, every, "experts") or None,
+        "target_parameters": targets(parameters, every, 2) or None,
         "rank_pattern": others,
         "alpha_pattern": others,
         "modules_to_save": saved or None,
-        "ensure_weight_tying": is_tied(base.tuned) and any(f"{s}.weight" in embeddings for s in saved),
+        "ensure_weight_tying": is_tied(base.tuned) and not embeddings.isdisjoint(whole),
     }
 
 
@@ -905,15 +991,11 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return "embedding" in roles and "head" not in roles
 
 
-def targets(adapted: Iterable[str], every: Iterable[str], before: str = "") -> list[str]:
-    """The adapted weights by the last part of their names where every one that ends so is adapted, else in full.
-
-    before: what stands before the last part and belongs to it
-    """
+def targets(adapted: Iterable[str], every: Iterable[str], parts: int = 1) -> list[str]:
+    """The adapted weights by the last `parts` of their names where every one that ends so is adapted, else in full."""
 
     def leaf(name: str) -> str:
-        last = name.rpartition(".")[2]
-        return f"{before}.{last}" if before and name.endswith(f".{before}.{last}") else last
+        return ".".join(name.split(".")[-parts:])
 
     adapted = list(adapted)
     all_of, ours = Counter(map(leaf, every)), Counter(map(leaf, adapted))

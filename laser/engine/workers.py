@@ -119,7 +119,7 @@ def _visit_here(checkpoint: Checkpoint, matrices: Sequence[Matrix], work: Work[T
 
     def read() -> None:
         for matrix in matrices:
-            todo.put((matrix, staged(checkpoint.read(matrix.tensor, matrix.part), pool[0].torch_device)))
+            todo.put((matrix, staged(checkpoint.read(matrix.tensor, matrix.part), pool[0])))
         for _ in pool:
             todo.put(None)
 

@@ -275,13 +275,15 @@ def synchronise(device: Device) -> None:
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
-def staged(W: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """W, on the host, for its way to `where`: in page-locked memory where that is CUDA, elsewhere as it is.
+def staged(W: torch.Tensor, device: Device | torch.device) -> torch.Tensor:
+    """W, on the host, for its way to `device`: in page-locked memory where that is CUDA, elsewhere as it is.
 
     From there a copy takes a fifth of the time and runs beside everything else. So two matrices ahead and a stream per
     worker are the double buffer. torch keeps such memory for the next matrix; where none can be locked, W stays.
     """
-    if not torch.cuda.is_available() or where.type != "cuda":
+    if not torch.cuda.is_available():
+        return W
+    if (device if isinstance(device, torch.device) else device.torch_device).type != "cuda":
         return W
     try:
         return W.pin_memory()

@@ -232,7 +232,7 @@ def _copy_rates(device: Device, copied: int) -> tuple[float | None, float | None
     """Bytes a second to the device, from such memory as a checkpoint is read into for it, and back."""
     if device.host_blas:
         return None, None
-    here = staged(torch.zeros(copied, dtype=torch.uint8), device.torch_device)
+    here = staged(torch.zeros(copied, dtype=torch.uint8), device)
     there = sent(here, device.torch_device)
     return copied / _seconds(lambda: sent(here, device.torch_device), device), copied / _seconds(there.cpu, device)
 

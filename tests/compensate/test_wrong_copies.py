@@ -1,6 +1,7 @@
 """laser compensate and inputs that belong together in no way: one line each that says what, and nothing is written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,14 @@ def of_another(tensors: Tensors) -> Tensors:
     return {n: torch.randn_like(W.float()) / 8 if "layers.1" in n and "proj" in n else W for n, W in tensors.items()}
 
 
+def drawn(W: torch.Tensor) -> torch.Tensor:
+    return torch.randn(W.shape, generator=torch.Generator().manual_seed(1)).to(W.dtype)
+
+
 SPOILED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a norm less": (without(NORM), f"copy has no {NORM}, which llama has"),
+    "another head": (changed(HEAD, drawn), f"copy: {HEAD} is another matrix than {HEAD} of llama, with a cosine of "),
+    "another embedding": (changed(EMBEDDING, drawn), f"copy: {EMBEDDING} is another matrix than {EMBEDDING} of llama"),
     "no embedding": (without(EMBEDDING), f"copy has no {EMBEDDING}, which llama has"),
     "no head": (without(HEAD), f"copy has no {HEAD}, which llama has"),
     "NaN in a norm": (changed(NORM, lambda W: W * float("nan")), f"copy: {NORM} holds NaN or Inf"),
@@ -140,11 +147,28 @@ def test_a_sum_is_an_original_and_no_copy(run: Run, models: Path, tmp_path: Path
     assert run("compensate", models / "llama", models / "llama-3", "-o", tuned, *words)[0] == 0
     whole = f"{models / 'llama-3'}+{tuned}"
     error = refused(run, models / "llama", whole, "-o", tmp_path / "a", "--plain")
-    assert f"try laser rebuild {models / 'llama-3'} {tuned} -o MERGED" in error
+    assert f"make them with `laser rebuild {models / 'llama-3'} {tuned} -o OUT`" in error
+    shutil.copytree(models / "llama-3", tmp_path / "ll+3 b")
+    error = refused(run, models / "llama", f"{tmp_path / 'll+3 b'}+{tuned}", "-o", tmp_path / "a", "--plain")
+    assert f"laser rebuild '{tmp_path / 'll+3 b'}' {tuned} -o OUT" in error
     code, _, err = run("compensate", whole, models / "llama-3", "-o", tmp_path / "b", *words)
     assert code == 0, err
     merged = json.loads((tmp_path / "b" / "laser.json").read_text())["entries"]
     assert all(entry["after"] < 1e-2 * entry["before"] for entry in merged)  # of rank 2 is what it lacks
+
+
+def test_what_is_not_corrected_is_the_originals(run: Run, models: Path, tmp_path: Path) -> None:
+    """A router that no norm moved, and a head where the original's is its embedding."""
+    for kind, name, mine in (
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("tied", HEAD, EMBEDDING),
+    ):
+        original = make_model(tmp_path / kind, kind)
+        copy = spoiled(original, tmp_path / f"{kind}-other", lambda t, n=name, m=mine: t | {n: drawn(t[m])})
+        config = json.loads((copy / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (copy / "config.json").write_text(json.dumps(config))
+        words = (original, copy, "-o", tmp_path / "a", "--plain", "--rank", 2)
+        assert f"{name} is another matrix than {mine} of {kind}, with a cosine of" in refused(run, *words)
 
 
 @pytest.mark.slow
