@@ -769,8 +769,8 @@ VERBS_AND_FAULTS: dict[str, tuple[str, str]] = {
     "convert": ("m -o new", "laser.cli.convert.open_checkpoint"),
     "devices": ("--probe", "laser.cli.devices.measure_device"),
     "delta": ("m out -o new", "laser.cli.delta.scan_into"),
-    "unmerge": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
-    "rebuild": ("m out -o new", "laser.cli.adapters.open_checkpoint"),
+    "unmerge": ("m out -o new", "laser.cli.adapters.open_stored"),
+    "rebuild": ("m out -o new", "laser.cli.adapters.open_stored"),
     "compensate": ("m out --plain --roles q -o new", "laser.checkpoint.reader.Checkpoint.read"),
 }  # fmt: skip
 
