@@ -103,7 +103,7 @@ def _require_not_swapped(original: Checkpoint, copy: Checkpoint) -> None:
 
 
 def _rope_factor(checkpoint: Checkpoint) -> float:
-    """By how much positions are stretched. Where that stands, also per kind of layer, depends on what wrote the file."""
+    """By how much positions are stretched. Where that stands, also by kind of layer, depends on what wrote the file."""
     found = config_entry(checkpoint.config, "rope_parameters") or config_entry(checkpoint.config, "rope_scaling")
     each = [found, *found.values()] if isinstance(found, Mapping) else []
     factors = [entry.get("factor") for entry in each if isinstance(entry, Mapping)]
