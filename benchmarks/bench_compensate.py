@@ -163,14 +163,7 @@ class Solved:
     ) -> Solved:
         places = find_places(original, copy, Selection())
         seen, matrices = as_matrices(original, places.places)
-        work = Solve(
-            {place.name: place for place in places.places},
-            original,
-            copy,
-            moments,
-            rank,
-            Rescaled(original, copy),
-        )
+        work = Solve({place.name: place for place in places.places}, moments, rank, Rescaled(original, copy))
         with closing(visit_all(seen, matrices, work, choose_crew(device))) as visits:
             return Solved(copy, places, {matrix.name: result for matrix, result, _ in visits}, folder)
 

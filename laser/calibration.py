@@ -202,7 +202,7 @@ def calibrate(
         upstream = model.room_for(windows.windows)
         begun = parts.load_gradients(upstream)
         for layer, squares in gradients_at_outputs(model, windows.windows, by_layer, upstream, begun, tick):
-            require_unchanged(checkpoint)
+            require_unchanged(checkpoint, stamps_only=True)
             parts.save_gradients(layer, upstream, squares)
     try:
         require_unchanged(checkpoint)

@@ -21,6 +21,7 @@ from laser.cli.search import (
     objectives_of,
     searched_of,
 )
+from laser.differences.base import Base
 from laser.differences.opened import base_named, opened_model
 from laser.differences.solver import ROUNDS
 from laser.differences.unmerge import AdapterRecord, all_roles, unmerge_into
@@ -169,11 +170,11 @@ def unmerge(
     OutputError for an `output` that is there.
     """
     checkpoint, crew = opened_model(tuned), Crew((device_of(device),))
-    for each in (checkpoint, opened_model(base)):
+    there = opened_model(base)
+    for each in (checkpoint, there):
         if each.on_top is not None:
             raise UsageError(f"{each.name} is in no files; make it with laser rebuild, and try its directory")
-    compared = base_named(base, checkpoint)
-    assert compared is not None, "a base was named"
+    compared = Base.of(there, checkpoint)
     found = scan(checkpoint, Selection(roles=all_roles(checkpoint)), crew=crew, base=compared).delta
     assert found is not None, "a scan with a base measures differences"
     return unmerge_into(

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from itertools import count
 from pathlib import Path
@@ -185,63 +186,83 @@ def test_an_interrupt_at_any_line_round_a_verb_is_one_line(pico: Path, tmp_path:
     assert len(codes) > 40 and {0, 130} <= set(codes)
 
 
-DESTRUCTOR = """
-import os, signal, sys, time
-sys.argv[0] = "laser"
-import laser.__main__ as command
-from laser.start import loading
+INTERRUPTED = "laser: interrupted; nothing was written\n"
 
+
+def verb_that(does: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, whose verb does this once it is at work."""
+    code = f"""
+import os, signal, sys, threading, time
+sys.argv[0] = "laser"
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from laser import __main__ as command
+from laser.start import come_again, loading
+
+def verb():
+    with loading():
+        pass
+{textwrap.indent(does, "    ")}
+    return 0
+
+command._main = verb
+command.main()
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+
+
+DESTRUCTOR = """
 class Late:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.001)  # the handler runs in here, and Python drops what it raises
 
-def verb():
-    with loading():
-        pass
-    late = Late()
-    del late
-    time.sleep(30)
-    return 0
-
-command._main = verb
-command.main()
+late = Late()
+del late
+time.sleep(30)
 """
 
 
 def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     """Python drops what is raised there, and would tell of it on stderr: a garbage collection may fall anywhere."""
-    done = subprocess.run([sys.executable, "-c", DESTRUCTOR], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
+    done = verb_that(DESTRUCTOR)
+    assert (done.returncode, done.stderr) == (130, INTERRUPTED)
 
 
 LOCKING = """
-import signal, threading, time
-from functools import partial
-from types import SimpleNamespace
-from laser import __main__ as command
-from laser.start import loading
-
-def verb():
-    with loading():
-        pass
-    lock = SimpleNamespace(acquire=print, release=print, __exit__=lambda *_: print("given back", flush=True))
-    lock.__enter__ = partial(signal.raise_signal, signal.SIGTERM)  # in C: the signal falls into threading's own line
-    with threading.Condition(lock):
-        print("taken", flush=True)
-        time.sleep(30)
-    return 0
-
-command._main = verb
-command.main()
+lock = SimpleNamespace(acquire=print, release=print, __exit__=lambda *_: print("given back", flush=True))
+lock.__enter__ = partial(signal.raise_signal, signal.SIGTERM)  # in C: the signal falls into threading's own line
+with threading.Condition(lock):
+    print("taken", flush=True)
+    time.sleep(30)
 """
 
 
 def test_an_interrupt_leaves_no_lock_taken() -> None:
     """Raised between taking a lock and the block under it, it would let a pool of threads wait for ever."""
-    done = subprocess.run([sys.executable, "-c", LOCKING], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
+    done = verb_that(LOCKING)
+    assert (done.returncode, done.stderr) == (130, INTERRUPTED)
     assert done.stdout.endswith("given back\n")  # behind "taken", unless a busy machine lets the hundredth pass before
+
+
+WAITING_FOR_A_POOL = """
+started = time.monotonic()
+with ThreadPoolExecutor(1) as pool:
+    over = threading.Event()
+    try:
+        come_again()
+        pool.submit(over.wait, 30).result()
+    finally:
+        print(time.monotonic() - started < 10)
+        over.set()
+"""
+
+
+def test_an_interrupt_ends_a_wait_for_a_pool() -> None:
+    done = verb_that(WAITING_FOR_A_POOL)
+    assert (done.returncode, done.stderr) == (130, INTERRUPTED)
+    assert done.stdout == "True\n"
 
 
 REPLACED = """
@@ -267,7 +288,6 @@ cli._run_verb = verb
 sys.argv[1:] = ["convert"]
 main()
 """
-INTERRUPTED = "laser: interrupted; nothing was written\n"
 
 
 @pytest.mark.parametrize(
@@ -288,37 +308,6 @@ def test_an_interrupt_is_told_where_a_library_puts_an_error_in_its_place(error: 
     code = REPLACED.format(error=error, cleaning=cleaning)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, told)
-
-
-WAITING_FOR_A_POOL = """
-import signal, threading, time
-from concurrent.futures import ThreadPoolExecutor
-from laser import __main__ as command
-from laser.start import come_again, loading
-
-def verb():
-    with loading():
-        pass
-    started = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        over = threading.Event()
-        try:
-            come_again()
-            pool.submit(over.wait, 30).result()
-        finally:
-            print(time.monotonic() - started < 10)
-            over.set()
-    return 0
-
-command._main = verb
-command.main()
-"""
-
-
-def test_an_interrupt_ends_a_wait_for_a_pool() -> None:
-    done = subprocess.run([sys.executable, "-c", WAITING_FOR_A_POOL], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (130, "laser: interrupted; nothing was written\n")
-    assert done.stdout == "True\n"
 
 
 @pytest.mark.slow

@@ -317,14 +317,18 @@ def virtual_shard(
     """
     text = make_header(entries)
     size = 8 + len(text) + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in entries)
-    shard = parse_header(name, path, size, text)
+    return filled(parse_header(name, path, size, text), lambda info: tensor(info.name))
+
+
+def filled(shard: Shard, tensor: Callable[[TensorInfo], torch.Tensor]) -> Shard:
+    """A shard of whose file only the header is known; `tensor` gives what it holds, one at a time."""
 
     def data(start: int, end: int) -> Iterator[memoryview]:
         if start < len(shard.header):
             yield memoryview(shard.header)[start:end]
         for info in within(shard, start, end):
             low, high = max(start, info.start), min(end, info.end)
-            yield bytes_of(tensor(info.name))[low - info.start : high - info.start]
+            yield bytes_of(tensor(info))[low - info.start : high - info.start]
 
     return replace(shard, data=data)
 

@@ -234,12 +234,13 @@ def _print_plan(
     rank = float(asked.rank) if asked.rank is not None else even_rank(shapes, asked.bits or 0.0)
     stored = sum(rank * (m + n) * BITS_STORED / 8 for m, n in shapes.values())
     weights = sum(m * n for m, n in shapes.values())
+    by = gradients is not None or asked.by_gradients(known)
     if as_json:
         return common.print_json(
             {
                 "original": original.name, "copy": copy.name, "places": len(shapes), "left": dict(places.left),
                 "rank": rank, "bits": 8 * stored / weights, "bytes": stored, "device": crew.label,
-                **({} if asked.bits is None else {"by_gradients": gradients is not None or asked.by_gradients(known)}),
+                **({} if asked.bits is None else {"by_gradients": by}),
                 **({} if gradients is None else {"gradients": asdict(gradients[0]) | {"states": gradients[1]}}),
             }
         )  # fmt: skip
@@ -256,7 +257,6 @@ def _print_plan(
         f"{stored / 1e6:.2f} MB, {8 * stored / weights:.3f} bits per weight, on {crew.label}"
     )
     if asked.bits is not None:
-        by = gradients is not None or asked.by_gradients(known)
         say(f"the budget would be spent by {SPENT_BY[by]}")
     if gradients is not None:
         needs, states = gradients

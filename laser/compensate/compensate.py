@@ -38,7 +38,7 @@ from laser.compensate.copies import require_same_matrix
 from laser.compensate.peft import Slot, config_of, slots_of, stored_bits, write_adapter
 from laser.compensate.places import ParameterPlace, Places, as_matrices
 from laser.compensate.record import CompensationRecord, Corrected, HeldOut
-from laser.compensate.rescaled import NotFiniteError, Rescaled, require_finite
+from laser.compensate.rescaled import NotFiniteError, Rescaled
 from laser.differences.unmerge import CONFIG, MODEL, RECORD
 from laser.engine.crew import Crew, most_expensive_first
 from laser.engine.workers import visit_all
@@ -129,8 +129,6 @@ class Solve:
     """A visit that solves the correction of a place. moments: None for the plain norm."""
 
     places: Mapping[str, ParameterPlace]
-    original: Checkpoint
-    copy: Checkpoint
     moments: Moments | None
     rank: int
     rescaled: Rescaled
@@ -146,9 +144,7 @@ class Solve:
                 metric = self._metric(place)
                 shrunk = metric.form == "full" and tokens < W.shape[1]
                 metric = replace(metric, shrink=metric.shrink or shrunk)
-            Q = place.read(self.copy, copied=True)
-            for checkpoint, weights in ((self.original, W), (self.copy, Q)):
-                require_finite(checkpoint, place.name, weights)
+            Q = self.rescaled.copied(place, W)
             scales = self.rescaled.of(place)
             require_same_matrix(place, W, Q, scales)
             found = correct(W, Q, self.rank, metric, device, scales)
@@ -183,7 +179,7 @@ class Solve:
         assert self.moments is not None
         found = None
         for matrix in place.matrices:
-            found = self.moments.metric(matrix.name, self.original.read(matrix.tensor, matrix.part))
+            found = self.moments.metric(matrix.name, self.rescaled.original.read(matrix.tensor, matrix.part))
             if found.form == "outputs":
                 raise NothingToCorrect("its moments are of its outputs, as its inputs are wide; try --text")
         return found
@@ -222,16 +218,15 @@ def compensate(
     """
     if moments is not None:
         moments.source.require(original, "moments file")
-    if moments is not None:
         names = [matrix.name for place in places.places for matrix in place.matrices]
         if not any(name in moments.sites for name in names):
             raise UsageError(
                 f"the moments file has no inputs of {names[0]}, nor of the other {len(names) - 1} to correct; "
                 "try --moments of a calibration with these, or other --roles"
             )
-    if moments is not None and not moments.calibration.shrink:
-        met = [moments.tokens(place.matrices[0].name) for place in places.places]
-        require_enough(moments.calibration.text, met, places.places)
+        if not moments.calibration.shrink:
+            met = [moments.tokens(place.matrices[0].name) for place in places.places]
+            require_enough(moments.calibration.text, met, places.places)
     with claimed(out):
         partial = unfinished(out)
         restore_earlier(out, partial / "old")
@@ -329,8 +324,7 @@ def _solved(
     run: Mapping[str, Any], crew: Crew, force: bool, tick: Callable[[Matrix, float], None],
 ) -> dict[str, Line]:  # fmt: skip
     """Every place solved: its line in the journal, its factors in a file."""
-    original, copy = rescaled.original, rescaled.copy
-    seen, matrices = as_matrices(original, places)
+    seen, matrices = as_matrices(rescaled.original, places)
     numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
     found: dict[str, Line] = {}
     moments_line: dict[str, Any] = {"moments": None if moments is None else moments.calibration.identity}
@@ -345,7 +339,7 @@ def _solved(
             if has_shape(line, LINE) and _is_written(line, partial):
                 found[line["name"]] = line  # pyright: ignore[reportArgumentType]
         todo = [m for m in matrices if m.name not in found]
-        work = Solve({p.name: p for p in places}, original, copy, moments, asked.solved(places), rescaled)
+        work = Solve({p.name: p for p in places}, moments, asked.solved(places), rescaled)
         with closing(visit_all(seen, most_expensive_first(todo), work, crew)) as visits:
             for matrix, (line, correction), seconds in visits:
                 if correction is not None:

@@ -108,10 +108,15 @@ class Rescaled:
 
     def both(self, place: ParameterPlace) -> tuple[torch.Tensor, torch.Tensor]:
         """A place (m, n) of the original and of the copy, float64. Raises NumericalError for NaN or Inf."""
-        W, Q = place.read(self.original), place.read(self.copy, copied=True)
+        W = place.read(self.original)
+        return W.double(), self.copied(place, W).double()
+
+    def copied(self, place: ParameterPlace, W: torch.Tensor) -> torch.Tensor:
+        """A place (m, n) of the copy. Raises NumericalError for NaN or Inf, also in the original's W."""
+        Q = place.read(self.copy, copied=True)
         for checkpoint, weights in ((self.original, W), (self.copy, Q)):
             require_finite(checkpoint, place.name, weights)
-        return W.double(), Q.double()
+        return Q
 
     def of(self, place: ParameterPlace) -> MovedScales | None:
         """The scales of a place; None where it has the original's."""

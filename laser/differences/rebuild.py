@@ -23,15 +23,15 @@ from laser.checkpoint.safetensors import (
     TORCH,
     Shard,
     TensorInfo,
+    filled,
     parse_header,
     parse_json,
     read_bytes,
     read_header,
     tensor_in,
-    within,
 )
 from laser.checkpoint.side_files import is_weights
-from laser.checkpoint.slices import bytes_of, tensor_sha256
+from laser.checkpoint.slices import tensor_sha256
 from laser.checkpoint.source import require_unchanged
 from laser.differences.formats import STORED_FLOATS
 from laser.differences.packing import unpack, unpack_some
@@ -145,23 +145,12 @@ class Adapted:
         shards: list[Shard] = []
         for stated in self.record.shards:
             header = unpacked_header(self._tensor(REMAINDER, f"header/{stated.name}"))
-            shards.append(parse_header(stated.name, self.folder, stated.size, header[8:], self._data(stated.name)))
+            shards.append(filled(parse_header(stated.name, self.folder, stated.size, header[8:]), self.tensor))
             if shards[-1].header != header:
                 raise RecordError(f"{self.folder / REMAINDER}: the header of {stated.name} is damaged; {AGAIN}")
         tensors = {info.name: info for shard in shards for info in shard.tensors}
         document = parse_json(config, self.folder / SIDE_FILES / "config.json")
         return Checkpoint(self.folder, document, config, self.files.get(INDEX), tuple(shards), tensors)
-
-    def _data(self, name: str) -> Callable[[int, int], Iterator[memoryview]]:
-        def data(start: int, end: int) -> Iterator[memoryview]:
-            shard = next(s for s in self.tuned.shards if s.name == name)
-            if start < len(shard.header):
-                yield memoryview(shard.header)[start:end]
-            for info in within(shard, start, end):
-                low, high = max(start, info.start), min(end, info.end)
-                yield bytes_of(self.tensor(info))[low - info.start : high - info.start]
-
-        return data
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """A tensor of the tuned checkpoint, put together from its matrices, or its bytes where torch has no dtype."""

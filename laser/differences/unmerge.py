@@ -954,7 +954,8 @@ def peft_config(base: Base, entries: Sequence[MatrixEntry], ranks: Mapping[str, 
     others = {weight: rank for weight, rank in ranks.items() if rank != usual}
     memory = memory_of_base(base)
     whole = [e.name for e in entries if e.how is How.SAVED]
-    saved = sorted({saved_places(base, memory)[name].module for name in whole})
+    places = saved_places(base, memory) if whole else {}
+    saved = sorted({places[name].module for name in whole})
     embeddings = {m.name for m in list_matrices(base.tuned) if m.role == "embedding"}
     hub = base.checkpoint.hub
     parameters = {e.place.weight for e in entries if e.place and e.place.parameter}

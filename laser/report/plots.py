@@ -136,13 +136,17 @@ def label(text: str) -> str:
     return (" " if drawn.startswith("_") else "") + drawn.replace("$", r"\$")
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure that needs no display. Raises UsageError where matplotlib is not installed."""
+def _figure(width: float, height: float, shown: bool = False) -> Figure:
+    """A figure that needs no display, or with `shown` one that a notebook shows below its cell, and `plt.show()` in a
+    window. Raises UsageError where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure  # the object-oriented interface: no global state, no backend to choose
+        if shown:
+            from matplotlib.pyplot import figure
+        else:  # the object-oriented interface: no global state, no backend to choose
+            from matplotlib.figure import Figure as figure
     except ImportError as error:
         raise UsageError('pictures need matplotlib; try pip install "laser-rmt[plot]"') from error
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def encoded(figure: Figure, path: Path) -> bytes:
@@ -287,11 +291,8 @@ def new_axes(width: float, height: float) -> Axes:
 
 
 def _shown_axes(width: float, height: float) -> Axes:
-    """Axes on a figure that a notebook shows below its cell, and `plt.show()` in a window. Raises as `_figure`."""
-    _figure(width, height)
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), dpi=120, layout="constrained")[1]
+    """The same on a figure that is shown."""
+    return _figure(width, height, shown=True).subplots()
 
 
 def _figure_of(axes: Axes) -> Figure:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from conftest import Run
+from pico_language import TEXT, make_model
 from safetensors.torch import load_file, save_file
 
 ROUNDED = ("proj", "experts")  # parts of the names of what is rounded
@@ -29,6 +30,14 @@ def write_copy(model: Path, path: Path, bits: int = 3) -> Path:
         made = {n: rounded(W, bits) if any(x in n for x in ROUNDED) else W for n, W in tensors.items()}
         save_file(made, file, metadata={"format": "pt"})
     return path
+
+
+def write_models(folder: Path) -> Path:
+    """A Llama and a Mixtral, a copy of each in 3 bits, and a text, in `folder`."""
+    for kind in ("llama", "mixtral"):
+        write_copy(make_model(folder / kind, kind), folder / f"{kind}-3")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
 
 
 def refused(run: Run, *words: Any) -> str:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from backward import squares_by_hand
 from conftest import Run
-from copies import write_copy
+from copies import write_models
 from helpers import tensors_in
-from pico_language import TEXT, make_model
+from pico_language import TEXT
 
 from laser.checkpoint.reader import open_checkpoint
 from laser.compensate.compensate import Request
@@ -24,11 +24,7 @@ WINDOWS = ("--window", 64, "--windows", 6, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for kind in ("llama", "mixtral"):
-        write_copy(make_model(folder / kind, kind), folder / f"{kind}-3")
-    (folder / "text.txt").write_text(TEXT)
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def made(run: Run, models: Path, kind: str, out: Path, *words: Any) -> dict[str, Any]:

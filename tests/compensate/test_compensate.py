@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from copies import refused, rounded, spoiled, write_copy
+from copies import refused, rounded, spoiled, write_models
 from helpers import killed_before_the_new_one, snapshot, tensors_in
 from hub_server import Bytes, Content, Repo, connect, serving
-from pico_language import TEXT, make_model, write_tokenizer
+from pico_language import TEXT, write_tokenizer
 from vllm_rules import require_vllm_form
 
 import laser.compensate.compensate as compensation
@@ -36,10 +36,7 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama and a Mixtral, a copy of each in 3 bits, and two texts."""
-    folder = tmp_path_factory.mktemp("models")
-    for kind in ("llama", "mixtral"):
-        write_copy(make_model(folder / kind, kind), folder / f"{kind}-3")
-    (folder / "text.txt").write_text(TEXT)
+    folder = write_models(tmp_path_factory.mktemp("models"))
     (folder / "held.txt").write_text(TEXT[::-1])
     return folder
 
